@@ -1,0 +1,28 @@
+"""Ahead-of-time compiler and runtime for diffusion models that skip blocks on a schedule.
+
+The names below are loaded on first use, so that ``import dipgo_deploy`` itself imports nothing heavy.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dipgo_deploy.runtime.pipeline import Pipeline
+    from dipgo_deploy.schedule.document import Schedule
+
+__version__ = "0.1.0"
+__all__ = ["Pipeline", "Schedule", "__version__"]
+
+_HOMES = {"Pipeline": "dipgo_deploy.runtime.pipeline", "Schedule": "dipgo_deploy.schedule.document"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(_HOMES))

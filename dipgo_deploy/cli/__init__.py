@@ -1,0 +1,1 @@
+"""Command lines: thin click commands, each one call into the library."""

@@ -1,0 +1,355 @@
+"""``dipgo-schedule``: make, import, check, show and compare schedules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+import click
+
+from dipgo_deploy.cli.common import emit, entry_point, examples, human_console, json_option, version_option
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from dipgo_deploy.schedule.builders import Target
+    from dipgo_deploy.schedule.document import Schedule
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_PATH = click.Path(path_type=Path)
+
+
+@click.group(
+    name="schedule",
+    epilog=examples(
+        "dipgo-schedule uniform --model fashion-sd --steps 50 --interval 5 -o uniform.json",
+        "dipgo-schedule deepcache --model fashion-sd --interval 3 --branch 0 -o deepcache.json",
+        "dipgo-schedule import dipgo-gates gates.pkl --model fashion-sd --sampler ddim --steps 50 -o gates.json",
+        "dipgo-schedule show gates.json --model fashion-sd",
+    ),
+)
+@version_option
+def command() -> None:
+    """Make, import, check and show schedules: which blocks of a model run at which step."""
+
+
+def _target_options(function: F) -> F:
+    """The options that say what a schedule is made for, and where it goes."""
+    options = (
+        click.option(
+            "--model", required=True, help="fashion-sd, fashion-dit, a folder in diffusers' format, or a hub id."
+        ),
+        click.option(
+            "--sampler", help="ddim, pndm, dpm++2m, euler, ... or a diffusers class. [default: the model's own]"
+        ),
+        click.option("--steps", type=click.IntRange(min=1), default=50, show_default=True, help="Denoising steps."),
+        click.option("--granularity", type=click.Choice(["block", "layer"]), default="block", show_default=True),
+        click.option("--cache", type=click.Choice(["output", "residual"]), help="[default: the model family's]"),
+        click.option("-o", "--output", type=_PATH, required=True, help="The schedule file to write."),
+        json_option,
+    )
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+def _target(
+    model: str,
+    sampler: str | None,
+    steps: int,
+    granularity: Literal["block", "layer"],
+    cache: Literal["output", "residual"] | None,
+) -> Target:
+    from dipgo_deploy.models.target import schedule_target
+
+    return schedule_target(model, sampler, steps, granularity, cache)
+
+
+def _write(schedule: Schedule, output: Path, as_json: bool) -> None:
+    schedule.save(output)
+    console = human_console(as_json)
+    console.print(f"{output}: {_summary(schedule)}", markup=False, soft_wrap=True)
+    emit({"file": str(output), **_facts(schedule)}, as_json)
+
+
+@command.command(epilog=examples("dipgo-schedule full --model fashion-sd --sampler ddim --steps 50 -o full.json"))
+@_target_options
+def full(output: Path, as_json: bool, **options: Any) -> None:
+    """Every block runs at every step."""
+    from dipgo_deploy.schedule import builders
+
+    target = _target(**options)
+    gates = builders.full(target.steps, len(target.blocks))
+    _write(target.schedule(gates, "full", {}), output, as_json)
+
+
+@command.command(epilog=examples("dipgo-schedule uniform --model fashion-dit --steps 50 --interval 5 -o uniform.json"))
+@click.option("--interval", type=click.IntRange(min=1), required=True, help="Steps from one full step to the next.")
+@_target_options
+def uniform(interval: int, output: Path, as_json: bool, **options: Any) -> None:
+    """Everything runs at every INTERVAL-th step, nothing in between."""
+    from dipgo_deploy.schedule import builders
+
+    target = _target(**options)
+    gates = builders.uniform(target.steps, len(target.blocks), interval)
+    _write(target.schedule(gates, "uniform", {"interval": interval}), output, as_json)
+
+
+@command.command(
+    epilog=examples(
+        "dipgo-schedule deepcache --model fashion-sd --interval 3 --branch 0 -o deepcache.json",
+        "dipgo-schedule deepcache --model fashion-sd --granularity layer --interval 5 --branch 2 -o deepcache.json",
+    )
+)
+@click.option("--interval", type=click.IntRange(min=1), required=True, help="Steps from one full step to the next.")
+@click.option(
+    "--branch",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="The innermost branch that runs at every step: DeepCache's cache_branch_id with --granularity layer, "
+    "the pair of a down and an up block (0 = outermost) with --granularity block.",
+)
+@_target_options
+def deepcache(interval: int, branch: int, output: Path, as_json: bool, **options: Any) -> None:
+    """DeepCache: between full steps only the shallow branches of a UNet run."""
+    from dipgo_deploy.schedule import builders
+
+    target = _target(**options)
+    gates = builders.deepcache(target.steps, target.block_names, interval, branch)
+    _write(target.schedule(gates, "deepcache", {"interval": interval, "branch": branch}), output, as_json)
+
+
+@command.command(epilog=examples("dipgo-schedule random --model fashion-sd --ratio 0.5 --seed 1 -o random.json"))
+@click.option("--ratio", type=click.FloatRange(0, 1), required=True, help="Share of all gates that is removed.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@_target_options
+def random(ratio: float, seed: int, output: Path, as_json: bool, **options: Any) -> None:
+    """Gates removed at random; step 0 always runs in full."""
+    from dipgo_deploy.schedule import builders
+
+    target = _target(**options)
+    gates = builders.random(target.steps, len(target.blocks), ratio, seed)
+    _write(target.schedule(gates, "random", {"ratio": ratio, "seed": seed}), output, as_json)
+
+
+@command.group(
+    name="import",
+    epilog=examples(
+        "dipgo-schedule import dipgo-gates gates.pkl --model fashion-sd --sampler pndm --steps 50 -o gates.json",
+        "dipgo-schedule import csv keep.csv --model fashion-dit --steps 50 -o keep.json",
+    ),
+)
+def import_group() -> None:
+    """Read schedules of other tools. One row short of the sampler's evaluations: the last row is repeated."""
+
+
+@import_group.command(
+    name="dipgo-gates",
+    epilog=examples("dipgo-schedule import dipgo-gates gates.pkl --model fashion-sd --steps 50 -o gates.json"),
+)
+@click.argument("file", type=_PATH)
+@_target_options
+def import_dipgo_gates(file: Path, output: Path, as_json: bool, **options: Any) -> None:
+    """FILE is a pickle released by DiP-GO's authors. It is read as data: nothing in it is executed."""
+    from dipgo_deploy.schedule.importers.dipgo_gates import import_dipgo_gates as read
+
+    _write(read(file, _target(**options)), output, as_json)
+
+
+@import_group.command(
+    name="csv", epilog=examples("dipgo-schedule import csv keep.csv --model fashion-dit --steps 50 -o keep.json")
+)
+@click.argument("file", type=_PATH)
+@_target_options
+def import_csv(file: Path, output: Path, as_json: bool, **options: Any) -> None:
+    """FILE has a row of 0 and 1 for each evaluation, one cell a block; a first row may name the blocks."""
+    from dipgo_deploy.schedule.importers.csv import import_csv as read
+
+    _write(read(file, _target(**options)), output, as_json)
+
+
+@command.command(epilog=examples("dipgo-schedule validate schedule.json --model fashion-sd"))
+@click.argument("file", type=_PATH)
+@click.option("--model", help="Also check that the schedule was made for this model.")
+@click.option("--allow-other-config", is_flag=True, help="Accept a model of the same class with another configuration.")
+@json_option
+def validate(file: Path, model: str | None, allow_other_config: bool, as_json: bool) -> None:
+    """Check a schedule file: format, gates, number of rows for its sampler, and the model if one is given."""
+    from dipgo_deploy.schedule.document import Schedule
+
+    schedule = Schedule.load(file)
+    checked = ["format", "gates"]
+    with _naming(file):
+        # The number of rows is checked against the real scheduler, which the base installation does not have.
+        if find_spec("diffusers") is not None:
+            from dipgo_deploy.models.target import check_sampler
+
+            check_sampler(schedule)
+            checked.append("sampler")
+        if model is not None:
+            _check_model(schedule, model, allow_other_config)
+            checked.append("model")
+    console = human_console(as_json)
+    console.print(f"{file}: valid ({', '.join(checked)}): {_summary(schedule)}", markup=False, soft_wrap=True)
+    if "sampler" not in checked:
+        console.print("number of rows for the sampler not checked: pip install 'dipgo-deploy[export]'", markup=False)
+    emit({"file": str(file), "valid": True, "checked": checked, **_facts(schedule)}, as_json)
+
+
+@command.command(epilog=examples("dipgo-schedule show schedule.json", "dipgo-schedule show s.json --model fashion-sd"))
+@click.argument("file", type=_PATH)
+@click.option("--model", help="Also trace this model: MACs kept, variants, launches, cache memory.")
+@click.option("--allow-other-config", is_flag=True, help="Accept a model of the same class with another configuration.")
+@json_option
+def show(file: Path, model: str | None, allow_other_config: bool, as_json: bool) -> None:
+    """Show a schedule as a grid of blocks (rows) and steps (columns)."""
+    from dipgo_deploy.schedule.document import Schedule
+
+    schedule = Schedule.load(file)
+    facts = _facts(schedule)
+    if model is not None:
+        with _naming(file):
+            _check_model(schedule, model, allow_other_config)
+        facts.update(_planned(schedule, model))
+    console = human_console(as_json)
+    _print_grid(schedule, console)
+    _print_facts(facts, console)
+    emit({"file": str(file), **facts, "keep": list(schedule.keep)}, as_json)
+
+
+@command.command(epilog=examples("dipgo-schedule diff before.json after.json"))
+@click.argument("before", type=_PATH)
+@click.argument("after", type=_PATH)
+@json_option
+@click.pass_context
+def diff(ctx: click.Context, before: Path, after: Path, as_json: bool) -> None:
+    """Show what differs between two schedules. Exit status 1 when something does."""
+    from dipgo_deploy.schedule.document import Schedule
+    from dipgo_deploy.schedule.frozen import to_json
+
+    difference = Schedule.load(before).diff(Schedule.load(after))
+    console = human_console(as_json)
+    for name, (old, new) in difference.fields.items():
+        console.print(f"{name}: {to_json(old)} -> {to_json(new)}", markup=False, soft_wrap=True)
+    for change in difference.gates:
+        verb = "kept -> removed" if change.before else "removed -> kept"
+        console.print(f"step {change.step}, block {change.block}: {verb}", markup=False, soft_wrap=True)
+    if not difference:
+        console.print("no difference")
+    emit(
+        {
+            "differ": bool(difference),
+            "fields": {name: {"before": to_json(a), "after": to_json(b)} for name, (a, b) in difference.fields.items()},
+            "gates": [
+                {"step": change.step, "block": change.block, "before": change.before, "after": change.after}
+                for change in difference.gates
+            ],
+        },
+        as_json,
+    )
+    ctx.exit(1 if difference else 0)
+
+
+@contextmanager
+def _naming(file: Path) -> Iterator[None]:
+    """Put the file's name in front of a user's mistake that a check inside finds."""
+    from dipgo_deploy.errors import UserError
+
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from error
+
+
+def _check_model(schedule: Schedule, model: str, allow_other_config: bool) -> None:
+    from dipgo_deploy.errors import UserError
+    from dipgo_deploy.models.target import check_schedule
+
+    try:
+        check_schedule(schedule, model, allow_other_config=allow_other_config)
+    except UserError as error:
+        hint = " (--allow-other-config accepts it)" if str(error).startswith("model.config_hash") else ""
+        raise UserError(f"{error}{hint}") from error
+
+
+def _planned(schedule: Schedule, model: str) -> dict[str, Any]:
+    """What the compiler makes of the schedule on this model, traced at its native size with guidance."""
+    from dipgo_deploy.export.trace import trace_blocks
+    from dipgo_deploy.models.location import resolve_model
+    from dipgo_deploy.plan.compile import compile_plan
+
+    graph = trace_blocks(resolve_model(model), schedule.model.granularity, schedule.cache_kinds)
+    plan = compile_plan(graph, schedule.gates)
+    full_macs = plan.macs_full * schedule.steps
+    return {
+        "kept_macs": plan.macs_schedule / full_macs if full_macs else 1.0,
+        "launched_macs": plan.macs_run / full_macs if full_macs else 1.0,
+        "variants": len(plan.variants),
+        "launches": len(plan.launches),
+        "peak_cache_bytes": plan.arena_bytes,
+    }
+
+
+def _facts(schedule: Schedule) -> dict[str, Any]:
+    from dipgo_deploy.schedule.frozen import to_json
+
+    return {
+        "model": schedule.model.model_dump(),
+        "blocks": len(schedule.blocks),
+        "steps": schedule.steps,
+        "kept_gates": schedule.kept_share,
+        "sampler": schedule.sampler.class_name,
+        "num_inference_steps": schedule.sampler.num_inference_steps,
+        "provenance": to_json(schedule.provenance),
+    }
+
+
+def _summary(schedule: Schedule) -> str:
+    sampler = schedule.sampler
+    return (
+        f"{schedule.model.class_name}, {schedule.steps} evaluations x {len(schedule.blocks)} blocks, "
+        f"{sampler.class_name} with {sampler.num_inference_steps} steps, {schedule.kept_share:.1%} of the gates kept"
+    )
+
+
+def _print_grid(schedule: Schedule, console: Console) -> None:
+    """One line a block; a dot is a removed gate. Steps that do not fit the width follow below."""
+    from rich.text import Text
+
+    margin = max(len(name) for name in schedule.block_names) + 2
+    width = max(10, (console.width - margin) // 10 * 10)
+    for start in range(0, schedule.steps, width):
+        stop = min(start + width, schedule.steps)
+        ruler = "".join(f"{step:<10d}" for step in range(start, stop, 10))
+        console.print(Text(" " * margin + ruler[: stop - start + 3].rstrip(), style="dim"), soft_wrap=True)
+        for column, name in enumerate(schedule.block_names):
+            line = Text(f"{name:<{margin}}")
+            for row in schedule.gates[start:stop]:
+                line.append("█" if row[column] else "·", style="green" if row[column] else "dim")
+            console.print(line, soft_wrap=True)
+        console.print()
+
+
+def _print_facts(facts: Mapping[str, Any], console: Console) -> None:
+    provenance = facts["provenance"]
+    lines = {
+        "model": f"{facts['model']['class_name']}, {facts['blocks']} units ({facts['model']['granularity']})",
+        "sampler": f"{facts['sampler']}, {facts['num_inference_steps']} steps, {facts['steps']} evaluations",
+        "made by": str(provenance.get("method", "not said")),
+        "kept gates": f"{facts['kept_gates']:.1%}",
+    }
+    if "variants" in facts:
+        lines["kept MACs"] = f"{facts['kept_macs']:.1%} ({facts['launched_macs']:.1%} launched)"
+        lines["variants"] = str(facts["variants"])
+        lines["launches"] = f"{facts['launches']} for {facts['steps']} evaluations"
+        lines["peak cache"] = f"{facts['peak_cache_bytes'] / 1024:,.1f} KiB (fp32, one image, guidance)"
+    for name, value in lines.items():
+        console.print(f"{name:<12}{value}", markup=False, soft_wrap=True)
+
+
+main = entry_point(command)

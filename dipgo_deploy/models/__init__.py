@@ -1,0 +1,8 @@
+"""Model families: what dipgo_deploy knows about each denoiser class, declared without torch."""
+
+from __future__ import annotations
+
+from dipgo_deploy.models.family import BlockSpec, CacheKind, Granularity, InputSpec, ModelFamily
+from dipgo_deploy.models.registry import FAMILIES, family_for
+
+__all__ = ["FAMILIES", "BlockSpec", "CacheKind", "Granularity", "InputSpec", "ModelFamily", "family_for"]

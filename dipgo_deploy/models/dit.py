@@ -1,0 +1,83 @@
+"""The class-conditioned diffusion transformer (diffusers ``DiTTransformer2DModel``).
+
+One transformer block is one unit. Default cache: ``residual`` (a removed block adds its last computed change to its
+current input); on request ``output`` (a removed block's last computed output, whatever its input is now).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from dipgo_deploy.errors import UserError
+from dipgo_deploy.models.family import BlockSpec, Granularity, InputSpec, ModelFamily
+
+CLASS_NAME = "DiTTransformer2DModel"
+
+# A configuration file may leave out what has diffusers' default value.
+_DEFAULTS: Mapping[str, int] = {"in_channels": 4, "num_layers": 28, "patch_size": 2, "num_embeds_ada_norm": 1000}
+
+
+def _get(config: Mapping[str, Any], key: str) -> int:
+    return int(config.get(key, _DEFAULTS[key]))
+
+
+def _modules(index: int) -> tuple[str, ...]:
+    path = f"transformer_blocks.{index}"
+    # The model's head reads the embedding inside block 0 (`norm1.emb`), so that one does not go when block 0 goes.
+    first = (f"{path}.norm1.linear", f"{path}.norm1.norm", f"{path}.attn1", f"{path}.norm3", f"{path}.ff")
+    return (path,) if index else first
+
+
+def blocks(config: Mapping[str, Any], granularity: Granularity) -> tuple[BlockSpec, ...]:
+    """The transformer blocks in order. Raises UserError for a granularity other than ``block``."""
+    if granularity != "block":
+        raise UserError(f"{CLASS_NAME}: unknown granularity {granularity!r}: use 'block'")
+    return tuple(
+        BlockSpec(
+            name=f"transformer_blocks.{index}",
+            modules=_modules(index),
+            caches=("residual", "output"),
+            residual_input="hidden_states",
+        )
+        for index in range(_get(config, "num_layers"))
+    )
+
+
+def latent_channels(config: Mapping[str, Any]) -> int:
+    """Channels of the latent; what the model returns beyond them is a learned variance."""
+    return _get(config, "in_channels")
+
+
+def inputs(
+    config: Mapping[str, Any], batch: int, height: int, width: int, text_length: int | None = None
+) -> tuple[InputSpec, ...]:
+    """Forward inputs: ``hidden_states`` (batch, C, height, width), ``timestep`` (1,), ``class_labels`` (batch,).
+
+    ``batch`` counts both halves of guidance; ``text_length`` is not used. The null class is the last one.
+
+    Raises:
+        UserError: height and width are not equal multiples of the patch size (the model cuts its tokens into a square).
+    """
+    patch = _get(config, "patch_size")
+    if height != width or height % patch:
+        raise UserError(f"{CLASS_NAME}: latent of {height}x{width}: give a square whose side is a multiple of {patch}")
+    return (
+        InputSpec("hidden_states", (batch, latent_channels(config), height, width), "model", "latent"),
+        InputSpec("timestep", (1,), "float32", "timestep"),
+        InputSpec("class_labels", (batch,), "int64", "condition", _get(config, "num_embeds_ada_norm")),
+    )
+
+
+FAMILY = ModelFamily(
+    class_name=CLASS_NAME,
+    pipelines=("DiTPipeline",),
+    component="transformer",
+    blocks=blocks,
+    inputs=inputs,
+    latent_channels=latent_channels,
+    tolerance_reason=(
+        "relative to the largest value; fp32 leaves room for another order of summation over tens of layers, "
+        "fp16 (11 bits) and bf16 (8 bits) for rounding after every layer, fed back through the denoising loop"
+    ),
+)

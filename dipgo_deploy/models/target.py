@@ -1,0 +1,85 @@
+"""From a model and a sampler to what a schedule is made for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from dipgo_deploy.errors import UserError
+from dipgo_deploy.models.family import BlockSpec, CacheKind, Granularity
+from dipgo_deploy.models.location import config_folder, denoiser_config, scheduler_config
+from dipgo_deploy.schedule.builders import Target
+from dipgo_deploy.schedule.document import BlockEntry, ModelIdentity, SamplerEntry, Schedule
+from dipgo_deploy.schedule.identity import config_hash
+
+
+def schedule_target(
+    model: str,
+    sampler: str | None = None,
+    num_inference_steps: int = 50,
+    granularity: Granularity = "block",
+    cache: CacheKind | None = None,
+) -> Target:
+    """What a schedule for this model and sampler needs to say, T included.
+
+    model: built-in name, folder or hub id. sampler: a name of ``dipgo_deploy.sampler`` or a diffusers scheduler class;
+    None takes the model folder's own. cache: kind for every block, None the family's default. T is the sampler's
+    number of evaluations of the denoiser. Needs the extra ``export`` (diffusers' schedulers).
+
+    Raises UserError for an unknown model, sampler or granularity, and a cache kind that a block does not support.
+    """
+    from dipgo_deploy.sampler import evaluations, make_scheduler
+
+    folder = config_folder(model)
+    family, config = denoiser_config(folder)
+    base = scheduler_config(folder)
+    if sampler is None and base is None:
+        raise UserError(f"{model}: has no scheduler/scheduler_config.json: name a sampler")
+    if granularity not in family.granularities:
+        raise UserError(
+            f"granularity: {family.class_name} has {' and '.join(family.granularities)}, not {granularity!r}"
+        )
+    scheduler = make_scheduler(sampler or str((base or {}).get("_class_name")), base or {})
+    return Target(
+        model=ModelIdentity(class_name=family.class_name, config_hash=config_hash(config), granularity=granularity),
+        blocks=tuple(_entry(spec, cache) for spec in family.blocks(config, granularity)),
+        sampler=SamplerEntry(
+            class_name=type(scheduler).__name__,
+            config=_plain(scheduler.config),
+            num_inference_steps=num_inference_steps,
+        ),
+        steps=evaluations(scheduler, num_inference_steps),
+    )
+
+
+def check_schedule(schedule: Schedule, model: str, *, allow_other_config: bool = False) -> None:
+    """Refuse (UserError) a schedule that was not made for this model: class, blocks, cache kinds, configuration."""
+    family, config = denoiser_config(config_folder(model))
+    granularity = schedule.model.granularity
+    caches: dict[str, tuple[str, ...]] = {}
+    if schedule.model.class_name == family.class_name:
+        caches = {spec.name: spec.caches for spec in family.blocks(config, granularity)}
+    schedule.check_model(family.class_name, config_hash(config), caches, allow_other_config=allow_other_config)
+
+
+def check_sampler(schedule: Schedule) -> None:
+    """Refuse (UserError) a schedule whose T is not its sampler's number of evaluations. Needs the extra ``export``."""
+    from dipgo_deploy.sampler import evaluations, make_scheduler
+
+    scheduler = make_scheduler(schedule.sampler.class_name, schedule.sampler.config)
+    schedule.check_evaluations(evaluations(scheduler, schedule.sampler.num_inference_steps))
+
+
+def _entry(spec: BlockSpec, cache: CacheKind | None) -> BlockEntry:
+    if cache is not None and cache not in spec.caches:
+        raise UserError(f"cache: {spec.name} cannot have a cache of kind {cache!r}, only {' or '.join(spec.caches)}")
+    return BlockEntry(name=spec.name, cache=cache or spec.caches[0])
+
+
+def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A scheduler's configuration as plain data: arrays as lists, without diffusers' own ``_`` keys."""
+    return {
+        key: value.tolist() if hasattr(value, "tolist") else value
+        for key, value in config.items()
+        if not key.startswith("_")
+    }

@@ -1,0 +1,178 @@
+"""The text-conditioned UNet of Stable Diffusion (diffusers ``UNet2DConditionModel``).
+
+Granularity ``block``: every down block, the mid block and every up block; a down block's skip tensors belong to it
+(9 units for SD-1.5, the SuperNet of DiP-GO, arXiv 2410.16942). Granularity ``layer``: every resnet with the attention
+behind it, every downsampler, the mid block; an upsampler belongs to the last pair of its up block (24 units for
+SD-1.5, 18 for SDXL).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dipgo_deploy.errors import UserError
+from dipgo_deploy.models.family import BlockSpec, Granularity, InputSpec, ModelFamily
+
+CLASS_NAME = "UNet2DConditionModel"
+
+# A configuration file may leave out what has diffusers' default value.
+_DEFAULTS: Mapping[str, Any] = {
+    "in_channels": 4,
+    "out_channels": 4,
+    "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+    "mid_block_type": "UNetMidBlock2DCrossAttn",
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+    "layers_per_block": 2,
+    "cross_attention_dim": 1280,
+}
+
+# Block types whose inside is known to `layer`, and whether they have attentions.
+_ATTENTIONS: Mapping[str, bool] = {
+    "CrossAttnDownBlock2D": True,
+    "DownBlock2D": False,
+    "CrossAttnUpBlock2D": True,
+    "UpBlock2D": False,
+}
+
+# Settings that make forward need another input. Running without it would give wrong pictures, so: refused.
+_EXTRA_INPUTS = (
+    "addition_embed_type",
+    "class_embed_type",
+    "num_class_embeds",
+    "encoder_hid_dim_type",
+    "time_cond_proj_dim",
+)
+
+
+def _get(config: Mapping[str, Any], key: str) -> Any:
+    return config.get(key, _DEFAULTS[key])
+
+
+def _layers(config: Mapping[str, Any], levels: int) -> tuple[int, ...]:
+    """Resnets of each down block."""
+    layers = _get(config, "layers_per_block")
+    counts = (layers,) * levels if isinstance(layers, int) else tuple(layers)
+    if len(counts) != levels:
+        raise UserError(
+            f"{CLASS_NAME}: layers_per_block has {len(counts)} entries for {levels} down blocks: correct it"
+        )
+    return counts
+
+
+def _unit(path: str) -> BlockSpec:
+    return BlockSpec(name=path, modules=(path,))
+
+
+def _chain(modules: Sequence[str]) -> BlockSpec:
+    return BlockSpec(name=modules[-1], modules=tuple(modules))
+
+
+def _pair(parent: str, index: int, block_type: str) -> list[str]:
+    """Paths of resnet ``index`` of ``parent`` and of the attention behind it, if it has one."""
+    if block_type not in _ATTENTIONS:
+        raise UserError(
+            f"{CLASS_NAME}: {parent} is a {block_type}, which granularity 'layer' does not know "
+            f"({', '.join(_ATTENTIONS)}): use granularity 'block'"
+        )
+    return [f"{parent}.resnets.{index}"] + ([f"{parent}.attentions.{index}"] if _ATTENTIONS[block_type] else [])
+
+
+def _layer_units(config: Mapping[str, Any]) -> list[BlockSpec]:
+    down_types, up_types = _get(config, "down_block_types"), _get(config, "up_block_types")
+    levels = len(down_types)
+    layers = _layers(config, levels)
+    units = []
+    for level, block_type in enumerate(down_types):
+        parent = f"down_blocks.{level}"
+        units += [_chain(_pair(parent, index, block_type)) for index in range(layers[level])]
+        if level < levels - 1:
+            units.append(_unit(f"{parent}.downsamplers.0"))
+    if _get(config, "mid_block_type") is not None:
+        units.append(_unit("mid_block"))
+    for level, block_type in enumerate(up_types):
+        parent = f"up_blocks.{level}"
+        # An up block has one pair more than its down block: the input of the down block is a skip tensor too.
+        pairs = [_pair(parent, index, block_type) for index in range(layers[levels - 1 - level] + 1)]
+        if level < levels - 1:
+            pairs[-1].append(f"{parent}.upsamplers.0")
+        units += [_chain(pair) for pair in pairs]
+    return units
+
+
+def blocks(config: Mapping[str, Any], granularity: Granularity) -> tuple[BlockSpec, ...]:
+    """The blocks of a UNet in order of execution, from its configuration (lists or tuples alike).
+
+    Raises:
+        UserError: unknown granularity, as many up as down blocks are not there, or (``layer``) a block type whose
+            inside is not known.
+    """
+    downs, ups = len(_get(config, "down_block_types")), len(_get(config, "up_block_types"))
+    if downs != ups:
+        raise UserError(f"{CLASS_NAME}: {downs} down_block_types but {ups} up_block_types: correct the configuration")
+    if granularity == "layer":
+        return tuple(_layer_units(config))
+    if granularity == "block":
+        mid = ["mid_block"] if _get(config, "mid_block_type") is not None else []
+        names = [f"down_blocks.{i}" for i in range(downs)] + mid + [f"up_blocks.{i}" for i in range(ups)]
+        return tuple(_unit(name) for name in names)
+    raise UserError(f"{CLASS_NAME}: unknown granularity {granularity!r}: use 'block' or 'layer'")
+
+
+def _text_width(config: Mapping[str, Any]) -> int:
+    width = _get(config, "cross_attention_dim")
+    widths = {width} if isinstance(width, int) else set(width)
+    if len(widths) != 1:
+        raise UserError(
+            f"{CLASS_NAME}: cross_attention_dim differs between blocks ({width}): only one width is supported"
+        )
+    return int(widths.pop())
+
+
+def latent_channels(config: Mapping[str, Any]) -> int:
+    """Channels of the latent. Raises UserError when the model takes more than the latent (inpainting)."""
+    into, out = int(_get(config, "in_channels")), int(_get(config, "out_channels"))
+    if into not in (out, out // 2):
+        raise UserError(
+            f"{CLASS_NAME}: in_channels {into}, out_channels {out}: only models whose input is the latent work"
+        )
+    return into
+
+
+def inputs(
+    config: Mapping[str, Any], batch: int, height: int, width: int, text_length: int | None = None
+) -> tuple[InputSpec, ...]:
+    """Forward inputs: ``sample`` (batch, C, height, width), ``timestep`` (1,), ``encoder_hidden_states`` (batch, L, D).
+
+    ``batch`` counts both halves of guidance; ``text_length`` L is the number of text tokens.
+
+    Raises:
+        UserError: the model needs an input that is not supported, or ``text_length`` is missing.
+    """
+    for key in _EXTRA_INPUTS:
+        if config.get(key) is not None:
+            raise UserError(
+                f"{CLASS_NAME}: {key} = {config[key]!r} needs an input that is not supported: use another model"
+            )
+    if text_length is None:
+        raise UserError(f"{CLASS_NAME}: the number of text tokens is not known: give text_length")
+    return (
+        InputSpec("sample", (batch, latent_channels(config), height, width), "model", "latent"),
+        InputSpec("timestep", (1,), "float32", "timestep"),
+        InputSpec("encoder_hidden_states", (batch, text_length, _text_width(config)), "model", "condition", "encoded"),
+    )
+
+
+FAMILY = ModelFamily(
+    class_name=CLASS_NAME,
+    pipelines=("StableDiffusionPipeline",),
+    component="unet",
+    blocks=blocks,
+    inputs=inputs,
+    latent_channels=latent_channels,
+    granularities=("block", "layer"),
+    tolerance_reason=(
+        "relative to the largest value; fp32 leaves room for another order of summation over tens of layers, "
+        "fp16 (11 bits) and bf16 (8 bits) for rounding after every layer, fed back through the denoising loop"
+    ),
+)

@@ -1,0 +1,132 @@
+"""Schedules made by rule: full, uniform, DeepCache, random. Each gives T x N gates; step 0 always runs in full."""
+
+from __future__ import annotations
+
+import random as _random
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dipgo_deploy import __version__
+from dipgo_deploy.errors import UserError
+from dipgo_deploy.schedule.document import BlockEntry, Gates, ModelIdentity, SamplerEntry, Schedule, gate_rows
+
+_UNIT = re.compile(r"(?P<side>down|up)_blocks\.(?P<index>\d+)(?P<layer>\..+)?")
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a schedule is made for: the model, its blocks in order of execution, the sampler, T = its evaluations."""
+
+    model: ModelIdentity
+    blocks: tuple[BlockEntry, ...]
+    sampler: SamplerEntry
+    steps: int
+
+    @property
+    def block_names(self) -> tuple[str, ...]:
+        """The blocks' names in order of execution."""
+        return tuple(block.name for block in self.blocks)
+
+    def schedule(self, gates: Sequence[Sequence[bool]], method: str, parameters: Mapping[str, Any]) -> Schedule:
+        """The document for these gates (T x N), with how they were made as its provenance."""
+        return Schedule(
+            model=self.model,
+            blocks=self.blocks,
+            steps=self.steps,
+            keep=gate_rows(gates),
+            sampler=self.sampler,
+            provenance={"method": method, "parameters": dict(parameters), "tool_version": __version__},
+        )
+
+
+def full(steps: int, blocks: int) -> Gates:
+    """Everything runs at every step."""
+    return ((True,) * blocks,) * steps
+
+
+def uniform(steps: int, blocks: int, interval: int) -> Gates:
+    """Every block runs at steps 0, interval, 2*interval, ...; nothing runs in between."""
+    _check_interval(interval)
+    return tuple((step % interval == 0,) * blocks for step in range(steps))
+
+
+def deepcache(steps: int, names: Sequence[str], interval: int, branch: int) -> Gates:
+    """DeepCache (Ma et al., CVPR 2024) on a UNet: between full steps only the shallow branches run.
+
+    Every block runs at steps 0, interval, 2*interval, ... . In between, the branches up to ``branch`` run, counted
+    from the outermost (0) inwards:
+
+    - layers: as in the DeepCache package. Branch b is the skip connection of layer l of the p-th pair of down block p
+      and up block n-1-p, where b counts the layers of the up blocks, outermost pair first (SD-1.5 has 3 a pair, so
+      p = b // 3, l = b % 3). What runs: the pairs outside p whole; of down block p the layers before l; of up block
+      n-1-p its last l + 1 layers, the upsampler belonging to the last one.
+    - whole blocks: branch p is the p-th pair. What runs: the pairs outside p whole, and up block n-1-p: the smallest
+      set of whole blocks that contains DeepCache's branch for (p, l = 0).
+
+    names: the blocks in order of execution. Raises UserError for a model without down and up blocks.
+    """
+    _check_interval(interval)
+    shallow = _shallow_blocks(names, branch)
+    return tuple(tuple(step % interval == 0 or name in shallow for name in names) for step in range(steps))
+
+
+def random(steps: int, blocks: int, ratio: float, seed: int, costs: Sequence[float] | None = None) -> Gates:
+    """Gates removed at random, never at step 0.
+
+    ratio: share of the cost of all T x N gates that is removed, 0 to 1 (0.8 removes 80 %), met from below: gates go in
+    a random order, each that would exceed the ratio is kept. costs: cost of each block (N numbers, e.g. its MACs);
+    None counts gates. The same arguments give the same gates on every machine and Python version. Raises UserError
+    when the ratio cannot be reached because step 0 stays.
+    """
+    if not 0 <= ratio <= 1:
+        raise UserError(f"ratio: {ratio:g} is not between 0 and 1")
+    weights = [1.0] * blocks if costs is None else [float(cost) for cost in costs]
+    budget = ratio * steps * sum(weights)
+    removable = (steps - 1) * sum(weights)
+    slack = 1e-9 * max(budget, 1.0)
+    if budget > removable + slack:
+        raise UserError(
+            f"ratio: {ratio:g} cannot be reached: step 0 runs in full, so at most "
+            f"{removable / (steps * sum(weights)):.4g} can be removed in {steps} steps"
+        )
+    # Only Random.random() is promised to give the same numbers in every Python version, so the order comes from it.
+    source = _random.Random(seed)
+    cells = sorted((source.random(), step, block) for step in range(1, steps) for block in range(blocks))
+    gates = [[True] * blocks for _ in range(steps)]
+    removed = 0.0
+    for _, step, block in cells:
+        if removed + weights[block] <= budget + slack:
+            removed += weights[block]
+            gates[step][block] = False
+    return tuple(tuple(row) for row in gates)
+
+
+def _check_interval(interval: int) -> None:
+    if interval < 1:
+        raise UserError(f"interval: {interval} is less than 1")
+
+
+def _shallow_blocks(names: Sequence[str], branch: int) -> frozenset[str]:
+    """The blocks that run at every step, for DeepCache's ``branch``."""
+    down: dict[int, list[str]] = {}
+    up: dict[int, list[str]] = {}
+    whole = True
+    for name in names:
+        match = _UNIT.fullmatch(name)
+        if match is None:
+            continue
+        whole = whole and match["layer"] is None
+        (down if match["side"] == "down" else up).setdefault(int(match["index"]), []).append(name)
+    if not down or len(down) != len(up):
+        raise UserError("deepcache: this model has no pairs of down and up blocks: it is for UNets only")
+    # Pairs from the outermost inwards; in each, the up block's layers from the last one to the first.
+    pairs = [(down[index], up[len(up) - 1 - index][::-1]) for index in sorted(down)]
+    branches = [(pair, layer) for pair, (_, ups) in enumerate(pairs) for layer in range(len(ups))]
+    if not 0 <= branch < len(branches):
+        raise UserError(f"branch: {branch} is not one of this model's branches 0 to {len(branches) - 1}")
+    last, layer = branches[branch]
+    shallow = {name for downs, ups in pairs[:last] for name in (*downs, *ups)}
+    shallow.update(pairs[last][0][: 0 if whole else layer], pairs[last][1][: layer + 1])
+    return frozenset(shallow)

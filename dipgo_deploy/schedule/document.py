@@ -1,0 +1,297 @@
+"""The schedule: which blocks of a denoiser run at which evaluation. An immutable, versioned document."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictInt,
+    StrictStr,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WithJsonSchema,
+    model_validator,
+)
+
+from dipgo_deploy.errors import UserError
+from dipgo_deploy.schedule import validation
+from dipgo_deploy.schedule.files import read_bytes, write_text
+from dipgo_deploy.schedule.frozen import freeze, freeze_config, to_json
+
+FORMAT_VERSION = 1
+
+Granularity = Literal["block", "layer"]
+CacheKind = Literal["output", "residual"]
+Gates = tuple[tuple[bool, ...], ...]
+Name = Annotated[StrictStr, Field(min_length=1)]
+Positive = Annotated[StrictInt, Field(ge=1)]
+# Frozen before (plain Python in, JSON-like data checked) and after (pydantic makes a plain dictionary of it).
+FrozenJson = Annotated[dict[str, Any], BeforeValidator(freeze), AfterValidator(freeze)]
+FrozenConfig = Annotated[dict[str, Any], BeforeValidator(freeze_config), AfterValidator(freeze)]
+Row = Annotated[StrictStr, WithJsonSchema({"type": "string", "pattern": "^[01]+$"})]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelIdentity(_Part):
+    """The model a schedule was made for: diffusers class, hash of its configuration, size of the units."""
+
+    class_name: Name
+    config_hash: Annotated[StrictStr, Field(pattern="^[0-9a-f]{64}$")]
+    granularity: Granularity
+
+
+class BlockEntry(_Part):
+    """One block: its module's dotted path and what is cached of it."""
+
+    name: Name
+    cache: CacheKind
+
+
+class SamplerEntry(_Part):
+    """The diffusers scheduler, its configuration and the number of steps the schedule was made for."""
+
+    class_name: Name
+    config: FrozenConfig
+    num_inference_steps: Positive
+
+
+@dataclass(frozen=True)
+class GateChange:
+    """A gate that differs: evaluation index, block name, value before and after."""
+
+    step: int
+    block: str
+    before: bool
+    after: bool
+
+
+@dataclass(frozen=True)
+class ScheduleDiff:
+    """What differs between two schedules.
+
+    fields: dotted name -> (before, after) of everything but the gates. gates: the gates that differ, by step and then
+    block, over the steps and blocks that both schedules have. Falsy when nothing differs.
+    """
+
+    fields: Mapping[str, tuple[Any, Any]]
+    gates: tuple[GateChange, ...]
+
+    def __bool__(self) -> bool:
+        return bool(self.fields or self.gates)
+
+
+class Schedule(_Part):
+    """Which blocks run at which evaluation of the denoiser, for one model and one sampler.
+
+    blocks: N blocks in order of execution. steps: T, the number of EVALUATIONS of the denoiser (PNDM evaluates more
+    often than it steps). keep: T strings of N characters, ``1`` = the block is computed, ``0`` = its cache is read.
+    provenance: how it was made (``method``, ``parameters``, ``tool_version``).
+
+    Whatever is wrong with a document raises UserError with one line that names field, step and block.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", title="dipgo_deploy schedule")
+
+    format_version: Literal[1] = 1
+    model: ModelIdentity
+    blocks: tuple[BlockEntry, ...]
+    steps: Positive
+    keep: tuple[Row, ...]
+    sampler: SamplerEntry
+    provenance: FrozenJson = Field(default_factory=dict, validate_default=True)
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _checked(cls, data: Any, handler: ValidatorFunctionWrapHandler) -> Schedule:
+        # Raised here, a UserError passes through pydantic unchanged: every way to make a Schedule says one line.
+        if isinstance(data, Mapping) and data.get("format_version", FORMAT_VERSION) != FORMAT_VERSION:
+            raise UserError(
+                f"format_version: {repr(data['format_version'])[:60]} is not known, only {FORMAT_VERSION}: "
+                f"use the version of dipgo-deploy that wrote it"
+            )
+        try:
+            schedule: Schedule = handler(data)
+        except ValidationError as error:
+            raise UserError(validation.one_line(error)) from error
+        names = schedule.block_names
+        validation.check_names(names)
+        validation.check_rows(schedule.keep, names, schedule.steps)
+        validation.check_caches_written(schedule.gates, names)
+        return schedule
+
+    @property
+    def block_names(self) -> tuple[str, ...]:
+        """The blocks' names in order of execution."""
+        return tuple(block.name for block in self.blocks)
+
+    @property
+    def cache_kinds(self) -> dict[str, CacheKind]:
+        """Block name -> cache kind."""
+        return {block.name: block.cache for block in self.blocks}
+
+    @cached_property
+    def gates(self) -> Gates:
+        """T x N booleans: True = computed."""
+        return tuple(tuple(cell == "1" for cell in row) for row in self.keep)
+
+    @property
+    def kept_share(self) -> float:
+        """Share of the T x N gates that are computed, 0 to 1."""
+        return sum(row.count("1") for row in self.keep) / (self.steps * len(self.blocks))
+
+    def with_gates(self, gates: Sequence[Sequence[bool]], provenance: Mapping[str, Any] | None = None) -> Schedule:
+        """The same document with other gates (T x N), and with other provenance when it is given."""
+        changes: dict[str, Any] = {"keep": gate_rows(gates)}
+        if provenance is not None:
+            changes["provenance"] = provenance
+        return Schedule.model_validate({**{name: getattr(self, name) for name in Schedule.model_fields}, **changes})
+
+    def check_model(
+        self,
+        class_name: str,
+        config_hash: str,
+        caches: Mapping[str, Sequence[str]],
+        *,
+        allow_other_config: bool = False,
+    ) -> None:
+        """Refuse (UserError) a model that this schedule was not made for.
+
+        caches: block name -> cache kinds it supports, in order of execution, at this schedule's granularity.
+        allow_other_config: accept another configuration of the same class, as long as the blocks are the same.
+        """
+        if class_name != self.model.class_name:
+            raise UserError(f"model.class_name: made for {self.model.class_name}, this model is {class_name}")
+        validation.check_block_names(self.block_names, tuple(caches))
+        validation.check_cache_kinds(self.cache_kinds, caches)
+        validation.check_config_hash(self.model.config_hash, config_hash, allow_other=allow_other_config)
+
+    def check_evaluations(self, evaluations: int) -> None:
+        """Refuse (UserError) a number of rows that is not the sampler's number of evaluations."""
+        sampler = self.sampler
+        validation.check_steps(self.steps, evaluations, sampler.class_name, sampler.num_inference_steps)
+
+    def diff(self, other: Schedule) -> ScheduleDiff:
+        """What differs from this schedule to ``other``."""
+        before, after = _leaves(self), _leaves(other)
+        fields = {
+            name: (before.get(name), after.get(name))
+            for name in dict.fromkeys((*before, *after))
+            if before.get(name) != after.get(name)
+        }
+        columns = {name: column for column, name in enumerate(other.block_names)}
+        gates = tuple(
+            GateChange(step, name, row[column], other.gates[step][columns[name]])
+            for step, row in enumerate(self.gates[: other.steps])
+            for column, name in enumerate(self.block_names)
+            if name in columns and row[column] != other.gates[step][columns[name]]
+        )
+        return ScheduleDiff(fields, gates)
+
+    def to_json(self) -> str:
+        """The document as JSON text: one line a block and one line a step."""
+        document = to_json(self.model_dump())
+        parts = []
+        for name, value in document.items():
+            if isinstance(value, list):
+                items = ",\n".join(f"    {json.dumps(item)}" for item in value)
+                text = f"[\n{items}\n  ]"
+            else:
+                text = json.dumps(value, indent=2, allow_nan=False).replace("\n", "\n  ")
+            parts.append(f"  {json.dumps(name)}: {text}")
+        return "{\n" + ",\n".join(parts) + "\n}\n"
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Schedule:
+        """Read JSON text; raises UserError for text that is cut off, no JSON, or no valid schedule."""
+        try:
+            decoded = text.decode("utf-8") if isinstance(text, bytes) else text
+        except UnicodeDecodeError as error:
+            raise UserError(f"byte {error.start} is not UTF-8 text: not a schedule") from error
+        try:
+            document = json.loads(decoded, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
+        except json.JSONDecodeError as error:
+            content = decoded.rstrip()
+            what = "the file is cut off" if error.pos >= len(content) or content[-1] != "}" else "not JSON"
+            raise UserError(f"line {error.lineno}, column {error.colno}: {what} ({error.msg})") from error
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"not a schedule: {error}") from error
+        if not isinstance(document, dict):
+            raise UserError(f"a schedule is a JSON object, not a {type(document).__name__}")
+        if "format_version" not in document:
+            raise UserError("format_version: is missing: not a schedule")
+        return cls.model_validate(document)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Schedule:
+        """Read a schedule file (at most 16 MiB); a UserError names the file, the field and what is wrong."""
+        data = read_bytes(path)
+        try:
+            return cls.from_json(data)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
+
+    def save(self, path: str | Path) -> None:
+        """Write the document; the file appears under its name only when it is complete."""
+        write_text(path, self.to_json())
+
+
+def gate_rows(gates: Iterable[Sequence[bool]]) -> tuple[str, ...]:
+    """The gates (T x N booleans, or 0 and 1) as strings of 0 and 1; a cell that is neither raises UserError."""
+    rows = []
+    for step, row in enumerate(gates):
+        for column, cell in enumerate(row):
+            if cell not in (0, 1):
+                raise UserError(f"keep: step {step}, column {column}: {repr(cell)[:60]} is not 0 or 1")
+        rows.append("".join("1" if cell else "0" for cell in row))
+    return tuple(rows)
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON Schema of the document (shipped as ``schedule.schema.json``)."""
+    schema = Schedule.model_json_schema()
+    # The default is for code; a file has to say which version it is.
+    schema["required"] = ["format_version", *schema["required"]]
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+
+
+def _leaves(schedule: Schedule) -> dict[str, Any]:
+    """Every field but the gates by dotted name, one level into the nested parts."""
+    leaves: dict[str, Any] = {}
+    for name, value in schedule.model_dump(exclude={"keep"}).items():
+        if isinstance(value, dict):
+            for key, item in value.items():
+                if name == "sampler" and key == "config":
+                    leaves.update({f"sampler.config.{option}": setting for option, setting in item.items()})
+                else:
+                    leaves[f"{name}.{key}"] = item
+        elif name == "blocks":
+            leaves["blocks"] = [f"{block['name']} ({block['cache']})" for block in value]
+        else:
+            leaves[name] = value
+    return leaves
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    document = dict(pairs)
+    if len(document) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice!r} stands twice in one object")
+    return document
+
+
+def _refuse_constant(token: str) -> Any:
+    raise ValueError(f"{token} is no JSON number")

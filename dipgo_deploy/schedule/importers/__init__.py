@@ -1,0 +1,1 @@
+"""Foreign schedule formats, one file each; every importer reads gates and hands them to ``rows``."""

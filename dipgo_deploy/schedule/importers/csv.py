@@ -1,0 +1,42 @@
+"""Keep matrices as CSV: T rows of N cells, each 0 or 1, optionally under a row with the blocks' names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dipgo_deploy.errors import UserError
+from dipgo_deploy.schedule import validation
+from dipgo_deploy.schedule.builders import Target
+from dipgo_deploy.schedule.document import Gates, Schedule
+from dipgo_deploy.schedule.importers.rows import import_file
+
+
+def import_csv(path: str | Path, target: Target) -> Schedule:
+    """The schedule of a CSV file (UTF-8, commas, at most 16 MiB) for ``target``; UserError names step and block."""
+    return import_file(path, target, "import csv", read_gates)
+
+
+def read_gates(data: bytes, names: tuple[str, ...]) -> Gates:
+    """T x N gates from CSV text. A first row that is no row of 0 and 1 has to be the block names in order."""
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"byte {error.start} is not UTF-8 text: not a CSV file") from error
+    rows = [tuple(cell.strip() for cell in line.split(",")) for line in text.splitlines() if line.strip()]
+    if rows and any(cell in names for cell in rows[0]):
+        validation.check_block_names(rows[0], names)
+        rows = rows[1:]
+    if not rows:
+        raise UserError("no rows: give one row of 0 and 1 for each evaluation")
+    return tuple(_gates(step, row, names) for step, row in enumerate(rows))
+
+
+def _gates(step: int, row: tuple[str, ...], names: tuple[str, ...]) -> tuple[bool, ...]:
+    for cell, name in zip(row, names, strict=False):
+        if cell not in ("0", "1"):
+            raise UserError(f"step {step}, block {name}: {cell[:60]!r} is not 0 or 1")
+    if len(row) < len(names):
+        raise UserError(f"step {step} has {len(row)} cells, block {names[len(row)]} is the first without one")
+    if len(row) > len(names):
+        raise UserError(f"step {step} has {len(row)} cells, but the model has {len(names)} blocks")
+    return tuple(cell == "1" for cell in row)

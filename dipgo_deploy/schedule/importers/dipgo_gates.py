@@ -1,0 +1,133 @@
+"""The gates that the DiP-GO authors released: a pickle of one dictionary a step.
+
+Each dictionary maps (``down`` | ``mid`` | ``up``, kind, i, j) to a tensor [gate of the cached value, gate of the
+current value] with one 1 and one 0. i counts from the outside of the UNet inwards on both sides, as DeepCache does:
+("up", "block", 0, 0) is the LAST up block to run (U0 in the paper). The released files hold tensors saved from CUDA, so
+plain ``pickle.load`` would need torch and a GPU, and would run whatever a file asks for. Here nothing is run: the
+pickle is decoded as data and the storages' bytes are read directly.
+"""
+
+from __future__ import annotations
+
+import struct
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+from dipgo_deploy.errors import UserError
+from dipgo_deploy.schedule import validation
+from dipgo_deploy.schedule.builders import Target
+from dipgo_deploy.schedule.document import Gates, Schedule
+from dipgo_deploy.schedule.importers.inert_pickle import Call, Global, Persistent, read_pickle
+from dipgo_deploy.schedule.importers.rows import import_file
+
+_TENSOR = "torch._utils._rebuild_tensor_v2"
+_STORAGE_BYTES = "torch.storage._load_from_bytes"
+_HOOKS = "collections.OrderedDict"
+_OUTER = frozenset({_TENSOR, _STORAGE_BYTES, _HOOKS})
+
+# Storage class -> struct format of one element.
+_FORMATS = {
+    "torch.FloatStorage": "f",
+    "torch.DoubleStorage": "d",
+    "torch.HalfStorage": "e",
+    "torch.LongStorage": "q",
+    "torch.IntStorage": "i",
+    "torch.ShortStorage": "h",
+    "torch.CharStorage": "b",
+    "torch.ByteStorage": "B",
+    "torch.BoolStorage": "?",
+}
+_STORAGE_CLASSES = frozenset(_FORMATS)
+_MAGIC = 0x1950A86A20F9469CFC6C
+_PROTOCOL = 1001
+
+
+def import_dipgo_gates(path: str | Path, target: Target) -> Schedule:
+    """The schedule of a released gates file (at most 16 MiB) for ``target``; nothing in the file is executed.
+
+    Raises UserError, with the file's name, for a pickle that refers to anything but tensors, for gates that are not
+    0 or 1, and for blocks that are not the model's.
+    """
+    return import_file(path, target, "import dipgo-gates", read_gates)
+
+
+def read_gates(data: bytes, names: tuple[str, ...]) -> Gates:
+    """T x N gates from the bytes of a released pickle; ``names``: the model's N whole blocks, in order."""
+    stream = BytesIO(data)
+    document = read_pickle(stream, _OUTER)
+    if stream.read(1):
+        raise UserError("there are more bytes behind the pickle's end: refused")
+    if not isinstance(document, list) or not document or not all(isinstance(step, dict) for step in document):
+        raise UserError("not a list with one dictionary of gates a step")
+    ups = sum(name.startswith("up_blocks.") for name in names)
+    return tuple(_step_gates(step, units, names, ups) for step, units in enumerate(document))
+
+
+def _step_gates(step: int, units: dict[Any, Any], names: tuple[str, ...], ups: int) -> tuple[bool, ...]:
+    gates: dict[str, bool] = {}
+    for key, tensor in units.items():
+        name = _block_name(step, key, ups)
+        try:
+            values = _tensor_values(tensor)
+        except UserError as error:
+            raise UserError(f"step {step}, block {name}: {error}") from error
+        if values not in ((0, 1), (1, 0)):
+            shown = ", ".join(f"{value:g}" for value in values)
+            raise UserError(f"step {step}, block {name}: [{shown}] is neither [0, 1] (kept) nor [1, 0] (removed)")
+        gates[name] = values == (0, 1)
+    try:
+        # In the model's order, which is no matter in a dictionary; unknown ones behind.
+        given = [name for name in names if name in gates] + [name for name in gates if name not in names]
+        validation.check_block_names(given, names)
+    except UserError as error:
+        raise UserError(f"step {step}: {error}") from error
+    return tuple(gates[name] for name in names)
+
+
+def _block_name(step: int, key: Any, ups: int) -> str:
+    match key:
+        case ("down", "block", int(i), 0):
+            return f"down_blocks.{i}"
+        case ("mid", "mid_block", 0, 0):
+            return "mid_block"
+        case ("up", "block", int(i), 0):
+            return f"up_blocks.{ups - 1 - i}"
+    raise UserError(f"step {step}: {repr(key)[:80]} is no whole block: only schedules of whole blocks can be imported")
+
+
+def _tensor_values(value: Any) -> tuple[float, ...]:
+    """The elements of a one-dimensional tensor, read from its storage's bytes."""
+    if not isinstance(value, Call) or value.name != _TENSOR:
+        raise UserError("the gate is not a tensor")
+    match value.arguments:
+        case (Call(name=name, arguments=(bytes(payload),)), int(offset), (2,), (int(stride),), bool(), _) if (
+            name == _STORAGE_BYTES
+        ):
+            elements = _storage_elements(payload)
+        case _:
+            raise UserError("the gate is not a tensor of two elements")
+    if not all(0 <= index < len(elements) for index in (offset, offset + stride)):
+        raise UserError(f"the gate's tensor reaches beyond its storage of {len(elements)} elements")
+    return elements[offset], elements[offset + stride]
+
+
+def _storage_elements(payload: bytes) -> tuple[float, ...]:
+    """The elements of one storage in torch's legacy file format: five pickles, an element count, raw bytes."""
+    stream = BytesIO(payload)
+    none: frozenset[str] = frozenset()
+    magic, protocol, system = (read_pickle(stream, none) for _ in range(3))
+    if magic != _MAGIC or protocol != _PROTOCOL or not isinstance(system, dict):
+        raise UserError("the tensor's storage is not in torch's legacy format")
+    if system.get("little_endian") is not True:
+        raise UserError("the tensor's storage is big-endian, which is not supported")
+    root, keys = read_pickle(stream, _STORAGE_CLASSES), read_pickle(stream, none)
+    match root:
+        case Persistent(identity=("storage", Global(name=kind), str(key), str(), int(count), None)) if keys == [key]:
+            layout = struct.Struct(f"<{count}{_FORMATS[kind]}") if 0 <= count <= len(payload) else None
+        case _:
+            layout = None
+    raw = stream.read()
+    if layout is None or len(raw) != 8 + layout.size or raw[:8] != struct.pack("<q", count):
+        raise UserError("the tensor's storage is cut off or malformed")
+    return layout.unpack(raw[8:])

@@ -1,0 +1,37 @@
+"""What all importers share: from the gates of a foreign file to a schedule."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from dipgo_deploy.errors import UserError
+from dipgo_deploy.schedule import validation
+from dipgo_deploy.schedule.builders import Target
+from dipgo_deploy.schedule.document import Gates, Schedule
+from dipgo_deploy.schedule.files import read_bytes
+
+Reader = Callable[[bytes, tuple[str, ...]], Gates]
+
+
+def import_file(path: str | Path, target: Target, method: str, read: Reader) -> Schedule:
+    """Read a file's gates with ``read(data, block names)`` and make them a schedule for ``target``.
+
+    A schedule exactly one row short of the sampler's evaluations (one made per step for PNDM, which evaluates its
+    first step twice) has its last row repeated. The provenance names the file, its SHA-256 and the repeated row.
+    Raises UserError with the file's name in front.
+    """
+    data = read_bytes(path)
+    parameters: Mapping[str, Any] = {"file": Path(path).name, "sha256": hashlib.sha256(data).hexdigest()}
+    try:
+        gates = read(data, target.block_names)
+        if len(gates) == target.steps - 1 and gates:
+            parameters = {**parameters, "last_row_repeated": 1}
+            gates = (*gates, gates[-1])
+        sampler = target.sampler
+        validation.check_steps(len(gates), target.steps, sampler.class_name, sampler.num_inference_steps)
+        return target.schedule(gates, method, parameters)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error

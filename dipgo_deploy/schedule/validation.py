@@ -1,0 +1,114 @@
+"""What a schedule has to satisfy, each rule a function that raises one line naming step and block."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from dipgo_deploy.errors import UserError
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
+
+_SHOWN_HASH_DIGITS = 12
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Refuse an empty block list and a block that is listed twice."""
+    if not names:
+        raise UserError("blocks: the list is empty: name at least one block")
+    seen: dict[str, int] = {}
+    for position, name in enumerate(names):
+        if name in seen:
+            raise UserError(f"blocks: {name} is listed twice (positions {seen[name]} and {position}): remove one")
+        seen[name] = position
+
+
+def check_rows(rows: Sequence[str], names: Sequence[str], steps: int) -> None:
+    """Refuse a keep matrix that is not ``steps`` rows of one 0 or 1 a block."""
+    if len(rows) != steps:
+        raise UserError(f"keep: {len(rows)} rows, but steps is {steps}: give one row for each evaluation")
+    for step, row in enumerate(rows):
+        for column, cell in enumerate(row[: len(names)]):
+            if cell not in "01":
+                raise UserError(f"keep: step {step}, block {names[column]}: {cell!r} is not 0 or 1")
+        if len(row) < len(names):
+            raise UserError(
+                f"keep: step {step} has {len(row)} cells, block {names[len(row)]} is the first without one: "
+                f"give {len(names)}, one a block"
+            )
+        if len(row) > len(names):
+            raise UserError(f"keep: step {step} has {len(row)} cells, but there are {len(names)} blocks")
+
+
+def check_caches_written(gates: Iterable[Sequence[bool]], names: Sequence[str]) -> None:
+    """Refuse a removed block whose cache was never written by an earlier step."""
+    written = [False] * len(names)
+    for step, row in enumerate(gates):
+        for column, kept in enumerate(row):
+            if kept:
+                written[column] = True
+            elif not written[column]:
+                raise UserError(
+                    f"keep: step {step}, block {names[column]}: its cache is read before it was ever written: "
+                    f"keep the block at step 0"
+                )
+
+
+def check_block_names(names: Sequence[str], model_names: Sequence[str]) -> None:
+    """Refuse blocks that are not the model's own, all of them, in its order of execution."""
+    known, given = set(model_names), set(names)
+    for name in names:
+        if name not in known:
+            raise UserError(f"blocks: {name} is no block of this model (it has {_some(model_names)})")
+    for name in model_names:
+        if name not in given:
+            raise UserError(f"blocks: {name} of this model is missing")
+    check_names(names)
+    for position, (name, expected) in enumerate(zip(names, model_names, strict=True)):
+        if name != expected:
+            raise UserError(
+                f"blocks: {name} stands at position {position}, where the model runs {expected}: "
+                f"list the blocks in order of execution"
+            )
+
+
+def check_cache_kinds(kinds: Mapping[str, str], supported: Mapping[str, Sequence[str]]) -> None:
+    """Refuse a cache kind that its block does not support."""
+    for name, kind in kinds.items():
+        if kind not in supported[name]:
+            raise UserError(f"blocks: {name} cannot have a cache of kind {kind!r}, only {' or '.join(supported[name])}")
+
+
+def check_config_hash(given: str, model_hash: str, *, allow_other: bool = False) -> None:
+    """Refuse a schedule that was made for another model's configuration, unless ``allow_other``."""
+    if given != model_hash and not allow_other:
+        raise UserError(
+            f"model.config_hash: made for the configuration {given[:_SHOWN_HASH_DIGITS]}..., this model has "
+            f"{model_hash[:_SHOWN_HASH_DIGITS]}...: make a schedule for it, or allow another configuration"
+        )
+
+
+def check_steps(steps: int, evaluations: int, sampler: str, num_inference_steps: int) -> None:
+    """Refuse a number of rows that is not the sampler's number of evaluations of the denoiser."""
+    if steps != evaluations:
+        raise UserError(
+            f"steps: {steps} rows, but {sampler} with {num_inference_steps} steps evaluates the denoiser "
+            f"{evaluations} times: give {evaluations} rows"
+        )
+
+
+def one_line(error: ValidationError) -> str:
+    """The first mistake of a pydantic error as ``field: what``, with the number of further ones."""
+    mistakes = error.errors(include_url=False, include_context=False)
+    first = mistakes[0]
+    where = ".".join(str(part) for part in first["loc"]) or "the document"
+    value = first.get("input")
+    hidden = first["type"] in ("missing", "extra_forbidden") or isinstance(value, (dict, list))
+    shown = "" if hidden else f", not {repr(value)[:60]}"
+    more = f" ({len(mistakes)} mistakes in all)" if len(mistakes) > 1 else ""
+    return f"{where}: {first['msg']}{shown}{more}"
+
+
+def _some(names: Sequence[str], shown: int = 4) -> str:
+    return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")

@@ -1,0 +1,219 @@
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dipgo_deploy.cli import schedule as cli
+from dipgo_deploy.cli.schedule import main
+from dipgo_deploy.schedule.document import Schedule
+
+VERBS = ("full", "uniform", "deepcache", "random", "import", "validate", "show", "diff")
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Path:
+    path = tmp_path / "uniform.json"
+    options = ["--model", "fashion-sd", "--sampler", "ddim", "--steps", "6", "--interval", "3", "-o", str(path)]
+    assert main(["uniform", *options]) == 0
+    return path
+
+
+def refused(capsys: pytest.CaptureFixture[str], arguments: list[str], words: str) -> None:
+    capsys.readouterr()
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1
+    assert words in captured.err
+
+
+@pytest.mark.parametrize("verb", [(), *((verb,) for verb in VERBS), ("import", "csv"), ("import", "dipgo-gates")])
+def test_help_shows_examples(capsys: pytest.CaptureFixture[str], verb: tuple[str, ...]) -> None:
+    assert main([*verb, "--help"]) == 0
+    text = capsys.readouterr().out
+    assert "Examples:\n" in text
+    assert " ".join(("dipgo-schedule", *verb)) in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "method", "keep"),
+    [
+        (["full"], "full", ["1" * 9] * 4),
+        (["uniform", "--interval", "2"], "uniform", ["1" * 9, "0" * 9] * 2),
+        (["deepcache", "--interval", "2", "--branch", "1"], "deepcache", ["1" * 9, "100000011"] * 2),
+    ],
+)
+def test_making(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], method: str, keep: list[str]
+) -> None:
+    path = tmp_path / "s.json"
+    options = ["--model", "fashion-sd", "--sampler", "ddim", "--steps", "4", "-o", str(path), "--json"]
+    assert main([*arguments, *options]) == 0
+    captured = capsys.readouterr()
+    schedule = Schedule.load(path)
+    assert list(schedule.keep) == keep
+    assert schedule.provenance["method"] == method
+    facts = json.loads(captured.out)
+    assert (facts["file"], facts["steps"], facts["blocks"]) == (str(path), 4, 9)
+    assert facts["kept_gates"] == pytest.approx(schedule.kept_share)
+    assert captured.err.startswith(f"{path}: UNet2DConditionModel, 4 evaluations x 9 blocks")
+
+
+def test_random_is_reproducible(tmp_path: Path) -> None:
+    files = [tmp_path / name for name in ("a.json", "b.json", "c.json")]
+    for file, seed in zip(files, ("1", "1", "2"), strict=True):
+        options = ["--model", "fashion-dit", "--sampler", "ddim", "--steps", "10", "--ratio", "0.5", "--seed", seed]
+        assert main(["random", *options, "-o", str(file)]) == 0
+    first, again, other = map(Schedule.load, files)
+    assert first == again
+    assert first.keep != other.keep
+    assert first.kept_share == 0.5
+    assert main(["diff", str(files[0]), str(files[1])]) == 0
+
+
+def test_import_csv_for_a_sampler_that_evaluates_once_more(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table, path = tmp_path / "keep.csv", tmp_path / "s.json"
+    table.write_text("1,1,1,1,1,1,1,1,1\n0,0,0,0,0,0,0,0,0\n1,1,1,0,1,1,1,1,1\n")
+    options = ["--model", "fashion-sd", "--steps", "3", "-o", str(path)]
+    assert main(["import", "csv", str(table), "--sampler", "pndm", *options]) == 0
+    schedule = Schedule.load(path)
+    assert schedule.keep == ("1" * 9, "0" * 9, "111011111", "111011111")
+    assert schedule.provenance["parameters"]["last_row_repeated"] == 1
+    path.unlink()
+    table.write_text("1,1,1,1,1,1,1,1,1\n")
+    refused(capsys, ["import", "csv", str(table), "--sampler", "pndm", *options], "evaluates the denoiser 4 times")
+    assert not path.exists()
+
+
+def test_import_dipgo_gates_refuses_what_it_would_have_to_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evil, path = tmp_path / "evil.pkl", tmp_path / "s.json"
+    evil.write_bytes(b"cos\nsystem\n(S'touch " + str(tmp_path / "ran").encode() + b"'\ntR.")
+    options = ["--model", "fashion-sd", "--sampler", "ddim", "-o", str(path)]
+    refused(capsys, ["import", "dipgo-gates", str(evil), *options], "refers to os.system")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["evil.pkl"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["full", "--model", "no-model", "-o", "x.json"], "no-model: no such folder"),
+        (["full", "--model", "fashion-sd", "--sampler", "nonsense", "-o", "x.json"], "nonsense"),
+        (["full", "--model", "fashion-sd", "--cache", "residual", "-o", "x.json"], "cannot have a cache"),
+        (["full", "--model", "fashion-sd"], "Missing option '-o'"),
+        (["full", "--model", "fashion-sd", "--sampler", "ddim", "-o", "no/folder/x.json"], "cannot be written"),
+        (["uniform", "--model", "fashion-sd", "--interval", "0", "-o", "x.json"], "--interval"),
+        (["deepcache", "--model", "fashion-dit", "--interval", "2", "-o", "x.json"], "UNets only"),
+        (
+            ["deepcache", "--model", "fashion-sd", "--interval", "2", "--branch", "9", "-o", "x.json"],
+            "branch: 9 is not one of this model's branches 0 to 3",
+        ),
+        (["random", "--model", "fashion-sd", "--ratio", "1", "--steps", "2", "-o", "x.json"], "step 0 runs in full"),
+        (["validate", "none.json"], "none.json: no such file"),
+    ],
+)
+def test_mistakes(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    words: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    refused(capsys, arguments, words)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_validate(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    assert main(["validate", str(made), "--model", "fashion-sd", "--json"]) == 0
+    captured = capsys.readouterr()
+    facts = json.loads(captured.out)
+    assert facts["valid"] is True
+    assert facts["checked"] == ["format", "gates", "sampler", "model"]
+    refused(capsys, ["validate", str(made), "--model", "fashion-dit"], f"{made}: model.class_name: made for")
+
+
+def test_validate_refuses_a_wrong_number_of_rows(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    document = json.loads(made.read_text())
+    document["steps"], document["keep"] = 5, document["keep"][:5]
+    made.write_text(json.dumps(document))
+    refused(capsys, ["validate", str(made)], f"{made}: steps: 5 rows, but DDIMScheduler with 6 steps evaluates")
+
+
+def test_validate_without_diffusers_says_what_it_did_not_check(
+    made: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    capsys.readouterr()
+    monkeypatch.setattr(cli, "find_spec", lambda name: None)
+    assert main(["validate", str(made)]) == 0
+    out = capsys.readouterr().out
+    assert "valid (format, gates):" in out
+    assert "not checked: pip install 'dipgo-deploy[export]'" in out
+
+
+def test_another_configuration_can_be_allowed(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    document = json.loads(made.read_text())
+    document["model"]["config_hash"] = "0" * 64
+    made.write_text(json.dumps(document))
+    refused(capsys, ["validate", str(made), "--model", "fashion-sd"], "(--allow-other-config accepts it)")
+    assert main(["validate", str(made), "--model", "fashion-sd", "--allow-other-config"]) == 0
+
+
+def test_show_draws_blocks_by_steps(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    assert main(["show", str(made)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "down_blocks.0  █··█··" in lines
+    assert "mid_block      █··█··" in lines
+    assert any(re.fullmatch(r"kept gates +33.3%", line) for line in lines)
+
+
+def test_show_wraps_long_schedules(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    document = json.loads(made.read_text())
+    document["steps"] = 150
+    document["keep"] = [*document["keep"][:1] * 149, "0" * 9]
+    made.write_text(json.dumps(document))
+    capsys.readouterr()
+    assert main(["show", str(made)]) == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("mid_block")]
+    assert len(rows) > 1
+    assert "".join(line[len("down_blocks.0") + 2 :] for line in rows) == "█" * 149 + "·"
+    assert all(len(line) <= 80 for line in rows)
+
+
+@pytest.mark.slow  # traces the model
+def test_show_with_a_model_tells_what_the_compiler_makes_of_it(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    assert main(["show", str(made), "--model", "fashion-sd", "--json"]) == 0
+    captured = capsys.readouterr()
+    facts: dict[str, Any] = json.loads(captured.out)
+    # Empty steps only repeat the last prediction: two launches of one variant, and nothing is ever read from a cache.
+    assert (facts["variants"], facts["launches"], facts["peak_cache_bytes"]) == (1, 2, 0)
+    assert facts["launched_macs"] == pytest.approx(2 / 6)
+    assert facts["kept_macs"] >= facts["launched_macs"]
+    assert facts["keep"] == ["1" * 9, "0" * 9, "0" * 9] * 2
+    assert "launches    2 for 6 evaluations" in captured.err
+
+
+def test_diff_names_what_changed_and_exits_1(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    schedule = Schedule.load(made)
+    gates = [list(row) for row in schedule.gates]
+    gates[4][4] = True
+    other = tmp_path / "other.json"
+    schedule.with_gates(gates, {"method": "by hand"}).save(other)
+    capsys.readouterr()
+    assert main(["diff", str(made), str(other)]) == 1
+    out = capsys.readouterr().out
+    assert "step 4, block mid_block: removed -> kept\n" in out
+    assert "provenance.method: uniform -> by hand\n" in out
+    assert main(["diff", str(made), str(other), "--json"]) == 1
+    result = json.loads(capsys.readouterr().out)
+    assert result["gates"] == [{"step": 4, "block": "mid_block", "before": False, "after": True}]
+    assert main(["diff", str(made), str(made)]) == 0
