@@ -1,0 +1,146 @@
+"""From a block graph and a schedule's gates to the plan that is exported and run. Pure Python."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+
+from dipgo_deploy.errors import UserError
+from dipgo_deploy.plan.buffers import Lifetime, allocate, lower_bound
+from dipgo_deploy.plan.costs import bits
+from dipgo_deploy.plan.graph import BlockGraph
+from dipgo_deploy.plan.index import GraphIndex, index_graph
+from dipgo_deploy.plan.live import Demand, demand
+from dipgo_deploy.plan.model import Cache, Launch, Plan, Variant
+from dipgo_deploy.plan.values import Request
+from dipgo_deploy.plan.variants import Group, group_launches, promote
+
+
+def compile_plan(
+    graph: BlockGraph,
+    gates: Sequence[Sequence[bool]],
+    *,
+    max_variants: int | None = None,
+    prediction_used: Sequence[bool] | None = None,
+    alignment: int = 256,
+) -> Plan:
+    """Turn T x N gates into launches of as few static graphs as possible, with the same predictions.
+
+    gates: ``gates[t][k]`` says whether block k of ``graph.blocks`` is computed at step t. max_variants: raise gates
+    until at most this many variants are left. prediction_used: per step, whether the sampler gives any weight to
+    that step's prediction (default: all); at least one must be. alignment: of cache offsets, in bytes.
+
+    The result depends on the arguments only. Raises UserError for gates of the wrong shape, for a limit below one,
+    and for a removed block that is needed before it was ever computed; ValueError for a malformed graph, alignment
+    or ``prediction_used``.
+    """
+    index = index_graph(graph)
+    rows = _gate_masks(graph, gates)
+    used = [True] * len(rows) if prediction_used is None else [bool(use) for use in prediction_used]
+    if len(used) != len(rows) or not any(used):
+        raise ValueError(f"prediction_used must have {len(rows)} entries and a true one")
+    if alignment < 1:
+        raise ValueError(f"alignment must be at least 1, it is {alignment}")
+    if max_variants is not None and max_variants < 1:
+        raise UserError(f"the most variants allowed must be at least 1, it is {max_variants}")
+    requests: tuple[Request, ...] = tuple(Request(row) for row in rows)
+    found = demand(index, requests, used)
+    if found.missing:
+        step, value = found.missing[0]
+        block = index.block_names[index.block[value]]
+        raise UserError(
+            f"step {step} removes block {block!r}, whose output is needed there but was never computed before: "
+            f"keep the block at step {step} or at an earlier one"
+        )
+    if max_variants is not None:
+        requests, found = promote(index, requests, used, max_variants)
+    return _assemble(index, rows, [request.gates for request in requests], found, alignment)
+
+
+def _gate_masks(graph: BlockGraph, gates: Sequence[Sequence[bool]]) -> list[int]:
+    """Each step's kept blocks as a mask."""
+    if not gates:
+        raise UserError("the schedule has no steps: it needs at least one row of gates")
+    for step, row in enumerate(gates):
+        if len(row) != len(graph.blocks):
+            raise UserError(
+                f"step {step} of the schedule has {len(row)} gates, but the model has {len(graph.blocks)} blocks"
+            )
+    return [sum(1 << block for block, kept in enumerate(row) if kept) for row in gates]
+
+
+def _assemble(index: GraphIndex, given: Sequence[int], kept: Sequence[int], found: Demand, alignment: int) -> Plan:
+    """The demand as variants and launches with every cache at its offset."""
+    groups = group_launches(found.launches)
+    variants = tuple(_variant(index, f"v{number:02d}", group) for number, group in enumerate(groups))
+    variant_of = {step: number for number, group in enumerate(groups) for step in group.steps}
+    # A cache is the same tensor under three orders: value positions, sorted names, and bytes in the arena.
+    ordered = {mask: _sorted_values(index, mask) for group in groups for mask in (group.reads, group.writes)}
+    launch_of = {launch.step: number for number, launch in enumerate(found.launches)}
+    last_read: dict[tuple[int, int], int] = {}
+    for number, launch in enumerate(found.launches):
+        for value in bits(launch.reads):
+            last_read[launch_of[found.stored[launch.step][value]], value] = number
+    place: dict[tuple[int, int], int] = {}
+    lifetimes: list[Lifetime] = []
+    for number, launch in enumerate(found.launches):
+        for value in ordered[groups[variant_of[launch.step]].writes]:
+            place[number, value] = len(lifetimes)
+            last = last_read.get((number, value))
+            lifetimes.append(
+                Lifetime(index.nbytes[value], number, number if last is None else last, read=last is not None)
+            )
+    offsets, arena = allocate(lifetimes, alignment)
+    launches, slot = [], 0
+    for number, launch in enumerate(found.launches):
+        group = groups[variant_of[launch.step]]
+        stored = found.stored[launch.step]
+        launches.append(
+            Launch(
+                step=launch.step,
+                variant=variant_of[launch.step],
+                reads=tuple(offsets[place[launch_of[stored[value]], value]] for value in ordered[group.reads]),
+                writes=tuple(offsets[place[number, value]] for value in ordered[group.writes]),
+                prediction=slot if launch.predicts else None,
+            )
+        )
+        slot += launch.predicts
+    macs_of_gates = cache(lambda row: index.costs.macs(index.gated(row)))
+    blocks = range(len(index.outputs))
+    return Plan(
+        keep=tuple(tuple(bool(row >> block & 1) for block in blocks) for row in kept),
+        variants=variants,
+        launches=tuple(launches),
+        source=found.source,
+        arena_bytes=arena,
+        lower_bound_bytes=lower_bound(lifetimes, alignment),
+        macs_full=macs_of_gates((1 << len(index.outputs)) - 1),
+        macs_schedule=sum(macs_of_gates(row) for row in kept),
+        macs_run=sum(variants[launch.variant].macs for launch in launches),
+        promoted=tuple(
+            (step, index.block_names[block])
+            for step, (before, after) in enumerate(zip(given, kept, strict=True))
+            for block in bits(after & ~before)
+        ),
+    )
+
+
+def _variant(index: GraphIndex, name: str, group: Group) -> Variant:
+    """A group of launches by names."""
+    return Variant(
+        name=name,
+        computed=frozenset(index.names[value] for value in bits(group.computed)),
+        reads=_caches(index, group.reads),
+        writes=_caches(index, group.writes),
+        predicts=group.predicts,
+        macs=index.costs.macs(group.computed),
+    )
+
+
+def _caches(index: GraphIndex, mask: int) -> tuple[Cache, ...]:
+    return tuple(index.cache(value) for value in _sorted_values(index, mask))
+
+
+def _sorted_values(index: GraphIndex, mask: int) -> list[int]:
+    """The values of ``mask`` in the order in which a variant lists their caches."""
+    return sorted(bits(mask), key=index.cache)

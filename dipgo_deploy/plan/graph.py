@@ -1,0 +1,55 @@
+"""The block graph: what the traced model says depends on what. Pure Python."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+CacheKind = Literal["output", "residual"]
+InputRole = Literal["step", "constant"]
+
+
+@dataclass(frozen=True)
+class Value:
+    """A named tensor: a cut point, the input of a residual block, or the noise prediction.
+
+    name: unique name. nbytes: size of the tensor in bytes. reads: the named values and graph inputs it is
+    computed from when the walk back stops at named values. work: indices into ``BlockGraph.costs`` of the
+    traced nodes on that walk (nodes can be shared by several values, e.g. the time embedding).
+    """
+
+    name: str
+    nbytes: int
+    reads: frozenset[str]
+    work: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True)
+class Block:
+    """A unit whose outputs can come from a cache.
+
+    outputs: names of its cut points, aliases resolved. inputs: for a residual cache, ``inputs[i]`` is the value
+    that ``outputs[i]`` is ``inputs[i] + residual`` of; empty for an output cache.
+    """
+
+    name: str
+    outputs: tuple[str, ...]
+    cache: CacheKind = "output"
+    inputs: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class BlockGraph:
+    """The traced model condensed to its named values.
+
+    inputs: graph input name -> ``step`` (changes at every step: latent, timestep) or ``constant`` (text embedding,
+    class labels, guidance scale). values: every named value by name. blocks: in order of execution. prediction:
+    name of the value that is the noise prediction. costs: multiply-accumulates of each traced node.
+    """
+
+    inputs: Mapping[str, InputRole]
+    values: Mapping[str, Value]
+    blocks: tuple[Block, ...]
+    prediction: str
+    costs: tuple[int, ...] = ()

@@ -1,0 +1,112 @@
+"""A block graph as integers: values in topological order, sets of values as bit masks. Pure Python."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from graphlib import CycleError, TopologicalSorter
+
+from dipgo_deploy.plan.costs import CostTable, bits
+from dipgo_deploy.plan.graph import BlockGraph
+from dipgo_deploy.plan.model import Cache
+
+
+@dataclass(frozen=True)
+class GraphIndex:
+    """What the passes look up, by position of a value; bit ``1 << position`` stands for the value in a mask.
+
+    names: topological order, so whatever a value needs has a lower position. reads: positions read by the value's
+    own nodes. reads_mask: the same as a mask. stepwise: whether those nodes also read a graph input that changes at
+    every step. source: for an output of a residual block the position of the value it is a residual of, else -1.
+    block: position of the block the value is an output of, else -1. outputs: per block, the mask of its outputs.
+    free: mask of the values that belong to no block and so are always computed. prediction: position of the noise
+    prediction. nbytes: sizes in bytes.
+    """
+
+    names: tuple[str, ...]
+    reads: tuple[tuple[int, ...], ...]
+    reads_mask: tuple[int, ...]
+    stepwise: tuple[bool, ...]
+    source: tuple[int, ...]
+    block: tuple[int, ...]
+    outputs: tuple[int, ...]
+    block_names: tuple[str, ...]
+    free: int
+    prediction: int
+    nbytes: tuple[int, ...]
+    costs: CostTable
+
+    def cache(self, value: int) -> Cache:
+        """The cache that a block output is stored in."""
+        return Cache(self.names[value], "output" if self.source[value] < 0 else "residual")
+
+    def gated(self, gates: int) -> int:
+        """Mask of the values that a step computes when it keeps the blocks in the mask ``gates``."""
+        mask = self.free
+        for block in bits(gates):
+            mask |= self.outputs[block]
+        return mask
+
+
+def index_graph(graph: BlockGraph) -> GraphIndex:
+    """Check ``graph`` and number its values.
+
+    Raises ValueError for a graph that no trace can give: an unknown or doubly owned name, a residual block whose
+    inputs do not match its outputs, a cycle, or work without a cost.
+    """
+    owner, source = _outputs(graph)
+    for name, value in graph.values.items():
+        for read in value.reads:
+            if read not in graph.values and read not in graph.inputs:
+                raise ValueError(f"value {name!r} reads {read!r}, which is neither a value nor a graph input")
+    if graph.prediction not in graph.values:
+        raise ValueError(f"the prediction {graph.prediction!r} is not a value of the graph")
+    names = _topological(graph, source)
+    position = {name: place for place, name in enumerate(names)}
+    reads = tuple(tuple(sorted(position[r] for r in graph.values[n].reads if r in position)) for n in names)
+    outputs = tuple(sum(1 << position[name] for name in set(block.outputs)) for block in graph.blocks)
+    return GraphIndex(
+        names=names,
+        reads=reads,
+        reads_mask=tuple(sum(1 << place for place in places) for places in reads),
+        stepwise=tuple(any(graph.inputs.get(r) == "step" for r in graph.values[n].reads) for n in names),
+        source=tuple(position[source[n]] if n in source else -1 for n in names),
+        block=tuple(owner.get(n, -1) for n in names),
+        outputs=outputs,
+        block_names=tuple(block.name for block in graph.blocks),
+        free=sum(1 << place for place, n in enumerate(names) if n not in owner),
+        prediction=position[graph.prediction],
+        nbytes=tuple(graph.values[n].nbytes for n in names),
+        costs=CostTable([graph.values[n].work for n in names], graph.costs),
+    )
+
+
+def _outputs(graph: BlockGraph) -> tuple[dict[str, int], dict[str, str]]:
+    """Block of each block output, and what each residual output is a residual of."""
+    owner: dict[str, int] = {}
+    source: dict[str, str] = {}
+    for place, block in enumerate(graph.blocks):
+        wanted = len(block.outputs) if block.cache == "residual" else 0
+        if len(block.inputs) != wanted:
+            raise ValueError(f"block {block.name!r} ({block.cache}) needs {wanted} inputs, it has {len(block.inputs)}")
+        for name in (*block.outputs, *block.inputs):
+            if name not in graph.values:
+                raise ValueError(f"block {block.name!r} names {name!r}, which is not a value of the graph")
+        for name in block.outputs:
+            if owner.setdefault(name, place) != place:
+                raise ValueError(f"{name!r} is an output of two blocks")
+        source.update(zip(block.outputs, block.inputs, strict=False))
+    return owner, source
+
+
+def _topological(graph: BlockGraph, source: Mapping[str, str]) -> tuple[str, ...]:
+    """Value names, each after all that it reads or is a residual of; ties by the order of ``graph.values``."""
+    before: dict[str, list[str]] = {}
+    for name, value in graph.values.items():
+        before[name] = sorted(r for r in value.reads if r in graph.values)
+        if name in source:
+            before[name].append(source[name])
+    try:
+        return tuple(TopologicalSorter(before).static_order())
+    except CycleError as error:
+        raise ValueError(f"the values form a cycle: {' -> '.join(error.args[1])}") from error

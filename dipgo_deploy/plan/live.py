@@ -1,0 +1,113 @@
+"""The demand walk: what must be computed, read and stored at each step for the predictions used. Pure Python."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dipgo_deploy.plan.costs import bits
+from dipgo_deploy.plan.index import GraphIndex
+from dipgo_deploy.plan.values import Numbering, Request, number_values
+
+
+@dataclass(frozen=True)
+class Need:
+    """One launch before variants are shared: masks of values.
+
+    step: evaluation index. computed: by their own nodes. reads: block outputs taken from their cache (for a residual
+    cache, added to the current input). stores: block outputs whose cache a later launch reads from this one.
+    predicts: makes a new noise prediction.
+    """
+
+    step: int
+    computed: int
+    reads: int
+    stores: int
+    predicts: bool
+
+
+@dataclass(frozen=True)
+class Demand:
+    """Everything the used predictions need.
+
+    launches: the steps at which something is needed, ascending. stored: per step and value, the step whose store a
+    read gets. source: per step, the prediction slot its sampler is given. missing: (step, value) of each needed read
+    of a cache that was never stored, ascending; the demand is only meaningful when it is empty.
+    """
+
+    launches: tuple[Need, ...]
+    stored: tuple[tuple[int, ...], ...]
+    source: tuple[int, ...]
+    missing: tuple[tuple[int, int], ...]
+
+    def macs(self, index: GraphIndex) -> int:
+        """Multiply-accumulates of all launches."""
+        return sum(index.costs.macs(launch.computed) for launch in self.launches)
+
+
+def demand(index: GraphIndex, requests: Sequence[Request], used: Sequence[bool]) -> Demand:
+    """Number the values, then walk back from the predictions, last step first.
+
+    used: per step, whether the sampler gives any weight to its prediction; a prediction that no used step has is not
+    made, and a step whose prediction equals an earlier one gets that one.
+    """
+    numbering = number_values(index, requests)
+    predicts = _new_predictions(numbering, requests, used)
+    stores = [0] * len(requests)
+    launches, missing = [], []
+    for step in range(len(requests) - 1, -1, -1):
+        request, stored, ready = requests[step], numbering.stored[step], numbering.computed[step]
+        needed = request.need | stores[step]
+        for value in bits(stores[step]):
+            if index.source[value] >= 0:
+                needed |= 1 << index.source[value]  # the residual is output - input: both are needed
+        if predicts[step]:
+            needed |= 1 << index.prediction
+        computed = reads = 0
+        while needed:
+            # Values are in topological order, so the highest one left is needed by no other one left.
+            value = needed.bit_length() - 1
+            bit = 1 << value
+            needed ^= bit
+            if ready & bit:
+                computed |= bit
+                needed |= index.reads_mask[value]
+                continue
+            reads |= bit
+            if stored[value] < 0:
+                missing.append((step, value))
+            else:
+                stores[stored[value]] |= bit
+            if index.source[value] >= 0:
+                needed |= 1 << index.source[value]
+        if computed or reads:
+            launches.append(Need(step, computed, reads, stores[step], predicts[step]))
+    launches.reverse()
+    source = _sources(numbering, [launch.step for launch in launches if launch.predicts])
+    return Demand(tuple(launches), numbering.stored, source, tuple(sorted(missing)))
+
+
+def _new_predictions(numbering: Numbering, requests: Sequence[Request], used: Sequence[bool]) -> list[bool]:
+    """Whether each step makes a prediction: the first with its number, if any used step has that number."""
+    wanted = {number for number, use in zip(numbering.prediction, used, strict=True) if use}
+    made: set[int] = set()
+    predicts = []
+    for number, request in zip(numbering.prediction, requests, strict=True):
+        predicts.append(request.predict or (number in wanted and number not in made))
+        if predicts[-1]:
+            made.add(number)
+    return predicts
+
+
+def _sources(numbering: Numbering, steps: Sequence[int]) -> tuple[int, ...]:
+    """Slot of each step's prediction; for a prediction never made, which has no weight, the last slot before it."""
+    first: dict[int, int] = {}
+    for slot, step in enumerate(steps):
+        first.setdefault(numbering.prediction[step], slot)
+    source, latest, made = [], 0, set(steps)
+    slot_of = {step: slot for slot, step in enumerate(steps)}
+    for step, number in enumerate(numbering.prediction):
+        if step in made:
+            latest = slot_of[step]
+        source.append(first.get(number, latest))
+    return tuple(source)

@@ -1,0 +1,155 @@
+"""Launches that can share one static graph, and how to make more of them share. Pure Python."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from dipgo_deploy.plan.costs import bits
+from dipgo_deploy.plan.index import GraphIndex
+from dipgo_deploy.plan.live import Demand, Need, demand
+from dipgo_deploy.plan.values import Request
+
+# Up to this many variants too many, merges are chosen by what they really cost; above it, by estimate.
+_NEAR = 32
+# Merges compiled to learn their real cost, a round: as many as keep a round under a number of cells (steps x values).
+_LEAST_TRIALS, _MOST_TRIALS, _CELLS_PER_ROUND = 4, 32, 200_000
+
+
+@dataclass(frozen=True)
+class Group:
+    """The launches of one variant, as masks of values; ``writes`` is the union of what its launches store.
+
+    Every member can write the union: what is written is computed by all of them, and the input that a residual is
+    taken from is at hand, because (computed, reads) decides which values a graph has.
+    """
+
+    computed: int
+    reads: int
+    writes: int
+    predicts: bool
+    steps: tuple[int, ...]
+
+
+def group_launches(launches: Sequence[Need]) -> tuple[Group, ...]:
+    """One group for each distinct (computed, reads, predicts), in order of its first launch."""
+    members: dict[tuple[int, int, bool], list[Need]] = {}
+    for launch in launches:
+        members.setdefault((launch.computed, launch.reads, launch.predicts), []).append(launch)
+    groups = []
+    for (computed, reads, predicts), shared in members.items():
+        writes = 0
+        for launch in shared:
+            writes |= launch.stores
+        groups.append(Group(computed, reads, writes, predicts, tuple(launch.step for launch in shared)))
+    return tuple(groups)
+
+
+def promote(
+    index: GraphIndex, requests: Sequence[Request], used: Sequence[bool], limit: int
+) -> tuple[tuple[Request, ...], Demand]:
+    """Raise gates (0 -> 1) until at most ``limit`` variants are left; returns the new requests and their demand.
+
+    Greedy: two variants become one by asking all their steps for the union of what both compute, read and predict;
+    the pair that adds the fewest multiply-accumulates goes first. Added work changes what later steps find in the
+    caches, and often costs more there than in the merged steps, so the demand is computed anew after each round.
+    Close to the limit, the merges that look cheapest are compiled and the one with the cheapest run is taken; far above
+    it, where that would take long, a round merges half of the excess by estimate.
+
+    Always ends: a merge makes the requests of at least one step strictly larger, and steps that are all asked for
+    everything share one variant. ``requests`` must have no missing reads.
+    """
+    current = tuple(requests)
+    found = demand(index, current, used)
+    cells = len(current) * len(index.names)
+    trials_per_round = max(_LEAST_TRIALS, min(_MOST_TRIALS, _CELLS_PER_ROUND // cells))
+    while True:
+        groups = group_launches(found.launches)
+        excess = len(groups) - limit
+        if excess <= 0:
+            return current, found
+        if excess > _NEAR:
+            current, found = _complete(index, _merge(index, current, _clusters(index, groups, excess // 2)), used)
+            continue
+        pairs = _cheapest_pairs(index, groups, trials_per_round)
+        trials = [_complete(index, _merge(index, current, [pair]), used) for pair in pairs]
+        current, found = min(
+            trials,
+            key=lambda trial: (len(group_launches(trial[1].launches)) >= len(groups), trial[1].macs(index)),
+        )
+
+
+def _merge(index: GraphIndex, requests: Sequence[Request], clusters: Sequence[Sequence[Group]]) -> list[Request]:
+    """Ask every step of each cluster for the union of what its groups do."""
+    merged = list(requests)
+    for cluster in clusters:
+        computed = reads = gates = 0
+        for group in cluster:
+            computed |= group.computed
+            reads |= group.reads
+        for value in bits(computed & ~index.free):
+            gates |= 1 << index.block[value]
+        predicts = any(group.predicts for group in cluster)
+        for group in cluster:
+            for step in group.steps:
+                old = merged[step]
+                merged[step] = Request(
+                    old.gates | gates, old.compute | computed, old.need | computed | reads, old.predict or predicts
+                )
+    return merged
+
+
+def _complete(
+    index: GraphIndex, requests: Sequence[Request], used: Sequence[bool]
+) -> tuple[tuple[Request, ...], Demand]:
+    """Keep also the blocks that the requests would read before they were ever stored."""
+    current = list(requests)
+    while True:
+        found = demand(index, current, used)
+        if not found.missing:
+            return tuple(current), found
+        for step, value in found.missing:
+            current[step] = replace(current[step], gates=current[step].gates | 1 << index.block[value])
+
+
+def _cheapest_pairs(index: GraphIndex, groups: Sequence[Group], count: int) -> list[tuple[Group, Group]]:
+    """The pairs with the smallest estimated added cost."""
+    atoms = [index.costs.atoms_of(group.computed) for group in groups]
+    launches = [len(group.steps) for group in groups]
+    pairs = ((i, j) for i in range(len(groups)) for j in range(i + 1, len(groups)))
+    best = heapq.nsmallest(
+        count, ((_added(index, atoms[i], launches[i], atoms[j], launches[j]), i, j) for i, j in pairs)
+    )
+    return [(groups[i], groups[j]) for _, i, j in best]
+
+
+def _clusters(index: GraphIndex, groups: Sequence[Group], merges: int) -> list[list[Group]]:
+    """Merge the cheapest pair ``merges`` times by estimate; returns the clusters of two groups and more."""
+    members = {i: [group] for i, group in enumerate(groups)}
+    atoms = {i: index.costs.atoms_of(group.computed) for i, group in enumerate(groups)}
+    launches = {i: len(group.steps) for i, group in enumerate(groups)}
+
+    def entry(i: int, j: int) -> tuple[int, int, int]:
+        return _added(index, atoms[i], launches[i], atoms[j], launches[j]), i, j
+
+    heap = [entry(i, j) for i in members for j in members if i < j]
+    heapq.heapify(heap)
+    for new in range(len(groups), len(groups) + merges):
+        _, i, j = heapq.heappop(heap)
+        while i not in members or j not in members:
+            _, i, j = heapq.heappop(heap)
+        atoms[new] = atoms[i] | atoms[j]
+        launches[new] = launches[i] + launches[j]
+        joined = members.pop(i) + members.pop(j)
+        for other in members:
+            heapq.heappush(heap, entry(other, new))
+        members[new] = joined
+    return [cluster for cluster in members.values() if len(cluster) > 1]
+
+
+def _added(index: GraphIndex, left: int, left_launches: int, right: int, right_launches: int) -> int:
+    """Estimated multiply-accumulates added when two groups, given by their atoms, both do the union."""
+    total = index.costs.total
+    union = total(left | right)
+    return (union - total(left)) * left_launches + (union - total(right)) * right_launches
