@@ -1,0 +1,84 @@
+"""torch's seeded normal noise on the CPU, without torch: a seed gives the initial latents that diffusers gives."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dipgo_deploy.errors import UserError
+
+_BLOCK = 16
+_HALF = _BLOCK // 2
+
+
+class TorchNoise:
+    """The stream of ``torch.Generator("cpu").manual_seed(seed)`` under ``torch.randn(..., dtype=torch.float32)``.
+
+    Draws follow each other as torch's do. Values agree within 1e-6: the random bits are the same, but logarithm, sine
+    and cosine are rounded differently by torch's builds for different processors. Noise is always drawn in float32, as
+    a pipeline in float32 does: torch's stream for float16 and bfloat16 is another one, so a pipeline in those types
+    gives another picture for the same seed.
+
+    seed: any integer that torch takes, -2**63 to 2**64 - 1; like torch's engine, only its low 32 bits count. Raises
+    UserError beyond that.
+    """
+
+    def __init__(self, seed: int) -> None:
+        if not -(2**63) <= seed < 2**64:
+            raise UserError(f"seed {seed} is out of range; use an integer from -2**63 to 2**64 - 1")
+        self._engine = np.random.RandomState(seed & 0xFFFFFFFF)
+        self._second: float | None = None
+
+    def randn(self, shape: Sequence[int]) -> NDArray[np.float32]:
+        """The next draw: standard normal, float32, of this shape."""
+        size = math.prod(shape)
+        values = self._large(size) if size >= _BLOCK else self._small(size)
+        return values.reshape(tuple(shape))
+
+    def _large(self, size: int) -> NDArray[np.float32]:
+        """torch's path from 16 values on: Box-Muller in blocks of 16; a ragged end redraws the last 16 values."""
+        uniform = self._uniform(size)
+        whole = size - size % _BLOCK
+        values = np.empty(size, dtype=np.float32)
+        values[:whole] = _box_muller(uniform[:whole])
+        if whole != size:
+            values[-_BLOCK:] = _box_muller(self._uniform(_BLOCK))
+        return values
+
+    def _small(self, size: int) -> NDArray[np.float32]:
+        """torch's path below 16 values: one by one in double precision; normals come in pairs, the second is kept."""
+        return np.array([self._normal() for _ in range(size)], dtype=np.float32)
+
+    def _normal(self) -> float:
+        if self._second is not None:
+            value, self._second = self._second, None
+            return value
+        turn, height = self._uniform_double(), self._uniform_double()
+        radius = math.sqrt(-2.0 * math.log1p(-height))
+        angle = 2.0 * math.pi * turn
+        self._second = radius * math.sin(angle)
+        return radius * math.cos(angle)
+
+    def _bits(self, size: int) -> NDArray[np.uint32]:
+        return self._engine.randint(0, 2**32, size=size, dtype=np.uint32)
+
+    def _uniform(self, size: int) -> NDArray[np.float32]:
+        return (self._bits(size) & np.uint32(2**24 - 1)).astype(np.float32) * np.float32(2.0**-24)
+
+    def _uniform_double(self) -> float:
+        high, low = (int(word) for word in self._bits(2))
+        return ((high << 32 | low) & (2**53 - 1)) * 2.0**-53
+
+
+def _box_muller(uniform: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Normals from uniforms: in each block of 16 the first half makes radii, the second half angles."""
+    blocks = uniform.reshape(-1, 2, _HALF)
+    # 1 - u keeps the logarithm finite. Both lines round to float32 where torch does; the functions themselves are
+    # evaluated in double, nearest to every build of torch.
+    inverse = np.float32(1.0) - blocks[:, 0]
+    angle = (np.float32(2.0 * math.pi) * blocks[:, 1]).astype(np.float64)
+    radius = np.sqrt(-2.0 * np.log(inverse.astype(np.float64)))
+    return np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1).astype(np.float32).reshape(-1)

@@ -1,0 +1,17 @@
+"""A diffusers scheduler as a matrix over the initial latent, the predictions and the noises."""
+
+from __future__ import annotations
+
+from dipgo_deploy.sampler.matrix import SamplerMatrix, check_linear, prediction_used, sampler_matrix
+from dipgo_deploy.sampler.schedulers import SAMPLERS, evaluations, make_scheduler, scheduler_from_folder
+
+__all__ = [
+    "SAMPLERS",
+    "SamplerMatrix",
+    "check_linear",
+    "evaluations",
+    "make_scheduler",
+    "prediction_used",
+    "sampler_matrix",
+    "scheduler_from_folder",
+]

@@ -1,0 +1,252 @@
+"""A scheduler as a matrix: every latent as a weighted sum of the initial noise, the predictions and the drawn noises.
+
+A scheduler's step is linear in the latent and the predictions unless it clips or thresholds. So the real scheduler is
+run once on coefficient vectors in place of images, and out come the weights: no sampler is written again here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dipgo_deploy.errors import UserError
+from dipgo_deploy.sampler.schedulers import evaluations, own_config
+
+if TYPE_CHECKING:
+    import torch
+
+TOLERANCE = 1e-4
+"""Largest relative disagreement between matrix and scheduler on random data; a linear scheduler stays far below."""
+
+_CHECK_SHAPE = (2, 3, 8, 8)
+# Settings that make a step depend on its data other than linearly, for the message of a refusal.
+_SUSPECTS = ("clip_sample", "thresholding")
+
+
+@dataclass(frozen=True, eq=False)
+class SamplerMatrix:
+    """The weights of a sampler's latents over the stack [x_T, prediction 0 .. P-1, noise 0 .. M-1].
+
+    class_name, config (JSON values, the settings of this class only), num_inference_steps: the diffusers scheduler.
+    timesteps (T,) float64: one for each evaluation of the denoiser. rows (T, 1+P+M) float64: the model input of each
+    evaluation, after ``scale_model_input``. final (1+P+M,) float64: the latent after the last step. predictions: P.
+    noises: M, in the order the scheduler draws them, each as large as the latent; a drawn but unused one has its column
+    of zeros, so that a seed's later draws stay in place. The x_T column is for unit noise: it has ``init_noise_sigma``
+    in it. Arrays are read-only.
+    """
+
+    class_name: str
+    config: Mapping[str, Any]
+    num_inference_steps: int
+    timesteps: NDArray[np.float64]
+    rows: NDArray[np.float64]
+    final: NDArray[np.float64]
+    noises: int
+    predictions: int
+
+    def __post_init__(self) -> None:
+        """Check the shapes against each other and make the arrays read-only."""
+        columns = 1 + self.predictions + self.noises
+        if self.rows.shape != (len(self.timesteps), columns) or self.final.shape != (columns,):
+            raise ValueError(f"rows {self.rows.shape} and final {self.final.shape} do not fit {columns} columns")
+        for array in (self.timesteps, self.rows, self.final):
+            array.setflags(write=False)
+
+
+def sampler_matrix(
+    scheduler: Any,
+    num_inference_steps: int,
+    source: Sequence[int] | None = None,
+    *,
+    set_timesteps_kwargs: Mapping[str, Any] | None = None,
+    check: bool = True,
+) -> SamplerMatrix:
+    """The matrix of a diffusers scheduler.
+
+    source: for each evaluation, the prediction slot it hands to the scheduler; slots are numbered in the order of
+    their first use, and a repeated one is an evaluation without a launch. None: each evaluation has its own.
+    set_timesteps_kwargs: passed on, such as ``mu`` for flow matching with dynamic shifting. check: also run
+    ``check_linear``. The scheduler is left as it was. Predictions are those that a pipeline hands to ``step``: guided,
+    and without a learned variance.
+
+    Raises UserError naming the scheduler if it is not linear or cannot be run this way; ValueError for a ``source``
+    that does not fit the evaluations.
+    """
+    import torch
+
+    from dipgo_deploy.sampler.loop import run_loop
+
+    _refuse_learned_variance(scheduler)
+    count = evaluations(scheduler, num_inference_steps, set_timesteps_kwargs=set_timesteps_kwargs)
+    slots = _slots(source, count)
+    predictions = max(slots) + 1
+
+    def walk(noises: int) -> tuple[Any, int]:
+        columns = 1 + predictions + noises
+        units = torch.eye(columns, dtype=torch.float64)
+        drawn = 0
+
+        def unit(column: int) -> torch.Tensor:
+            return units[column].reshape(1, columns, 1, 1).clone()
+
+        def draw() -> torch.Tensor:
+            nonlocal drawn
+            drawn += 1
+            # The first walk only counts draws: it has no columns for them.
+            return unit(predictions + drawn) if noises else torch.zeros(1, columns, 1, 1, dtype=torch.float64)
+
+        result = _scheduler_at_work(
+            scheduler,
+            lambda: run_loop(
+                scheduler,
+                num_inference_steps,
+                unit(0),
+                lambda index, _input, _timestep: unit(1 + slots[index]),
+                draw,
+                set_timesteps_kwargs=set_timesteps_kwargs,
+                keep_double=True,
+            ),
+        )
+        return result, drawn
+
+    result, noises = walk(0)
+    if noises:
+        result, _ = walk(noises)
+    rows = torch.stack([row.reshape(-1) for row in result.inputs]).numpy()
+    matrix = SamplerMatrix(
+        class_name=type(scheduler).__name__,
+        config=_plain_config(scheduler),
+        num_inference_steps=num_inference_steps,
+        timesteps=np.asarray(result.timesteps, dtype=np.float64),
+        rows=np.ascontiguousarray(rows, dtype=np.float64),
+        final=result.final.reshape(-1).numpy().astype(np.float64),
+        noises=noises,
+        predictions=predictions,
+    )
+    if not (np.isfinite(matrix.rows).all() and np.isfinite(matrix.final).all()):
+        raise UserError(
+            f"sampler {matrix.class_name}: infinite weights at {num_inference_steps} steps; use other steps"
+        )
+    if check:
+        _check(matrix, scheduler, slots, set_timesteps_kwargs)
+    return matrix
+
+
+def check_linear(
+    scheduler: Any,
+    num_inference_steps: int,
+    source: Sequence[int] | None = None,
+    *,
+    set_timesteps_kwargs: Mapping[str, Any] | None = None,
+) -> float:
+    """Compare the matrix with the scheduler's own loop on random latents, predictions and noises.
+
+    Arguments as for ``sampler_matrix``. Returns the largest relative error (Euclidean norm) over all model inputs and
+    the final latent. Several images of several pixels are used, so a step that looks at other pixels or images is found
+    too. In float64, so that a scheduler's rounding (1e-4 in float32 with zero terminal SNR) is not taken for a bend.
+    Raises UserError naming the scheduler, and the setting to blame where one is known, beyond ``TOLERANCE``.
+    """
+    matrix = sampler_matrix(
+        scheduler, num_inference_steps, source, set_timesteps_kwargs=set_timesteps_kwargs, check=False
+    )
+    return _check(matrix, scheduler, _slots(source, len(matrix.timesteps)), set_timesteps_kwargs)
+
+
+def prediction_used(matrix: SamplerMatrix) -> tuple[bool, ...]:
+    """For each prediction slot, whether any model input or the final latent has a weight for it."""
+    weights = np.vstack([matrix.rows, matrix.final])[:, 1 : 1 + matrix.predictions]
+    return tuple(bool(used) for used in (weights != 0).any(axis=0))
+
+
+def _check(
+    matrix: SamplerMatrix, scheduler: Any, slots: Sequence[int], set_timesteps_kwargs: Mapping[str, Any] | None
+) -> float:
+    import torch
+
+    from dipgo_deploy.sampler.loop import run_loop
+
+    columns = 1 + matrix.predictions + matrix.noises
+    stack = np.random.default_rng(0).standard_normal((columns, *_CHECK_SHAPE))
+    parts = torch.from_numpy(stack)
+    noise = iter(parts[1 + matrix.predictions :])
+    result = _scheduler_at_work(
+        scheduler,
+        lambda: run_loop(
+            scheduler,
+            matrix.num_inference_steps,
+            parts[0].clone(),
+            lambda index, _input, _timestep: parts[1 + slots[index]].clone(),
+            lambda: next(noise).clone(),
+            set_timesteps_kwargs=set_timesteps_kwargs,
+            keep_double=True,
+        ),
+    )
+    weights = np.vstack([matrix.rows, matrix.final])
+    expected = np.stack([part.numpy() for part in (*result.inputs, result.final)])
+    actual = np.tensordot(weights, stack, axes=1)
+    axes = tuple(range(1, expected.ndim))
+    difference = np.sqrt(np.square(actual - expected).sum(axes))
+    error = float((difference / np.maximum(np.sqrt(np.square(expected).sum(axes)), 1e-12)).max())
+    if not error <= TOLERANCE:
+        raise UserError(f"sampler {matrix.class_name}: {_reason(matrix.config)} (relative error {error:.2g})")
+    return error
+
+
+def _reason(config: Mapping[str, Any]) -> str:
+    blamed = [key for key in _SUSPECTS if config.get(key)]
+    if not blamed:
+        return "its steps are not linear in latent, predictions and noise; use another sampler"
+    settings = " and ".join(blamed)
+    return (
+        f"{settings} makes its steps non-linear; set {settings} to false in the scheduler config or use another sampler"
+    )
+
+
+def _refuse_learned_variance(scheduler: Any) -> None:
+    variance = own_config(scheduler).get("variance_type")
+    if isinstance(variance, str) and variance.startswith("learned"):
+        raise UserError(
+            f"sampler {type(scheduler).__name__}: variance_type {variance!r} needs the model's learned variance, which "
+            "is not exported; set variance_type to 'fixed_small' in the scheduler config or use ddim"
+        )
+
+
+def _scheduler_at_work(scheduler: Any, work: Any) -> Any:
+    try:
+        return work()
+    except UserError:
+        raise
+    except Exception as error:  # schedulers outside the usual interface fail in their own ways
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(
+            f"sampler {type(scheduler).__name__}: its loop cannot be run as a matrix: {reason}; use another sampler"
+        ) from error
+
+
+def _slots(source: Sequence[int] | None, count: int) -> tuple[int, ...]:
+    if source is None:
+        return tuple(range(count))
+    slots = tuple(int(slot) for slot in source)
+    if len(slots) != count:
+        raise ValueError(f"source has {len(slots)} entries for {count} evaluations")
+    filled = 0
+    for index, slot in enumerate(slots):
+        if not 0 <= slot <= filled:
+            raise ValueError(f"source[{index}] is {slot}, but only slots 0 to {filled - 1} are filled by then")
+        filled = max(filled, slot + 1)
+    return slots
+
+
+def _plain_config(scheduler: Any) -> dict[str, Any]:
+    try:
+        plain: dict[str, Any] = json.loads(json.dumps(own_config(scheduler), default=lambda value: value.tolist()))
+    except (AttributeError, TypeError, ValueError) as error:
+        raise UserError(
+            f"sampler {type(scheduler).__name__}: its config holds more than plain values: {error}"
+        ) from error
+    return plain

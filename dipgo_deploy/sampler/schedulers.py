@@ -1,0 +1,138 @@
+"""Names of samplers, and the diffusers schedulers they stand for."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from dipgo_deploy.errors import UserError
+
+SAMPLERS: Mapping[str, tuple[str, Mapping[str, Any]]] = MappingProxyType(
+    {
+        "ddim": ("DDIMScheduler", {}),
+        # Without skip_prk_steps the class starts with Runge-Kutta steps, which no Stable Diffusion folder uses.
+        "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
+        "plms": ("PNDMScheduler", {"skip_prk_steps": True}),
+        "dpm++2m": (
+            "DPMSolverMultistepScheduler",
+            {"algorithm_type": "dpmsolver++", "solver_order": 2, "use_karras_sigmas": False},
+        ),
+        "dpm++2m-karras": (
+            "DPMSolverMultistepScheduler",
+            {"algorithm_type": "dpmsolver++", "solver_order": 2, "use_karras_sigmas": True},
+        ),
+        "euler": ("EulerDiscreteScheduler", {}),
+        "euler-a": ("EulerAncestralDiscreteScheduler", {}),
+        "unipc": ("UniPCMultistepScheduler", {}),
+        "heun": ("HeunDiscreteScheduler", {}),
+        # The algorithm and solver of a DPM-Solver or UniPC config mean nothing to DEIS.
+        "deis": ("DEISMultistepScheduler", {"algorithm_type": "deis", "solver_type": "logrho"}),
+        "flow-euler": ("FlowMatchEulerDiscreteScheduler", {}),
+        "lcm": ("LCMScheduler", {}),
+        "ddpm": ("DDPMScheduler", {}),
+    }
+)
+"""Sampler name -> (diffusers class, settings that the name stands for)."""
+
+
+def make_scheduler(name: str, base_config: Mapping[str, Any]) -> Any:
+    """The scheduler ``name`` set up from another scheduler's config, as diffusers users swap schedulers.
+
+    name: a key of ``SAMPLERS`` (any case) or a diffusers scheduler class, taken with no settings of its own.
+    base_config: the model folder's scheduler config, or the ``config`` of a ``SamplerMatrix`` with its ``class_name``.
+    Equals ``Class.from_config(base_config, **settings)``: what the new class does not know is left out. Raises
+    UserError for an unknown name, a missing package, or a config the class refuses.
+    """
+    class_name, settings = SAMPLERS.get(name.lower(), (name, {}))
+    scheduler_class = _scheduler_class(class_name)
+    try:
+        return scheduler_class.from_config(dict(base_config), **settings)
+    except ImportError as error:
+        raise UserError(
+            f"sampler {name}: {class_name} needs a package that is not installed: {_line(error)}"
+        ) from error
+    except Exception as error:  # diffusers raises anything from ValueError to NotImplementedError here
+        raise UserError(f"sampler {name}: {class_name} refuses this scheduler config: {_line(error)}") from error
+
+
+def scheduler_from_folder(folder: str | Path) -> Any:
+    """The scheduler a diffusers model folder was saved with.
+
+    folder: a pipeline's folder (with ``scheduler/scheduler_config.json``) or the scheduler's own. Raises UserError if
+    there is no readable config or it names no scheduler class.
+    """
+    folder = Path(folder)
+    paths = (folder / "scheduler" / "scheduler_config.json", folder / "scheduler_config.json")
+    path = next((path for path in paths if path.is_file()), None)
+    if path is None:
+        raise UserError(f"{folder}: no scheduler/scheduler_config.json; point at a diffusers model folder")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as JSON: {_line(error)}") from error
+    if not isinstance(config, dict) or not isinstance(config.get("_class_name"), str):
+        raise UserError(f"{path}: has no _class_name; save the scheduler with diffusers' save_pretrained")
+    return make_scheduler(config["_class_name"], config)
+
+
+def fresh(scheduler: Any) -> Any:
+    """A new scheduler with the same config and none of the history that schedulers keep between steps."""
+    # Only its own settings: diffusers warns of the others each time.
+    return type(scheduler).from_config(own_config(scheduler))
+
+
+def own_config(scheduler: Any) -> dict[str, Any]:
+    """The settings of the scheduler's own class: ``config`` also carries those of the config it was made from."""
+    parameters = inspect.signature(type(scheduler).__init__).parameters
+    return {key: value for key, value in scheduler.config.items() if key in parameters}
+
+
+def set_timesteps(scheduler: Any, num_inference_steps: int, kwargs: Mapping[str, Any] | None = None) -> None:
+    """Call the scheduler's ``set_timesteps``; what it refuses becomes a UserError that names the scheduler."""
+    name = type(scheduler).__name__
+    if num_inference_steps < 1:
+        raise UserError(f"sampler {name}: {num_inference_steps} inference steps; at least 1 is needed")
+    trained = scheduler.config.get("num_train_timesteps")
+    if isinstance(trained, int) and num_inference_steps > trained:
+        # Left alone, some classes fail much later and PNDM stays at one timestep.
+        raise UserError(
+            f"sampler {name}: {num_inference_steps} inference steps, but only {trained} timesteps; use fewer"
+        )
+    try:
+        scheduler.set_timesteps(num_inference_steps, **dict(kwargs or {}))
+    except Exception as error:  # each class has its own kinds of refusal
+        raise UserError(f"sampler {name}: cannot do {num_inference_steps} inference steps: {_line(error)}") from error
+
+
+def evaluations(
+    scheduler: Any, num_inference_steps: int, *, set_timesteps_kwargs: Mapping[str, Any] | None = None
+) -> int:
+    """How often the denoiser is evaluated for ``num_inference_steps``: PNDM's 50 steps take 51, Heun's 99.
+
+    set_timesteps_kwargs: what the pipeline would pass to ``set_timesteps`` besides, such as ``mu`` for flow matching
+    with dynamic shifting. The scheduler is left as it was. Raises UserError for a number of steps it cannot do.
+    """
+    copy = fresh(scheduler)
+    set_timesteps(copy, num_inference_steps, set_timesteps_kwargs)
+    return len(copy.timesteps)
+
+
+def _scheduler_class(class_name: str) -> Any:
+    try:
+        import diffusers
+    except ImportError as error:
+        raise UserError("samplers are built with diffusers; install the extra: dipgo-deploy[export]") from error
+    found = getattr(diffusers, class_name, None)
+    # Classes whose packages are missing are placeholders without SchedulerMixin; from_config then says what is missing.
+    usable = isinstance(found, type) and class_name.endswith("Scheduler") and hasattr(found, "from_config")
+    if not usable:
+        raise UserError(f"sampler {class_name!r} is unknown; use {', '.join(SAMPLERS)} or a diffusers scheduler class")
+    return found
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
