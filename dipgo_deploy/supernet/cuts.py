@@ -1,0 +1,101 @@
+"""The tensors at which a model can be cut: a block's outputs, and its input where a residual needs it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from dipgo_deploy.models.family import BlockSpec
+
+# What a module returned, with each tensor replaced by its index in the flat list: an int, None or a nested tuple.
+Structure = Any
+
+
+@dataclass
+class Cuts:
+    """What one block handled in the model's last forward.
+
+    outputs: its output tensors in the order of `flatten`, each once. inputs: for a block with a residual input that
+    one tensor, else nothing. Both are empty while the block has not run.
+    """
+
+    outputs: list[Tensor] = field(default_factory=list)
+    inputs: list[Tensor] = field(default_factory=list)
+
+
+def flatten(output: object) -> tuple[list[Tensor], Structure]:
+    """The tensors of a module's output depth first, each once (by identity), and the structure to rebuild it.
+
+    A UNet down block returns its last skip tensor twice, as ``(hidden, (skip, ..., hidden))``: one tensor, one index.
+
+    Raises:
+        TypeError: the output holds something that is no tensor, tuple or None.
+    """
+    tensors: list[Tensor] = []
+
+    def index(item: object) -> Structure:
+        if item is None:
+            return None
+        if isinstance(item, Tensor):
+            for position, seen in enumerate(tensors):
+                if seen is item:
+                    return position
+            tensors.append(item)
+            return len(tensors) - 1
+        if type(item) is tuple:
+            return tuple([index(part) for part in item])
+        raise TypeError(f"a block returned a {type(item).__name__}; only tensors, tuples and None can be cut")
+
+    structure = index(output)
+    return tensors, structure
+
+
+def unflatten(tensors: Sequence[Tensor], structure: Structure) -> Any:
+    """The module output of ``structure`` with ``tensors`` in place: the inverse of `flatten`."""
+    if structure is None:
+        return None
+    if isinstance(structure, int):
+        return tensors[structure]
+    return tuple([unflatten(tensors, part) for part in structure])
+
+
+def residual_input(spec: BlockSpec, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """The tensor that the output of ``spec`` is a residual of, from the arguments of its module's call."""
+    if spec.residual_input is not None and spec.residual_input in kwargs:
+        return kwargs[spec.residual_input]
+    return args[0]
+
+
+@contextmanager
+def collect(model: nn.Module, specs: Sequence[BlockSpec]) -> Iterator[dict[str, Cuts]]:
+    """Record each block's cuts in every forward of ``model`` inside the context; a later forward replaces an earlier.
+
+    Forward hooks that only append to lists, so the context can also be entered inside a forward that torch traces.
+
+    Yields:
+        Block name -> `Cuts`, in the order of ``specs``; tensors as the model made them (attached, not copied).
+    """
+    cuts = {spec.name: Cuts() for spec in specs}
+    with ExitStack() as stack:
+        for spec in specs:
+            handle = model.get_submodule(spec.name).register_forward_hook(
+                _recorder(spec, cuts[spec.name]), with_kwargs=True
+            )
+            stack.callback(handle.remove)
+        yield cuts
+
+
+def _recorder(spec: BlockSpec, cuts: Cuts) -> Any:
+    def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object) -> None:
+        cuts.outputs.clear()
+        cuts.inputs.clear()
+        for tensor in flatten(output)[0]:
+            cuts.outputs.append(tensor)
+        if spec.residual_input is not None:
+            cuts.inputs.append(residual_input(spec, args, kwargs))
+
+    return record

@@ -1,0 +1,189 @@
+"""One evaluation of a denoiser with gates: the definition of a kept and of a removed block.
+
+The SuperNet of DiP-GO (arXiv 2410.16942): a removed block's consumers read its last computed output. For a residual
+cache they read the block's current input plus its last computed ``output - input``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dipgo_deploy.errors import UserError
+from dipgo_deploy.models.family import BlockSpec, CacheKind
+from dipgo_deploy.supernet.cuts import Structure, flatten, residual_input, unflatten
+
+Gate = bool | Tensor
+
+
+@dataclass(frozen=True)
+class CacheState:
+    """The caches between two evaluations of one image (or batch). Never changed: a step returns a new one.
+
+    tensors: block name -> what the block last stored, one tensor a cut: its outputs, or for a residual cache
+    ``output - input``. structures: block name -> how the tensors make up the module's output.
+    """
+
+    tensors: Mapping[str, list[Tensor]] = field(default_factory=dict)
+    structures: Mapping[str, Structure] = field(default_factory=dict)
+
+
+class Supernet:
+    """A denoiser whose blocks can be removed at each step. Holds no state between calls; the caches are passed.
+
+    The model's own forward runs, with hooks on the modules named by the specs; it is left as it was found.
+    """
+
+    def __init__(
+        self, model: nn.Module, specs: Sequence[BlockSpec], cache_kinds: Sequence[CacheKind] | None = None
+    ) -> None:
+        """Wrap ``model`` with blocks ``specs``; ``cache_kinds`` one a block (None: each block's default).
+
+        Raises:
+            UserError: the number of cache kinds is wrong, or a block does not support the one it is given.
+        """
+        kinds = tuple(cache_kinds) if cache_kinds is not None else tuple(spec.caches[0] for spec in specs)
+        if len(kinds) != len(specs):
+            raise UserError(f"{len(kinds)} cache kinds for {len(specs)} blocks: give one a block")
+        for spec, kind in zip(specs, kinds, strict=True):
+            if kind not in spec.caches:
+                raise UserError(
+                    f"block {spec.name}: cache kind {kind!r} is not supported: use {' or '.join(spec.caches)}"
+                )
+        self.model = model
+        self.specs = tuple(specs)
+        self.cache_kinds = kinds
+
+    def step(
+        self,
+        latent: Tensor,
+        timestep: Tensor,
+        conditions: Mapping[str, Tensor],
+        gates: Sequence[Gate] | Tensor,
+        state: CacheState,
+        step: int,
+    ) -> tuple[Tensor, CacheState]:
+        """Evaluate the model once.
+
+        A gate is a bool (kept: computed and stored; removed: read from the cache, the module is not run) or a tensor
+        in [0, 1] of one element: ``g * current + (1 - g) * cached``, both computed, nothing detached, and the mix is
+        what is stored. A tensor of exactly 1 may come before anything was stored and then counts as kept.
+
+        Args:
+            latent: (B, C, h, w) model input, the model's dtype.
+            timestep: (B,) or (1,).
+            conditions: further forward inputs by keyword.
+            gates: one a block, in the order of the specs.
+            state: caches after the previous evaluation, ``CacheState()`` before the first.
+            step: index of the evaluation, for messages.
+
+        Returns:
+            The model's prediction (B, C', h, w) and the caches after this evaluation.
+
+        Raises:
+            UserError: wrong number of gates, a gate that is no bool or number in [0, 1], or a block that reads a cache
+                which was never written.
+        """
+        if len(gates) != len(self.specs):
+            raise UserError(f"step {step}: {len(gates)} gates for {len(self.specs)} blocks: give one a block")
+        tensors, structures = dict(state.tensors), dict(state.structures)
+        with ExitStack() as stack:
+            for spec, kind, raw in zip(self.specs, self.cache_kinds, gates, strict=True):
+                gate = _checked(raw, spec, step)
+                module = self.model.get_submodule(spec.name)
+                stored = state.tensors.get(spec.name)
+                if stored is None:
+                    if not (gate if isinstance(gate, bool) else bool(gate == 1)):
+                        raise UserError(
+                            f"step {step}, block {spec.name}: removed, but its cache was never written: "
+                            "keep the block at this step or an earlier one"
+                        )
+                    gate = True
+                if gate is False:
+                    assert stored is not None
+                    reader = _reader(spec, kind, stored, state.structures[spec.name])
+                    stack.enter_context(_replaced_forward(module, reader))
+                else:
+                    hook = _gate_hook(spec, kind, gate, stored, tensors, structures)
+                    stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
+            prediction = self.model(latent, timestep=timestep, return_dict=False, **conditions)[0]
+        return prediction, CacheState(tensors, structures)
+
+
+def _checked(gate: Any, spec: BlockSpec, step: int) -> Gate:
+    """``gate`` as a bool, or as the soft gate it is."""
+    if isinstance(gate, Tensor) and gate.numel() == 1 and gate.dtype != torch.bool:
+        return gate.reshape(())
+    if isinstance(gate, Tensor) and gate.numel() != 1 or gate not in (0, 1):
+        raise UserError(f"step {step}, block {spec.name}: gate {gate!r}: give true, false or a tensor of one element")
+    return bool(gate)
+
+
+def _read(stored: Sequence[Tensor], base: Tensor | None) -> list[Tensor]:
+    """What the consumers of a removed block see; ``base`` as `_base` gives it."""
+    return list(stored) if base is None else [base + tensor for tensor in stored]
+
+
+def _base(spec: BlockSpec, kind: CacheKind, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """The block's current input, which its cache is relative to; None for an output cache."""
+    return residual_input(spec, args, kwargs) if kind == "residual" else None
+
+
+def _reader(spec: BlockSpec, kind: CacheKind, stored: Sequence[Tensor], structure: Structure) -> Any:
+    """A forward for the module of a removed block: no computation, only the cache."""
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return unflatten(_read(stored, _base(spec, kind, args, kwargs)), structure)
+
+    return forward
+
+
+def _gate_hook(
+    spec: BlockSpec,
+    kind: CacheKind,
+    gate: Gate,
+    stored: Sequence[Tensor] | None,
+    tensors: dict[str, list[Tensor]],
+    structures: dict[str, Structure],
+) -> Any:
+    """A forward hook for a block that is computed: stores, and for a soft gate replaces the output by the mix."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        current, structure = flatten(output)
+        base = _base(spec, kind, args, kwargs)
+        fresh = current if base is None else [tensor - base for tensor in current]
+        structures[spec.name] = structure
+        if isinstance(gate, bool):
+            tensors[spec.name] = fresh
+            return output
+        assert stored is not None
+        # Stored and returned mixes are made apart: (input + residual) - input would not be the residual exactly.
+        tensors[spec.name] = [_mix(gate, new, old) for new, old in zip(fresh, stored, strict=True)]
+        mixed = [_mix(gate, new, old) for new, old in zip(current, _read(stored, base), strict=True)]
+        return unflatten(mixed, structure)
+
+    return hook
+
+
+def _mix(gate: Tensor, current: Tensor, cached: Tensor) -> Tensor:
+    weight = gate.to(current.dtype)
+    return weight * current + (1 - weight) * cached
+
+
+@contextmanager
+def _replaced_forward(module: nn.Module, forward: Any) -> Iterator[None]:
+    """``module`` with another forward inside the context; its hooks still run."""
+    own = module.__dict__.get("forward")
+    module.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.__dict__["forward"]
+        else:
+            module.__dict__["forward"] = own

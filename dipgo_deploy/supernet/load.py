@@ -1,0 +1,60 @@
+"""Denoisers and pipelines with their weights: from a built-in name, a folder in diffusers' format, or a hub id."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dipgo_deploy.errors import UserError
+from dipgo_deploy.models import ModelFamily
+from dipgo_deploy.models.location import config_folder, denoiser_config, resolve_model
+
+
+def load_denoiser(
+    folder_or_id: str | Path, dtype: torch.dtype = torch.float32
+) -> tuple[nn.Module, ModelFamily, dict[str, Any]]:
+    """The denoiser of a pipeline (found through its ``model_index.json``), or of a folder of its own.
+
+    Only safetensors are read, so nothing is unpickled.
+
+    Returns:
+        The model in evaluation mode with ``dtype`` parameters, its family, and its configuration as in its
+        ``config.json`` (what a schedule's configuration hash is of).
+
+    Raises:
+        UserError: no such model, no supported denoiser in it, or files that cannot be read.
+    """
+    import diffusers
+
+    folder = config_folder(folder_or_id)
+    family, config = denoiser_config(folder)
+    options = {"subfolder": family.component} if (folder / "model_index.json").is_file() else {}
+    model = _pretrained(getattr(diffusers, family.class_name), folder_or_id, dtype, **options)
+    return model.eval(), family, config
+
+
+def load_pipeline(folder_or_id: str | Path, dtype: torch.dtype = torch.float32, **components: Any) -> Any:
+    """The stock diffusers pipeline of a model, safetensors only; ``components`` are used instead of loaded.
+
+    Raises:
+        UserError: no such model, or a file of it cannot be read.
+    """
+    import diffusers
+
+    return _pretrained(diffusers.DiffusionPipeline, folder_or_id, dtype, **components)
+
+
+def _pretrained(owner: Any, folder_or_id: str | Path, dtype: torch.dtype, **options: Any) -> Any:
+    from diffusers.utils import is_accelerate_available
+
+    source = resolve_model(folder_or_id)
+    # Asked for without accelerate, the frugal way of loading only gives a warning.
+    frugal = is_accelerate_available()
+    try:
+        return owner.from_pretrained(source, dtype=dtype, use_safetensors=True, low_cpu_mem_usage=frugal, **options)
+    except Exception as error:  # diffusers, transformers, the hub's client and safetensors each raise their own
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{source}: {owner.__name__} cannot be loaded: {reason}") from error

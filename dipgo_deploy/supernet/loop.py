@@ -1,0 +1,170 @@
+"""The denoising loop over a supernet with a real diffusers scheduler: the reference that every bundle is held to."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from dipgo_deploy.errors import UserError
+from dipgo_deploy.sampler.schedulers import fresh, set_timesteps
+from dipgo_deploy.supernet.gated import CacheState, Gate, Supernet
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One evaluation of the denoiser in a loop; all tensors detached.
+
+    step: index of the evaluation. model_input: (B, C, h, w), the latent after ``scale_model_input``, before the batch
+    is doubled for guidance, in the loop's dtype. timestep: 0-d, as the scheduler gives it. conditions: forward inputs
+    by keyword, (G*B, ...), G = 2 with guidance, the unconditional half first. before, after: the caches.
+    raw: (G*B, C, h, w) the model's prediction, learned variance dropped. prediction: (B, C, h, w) after guidance.
+    """
+
+    step: int
+    model_input: Tensor
+    timestep: Tensor
+    conditions: Mapping[str, Tensor]
+    before: CacheState
+    after: CacheState
+    raw: Tensor
+    prediction: Tensor
+
+
+def run_loop(
+    supernet: Supernet,
+    scheduler: Any,
+    gates: Sequence[Sequence[Gate]] | Tensor,
+    latents: Tensor,
+    conditions: Mapping[str, Tensor],
+    *,
+    num_inference_steps: int,
+    guidance_scale: float | None = None,
+    generator: torch.Generator | None = None,
+    noises: Sequence[Tensor] | None = None,
+    record: Callable[[Evaluation], None] | None = None,
+) -> Tensor:
+    """Denoise ``latents`` with one row of gates an evaluation.
+
+    Gradients flow through all steps where they are enabled; call it under ``torch.no_grad()`` to only sample.
+
+    Args:
+        supernet: the gated denoiser.
+        scheduler: a diffusers scheduler; only its class and configuration are used, its state is left alone.
+        gates: T rows of N gates (see `Supernet.step`), T the number of evaluations.
+        latents: (B, C, h, w) unit noise; it is scaled by the scheduler's ``init_noise_sigma`` here.
+        conditions: forward inputs by keyword, (G*B, ...) with G = 2 if there is guidance, unconditional half first.
+        num_inference_steps: what the scheduler's ``set_timesteps`` is given.
+        guidance_scale: None for no guidance (a batch of one half).
+        generator: source of a stochastic scheduler's noise. noises: or its draws in order, each (B, C, h, w).
+        record: called with each `Evaluation`.
+
+    Returns:
+        The final latents, (B, C, h, w), dtype of ``latents``.
+
+    Raises:
+        UserError: T differs from the scheduler's number of evaluations, a gate is wrong (see `Supernet.step`),
+            ``noises`` are not what the scheduler draws, or conditions have the wrong batch.
+    """
+    sampler = fresh(scheduler)
+    set_timesteps(sampler, num_inference_steps)
+    timesteps = sampler.timesteps.to(latents.device)
+    if len(gates) != len(timesteps):
+        raise UserError(
+            f"{len(gates)} rows of gates, but {type(sampler).__name__} evaluates the denoiser {len(timesteps)} times "
+            f"in {num_inference_steps} steps: give one row an evaluation"
+        )
+    halves = 1 if guidance_scale is None else 2
+    _check_batches(conditions, halves * len(latents))
+    dtype = next(supernet.model.parameters()).dtype
+    channels = latents.shape[1]
+    scale_input = getattr(sampler, "scale_model_input", lambda sample, _: sample)
+    takes_generator = "generator" in inspect.signature(sampler.step).parameters
+    extra = {"generator": generator} if takes_generator else {}
+
+    state = CacheState()
+    sample = latents * getattr(sampler, "init_noise_sigma", 1.0)
+    with ExitStack() as stack:
+        if noises is not None:
+            stack.enter_context(_given_noises(sampler, noises))
+        for step, timestep in enumerate(timesteps):
+            model_input = scale_input(sample, timestep)
+            batch = torch.cat([model_input] * halves).to(dtype)
+            output, after = supernet.step(batch, timestep.expand(len(batch)), conditions, gates[step], state, step)
+            raw = output[:, :channels].to(latents.dtype)  # the rest is a learned variance
+            prediction = raw
+            if guidance_scale is not None:
+                unconditional, conditional = raw.chunk(2)
+                prediction = unconditional + guidance_scale * (conditional - unconditional)
+            if record is not None:
+                record(_evaluation(step, model_input, timestep, conditions, state, after, raw, prediction))
+            sample = sampler.step(prediction, timestep, sample, return_dict=False, **extra)[0]
+            state = after
+    return sample
+
+
+def _check_batches(conditions: Mapping[str, Tensor], rows: int) -> None:
+    for name, tensor in conditions.items():
+        if len(tensor) != rows:
+            raise UserError(f"condition {name}: {len(tensor)} rows for a model batch of {rows}: give one row an entry")
+
+
+def _evaluation(
+    step: int,
+    model_input: Tensor,
+    timestep: Tensor,
+    conditions: Mapping[str, Tensor],
+    before: CacheState,
+    after: CacheState,
+    raw: Tensor,
+    prediction: Tensor,
+) -> Evaluation:
+    return Evaluation(
+        step=step,
+        model_input=model_input.detach(),
+        timestep=timestep,
+        conditions={name: tensor.detach() for name, tensor in conditions.items()},
+        before=_detached(before),
+        after=_detached(after),
+        raw=raw.detach(),
+        prediction=prediction.detach(),
+    )
+
+
+def _detached(state: CacheState) -> CacheState:
+    tensors = {name: [tensor.detach() for tensor in values] for name, values in state.tensors.items()}
+    return CacheState(tensors, state.structures)
+
+
+@contextmanager
+def _given_noises(scheduler: Any, noises: Sequence[Tensor]) -> Iterator[None]:
+    """The scheduler's draws replaced by ``noises`` in order.
+
+    diffusers schedulers draw through ``randn_tensor`` of their module and have no argument for the draws themselves.
+    """
+    module, name = sys.modules[type(scheduler).__module__], type(scheduler).__name__
+    draws, used = iter(noises), 0
+
+    def draw(shape: Sequence[int], **options: Any) -> Tensor:
+        nonlocal used
+        noise = next(draws, None)
+        used += 1
+        if noise is None or noise.shape != torch.Size(shape):
+            got = "no more" if noise is None else f"one of {tuple(noise.shape)}"
+            raise UserError(
+                f"{name} draws noise of {tuple(shape)}, but `noises` has {got}: give every draw of the loop in order"
+            )
+        return noise.to(device=options.get("device"), dtype=options.get("dtype"))
+
+    # A deterministic scheduler may not have the name at all.
+    with mock.patch.object(module, "randn_tensor", draw, create=True):
+        yield
+    if used != len(noises):
+        raise UserError(f"{name} draws noise {used} times in this loop, but `noises` has {len(noises)}: give that many")

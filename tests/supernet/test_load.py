@@ -1,0 +1,114 @@
+"""Loading denoisers and pipelines from folders."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import diffusers
+import pytest
+import torch
+
+from dipgo_deploy.errors import UserError
+from dipgo_deploy.supernet import Supernet, load_denoiser, load_pipeline, run_loop
+
+
+@pytest.fixture
+def dit_folder(tmp_path, dit) -> Path:
+    """A pipeline folder around the tiny DiT (its index, the denoiser; no VAE)."""
+    folder = tmp_path / "pipeline"
+    dit.save_pretrained(folder / "transformer")
+    index = {"_class_name": "DiTPipeline", "transformer": ["diffusers", "DiTTransformer2DModel"]}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
+
+
+def test_bare_and_pipeline_folders_give_the_same_model(dit_folder, dit) -> None:
+    labels, latent, timestep = torch.tensor([1]), torch.randn(1, 4, 8, 8), torch.tensor([9])
+    with torch.no_grad():
+        expected = dit(latent, timestep, labels).sample
+        for folder in (dit_folder, dit_folder / "transformer"):
+            model, family, config = load_denoiser(folder)
+            assert family.class_name == "DiTTransformer2DModel" and not model.training
+            assert torch.equal(model(latent, timestep, labels).sample, expected)
+            assert config == json.loads((dit_folder / "transformer" / "config.json").read_text())
+    half, _, _ = load_denoiser(dit_folder, torch.float16)
+    assert {parameter.dtype for parameter in half.parameters()} == {torch.float16}
+
+
+def test_refusals_name_the_folder(dit_folder, tmp_path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="nowhere: no such folder"):
+        load_denoiser(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="empty: no model_index.json or config.json"):
+        load_denoiser(tmp_path / "empty")
+    with pytest.raises(UserError, match="empty: DiffusionPipeline cannot be loaded"):
+        load_pipeline(tmp_path / "empty")
+    index = {"_class_name": "OtherPipeline", "transformer": ["diffusers", "OtherModel"]}
+    (tmp_path / "empty" / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match="empty: OtherPipeline has no supported denoiser"):
+        load_denoiser(tmp_path / "empty")
+    weights = dit_folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(UserError, match="pipeline: DiTTransformer2DModel cannot be loaded") as error:
+        load_denoiser(dit_folder)
+    assert "\n" not in str(error.value)
+    (dit_folder / "transformer" / "config.json").write_text("{")
+    with pytest.raises(UserError, match="transformer/config.json"):
+        load_denoiser(dit_folder)
+
+
+def test_pickled_weights_are_not_read(dit_folder, dit) -> None:
+    folder = dit_folder / "transformer"
+    (folder / "diffusion_pytorch_model.safetensors").unlink()
+    torch.save(dit.state_dict(), folder / "diffusion_pytorch_model.bin")
+    with pytest.raises(UserError, match="DiTTransformer2DModel cannot be loaded"):
+        load_denoiser(dit_folder)
+
+
+def test_default_text_model_full_schedule_is_its_stock_pipeline() -> None:
+    model, family, config = load_denoiser("fashion-sd")
+    specs = family.blocks(config, "block")
+    assert len(specs) == 9 and len(family.blocks(config, "layer")) == 24
+    pipeline = load_pipeline("fashion-sd")
+    pipeline.set_progress_bar_config(disable=True)
+    side = config["sample_size"]
+    latents = torch.randn(1, 4, side, side)
+    with torch.no_grad():
+        positive, negative = pipeline.encode_prompt("a sneaker", "cpu", 1, True)
+        scheduler = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config)
+        pipeline.scheduler = scheduler
+        expected = pipeline("a sneaker", latents=latents, num_inference_steps=4, output_type="latent").images
+        conditions = {"encoder_hidden_states": torch.cat([negative, positive])}
+        gates = [[True] * 9] * 4
+        got = run_loop(
+            Supernet(model, specs),
+            scheduler,
+            gates,
+            latents,
+            conditions,
+            num_inference_steps=4,
+            guidance_scale=7.5,
+        )
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)
+
+
+def test_default_class_model_full_schedule_is_its_stock_pipeline() -> None:
+    model, family, config = load_denoiser("fashion-dit")
+    specs = family.blocks(config, "block")
+    assert len(specs) == config["num_layers"] >= 8
+    pipeline = load_pipeline("fashion-dit")
+    pipeline.set_progress_bar_config(disable=True)
+    images = pipeline(
+        [7], guidance_scale=4.0, generator=torch.Generator().manual_seed(3), num_inference_steps=4, output_type="np"
+    ).images
+    side = config["sample_size"]
+    latents = torch.randn(1, 4, side, side, generator=torch.Generator().manual_seed(3))
+    labels = {"class_labels": torch.tensor([config["num_embeds_ada_norm"], 7])}
+    common = (pipeline.scheduler, [[True] * len(specs)] * 4, latents, labels)
+    with torch.no_grad():
+        final = run_loop(Supernet(model, specs), *common, num_inference_steps=4, guidance_scale=4.0)
+        decoded = pipeline.vae.decode(final / pipeline.vae.config.scaling_factor).sample
+    got = (decoded / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
+    # The stock pipeline has the conditional half first, which only changes the rounding.
+    assert abs(got - images).max() < 1e-3
