@@ -1,0 +1,31 @@
+"""Runtimes that run an engine directory's graphs. Each is imported only when it is asked for."""
+
+from __future__ import annotations
+
+from dipgo_deploy.backends.base import Backend
+from dipgo_deploy.errors import UserError
+
+BACKENDS = ("auto", "cpu", "cuda")
+
+
+def create_backend(name: str = "auto", *, threads: int | None = None, share_weights: bool = False) -> Backend:
+    """Make a backend by name.
+
+    Args:
+        name: ``cpu`` or ``cuda`` (ONNX Runtime on either), or ``auto``: CUDA where it works, else the CPU.
+        threads: CPU threads of one launch; None leaves it to the backend.
+        share_weights: one copy of the weights for all graphs (see ``OnnxRuntimeBackend``).
+
+    Raises:
+        UserError: no such backend, or it cannot run on this machine; nothing has been created then.
+    """
+    if name not in BACKENDS:
+        raise UserError(f"backend {name!r}: unknown; choose one of {', '.join(BACKENDS)}")
+    from dipgo_deploy.backends.onnxruntime import OnnxRuntimeBackend
+
+    if name == "auto":
+        try:
+            return OnnxRuntimeBackend("cuda", threads=threads, share_weights=share_weights)
+        except UserError:  # said by name only when CUDA was asked for
+            name = "cpu"
+    return OnnxRuntimeBackend(name, threads=threads, share_weights=share_weights)

@@ -1,0 +1,271 @@
+"""ONNX Runtime on the CPU or on CUDA: every tensor bound by address, once per launch of the plan."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dipgo_deploy.backends.base import Launchable, Memory
+from dipgo_deploy.backends.externals import external_tensors
+from dipgo_deploy.backends.install import check_onnxruntime_installation
+from dipgo_deploy.backends.storage import as_bytes, from_storage
+from dipgo_deploy.bundle.manifest import Graph, Manifest, TensorSpec
+from dipgo_deploy.errors import UserError
+
+ALIGNMENT = 256
+CUDA = "CUDAExecutionProvider"
+CPU = "CPUExecutionProvider"
+_FATAL = 4  # log level: what goes wrong is raised, not also printed
+_ONNX_TYPES = {"float32": 1, "int64": 7, "float16": 10, "bfloat16": 16}
+_NUMPY_BY_ONNX = {1: np.float32, 6: np.int32, 7: np.int64, 9: np.bool_, 10: np.float16, 11: np.float64}
+_SESSION_TYPES = {"float32": "float", "float16": "float16", "bfloat16": "bfloat16", "int64": "int64"}
+_SMALLEST_SHARED = 1024  # bytes; small constants (shapes, axes) are read by ONNX Runtime itself, on the host
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:400]
+
+
+class OnnxRuntimeBackend:
+    """Runs graphs with ONNX Runtime.
+
+    Args:
+        provider: ``cpu`` or ``cuda``.
+        threads: CPU threads of one launch; None: ONNX Runtime's default, the physical cores.
+        share_weights: all graphs use one copy of the weights (on the CPU the memory-mapped file itself) at the price
+            of slower matrix products: ONNX Runtime cannot re-lay-out ("prepack") weights that it does not own.
+
+    Raises:
+        UserError: ONNX Runtime or the provider is not there, CUDA has no usable device, or ``threads`` is below 1.
+    """
+
+    def __init__(self, provider: str = "cpu", *, threads: int | None = None, share_weights: bool = False) -> None:
+        if provider not in ("cpu", "cuda"):
+            raise UserError(f"backend {provider!r}: ONNX Runtime runs on cpu or cuda")
+        if threads is not None and threads < 1:
+            raise UserError(f"threads {threads}: give at least 1, or leave it out for the default")
+        self._ort = _import_onnxruntime()
+        self.name = provider
+        self._provider = CUDA if provider == "cuda" else CPU
+        self._threads = threads
+        self._share_weights = share_weights
+        self._weights: dict[tuple[Path, int, int, tuple[int, ...]], Any] = {}
+        if provider == "cuda":
+            self._require_cuda()
+
+    def _require_cuda(self) -> None:
+        available = self._ort.get_available_providers()
+        if CUDA not in available:
+            raise UserError(
+                "backend cuda: this ONNX Runtime has no CUDA provider; install the extra 'gpu' instead of 'cpu',"
+                " or use --backend cpu"
+            )
+        try:
+            self._ort.OrtValue.ortvalue_from_shape_and_type([1], np.uint8, "cuda", 0)
+        except Exception as error:  # ONNX Runtime's exceptions share no base class
+            raise UserError(f"backend cuda: no usable CUDA device ({_one_line(error)}); use --backend cpu") from None
+
+    def check(self, manifest: Manifest) -> None:
+        """Refuse an engine directory that this backend cannot run, before anything is loaded.
+
+        Raises:
+            UserError: bf16 on the CPU.
+        """
+        if manifest.dtype == "bf16" and self.name == "cpu":
+            raise UserError(
+                "backend cpu: ONNX Runtime has no bf16 kernels for the CPU; use --backend cuda,"
+                " or export with --dtype fp32 or fp16"
+            )
+
+    def allocate(self, nbytes: int) -> Memory:
+        """Zero-filled memory, aligned to 256 bytes."""
+        if self.name == "cuda":
+            value = self._ort.OrtValue.ortvalue_from_shape_and_type([max(nbytes, 1)], np.uint8, "cuda", 0)
+            value.update_inplace(np.zeros(max(nbytes, 1), dtype=np.uint8))
+            return Memory(value.data_ptr(), nbytes, value)
+        owner = np.zeros(nbytes + ALIGNMENT, dtype=np.uint8)
+        start = -owner.ctypes.data % ALIGNMENT
+        return Memory(owner.ctypes.data + start, nbytes, owner)
+
+    def upload(self, memory: Memory, array: np.ndarray) -> None:
+        """Copy a host array to the start of ``memory``.
+
+        Raises:
+            ValueError: the array is larger than the memory.
+        """
+        data = as_bytes(array)
+        if data.nbytes > memory.nbytes:
+            raise ValueError(f"{data.nbytes} bytes do not fit a memory of {memory.nbytes}")
+        if self.name == "cpu":
+            start = memory.address - memory.owner.ctypes.data
+            memory.owner[start : start + data.nbytes] = data
+            return
+        # A device OrtValue can only be replaced as a whole: what surrounds a part is read back first.
+        start = memory.address - memory.owner.data_ptr()
+        whole = memory.owner.numpy() if data.nbytes < memory.owner.shape()[0] else np.empty(data.nbytes, np.uint8)
+        whole[start : start + data.nbytes] = data
+        memory.owner.update_inplace(whole)
+
+    def download(self, memory: Memory, spec: TensorSpec) -> np.ndarray:
+        """Copy a tensor to the host; bfloat16 comes as float32.
+
+        Raises:
+            ValueError: the tensor is larger than the memory.
+        """
+        if spec.nbytes > memory.nbytes:
+            raise ValueError(f"{spec.name}: {spec.nbytes} bytes are more than the memory's {memory.nbytes}")
+        base = memory.owner.ctypes.data if self.name == "cpu" else memory.owner.data_ptr()
+        raw = memory.owner if self.name == "cpu" else memory.owner.numpy()
+        return from_storage(raw[memory.address - base :], spec)
+
+    def load(self, engine_dir: Path, graph: Graph) -> OnnxExecutable:
+        """Make a session for one graph; its inputs and outputs must be those of the manifest.
+
+        Raises:
+            UserError: the file is missing, refused by ONNX Runtime, does not match the manifest, or CUDA fell back.
+        """
+        path = engine_dir / graph.file
+        if not path.is_file():
+            raise UserError(f"{path}: named in the manifest but missing; export the engine directory again")
+        options = self._session_options()
+        if self._share_weights:
+            self._add_shared_weights(options, path)
+        providers = [CUDA, CPU] if self.name == "cuda" else [CPU]
+        try:
+            session = self._ort.InferenceSession(str(path), options, providers=providers, enable_fallback=False)
+        except Exception as error:  # ONNX Runtime's exceptions share no base class
+            raise UserError(f"{path}: ONNX Runtime cannot load it on {self.name}: {_one_line(error)}") from None
+        if self._provider not in session.get_providers():
+            raise UserError(f"{path}: ONNX Runtime fell back to the CPU although cuda was asked for; use --backend cpu")
+        _check_interface(path, "input", session.get_inputs(), graph.inputs)
+        _check_interface(path, "output", session.get_outputs(), graph.outputs)
+        return OnnxExecutable(session, graph, path, self.name, self._ort)
+
+    def synchronize(self) -> None:
+        """Nothing to wait for: a run returns when it is done.
+
+        Sessions have a CUDA stream each, so ONNX Runtime's own synchronisation at the end of a run is also what
+        orders a launch after the one whose caches it reads.
+        """
+
+    def _session_options(self) -> Any:
+        options = self._ort.SessionOptions()
+        options.log_severity_level = _FATAL
+        # Each session has a thread pool of its own. The threads of the one that just ran would go on spinning on the
+        # cores that the next launch, usually of another session, needs.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        if self._threads is not None:
+            options.intra_op_num_threads = self._threads
+        return options
+
+    def _add_shared_weights(self, options: Any, path: Path) -> None:
+        """Hand in the external initializers as values that all sessions share.
+
+        Without prepacking and without the NCHWc layout pass (above EXTENDED) sessions make no copies of their own.
+        """
+        options.add_session_config_entry("session.disable_prepacking", "1")
+        options.graph_optimization_level = self._ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+        for tensor in external_tensors(path):
+            if tensor.length < _SMALLEST_SHARED or tensor.dtype not in _NUMPY_BY_ONNX:
+                continue
+            key = (tensor.file.resolve(), tensor.offset, tensor.dtype, tensor.shape)
+            if key not in self._weights:
+                if not tensor.file.resolve().is_relative_to(path.parent.resolve()):
+                    raise UserError(f"{path}: tensor {tensor.name} lies outside its folder ({tensor.file}); not loaded")
+                try:
+                    mapped = np.memmap(
+                        tensor.file,
+                        dtype=_NUMPY_BY_ONNX[tensor.dtype],
+                        mode="c",
+                        offset=tensor.offset,
+                        shape=tensor.shape,
+                    )
+                except (OSError, ValueError) as error:
+                    raise UserError(
+                        f"{tensor.file}: tensor {tensor.name} of {path.name} cannot be read ({error});"
+                        " export the engine directory again"
+                    ) from None
+                # On the CPU the value refers to the mapping and keeps it alive; on CUDA it is the one device copy.
+                self._weights[key] = self._ort.OrtValue.ortvalue_from_numpy(mapped, self.name, 0)
+            options.add_initializer(tensor.name, self._weights[key])
+
+
+class OnnxExecutable:
+    """A session with the graph of the manifest that it runs."""
+
+    def __init__(self, session: Any, graph: Graph, path: Path, device: str, ort: Any) -> None:
+        self.graph = graph
+        self._session = session
+        self._path = path
+        self._device = device
+        self._run_options = ort.RunOptions()
+        self._run_options.log_severity_level = _FATAL
+        # Each run looks this option up; where it is not set, that raises and catches an exception: 30 us a launch.
+        # -1, "no graph capture", is what happens anyway.
+        self._run_options.add_run_config_entry("gpu_graph_id", "-1")
+
+    def bind(self, tensors: Mapping[str, Memory]) -> Launchable:
+        """Bind all inputs and outputs by address, for as many launches as wanted.
+
+        Raises:
+            KeyError: a name is missing.
+            ValueError: a memory is smaller than its tensor.
+        """
+        binding = self._session.io_binding()
+        kept: list[Memory] = []
+        for bind, specs in ((binding.bind_input, self.graph.inputs), (binding.bind_output, self.graph.outputs)):
+            for spec in specs:
+                memory = tensors[spec.name]
+                if memory.nbytes < spec.nbytes:
+                    raise ValueError(f"{spec.name}: needs {spec.nbytes} bytes, its memory has {memory.nbytes}")
+                kept.append(memory)
+                bind(spec.name, self._device, 0, _ONNX_TYPES[spec.dtype], spec.shape, memory.address)
+        return _BoundRun(self, binding, tuple(kept))
+
+
+class _BoundRun:
+    """One run of a session with fixed addresses."""
+
+    __slots__ = ("_binding", "_executable", "_kept", "_options", "_run")
+
+    def __init__(self, executable: OnnxExecutable, binding: Any, kept: tuple[Memory, ...]) -> None:
+        self._executable = executable
+        self._run = executable._session.run_with_iobinding
+        self._options = executable._run_options
+        self._binding = binding
+        self._kept = kept  # ONNX Runtime holds bare addresses: the memory lives as long as the binding
+
+    def __call__(self) -> None:
+        try:
+            self._run(self._binding, self._options)
+        except Exception as error:  # ONNX Runtime's exceptions share no base class
+            raise UserError(f"{self._executable._path}: the run failed: {_one_line(error)}") from None
+
+
+def _import_onnxruntime() -> Any:
+    check_onnxruntime_installation()
+    try:
+        import onnxruntime
+
+        _ = onnxruntime.InferenceSession
+    except (ImportError, AttributeError):
+        raise UserError(
+            "ONNX Runtime is missing or broken; install dipgo-deploy with one of the extras: 'cpu' or 'gpu', never both"
+        ) from None
+    return onnxruntime
+
+
+def _check_interface(path: Path, kind: str, found: Any, wanted: tuple[TensorSpec, ...]) -> None:
+    """Compare a session's inputs or outputs with the manifest's: bound by address, a wrong shape would be memory
+    read or written out of bounds."""
+    have = {value.name: f"{value.type} {tuple(value.shape)}" for value in found}
+    want = {spec.name: f"tensor({_SESSION_TYPES[spec.dtype]}) {spec.shape}" for spec in wanted}
+    for name in [*want, *have]:
+        if have.get(name) != want.get(name):
+            raise UserError(
+                f"{path}: {kind} {name} is {have.get(name, 'missing')} in the graph, {want.get(name, 'missing')}"
+                " in the manifest; export the engine directory again"
+            )

@@ -1,0 +1,31 @@
+"""Host arrays to and from the bytes that a backend's memory holds; numpy has no bfloat16 of its own."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from dipgo_deploy.bundle.manifest import NUMPY_DTYPES, TensorDType, TensorSpec
+
+
+def to_storage(array: np.ndarray, dtype: TensorDType) -> np.ndarray:
+    """C-ordered array of a manifest dtype; bfloat16 comes as its bit patterns, uint16, rounded to nearest even."""
+    if dtype != "bfloat16":
+        return np.ascontiguousarray(array, dtype=NUMPY_DTYPES[dtype])
+    values = np.ascontiguousarray(array, dtype=np.float32)
+    bits = values.view(np.uint32)
+    rounded = (bits.astype(np.uint64) + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    # Rounding could carry a NaN's payload over into infinity: keep it a (quiet) NaN.
+    return np.where(np.isnan(values), (bits >> 16) | 0x40, rounded).astype(np.uint16)
+
+
+def from_storage(raw: np.ndarray, spec: TensorSpec) -> np.ndarray:
+    """An own array from raw bytes (uint8, at least ``spec.nbytes``); bfloat16 comes as float32."""
+    raw = np.ascontiguousarray(raw[: spec.nbytes])
+    if spec.dtype == "bfloat16":
+        return (raw.view(np.uint16).astype(np.uint32) << 16).view(np.float32).reshape(spec.shape)
+    return raw.view(NUMPY_DTYPES[spec.dtype]).reshape(spec.shape).copy()
+
+
+def as_bytes(array: np.ndarray) -> np.ndarray:
+    """A C-ordered array as a flat uint8 view."""
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)

@@ -1,0 +1,1 @@
+"""The engine directory on disk: manifest, hashes, atomic writes."""

@@ -1,0 +1,261 @@
+"""``dipgo-run``: pictures from an engine directory."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import click
+
+from dipgo_deploy.cli.common import emit, entry_point, examples, human_console, json_option, version_option
+from dipgo_deploy.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from PIL.Image import Image
+
+_PICTURES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+_DEFAULT_OUTPUT = {"pil": "output.png", "np": "output.npy", "latent": "output.npy"}
+
+
+@click.command(
+    name="dipgo-run",
+    epilog=examples(
+        'dipgo-run --engine-dir engines/fashion-sd --prompt "a sneaker" -o sneaker.png',
+        'dipgo-run --engine-dir engines/fashion-sd --prompt "a bag" --prompt "a coat" --num-images 4 --seed 7',
+        "dipgo-run --engine-dir engines/fashion-dit --class-labels sneaker,bag,3 -o grid.png",
+        'dipgo-run --engine-dir engines/fashion-sd --prompt "a shirt" --output-type latent -o latents.npy',
+    ),
+)
+@click.option("--engine-dir", required=True, type=click.Path(path_type=Path), help="Made by dipgo-export.")
+@click.option("--prompt", "prompts", multiple=True, help="Text prompt; can be given several times.")
+@click.option(
+    "--class-labels", "class_labels", multiple=True, help="Class names or ids, with commas between or given repeatedly."
+)
+@click.option("--negative-prompt", help="What the pictures should not show (with guidance).  [default: empty]")
+@click.option(
+    "--num-images",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Pictures for each prompt or class label.",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="diffusers' CPU generator's stream, in float32.")
+@click.option("--guidance-scale", type=float, help="1 is no guidance.  [default: the engine directory's]")
+@click.option("--latents", type=click.Path(path_type=Path), help="Initial unit noise (n, C, h, w), .npy.")
+@click.option(
+    "--prompt-embeds", type=click.Path(path_type=Path), help="Embeddings (prompts, L, D), .npy, not --prompt."
+)
+@click.option("--negative-prompt-embeds", type=click.Path(path_type=Path), help="The same for the negative prompt.")
+@click.option(
+    "--output-type",
+    type=click.Choice(["pil", "np", "latent"]),
+    default="pil",
+    show_default=True,
+    help="A picture (several in a grid), images float32 (n, H, W, 3), or latents float32 (n, C, h, w).",
+)
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), help="File to write.  [default: output.png or output.npy]"
+)
+@click.option("--backend", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: the physical cores]")
+@click.option(
+    "--share-weights", is_flag=True, help="One copy of the weights for all graphs: less memory, slower on CPU."
+)
+@click.option("--verify", is_flag=True, help="Check the hash of every file of the engine directory first.")
+@json_option
+@version_option
+def command(
+    engine_dir: Path,
+    prompts: tuple[str, ...],
+    class_labels: tuple[str, ...],
+    negative_prompt: str | None,
+    num_images: int,
+    seed: int,
+    guidance_scale: float | None,
+    latents: Path | None,
+    prompt_embeds: Path | None,
+    negative_prompt_embeds: Path | None,
+    output_type: str,
+    output: Path | None,
+    backend: str,
+    threads: int | None,
+    share_weights: bool,
+    verify: bool,
+    as_json: bool,
+) -> None:
+    """Generate pictures from an engine directory. Needs no torch.
+
+    Several pictures are written as one grid. The output appears under its name only when it is complete.
+    """
+    target = check_output(output or Path(_DEFAULT_OUTPUT[output_type]), output_type)
+    arrays = {
+        "latents": load_array("--latents", latents),
+        "prompt_embeds": load_array("--prompt-embeds", prompt_embeds),
+        "negative_prompt_embeds": load_array("--negative-prompt-embeds", negative_prompt_embeds),
+    }
+    from dipgo_deploy.runtime.pipeline import Pipeline
+
+    pipeline = Pipeline.from_engine_dir(
+        engine_dir, backend, threads=threads, share_weights=share_weights, verify=verify, lazy=True
+    )
+    with _Progress() as progress:
+        result = pipeline(
+            list(prompts) or None,
+            negative_prompt=negative_prompt,
+            class_labels=parse_labels(class_labels) or None,
+            num_images_per_prompt=num_images,
+            seed=seed,
+            guidance_scale=guidance_scale,
+            output_type=output_type,  # type: ignore[arg-type]  # click checked the choice
+            callback=progress,
+            **arrays,
+        )
+    write_output(target, result.images)
+    manifest = pipeline.bundle.manifest
+    timings = {name: round(seconds, 6) for name, seconds in asdict(result.timings).items()}
+    human_console(as_json).print(
+        f"{target}: {len(result.latents)} image(s), {manifest.model.name} on {pipeline.backend.name}, "
+        f"{result.launches} launches, {timings['loop']:.3f} s in the loop, {timings['total']:.3f} s in all",
+        markup=False,
+        soft_wrap=True,
+    )
+    emit(
+        {
+            "output": str(target),
+            "output_type": output_type,
+            "images": len(result.latents),
+            "shape": list(result.latents.shape),
+            "model": manifest.model.name,
+            "backend": pipeline.backend.name,
+            "seed": seed,
+            "evaluations": manifest.plan.evaluations,
+            "launches": result.launches,
+            "seconds": timings,
+        },
+        as_json,
+    )
+
+
+main = entry_point(command)
+
+
+class _Progress:
+    """A bar over the launches, on stderr, only where that is a terminal."""
+
+    def __enter__(self) -> Callable[[int, int], None]:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        console = Console(stderr=True)
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        task = self._bar.add_task("denoising", total=None)
+        self._bar.start()
+        return lambda done, total: self._bar.update(task, completed=done, total=total)
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+
+def parse_labels(given: tuple[str, ...]) -> list[int | str]:
+    """Class names and ids from the command line: split at commas; what is a whole number is an id.
+
+    Raises:
+        UserError: an empty label.
+    """
+    labels: list[int | str] = []
+    for part in (part.strip() for text in given for part in text.split(",")):
+        if not part:
+            raise UserError("--class-labels: an empty label; give names or ids with single commas between")
+        labels.append(int(part) if part.removeprefix("-").isdecimal() else part)
+    return labels
+
+
+def load_array(option: str, path: Path | None) -> np.ndarray | None:
+    """Read a .npy file; pickled objects are refused.
+
+    Raises:
+        UserError: no such file, or not an array of plain numbers.
+    """
+    if path is None:
+        return None
+    import numpy as np
+
+    if not path.is_file():
+        raise UserError(f"{option} {path}: no such file")
+    try:
+        array = np.load(path, allow_pickle=False)
+    except (ValueError, OSError, EOFError) as error:
+        raise UserError(f"{option} {path}: not a .npy file of numbers ({error})") from None
+    if not isinstance(array, np.ndarray):
+        raise UserError(f"{option} {path}: holds several arrays; save one with numpy.save")
+    return array
+
+
+def check_output(path: Path, output_type: str) -> Path:
+    """Refuse an output that could not be written, before any work is done.
+
+    Raises:
+        UserError: a suffix that does not fit the output type, a missing folder, a folder, or no permission.
+    """
+    suffixes = list(_PICTURES) if output_type == "pil" else [".npy"]
+    if path.suffix.lower() not in suffixes:
+        raise UserError(f"--output {path}: output type {output_type} is written to {', '.join(suffixes)}")
+    if not path.parent.is_dir():
+        raise UserError(f"--output {path}: the folder {path.parent} does not exist; make it first")
+    if path.is_dir():
+        raise UserError(f"--output {path}: is a folder; give a file name")
+    if not os.access(path.parent, os.W_OK):
+        raise UserError(f"--output {path}: the folder {path.parent} cannot be written; give another")
+    return path
+
+
+def write_output(path: Path, images: list[Image] | np.ndarray) -> None:
+    """Write pictures (as a grid) or an array under a name of its own, then rename.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    try:
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                _write(file, path.suffix.lower(), images)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(name, 0o666 & ~_umask())
+            os.replace(name, path)
+        finally:
+            Path(name).unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"--output {path}: cannot be written ({error.strerror or error})") from None
+
+
+def _write(file: BinaryIO, suffix: str, images: list[Image] | np.ndarray) -> None:
+    if not isinstance(images, list):
+        import numpy as np
+
+        np.save(file, images, allow_pickle=False)
+        return
+    from dipgo_deploy.runtime.image import grid
+
+    options: dict[str, Any] = {"lossless": True} if suffix == ".webp" else {}
+    grid(images).save(file, _PICTURES[suffix], **options)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,188 @@
+"""The denoising loop: a list of launches whose tensors are bound once; a run only walks the list."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from dipgo_deploy.backends.base import Backend, Executable, Launchable, Memory
+from dipgo_deploy.backends.storage import to_storage
+from dipgo_deploy.bundle.directory import Bundle
+from dipgo_deploy.bundle.manifest import LaunchEntry, TensorSpec, VariantEntry
+from dipgo_deploy.errors import UserError
+
+STACK = "stack"
+COEFFICIENTS = "coefficients"
+TIMESTEP = "timestep"
+GUIDANCE_SCALE = "guidance_scale"
+PREDICTION = "noise_pred"
+
+# Rows of the coefficient and timestep tables start at multiples of this: TensorRT wants aligned addresses.
+_ROW_ALIGNMENT = 256
+# All bits set is NaN in float32, float16 and bfloat16.
+_POISON_BYTE = 0xFF
+# Not NaN: the weighted sum multiplies unwritten slots by zero, which must stay zero.
+_POISON_PREDICTION = np.float32(1e30)
+
+
+class DenoisingLoop:
+    """The launches of an engine directory, bound to one set of buffers on a backend.
+
+    Buffers: the stack float32 (slots, B, C, h, w); coefficients, one row of ``slots`` float32 per launch; timesteps,
+    one float32 per launch; the guidance scale; the conditions; the cache arena. A prediction is bound to its slot of
+    the stack and a cache to its offset in the arena, so nothing is copied between launches. One run at a time.
+
+    Args:
+        bundle: the engine directory.
+        backend: what runs its graphs.
+        poison: for tests: before each run fill the arena with NaN and the prediction slots with 1e30, so that a read
+            of anything this run has not written shows in the result.
+
+    Raises:
+        UserError: the backend cannot run the directory, a graph cannot be loaded, or the manifest contradicts itself.
+    """
+
+    def __init__(self, bundle: Bundle, backend: Backend, *, poison: bool = False) -> None:
+        manifest = bundle.manifest
+        backend.check(manifest)
+        plan = manifest.plan
+        latent = manifest.latent
+        self._bundle = bundle
+        self._backend = backend
+        self._poison = poison
+        self.launches: tuple[LaunchEntry, ...] = plan.launches
+        self.sample_shape = (manifest.batch, latent.channels, latent.height, latent.width)
+        self._stack_spec = TensorSpec(name=STACK, shape=(plan.slots, *self.sample_shape), dtype="float32")
+        self._noise_spec = TensorSpec(name="noises", shape=(plan.noises, *self.sample_shape), dtype="float32")
+        self._stack = backend.allocate(self._stack_spec.nbytes)
+        self._coefficients = _upload_rows(backend, [launch.coefficients for launch in plan.launches])
+        self._timesteps = _upload_rows(backend, [(launch.timestep,) for launch in plan.launches])
+        self._guidance_scale = backend.allocate(4)
+        self._conditions = {spec.name: backend.allocate(spec.nbytes) for spec in manifest.conditions}
+        self._arena = backend.allocate(plan.arena_bytes)
+        executables: dict[int, Executable] = {}
+        for launch in plan.launches:
+            if launch.variant not in executables:
+                executables[launch.variant] = backend.load(bundle.path, plan.variants[launch.variant].graph)
+        self._tensors = tuple(self._tensors_of(index, launch) for index, launch in enumerate(plan.launches))
+        self._calls: tuple[Launchable, ...] = tuple(
+            executables[launch.variant].bind(tensors)
+            for launch, tensors in zip(plan.launches, self._tensors, strict=True)
+        )
+
+    def _tensors_of(self, index: int, launch: LaunchEntry) -> dict[str, Memory]:
+        """Where each input and output of a launch lives."""
+        plan = self._bundle.manifest.plan
+        variant = plan.variants[launch.variant]
+        specs = {spec.name: spec for spec in (*variant.graph.inputs, *variant.graph.outputs)}
+        tensors: dict[str, Memory] = {
+            STACK: self._stack,
+            COEFFICIENTS: self._coefficients[index],
+            TIMESTEP: self._timesteps[index],
+            GUIDANCE_SCALE: self._guidance_scale,
+            **self._conditions,
+        }
+        try:
+            if len(launch.coefficients) != plan.slots:
+                raise ValueError(f"{len(launch.coefficients)} coefficients for {plan.slots} slots")
+            if launch.slot is not None:
+                slot_bytes = self._stack_spec.nbytes // plan.slots
+                tensors[PREDICTION] = self._stack.at(launch.slot * slot_bytes, slot_bytes)
+            caches = [*zip(variant.reads, launch.reads, strict=True), *zip(variant.writes, launch.writes, strict=True)]
+            for name, offset in caches:
+                tensors[name] = self._arena.at(offset, specs[name].nbytes)
+            return {name: tensors[name].at(0, spec.nbytes) for name, spec in specs.items()}
+        except (KeyError, ValueError) as error:
+            raise UserError(
+                f"{self._bundle.path}: manifest, launch {index} ({variant.name}): {error}; export it again"
+            ) from None
+
+    def run(
+        self,
+        noise: np.ndarray,
+        conditions: Mapping[str, np.ndarray],
+        *,
+        noises: np.ndarray | None = None,
+        guidance_scale: float = 1.0,
+        on_launch: Callable[[int], None] | None = None,
+    ) -> np.ndarray:
+        """Denoise one batch.
+
+        Args:
+            noise: initial latent, raw unit noise (B, C, h, w).
+            conditions: each condition input of the manifest by name, with its shape.
+            noises: the sampler's noise draws (M, B, C, h, w); may be None when M is 0.
+            guidance_scale: ignored by a bundle without guidance.
+            on_launch: called with the index of each launch after it was enqueued.
+
+        Returns:
+            The final latent, float32 (B, C, h, w).
+
+        Raises:
+            ValueError: an array has the wrong shape, or a condition is missing.
+            UserError: the backend failed in a launch; the message names the graph.
+        """
+        plan = self._bundle.manifest.plan
+        noises = np.zeros(self._noise_spec.shape, np.float32) if noises is None and not plan.noises else noises
+        stack = np.zeros(self._stack_spec.shape, np.float32)  # zeros also clear what the run before left
+        if self._poison:
+            stack[:] = _POISON_PREDICTION
+            self._backend.upload(self._arena, np.full(plan.arena_bytes, _POISON_BYTE, np.uint8))
+        stack[0] = _with_shape("noise", noise, self.sample_shape)
+        stack[plan.slots - plan.noises :] = _with_shape("noises", noises, self._noise_spec.shape)
+        self._backend.upload(self._stack, stack)
+        self._backend.upload(self._guidance_scale, np.array([guidance_scale], np.float32))
+        for spec in self._bundle.manifest.conditions:
+            array = _with_shape(spec.name, conditions.get(spec.name), spec.shape)
+            self._backend.upload(self._conditions[spec.name], to_storage(array, spec.dtype))
+        for index, call in enumerate(self._calls):
+            call()
+            if on_launch is not None:
+                on_launch(index)
+        self._backend.synchronize()
+        return final_latent(self._backend.download(self._stack, self._stack_spec), plan.final)
+
+    def variant(self, index: int) -> VariantEntry:
+        """The variant that launch ``index`` runs."""
+        return self._bundle.manifest.plan.variants[self.launches[index].variant]
+
+    def fetch(self, index: int, name: str) -> np.ndarray:
+        """An input or output of launch ``index`` as it is in memory now: call it from ``on_launch``.
+
+        Raises:
+            KeyError: the launch has no tensor of that name.
+        """
+        graph = self.variant(index).graph
+        spec = {spec.name: spec for spec in (*graph.inputs, *graph.outputs)}[name]
+        self._backend.synchronize()
+        return self._backend.download(self._tensors[index][name], spec)
+
+
+def final_latent(stack: np.ndarray, weights: Sequence[float]) -> np.ndarray:
+    """The weighted sum of the stack (slots, B, C, h, w), in float64, as float32 (B, C, h, w)."""
+    total = np.zeros(stack.shape[1:], np.float64)
+    for slot, weight in enumerate(weights):
+        if weight:
+            total += weight * stack[slot].astype(np.float64)
+    return total.astype(np.float32)
+
+
+def _upload_rows(backend: Backend, rows: Sequence[Sequence[float]]) -> tuple[Memory, ...]:
+    """One allocation for all rows (float32), each at an aligned address."""
+    row_bytes = 4 * max((len(row) for row in rows), default=0)
+    stride = -(-row_bytes // _ROW_ALIGNMENT) * _ROW_ALIGNMENT
+    table = np.zeros((len(rows), stride // 4), np.float32)
+    for index, row in enumerate(rows):
+        table[index, : len(row)] = row
+    memory = backend.allocate(table.nbytes)
+    backend.upload(memory, table)
+    return tuple(memory.at(index * stride, row_bytes) for index in range(len(rows)))
+
+
+def _with_shape(name: str, array: np.ndarray | None, shape: tuple[int, ...]) -> np.ndarray:
+    if array is None:
+        raise ValueError(f"{name}: missing, needs shape {shape}")
+    if array.shape != shape:
+        raise ValueError(f"{name}: shape {array.shape}, needs {shape}")
+    return array

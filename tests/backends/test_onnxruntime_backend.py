@@ -1,0 +1,233 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+from toy_engine import Toy, build, manifest_of, replace_manifest, weights
+
+from dipgo_deploy.backends import create_backend
+from dipgo_deploy.backends.externals import external_tensors
+from dipgo_deploy.backends.onnxruntime import OnnxRuntimeBackend
+from dipgo_deploy.backends.storage import from_storage, to_storage
+from dipgo_deploy.bundle.manifest import Graph, TensorSpec
+from dipgo_deploy.errors import UserError
+
+TOY = Toy()
+
+
+@pytest.fixture
+def backend() -> OnnxRuntimeBackend:
+    return OnnxRuntimeBackend("cpu", threads=1)
+
+
+@pytest.fixture
+def engine_dir(tmp_path: Path) -> Path:
+    return build(tmp_path / "engine", TOY)
+
+
+def graph(name: str) -> Graph:
+    return next(variant.graph for variant in manifest_of(TOY).plan.variants if variant.name == name)
+
+
+def test_memory_is_aligned_zeroed_and_addressable_in_parts(backend):
+    memory = backend.allocate(1000)
+    assert memory.address % 256 == 0
+    spec = TensorSpec(name="x", shape=(3,), dtype="float32")
+    np.testing.assert_array_equal(backend.download(memory, spec), np.zeros(3))
+    part = memory.at(512, 12)
+    backend.upload(part, np.array([1, 2, 3], np.float32))
+    np.testing.assert_array_equal(backend.download(part, spec), [1, 2, 3])
+    np.testing.assert_array_equal(backend.download(memory, spec), np.zeros(3))
+    with pytest.raises(ValueError, match="do not fit"):
+        backend.upload(part, np.zeros(4, np.float32))
+    with pytest.raises(ValueError, match="outside"):
+        memory.at(996, 8)
+
+
+def test_a_download_is_a_copy(backend):
+    memory = backend.allocate(8)
+    spec = TensorSpec(name="x", shape=(1,), dtype="int64")
+    first = backend.download(memory, spec)
+    backend.upload(memory, np.array([7], np.int64))
+    assert first[0] == 0
+
+
+def test_a_graph_runs_on_bound_addresses(backend, engine_dir):
+    executable = backend.load(engine_dir, graph("refresh"))
+    specs = {spec.name: spec for spec in (*executable.graph.inputs, *executable.graph.outputs)}
+    tensors = {name: backend.allocate(spec.nbytes) for name, spec in specs.items()}
+    launch = executable.bind(tensors)
+    stack = np.random.default_rng(0).normal(size=specs["stack"].shape).astype(np.float32)
+    for slot in (0, 3):  # the same binding, other data
+        backend.upload(tensors["stack"], stack)
+        backend.upload(tensors["coefficients"], np.eye(TOY.slots, dtype=np.float32)[slot])
+        launch()
+        got = backend.download(tensors["new_cache.a/out0"], specs["new_cache.a/out0"])
+        np.testing.assert_allclose(got, np.tanh(weights()["wa"] * np.concatenate([stack[slot]] * 2)), atol=1e-6)
+
+
+def test_binding_keeps_its_memory_alive(backend, engine_dir):
+    executable = backend.load(engine_dir, graph("cached"))
+    specs = (*executable.graph.inputs, *executable.graph.outputs)
+    launch = executable.bind({spec.name: backend.allocate(spec.nbytes) for spec in specs})
+    junk = [np.full(1 << 16, 255, np.uint8) for _ in range(64)]
+    launch()  # would write into freed memory
+    assert all((array == 255).all() for array in junk)
+
+
+def test_binding_needs_every_name_and_enough_memory(backend, engine_dir):
+    executable = backend.load(engine_dir, graph("refresh"))
+    with pytest.raises(KeyError, match="stack"):
+        executable.bind({})
+    small = {spec.name: backend.allocate(4) for spec in (*executable.graph.inputs, *executable.graph.outputs)}
+    with pytest.raises(ValueError, match="stack: needs"):
+        executable.bind(small)
+
+
+def damaged(engine_dir: Path, how: str) -> Graph:
+    path = engine_dir / "graphs/full.onnx"
+    wanted = graph("full")
+    if how == "missing":
+        path.unlink()
+    elif how == "truncated":
+        path.write_bytes(path.read_bytes()[:200])
+    elif how == "no weights":
+        (engine_dir / "graphs/weights.bin").unlink()
+    elif how == "short weights":
+        (engine_dir / "graphs/weights.bin").write_bytes(b"\0" * 100)
+    elif how == "other shape":
+        first = wanted.inputs[0].model_copy(update={"shape": (99, *wanted.inputs[0].shape[1:])})
+        return wanted.model_copy(update={"inputs": (first, *wanted.inputs[1:])})
+    elif how == "other dtype":
+        last = wanted.outputs[-1].model_copy(update={"dtype": "float16"})
+        return wanted.model_copy(update={"outputs": (*wanted.outputs[:-1], last)})
+    elif how == "one input more":
+        more = TensorSpec(name="extra", shape=(1,), dtype="float32")
+        return wanted.model_copy(update={"inputs": (*wanted.inputs, more)})
+    elif how == "one output less":
+        return wanted.model_copy(update={"outputs": wanted.outputs[:1]})
+    return wanted
+
+
+@pytest.mark.parametrize("share_weights", [False, True])
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("missing", "named in the manifest but missing"),
+        ("truncated", r"full\.onnx"),
+        ("no weights", r"(full\.onnx|weights\.bin).*"),
+        ("short weights", r"(full\.onnx|weights\.bin).*"),
+        ("other shape", "input stack is tensor"),
+        ("other dtype", "output new_cache.a/out0 is tensor"),
+        ("one input more", "input extra is missing in the graph"),
+        ("one output less", "output new_cache.a/out0 is .* missing in the manifest"),
+    ],
+)
+def test_a_damaged_graph_is_one_clear_line(engine_dir, how, message, share_weights, capfd):
+    wanted = damaged(engine_dir, how)
+    with pytest.raises(UserError, match=message) as caught:
+        OnnxRuntimeBackend("cpu", threads=1, share_weights=share_weights).load(engine_dir, wanted)
+    assert "\n" not in str(caught.value)
+    assert capfd.readouterr().err == ""
+
+
+def test_a_run_that_fails_names_the_graph(tmp_path, capfd):
+    toy = Toy(kind="class")
+    backend = OnnxRuntimeBackend("cpu", threads=1)
+    variant = manifest_of(toy).plan.variants[0]
+    executable = backend.load(build(tmp_path, toy), variant.graph)
+    specs = (*variant.graph.inputs, *variant.graph.outputs)
+    tensors = {spec.name: backend.allocate(spec.nbytes) for spec in specs}
+    backend.upload(tensors["class_labels"], np.full(4, 1000, np.int64))
+    with pytest.raises(UserError, match=r"full\.onnx: the run failed: .*"):
+        executable.bind(tensors)()
+    assert capfd.readouterr().err == ""
+
+
+def test_shared_weights_are_one_mapping_for_all_graphs(engine_dir):
+    backend = OnnxRuntimeBackend("cpu", threads=1, share_weights=True)
+    for name in ("full", "mixed", "refresh"):
+        backend.load(engine_dir, graph(name))
+    assert len(backend._weights) == 2  # wa and wb, once each
+
+
+def test_shared_weights_outside_the_folder_are_refused(engine_dir):
+    path = engine_dir / "graphs/full.onnx"
+    (engine_dir / "other.bin").write_bytes((engine_dir / "graphs/weights.bin").read_bytes())
+    path.write_bytes(path.read_bytes().replace(b"weights.bin", b"../other.bi"))
+    with pytest.raises(UserError, match="outside its folder"):
+        OnnxRuntimeBackend("cpu", share_weights=True).load(engine_dir, graph("full"))
+
+
+def test_external_tensors_are_those_onnx_sees(engine_dir):
+    onnx = pytest.importorskip("onnx")
+    path = engine_dir / "graphs/full.onnx"
+    want = {
+        tensor.name: (tensor.data_type, tuple(tensor.dims), {e.key: e.value for e in tensor.external_data})
+        for tensor in onnx.load(path, load_external_data=False).graph.initializer
+    }
+    got = external_tensors(path)
+    assert {t.name for t in got} == set(want) == {"wa", "wb"}
+    for tensor in got:
+        dtype, shape, entries = want[tensor.name]
+        assert (tensor.dtype, tensor.shape) == (dtype, shape)
+        assert (str(tensor.offset), str(tensor.length)) == (entries["offset"], entries["length"])
+        assert tensor.file == engine_dir / "graphs" / entries["location"]
+
+
+def test_bf16_is_refused_on_the_cpu_by_name(backend):
+    with pytest.raises(UserError, match="backend cpu: .*bf16"):
+        backend.check(manifest_of(Toy(dtype="bf16")))
+    backend.check(replace_manifest(manifest_of(TOY)))
+
+
+@pytest.mark.skipif("CUDAExecutionProvider" in onnxruntime.get_available_providers(), reason="CUDA is there")
+def test_cuda_is_refused_by_name_where_it_is_not_and_auto_takes_the_cpu():
+    with pytest.raises(UserError, match="backend cuda"):
+        create_backend("cuda")
+    assert create_backend("auto").name == "cpu"
+
+
+def test_cuda_that_fell_back_to_the_cpu_is_an_error(engine_dir, backend):
+    backend.name, backend._provider = "cuda", "CUDAExecutionProvider"
+    backend._ort = FallingBack()
+    with pytest.raises(UserError, match="fell back to the CPU"):
+        backend.load(engine_dir, graph("full"))
+
+
+class FallingBack:
+    """An ONNX Runtime whose CUDA provider does not start: it warns and runs on the CPU."""
+
+    SessionOptions = onnxruntime.SessionOptions
+
+    @staticmethod
+    def InferenceSession(path: str, options: object, **_: object) -> object:  # noqa: N802
+        return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"name": "quantum"}, "backend 'quantum': unknown"),
+        ({"name": "cpu", "threads": 0}, "threads 0"),
+    ],
+)
+def test_wrong_backend_arguments(arguments, message):
+    with pytest.raises(UserError, match=message):
+        create_backend(**arguments)
+
+
+def test_bfloat16_storage_is_torchs():
+    torch = pytest.importorskip("torch")
+    random = np.random.default_rng(0)
+    values = np.concatenate(
+        [random.normal(size=1000) * 10.0 ** random.integers(-30, 30, 1000), [0, -0.0, np.inf, -np.inf, np.nan, 3.4e38]]
+    ).astype(np.float32)
+    want = torch.from_numpy(values).bfloat16()
+    stored = to_storage(values, "bfloat16")
+    finite = ~np.isnan(values)
+    np.testing.assert_array_equal(stored[finite], want.view(torch.uint16).numpy()[finite])
+    back = from_storage(stored.view(np.uint8), TensorSpec(name="x", shape=values.shape, dtype="bfloat16"))
+    np.testing.assert_array_equal(back, want.float().numpy())

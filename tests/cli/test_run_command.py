@@ -1,0 +1,201 @@
+from __future__ import annotations
+
+import io
+import json
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from toy_engine import Toy, build, embed
+
+from dipgo_deploy.cli import run
+from dipgo_deploy.cli.run import main, parse_labels
+from dipgo_deploy.errors import UserError
+from dipgo_deploy.runtime.pipeline import Pipeline
+
+
+@pytest.fixture(scope="module")
+def text_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(tmp_path_factory.mktemp("text"), Toy(batch=2))
+
+
+@pytest.fixture(scope="module")
+def class_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(tmp_path_factory.mktemp("class"), Toy(kind="class", batch=1))
+
+
+def command(engine_dir: Path, *more: object) -> list[str]:
+    return ["--engine-dir", str(engine_dir), "--threads", "1", "--backend", "cpu", *map(str, more)]
+
+
+def test_a_picture_is_written_and_reported(text_dir, tmp_path, capsys):
+    target = tmp_path / "bag.png"
+    assert main(command(text_dir, "--prompt", "a bag", "-o", target)) == 0
+    printed = capsys.readouterr()
+    assert "bag.png: 1 image(s), toy on cpu, 6 launches" in printed.out
+    assert printed.err == ""
+    want = Pipeline.from_engine_dir(text_dir, "cpu", threads=1)("a bag").images[0]
+    np.testing.assert_array_equal(np.asarray(Image.open(target)), np.asarray(want))
+    assert [path.name for path in tmp_path.iterdir()] == ["bag.png"]
+    assert target.stat().st_mode & 0o777 == 0o666 & ~run._umask()
+
+
+def test_json_goes_to_stdout_and_words_to_stderr(text_dir, tmp_path, capsys):
+    target = tmp_path / "grid.PNG"
+    options = ["--prompt", "a bag", "--prompt", "a boot", "--num-images", "2", "--seed", "7", "--json", "-o", target]
+    assert main(command(text_dir, *options)) == 0
+    printed = capsys.readouterr()
+    report = json.loads(printed.out)
+    seconds = report.pop("seconds")
+    assert report == {
+        "output": str(target),
+        "output_type": "pil",
+        "images": 4,
+        "shape": [4, 4, 8, 8],
+        "model": "toy",
+        "backend": "cpu",
+        "seed": 7,
+        "evaluations": 6,
+        "launches": 12,
+    }
+    assert seconds["total"] >= seconds["loop"] > 0
+    assert "4 image(s)" in printed.err
+    assert Image.open(target).size == (16, 16)
+
+
+@pytest.mark.parametrize(("output_type", "shape"), [("np", (2, 8, 8, 3)), ("latent", (2, 4, 8, 8))])
+def test_arrays_go_in_and_out_as_npy(text_dir, tmp_path, output_type, shape):
+    latents = np.random.default_rng(0).normal(size=(2, 4, 8, 8)).astype(np.float32)
+    np.save(tmp_path / "latents.npy", latents)
+    np.save(tmp_path / "embeds.npy", np.concatenate([embed("a bag"), embed("a boot")]))
+    np.save(tmp_path / "negative.npy", embed("red"))
+    options = ["--prompt-embeds", tmp_path / "embeds.npy", "--negative-prompt-embeds", tmp_path / "negative.npy"]
+    options += ["--latents", tmp_path / "latents.npy", "--guidance-scale", "2", "--output-type", output_type]
+    assert main(command(text_dir, *options, "-o", tmp_path / "out.npy")) == 0
+    got = np.load(tmp_path / "out.npy")
+    assert got.shape == shape
+    want = Pipeline.from_engine_dir(text_dir, "cpu", threads=1)(
+        ["a bag", "a boot"], negative_prompt="red", latents=latents, guidance_scale=2.0, output_type=output_type
+    )
+    np.testing.assert_array_equal(got, want.images)
+
+
+def test_class_labels_and_the_default_output(class_dir, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(command(class_dir, "--class-labels", "boot, 2", "--class-labels", "bag", "--verify")) == 0
+    assert Image.open(tmp_path / "output.png").size == (16, 16)
+    first = (tmp_path / "output.png").read_bytes()
+    assert main(command(class_dir, "--class-labels", "0,2,1", "--share-weights")) == 0
+    assert (tmp_path / "output.png").read_bytes() == first
+
+
+def test_labels_are_split_at_commas():
+    assert parse_labels(("a, 3", "-1")) == ["a", 3, -1]
+    assert parse_labels(()) == []
+    with pytest.raises(UserError, match="an empty label"):
+        parse_labels(("a,,b",))
+
+
+def npz(path: Path) -> None:
+    np.savez(path.with_suffix(".npz"), a=np.zeros(1))
+    path.with_suffix(".npz").rename(path)
+
+
+FILES = {
+    "pickle.npy": lambda path: np.save(path, np.array([{"a": 1}], dtype=object), allow_pickle=True),
+    "raw_pickle.npy": lambda path: path.write_bytes(pickle.dumps([1])),
+    "text.npy": lambda path: path.write_text("hello"),
+    "empty.npy": lambda path: path.write_bytes(b""),
+    "cut.npy": lambda path: (np.save(path, np.zeros((1, 4, 8, 8))), path.write_bytes(path.read_bytes()[:300])),
+    "several.npy": npz,
+    "wrong.npy": lambda path: np.save(path, np.zeros((1, 4, 8, 9), np.float32)),
+    "integer.npy": lambda path: np.save(path, np.zeros((1, 4, 8, 8), np.int64)),
+    "folder.png": lambda path: path.mkdir(),
+}
+ERRORS = [
+    ("text", "", "prompt: missing"),
+    ("text", "--prompt a --class-labels bag", "takes no class labels"),
+    ("class", "--prompt a", "prompt: this engine directory takes class labels"),
+    ("class", "", "class_labels: missing"),
+    ("class", "--class-labels hat", "no class is named 'hat'"),
+    ("class", "--class-labels 0,,1", "an empty label"),
+    ("class", "--class-labels 99", "no class has id 99"),
+    ("text", "--prompt a --num-images 0", "--num-images"),
+    ("text", "--prompt a --num-images -1", "--num-images"),
+    ("text", "--prompt a --seed x", "--seed"),
+    ("text", "--prompt a --seed 99999999999999999999", "seed 99999999999999999999"),
+    ("text", "--prompt a --guidance-scale 0", "guidance_scale: 0"),
+    ("text", "--prompt a --guidance-scale nan", "guidance_scale: nan"),
+    ("text", "--prompt a --output-type gif", "--output-type"),
+    ("text", "--prompt a --backend quantum", "--backend"),
+    ("text", "--prompt a --threads 0", "--threads"),
+    ("text", "--prompt a -o {tmp}/out.gif", "out.gif: output type pil is written to .png"),
+    ("text", "--prompt a -o {tmp}/out", "output type pil is written to"),
+    ("text", "--prompt a --output-type np -o {tmp}/out.png", "output type np is written to .npy"),
+    ("text", "--prompt a -o {tmp}/missing/out.png", "does not exist"),
+    ("text", "--prompt a -o {tmp}/folder.png", "is a folder"),
+    ("text", "--prompt a --latents {tmp}/none.npy", "no such file"),
+    ("text", "--prompt a --latents {tmp}", "no such file"),
+    ("text", "--prompt a --latents {tmp}/pickle.npy", "not a .npy file of numbers"),
+    ("text", "--prompt a --latents {tmp}/raw_pickle.npy", "not a .npy file of numbers"),
+    ("text", "--prompt a --latents {tmp}/text.npy", "not a .npy file of numbers"),
+    ("text", "--prompt a --latents {tmp}/empty.npy", "not a .npy file of numbers"),
+    ("text", "--prompt a --latents {tmp}/cut.npy", "not a .npy file of numbers"),
+    ("text", "--prompt a --latents {tmp}/several.npy", "holds several arrays"),
+    ("text", "--prompt a --latents {tmp}/wrong.npy", "latents: shape (1, 4, 8, 9), needs (1, 4, 8, 8)"),
+    ("text", "--prompt a --latents {tmp}/integer.npy", "latents: int64"),
+    ("text", "--prompt-embeds {tmp}/wrong.npy", "prompt_embeds: shape (1, 4, 8, 9), needs (prompts, 6, 5)"),
+    ("none", "--prompt a", "no manifest.json"),
+]
+
+
+@pytest.mark.parametrize(("which", "line", "message"), ERRORS)
+def test_mistakes_are_one_line_and_leave_nothing(
+    text_dir, class_dir, tmp_path, capfd, monkeypatch, which, line, message
+):
+    monkeypatch.chdir(tmp_path)
+    for name, make in FILES.items():
+        if name in line:
+            make(tmp_path / name)
+    before = sorted(tmp_path.rglob("*"))
+    engine_dir = {"text": text_dir, "class": class_dir, "none": tmp_path}[which]
+    words = [word.replace("{tmp}", str(tmp_path)) for word in line.split()]
+    assert main(command(engine_dir, *words)) == 2
+    printed = capfd.readouterr()
+    assert message in printed.err
+    assert printed.err.startswith("error: ") and printed.err.count("\n") == 1
+    assert printed.out == ""
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_write_that_fails_keeps_the_old_file(text_dir, tmp_path, monkeypatch, capfd):
+    target = tmp_path / "bag.png"
+    target.write_bytes(b"old")
+
+    def full(file: io.BufferedWriter, *_: object) -> None:
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(run, "_write", full)
+    assert main(command(text_dir, "--prompt", "a bag", "-o", target)) == 2
+    assert "bag.png: cannot be written (No space left on device)" in capfd.readouterr().err
+    assert target.read_bytes() == b"old"
+    assert [path.name for path in tmp_path.iterdir()] == ["bag.png"]
+
+
+def test_interrupted(text_dir, tmp_path, monkeypatch):
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Pipeline, "_denoise", stop)
+    assert main(command(text_dir, "--prompt", "a bag", "-o", tmp_path / "x.png")) == 130
+    assert not list(tmp_path.iterdir())
+
+
+def test_help_shows_examples(capsys):
+    assert main(["--help"]) == 0
+    printed = capsys.readouterr().out
+    assert 'dipgo-run --engine-dir engines/fashion-sd --prompt "a sneaker"' in printed
+    assert "--class-labels" in printed
