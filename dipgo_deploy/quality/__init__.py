@@ -1,0 +1,1 @@
+"""Quality measures: what an image is recognised as, and how far a set of images lies from held-out ones."""
