@@ -14,7 +14,7 @@ from dipgo_deploy.plan.values import Request
 # Up to this many variants too many, merges are chosen by what they really cost; above it, by estimate.
 _NEAR = 32
 # Merges compiled to learn their real cost, a round: as many as keep a round under a number of cells (steps x values).
-_LEAST_TRIALS, _MOST_TRIALS, _CELLS_PER_ROUND = 4, 32, 200_000
+_LEAST_TRIALS, _MOST_TRIALS, _CELLS_PER_ROUND = 4, 32, 100_000
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from dipgo_deploy.plan.graph import Block, BlockGraph, Value
 
 
 def _unet() -> BlockGraph:
-    """Nine blocks wired as in Stable Diffusion 1.5: four down, mid, four up, skips, and a shared time embedding (node 0)."""
+    """Nine blocks wired as in Stable Diffusion 1.5, with skips; node 0, the time embedding, is shared by all blocks."""
     names = ["D0", "D1", "D2", "D3", "M", "U0", "U1", "U2", "U3"]
     outputs = {name: (f"{name}/out0",) for name in names}
     for name in ("D0", "D1", "D2"):
@@ -53,7 +53,11 @@ def _chain(cache: str, blocks: int = 4) -> BlockGraph:
         last = name
     values["noise_pred"] = Value("noise_pred", 8, frozenset({last, "timestep"}), frozenset({blocks + 1}))
     return BlockGraph(
-        {"stack": "step", "timestep": "step"}, values, tuple(made), "noise_pred", tuple(10**i for i in range(blocks + 2))
+        {"stack": "step", "timestep": "step"},
+        values,
+        tuple(made),
+        "noise_pred",
+        tuple(10**i for i in range(blocks + 2)),
     )
 
 

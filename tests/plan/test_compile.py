@@ -214,7 +214,7 @@ def check(plan: Plan, graph: BlockGraph, used: Sequence[bool], expected: Sequenc
     assert plan.macs_run == sum(plan.variants[launch.variant].macs for launch in plan.launches)
 
 
-@settings(RELAXED, max_examples=2000)
+@settings(RELAXED, max_examples=1500)
 @given(cases())
 def test_plan_equals_supernet(case):
     graph, gates, used, alignment = case
@@ -233,7 +233,7 @@ def test_plan_equals_supernet(case):
     assert plan == compile_plan(graph, gates, prediction_used=used, alignment=alignment)
 
 
-@settings(RELAXED, max_examples=600)
+@settings(RELAXED, max_examples=500)
 @given(cases(), st.integers(1, 4))
 def test_promotion_meets_the_limit_and_the_promoted_schedule(case, limit):
     graph, gates, used, alignment = case
