@@ -133,7 +133,8 @@ class OnnxRuntimeBackend:
         options = self._session_options()
         if self._share_weights:
             self._add_shared_weights(options, path)
-        providers = [CUDA, CPU] if self.name == "cuda" else [CPU]
+        # TF32, on by default there, rounds fp32 products to 10 bits: beyond any fp32 tolerance.
+        providers = [(CUDA, {"use_tf32": "0"}), CPU] if self.name == "cuda" else [CPU]
         try:
             session = self._ort.InferenceSession(str(path), options, providers=providers, enable_fallback=False)
         except Exception as error:  # ONNX Runtime's exceptions share no base class

@@ -12,6 +12,7 @@ import numpy as np
 
 from dipgo_deploy.backends import create_backend
 from dipgo_deploy.backends.base import Backend
+from dipgo_deploy.backends.tensorrt_queue import GraphMode
 from dipgo_deploy.bundle.directory import Bundle
 from dipgo_deploy.runtime.image import Decoder, pad_batch, to_pil
 from dipgo_deploy.runtime.loop import DenoisingLoop
@@ -69,6 +70,7 @@ class Pipeline:
         *,
         threads: int | None = None,
         share_weights: bool = False,
+        cuda_graph: GraphMode = "off",
         verify: bool = False,
         lazy: bool = False,
     ) -> Pipeline:
@@ -76,9 +78,10 @@ class Pipeline:
 
         Args:
             engine_dir: the directory.
-            backend: ``auto``, ``cpu`` or ``cuda``.
+            backend: ``auto``, ``cpu``, ``cuda``, ``tensorrt`` or ``tensorrt-rtx``.
             threads: CPU threads of one launch; None: the backend's default.
             share_weights: one copy of the weights for all graphs, at the price of slower products on the CPU.
+            cuda_graph: TensorRT's launches as captured graphs: ``off``, one for each ``step``, or one ``loop``.
             verify: check the sha256 of every file first.
             lazy: load graphs at the first call only, after its arguments were checked.
 
@@ -86,7 +89,7 @@ class Pipeline:
             UserError: the directory is wrong or damaged, or the backend cannot run it here.
         """
         bundle = Bundle.open(Path(engine_dir), verify=verify)
-        created = create_backend(backend, threads=threads, share_weights=share_weights)
+        created = create_backend(backend, threads=threads, share_weights=share_weights, cuda_graph=cuda_graph)
         created.check(bundle.manifest)
         pipeline = cls(bundle, created)
         if not lazy:

@@ -1,0 +1,226 @@
+"""``dipgo-compare``: an engine directory against the torch supernet."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from dipgo_deploy.cli.common import emit, entry_point, examples, human_console, json_option, version_option
+from dipgo_deploy.cli.run import parse_labels
+from dipgo_deploy.errors import ToleranceError, UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from dipgo_deploy.bundle.manifest import Manifest
+    from dipgo_deploy.compare.accuracy import TensorError
+    from dipgo_deploy.compare.report import Report
+
+_PATH = click.Path(path_type=Path)
+
+
+@click.command(
+    name="dipgo-compare",
+    epilog=examples(
+        "dipgo-compare --engine-dir engines/fashion-sd",
+        'dipgo-compare --engine-dir engines/fashion-sd --prompt "a sneaker" --seed 7 --json',
+        "dipgo-compare --engine-dir engines/sd15 --model ./sd15 --backend cuda --loop-only",
+        "dipgo-compare --engine-dir engines/fashion-dit --variants-only --save-inputs inputs",
+    ),
+)
+@click.option("--engine-dir", type=_PATH, required=True, help="Made by dipgo-export.")
+@click.option("--model", help="The model it was exported from.  [default: the one that the manifest names]")
+@click.option("--prompt", "prompts", multiple=True, help="One for all images of a launch, or one each.")
+@click.option("--class-labels", multiple=True, help="Class names or ids: one for all images of a launch, or one each.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the initial noise, as in dipgo-run.")
+@click.option("--guidance-scale", type=float, help="1 is no guidance.  [default: the engine directory's]")
+@click.option("--backend", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: the physical cores]")
+@click.option("--variants-only", is_flag=True, help="Compare each variant by itself, not the loop.")
+@click.option("--loop-only", is_flag=True, help="Compare the whole loop, not each variant.")
+@click.option(
+    "--tolerance",
+    type=float,
+    help="Largest error of a tensor, as a share of its largest value.  [default: by dtype, fp32: 0.0001]",
+)
+@click.option(
+    "--atol", type=float, default=0.0, show_default=True, help="A tensor whose errors are at most this passes anyway."
+)
+@click.option("--save-inputs", type=_PATH, help="Folder for each variant's inputs, for polygraphy's --load-inputs.")
+@json_option
+@version_option
+def command(
+    engine_dir: Path,
+    model: str | None,
+    prompts: tuple[str, ...],
+    class_labels: tuple[str, ...],
+    seed: int,
+    guidance_scale: float | None,
+    backend: str,
+    threads: int | None,
+    variants_only: bool,
+    loop_only: bool,
+    tolerance: float | None,
+    atol: float,
+    save_inputs: Path | None,
+    as_json: bool,
+) -> None:
+    """Compare an engine directory with the torch supernet that defines its schedule.
+
+    Each variant runs by itself on inputs recorded from a real loop; then the whole loop runs on both sides with every
+    cache fed forward. Exit status 1 beyond tolerance, with the first bad step, variant and tensor named.
+    """
+    if variants_only and loop_only:
+        raise click.UsageError("give --variants-only or --loop-only, not both")
+    for option, value in (("--tolerance", tolerance), ("--atol", atol)):
+        if value is not None and not (math.isfinite(value) and value >= 0):
+            raise UserError(f"{option} {value}: give a number of at least 0")
+    if save_inputs is not None and save_inputs.exists() and not save_inputs.is_dir():
+        raise UserError(f"--save-inputs {save_inputs}: is a file; give a folder")
+    from dipgo_deploy.backends import create_backend
+    from dipgo_deploy.bundle.directory import Bundle
+
+    bundle = Bundle.open(engine_dir)
+    labels = class_ids(bundle.manifest, prompts, class_labels, guidance_scale)
+    created = create_backend(backend, threads=threads)
+    created.check(bundle.manifest)
+    from dipgo_deploy.compare.conditions import LABEL, PROMPT, reference_inputs
+    from dipgo_deploy.compare.engine import Options, compare_engine
+    from dipgo_deploy.compare.reference import load_reference
+    from dipgo_deploy.export.quiet import quiet_libraries
+
+    quiet_libraries()
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+    console = human_console(as_json)
+    manifest = bundle.manifest
+    latent = manifest.latent
+    with console.status("loading the model") as status:
+        reference = load_reference(bundle, model)
+        inputs = reference_inputs(
+            reference.source,
+            reference.conditions,
+            (manifest.batch, latent.channels, latent.height, latent.width),
+            noises=manifest.plan.noises,
+            guidance=manifest.guidance,
+            guidance_scale=manifest.guidance_scale if guidance_scale is None else guidance_scale,
+            prompts=prompts or (PROMPT,),
+            labels=labels or (LABEL,),
+            seed=seed,
+        )
+        options = Options(
+            variants=not loop_only,
+            loop=not variants_only,
+            tolerance=tolerance,
+            absolute=atol,
+            threads=threads,
+            save_inputs=save_inputs,
+        )
+        report = compare_engine(bundle, reference, inputs, created, options, status.update)
+    _show(console, report, manifest)
+    facts = {
+        "engine_dir": str(engine_dir),
+        "model": manifest.model.name,
+        "dtype": manifest.dtype,
+        "backend": created.name,
+        "seed": seed,
+        "guidance_scale": inputs.guidance_scale,
+        **report.as_dict(),
+    }
+    emit(facts, as_json)
+    failure = report.first_failure()
+    if failure is not None:
+        raise ToleranceError(failure)
+
+
+def class_ids(
+    manifest: Manifest, prompts: tuple[str, ...], class_labels: tuple[str, ...], guidance_scale: float | None
+) -> tuple[int, ...]:
+    """The class ids asked for, after everything was checked against the engine directory.
+
+    Raises:
+        UserError: what dipgo-run would refuse too, or a number of prompts or labels that is not 1 or the batch.
+    """
+    from dipgo_deploy.compare.conditions import GUIDANCE_SCALE, LABEL, PROMPT
+    from dipgo_deploy.runtime.requests import CLASSES, TEXT, Asked, check_request
+
+    labels = parse_labels(class_labels)
+    for option, given in (("--prompt", prompts), ("--class-labels", labels)):
+        if len(given) not in (0, 1, manifest.batch):
+            raise UserError(f"{option}: {len(given)} given for a batch of {manifest.batch}; give one, or one each")
+    conditions = {spec.name for spec in manifest.conditions}
+    has_encoder = manifest.components.text_encoder is not None
+    if TEXT in conditions and not has_encoder and not prompts:
+        # There is nothing to ask for: the reference takes noise for an embedding.
+        conditions.remove(TEXT)
+        manifest = manifest.model_copy(
+            update={"conditions": tuple(spec for spec in manifest.conditions if spec.name != TEXT)}
+        )
+    scale = guidance_scale
+    if manifest.guidance and scale is None and manifest.guidance_scale is None:
+        scale = GUIDANCE_SCALE
+    asked = Asked(
+        prompt=list(prompts) or (PROMPT if TEXT in conditions else None),
+        class_labels=labels or (LABEL if CLASSES in conditions else None),
+        guidance_scale=scale,
+        output_type="latent",
+    )
+    request = check_request(manifest, asked)
+    return () if request.classes is None else tuple(int(label) for label in request.classes)
+
+
+def _show(console: Console, report: Report, manifest: Manifest) -> None:
+    if report.variants:
+        table = _table(f"{manifest.model.name}: variants by themselves", "variant", "step", "tensors", "worst tensor")
+        for checked in report.variants:
+            worst = checked.worst
+            cells = [str(checked.variant), str(checked.step), str(len(checked.tensors)), worst.name]
+            table.add_row(*cells, *_numbers(worst))
+        console.print(table)
+    if report.loop:
+        table = _table(f"{manifest.model.name}: the whole loop", "step", "variant", "tensor")
+        for checked in report.loop:
+            for tensor in checked.tensors:
+                variant = "" if checked.variant is None else checked.variant
+                table.add_row(str(checked.step), variant, tensor.name, *_numbers(tensor))
+        console.print(table)
+    tensors = report.results.tensors if report.results is not None else ()
+    for tensor in tensors:
+        console.print(
+            f"{tensor.name}: largest error {tensor.relative:.2e} of the largest value, "
+            f"cosine {tensor.cosine:.9f}, PSNR {tensor.psnr:.1f} dB",
+            markup=False,
+            soft_wrap=True,
+        )
+    if report.passed:
+        console.print(f"everything is within {report.tolerance.relative:g} of the supernet", markup=False)
+
+
+def _table(title: str, *headings: str) -> Table:
+    from rich.table import Table
+
+    table = Table(title=title)
+    for heading in headings:
+        right = heading in ("step", "tensors")
+        table.add_column(heading, justify="right" if right else "left", no_wrap=right, overflow="fold")
+    for heading in ("error", "relative", "cosine", ""):
+        table.add_column(heading, justify="right", no_wrap=True)
+    return table
+
+
+def _numbers(tensor: TensorError) -> list[str]:
+    return [
+        f"{tensor.max_absolute:.2e}",
+        f"{tensor.relative:.2e}",
+        f"{tensor.cosine:.7f}",
+        "ok" if tensor.passed else "[bold red]beyond[/]",
+    ]
+
+
+main = entry_point(command)

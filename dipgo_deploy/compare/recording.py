@@ -1,0 +1,155 @@
+"""Real inputs and reference outputs of each variant, recorded from the supernet's own denoising loop."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from dipgo_deploy.compare.conditions import ReferenceInputs, as_arrays, host
+from dipgo_deploy.runtime.loop import COEFFICIENTS, GUIDANCE_SCALE, PREDICTION, STACK, TIMESTEP
+
+if TYPE_CHECKING:
+    from dipgo_deploy.supernet.gated import CacheState, Supernet
+    from dipgo_deploy.supernet.loop import Evaluation
+
+_CACHE_NAME = re.compile(r"(?:new_)?(?:cache|residual)\.(?P<block>.+)/out(?P<index>\d+)")
+
+
+class VariantNames(Protocol):
+    """What is recorded of a variant: the graph's input names of caches, its output names of caches."""
+
+    @property
+    def reads(self) -> Sequence[str]: ...  # noqa: D102
+
+    @property
+    def writes(self) -> Sequence[str]: ...  # noqa: D102
+
+    @property
+    def predicts(self) -> bool: ...  # noqa: D102
+
+
+@dataclass(frozen=True)
+class Recording:
+    """One launch of a variant.
+
+    variant: index into the plan's variants. step: evaluation. inputs: every input that its graph can have by name,
+    float32 or int64.
+    outputs: the supernet's float32 values by graph output name.
+    """
+
+    variant: int
+    step: int
+    inputs: dict[str, np.ndarray]
+    outputs: dict[str, np.ndarray]
+
+
+class Recorder:
+    """Records each variant at its first launch; give it to ``run_loop`` as ``record``.
+
+    launches: (step, variant) of each launch, in order. slots: entries of the stack.
+    """
+
+    def __init__(
+        self,
+        variants: Sequence[VariantNames],
+        launches: Iterable[tuple[int, int]],
+        guidance_scale: float | None,
+        slots: int,
+    ) -> None:
+        first: dict[int, int] = {}
+        for step, variant in launches:
+            first.setdefault(variant, step)
+        self._variants = variants
+        self._variant_at = {step: variant for variant, step in first.items()}
+        self._guidance_scale = guidance_scale
+        self._slots = slots
+        self.recordings: list[Recording] = []
+
+    @property
+    def complete(self) -> bool:
+        """Whether every variant that is launched at all was seen."""
+        return len(self.recordings) == len(self._variant_at)
+
+    def __call__(self, evaluation: Evaluation) -> None:
+        """Take one evaluation of the loop."""
+        index = self._variant_at.get(evaluation.step)
+        if index is None:
+            return
+        variant = self._variants[index]
+        inputs = launch_inputs(host(evaluation.model_input), float(evaluation.timestep), self._slots)
+        inputs.update(as_arrays(evaluation.conditions))
+        if self._guidance_scale is not None:
+            inputs[GUIDANCE_SCALE] = np.array([self._guidance_scale], np.float32)
+        inputs.update({name: cache_tensor(name, evaluation.before) for name in variant.reads})
+        outputs = {PREDICTION: host(evaluation.prediction)} if variant.predicts else {}
+        outputs.update({name: cache_tensor(name, evaluation.after) for name in variant.writes})
+        self.recordings.append(Recording(index, evaluation.step, inputs, outputs))
+
+
+class _Done(Exception):
+    """All variants were seen: the rest of the loop is not needed."""
+
+
+def record_variants(
+    recorder: Recorder,
+    supernet: Supernet,
+    scheduler: Any,
+    num_inference_steps: int,
+    gates: Sequence[Sequence[bool]],
+    inputs: ReferenceInputs,
+) -> list[Recording]:
+    """Run the supernet's loop until ``recorder`` is complete; its recordings."""
+    import torch
+
+    from dipgo_deploy.supernet.loop import run_loop
+
+    def record(evaluation: Evaluation) -> None:
+        recorder(evaluation)
+        if recorder.complete:
+            raise _Done
+
+    with torch.no_grad(), contextlib.suppress(_Done):
+        run_loop(
+            supernet,
+            scheduler,
+            gates,
+            inputs.latents,
+            inputs.conditions,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=inputs.guidance_scale,
+            noises=inputs.noises,
+            record=record,
+        )
+    return recorder.recordings
+
+
+def launch_inputs(model_input: np.ndarray, timestep: float, slots: int) -> dict[str, np.ndarray]:
+    """Graph inputs that make ``model_input`` (B, C, h, w) the latent: it stands alone in slot 0 of the stack."""
+    stack = np.zeros((slots, *model_input.shape), np.float32)
+    stack[0] = model_input
+    coefficients = np.zeros(slots, np.float32)
+    coefficients[0] = 1.0
+    return {STACK: stack, COEFFICIENTS: coefficients, TIMESTEP: np.array([timestep], np.float32)}
+
+
+def cache_place(name: str) -> tuple[str, int]:
+    """Block and index, in the order of ``supernet.cuts.flatten``, of a cache by its graph input or output name.
+
+    Raises:
+        ValueError: not the name of a cache.
+    """
+    found = _CACHE_NAME.fullmatch(name)
+    if found is None:
+        raise ValueError(f"{name!r} is not the name of a cache")
+    return found["block"], int(found["index"])
+
+
+def cache_tensor(name: str, state: CacheState) -> np.ndarray:
+    """The supernet's tensor of a cache, float32."""
+    block, index = cache_place(name)
+    return host(state.tensors[block][index])

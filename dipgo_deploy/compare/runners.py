@@ -1,0 +1,98 @@
+"""polygraphy runners for one variant: the supernet, and a graph on one of the runtime's backends."""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from polygraphy.backend.base import BaseRunner
+from polygraphy.backend.onnxrt import OnnxrtRunner
+from polygraphy.common import TensorMetadata
+
+from dipgo_deploy.backends.base import Backend
+from dipgo_deploy.bundle.directory import Bundle
+from dipgo_deploy.bundle.manifest import Graph, VariantEntry
+from dipgo_deploy.compare.reference import VariantReference
+from dipgo_deploy.runtime.component import Component
+
+
+class SupernetRunner(BaseRunner):
+    """Evaluates a variant with the torch supernet, float32, on the inputs of the variant's graph."""
+
+    def __init__(self, reference: VariantReference, entry: VariantEntry, name: str = "supernet") -> None:
+        super().__init__(name=name, prefix="supernet-runner")
+        self._reference = reference
+        self._entry = entry
+
+    def get_input_metadata_impl(self) -> TensorMetadata:
+        """The graph's inputs, floating point as float32."""
+        return _metadata(self._entry.graph)
+
+    def infer_impl(self, feed_dict: Mapping[str, np.ndarray]) -> OrderedDict[str, np.ndarray]:
+        """One gated evaluation."""
+        start = time.perf_counter()
+        outputs = OrderedDict(self._reference(self._entry, feed_dict))
+        self.inference_time = time.perf_counter() - start
+        return outputs
+
+
+class BackendRunner(BaseRunner):
+    """Runs a graph through the runtime's own backend: for what polygraphy's runners cannot feed (bfloat16)."""
+
+    def __init__(self, engine_dir: Path, graph: Graph, backend: Backend, name: str | None = None) -> None:
+        super().__init__(name=name, prefix="backend-runner")
+        self._engine_dir = engine_dir
+        self._graph = graph
+        self._backend = backend
+        self._component: Component | None = None
+
+    def activate_impl(self) -> None:
+        """Load and bind the graph."""
+        self._component = Component(self._engine_dir, self._graph, self._backend)
+
+    def get_input_metadata_impl(self) -> TensorMetadata:
+        """The graph's inputs, floating point as float32."""
+        return _metadata(self._graph)
+
+    def infer_impl(self, feed_dict: Mapping[str, np.ndarray]) -> OrderedDict[str, np.ndarray]:
+        """One run."""
+        assert self._component is not None  # polygraphy activates a runner first
+        start = time.perf_counter()
+        outputs = OrderedDict(self._component(feed_dict))
+        self.inference_time = time.perf_counter() - start
+        return outputs
+
+    def deactivate_impl(self) -> None:
+        """Drop the graph and its memory."""
+        self._component = None
+
+
+def engine_runner(bundle: Bundle, entry: VariantEntry, backend: Backend, threads: int | None = None) -> BaseRunner:
+    """The runner for a variant's graph: polygraphy's own for ONNX Runtime, except for bfloat16.
+
+    threads: CPU threads of a run; None: ONNX Runtime's default.
+    """
+    if bundle.manifest.dtype == "bf16":
+        return BackendRunner(bundle.path, entry.graph, backend, name=backend.name)
+
+    def session() -> Any:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 4  # what goes wrong is raised, not also printed
+        options.intra_op_num_threads = threads or 0
+        providers = ["CUDAExecutionProvider"] * (backend.name == "cuda") + ["CPUExecutionProvider"]
+        return onnxruntime.InferenceSession(str(bundle.path / entry.graph.file), options, providers=providers)
+
+    return OnnxrtRunner(session, name=f"onnxruntime-{backend.name}")
+
+
+def _metadata(graph: Graph) -> TensorMetadata:
+    metadata = TensorMetadata()
+    for spec in graph.inputs:
+        metadata.add(spec.name, dtype=np.int64 if spec.dtype == "int64" else np.float32, shape=spec.shape)
+    return metadata

@@ -1,0 +1,174 @@
+"""Graph surgery: one static variant cut out of the traced model, with caches as inputs and outputs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from dipgo_deploy.export.trace import LATENT, TracedModel
+from dipgo_deploy.plan.graph import BlockGraph
+from dipgo_deploy.plan.model import Cache, Variant
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+STACK, COEFFICIENTS = "stack", "coefficients"
+
+
+def cache_input(cache: Cache) -> str:
+    """Graph input name of a cache that a variant reads."""
+    return f"{'cache' if cache.kind == 'output' else 'residual'}.{cache.value}"
+
+
+def cache_output(cache: Cache) -> str:
+    """Graph output name of a cache that a variant writes."""
+    return f"new_{cache_input(cache)}"
+
+
+@dataclass(frozen=True)
+class _Sources:
+    """Where the values of a variant come from: computed by their nodes, a cache, or input + residual."""
+
+    read: dict[str, Cache]
+    sums: tuple[tuple[str, str, Cache], ...]  # value, its block's input value, residual; in order of execution
+
+
+def cut_variant(traced: TracedModel, variant: Variant, slots: int) -> ir.Model:
+    """One variant as an onnx-ir model of its own.
+
+    Removed blocks are gone with their weights; a removed block's value is a graph input (output cache) or the sum of
+    the block's current input and a graph input (residual cache). The latent is the weighted sum of the ``slots``
+    entries of ``stack`` (float32 (slots, B, C, h, w)) with ``coefficients`` (float32 (slots,)).
+    """
+    import onnx_ir as ir
+
+    graph = traced.graph
+    sources = _sources(graph, variant)
+    full = {str(output.name): output for output in traced.model.graph.outputs}
+    given = {*sources.read, *(value for value, _, _ in sources.sums)}
+    wanted = _wanted(graph, variant, sources, given)
+    part = ir.convenience.extract(
+        traced.model.graph,
+        [*traced.model.graph.inputs, *(full[name] for name in sorted(given))],
+        [full[name] for name in wanted],
+    )
+    values: dict[str, ir.Value] = {str(value.name): value for value in [*part.inputs, *part.outputs]}
+    inputs = [value for value in part.inputs if value.name not in given]
+    part.outputs.clear()
+    part.inputs.clear()
+
+    cache_inputs: dict[Cache, ir.Value] = {}
+    for name, cache in sources.read.items():
+        values[name].name = cache_input(cache)
+        cache_inputs[cache] = values[name]
+    for name, source, cache in sources.sums:
+        residual = ir.val(cache_input(cache), dtype=values[name].dtype, shape=values[name].shape)
+        total = ir.node("Add", [values[source], residual], name=f"{name}/AddResidual")
+        placeholder = values[name]
+        _like(total.outputs[0], placeholder, f"{name}")
+        placeholder.name = f"{name}/removed"
+        placeholder.replace_all_uses_with(total.outputs[0])
+        _insert(part, total)
+        values[name] = total.outputs[0]
+        cache_inputs[cache] = residual
+
+    outputs = []
+    if variant.predicts:
+        outputs.append(values[graph.prediction])
+    block_input = {
+        output: block.inputs[index]
+        for block in graph.blocks
+        for index, output in enumerate(block.outputs)
+        if block.cache == "residual"
+    }
+    for cache in variant.writes:
+        value = values[cache.value]
+        if cache.kind == "residual":
+            node = ir.node("Sub", [value, values[block_input[cache.value]]], name=f"{cache.value}/Residual")
+        else:
+            # an Identity gives the output its own name while the value stays usable inside the graph
+            node = ir.node("Identity", [value], name=f"{cache.value}/Store")
+        _like(node.outputs[0], value, cache_output(cache))
+        part.append(node)
+        outputs.append(node.outputs[0])
+
+    used = {value for node in part for value in node.inputs if value is not None}
+    latent = next((value for value in inputs if value.name == LATENT), None)
+    heads = [value for value in inputs if value in used and value is not latent]
+    if latent is not None and latent in used:
+        heads = [*_latent_from_stack(part, latent, slots), *heads]
+    part.inputs.extend([*heads, *(cache_inputs[cache] for cache in variant.reads)])
+    part.outputs.extend(outputs)
+    part.sort()
+    part.name = f"{variant.name}"
+    return ir.Model(part, ir_version=traced.model.ir_version, producer_name="dipgo_deploy")
+
+
+def _sources(graph: BlockGraph, variant: Variant) -> _Sources:
+    reads = {(cache.value, cache.kind): cache for cache in variant.reads}
+    read = {cache.value: cache for cache in variant.reads if cache.kind == "output"}
+    sums = tuple(
+        (output, block.inputs[index], reads[output, "residual"])
+        for block in graph.blocks
+        for index, output in enumerate(block.outputs)
+        if (output, "residual") in reads
+    )
+    return _Sources(read, sums)
+
+
+def _wanted(graph: BlockGraph, variant: Variant, sources: _Sources, given: set[str]) -> list[str]:
+    """Values that must be computed: the prediction, what is stored, and what residual sums and differences need."""
+    wanted = {cache.value for cache in variant.writes}
+    if variant.predicts:
+        wanted.add(graph.prediction)
+    stored = {cache.value for cache in variant.writes if cache.kind == "residual"}
+    for block in graph.blocks:
+        wanted.update(block.inputs[i] for i, output in enumerate(block.outputs) if output in stored and block.inputs)
+    wanted.update(source for _, source, _ in sources.sums)
+    return sorted(wanted - given)
+
+
+def _latent_from_stack(part: ir.Graph, latent: ir.Value, slots: int) -> list[ir.Value]:
+    import numpy as np
+    import onnx_ir as ir
+
+    assert latent.shape is not None
+    extents = [int(extent) for extent in latent.shape]
+    stack = ir.val(STACK, dtype=ir.DataType.FLOAT, shape=ir.Shape([slots, *extents]))
+    coefficients = ir.val(COEFFICIENTS, dtype=ir.DataType.FLOAT, shape=ir.Shape([slots]))
+    flat_shape = ir.tensor(np.array([slots, -1], np.int64), name="stack_shape")
+    latent_shape = ir.tensor(np.array(extents, np.int64), name="latent_shape")
+    constants = [
+        ir.Value(name=str(tensor.name), const_value=tensor, shape=tensor.shape, type=ir.TensorType(tensor.dtype))
+        for tensor in (flat_shape, latent_shape)
+    ]
+    for constant in constants:
+        part.register_initializer(constant)
+    flat = ir.node("Reshape", [stack, constants[0]], name="latent/Flatten")
+    total = ir.node("MatMul", [coefficients, flat.outputs[0]], name="latent/WeightedSum")
+    shaped = ir.node("Reshape", [total.outputs[0], constants[1]], name="latent/Shape")
+    size = int(np.prod(extents))
+    for node, shape in ((flat, [slots, size]), (total, [size]), (shaped, extents)):
+        node.outputs[0].dtype = ir.DataType.FLOAT
+        node.outputs[0].shape = ir.Shape(shape)
+        node.outputs[0].name = str(node.name)
+    latent.name = "latent/input"
+    latent.replace_all_uses_with(shaped.outputs[0])
+    for node in (shaped, total, flat):
+        _insert(part, node)
+    return [stack, coefficients]
+
+
+def _like(value: ir.Value, other: ir.Value, name: str) -> None:
+    value.name = name
+    value.dtype = other.dtype
+    value.shape = other.shape
+
+
+def _insert(part: ir.Graph, node: ir.Node) -> None:
+    """Put a node in front; ``Graph.sort`` moves it to where its inputs are known."""
+    first = next(iter(part), None)
+    if first is None:
+        part.append(node)
+    else:
+        part.insert_before(first, node)

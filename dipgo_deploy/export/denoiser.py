@@ -1,0 +1,106 @@
+"""The denoiser as it is traced: guidance inside, every cut point an output."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from dipgo_deploy.models.family import BlockSpec, InputSpec
+from dipgo_deploy.plan.graph import Block, CacheKind
+from dipgo_deploy.supernet.cuts import collect
+
+PREDICTION = "noise_pred"
+
+
+class TracedDenoiser(torch.nn.Module):
+    """Wraps a diffusers denoiser for one trace.
+
+    ``forward(latent, timestep, [guidance_scale], *conditions)``: latent float32 (B, C, h, w), already scaled as the
+    scheduler wants it; timestep float32 (1,); guidance_scale float32 (1,), only with guidance, where the conditions
+    have batch 2B, the unconditional half first. Returns the prediction float32 (B, C, h, w) (after guidance; learned
+    variance dropped), then every named value once. ``values`` and ``blocks`` say what those outputs are; they are
+    filled while ``forward`` runs.
+    """
+
+    def __init__(
+        self,
+        denoiser: torch.nn.Module,
+        specs: Sequence[BlockSpec],
+        cache_kinds: Mapping[str, CacheKind],
+        inputs: Sequence[InputSpec],
+        *,
+        channels: int,
+        guidance: bool,
+        layout: Layout,
+    ) -> None:
+        super().__init__()
+        self.denoiser = denoiser
+        self._specs = tuple(specs)
+        self._cache_kinds = dict(cache_kinds)
+        self._inputs = tuple(inputs)
+        self._channels = channels
+        self._guidance = guidance
+        self._layout = layout
+
+    def forward(self, latent: torch.Tensor, timestep: torch.Tensor, *rest: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """See the class."""
+        conditions = rest[1:] if self._guidance else rest
+        batch = torch.cat([latent, latent]) if self._guidance else latent
+        batch = batch.to(next(self.denoiser.parameters()).dtype)
+        arguments: dict[str, Any] = {}
+        remaining = iter(conditions)
+        for spec in self._inputs:
+            if spec.role == "latent":
+                arguments[spec.name] = batch
+            elif spec.role == "timestep":
+                arguments[spec.name] = timestep.expand(batch.shape[0])
+            else:
+                arguments[spec.name] = next(remaining)
+        with collect(self.denoiser, self._specs) as cuts:
+            predicted = self.denoiser(**arguments, return_dict=False)[0]
+        predicted = predicted[:, : self._channels].float()
+        if self._guidance:
+            unconditional, conditional = predicted.chunk(2)
+            predicted = unconditional + rest[0] * (conditional - unconditional)
+        values = self._layout.arrange(self._specs, self._cache_kinds, cuts)
+        return (predicted, *values)
+
+
+class Layout:
+    """What the outputs after the prediction are: filled by ``arrange`` during a trace.
+
+    names: one name per output tensor. blocks: the blocks in terms of these names, aliases resolved.
+    """
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self.blocks: list[Block] = []
+
+    def arrange(
+        self, specs: Sequence[BlockSpec], cache_kinds: Mapping[str, CacheKind], cuts: Mapping[str, Any]
+    ) -> list[torch.Tensor]:
+        """The distinct tensors among all cut points and residual inputs, named in order of execution."""
+        self.names.clear()
+        self.blocks.clear()
+        name_of: dict[int, str] = {}
+        tensors: list[torch.Tensor] = []
+
+        def named(tensor: torch.Tensor, wanted: str) -> str:
+            known = name_of.get(id(tensor))
+            if known is None:
+                name_of[id(tensor)] = known = wanted
+                self.names.append(wanted)
+                tensors.append(tensor)
+            return known
+
+        for spec in specs:
+            cut = cuts[spec.name]
+            kind = cache_kinds[spec.name]
+            inputs: tuple[str, ...] = ()
+            if kind == "residual":
+                inputs = tuple(named(tensor, f"{spec.name}/in{i}") for i, tensor in enumerate(cut.inputs))
+            outputs = tuple(named(tensor, f"{spec.name}/out{i}") for i, tensor in enumerate(cut.outputs))
+            self.blocks.append(Block(name=spec.name, outputs=outputs, cache=kind, inputs=inputs))
+        return tensors

@@ -1,0 +1,58 @@
+"""One external-data file for all graphs: every weight stored once, aligned for memory mapping."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+WEIGHTS_NAME = "weights.bin"
+INLINE_BYTES = 256
+PAGE = 4096
+
+
+def write_weights(graphs: Sequence[ir.Model], folder: Path) -> int:
+    """Write the weights of ``graphs`` to ``folder/weights.bin``, each name once, and refer the graphs to them.
+
+    The graphs are cut from one model: equal names are equal tensors. Tensors up to 256 bytes (shapes, scalars) stay
+    inline. Larger ones start at page boundaries; small ones follow, widest items first, so that each stays aligned to
+    its own item size. The data are streamed, one tensor in memory at a time. Returns the size of the file in bytes.
+    """
+    import onnx_ir as ir
+
+    tensors = {
+        name: value.const_value
+        for graph in graphs
+        for name, value in graph.graph.initializers.items()
+        if value.const_value is not None and value.const_value.nbytes > INLINE_BYTES
+    }
+    names = sorted(tensors, key=lambda name: _order(tensors[name]))
+    external = dict(
+        zip(
+            names,
+            ir.external_data.convert_tensors_to_external(
+                [tensors[name] for name in names], folder, WEIGHTS_NAME, alignment=PAGE, align_threshold=PAGE
+            ),
+            strict=True,
+        )
+    )
+    for graph in graphs:
+        for name, value in graph.graph.initializers.items():
+            if name in external:
+                value.const_value = external[name]
+    return (folder / WEIGHTS_NAME).stat().st_size
+
+
+def save_graph(model: ir.Model, path: Path) -> None:
+    """Save one graph whose large initialisers are external already; nothing but the protobuf is written."""
+    import onnx_ir as ir
+
+    ir.save(model, path)
+
+
+def _order(tensor: ir.TensorProtocol) -> tuple[bool, int]:
+    small = tensor.nbytes <= PAGE
+    return small, -int(tensor.dtype.itemsize) if small else 0

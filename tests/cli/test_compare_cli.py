@@ -1,0 +1,141 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_engines import LABELS, changed, corrupted, save_dit_pipeline, schedule_for, write
+
+from dipgo_deploy.bundle.directory import Bundle
+from dipgo_deploy.bundle.manifest import Components, TensorSpec
+from dipgo_deploy.cli.compare import class_ids, main
+from dipgo_deploy.errors import UserError
+from dipgo_deploy.export.exporter import ExportOptions, plan_export
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_dit_pipeline(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def engine(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    planned = plan_export(str(model), schedule_for(model), ExportOptions())
+    return write(planned, tmp_path_factory.mktemp("engines") / "dit")
+
+
+def command(engine_dir: Path, *more: object) -> list[str]:
+    return ["--engine-dir", str(engine_dir), "--threads", "1", *map(str, more)]
+
+
+def test_agreement_is_shown(engine, capsys):
+    assert main(command(engine)) == 0
+    printed = capsys.readouterr()
+    assert "variants by themselves" in printed.out and "the whole loop" in printed.out
+    assert "PSNR" in printed.out and "everything is within 0.0001 of the supernet" in printed.out
+    assert "beyond" not in printed.out
+    assert printed.err == ""
+
+
+def test_json_is_all_there_is_on_stdout(engine, capfd):
+    assert main(command(engine, "--class-labels", "bag", "--seed", 5, "--guidance-scale", 2, "--json")) == 0
+    printed = capfd.readouterr()
+    report = json.loads(printed.out)
+    assert "the whole loop" in printed.err
+    assert report["passed"] is True and report["first_failure"] is None
+    assert report["tolerance"] == {"relative": 1e-4, "absolute": 0.0}
+    assert (report["dtype"], report["backend"], report["seed"], report["guidance_scale"]) == ("fp32", "cpu", 5, 2.0)
+    assert {"name", "max_absolute", "relative", "cosine", "psnr", "passed"} == set(report["variants"][0]["tensors"][0])
+    assert len(report["loop"]) == 6 and report["loop"][0]["step"] == 0
+    assert [tensor["name"] for tensor in report["results"]["tensors"]] == ["latents", "images"]
+
+
+def test_beyond_tolerance_is_status_1_and_one_line(engine, tmp_path, capfd):
+    bad = corrupted(engine, tmp_path / "bad", "v00.onnx", "transformer_blocks.3.ff.net.0.proj.weight")
+    assert main(command(bad, "--json")) == 1
+    printed = capfd.readouterr()
+    line = printed.err.splitlines()[-1]
+    assert line.startswith("error: variant v00 by itself, step 0, ") and "above 0.0001" in line
+    report = json.loads(printed.out)
+    assert report["passed"] is False and f"error: {report['first_failure']}" == line
+    assert "beyond" in printed.err
+
+
+def test_the_loop_names_its_first_bad_step(engine, tmp_path, capfd):
+    found = {}
+
+    def edit(manifest):
+        launch = manifest["plan"]["launches"][2]
+        launch["coefficients"][1] += 0.05
+        found.update(step=launch["step"], variant=manifest["plan"]["variants"][launch["variant"]]["name"])
+
+    bad = changed(engine, tmp_path / "bad", edit)
+    assert main(command(bad, "--variants-only")) == 0
+    assert main(command(bad, "--loop-only")) == 1
+    wanted = f"error: loop, step {found['step']}, variant {found['variant']}, latent: error "
+    assert capfd.readouterr().err.splitlines()[-1].startswith(wanted)
+    assert main(command(bad, "--loop-only", "--tolerance", "1000")) == 0
+    assert main(command(bad, "--loop-only", "--atol", "1000")) == 0
+
+
+def test_another_place_of_the_model_and_saved_inputs(engine, model, tmp_path):
+    options = ["--model", model / "transformer", "--variants-only", "--save-inputs", tmp_path / "inputs"]
+    assert main(command(engine, *options)) == 0
+    names = {entry["name"] for entry in json.loads((engine / "manifest.json").read_text())["plan"]["variants"]}
+    assert {path.stem for path in (tmp_path / "inputs").iterdir()} == names
+
+
+def test_a_bare_text_denoiser_needs_no_prompt_and_takes_none(engine):
+    manifest = Bundle.open(engine).manifest
+    text = TensorSpec(name="encoder_hidden_states", shape=(2, 77, 16), dtype="float32")
+    bare = manifest.model_copy(update={"conditions": (text,), "guidance_scale": None, "components": Components()})
+    assert class_ids(bare, (), (), None) == ()
+    with pytest.raises(UserError, match="no text encoder"):
+        class_ids(bare, ("a bag",), (), None)
+    assert class_ids(manifest, (), ("coat",), None) == (LABELS["coat"],)
+    two = manifest.model_copy(update={"batch": 2})
+    assert class_ids(two, (), ("coat,0",), None) == (LABELS["coat"], 0)
+
+
+ERRORS = [
+    ("", "--variants-only --loop-only", "not both"),
+    ("", "--tolerance -1", "--tolerance -1.0: give a number of at least 0"),
+    ("", "--tolerance nan", "--tolerance nan: give a number of at least 0"),
+    ("", "--atol inf", "--atol inf: give a number of at least 0"),
+    ("", "--tolerance much", "--tolerance"),
+    ("", "--backend quantum", "--backend"),
+    ("", "--threads 0", "--threads"),
+    ("", "--seed x", "--seed"),
+    ("", "--seed 99999999999999999999", "seed 99999999999999999999"),
+    ("", "--guidance-scale 0.5", "guidance_scale: 0.5"),
+    ("", "--prompt hat", "prompt: this engine directory takes class labels"),
+    ("", "--class-labels hat", f"no class is named 'hat'; the names are {', '.join(sorted(LABELS))}"),
+    ("", "--class-labels bag,boot", "--class-labels: 2 given for a batch of 1"),
+    ("", "--class-labels bag,,boot", "an empty label"),
+    ("", "--save-inputs {tmp}/file", "file: is a file; give a folder"),
+    ("", "--model {tmp}/none", "none: no such folder"),
+    ("", "--model {tmp}/file", "is a file"),
+    ("none", "", "no manifest.json"),
+]
+
+
+@pytest.mark.parametrize(("where", "line", "message"), ERRORS)
+def test_mistakes_are_one_line(engine, tmp_path, capfd, where, line, message):
+    (tmp_path / "file").write_text("")
+    words = [word.replace("{tmp}", str(tmp_path)) for word in line.split()]
+    assert main(command(tmp_path / where if where else engine, *words)) == 2
+    printed = capfd.readouterr()
+    assert message in printed.err
+    assert printed.err.startswith("error: ") and printed.err.count("\n") == 1
+    assert printed.out == ""
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_help_shows_examples(capsys):
+    assert main(["--help"]) == 0
+    printed = capsys.readouterr().out
+    assert "dipgo-compare --engine-dir engines/fashion-sd" in printed
+    assert "--save-inputs" in printed

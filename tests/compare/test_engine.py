@@ -1,0 +1,233 @@
+"""Real exported engine directories against the supernet, right ones and ones that were made wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+from polygraphy.comparator import Comparator
+from polygraphy.json import load_json
+from tiny_engines import changed, corrupted, save_dit_pipeline, schedule_for, write
+
+from dipgo_deploy.bundle.directory import Bundle
+from dipgo_deploy.compare import engine as module
+from dipgo_deploy.compare.accuracy import compare_runs
+from dipgo_deploy.compare.engine import Options, compare_engine
+from dipgo_deploy.compare.reference import VariantReference, load_reference
+from dipgo_deploy.compare.runners import BackendRunner, SupernetRunner
+from dipgo_deploy.errors import UserError
+from dipgo_deploy.export.exporter import ExportOptions, plan_export
+
+ENGINES = ("unet_ddim", "unet_pndm", "dit_residual", "dit_output")
+
+
+@pytest.fixture
+def compare(opened, inputs, backend):
+    def run(engine_dir, options=None, **more):
+        bundle, reference = opened(engine_dir)
+        return bundle.manifest.plan, compare_engine(
+            bundle, reference, inputs(bundle, reference, **more), backend, options
+        )
+
+    return run
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_right_engine_agrees_everywhere(engine, request, compare):
+    plan, report = compare(request.getfixturevalue(engine))
+    assert report.passed and report.first_failure() is None
+    assert report.tolerance.relative == 1e-4
+    assert [checked.variant for checked in report.variants] == [variant.name for variant in plan.variants]
+    for checked, variant in zip(report.variants, plan.variants, strict=True):
+        assert {tensor.name for tensor in checked.tensors} == {spec.name for spec in variant.graph.outputs}
+    launched = {launch.step: plan.variants[launch.variant].name for launch in plan.launches}
+    # With these settings PNDM gives its last prediction no weight: the engine does not make it.
+    steps = range(plan.evaluations - (engine == "unet_pndm"))
+    assert [(checked.step, checked.variant) for checked in report.loop] == [
+        (step, launched.get(step)) for step in steps
+    ]
+    assert all("noise_pred" in {tensor.name for tensor in checked.tensors} for checked in report.loop)
+    assert "latent" in {tensor.name for tensor in report.loop[0].tensors}
+    images = {"images"} if engine == "dit_residual" else set()
+    assert {tensor.name for tensor in report.results.tensors} == {"latents"} | images
+    for checked in (*report.variants, *report.loop, report.results):
+        for tensor in checked.tensors:
+            assert tensor.relative < 1e-4 and tensor.cosine > 0.999999 and tensor.psnr > 80
+    # Two runtimes never agree to the last bit in all tensors: an error of zero everywhere would be a comparison of
+    # something with itself.
+    assert any(tensor.relative > 0 for checked in report.variants for tensor in checked.tensors)
+    assert report.results.tensors[0].relative > 0
+
+
+def test_parts_can_be_left_out(unet_ddim, compare):
+    _, variants = compare(unet_ddim, Options(loop=False))
+    assert variants.variants and not variants.loop and variants.results is None
+    _, loop = compare(unet_ddim, Options(variants=False))
+    assert loop.loop and loop.results is not None and not loop.variants
+
+
+def test_seed_and_guidance_change_what_is_compared(dit_residual, compare):
+    options = Options(variants=False)
+    psnr = {
+        compare(dit_residual, options, **more)[1].results.tensors[0].psnr
+        for more in ({}, {"seed": 1}, {"guidance_scale": 1.5})
+    }
+    assert len(psnr) == 3
+
+
+def test_a_tolerance_that_is_too_small_fails(unet_ddim, compare):
+    _, report = compare(unet_ddim, Options(tolerance=1e-12))
+    assert not report.passed
+    assert "above 1e-12" in report.first_failure()
+    assert compare(unet_ddim, Options(tolerance=1e-12, absolute=1.0))[1].passed
+
+
+def test_a_wrong_weight_is_found_in_the_variants_that_have_it(dit_residual, tmp_path, compare, opened):
+    plan = opened(dit_residual)[0].manifest.plan
+    graph = plan.variants[0].graph.file.removeprefix("graphs/")
+    path = corrupted(dit_residual, tmp_path / "bad", graph, "transformer_blocks.3.ff.net.0.proj.weight")
+    _, report = compare(path)
+    wrong = [checked.variant for checked in report.variants if not checked.passed]
+    # Block 3 is computed where its cache is not read; its weight is used nowhere else.
+    last = "residual.transformer_blocks.3/out0"
+    assert wrong == [variant.name for variant in plan.variants if last not in variant.reads]
+    assert "v00" in wrong and len(wrong) < len(plan.variants)
+    assert report.first_failure().startswith("variant v00 by itself, step 0, ")
+    (bad,) = (checked for checked in report.variants if checked.variant == "v00")
+    names = {tensor.name for tensor in bad.tensors if not tensor.passed}
+    assert names == {"noise_pred", "new_residual.transformer_blocks.3/out0"} & {tensor.name for tensor in bad.tensors}
+
+
+@pytest.mark.parametrize("launch", [1, 3])
+def test_a_wrong_coefficient_shows_at_its_own_step(launch, dit_residual, tmp_path, compare):
+    def edit(manifest):
+        manifest["plan"]["launches"][launch]["coefficients"][0] *= 1.01
+
+    plan, report = compare(changed(dit_residual, tmp_path / "bad", edit))
+    step = plan.launches[launch].step
+    name = plan.variants[plan.launches[launch].variant].name
+    assert all(checked.passed for checked in report.variants)
+    assert report.first_failure().startswith(f"loop, step {step}, variant {name}, latent: ")
+    assert all(checked.passed for checked in report.loop[:step])
+
+
+def test_a_wrong_final_weight_shows_after_the_last_step(dit_residual, tmp_path, compare):
+    def edit(manifest):
+        manifest["plan"]["final"][0] += 0.01
+
+    _, report = compare(changed(dit_residual, tmp_path / "bad", edit))
+    assert all(checked.passed for checked in (*report.variants, *report.loop))
+    assert report.first_failure().startswith("loop, after the last step, latents: ")
+
+
+def test_a_cache_at_the_wrong_place_shows_where_it_is_read(dit_residual, tmp_path, compare):
+    found = {}
+
+    def edit(manifest):
+        for launch in manifest["plan"]["launches"]:
+            if len(set(launch["reads"])) > 1:
+                # Swapped, two residuals that are only ever added up would give the right sum.
+                launch["reads"][0] = launch["reads"][1]
+                found["step"] = launch["step"]
+                return
+
+    _, report = compare(changed(dit_residual, tmp_path / "bad", edit))
+    assert all(checked.passed for checked in report.variants)
+    assert report.first_failure().startswith(f"loop, step {found['step']}, variant v")
+    assert ", noise_pred: " in report.first_failure()
+
+
+def test_memory_that_was_never_written_is_not_zero(unet_ddim, tmp_path, compare):
+    """A read before any write must show even where zeros would nearly be right."""
+
+    def edit(manifest):
+        first = next(launch for launch in manifest["plan"]["launches"] if launch["reads"])
+        first["reads"] = [manifest["plan"]["arena_bytes"]] * len(first["reads"])
+        manifest["plan"]["arena_bytes"] += 2**20
+
+    _, report = compare(changed(unet_ddim, tmp_path / "bad", edit), Options(variants=False, tolerance=1e9))
+    assert "error inf of its largest value" in report.first_failure()
+
+
+def test_promoted_and_half_precision_engines(dit_folder, tmp_path, compare):
+    folder = dit_folder / "transformer"
+    schedule = schedule_for(folder, seed=5)
+    options = ExportOptions(dtype="fp16", max_variants=2)
+    engine_dir = write(plan_export(str(folder), schedule, options), tmp_path / "fp16")
+    plan, report = compare(engine_dir)
+    assert len(plan.variants) == 2 and Bundle.open(engine_dir).manifest.promoted
+    assert report.passed and report.tolerance.relative == 2e-2
+    worst = max(tensor.relative for checked in report.loop for tensor in checked.tensors)
+    assert worst > 1e-5  # it is half precision that was compared
+    assert not compare(engine_dir, Options(tolerance=1e-6))[1].passed
+
+
+def test_the_backends_own_runner_gives_what_polygraphys_gives(unet_ddim, opened, inputs, backend, monkeypatch):
+    bundle, reference = opened(unet_ddim)
+    seen = []
+
+    def runner(bundle, entry, backend, threads=None):
+        seen.append(entry.name)
+        return BackendRunner(bundle.path, entry.graph, backend)
+
+    monkeypatch.setattr(module, "engine_runner", runner)
+    report = compare_engine(bundle, reference, inputs(bundle, reference), backend, Options(loop=False))
+    assert report.passed and seen == [variant.name for variant in bundle.manifest.plan.variants]
+
+
+def test_inputs_are_saved_for_polygraphy(dit_residual, tmp_path, compare, opened, backend):
+    folder = tmp_path / "new" / "inputs"
+    _, report = compare(dit_residual, Options(loop=False, save_inputs=folder))
+    bundle, reference = opened(dit_residual)
+    plan = bundle.manifest.plan
+    assert {path.name for path in folder.iterdir()} == {f"{variant.name}.json" for variant in plan.variants}
+    side = VariantReference(reference, bundle.manifest)
+    for entry in plan.variants:
+        feeds = load_json(str(folder / f"{entry.name}.json"))
+        assert [list(feed) for feed in feeds] == [[spec.name for spec in entry.graph.inputs]]
+        runners = [SupernetRunner(side, entry), BackendRunner(bundle.path, entry.graph, backend)]
+        (errors,) = compare_runs(Comparator.run(runners, data_loader=feeds), report.tolerance)
+        assert all(error.passed for error in errors)
+
+
+def test_a_folder_that_cannot_be_written(dit_residual, tmp_path, compare):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="--save-inputs .*file/inputs: cannot be written"):
+        compare(dit_residual, Options(loop=False, save_inputs=tmp_path / "file" / "inputs"))
+
+
+def test_a_graph_that_is_no_graph(dit_residual, tmp_path, compare):
+    path = changed(dit_residual, tmp_path / "bad", lambda manifest: None)
+    (path / "graphs" / "v00.onnx").write_bytes(b"no graph")
+    for options in (Options(loop=False), Options(variants=False)):
+        with pytest.raises(UserError, match=r"v00\.onnx"):
+            compare(path, options)
+
+
+def test_another_model_is_refused(dit_residual, unet_folder, dit_folder, tmp_path):
+    bundle = Bundle.open(dit_residual)
+    with pytest.raises(UserError, match="UNet2DConditionModel with configuration .* exported from DiTTransformer2D"):
+        load_reference(bundle, str(unet_folder))
+    longer = save_dit_pipeline(tmp_path / "longer", layers=5)
+    with pytest.raises(UserError, match="give that model with --model"):
+        load_reference(bundle, str(longer))
+    assert load_reference(bundle, str(dit_folder / "transformer")).source.pipeline is None
+
+
+def test_a_model_that_is_gone_is_said_with_the_option(dit_residual, tmp_path):
+    bundle = Bundle.open(dit_residual)
+    gone = str(tmp_path / "gone")
+    model = bundle.manifest.model.model_copy(update={"name": gone})
+    moved = dataclasses.replace(bundle, manifest=bundle.manifest.model_copy(update={"model": model}))
+    with pytest.raises(UserError, match=r"gone: no such folder.*--model gives another place"):
+        load_reference(moved)
+
+
+def test_without_a_vae_on_one_side_there_are_no_images(dit_residual, dit_folder, inputs, backend):
+    bundle = Bundle.open(dit_residual)
+    reference = load_reference(bundle, str(dit_folder / "transformer"))
+    given = inputs(bundle, reference, guidance_scale=4.0)
+    report = compare_engine(bundle, reference, given, backend, Options(variants=False))
+    assert [tensor.name for tensor in report.results.tensors] == ["latents"]
+    assert np.isfinite(report.results.tensors[0].psnr)

@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from dipgo_deploy.compare.metrics import relative_error
+from dipgo_deploy.compare.recording import Recorder, cache_place, record_variants
+from dipgo_deploy.compare.reference import VariantReference
+from dipgo_deploy.sampler import sampler_matrix
+
+ENGINES = ("unet_ddim", "unet_pndm", "dit_residual", "dit_output")
+
+
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        ("cache.mid_block/out0", ("mid_block", 0)),
+        ("new_cache.down_blocks.0/out2", ("down_blocks.0", 2)),
+        ("residual.transformer_blocks.11/out0", ("transformer_blocks.11", 0)),
+        ("new_residual.up_blocks.1.attentions.2/out10", ("up_blocks.1.attentions.2", 10)),
+    ],
+)
+def test_a_cache_is_found_by_its_name(name, place):
+    assert cache_place(name) == place
+
+
+@pytest.mark.parametrize("name", ["noise_pred", "cache.mid_block/in0", "mid_block/out0", "cache./out0", "cache.a/out"])
+def test_other_names_are_refused(name):
+    with pytest.raises(ValueError, match="is not the name of a cache"):
+        cache_place(name)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_variant_evaluated_from_its_graph_inputs_gives_what_the_loop_recorded(engine, request, opened, inputs):
+    """What the graph does not get is NaN in the evaluation, so nothing else can have been used."""
+    bundle, reference = opened(request.getfixturevalue(engine))
+    plan = bundle.manifest.plan
+    given = inputs(bundle, reference)
+    recorder = Recorder(
+        plan.variants, [(launch.step, launch.variant) for launch in plan.launches], given.guidance_scale, plan.slots
+    )
+    schedule = reference.schedule
+    steps = schedule.sampler.num_inference_steps
+    recordings = record_variants(recorder, reference.supernet, reference.scheduler, steps, schedule.gates, given)
+    first = {launch.variant: launch.step for launch in reversed(plan.launches)}
+    assert {recording.variant: recording.step for recording in recordings} == first
+    evaluate = VariantReference(reference, bundle.manifest)
+    timesteps = sampler_matrix(reference.scheduler, steps).timesteps
+    for recording in recordings:
+        entry = plan.variants[recording.variant]
+        fed = {spec.name: recording.inputs[spec.name] for spec in entry.graph.inputs}
+        assert {spec.name: (spec.shape, np.dtype(spec.dtype)) for spec in entry.graph.inputs} == {
+            name: (array.shape, array.dtype) for name, array in fed.items()
+        }
+        assert recording.inputs["timestep"] == timesteps[recording.step]
+        outputs = evaluate(entry, fed)
+        assert {spec.name: spec.shape for spec in entry.graph.outputs} == {k: v.shape for k, v in outputs.items()}
+        assert set(outputs) == set(recording.outputs)
+        for name, tensor in outputs.items():
+            assert relative_error(tensor, recording.outputs[name]) < 1e-5, (entry.name, name)
+
+
+def test_a_cache_that_is_read_matters(dit_residual, opened, inputs):
+    bundle, reference = opened(dit_residual)
+    plan = bundle.manifest.plan
+    given = inputs(bundle, reference)
+    recorder = Recorder(
+        plan.variants, [(launch.step, launch.variant) for launch in plan.launches], given.guidance_scale, plan.slots
+    )
+    recordings = record_variants(recorder, reference.supernet, reference.scheduler, 6, reference.schedule.gates, given)
+    evaluate = VariantReference(reference, bundle.manifest)
+    recording = next(recording for recording in recordings if plan.variants[recording.variant].reads)
+    entry = plan.variants[recording.variant]
+    noise = np.random.default_rng(0)
+    for name in entry.reads:
+        cache = recording.inputs[name]
+        changed = {**recording.inputs, name: cache + noise.normal(size=cache.shape).astype(np.float32)}
+        assert relative_error(evaluate(entry, changed)["noise_pred"], recording.outputs["noise_pred"]) > 1e-2
+
+
+def test_noise_is_the_runtimes_and_depends_on_the_seed(dit_output, opened, inputs):
+    bundle, reference = opened(dit_output)
+    one, same, other = (inputs(bundle, reference, seed=seed) for seed in (3, 3, 4))
+    generator = torch.Generator().manual_seed(3)
+    drawn = [torch.randn(one.latents.shape, generator=generator) for _ in range(1 + bundle.manifest.plan.noises)]
+    assert len(one.noises) == bundle.manifest.plan.noises > 0
+    for got, again, want in zip((one.latents, *one.noises), (same.latents, *same.noises), drawn, strict=True):
+        assert torch.equal(got, again)
+        torch.testing.assert_close(got, want, rtol=0, atol=2e-6)
+    assert not torch.allclose(one.latents, other.latents)
+    assert one.guidance_scale is None
+
+
+def test_conditions_are_one_for_all_or_one_each(dit_output, dit_residual, unet_ddim, opened, inputs):
+    two = opened(dit_output)
+    assert inputs(*two, labels=(7,)).conditions["class_labels"].tolist() == [7, 7]
+    assert inputs(*two, labels=(7, 2)).conditions["class_labels"].tolist() == [7, 2]
+    guided = opened(dit_residual)
+    assert inputs(*guided, labels=(7,)).conditions["class_labels"].tolist() == [10, 7]
+    assert inputs(*guided, guidance_scale=2.5).guidance_scale == 2.5
+    assert inputs(*guided).guidance_scale == 4.0  # DiTPipeline's own
+    text = opened(unet_ddim)
+    assert inputs(*text).guidance_scale == 7.5  # a bare denoiser has none of its own
+    first, second = (inputs(*text, prompts=(p,)).conditions["encoder_hidden_states"] for p in ("a bag", "a coat"))
+    assert first.shape == (2, 77, 16)
+    assert torch.equal(first[0], second[0]) and not torch.equal(first[1], second[1])

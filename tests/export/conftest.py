@@ -1,0 +1,124 @@
+"""Tiny random denoisers on disk, each traced once for all tests of the session."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DiTTransformer2DModel, UNet2DConditionModel
+
+from dipgo_deploy.export.exporter import ExportOptions, PlannedExport, plan_export, replan
+from dipgo_deploy.models.location import denoiser_config
+from dipgo_deploy.sampler import evaluations, make_scheduler
+from dipgo_deploy.schedule.document import Schedule, gate_rows
+from dipgo_deploy.schedule.identity import config_hash
+
+torch.set_num_threads(1)
+
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
+STEPS = 6
+
+MakeSchedule = Callable[..., Schedule]
+
+
+def schedule_for(
+    folder: Path, gates: list[list[bool]] | None = None, *, cache: str | None = None, sampler: str = "ddim"
+) -> Schedule:
+    """A schedule of ``STEPS`` steps for the denoiser in ``folder``; everything kept where no gates are given."""
+    family, config = denoiser_config(folder)
+    specs = family.blocks(config, "block")
+    scheduler = make_scheduler(sampler, BETAS)
+    count = evaluations(scheduler, STEPS)
+    rows = gates or [[True] * len(specs)] * count
+    return Schedule.model_validate(
+        {
+            "model": {
+                "class_name": family.class_name,
+                "config_hash": config_hash(config),
+                "granularity": "block",
+            },
+            "blocks": [{"name": spec.name, "cache": cache or spec.caches[0]} for spec in specs],
+            "steps": count,
+            "keep": gate_rows(rows + [rows[-1]] * (count - len(rows))),
+            "sampler": {
+                "class_name": type(scheduler).__name__,
+                "config": {key: value for key, value in scheduler.config.items() if not key.startswith("_")},
+                "num_inference_steps": STEPS,
+            },
+        }
+    )
+
+
+def _random_weights(model: torch.nn.Module) -> torch.nn.Module:
+    """Distinct values everywhere: the exporter merges initialisers that are equal."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+@pytest.fixture(scope="session")
+def unet_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SD-1.5's block types, small."""
+    torch.manual_seed(0)
+    model = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(16, 16, 32, 32),
+        norm_num_groups=8,
+        cross_attention_dim=16,
+        attention_head_dim=2,
+    )
+    folder = tmp_path_factory.mktemp("unet")
+    _random_weights(model).save_pretrained(folder)  # type: ignore[attr-defined]
+    return folder
+
+
+@pytest.fixture(scope="session")
+def dit_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four transformer blocks with learned variance, as DiT-XL/2 has."""
+    torch.manual_seed(1)
+    model = DiTTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=8,
+        num_layers=4,
+        sample_size=8,
+        patch_size=2,
+        num_embeds_ada_norm=10,
+    )
+    folder = tmp_path_factory.mktemp("dit")
+    _random_weights(model).save_pretrained(folder)  # type: ignore[attr-defined]
+    return folder
+
+
+@pytest.fixture(scope="session")
+def planned_unet(unet_folder: Path) -> PlannedExport:
+    """The UNet traced with a full schedule."""
+    return plan_export(str(unet_folder), schedule_for(unet_folder), ExportOptions())
+
+
+@pytest.fixture(scope="session")
+def planned_dit(dit_folder: Path) -> PlannedExport:
+    """The transformer traced with residual caches and a full schedule."""
+    return plan_export(str(dit_folder), schedule_for(dit_folder), ExportOptions())
+
+
+@pytest.fixture(scope="session")
+def planned_dit_output(dit_folder: Path) -> PlannedExport:
+    """The transformer traced with output caches, two images a launch and no guidance."""
+    options = ExportOptions(batch=2, guidance=False)
+    return plan_export(str(dit_folder), schedule_for(dit_folder, cache="output"), options)
+
+
+@pytest.fixture(scope="session")
+def with_gates() -> Callable[[PlannedExport, list[list[bool]]], PlannedExport]:
+    """The same trace with other gates."""
+
+    def change(planned: PlannedExport, gates: list[list[bool]]) -> PlannedExport:
+        return replan(planned, planned.schedule.with_gates(gates))
+
+    return change

@@ -1,0 +1,123 @@
+"""Variants cut from one trace: what is in them, and that they compute what the supernet computes."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import onnx
+import pytest
+
+from dipgo_deploy.bundle.manifest import VariantEntry
+from dipgo_deploy.export.check import check_variants, record, relative_error, run_graph
+from dipgo_deploy.export.cut import cache_input, cache_output
+from dipgo_deploy.export.exporter import PlannedExport, write_variants
+from dipgo_deploy.export.tensors import graph_entry
+
+WithGates = Callable[[PlannedExport, list[list[bool]]], PlannedExport]
+MODELS = ("planned_unet", "planned_dit", "planned_dit_output")
+
+
+def _random_gates(planned: PlannedExport, ratio: float, seed: int) -> list[list[bool]]:
+    source = random.Random(seed)
+    blocks = len(planned.schedule.blocks)
+    rows = [[source.random() >= ratio for _ in range(blocks)] for _ in range(planned.schedule.steps)]
+    return [[True] * blocks, *rows[1:]]
+
+
+def _write(planned: PlannedExport, folder: Path) -> tuple[VariantEntry, ...]:
+    graphs = write_variants(planned, folder)
+    return tuple(
+        VariantEntry(
+            name=variant.name,
+            graph=graph_entry(graph, f"{variant.name}.onnx"),
+            reads=tuple(map(cache_input, variant.reads)),
+            writes=tuple(map(cache_output, variant.writes)),
+            predicts=variant.predicts,
+            macs=variant.macs,
+        )
+        for variant, graph in zip(planned.plan.variants, graphs, strict=True)
+    )
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("ratio", [0.3, 0.5, 0.8])
+def test_each_variant_equals_the_supernet(
+    model: str, ratio: float, request: pytest.FixtureRequest, with_gates: WithGates, tmp_path: Path
+) -> None:
+    full: PlannedExport = request.getfixturevalue(model)
+    planned = with_gates(full, _random_gates(full, ratio, seed=int(10 * ratio)))
+    entries = _write(planned, tmp_path / "graphs")
+    recordings = record(planned)
+    assert [recording.variant for recording in recordings] == list(range(len(entries)))
+    for recording in recordings:
+        entry = entries[recording.variant]
+        outputs = run_graph(tmp_path / "graphs" / entry.graph.file, entry, recording.inputs)
+        assert set(outputs) == set(recording.outputs)
+        for name, actual in outputs.items():
+            assert relative_error(actual, recording.outputs[name]) < 1e-4, (entry.name, name)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_removed_blocks_leave_neither_weights_nor_nodes(
+    model: str, request: pytest.FixtureRequest, with_gates: WithGates, tmp_path: Path
+) -> None:
+    full: PlannedExport = request.getfixturevalue(model)
+    planned = with_gates(full, _random_gates(full, 0.5, seed=3))
+    _write(planned, tmp_path / "graphs")
+    modules = {spec.name: spec.modules for spec in planned.source.specs(planned.schedule)}
+    removed_somewhere = set()
+    for variant in planned.plan.variants:
+        graph = onnx.load(tmp_path / "graphs" / f"{variant.name}.onnx", load_external_data=False).graph
+        names = [initializer.name for initializer in graph.initializer]
+        # The activation of the time embedding is one node for all blocks, under the name of the first.
+        nodes = [node.name for node in graph.node if node.op_type in ("Conv", "MatMul", "Gemm")]
+        for block in planned.traced.graph.blocks:
+            owned = tuple(f"{module}." for module in modules[block.name])
+            has_weights = any(name.startswith(owned) for name in names)
+            if variant.computed & set(block.outputs):
+                assert has_weights
+            else:
+                removed_somewhere.add(block.name)
+                assert not has_weights
+                assert not [name for name in nodes if f"{name.split('/')[0]}.".startswith(owned)]
+    assert removed_somewhere
+
+
+def test_variants_share_one_weights_file(planned_dit: PlannedExport, with_gates: WithGates, tmp_path: Path) -> None:
+    planned = with_gates(planned_dit, _random_gates(planned_dit, 0.5, seed=1))
+    _write(planned, tmp_path / "graphs")
+    assert len(planned.plan.variants) > 2
+    assert {path.name for path in (tmp_path / "graphs").iterdir()} == {
+        "weights.bin",
+        *(f"{variant.name}.onnx" for variant in planned.plan.variants),
+    }
+    places: dict[str, set[str]] = {}
+    for variant in planned.plan.variants:
+        graph = onnx.load(tmp_path / "graphs" / f"{variant.name}.onnx", load_external_data=False).graph
+        for tensor in graph.initializer:
+            if tensor.external_data:
+                fields = {entry.key: entry.value for entry in tensor.external_data}
+                assert fields["location"] == "weights.bin"
+                places.setdefault(tensor.name, set()).add(fields["offset"])
+                size = 8 if tensor.data_type == onnx.TensorProto.INT64 else 4
+                assert int(fields["offset"]) % size == 0
+    assert places and all(len(offsets) == 1 for offsets in places.values())
+    parameters = sum(p.numel() * 4 for p in planned.source.denoiser.parameters())
+    slack = 4096 * len(places)
+    assert (tmp_path / "graphs" / "weights.bin").stat().st_size < parameters + slack
+
+
+def test_a_wrong_weight_is_found(planned_dit: PlannedExport, with_gates: WithGates, tmp_path: Path) -> None:
+    from dipgo_deploy.errors import ToleranceError
+
+    planned = with_gates(planned_dit, _random_gates(planned_dit, 0.3, seed=2))
+    entries = _write(planned, tmp_path)
+    check_variants(planned, entries, tmp_path)
+    weights = tmp_path / "weights.bin"
+    data = bytearray(weights.read_bytes())
+    data[: 4096 // 2] = b"\x00\x00\x80\x3f" * 512
+    weights.write_bytes(data)
+    with pytest.raises(ToleranceError, match=r"variant v0\d, step \d, .*relative error"):
+        check_variants(planned, entries, tmp_path)
