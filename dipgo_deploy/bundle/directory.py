@@ -22,7 +22,8 @@ class Bundle:
     def open(cls, engine_dir: Path | str, *, verify: bool = False) -> Bundle:
         """Open an engine directory.
 
-        All files the manifest lists must be there, and every graph it names must be listed; with ``verify`` their sha256 is checked too.
+        All files the manifest lists must be there, and every graph it names must be listed; with ``verify`` their
+        sha256 is checked too.
 
         Raises:
             UserError: not an engine directory, a missing file, or (with ``verify``) a file that was changed.
