@@ -3,24 +3,35 @@
 from __future__ import annotations
 
 from dipgo_deploy.backends.base import Backend
+from dipgo_deploy.backends.tensorrt_queue import GraphMode
 from dipgo_deploy.errors import UserError
 
-BACKENDS = ("auto", "cpu", "cuda")
+BACKENDS = ("auto", "cpu", "cuda", "tensorrt", "tensorrt-rtx")
 
 
-def create_backend(name: str = "auto", *, threads: int | None = None, share_weights: bool = False) -> Backend:
+def create_backend(
+    name: str = "auto", *, threads: int | None = None, share_weights: bool = False, cuda_graph: GraphMode = "off"
+) -> Backend:
     """Make a backend by name.
 
     Args:
-        name: ``cpu`` or ``cuda`` (ONNX Runtime on either), or ``auto``: CUDA where it works, else the CPU.
+        name: ``cpu`` or ``cuda`` (ONNX Runtime on either), ``tensorrt`` or ``tensorrt-rtx`` (engines made by
+            ``dipgo-build``), or ``auto``: CUDA where it works, else the CPU.
         threads: CPU threads of one launch; None leaves it to the backend.
         share_weights: one copy of the weights for all graphs (see ``OnnxRuntimeBackend``).
+        cuda_graph: ``off``, ``step`` or ``loop`` (see ``TensorRTBackend``); the others have no captured graphs.
 
     Raises:
         UserError: no such backend, or it cannot run on this machine; nothing has been created then.
     """
     if name not in BACKENDS:
         raise UserError(f"backend {name!r}: unknown; choose one of {', '.join(BACKENDS)}")
+    if name in ("tensorrt", "tensorrt-rtx"):
+        from dipgo_deploy.backends.tensorrt import TensorRTBackend
+
+        return TensorRTBackend(name, cuda_graph=cuda_graph)
+    if cuda_graph != "off":
+        raise UserError(f"--cuda-graph {cuda_graph}: only with --backend tensorrt or tensorrt-rtx, not {name}")
     from dipgo_deploy.backends.onnxruntime import OnnxRuntimeBackend
 
     if name == "auto":

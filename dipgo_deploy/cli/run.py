@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     import numpy as np
     from PIL.Image import Image
 
+    from dipgo_deploy.backends.tensorrt_queue import GraphMode
+
 _PICTURES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 _DEFAULT_OUTPUT = {"pil": "output.png", "np": "output.npy", "latent": "output.npy"}
 
@@ -61,10 +63,23 @@ _DEFAULT_OUTPUT = {"pil": "output.png", "np": "output.npy", "latent": "output.np
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), help="File to write.  [default: output.png or output.npy]"
 )
-@click.option("--backend", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@click.option(
+    "--backend",
+    type=click.Choice(["auto", "cpu", "cuda", "tensorrt", "tensorrt-rtx"]),
+    default="auto",
+    show_default=True,
+    help="ONNX Runtime on cpu or cuda, or engines made by dipgo-build; auto: cuda where it works, else cpu.",
+)
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: the physical cores]")
 @click.option(
     "--share-weights", is_flag=True, help="One copy of the weights for all graphs: less memory, slower on CPU."
+)
+@click.option(
+    "--cuda-graph",
+    type=click.Choice(["off", "step", "loop"]),
+    default="off",
+    show_default=True,
+    help="TensorRT: a captured graph for each launch, or one for the whole loop.",
 )
 @click.option("--verify", is_flag=True, help="Check the hash of every file of the engine directory first.")
 @json_option
@@ -85,6 +100,7 @@ def command(
     backend: str,
     threads: int | None,
     share_weights: bool,
+    cuda_graph: GraphMode,
     verify: bool,
     as_json: bool,
 ) -> None:
@@ -101,7 +117,13 @@ def command(
     from dipgo_deploy.runtime.pipeline import Pipeline
 
     pipeline = Pipeline.from_engine_dir(
-        engine_dir, backend, threads=threads, share_weights=share_weights, verify=verify, lazy=True
+        engine_dir,
+        backend,
+        threads=threads,
+        share_weights=share_weights,
+        cuda_graph=cuda_graph,
+        verify=verify,
+        lazy=True,
     )
     with _Progress() as progress:
         result = pipeline(

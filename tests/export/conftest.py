@@ -10,6 +10,7 @@ import torch
 from diffusers import DiTTransformer2DModel, UNet2DConditionModel
 
 from dipgo_deploy.export.exporter import ExportOptions, PlannedExport, plan_export, replan
+from dipgo_deploy.models.family import Granularity
 from dipgo_deploy.models.location import denoiser_config
 from dipgo_deploy.sampler import evaluations, make_scheduler
 from dipgo_deploy.schedule.document import Schedule, gate_rows
@@ -20,28 +21,22 @@ torch.set_num_threads(1)
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
 STEPS = 6
 
-MakeSchedule = Callable[..., Schedule]
-
-
-def schedule_for(
-    folder: Path, gates: list[list[bool]] | None = None, *, cache: str | None = None, sampler: str = "ddim"
-) -> Schedule:
-    """A schedule of ``STEPS`` steps for the denoiser in ``folder``; everything kept where no gates are given."""
+def schedule_for(folder: Path, *, cache: str | None = None, granularity: Granularity = "block") -> Schedule:
+    """A DDIM schedule of ``STEPS`` steps for the denoiser in ``folder``, everything kept."""
     family, config = denoiser_config(folder)
-    specs = family.blocks(config, "block")
-    scheduler = make_scheduler(sampler, BETAS)
+    specs = family.blocks(config, granularity)
+    scheduler = make_scheduler("ddim", BETAS)
     count = evaluations(scheduler, STEPS)
-    rows = gates or [[True] * len(specs)] * count
     return Schedule.model_validate(
         {
             "model": {
                 "class_name": family.class_name,
                 "config_hash": config_hash(config),
-                "granularity": "block",
+                "granularity": granularity,
             },
             "blocks": [{"name": spec.name, "cache": cache or spec.caches[0]} for spec in specs],
             "steps": count,
-            "keep": gate_rows(rows + [rows[-1]] * (count - len(rows))),
+            "keep": gate_rows([[True] * len(specs)] * count),
             "sampler": {
                 "class_name": type(scheduler).__name__,
                 "config": {key: value for key, value in scheduler.config.items() if not key.startswith("_")},
@@ -99,6 +94,13 @@ def dit_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def planned_unet(unet_folder: Path) -> PlannedExport:
     """The UNet traced with a full schedule."""
     return plan_export(str(unet_folder), schedule_for(unet_folder), ExportOptions())
+
+
+@pytest.fixture(scope="session")
+def planned_unet_layers(unet_folder: Path) -> PlannedExport:
+    """The UNet traced in pairs of resnet and attention, without guidance."""
+    schedule = schedule_for(unet_folder, granularity="layer")
+    return plan_export(str(unet_folder), schedule, ExportOptions(guidance=False))
 
 
 @pytest.fixture(scope="session")

@@ -48,6 +48,17 @@ def test_residual_blocks_are_a_chain_of_their_inputs(planned_dit: PlannedExport)
     }
 
 
+def test_the_layer_inventory_is_found_in_the_graph(planned_unet_layers: PlannedExport) -> None:
+    graph = planned_unet_layers.traced.graph
+    assert len(graph.blocks) == 24
+    assert all(len(block.outputs) == 1 for block in graph.blocks)
+    # An up block's pair takes its skip from the pair of the down block that made it.
+    assert graph.values["up_blocks.3.attentions.1/out0"].reads >= {
+        "up_blocks.3.attentions.0/out0",
+        "down_blocks.0.attentions.0/out0",
+    }
+
+
 def test_macs_of_a_transformer_block(planned_dit_output: PlannedExport) -> None:
     graph = planned_dit_output.traced.graph
     width, tokens, batch = 16, 16, 2

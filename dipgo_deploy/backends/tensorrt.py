@@ -1,0 +1,361 @@
+"""TensorRT and TensorRT-RTX: engines made by ``dipgo-build``, run on one stream with one scratch memory for all."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dipgo_deploy.backends.base import Launchable, Memory
+from dipgo_deploy.backends.storage import from_storage
+from dipgo_deploy.backends.tensorrt_cuda import Cuda, Device, require_device
+from dipgo_deploy.backends.tensorrt_flavour import Flavour, flavour_of, import_flavour
+from dipgo_deploy.backends.tensorrt_plans import (
+    KeyInputs,
+    PlanRecord,
+    WeightHashes,
+    plan_name,
+    static_profile,
+    stored_plans,
+)
+from dipgo_deploy.backends.tensorrt_queue import GRAPH_MODES, GraphMode, LaunchQueue
+from dipgo_deploy.bundle.files import sha256_file
+from dipgo_deploy.bundle.manifest import Graph, Manifest, TensorSpec
+from dipgo_deploy.errors import UserError
+
+# What TensorRT calls the types of a manifest.
+DTYPE_NAMES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT64": "int64"}
+
+
+class TensorRTBackend:
+    """Runs the engines of an engine directory.
+
+    Args:
+        name: ``tensorrt`` or ``tensorrt-rtx``.
+        cuda_graph: ``off``, ``step`` (a graph for each launch) or ``loop`` (one for a whole run); see ``LaunchQueue``.
+
+    Raises:
+        UserError: no GPU, or the module is missing. Nothing has been created then: without a device TensorRT's own
+            Runtime can crash the process.
+    """
+
+    def __init__(self, name: str = "tensorrt", *, cuda_graph: GraphMode = "off") -> None:
+        if cuda_graph not in GRAPH_MODES:
+            raise UserError(f"--cuda-graph {cuda_graph}: choose one of {', '.join(GRAPH_MODES)}")
+        self.flavour = flavour_of(name)
+        self.name = name
+        self.device: Device = require_device(name)
+        self.module = import_flavour(self.flavour)
+        self.logger = collecting_logger(self.module)
+        self._cuda = Cuda(name)
+        self._runtime = self.module.Runtime(self.logger)
+        self._hashes = WeightHashes()
+        self._one_context = cuda_graph != "step"
+        self._queue = LaunchQueue(cuda_graph, self._cuda.capture)
+        self._scratch = self._cuda.allocate(0)
+        self._weights_bytes = 0
+
+    def check(self, manifest: Manifest) -> None:
+        """Every dtype runs; what is missing shows when the engines are looked up."""
+
+    def allocate(self, nbytes: int) -> Memory:
+        """Zero-filled device memory, aligned to 256 bytes."""
+        return self._cuda.allocate(nbytes)
+
+    def upload(self, memory: Memory, array: np.ndarray) -> None:
+        """Copy a host array to the start of ``memory``, in the order of the launches.
+
+        Raises:
+            ValueError: the array is larger than the memory.
+        """
+        self._queue.flush()
+        self._cuda.upload(memory, array)
+
+    def download(self, memory: Memory, spec: TensorSpec) -> np.ndarray:
+        """Copy a tensor to the host after all launches; bfloat16 comes as float32.
+
+        Raises:
+            ValueError: the tensor is larger than the memory.
+        """
+        if spec.nbytes > memory.nbytes:
+            raise ValueError(f"{spec.name}: {spec.nbytes} bytes are more than the memory's {memory.nbytes}")
+        self._queue.flush()
+        return from_storage(self._cuda.download(memory, spec.nbytes), spec)
+
+    def synchronize(self) -> None:
+        """Wait for all launches."""
+        self._queue.flush()
+        self._cuda.synchronize()
+
+    @property
+    def stream(self) -> int:
+        """The CUDA stream of all launches, for events."""
+        return self._cuda.stream
+
+    def memory(self) -> dict[str, int]:
+        """Bytes on the device: ``weights`` of the loaded engines, ``scratch`` shared by all, ``free``, ``total``."""
+        free, total = self._cuda.free_bytes()
+        return {"weights": self._weights_bytes, "scratch": self._scratch.nbytes, "free": free, "total": total}
+
+    def load(self, engine_dir: Path, graph: Graph) -> TensorRTExecutable:
+        """Load the engine of one graph; it must have been built from exactly this graph and its weights.
+
+        Raises:
+            UserError: no engine that fits version and GPU, one of other inputs, a damaged one, or out of memory.
+        """
+        path, record = find_plan(engine_dir, graph, self.flavour, self.module.__version__, self.device, self._hashes)
+        if not record.intact(path):
+            raise UserError(
+                f"{path}: damaged (its sha256 is not the recorded one); "
+                f"dipgo-build --engine-dir {engine_dir} --backend {self.name} builds it again"
+            )
+        self.logger.messages.clear()
+        data = path.read_bytes()
+        engine = self._runtime.deserialize_cuda_engine(data)
+        if engine is None:
+            raise UserError(f"{path}: {self.flavour.title} refuses it: {self._why(data)}")
+        if record.inputs.flags.strip:
+            self._refit(engine, path, engine_dir / graph.file)
+        del data
+        check_engine(path, engine, graph)
+        self._weights_bytes += record.weights_bytes
+        self._grow_scratch(int(engine.device_memory_size_v2))
+        return TensorRTExecutable(self, engine, graph, path)
+
+    def bound(self, run: _Run) -> Launchable:
+        """A launchable that goes through the queue."""
+        return _Queued(self._queue, run)
+
+    @property
+    def scratch(self) -> Memory:
+        """The scratch of all contexts: launches follow each other, so they can share it."""
+        return self._scratch
+
+    @property
+    def one_context(self) -> bool:
+        """Whether all launches of an engine share one context (a captured launch needs one of its own)."""
+        return self._one_context
+
+    def _grow_scratch(self, nbytes: int) -> None:
+        if nbytes <= self._scratch.nbytes:
+            return
+        self.synchronize()
+        self._queue.invalidate()  # captured graphs hold the old address
+        self._scratch = self._cuda.allocate(0)  # frees the old memory before the new is wanted
+        self._scratch = self._cuda.allocate(nbytes)
+
+    def _why(self, data: bytes) -> str:
+        reasons = list(self.logger.messages[-2:])
+        if self.flavour.validity:
+            _, diagnostics = self._runtime.get_engine_validity(data)
+            members = self.module.EngineInvalidityDiagnostics.__members__.items()
+            reasons += [name.lower().replace("_", " ") for name, member in members if int(diagnostics) & int(member)]
+        free, total = self._cuda.free_bytes()
+        return (
+            f"{'; '.join(reasons) or 'no reason given'}; it has {len(data) / 2**20:.0f} MiB, and {free / 2**20:.0f} of "
+            f"{total / 2**20:.0f} MiB of GPU memory are free; build it on this machine"
+        )
+
+    def _refit(self, engine: Any, plan: Path, onnx_file: Path) -> None:
+        refitter = self.module.Refitter(engine, self.logger)
+        parser = self.module.OnnxParserRefitter(refitter, self.logger)
+        if not parser.refit_from_file(str(onnx_file)) or not refitter.refit_cuda_engine():
+            raise UserError(
+                f"{plan}: its weights could not be taken from {onnx_file} ({'; '.join(self.logger.messages[-2:])});"
+                " build it again without --strip"
+            )
+
+
+class TensorRTExecutable:
+    """A loaded engine with the graph of the manifest that it runs."""
+
+    def __init__(self, backend: TensorRTBackend, engine: Any, graph: Graph, path: Path) -> None:
+        self.graph = graph
+        self._context: _Context | None = None
+        self._engine = engine
+        self._backend = backend
+        self._path = path
+
+    def bind(self, tensors: Mapping[str, Memory]) -> Launchable:
+        """Bind all inputs and outputs by address, for as many launches as wanted.
+
+        Raises:
+            KeyError: a name is missing.
+            ValueError: a memory is smaller than its tensor.
+            UserError: the device has no memory for another context.
+        """
+        kept: dict[str, Memory] = {}
+        for spec in (*self.graph.inputs, *self.graph.outputs):
+            memory = tensors[spec.name]
+            if memory.nbytes < spec.nbytes:
+                raise ValueError(f"{spec.name}: needs {spec.nbytes} bytes, its memory has {memory.nbytes}")
+            kept[spec.name] = memory
+        context = self._context
+        if context is None or not self._backend.one_context:
+            self._context = context = _Context(self._backend, self._engine, self._path)
+        return self._backend.bound(_Run(context, kept))
+
+
+class _Context:
+    """An execution context that knows its addresses, so that only those that differ are set again."""
+
+    def __init__(self, backend: TensorRTBackend, engine: Any, path: Path) -> None:
+        strategy = backend.module.ExecutionContextAllocationStrategy.USER_MANAGED
+        # Attributes go in this order: a context before its engine, an engine before its backend's runtime.
+        self.context = engine.create_execution_context(strategy)
+        self._engine = engine
+        self.backend = backend
+        self.path = path
+        if self.context is None:
+            raise UserError(
+                f"{path}: no execution context ({'; '.join(backend.logger.messages[-2:]) or 'out of GPU memory'});"
+                " close other programs, or export fewer variants"
+            )
+        self._addresses: dict[str, int] = {}
+        self._scratch: Memory | None = None
+
+    def enqueue(self, tensors: Mapping[str, Memory]) -> None:
+        scratch = self.backend.scratch
+        if self._scratch is not scratch:
+            self.context.set_device_memory(scratch.address, scratch.nbytes)
+            self._scratch = scratch
+        for name, memory in tensors.items():
+            if self._addresses.get(name) != memory.address:
+                if not self.context.set_tensor_address(name, memory.address):
+                    raise UserError(f"{self.path}: tensor {name} cannot be bound{self._last_message()}")
+                self._addresses[name] = memory.address
+        if not self.context.execute_async_v3(self.backend.stream):
+            raise UserError(f"{self.path}: the run failed{self._last_message()}")
+
+    def _last_message(self) -> str:
+        messages = self.backend.logger.messages
+        return f" ({messages[-1]})" if messages else ""
+
+
+class _Run:
+    """A launch: a context and the memory of each tensor, which it keeps alive."""
+
+    __slots__ = ("_tensors", "context")
+
+    def __init__(self, context: _Context, tensors: Mapping[str, Memory]) -> None:
+        self.context = context
+        self._tensors = tensors
+
+    def __call__(self) -> None:
+        self.context.enqueue(self._tensors)
+
+
+class _Queued:
+    __slots__ = ("_queue", "_run")
+
+    def __init__(self, queue: LaunchQueue, run: _Run) -> None:
+        self._queue, self._run = queue, run
+
+    def __call__(self) -> None:
+        self._queue.submit(self._run)
+
+
+def find_plan(
+    engine_dir: Path, graph: Graph, flavour: Flavour, version: str, device: Device, hashes: WeightHashes
+) -> tuple[Path, PlanRecord]:
+    """The engine of a graph that runs here: of this version and for this GPU, built from this graph and weights.
+
+    An engine built for exactly this GPU goes before one for several.
+
+    Raises:
+        UserError: there is none; the message says what there is and why it does not fit.
+    """
+    name = plan_name(graph)
+    remedy = f"dipgo-build --engine-dir {engine_dir} --backend {flavour.backend}"
+    stored = stored_plans(engine_dir, flavour.backend, name)
+    if not stored:
+        raise UserError(f"{engine_dir}: no {flavour.title} engine of {name}; build them first: {remedy}")
+    onnx_file = engine_dir / graph.file
+    if not onnx_file.is_file():
+        raise UserError(f"{onnx_file}: named in the manifest but missing; export the engine directory again")
+    weights, _ = hashes.digest(onnx_file)
+    current = {"graph": sha256_file(onnx_file), "weights": weights, "profile": static_profile(graph)}
+    reasons = []
+    for path, record in sorted(stored, key=lambda item: item[1].inputs.target.gpu != device.name):
+        reason = _misfit(record.inputs, current, version, device)
+        if reason is None:
+            return path, record
+        reasons.append(f"{path.parent.name}: {reason}")
+    raise UserError(f"{engine_dir}: no {flavour.title} engine of {name} fits ({'; '.join(reasons)}); {remedy}")
+
+
+def _misfit(inputs: KeyInputs, current: Mapping[str, object], version: str, device: Device) -> str | None:
+    for field, value in current.items():
+        if getattr(inputs, field) != value:
+            return f"built from another {field}"
+    if inputs.version != version and not (inputs.flags.version_compatible and _older(inputs.version, version)):
+        return f"built with version {inputs.version}, {version} is installed"
+    target, here = inputs.target, f"{device.name} ({device.capability})"
+    if target.gpu is not None and target.gpu != device.name:
+        ampere = tuple(int(part) for part in device.capability.split(".")) >= (8, 0)
+        if not (inputs.flags.hardware_compatible and ampere):
+            return f"built for {target.gpu}, this is {here}"
+    if target.gpu is None and target.capabilities and device.capability not in target.capabilities:
+        return f"built for compute capability {', '.join(target.capabilities)}, this is {here}"
+    return None
+
+
+def _older(built: str, installed: str) -> bool:
+    """Whether a version-compatible engine may run: the same major version, not newer than the installed one."""
+    try:
+        first, second = ([int(part) for part in version.split(".")] for version in (built, installed))
+    except ValueError:
+        return False
+    return first[0] == second[0] and first <= second
+
+
+def check_engine(path: Path, engine: Any, graph: Graph) -> None:
+    """Compare an engine's inputs and outputs with the manifest's: a wrong shape would be memory read out of bounds.
+
+    Raises:
+        UserError: names the first tensor that differs.
+    """
+    names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
+    found = {
+        name: describe(engine.get_tensor_mode(name).name, engine.get_tensor_dtype(name), engine.get_tensor_shape(name))
+        for name in names
+    }
+    compare_interface(path, found, graph)
+
+
+def describe(mode: str, dtype: Any, shape: Any) -> str:
+    """``input float32 (1, 4)``, from TensorRT's own descriptions."""
+    return f"{mode.lower()} {DTYPE_NAMES.get(dtype.name, dtype.name)} {tuple(shape)}"
+
+
+def compare_interface(path: Path, found: Mapping[str, str], graph: Graph) -> None:
+    """Compare ``describe``d tensors by name with those of the manifest.
+
+    Raises:
+        UserError: names file, tensor, and both descriptions.
+    """
+    wanted = {spec.name: f"input {spec.dtype} {spec.shape}" for spec in graph.inputs}
+    wanted |= {spec.name: f"output {spec.dtype} {spec.shape}" for spec in graph.outputs}
+    for name in [*wanted, *found]:
+        if found.get(name) != wanted.get(name):
+            raise UserError(
+                f"{path}: tensor {name} is {found.get(name, 'missing')} there, {wanted.get(name, 'missing')} in the"
+                " manifest; export the engine directory again"
+            )
+
+
+def collecting_logger(module: Any) -> Any:
+    """A logger of TensorRT's that keeps errors and warnings in ``messages`` and prints nothing."""
+
+    class Collector(module.ILogger):
+        def __init__(self) -> None:
+            module.ILogger.__init__(self)
+            self.messages: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (module.ILogger.INTERNAL_ERROR, module.ILogger.ERROR):
+                self.messages.append(" ".join(message.split())[:300])
+
+    return Collector()

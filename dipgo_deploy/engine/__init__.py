@@ -1,0 +1,1 @@
+"""Building TensorRT engines from an engine directory's graphs."""

@@ -1,0 +1,162 @@
+"""One graph through TensorRT's parser and builder."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dipgo_deploy.backends.tensorrt import collecting_logger, compare_interface, describe
+from dipgo_deploy.backends.tensorrt_flavour import Flavour
+from dipgo_deploy.backends.tensorrt_plans import KeyInputs
+from dipgo_deploy.bundle.manifest import Graph
+from dipgo_deploy.engine import timing_cache
+from dipgo_deploy.engine.phases import Phases
+from dipgo_deploy.errors import UserError
+
+CURRENT = "current"
+
+
+class CancelledError(Exception):
+    """The build was stopped because it was asked to."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """One engine to build: the ONNX file, its manifest entry, what goes into the key, and the shared timing cache."""
+
+    onnx_file: Path
+    graph: Graph
+    inputs: KeyInputs
+    timing_cache: Path | None = None
+    for_device: bool = False
+
+
+def build_plan(
+    flavour: Flavour,
+    module: Any,
+    work: Work,
+    *,
+    cancelled: threading.Event,
+    on_progress: Callable[[float], None],
+    warn: Callable[[str], None],
+) -> Any:
+    """Parse, check against the manifest, and build. Returns the serialized engine, a buffer.
+
+    Blocks until the build is done; ``cancelled`` stops it at TensorRT's next step.
+
+    Raises:
+        CancelledError: ``cancelled`` was set.
+        UserError: the parser refuses a node, inputs or outputs are not the manifest's, or the builder fails.
+    """
+    logger = collecting_logger(module)
+    builder = module.Builder(logger)
+    network = builder.create_network(1 << int(module.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = module.OnnxParser(network, logger)
+    if not parser.parse_from_file(str(work.onnx_file)):
+        raise UserError(f"{work.onnx_file}: {flavour.title} refuses it: {_parser_errors(parser)}")
+    check_network(work.onnx_file, network, work.graph)
+    config = builder.create_builder_config()
+    _configure(flavour, module, builder, network, config, work)
+    if work.timing_cache is not None and not timing_cache.attach(config, work.timing_cache):
+        warn(f"{work.timing_cache}: of another version or GPU, or damaged: not used, and replaced by this build's")
+    config.progress_monitor = monitor = _monitor(module, cancelled, on_progress)
+    plan = builder.build_serialized_network(network, config)
+    del monitor  # it had to live until here
+    if cancelled.is_set():
+        raise CancelledError
+    if plan is None:
+        reason = "; ".join(logger.messages[-2:]) or "no reason given"
+        raise UserError(f"{work.onnx_file}: {flavour.title} cannot build it: {reason}")
+    if work.timing_cache is not None:
+        timing_cache.merge(config, work.timing_cache)
+    return plan
+
+
+def check_network(path: Path, network: Any, graph: Graph) -> None:
+    """Compare the parsed network's inputs and outputs with the manifest's.
+
+    Raises:
+        UserError: names the first tensor whose presence, dtype or shape differs.
+    """
+    found = {}
+    for mode, count, get in (
+        ("input", network.num_inputs, network.get_input),
+        ("output", network.num_outputs, network.get_output),
+    ):
+        for index in range(count):
+            tensor = get(index)
+            found[tensor.name] = describe(mode, tensor.dtype, tensor.shape)
+    compare_interface(path, found, graph)
+
+
+def _configure(flavour: Flavour, module: Any, builder: Any, network: Any, config: Any, work: Work) -> None:
+    inputs = work.inputs
+    flags, enum = inputs.flags, module.BuilderFlag
+    # On by default in TensorRT: the latents' sum and every fp32 product would be rounded to 10 bits.
+    (config.set_flag if flags.tf32 else config.clear_flag)(enum.TF32)
+    if flags.workspace is not None:
+        config.set_memory_pool_limit(module.MemoryPoolType.WORKSPACE, flags.workspace)
+    if flags.opt_level is not None:
+        config.builder_optimization_level = flags.opt_level
+    config.max_aux_streams = flags.max_aux_streams
+    if flags.version_compatible:
+        config.set_flag(enum.VERSION_COMPATIBLE)
+    if flags.hardware_compatible:
+        config.hardware_compatibility_level = module.HardwareCompatibilityLevel.AMPERE_PLUS
+    if flags.strip:
+        config.set_flag(enum.STRIP_PLAN)
+        config.set_flag(enum.REFIT_IDENTICAL)  # plain REFIT can drop a bias
+    if flavour.compute_capabilities and work.for_device:
+        config.num_compute_capabilities = 1
+        _require(config.set_compute_capability(module.ComputeCapability.CURRENT, 0), flavour, inputs)
+    elif flavour.compute_capabilities and inputs.target.capabilities:
+        names = ["SM" + capability.replace(".", "") for capability in inputs.target.capabilities]
+        config.num_compute_capabilities = len(names)
+        for index, name in enumerate(names):
+            _require(config.set_compute_capability(getattr(module.ComputeCapability, name), index), flavour, inputs)
+    if any(-1 in network.get_input(index).shape for index in range(network.num_inputs)):
+        profile = builder.create_optimization_profile()
+        for name, shapes in inputs.profile.items():
+            profile.set_shape(name, shapes.min, shapes.opt, shapes.max)
+        config.add_optimization_profile(profile)
+
+
+def _require(accepted: bool, flavour: Flavour, inputs: KeyInputs) -> None:
+    if not accepted:
+        wanted = ", ".join(inputs.target.capabilities)
+        raise UserError(f"--compute-capability {wanted}: {flavour.title} {inputs.version} does not build for it")
+
+
+def _parser_errors(parser: Any) -> str:
+    found = []
+    for index in range(min(parser.num_errors, 3)):
+        error = parser.get_error(index)
+        found.append(f"node {error.node_name()} ({error.node_operator()}): {' '.join(error.desc().split())[:300]}")
+    return "; ".join(found) or "no reason given"
+
+
+def _monitor(module: Any, cancelled: threading.Event, on_progress: Callable[[float], None]) -> Any:
+    class Monitor(module.IProgressMonitor):
+        def __init__(self) -> None:
+            module.IProgressMonitor.__init__(self)
+            self._phases = Phases()
+            self._lock = threading.Lock()  # TensorRT may call from several threads
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            with self._lock:
+                self._phases.start(phase_name, parent_phase, num_steps)
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            with self._lock:
+                self._phases.step(phase_name, step)
+                on_progress(self._phases.fraction)
+            return not cancelled.is_set()
+
+        def phase_finish(self, phase_name: str) -> None:
+            with self._lock:
+                self._phases.finish(phase_name)
+
+    return Monitor()
