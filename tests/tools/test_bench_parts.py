@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tools.bench.measure import TimedBackend, alternate, machine, machine_line, spread
+from tools.bench.solvers import frechet_with_error, wilson
+from tools.bench.tables import table, with_quartiles, write_results
+
+
+def test_alternate_takes_turns_and_drops_the_warm_up() -> None:
+    order: list[str] = []
+    counts = {"a": 0, "b": 0}
+
+    def call(name: str) -> float:
+        order.append(name)
+        counts[name] += 1
+        return float(counts[name])
+
+    got = alternate({"a": lambda: call("a"), "b": lambda: call("b")}, repeats=3, warmup=2)
+    assert order == ["a", "b"] * 5
+    assert got["a"].tolist() == got["b"].tolist() == [3.0, 4.0, 5.0]
+
+
+def test_timed_backend_counts_what_launches_take() -> None:
+    class Inner:
+        name = "inner"
+
+        def load(self, *_: Any) -> Any:
+            return SimpleNamespace(graph="graph", bind=lambda tensors: lambda: time.sleep(0.01))
+
+    backend = TimedBackend(Inner())  # type: ignore[arg-type]
+    call = backend.load(Path(), None).bind({})  # type: ignore[arg-type]
+    assert backend.seconds == 0
+    call()
+    call()
+    assert 0.02 <= backend.seconds < 1
+
+
+def test_spread_is_median_and_quartiles() -> None:
+    assert spread(np.array([1.0, 2.0, 3.0, 4.0, 5.0])) == {"median": 3.0, "q1": 2.0, "q3": 4.0}
+    assert with_quartiles({"median": 3.0, "q1": 2.0, "q3": 4.0}, 1) == "3.0 (2.0-4.0)"
+
+
+def test_machine_is_said_in_one_line() -> None:
+    line = machine_line(machine(2))
+    assert "2 threads" in line and "\n" not in line and "numpy" in line
+    assert "threads" not in machine_line(machine(None))
+
+
+def test_wilson_interval() -> None:
+    low, high = wilson(90, 100)
+    assert math.isclose(low, 0.8256, abs_tol=1e-4) and math.isclose(high, 0.9448, abs_tol=1e-4)
+    assert wilson(100, 100)[1] == pytest.approx(1)
+
+
+def test_frechet_error_shrinks_with_more_images() -> None:
+    rng = np.random.default_rng(1)
+    judge = SimpleNamespace(mean=np.zeros(4), covariance=np.eye(4))
+    few = frechet_with_error(judge, rng.standard_normal((200, 4)), 20)  # type: ignore[arg-type]
+    many = frechet_with_error(judge, rng.standard_normal((20000, 4)), 2000)  # type: ignore[arg-type]
+    assert 0 < many[1] < few[1]
+    assert many[0] < few[0] < 1
+
+
+def test_results_are_written_as_json_and_table(tmp_path: Path) -> None:
+    write_results(tmp_path / "new" / "x.json", {"a": 1}, table(("a", "b"), [("x", "1")]))
+    assert json.loads((tmp_path / "new" / "x.json").read_text()) == {"a": 1}
+    assert (tmp_path / "new" / "x.md").read_text() == "| a | b |\n| --- | ---: |\n| x | 1 |\n"

@@ -1,0 +1,26 @@
+"""Results as files: JSON, and beside it a table for readers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+
+def write_results(path: Path, facts: Mapping[str, Any], text: str) -> None:
+    """Write ``facts`` to ``path`` (.json) and ``text`` to the file of the same stem with .md."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(facts, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    path.with_suffix(".md").write_text(text, encoding="utf-8")
+
+
+def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; the first column is text, the others are numbers."""
+    ruler = ["---", *["---:"] * (len(headings) - 1)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in (headings, ruler, *rows)) + "\n"
+
+
+def with_quartiles(values: Mapping[str, float], digits: int) -> str:
+    """``median (q1-q3)``."""
+    return f"{values['median']:.{digits}f} ({values['q1']:.{digits}f}-{values['q3']:.{digits}f})"

@@ -1,0 +1,110 @@
+"""The main job on a built-in model: shipped schedule -> export -> run -> a picture, and the speed-up that came out.
+
+``tools/demo.sh`` sets everything up and runs this; by itself: ``python -m tools.demo``.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from dipgo_deploy.cli.common import emit, entry_point, human_console, json_option
+from dipgo_deploy.export.exporter import ExportOptions
+from dipgo_deploy.export.quiet import quiet_libraries
+from dipgo_deploy.quality.judge import CLASS_NAMES
+from dipgo_deploy.runtime.pipeline import Pipeline
+from dipgo_deploy.schedule.document import Schedule
+from tools.bench.loops import GUIDANCE_SCALE, compare_loops
+from tools.bench.pairs import SCHEDULES, export_pair
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+MODELS = {"fashion-sd": "fashion-sd-ddim50.json", "fashion-dit": "fashion-dit-uniform5.json"}
+MARGIN = 4
+SCALE = 2
+"""The built-in models draw 32 x 32 pixels: too small to look at."""
+
+
+@click.command(name="demo")
+@click.option("--model", type=click.Choice(list(MODELS)), default="fashion-sd", show_default=True)
+@click.option("--folder", type=click.Path(path_type=Path), default=Path("engines/demo"), show_default=True)
+@click.option("--repeats", type=click.IntRange(min=1), default=9, show_default=True, help="Timed runs of each loop.")
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: the physical cores]")
+@click.option("--seed", type=int, default=0, show_default=True)
+@json_option
+def command(model: str, folder: Path, repeats: int, threads: int | None, seed: int, as_json: bool) -> None:
+    """Export a built-in model with its shipped schedule and without one, run both, draw both, time both."""
+    quiet_libraries()
+    console = human_console(as_json)
+    start = time.perf_counter()
+
+    def say(line: str) -> None:
+        console.print(f"[{time.perf_counter() - start:5.1f} s] {line}", markup=False, soft_wrap=True)
+
+    schedule = Schedule.load(SCHEDULES / MODELS[model])
+    say(f"{model}, schedule {MODELS[model]}: {schedule.kept_share:.1%} of the gates kept")
+    target = folder / model
+    pair = export_pair(model, schedule, target, ExportOptions(), say)
+    say(f"exported {pair.pruned} and, for comparison, {pair.full}")
+    draws = [draw(path, threads, seed) for path in (pair.full, pair.pruned)]
+    picture = target / "full-above-pruned.png"
+    sheet(draws).save(picture)
+    say(f"{picture}: the ten classes, seed {seed}; above the full loop, below the pruned one")
+    facts = compare_loops(pair.full, pair.pruned, repeats, threads, bare=False)
+    for name in ("full", "pruned"):
+        row = facts[name]
+        say(
+            f"{name:<6} loop: {row['launches']} launches for {row['evaluations']} evaluations, "
+            f"{row['loop_ms']['median']:.1f} ms, {row['overhead_us']['median']:.0f} us per launch beside its graphs"
+        )
+    say(
+        f"speed-up: measured {facts['speedup']['median']:.2f}x, ideal {facts['ideal_speedup']:.2f}x (the ratio of the "
+        f"multiply-accumulates), quotient {facts['quotient']:.2f}"
+    )
+    emit({"model": model, "picture": str(picture), "seconds": time.perf_counter() - start, **facts}, as_json)
+
+
+main = entry_point(command)
+
+
+def draw(engine_dir: Path, threads: int | None, seed: int) -> list[Image]:
+    """One picture of each class."""
+    pipeline = Pipeline.from_engine_dir(engine_dir, "cpu", threads=threads)
+    result = pipeline(**conditions(pipeline, CLASS_NAMES), seed=seed, guidance_scale=GUIDANCE_SCALE)
+    assert isinstance(result.images, list)  # output type pil
+    return result.images
+
+
+def conditions(pipeline: Pipeline, names: Sequence[str]) -> dict[str, Any]:
+    """The arguments of a call that asks for these classes."""
+    if pipeline.bundle.manifest.components.text_encoder is None:
+        return {"class_labels": list(names)}
+    return {"prompt": [prompt_of(name) for name in names]}
+
+
+def prompt_of(name: str) -> str:
+    """The prompt that the built-in models were trained with for a class."""
+    return f"a photo of {'an' if name[0] in 'aeiou' else 'a'} {name}"
+
+
+def sheet(rows: list[list[Image]]) -> Image:
+    """Rows of equally large pictures on white, ``SCALE`` times as large."""
+    from PIL import Image
+
+    width, height = rows[0][0].size
+    columns = max(map(len, rows))
+    size = (columns * (width + MARGIN) + MARGIN, len(rows) * (height + MARGIN) + MARGIN)
+    picture = Image.new("RGB", size, "white")
+    for y, row in enumerate(rows):
+        for x, image in enumerate(row):
+            picture.paste(image, (MARGIN + x * (width + MARGIN), MARGIN + y * (height + MARGIN)))
+    return picture.resize((picture.width * SCALE, picture.height * SCALE), Image.Resampling.NEAREST)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(None))
