@@ -21,6 +21,7 @@ torch.set_num_threads(1)
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
 STEPS = 6
 
+
 def schedule_for(folder: Path, *, cache: str | None = None, granularity: Granularity = "block") -> Schedule:
     """A DDIM schedule of ``STEPS`` steps for the denoiser in ``folder``, everything kept."""
     family, config = denoiser_config(folder)
