@@ -12,9 +12,11 @@ from dipgo_deploy.cli.common import entry_point, examples, version_option
 # ``dipgo --help`` imports no verb.
 _VERBS = {
     "schedule": ("dipgo_deploy.cli.schedule", "Make, import, check and show schedules."),
+    "search": ("dipgo_deploy.cli.search", "Find schedules: the DiP-GO pruner and its baselines."),
     "export": ("dipgo_deploy.cli.export", "Compile a model and a schedule into an engine directory."),
     "build": ("dipgo_deploy.cli.build", "Build TensorRT engines for an engine directory."),
     "run": ("dipgo_deploy.cli.run", "Generate images from an engine directory."),
+    "bench": ("dipgo_deploy.cli.bench", "Measure what schedules do to the images."),
     "compare": ("dipgo_deploy.cli.compare", "Compare an engine directory with the reference."),
 }
 

@@ -1,0 +1,1 @@
+"""Measurements of a user's own models and schedules."""

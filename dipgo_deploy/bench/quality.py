@@ -1,0 +1,181 @@
+"""What schedules do to images: beside the full run over the same seeds, and beside solvers with fewer steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dipgo_deploy.bench.statistics import Estimate, bootstrap, mean, share
+from dipgo_deploy.errors import UserError
+from dipgo_deploy.models.location import BUILT_IN
+from dipgo_deploy.quality.judge import CLASS_NAMES, Judge, feature_statistics, frechet_distance
+from dipgo_deploy.runtime.image import to_uint8
+from dipgo_deploy.schedule.document import Gates, Schedule
+from dipgo_deploy.search.evaluate import images_of, sample
+from dipgo_deploy.search.losses import psnr, ssim
+from dipgo_deploy.search.problem import Pair, Problem, with_sampler
+from dipgo_deploy.search.samples import held_out
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to make the images: gates for the reference's sampler, or all gates of another one.
+
+    name: what it is called. solver: (sampler, steps), None for the reference's own. gates: T x N, None for all kept.
+    """
+
+    name: str
+    gates: Gates | None = None
+    solver: tuple[str, int] | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one case does.
+
+    macs: of one image's launches. ratio: share of the full run's that is saved. launches: of the denoiser. ssim, psnr:
+    to the full run, over images of the same seeds. difference: of the SSIM to the first case's, image by image.
+    accuracy: share of images recognised as what was asked for; frechet: distance to held-out images (both None for a
+    model without a judge).
+    """
+
+    name: str
+    macs: int
+    ratio: float
+    launches: int
+    ssim: Estimate
+    psnr: Estimate
+    difference: Estimate
+    accuracy: Estimate | None
+    frechet: Estimate | None
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self)
+
+
+def schedule_cases(schedules: Sequence[tuple[str, Schedule]], problem: Problem) -> list[Case]:
+    """Schedules by name as cases.
+
+    Raises:
+        UserError: a schedule for another model, sampler or number of steps than the reference's.
+    """
+    target = problem.target
+    cases = []
+    for name, schedule in schedules:
+        if schedule.model != target.model or schedule.blocks != target.blocks:
+            raise UserError(
+                f"{name}: was made for another model, or for other blocks of it: give schedules of one model"
+            )
+        sampler = schedule.sampler
+        if (sampler.class_name, sampler.num_inference_steps) != (
+            target.sampler.class_name,
+            target.sampler.num_inference_steps,
+        ):
+            raise UserError(
+                f"{name}: was made for {sampler.class_name} with {sampler.num_inference_steps} steps, the reference is "
+                f"{target.sampler.class_name} with {target.sampler.num_inference_steps}: compare like with like"
+            )
+        cases.append(Case(name, gates=schedule.gates))
+    return cases
+
+
+def solver_case(text: str) -> Case:
+    """``ddim:10`` as a case: the sampler's name and its steps.
+
+    Raises:
+        UserError: it is not written so.
+    """
+    name, _, steps = text.partition(":")
+    if not name or not steps.isdigit() or int(steps) < 1:
+        raise UserError(f"--solver {text}: give a sampler and its steps, as in ddim:10")
+    return Case(f"{name}, {int(steps)} steps", solver=(name, int(steps)))
+
+
+def measure(
+    problem: Problem,
+    cases: Sequence[Case],
+    per_condition: int,
+    *,
+    seed: int = 0,
+    batch: int = 20,
+    notify: Callable[[Row], None] = lambda row: None,
+) -> list[Row]:
+    """Make ``per_condition`` images of every prompt or class in every case, from seeds that no search uses.
+
+    batch: images that go through the model at a time.
+
+    Raises:
+        UserError: a model without a VAE, or nothing to measure.
+    """
+    if not problem.can_decode:
+        raise UserError(f"{problem.options.model}: has no VAE to make images with: give a pipeline's folder")
+    if not cases:
+        raise UserError("nothing to measure: give schedule files or --solver")
+    if per_condition < 2:
+        raise UserError("--per-condition: give at least 2, for an interval")
+    pairs = held_out(len(problem.conditions), per_condition, seed)
+    judge = Judge.load() if problem.options.model in BUILT_IN and len(problem.conditions) == len(CLASS_NAMES) else None
+    reference = _images(problem, None, pairs, batch)
+    rows: list[Row] = []
+    first: np.ndarray | None = None
+    for case in cases:
+        at_work = problem if case.solver is None else with_sampler(problem, *case.solver)
+        images = _images(at_work, case.gates, pairs, batch)
+        similarity = ssim(images, reference).double().numpy()
+        first = similarity if first is None else first
+        row = _row(problem, at_work, case, images, reference, similarity, first, pairs, judge)
+        rows.append(row)
+        notify(row)
+    return rows
+
+
+def _row(
+    problem: Problem,
+    at_work: Problem,
+    case: Case,
+    images: Tensor,
+    reference: Tensor,
+    similarity: np.ndarray,
+    first: np.ndarray,
+    pairs: Sequence[Pair],
+    judge: Judge | None,
+) -> Row:
+    analysis = at_work.costs.analyse(_gates(at_work, case.gates))
+    accuracy = frechet = None
+    if judge is not None:
+        pixels = to_uint8(images.permute(0, 2, 3, 1).numpy())
+        wanted = np.array([pair.condition for pair in pairs])
+        accuracy = share(int((judge.classify(pixels) == wanted).sum()), len(wanted))
+        features, network = judge.features(pixels), judge
+        frechet = bootstrap(
+            lambda rows: frechet_distance(*feature_statistics(features[rows]), network.mean, network.covariance), wanted
+        )
+    return Row(
+        name=case.name,
+        macs=analysis.cost,
+        ratio=1 - analysis.cost / problem.costs.full,
+        launches=len(analysis.launches),
+        ssim=mean(similarity),
+        psnr=mean(psnr(images, reference).double().numpy()),
+        difference=mean(similarity - first),
+        accuracy=accuracy,
+        frechet=frechet,
+    )
+
+
+def _gates(problem: Problem, gates: Gates | None) -> Gates:
+    return gates if gates is not None else ((True,) * len(problem.target.blocks),) * problem.steps
+
+
+def _images(problem: Problem, gates: Gates | None, pairs: Sequence[Pair], batch: int) -> Tensor:
+    parts = []
+    for start in range(0, len(pairs), batch):
+        latents = sample(problem, _gates(problem, gates), pairs[start : start + batch])
+        parts.append(images_of(problem, latents).float().cpu())
+    return torch.cat(parts)

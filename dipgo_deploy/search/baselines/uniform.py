@@ -1,0 +1,37 @@
+"""Every block at evenly spread steps, nothing in between."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dipgo_deploy.errors import UserError
+from dipgo_deploy.schedule.document import Gates
+from dipgo_deploy.search.baselines.base import Task, closest, spread_rows
+from dipgo_deploy.search.costs import Costs
+from dipgo_deploy.search.postprocess import unreachable
+
+
+def uniform_gates(costs: Costs, target: float) -> Gates:
+    """As many full steps as come nearest to the target."""
+    count = len(costs.blocks)
+    candidates = [
+        costs.clean(spread_rows(costs.steps, kept, (True,) * count, (False,) * count))
+        for kept in range(1, costs.steps + 1)
+    ]
+    return closest(candidates, costs, target)
+
+
+class Uniform:
+    """The uniform interval, where the number of full steps need not divide T."""
+
+    def search(self, task: Task) -> Gates:
+        """See `Method.search`; needs no evaluation."""
+        gates = uniform_gates(task.costs, task.target)
+        ratio = task.costs.ratio(gates)
+        if abs(ratio - task.target) > task.tolerance:
+            raise UserError(unreachable(task.target, ratio, task.tolerance))
+        return gates
+
+    def parameters(self) -> dict[str, Any]:
+        """None."""
+        return {}

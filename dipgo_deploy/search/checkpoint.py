@@ -1,0 +1,105 @@
+"""The state of a search on disk: one safetensors file with the tensors, and everything else as JSON in its header."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dipgo_deploy.errors import UserError
+
+NAME = "checkpoint.safetensors"
+_MODEL, _OPTIMISER = "model.", "optimiser."
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A search after ``iteration`` finished iterations. settings: what has to be the same to go on from here."""
+
+    iteration: int
+    settings: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
+
+    def restore(self, model: nn.Module, optimiser: torch.optim.Optimizer) -> None:
+        """Bring a model and its optimiser to this state."""
+        model.load_state_dict(
+            {name[len(_MODEL) :]: tensor for name, tensor in self.tensors.items() if name.startswith(_MODEL)}
+        )
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in self.tensors.items():
+            if name.startswith(_OPTIMISER):
+                parameter, key = name[len(_OPTIMISER) :].split(".", 1)
+                state.setdefault(int(parameter), {})[key] = tensor
+        optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
+
+
+def take(model: nn.Module, optimiser: torch.optim.Optimizer, iteration: int, settings: Mapping[str, Any]) -> Checkpoint:
+    """A copy of the state of a search."""
+    tensors = {f"{_MODEL}{name}": tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    for parameter, values in optimiser.state_dict()["state"].items():
+        for key, value in values.items():
+            if isinstance(value, Tensor):
+                tensors[f"{_OPTIMISER}{parameter}.{key}"] = value.detach().clone()
+    return Checkpoint(iteration, dict(settings), tensors)
+
+
+def save(checkpoint: Checkpoint, folder: Path) -> None:
+    """Write it into ``folder`` (made if need be); an older one is replaced only when this one is complete."""
+    from safetensors.torch import save_file
+
+    state = {"iteration": checkpoint.iteration, "settings": checkpoint.settings}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle, aside = tempfile.mkstemp(prefix=f".{NAME}.", dir=folder)
+        os.close(handle)
+        try:
+            tensors = {name: tensor.contiguous().cpu() for name, tensor in checkpoint.tensors.items()}
+            save_file(tensors, aside, metadata={"state": json.dumps(state)})
+            with open(aside, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(aside, folder / NAME)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(aside)
+            raise
+    except OSError as error:
+        raise UserError(f"{folder}: the checkpoint cannot be written: {error.strerror or error}") from error
+
+
+def load(folder: Path) -> Checkpoint:
+    """Read the checkpoint of ``folder``; nothing is unpickled.
+
+    Raises:
+        UserError: there is none, or it cannot be read.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = folder / NAME
+    if not path.is_file():
+        raise UserError(f"{path}: no such checkpoint: leave out --resume to start afresh")
+    try:
+        with safe_open(path, framework="pt") as file:
+            state = json.loads(file.metadata()["state"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+        return Checkpoint(int(state["iteration"]), dict(state["settings"]), tensors)
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: is no checkpoint of a search: {error}") from error
+
+
+def check_settings(saved: Mapping[str, Any], given: Mapping[str, Any], folder: Path) -> None:
+    """Refuse (UserError) to go on with other settings than the checkpoint was made with."""
+    plain = json.loads(json.dumps(given))
+    for name in sorted({*saved, *plain}):
+        if saved.get(name) != plain.get(name):
+            raise UserError(
+                f"{folder}: was made with {name} = {saved.get(name)!r}, now it is {plain.get(name)!r}: "
+                "give the same settings, or another folder"
+            )

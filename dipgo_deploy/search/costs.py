@@ -1,0 +1,144 @@
+"""What gates cost, and which of them do anything: read off the traced block graph by the plan's own analysis."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from dipgo_deploy.errors import UserError
+from dipgo_deploy.plan.compile import compile_plan
+from dipgo_deploy.plan.graph import BlockGraph
+from dipgo_deploy.plan.index import index_graph
+from dipgo_deploy.plan.live import Demand, demand
+from dipgo_deploy.plan.values import Request
+from dipgo_deploy.schedule.document import Gates
+
+_REMEMBERED = 20_000
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """What is left of T x N gates when nothing without effect is computed.
+
+    gates: the gates that do something; the first step whole. cost: of all launches. launches: the steps at which
+    something is computed. source: per step, the number of the prediction that its sampler is given; steps with the
+    same number have the same prediction. predicts: the steps that make a new prediction, in the order of the numbers.
+    """
+
+    gates: Gates
+    cost: int
+    launches: frozenset[int]
+    source: tuple[int, ...]
+    predicts: tuple[int, ...]
+
+
+class Costs:
+    """Costs of T x N gates of one traced model, in the unit of its graph's ``costs`` (multiply-accumulates).
+
+    full: cost of T full evaluations. gamma: per block, the share of one full evaluation that goes when the block goes
+    at one step, together with all that is then computed for nothing (DiP-GO's weight of a gate). own: per block, the
+    share of its own nodes.
+    """
+
+    def __init__(self, graph: BlockGraph, steps: int, used: Sequence[bool] | None = None) -> None:
+        """Take the graph, T, and per step whether the sampler gives its prediction any weight (default: all)."""
+        self.graph, self.steps = graph, steps
+        self.blocks = tuple(block.name for block in graph.blocks)
+        self._index = index_graph(graph)
+        self._used = tuple(used) if used is not None else (True,) * steps
+        self._known: dict[tuple[int, ...], Analysis] = {}
+        self.step_cost = self._index.costs.macs(self._index.gated((1 << len(self.blocks)) - 1))
+        self.full = steps * self.step_cost
+        if self.full <= 0:
+            raise ValueError("the graph has no cost: it cannot be pruned by it")
+        self.own = tuple(self._index.costs.macs(outputs) / self.step_cost for outputs in self._index.outputs)
+        self.gamma = tuple(1 - self._cost_without(block) / self.step_cost for block in range(len(self.blocks)))
+
+    def analyse(self, gates: Sequence[Sequence[bool]]) -> Analysis:
+        """What is left of ``gates`` (T x N); the first step counts as kept whole, whatever it says."""
+        everything = (1 << len(self.blocks)) - 1
+        rows = (everything, *(_mask(row) for row in gates[1:]))
+        if len(rows) != self.steps:
+            raise ValueError(f"{len(rows)} rows of gates for {self.steps} steps")
+        if rows not in self._known:
+            if len(self._known) >= _REMEMBERED:
+                self._known.clear()
+            self._known[rows] = self._analysis(demand(self._index, [Request(row) for row in rows], self._used))
+        return self._known[rows]
+
+    def ratio(self, gates: Sequence[Sequence[bool]]) -> float:
+        """Share of the cost of T full evaluations that ``gates`` save, 0 to 1."""
+        return 1 - self.analyse(gates).cost / self.full
+
+    def clean(self, gates: Sequence[Sequence[bool]]) -> Gates:
+        """``gates`` without those that have no effect: removal goes on to all that was computed for removed blocks."""
+        return self.analyse(gates).gates
+
+    def limited(self, gates: Sequence[Sequence[bool]], max_variants: int) -> Gates:
+        """``gates`` with as many raised as it takes to need at most ``max_variants`` distinct graphs."""
+        plan = compile_plan(self.graph, self.clean(gates), max_variants=max_variants, prediction_used=list(self._used))
+        return plan.keep
+
+    def variants(self, gates: Sequence[Sequence[bool]]) -> int:
+        """Number of distinct graphs that ``gates`` need."""
+        return len(compile_plan(self.graph, self.clean(gates), prediction_used=list(self._used)).variants)
+
+    def patterns(self) -> tuple[tuple[bool, ...], ...]:
+        """Rows that make sense of themselves: what is left of a step when one block is removed, most costly first.
+
+        For a UNet with output caches these are the shallow paths of DeepCache, from the graph alone. The full and the
+        empty row are among them.
+        """
+        count = len(self.blocks)
+        full, empty = (True,) * count, (False,) * count
+        rows = {full, empty, *(self._row_without(block) for block in range(count))}
+        return tuple(sorted(rows, key=lambda row: (-self._index.costs.macs(self._index.gated(_mask(row))), row)))
+
+    def _analysis(self, found: Demand) -> Analysis:
+        index, count = self._index, len(self.blocks)
+        rows = [[False] * count for _ in range(self.steps)]
+        rows[0] = [True] * count
+        for launch in found.launches:
+            for block in range(count):
+                if launch.computed & index.outputs[block]:
+                    rows[launch.step][block] = True
+        return Analysis(
+            gates=tuple(tuple(row) for row in rows),
+            cost=found.macs(index),
+            launches=frozenset(launch.step for launch in found.launches),
+            source=found.source,
+            predicts=tuple(launch.step for launch in found.launches if launch.predicts),
+        )
+
+    def _without(self, block: int) -> Demand:
+        """Three steps, the block removed at the middle one."""
+        everything = (1 << len(self.blocks)) - 1
+        rows = (everything, everything & ~(1 << block), everything)
+        return demand(self._index, [Request(row) for row in rows], (True,) * 3)
+
+    def _cost_without(self, block: int) -> int:
+        return self._without(block).macs(self._index) - 2 * self.step_cost
+
+    def _row_without(self, block: int) -> tuple[bool, ...]:
+        computed = 0
+        for launch in self._without(block).launches:
+            if launch.step == 1:
+                computed = launch.computed
+        return tuple(bool(computed & outputs) for outputs in self._index.outputs)
+
+
+def latency_graph(graph: BlockGraph, seconds: dict[str, float]) -> BlockGraph:
+    """``graph`` with measured time in place of multiply-accumulates: each value costs its own nanoseconds.
+
+    seconds: per value, what its own nodes take; every value has to be in it.
+    """
+    missing = sorted(set(graph.values) - set(seconds))
+    if missing:
+        raise UserError(f"latency table: no time for {missing[0]}: measure again")
+    names = list(graph.values)
+    values = {name: replace(graph.values[name], work=frozenset({place})) for place, name in enumerate(names)}
+    return replace(graph, values=values, costs=tuple(max(0, round(seconds[name] * 1e9)) for name in names))
+
+
+def _mask(row: Sequence[bool]) -> int:
+    return sum(1 << block for block, kept in enumerate(row) if kept)

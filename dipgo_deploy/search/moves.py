@@ -1,0 +1,127 @@
+"""Small changes of T x N gates at (almost) equal cost, for searches on the true objective."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from dipgo_deploy.schedule.document import Gates
+from dipgo_deploy.search.costs import Costs
+
+T = TypeVar("T")
+Rows = list[tuple[bool, ...]]
+
+# How far a step's row is moved at most, and how often a move or a repair is tried before it is given up.
+_REACH = 4
+_TRIES = 50
+
+
+@dataclass(frozen=True)
+class Band:
+    """Ratios (shares of the cost saved) that a search may use: from ``low``, which is the most it may cost."""
+
+    low: float
+    high: float
+
+    def holds(self, ratio: float) -> bool:
+        """Whether a ratio lies in the band."""
+        return self.low - 1e-9 <= ratio <= self.high + 1e-9
+
+
+def propose(gates: Gates, costs: Costs, band: Band, source: random.Random) -> Gates | None:
+    """Another set of gates in the band, one move away; None when none was found.
+
+    The moves: two steps change places; two steps take rows that make sense of themselves (`Costs.patterns`); a kept and
+    a removed gate change places. A move that leaves the band is brought back by `repair`.
+    """
+    before = costs.clean(gates)
+    for _ in range(_TRIES):
+        move = _MOVES[int(source.random() * len(_MOVES))]
+        rows = move(list(before), costs, source)
+        after = repair(tuple(rows), costs, band, source)
+        if after is not None and after != before:
+            return after
+    return None
+
+
+def repair(gates: Sequence[Sequence[bool]], costs: Costs, band: Band, source: random.Random) -> Gates | None:
+    """``gates`` brought into the band by removing or adding gates and rows at random; None when that fails."""
+    current = costs.clean(gates)
+    for _ in range(_TRIES * costs.steps):
+        ratio = costs.ratio(current)
+        if band.holds(ratio):
+            return current
+        changed = _smaller(current, costs, source) if ratio < band.low else _larger(current, costs, source)
+        after = costs.ratio(changed)
+        # A step over the band is refused, so that the next try can be a smaller one.
+        overshoots = after > band.high if ratio < band.low else after < band.low
+        if not overshoots or source.random() < 0.1:
+            current = costs.clean(changed)
+    return None
+
+
+def _smaller(gates: Gates, costs: Costs, source: random.Random) -> Gates:
+    rows = list(gates)
+    step = _pick([t for t in range(1, len(rows)) if any(rows[t])], source)
+    if step is None:
+        return gates
+    block = _pick([k for k, kept in enumerate(rows[step]) if kept], source)
+    assert block is not None
+    rows[step] = tuple(kept and k != block for k, kept in enumerate(rows[step]))
+    return tuple(rows)
+
+
+def _larger(gates: Gates, costs: Costs, source: random.Random) -> Gates:
+    rows = list(gates)
+    step = _pick([t for t in range(1, len(rows)) if not all(rows[t])], source)
+    if step is None:
+        return gates
+    pattern = _pick(costs.patterns(), source)
+    assert pattern is not None
+    rows[step] = tuple(kept or more for kept, more in zip(rows[step], pattern, strict=True))
+    return tuple(rows)
+
+
+def _exchange_steps(rows: Rows, costs: Costs, source: random.Random) -> Rows:
+    """A step's row goes a little earlier or later."""
+    step = _pick([t for t in range(1, len(rows)) if any(rows[t])], source)
+    if step is None:
+        return rows
+    other = step + (1 + int(source.random() * _REACH)) * (1 if source.random() < 0.5 else -1)
+    other = min(max(other, 1), len(rows) - 1)
+    rows[step], rows[other] = rows[other], rows[step]
+    return rows
+
+
+def _take_patterns(rows: Rows, costs: Costs, source: random.Random) -> Rows:
+    """Two steps, the first of them with something to give, get other rows."""
+    choices = (*costs.patterns(), *rows[1:])
+    given = _pick([t for t in range(1, len(rows)) if any(rows[t])], source)
+    taken = 1 + int(source.random() * (len(rows) - 1))
+    for step in {taken, given if given is not None else taken}:
+        row = _pick(choices, source)
+        assert row is not None
+        rows[step] = row
+    return rows
+
+
+def _exchange_gates(rows: Rows, costs: Costs, source: random.Random) -> Rows:
+    """A kept gate goes, a removed one comes."""
+    kept = _pick([(t, k) for t in range(1, len(rows)) for k, on in enumerate(rows[t]) if on], source)
+    removed = _pick([(t, k) for t in range(1, len(rows)) for k, on in enumerate(rows[t]) if not on], source)
+    for cell, value in ((kept, False), (removed, True)):
+        if cell is not None:
+            row = list(rows[cell[0]])
+            row[cell[1]] = value
+            rows[cell[0]] = tuple(row)
+    return rows
+
+
+_MOVES: tuple[Callable[[Rows, Costs, random.Random], Rows], ...] = (_exchange_steps, _take_patterns, _exchange_gates)
+
+
+def _pick(items: Sequence[T], source: random.Random) -> T | None:
+    # Only Random.random() is promised to give the same numbers in every Python version.
+    return items[int(source.random() * len(items))] if items else None

@@ -1,0 +1,239 @@
+"""What a search works on: the model in torch, its sampler, its costs, and the images it is judged on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dipgo_deploy.compare.conditions import GUIDANCE_SCALE, reference_conditions
+from dipgo_deploy.errors import UserError
+from dipgo_deploy.export.source import Source, load_source
+from dipgo_deploy.export.trace import TracedModel, trace
+from dipgo_deploy.models.family import CacheKind, Granularity, InputSpec
+from dipgo_deploy.models.target import schedule_target
+from dipgo_deploy.runtime.noise import TorchNoise
+from dipgo_deploy.sampler import make_scheduler, prediction_used, sampler_matrix
+from dipgo_deploy.sampler.matrix import SamplerMatrix
+from dipgo_deploy.schedule.builders import Target
+from dipgo_deploy.search.costs import Costs
+from dipgo_deploy.search.prompts import built_in_prompts, check_labels, known_labels, read_prompts
+from dipgo_deploy.supernet import Supernet
+
+
+@dataclass(frozen=True)
+class ProblemOptions:
+    """What is pruned, and how images are made while it is.
+
+    model, sampler, steps, granularity, cache: as for a schedule. height, width: pixels, None the model's own.
+    guidance_scale: None the pipeline's own. guidance: whether there is any. prompts: a text file; class_labels: for a
+    class-conditioned model, None all that the model names.
+    """
+
+    model: str
+    sampler: str | None = None
+    steps: int = 50
+    granularity: Granularity = "block"
+    cache: CacheKind | None = None
+    height: int | None = None
+    width: int | None = None
+    guidance: bool = True
+    guidance_scale: float | None = None
+    prompts: str | None = None
+    class_labels: tuple[int, ...] | None = None
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One image: which condition (prompt or class, by position) and the seed of its noise."""
+
+    condition: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Inputs of a denoising loop: latents (B, C, h, w) unit noise, the sampler's draws, and conditions (G*B, ...)."""
+
+    latents: Tensor
+    noises: tuple[Tensor, ...]
+    conditions: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A model to be pruned.
+
+    target: what a schedule for it says. conditions: one set of forward inputs a prompt or class, each (G, ...), the
+    unconditional row first. names: of the conditions. matrix: the sampler as a matrix. traced: the model's one trace.
+    sample_shape: (C, h, w).
+    """
+
+    options: ProblemOptions
+    source: Source
+    supernet: Supernet
+    scheduler: Any
+    target: Target
+    matrix: SamplerMatrix
+    traced: TracedModel
+    costs: Costs
+    conditions: tuple[dict[str, Tensor], ...]
+    names: tuple[str, ...]
+    guidance_scale: float | None
+    sample_shape: tuple[int, int, int]
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @property
+    def steps(self) -> int:
+        """T."""
+        return self.target.steps
+
+    @property
+    def can_decode(self) -> bool:
+        """Whether there is a VAE, so that losses on images are possible."""
+        return getattr(self.source.pipeline, "vae", None) is not None
+
+    def batch(self, pairs: Sequence[Pair]) -> Batch:
+        """The inputs of these images, on the problem's device."""
+        draws = [_draws(pair.seed, self.sample_shape, 1 + self.matrix.noises) for pair in pairs]
+        stacked = [torch.stack([draw[place] for draw in draws]).to(self.device) for place in range(len(draws[0]))]
+        rows = [self.conditions[pair.condition] for pair in pairs]
+        halves = range(1 if self.guidance_scale is None else 2)
+        conditions = {
+            name: torch.cat([row[name][half : half + 1] for half in halves for row in rows]).to(self.device)
+            for name in self.conditions[0]
+        }
+        return Batch(stacked[0], tuple(stacked[1:]), conditions)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Final latents (B, C, h, w) as images (B, 3, H, W), about 0 to 1, not clamped; differentiable."""
+        assert self.source.pipeline is not None
+        vae = self.source.pipeline.vae
+        shift = getattr(vae.config, "shift_factor", None) or 0.0
+        images: Tensor = vae.decode(latents / vae.config.scaling_factor + shift, return_dict=False)[0]
+        return images / 2 + 0.5
+
+    def check_loss(self, name: str) -> None:
+        """Refuse (UserError) a loss on images for a model that makes none."""
+        if not name.startswith("latent") and not self.can_decode:
+            raise UserError(f"--loss {name}: {self.options.model} has no VAE to make images with: use latent-l2")
+
+
+Notify = Callable[[str], None]
+
+
+def load_problem(options: ProblemOptions, notify: Notify = lambda stage: None) -> Problem:
+    """Load a model, trace it once for its costs, and encode what it is to draw.
+
+    Raises:
+        UserError: no such model or sampler, an empty prompts file, a class the model does not have, or a text model
+            without prompts.
+    """
+    target = schedule_target(options.model, options.sampler, options.steps, options.granularity, options.cache)
+    prompts = _prompts(options, target.model.class_name)
+    device = _device(options.device)
+    notify("loading the model")
+    source = load_source(options.model)
+    names, labels = _names_and_labels(options, source, prompts)
+    shape = source.trace_shape(batch=1, guidance=options.guidance, height=options.height, width=options.width)
+    specs = source.family.blocks(source.config, options.granularity)
+    kinds = {block.name: block.cache for block in target.blocks}
+    notify("tracing the denoiser")
+    traced = trace(source.denoiser, source.family, source.config, specs, kinds, shape, "fp32")
+    notify("preparing the search")
+    scheduler = make_scheduler(target.sampler.class_name, target.sampler.config)
+    matrix = sampler_matrix(scheduler, options.steps)
+    conditions = tuple(
+        reference_conditions(source, traced.conditions, guidance=options.guidance, prompts=(name,), labels=(label,))
+        for name, label in zip(names, labels, strict=True)
+    )
+    for module in (source.denoiser, getattr(source.pipeline, "vae", None)):
+        if module is not None:
+            module.requires_grad_(False).eval().to(device)
+    scale = options.guidance_scale if options.guidance_scale is not None else source.default_guidance_scale()
+    return Problem(
+        options=replace(options, device=str(device)),
+        source=source,
+        supernet=Supernet(source.denoiser, specs, [kinds[spec.name] for spec in specs]),
+        scheduler=scheduler,
+        target=target,
+        matrix=matrix,
+        traced=traced,
+        costs=Costs(traced.graph, target.steps, prediction_used(matrix)),
+        conditions=conditions,
+        names=names,
+        guidance_scale=(scale or GUIDANCE_SCALE) if options.guidance else None,
+        sample_shape=(source.family.latent_channels(source.config), shape.height, shape.width),
+        device=device,
+    )
+
+
+def with_sampler(problem: Problem, sampler: str, steps: int) -> Problem:
+    """The same model and images with another sampler, set up from the problem's own as diffusers users swap them.
+
+    Raises:
+        UserError: an unknown sampler, or one whose steps are not linear.
+    """
+    scheduler = make_scheduler(sampler, problem.scheduler.config)
+    target = schedule_target(problem.options.model, sampler, steps, problem.options.granularity, problem.options.cache)
+    matrix = sampler_matrix(scheduler, steps)
+    return replace(
+        problem,
+        options=replace(problem.options, sampler=sampler, steps=steps),
+        scheduler=scheduler,
+        target=target,
+        matrix=matrix,
+        costs=Costs(problem.traced.graph, target.steps, prediction_used(matrix)),
+    )
+
+
+def _prompts(options: ProblemOptions, class_name: str) -> tuple[str, ...] | None:
+    """Read before anything heavy is loaded."""
+    if options.prompts is not None:
+        return read_prompts(options.prompts)
+    built_in = built_in_prompts(options.model)
+    if built_in is None and class_name == "UNet2DConditionModel":
+        raise UserError(f"{options.model}: is guided by text: give --prompts, a text file with one prompt a line")
+    return built_in
+
+
+def _names_and_labels(
+    options: ProblemOptions, source: Source, prompts: tuple[str, ...] | None
+) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """One name and one label a condition; a text model looks at the names, a class model at the labels."""
+    if _takes_text(source):
+        if options.class_labels is not None:
+            raise UserError(f"--class-labels: {options.model} is guided by text: give --prompts")
+        assert prompts is not None
+        return prompts, (0,) * len(prompts)
+    if prompts is not None:
+        raise UserError(f"--prompts: {options.model} is guided by class labels: give --class-labels")
+    labels = options.class_labels
+    if labels is None:
+        labels = known_labels(getattr(source.pipeline, "labels", {}), source.config)
+    check_labels(labels, source.config)
+    return tuple(str(label) for label in labels), labels
+
+
+def _takes_text(source: Source) -> bool:
+    specs: tuple[InputSpec, ...] = source.family.inputs(source.config, batch=1, height=8, width=8, text_length=1)
+    return any(spec.null == "encoded" for spec in specs)
+
+
+def _draws(seed: int, shape: tuple[int, ...], count: int) -> list[Tensor]:
+    stream = TorchNoise(seed)
+    return [torch.from_numpy(stream.randn((1, *shape))[0]) for _ in range(count)]
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device {name}: is no device of torch: give cpu or cuda") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"--device {name}: torch sees no CUDA device here: use cpu")
+    return device

@@ -1,0 +1,333 @@
+"""One search from end to end: a method, several ratios, schedules with their provenance."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from dipgo_deploy.errors import UserError
+from dipgo_deploy.sampler import prediction_used
+from dipgo_deploy.schedule.document import Gates, Schedule
+from dipgo_deploy.search import checkpoint
+from dipgo_deploy.search.baselines import BASELINES, Task, baseline
+from dipgo_deploy.search.baselines.dynamic import DynamicProgramming
+from dipgo_deploy.search.baselines.refine import refine
+from dipgo_deploy.search.baselines.uniform import Uniform, uniform_gates
+from dipgo_deploy.search.costs import Costs, latency_graph
+from dipgo_deploy.search.evaluate import Objective, image_objective
+from dipgo_deploy.search.latency import measure_latency
+from dipgo_deploy.search.loop_loss import LoopLoss
+from dipgo_deploy.search.paths import path_costs
+from dipgo_deploy.search.postprocess import TOLERANCE, check_ratio, select
+from dipgo_deploy.search.problem import Pair, Problem
+from dipgo_deploy.search.pruner import SIZES, Pruner, PrunerSize
+from dipgo_deploy.search.samples import SampleStream
+from dipgo_deploy.search.train import Progress, Trainer, TrainOptions, train
+
+METHODS = ("dipgo", "dipgo+refine", *BASELINES)
+_WITHOUT_OBJECTIVE = ("dipgo", "uniform", "dp")
+# Seeds of the images that hard gates are judged on while searching, away from those the pruner learns from.
+_JUDGED = 500_000
+# Images that the costs of paths are measured on: they take more than two loops a step.
+_PATH_IMAGES = 4
+# Images of one gradient.
+_GRADIENT_IMAGES = 4
+
+
+@dataclass(frozen=True)
+class SearchOptions:
+    """How schedules are searched.
+
+    method: one of ``METHODS``. ratios: shares of the cost to save. budget: evaluations of the true objective a ratio
+    (``dipgo`` makes none). images: that objective's images, of which image_batch go through the model at a time. pool,
+    one_noise: see `SampleStream`. warm_start: gates that the pruner starts at instead of keep-all; ``uniform``: a pruner
+    of its own for each ratio, which starts at the uniform interval there and is priced down to it. max_variants: most
+    distinct graphs of a schedule. prune_by: what is saved.
+    """
+
+    method: str = "dipgo+refine"
+    ratios: tuple[float, ...] = (0.8,)
+    budget: int = 200
+    images: int = 16
+    image_batch: int = 16
+    seed: int = 0
+    pool: int | None = None
+    one_noise: bool = False
+    size: PrunerSize = field(default_factory=lambda: SIZES["small"])
+    train: TrainOptions = field(default_factory=TrainOptions)
+    warm_start: Gates | Literal["uniform"] | None = None
+    max_variants: int | None = None
+    prune_by: Literal["macs", "latency"] = "macs"
+    threads: int | None = None
+    tolerance: float = TOLERANCE
+
+
+@dataclass(frozen=True)
+class Reporter:
+    """Who is told what: a stage by name, each finished iteration, each evaluation (count, lowest loss so far)."""
+
+    stage: Callable[[str], None] = lambda stage: None
+    iteration: Callable[[Progress], None] = lambda progress: None
+    evaluation: Callable[[int, float], None] = lambda count, best: None
+
+
+@dataclass(frozen=True)
+class Found:
+    """A schedule for one ratio.
+
+    target: what was asked for. ratio: the share of the cost saved (what ``prune_by`` says). loss: of the true
+    objective, None for a method that makes no use of it.
+    """
+
+    target: float
+    ratio: float
+    loss: float | None
+    schedule: Schedule
+
+
+def search(
+    problem: Problem,
+    options: SearchOptions,
+    *,
+    folder: Path | None = None,
+    resume: bool = False,
+    reporter: Reporter | None = None,
+) -> list[Found]:
+    """Find one schedule a ratio; all come from one trained pruner, unless each has one that starts near the ratio.
+
+    folder: for the pruner's checkpoints and log. resume: go on from there.
+
+    Raises:
+        UserError: an unknown method, a ratio out of reach (before anything is searched, where that can be known), a
+            loss the model has no images for, or what `train` raises.
+    """
+    reporter = reporter or Reporter()
+    if options.method not in METHODS:
+        raise UserError(f"--method {options.method}: is unknown: use {', '.join(METHODS)}")
+    problem = _by_latency(problem, options, reporter) if options.prune_by == "latency" else problem
+    for ratio in options.ratios:
+        check_ratio(ratio, problem.costs, options.tolerance)
+    problem.check_loss(options.train.loss)
+    scores: dict[float, list[list[float]]] = {}
+    if options.method.startswith("dipgo"):
+        scores = _scores(problem, options, folder, resume, reporter)
+    objective = None
+    if options.method not in _WITHOUT_OBJECTIVE:
+        reporter.stage("running the full loop for the objective")
+        objective = image_objective(
+            problem,
+            judged(problem, options),
+            options.train.loss,
+            options.image_batch,
+            on_evaluation=reporter.evaluation,
+        )
+
+    def measured_paths() -> np.ndarray:
+        reporter.stage("measuring the costs of paths")
+        return path_costs(problem, judged(problem, options)[:_PATH_IMAGES])
+
+    paths = _Lazily(measured_paths)
+    found = []
+    for ratio in options.ratios:
+        reporter.stage(f"searching gates at {ratio:g}")
+        found.append(_one(problem, options, ratio, scores.get(ratio), objective and objective.afresh(), paths))
+    return found
+
+
+def _scores(
+    problem: Problem, options: SearchOptions, folder: Path | None, resume: bool, reporter: Reporter
+) -> dict[float, list[list[float]]]:
+    """Keep scores for each ratio."""
+    if options.warm_start != "uniform":
+        reporter.stage("training the pruner")
+        scores = train_pruner(problem, options, folder=folder, resume=resume, reporter=reporter)
+        return dict.fromkeys(options.ratios, scores)
+    found = {}
+    for ratio in options.ratios:
+        reporter.stage(f"training the pruner for {ratio:g}")
+        start = replace(
+            options,
+            warm_start=uniform_gates(problem.costs, ratio),
+            train=replace(options.train, stop_share=max(options.train.stop_share, 1 - ratio)),
+        )
+        own = None if folder is None else folder / f"{ratio:g}"
+        # An interrupted run has not come to the later ratios yet.
+        begun = resume and (own is None or (own / checkpoint.NAME).is_file())
+        found[ratio] = train_pruner(problem, start, folder=own, resume=begun, reporter=reporter)
+    return found
+
+
+def train_pruner(
+    problem: Problem,
+    options: SearchOptions,
+    *,
+    folder: Path | None = None,
+    resume: bool = False,
+    reporter: Reporter | None = None,
+) -> list[list[float]]:
+    """Train one pruner and return its keep scores (T x N).
+
+    Raises:
+        UserError: a warm start of another size, and what `train` raises.
+    """
+    torch.manual_seed(options.seed)
+    pruner = Pruner(problem.steps, len(problem.target.blocks), options.size)
+    if options.warm_start is not None and options.warm_start != "uniform":
+        _check_start(problem, options.warm_start)
+        pruner.warm_start(options.warm_start)
+    stream = SampleStream(len(problem.conditions), options.seed, options.pool, options.one_noise)
+    trainer = Trainer(problem, pruner, options.train, stream)
+    settings = {
+        "problem": asdict(problem.options),
+        "model": problem.target.model.config_hash,
+        "size": asdict(options.size),
+        "warm_start": options.warm_start,
+    }
+    notify = reporter.iteration if reporter is not None else lambda progress: None
+    return train(trainer, settings, folder, resume=resume, notify=notify)
+
+
+class _Gradients:
+    """Gradients of the loss with respect to hard gates, each on some of the judged images in turn; counted."""
+
+    def __init__(self, problem: Problem, options: SearchOptions) -> None:
+        self._loss = LoopLoss(problem, options.train.loss, options.train.precision)
+        self._pairs = judged(problem, options)
+        self.count = 0
+
+    def __call__(self, gates: Gates) -> np.ndarray:
+        first = self.count * _GRADIENT_IMAGES
+        self.count += 1
+        pairs = [self._pairs[(first + place) % len(self._pairs)] for place in range(_GRADIENT_IMAGES)]
+        return self._loss.gradient(gates, pairs)
+
+
+def judged(problem: Problem, options: SearchOptions) -> tuple[Pair, ...]:
+    """The images that hard gates are judged on."""
+    return SampleStream(len(problem.conditions), options.seed + _JUDGED).pairs(0, options.images)
+
+
+class _Lazily:
+    """A value that is made when it is first asked for."""
+
+    def __init__(self, make: Callable[[], np.ndarray]) -> None:
+        self._make = make
+        self._value: np.ndarray | None = None
+
+    def __call__(self) -> np.ndarray:
+        if self._value is None:
+            self._value = self._make()
+        return self._value
+
+
+def _one(
+    problem: Problem,
+    options: SearchOptions,
+    ratio: float,
+    scores: list[list[float]] | None,
+    objective: Objective | None,
+    paths: Callable[[], np.ndarray],
+) -> Found:
+    limit = options.max_variants
+    task = Task(
+        target=ratio,
+        objective=objective or Objective(problem.costs, _no_objective),
+        budget=options.budget,
+        seed=options.seed,
+        tolerance=options.tolerance,
+        path_costs=paths,
+        max_variants=limit,
+    )
+    parameters: dict[str, Any] = {}
+    if scores is not None:
+        chosen = select(scores, problem.costs, ratio, tolerance=options.tolerance, max_variants=limit)
+        gates = chosen.gates
+        parameters = {"threshold": min(chosen.threshold, 1.0), **_pruner_parameters(options)}
+        if options.method == "dipgo+refine":
+            starts = {"pruner": gates, **_other_starts(task)}
+            losses = {name: task.objective(start) for name, start in starts.items()}
+            gradients = _Gradients(problem, options)
+            gates = refine(replace(task, gradient=gradients), list(starts.values()))
+            parameters |= {"budget": options.budget, "images": options.images, "start_losses": losses}
+            parameters["gradients"] = gradients.count
+    else:
+        method = baseline(options.method)
+        gates = method.search(task)
+        parameters = method.parameters()
+        if objective is not None:
+            parameters |= {"budget": options.budget, "images": options.images}
+        if limit is not None:
+            gates = _within(problem.costs, gates, limit, task)
+    loss = objective(gates) if objective is not None else None
+    achieved = problem.costs.ratio(gates)
+    parameters |= {
+        "loss": options.train.loss,
+        "seed": options.seed,
+        "target_ratio": ratio,
+        "achieved_ratio": achieved,
+        "prune_by": options.prune_by,
+        "guidance_scale": problem.guidance_scale,
+    }
+    if limit is not None:
+        parameters["max_variants"] = limit
+    if loss is not None:
+        parameters["objective"] = loss
+    # The schedule is written without its dead gates, first step whole: what it says is what is run.
+    schedule = problem.target.schedule(problem.costs.clean(gates), options.method, parameters)
+    return Found(ratio, achieved, loss, schedule)
+
+
+def _no_objective(gates: Gates) -> float:
+    raise ValueError("this method makes no use of the objective")
+
+
+def _pruner_parameters(options: SearchOptions) -> dict[str, Any]:
+    return {
+        "pruner": asdict(options.size),
+        "train": asdict(options.train),
+        "pool": options.pool,
+        "one_noise": options.one_noise,
+        "warm_start": "uniform" if options.warm_start == "uniform" else options.warm_start is not None,
+    }
+
+
+def _other_starts(task: Task) -> Mapping[str, Gates]:
+    """What refinement may start at beside the pruner's gates, where there is such a thing at the ratio."""
+    starts = {}
+    for name, method in (("uniform", Uniform()), ("dp", DynamicProgramming())):
+        try:
+            starts[name] = method.search(task)
+        except UserError:
+            continue
+    return starts
+
+
+def _within(costs: Costs, gates: Gates, limit: int, task: Task) -> Gates:
+    limited = costs.limited(gates, limit)
+    ratio = costs.ratio(limited)
+    if abs(ratio - task.target) > task.tolerance:
+        raise UserError(
+            f"--max-variants {limit}: these gates need {costs.variants(gates)} graphs; with {limit} they save "
+            f"{ratio:.4f} instead of {task.target:g}: allow more, or use --method dipgo"
+        )
+    return limited
+
+
+def _check_start(problem: Problem, gates: Gates) -> None:
+    if len(gates) != problem.steps or len(gates[0]) != len(problem.target.blocks):
+        raise UserError(
+            f"--warm-start: {len(gates)} x {len(gates[0])} gates, the search has {problem.steps} x "
+            f"{len(problem.target.blocks)}: give a schedule for this model, sampler and number of steps"
+        )
+
+
+def _by_latency(problem: Problem, options: SearchOptions, reporter: Reporter) -> Problem:
+    reporter.stage("measuring the latency of each block")
+    table = measure_latency(problem.traced, threads=options.threads)
+    graph = latency_graph(problem.traced.graph, table)
+    return replace(problem, costs=Costs(graph, problem.steps, prediction_used(problem.matrix)))

@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+import pytest
+import torch
+from search_models import save_dit
+
+from dipgo_deploy.cli import search as cli
+from dipgo_deploy.cli.search import main, output_files, spread_ratios
+from dipgo_deploy.errors import UserError
+from dipgo_deploy.schedule.document import Schedule
+from dipgo_deploy.search.losses import LOSSES
+from dipgo_deploy.search.run import METHODS, SearchOptions
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def dit_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_dit(tmp_path_factory.mktemp("dit"))
+
+
+def test_choices_are_those_of_the_library() -> None:
+    assert cli._METHODS == METHODS
+    assert cli._LOSSES == LOSSES
+
+
+def test_ratios_may_follow_each_other() -> None:
+    args = ["--prune-ratio", "0.4", "0.6", "--steps", "5", "--prune-ratio", "0.8", "-o", "x"]
+    expected = ["--prune-ratio", "0.4", "--prune-ratio", "0.6", "--steps", "5", "--prune-ratio", "0.8", "-o", "x"]
+    assert spread_ratios(args) == expected
+
+
+def test_one_file_a_ratio() -> None:
+    assert output_files(Path("a/s.json"), [0.8]) == [Path("a/s.json")]
+    assert output_files(Path("a/s.json"), [0.4, 0.85]) == [Path("a/s-0.40.json"), Path("a/s-0.85.json")]
+    assert output_files(Path("s.json"), [0.801, 0.802]) == [Path("s-0.801.json"), Path("s-0.802.json")]
+    with pytest.raises(click.UsageError, match="given twice"):
+        output_files(Path("s.json"), [0.4, 0.4])
+
+
+def test_a_search_writes_schedules_and_says_what_it_found(
+    dit_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = ["--model", str(dit_folder), "--steps", "40", "--prune-ratio", "0.5", "0.75", "--iterations", "1"]
+    args += ["--width-of-queries", "16", "--batch", "1", "--images", "1", "--method", "uniform", "--threads", "1"]
+    assert main([*args, "-o", str(tmp_path / "s.json"), "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)["schedules"]
+    assert [Path(one["file"]).name for one in said] == ["s-0.50.json", "s-0.75.json"]
+    for one in said:
+        assert one["achieved_ratio"] == pytest.approx(one["target_ratio"], abs=0.0125)
+        assert Schedule.load(one["file"]).provenance["parameters"]["achieved_ratio"] == one["achieved_ratio"]
+
+
+@pytest.mark.parametrize(
+    ("extra", "line"),
+    [
+        (["--prune-ratio", "1.0"], "1.0 is not in the range"),
+        (["--prune-ratio", "0.5", "--resume"], "--resume: needs --checkpoint"),
+        (["--prune-ratio", "0.5", "--class-labels", "a,b"], "is no list of numbers"),
+        (["--prune-ratio", "0.5", "-o", "nowhere/s.json"], "the folder nowhere does not exist"),
+        (["--prune-ratio", "0.5", "--method", "magic"], "'magic' is not one of"),
+    ],
+)
+def test_mistakes_are_one_line(
+    dit_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], extra: list[str], line: str
+) -> None:
+    assert main(["--model", str(dit_folder), "--steps", "4", "-o", str(tmp_path / "s.json"), *extra]) == 2
+    error = capsys.readouterr().err
+    assert line in error
+    assert error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_empty_prompts_file_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n \n", encoding="utf-8")
+    args = ["--model", "fashion-sd", "--prompts", str(prompts), "--prune-ratio", "0.5", "-o", str(tmp_path / "s.json")]
+    assert main(args) == 2
+    assert "prompts.txt: holds no prompt" in capsys.readouterr().err
+    assert not (tmp_path / "s.json").exists()
+
+
+def settings(*args: str, class_name: str = "UNet2DConditionModel") -> SearchOptions:
+    """The search options that a command line stands for."""
+    context = cli.command.make_context("search", ["--model", "m", "--prune-ratio", "0.5", "-o", "s.json", *args])
+    return cli._search_options(context.params, class_name, None)
+
+
+def test_presets_and_what_overrides_them(tmp_path: Path) -> None:
+    paper = settings("--preset", "paper")
+    assert (paper.size.width, paper.size.hidden) == (512, (128, 128))
+    train = paper.train
+    assert (train.optimiser, train.lr, train.iterations, train.alpha, train.weight_decay) == ("sgd", 0.1, 1000, 1, 1e-4)
+    assert settings("--preset", "paper", class_name="DiTTransformer2DModel").train.lr == 10
+    given = settings("--preset", "paper", "--lr", "2", "--alpha", "0.1", "--heads", "shared", "--accumulate", "3")
+    assert (given.train.lr, given.train.alpha, given.train.accumulation, given.size.heads) == (2, 0.1, 3, "shared")
+    assert settings().size.width == 64
+    with pytest.raises(UserError, match="none.json: no such file"):
+        settings("--warm-start", str(tmp_path / "none.json"))
