@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -273,6 +273,7 @@ def measure(label: str, make: Callable[[], Runner], reference: np.ndarray, repea
             result = runner.call()
             ready = time.perf_counter() - start
             times = event_times(runner.call, repeats, runner.stream)
+            gaps = launch_gaps(runner.call)
     except (UserError, RuntimeError, torch.cuda.OutOfMemoryError) as error:
         return {"what": label, "error": " ".join(str(error).split())[:300]}
     scale = float(np.abs(reference).max())
@@ -283,10 +284,40 @@ def measure(label: str, make: Callable[[], Runner], reference: np.ndarray, repea
         "ms_min": min(times),
         "ms_all": times,
         "difference": float(np.abs(result - reference).max()) / scale if finite else 1e9,
+        "gaps": gaps,
         "device_bytes": used["bytes"],
         "seconds_until_first": round(ready, 2),
         **runner.facts,
     }
+
+
+def launch_gaps(call: Callable[[], object]) -> dict[str, float] | None:
+    """One more loop under torch's profiler, which sees every kernel and copy of the process.
+
+    Milliseconds: ``span_ms`` from the first one's start to the last one's end, ``busy_ms`` with at least one running,
+    ``gap_ms`` with none: what launching and switching graphs costs the device. None where the profiler sees nothing.
+    """
+    import torch
+    from torch.autograd import DeviceType
+
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        call()
+        torch.cuda.synchronize()
+    found = [event.time_range for event in profiler.events() if event.device_type == DeviceType.CUDA]
+    return gaps_between([(span.start, span.end) for span in found])
+
+
+def gaps_between(intervals: Sequence[tuple[float, float]]) -> dict[str, float] | None:
+    """Span, busy and idle milliseconds of (start, end) intervals in microseconds, which may overlap."""
+    if not intervals:
+        return None
+    ordered = sorted(intervals)
+    busy, until = 0.0, ordered[0][0]
+    for start, end in ordered:
+        busy += max(end - max(start, until), 0.0)
+        until = max(until, end)
+    span = until - ordered[0][0]
+    return {"span_ms": span / 1e3, "busy_ms": busy / 1e3, "gap_ms": (span - busy) / 1e3}
 
 
 @contextmanager
@@ -469,7 +500,7 @@ def table(report: Mapping[str, Any]) -> str:
     lines = [f"# {gpu['name']} ({gpu['compute_capability']}), driver {gpu['driver']}", ""]
     if report["tests"]:
         lines += [f"GPU tests: {report['tests']['summary']}", ""]
-    head = ["model", "case", "runner", "ms/loop", "speed-up", "MAC ratio", "difference", "MiB", "floor ms"]
+    head = ["model", "case", "runner", "ms/loop", "speed-up", "MAC ratio", "difference", "MiB", "floor ms", "gaps ms"]
     lines += ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     full = {
         (case["model"], run["what"]): run.get("ms_median")
@@ -481,7 +512,7 @@ def table(report: Mapping[str, Any]) -> str:
         for run in case["runs"]:
             cells = [case["model"], case["case"], run["what"]]
             if "error" in run:
-                lines.append("| " + " | ".join([*cells, run["error"], *[""] * 5]) + " |")
+                lines.append("| " + " | ".join([*cells, run["error"], *[""] * 6]) + " |")
                 continue
             base = full.get((case["model"], run["what"]))
             cells += [
@@ -491,6 +522,7 @@ def table(report: Mapping[str, Any]) -> str:
                 f"{run['difference']:.1e}",
                 f"{run['device_bytes'] / 2**20:.0f}",
                 f"{case['floor_ms']:.2f}",
+                f"{run['gaps']['gap_ms']:.2f}" if run["gaps"] else "",
             ]
             lines.append("| " + " | ".join(cells) + " |")
     if report["failures"]:
@@ -500,7 +532,7 @@ def table(report: Mapping[str, Any]) -> str:
 
 def save(report: Mapping[str, Any], device: Device) -> None:
     """Write the JSON and the table under the GPU's name."""
-    from dipgo_deploy.engine.files import write_atomic
+    from dipgo_deploy.bundle.files import write_atomic
 
     name = re.sub(r"[^a-z0-9]+", "-", device.name.lower()).strip("-")
     RESULTS.mkdir(parents=True, exist_ok=True)

@@ -10,7 +10,7 @@ BACKENDS = ("auto", "cpu", "cuda", "tensorrt", "tensorrt-rtx")
 
 
 def create_backend(
-    name: str = "auto", *, threads: int | None = None, share_weights: bool = False, cuda_graph: GraphMode = "off"
+    name: str = "auto", *, threads: int | None = None, share_weights: bool | None = None, cuda_graph: GraphMode = "off"
 ) -> Backend:
     """Make a backend by name.
 
@@ -18,7 +18,7 @@ def create_backend(
         name: ``cpu`` or ``cuda`` (ONNX Runtime on either), ``tensorrt`` or ``tensorrt-rtx`` (engines made by
             ``dipgo-build``), or ``auto``: CUDA where it works, else the CPU.
         threads: CPU threads of one launch; None leaves it to the backend.
-        share_weights: one copy of the weights for all graphs (see ``OnnxRuntimeBackend``).
+        share_weights: one copy of the weights for all graphs; None: on CUDA only (see ``OnnxRuntimeBackend``).
         cuda_graph: ``off``, ``step`` or ``loop`` (see ``TensorRTBackend``); the others have no captured graphs.
 
     Raises:

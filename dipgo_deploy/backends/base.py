@@ -47,6 +47,16 @@ class Executable(Protocol):
         """Bind all inputs and outputs by name. Raises KeyError for a name that is missing."""
 
 
+class ChangedWeights(Protocol):
+    """Weights that differ from those in an engine directory's files."""
+
+    def identity_of(self, onnx_file: Path) -> tuple[tuple[str, float], ...]:
+        """What changed a graph's weights, as (sha256 of a LoRA file, scale); empty where none are changed."""
+
+    def of(self, onnx_file: Path) -> Mapping[str, np.ndarray]:
+        """The changed weights of a graph, whole, by initializer, in its dtype (bfloat16 as uint16) and layout."""
+
+
 class Backend(Protocol):
     """A runtime that can run an engine directory's graphs."""
 
@@ -64,8 +74,11 @@ class Backend(Protocol):
     def download(self, memory: Memory, spec: TensorSpec) -> np.ndarray:
         """Copy a tensor to the host (waits for pending launches); bfloat16 comes as float32."""
 
-    def load(self, engine_dir: Path, graph: Graph) -> Executable:
-        """Load one graph of the engine directory."""
+    def load(self, engine_dir: Path, graph: Graph, weights: ChangedWeights | None = None) -> Executable:
+        """Load one graph of the engine directory, with ``weights`` in the place of those that they change."""
+
+    def memory(self) -> dict[str, int]:
+        """Bytes on the device by what they are for, as far as the backend knows; empty on the CPU."""
 
     def synchronize(self) -> None:
         """Wait for all launches."""

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from dipgo_deploy.backends.base import Launchable, Memory
+from dipgo_deploy.backends.base import ChangedWeights, Launchable, Memory
 from dipgo_deploy.backends.externals import external_tensors
 from dipgo_deploy.backends.install import check_onnxruntime_installation
 from dipgo_deploy.backends.storage import as_bytes, from_storage
@@ -20,8 +21,10 @@ CUDA = "CUDAExecutionProvider"
 CPU = "CPUExecutionProvider"
 _FATAL = 4  # log level: what goes wrong is raised, not also printed
 _ONNX_TYPES = {"float32": 1, "int64": 7, "float16": 10, "bfloat16": 16}
+# bfloat16 is not here: numpy has no such type, so those weights stay with each session.
 _NUMPY_BY_ONNX = {1: np.float32, 6: np.int32, 7: np.int64, 9: np.bool_, 10: np.float16, 11: np.float64}
 _SESSION_TYPES = {"float32": "float", "float16": "float16", "bfloat16": "bfloat16", "int64": "int64"}
+_FLOATS = (1, 10, 11)
 _SMALLEST_SHARED = 1024  # bytes; small constants (shapes, axes) are read by ONNX Runtime itself, on the host
 
 
@@ -35,14 +38,15 @@ class OnnxRuntimeBackend:
     Args:
         provider: ``cpu`` or ``cuda``.
         threads: CPU threads of one launch; None: ONNX Runtime's default, the physical cores.
-        share_weights: all graphs use one copy of the weights (on the CPU the memory-mapped file itself) at the price
-            of slower matrix products: ONNX Runtime cannot re-lay-out ("prepack") weights that it does not own.
+        share_weights: all graphs use one copy of the weights: on CUDA one in its memory (the default there), on the
+            CPU the memory-mapped file itself, at the price of slower matrix products (so not the default there): ONNX
+            Runtime cannot re-lay-out ("prepack") weights that it does not own.
 
     Raises:
         UserError: ONNX Runtime or the provider is not there, CUDA has no usable device, or ``threads`` is below 1.
     """
 
-    def __init__(self, provider: str = "cpu", *, threads: int | None = None, share_weights: bool = False) -> None:
+    def __init__(self, provider: str = "cpu", *, threads: int | None = None, share_weights: bool | None = None) -> None:
         if provider not in ("cpu", "cuda"):
             raise UserError(f"backend {provider!r}: ONNX Runtime runs on cpu or cuda")
         if threads is not None and threads < 1:
@@ -51,8 +55,10 @@ class OnnxRuntimeBackend:
         self.name = provider
         self._provider = CUDA if provider == "cuda" else CPU
         self._threads = threads
-        self._share_weights = share_weights
+        self._share_weights = provider == "cuda" if share_weights is None else share_weights
         self._weights: dict[tuple[Path, int, int, tuple[int, ...]], Any] = {}
+        # Of changed weights too, for as long as somebody has them: initializer of a folder -> value.
+        self._changed: WeakKeyDictionary[ChangedWeights, dict[tuple[Path, str], Any]] = WeakKeyDictionary()
         if provider == "cuda":
             self._require_cuda()
 
@@ -121,8 +127,10 @@ class OnnxRuntimeBackend:
         raw = memory.owner if self.name == "cpu" else memory.owner.numpy()
         return from_storage(raw[memory.address - base :], spec)
 
-    def load(self, engine_dir: Path, graph: Graph) -> OnnxExecutable:
+    def load(self, engine_dir: Path, graph: Graph, weights: ChangedWeights | None = None) -> OnnxExecutable:
         """Make a session for one graph; its inputs and outputs must be those of the manifest.
+
+        Of ``weights`` only those that they change are the session's own.
 
         Raises:
             UserError: the file is missing, refused by ONNX Runtime, does not match the manifest, or CUDA fell back.
@@ -131,8 +139,15 @@ class OnnxRuntimeBackend:
         if not path.is_file():
             raise UserError(f"{path}: named in the manifest but missing; export the engine directory again")
         options = self._session_options()
+        changed = {} if weights is None else weights.of(path)
+        values: list[Any] = []
+        if changed:
+            # Only values given in this way are seen by the graph optimisations too: a folded transpose of a weight
+            # that was merely added would still be made of the file's.
+            values = [self._ort.OrtValue.ortvalue_from_numpy_with_onnx_type(a, _onnx_type(a)) for a in changed.values()]
+            options.add_external_initializers(list(changed), values)
         if self._share_weights:
-            self._add_shared_weights(options, path)
+            values += self._add_shared_weights(options, path, weights, changed)
         # TF32, on by default there, rounds fp32 products to 10 bits: beyond any fp32 tolerance.
         providers = [(CUDA, {"use_tf32": "0"}), CPU] if self.name == "cuda" else [CPU]
         try:
@@ -143,7 +158,7 @@ class OnnxRuntimeBackend:
             raise UserError(f"{path}: ONNX Runtime fell back to the CPU although cuda was asked for; use --backend cpu")
         _check_interface(path, "input", session.get_inputs(), graph.inputs)
         _check_interface(path, "output", session.get_outputs(), graph.outputs)
-        return OnnxExecutable(session, graph, path, self.name, self._ort)
+        return OnnxExecutable(session, graph, path, self.name, self._ort, kept=tuple(values))
 
     def synchronize(self) -> None:
         """Nothing to wait for: a run returns when it is done.
@@ -162,15 +177,36 @@ class OnnxRuntimeBackend:
             options.intra_op_num_threads = self._threads
         return options
 
-    def _add_shared_weights(self, options: Any, path: Path) -> None:
-        """Hand in the external initializers as values that all sessions share.
+    def memory(self) -> dict[str, int]:
+        """Bytes of the device: ``free`` and ``total``, where cuda-python is installed to ask; empty on the CPU."""
+        if self.name == "cpu":
+            return {}
+        from dipgo_deploy.backends.tensorrt_cuda import memory_of_device
+
+        return memory_of_device()
+
+    def _add_shared_weights(
+        self, options: Any, path: Path, weights: ChangedWeights | None, changed: Mapping[str, np.ndarray]
+    ) -> list[Any]:
+        """Hand in the external initializers as values that all sessions share; those of ``changed`` are returned.
 
         Without prepacking and without the NCHWc layout pass (above EXTENDED) sessions make no copies of their own.
         """
         options.add_session_config_entry("session.disable_prepacking", "1")
         options.graph_optimization_level = self._ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+        own = {} if weights is None else self._changed.setdefault(weights, {})
+        used = []
         for tensor in external_tensors(path):
             if tensor.length < _SMALLEST_SHARED or tensor.dtype not in _NUMPY_BY_ONNX:
+                continue
+            if self.name == "cuda" and tensor.dtype not in _FLOATS:
+                continue  # integers may feed nodes that ONNX Runtime leaves on the host
+            if tensor.name in changed:
+                place = (path.parent, tensor.name)
+                if place not in own:
+                    own[place] = self._ort.OrtValue.ortvalue_from_numpy(changed[tensor.name], self.name, 0)
+                options.add_initializer(tensor.name, own[place])
+                used.append(own[place])
                 continue
             key = (tensor.file.resolve(), tensor.offset, tensor.dtype, tensor.shape)
             if key not in self._weights:
@@ -192,14 +228,18 @@ class OnnxRuntimeBackend:
                 # On the CPU the value refers to the mapping and keeps it alive; on CUDA it is the one device copy.
                 self._weights[key] = self._ort.OrtValue.ortvalue_from_numpy(mapped, self.name, 0)
             options.add_initializer(tensor.name, self._weights[key])
+        return used
 
 
 class OnnxExecutable:
     """A session with the graph of the manifest that it runs."""
 
-    def __init__(self, session: Any, graph: Graph, path: Path, device: str, ort: Any) -> None:
+    def __init__(
+        self, session: Any, graph: Graph, path: Path, device: str, ort: Any, *, kept: tuple[Any, ...] = ()
+    ) -> None:
         self.graph = graph
         self._session = session
+        self._kept = kept  # values that the session refers to
         self._path = path
         self._device = device
         self._run_options = ort.RunOptions()
@@ -244,6 +284,11 @@ class _BoundRun:
             self._run(self._binding, self._options)
         except Exception as error:  # ONNX Runtime's exceptions share no base class
             raise UserError(f"{self._executable._path}: the run failed: {_one_line(error)}") from None
+
+
+def _onnx_type(array: np.ndarray) -> int:
+    """ONNX's number of a stored array's type; uint16 holds bfloat16."""
+    return {"float32": 1, "float16": 10, "uint16": 16}[array.dtype.name]
 
 
 def _import_onnxruntime() -> Any:

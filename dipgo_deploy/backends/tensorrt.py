@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from dipgo_deploy.backends.base import Launchable, Memory
+from dipgo_deploy.backends.base import ChangedWeights, Launchable, Memory
 from dipgo_deploy.backends.storage import from_storage
 from dipgo_deploy.backends.tensorrt_cuda import Cuda, Device, require_device
 from dipgo_deploy.backends.tensorrt_flavour import Flavour, flavour_of, import_flavour
+from dipgo_deploy.backends.tensorrt_kernels import KernelCache
 from dipgo_deploy.backends.tensorrt_plans import (
     KeyInputs,
     PlanRecord,
+    Target,
     WeightHashes,
     plan_name,
     static_profile,
@@ -55,7 +58,8 @@ class TensorRTBackend:
         self._one_context = cuda_graph != "step"
         self._queue = LaunchQueue(cuda_graph, self._cuda.capture)
         self._scratch = self._cuda.allocate(0)
-        self._weights_bytes = 0
+        self._loaded: WeakKeyDictionary[TensorRTExecutable, int] = WeakKeyDictionary()
+        self._unsaved: list[KernelCache] = []
 
     def check(self, manifest: Manifest) -> None:
         """Every dtype runs; what is missing shows when the engines are looked up."""
@@ -88,6 +92,8 @@ class TensorRTBackend:
         """Wait for all launches."""
         self._queue.flush()
         self._cuda.synchronize()
+        while self._unsaved:  # what the first runs of new contexts compiled
+            self._unsaved.pop().save()
 
     @property
     def stream(self) -> int:
@@ -97,15 +103,20 @@ class TensorRTBackend:
     def memory(self) -> dict[str, int]:
         """Bytes on the device: ``weights`` of the loaded engines, ``scratch`` shared by all, ``free``, ``total``."""
         free, total = self._cuda.free_bytes()
-        return {"weights": self._weights_bytes, "scratch": self._scratch.nbytes, "free": free, "total": total}
+        return {"weights": sum(self._loaded.values()), "scratch": self._scratch.nbytes, "free": free, "total": total}
 
-    def load(self, engine_dir: Path, graph: Graph) -> TensorRTExecutable:
+    def load(self, engine_dir: Path, graph: Graph, weights: ChangedWeights | None = None) -> TensorRTExecutable:
         """Load the engine of one graph; it must have been built from exactly this graph and its weights.
+
+        Changed weights need an engine that was built with them, or with ``--refit``: they are then put into it.
 
         Raises:
             UserError: no engine that fits version and GPU, one of other inputs, a damaged one, or out of memory.
         """
-        path, record = find_plan(engine_dir, graph, self.flavour, self.module.__version__, self.device, self._hashes)
+        onnx_file = engine_dir / graph.file
+        lora = () if weights is None else weights.identity_of(onnx_file)
+        version = self.module.__version__
+        path, record = find_plan(engine_dir, graph, self.flavour, version, self.device, self._hashes, lora=lora)
         if not record.intact(path):
             raise UserError(
                 f"{path}: damaged (its sha256 is not the recorded one); "
@@ -116,13 +127,23 @@ class TensorRTBackend:
         engine = self._runtime.deserialize_cuda_engine(data)
         if engine is None:
             raise UserError(f"{path}: {self.flavour.title} refuses it: {self._why(data)}")
-        if record.inputs.flags.strip:
-            self._refit(engine, path, engine_dir / graph.file)
+        changed = {} if weights is None or record.inputs.lora == lora else weights.of(onnx_file)
+        if record.inputs.flags.strip or changed:
+            self._refit(engine, path, onnx_file, changed)
         del data
         check_engine(path, engine, graph)
-        self._weights_bytes += record.weights_bytes
         self._grow_scratch(int(engine.device_memory_size_v2))
-        return TensorRTExecutable(self, engine, graph, path)
+        kernels = None
+        if self.flavour.runtime_cache:
+            here = Target(gpu=self.device.name, capabilities=(self.device.capability,)).label
+            kernels = KernelCache(path.with_suffix(f".{here}.kernels"))
+        executable = TensorRTExecutable(self, engine, graph, path, kernels)
+        self._loaded[executable] = record.weights_bytes
+        return executable
+
+    def keep_kernels(self, kernels: KernelCache) -> None:
+        """Save a cache after the next synchronisation: a new context is about to be run for the first time."""
+        self._unsaved.append(kernels)
 
     def bound(self, run: _Run) -> Launchable:
         """A launchable that goes through the queue."""
@@ -158,21 +179,25 @@ class TensorRTBackend:
             f"{total / 2**20:.0f} MiB of GPU memory are free; build it on this machine"
         )
 
-    def _refit(self, engine: Any, plan: Path, onnx_file: Path) -> None:
+    def _refit(self, engine: Any, plan: Path, onnx_file: Path, changed: Mapping[str, np.ndarray]) -> None:
+        """Put a graph's weights, with the changed ones, into an engine that can take them."""
         refitter = self.module.Refitter(engine, self.logger)
         parser = self.module.OnnxParserRefitter(refitter, self.logger)
-        if not parser.refit_from_file(str(onnx_file)) or not refitter.refit_cuda_engine():
+        if not feed_model(parser, onnx_file, changed) or not refitter.refit_cuda_engine():
             raise UserError(
                 f"{plan}: its weights could not be taken from {onnx_file} ({'; '.join(self.logger.messages[-2:])});"
-                " build it again without --strip"
+                " build it again without --strip and --refit"
             )
 
 
 class TensorRTExecutable:
     """A loaded engine with the graph of the manifest that it runs."""
 
-    def __init__(self, backend: TensorRTBackend, engine: Any, graph: Graph, path: Path) -> None:
+    def __init__(
+        self, backend: TensorRTBackend, engine: Any, graph: Graph, path: Path, kernels: KernelCache | None = None
+    ) -> None:
         self.graph = graph
+        self._kernels = kernels
         self._context: _Context | None = None
         self._engine = engine
         self._backend = backend
@@ -194,17 +219,24 @@ class TensorRTExecutable:
             kept[spec.name] = memory
         context = self._context
         if context is None or not self._backend.one_context:
-            self._context = context = _Context(self._backend, self._engine, self._path)
+            self._context = context = _Context(self._backend, self._engine, self._path, self._kernels)
         return self._backend.bound(_Run(context, kept))
 
 
 class _Context:
     """An execution context that knows its addresses, so that only those that differ are set again."""
 
-    def __init__(self, backend: TensorRTBackend, engine: Any, path: Path) -> None:
+    def __init__(self, backend: TensorRTBackend, engine: Any, path: Path, kernels: KernelCache | None) -> None:
         strategy = backend.module.ExecutionContextAllocationStrategy.USER_MANAGED
         # Attributes go in this order: a context before its engine, an engine before its backend's runtime.
-        self.context = engine.create_execution_context(strategy)
+        if kernels is None:
+            self.context = engine.create_execution_context(strategy)
+        else:
+            config = engine.create_runtime_config()
+            config.set_execution_context_allocation_strategy(strategy)
+            kernels.attach(config)
+            self.context = engine.create_execution_context(config)
+            backend.keep_kernels(kernels)
         self._engine = engine
         self.backend = backend
         self.path = path
@@ -258,11 +290,19 @@ class _Queued:
 
 
 def find_plan(
-    engine_dir: Path, graph: Graph, flavour: Flavour, version: str, device: Device, hashes: WeightHashes
+    engine_dir: Path,
+    graph: Graph,
+    flavour: Flavour,
+    version: str,
+    device: Device,
+    hashes: WeightHashes,
+    *,
+    lora: Sequence[tuple[str, float]] = (),
 ) -> tuple[Path, PlanRecord]:
     """The engine of a graph that runs here: of this version and for this GPU, built from this graph and weights.
 
-    An engine built for exactly this GPU goes before one for several.
+    With ``lora`` (sha256 and scale of each file) it is one built with exactly those, else one that can be refitted. An
+    engine built for exactly this GPU goes before one for several.
 
     Raises:
         UserError: there is none; the message says what there is and why it does not fit.
@@ -278,18 +318,27 @@ def find_plan(
     weights, _ = hashes.digest(onnx_file)
     current = {"graph": sha256_file(onnx_file), "weights": weights, "profile": static_profile(graph)}
     reasons = []
-    for path, record in sorted(stored, key=lambda item: item[1].inputs.target.gpu != device.name):
-        reason = _misfit(record.inputs, current, version, device)
+    wanted = tuple(lora)
+    stored.sort(key=lambda item: (item[1].inputs.lora != wanted, item[1].inputs.target.gpu != device.name))
+    for path, record in stored:
+        reason = _misfit(record.inputs, current, version, device, wanted)
         if reason is None:
             return path, record
         reasons.append(f"{path.parent.name}: {reason}")
     raise UserError(f"{engine_dir}: no {flavour.title} engine of {name} fits ({'; '.join(reasons)}); {remedy}")
 
 
-def _misfit(inputs: KeyInputs, current: Mapping[str, object], version: str, device: Device) -> str | None:
+def _misfit(
+    inputs: KeyInputs, current: Mapping[str, object], version: str, device: Device, lora: tuple[tuple[str, float], ...]
+) -> str | None:
     for field, value in current.items():
         if getattr(inputs, field) != value:
             return f"built from another {field}"
+    if inputs.lora != lora:
+        if inputs.lora:
+            return "built with another LoRA" if lora else "built with a LoRA"
+        if not inputs.flags.refit:
+            return "built without this LoRA (give it to dipgo-build with --lora) and without --refit"
     if inputs.version != version and not (inputs.flags.version_compatible and _older(inputs.version, version)):
         return f"built with version {inputs.version}, {version} is installed"
     target, here = inputs.target, f"{device.name} ({device.capability})"
@@ -309,6 +358,32 @@ def _older(built: str, installed: str) -> bool:
     except ValueError:
         return False
     return first[0] == second[0] and first <= second
+
+
+def feed_model(parser: Any, onnx_file: Path, changed: Mapping[str, np.ndarray]) -> bool:
+    """Give an ONNX file to an OnnxParser or an OnnxParserRefitter, with ``changed`` in the place of its weights.
+
+    The arrays must outlive the parser and what it fills. Returns False when the file is refused; the parser's or
+    logger's messages say why.
+
+    Raises:
+        UserError: this TensorRT cannot replace weights, or refuses one.
+    """
+    parse, whole = (
+        (parser.parse_from_file, "parse_model_proto")
+        if hasattr(parser, "parse_from_file")
+        else (parser.refit_from_file, "refit_model_proto")
+    )
+    if not changed:
+        return bool(parse(str(onnx_file)))
+    if not hasattr(parser, "load_initializer"):
+        raise UserError(f"{onnx_file}: this TensorRT's parser cannot replace weights for a LoRA; update TensorRT")
+    if not parser.load_model_proto(onnx_file.read_bytes(), str(onnx_file)):
+        return False
+    for name, array in changed.items():
+        if not parser.load_initializer(name, array.ctypes.data, array.nbytes):
+            raise UserError(f"{onnx_file}: TensorRT does not take the changed weight {name}; leave the LoRA out")
+    return bool(getattr(parser, whole)())
 
 
 def check_engine(path: Path, engine: Any, graph: Graph) -> None:

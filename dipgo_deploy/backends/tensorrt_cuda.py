@@ -51,6 +51,15 @@ def find_device(index: int = 0) -> Device:
     )
 
 
+def memory_of_device() -> dict[str, int]:
+    """Bytes of the current GPU that are ``free`` and in ``total``; empty where there is none to ask."""
+    try:
+        error, free, total = _cudart().cudaMemGetInfo()
+    except NoDeviceError:
+        return {}
+    return {} if int(error) else {"free": int(free), "total": int(total)}
+
+
 def require_device(backend: str) -> Device:
     """The GPU, or a UserError that names the backend and what to do."""
     try:

@@ -17,6 +17,7 @@ class Flavour:
     builds_without_device: engines can be built where no GPU is. compute_capabilities: one engine can be built for a
     choice of GPU generations, whatever the GPU at hand. timing_cache, version_compatible, hardware_compatible: these
     build options have an effect. validity: the runtime can tell why it refuses an engine.
+    runtime_cache: kernels are compiled at run time, and can be kept.
     """
 
     backend: str
@@ -28,6 +29,7 @@ class Flavour:
     version_compatible: bool
     hardware_compatible: bool
     validity: bool
+    runtime_cache: bool
 
 
 FLAVOURS: dict[str, Flavour] = {
@@ -43,6 +45,7 @@ FLAVOURS: dict[str, Flavour] = {
             version_compatible=True,
             hardware_compatible=True,
             validity=False,
+            runtime_cache=False,
         ),
         Flavour(
             backend="tensorrt-rtx",
@@ -54,6 +57,7 @@ FLAVOURS: dict[str, Flavour] = {
             version_compatible=False,
             hardware_compatible=False,
             validity=True,
+            runtime_cache=True,
         ),
     )
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import pydantic
@@ -17,6 +18,7 @@ from dipgo_deploy.errors import UserError
 PLANS = "plans"
 PLAN_SUFFIX = ".plan"
 RECORD_SUFFIX = ".json"
+_LORA = ".lora-"
 _CHUNK = 16 * 2**20
 
 
@@ -30,6 +32,7 @@ class BuildFlags(_Frozen):
     workspace: bytes of scratch a tactic may use, None for the builder's default. opt_level: 0 to 5, None for the
     builder's default. max_aux_streams: streams that an engine may use beside its own. tf32: float32 products may be
     rounded to TF32. strip: the weights are left out and come from the graph's weights file when the engine is loaded.
+    refit: other weights can be put in when the engine is loaded, which may cost speed.
     """
 
     workspace: int | None = None
@@ -38,6 +41,7 @@ class BuildFlags(_Frozen):
     version_compatible: bool = False
     hardware_compatible: bool = False
     strip: bool = False
+    refit: bool = False
     tf32: bool = False
 
 
@@ -64,7 +68,10 @@ class ShapeRange(_Frozen):
 
 
 class KeyInputs(_Frozen):
-    """Everything an engine depends on. graph, weights: sha256 of the ONNX file, and of the weights it uses."""
+    """Everything an engine depends on. graph, weights: sha256 of the ONNX file, and of the weights it uses.
+
+    lora: sha256 and scale of each LoRA file merged into the weights.
+    """
 
     graph: str
     weights: str
@@ -73,6 +80,7 @@ class KeyInputs(_Frozen):
     backend: str
     version: str
     target: Target
+    lora: tuple[tuple[str, float], ...] = ()
 
     @property
     def key(self) -> str:
@@ -181,13 +189,24 @@ def plans_folder(engine_dir: Path, backend: str, version: str, target: Target) -
 
 
 def stored_plans(engine_dir: Path, backend: str, name: str) -> list[tuple[Path, PlanRecord]]:
-    """Engine files of that name with their records, of any version and target of the backend, in order of folders."""
+    """Engine files of that name with their records, of any version, target and LoRA of the backend, in order."""
     found = []
     for folder in sorted((engine_dir / PLANS).glob(f"{backend}-*")):
-        record = PlanRecord.load(folder / f"{name}{RECORD_SUFFIX}")
-        if record is not None and record.inputs.backend == backend:
-            found.append((folder / f"{name}{PLAN_SUFFIX}", record))
+        for path in [folder / f"{name}{RECORD_SUFFIX}", *sorted(folder.glob(f"{name}{_LORA}*{RECORD_SUFFIX}"))]:
+            record = PlanRecord.load(path)
+            if record is not None and record.inputs.backend == backend:
+                found.append((path.with_suffix(PLAN_SUFFIX), record))
     return found
+
+
+def plan_file(name: str, lora: Sequence[tuple[str, float]]) -> str:
+    """File name of a graph's engine; engines with LoRA weights lie beside those without."""
+    return f"{name}{_LORA}{lora_label(lora)}{PLAN_SUFFIX}" if lora else f"{name}{PLAN_SUFFIX}"
+
+
+def lora_label(identity: Sequence[tuple[str, float]]) -> str:
+    """Short name of LoRA files (sha256) and their scales, for file names."""
+    return hashlib.sha256(_canonical([list(part) for part in identity])).hexdigest()[:12]
 
 
 def _existing(path: Path) -> Path:

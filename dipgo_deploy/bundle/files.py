@@ -25,6 +25,32 @@ def hash_tree(folder: Path) -> dict[str, str]:
     return {path.relative_to(folder).as_posix(): sha256_file(path) for path in files}
 
 
+def write_atomic(path: Path, data: bytes | memoryview) -> None:
+    """Write a file aside, flush it to disk and rename it.
+
+    Raises:
+        UserError: it cannot be written (a full disk, no permission); nothing is left behind.
+    """
+    try:
+        handle, aside = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            umask = os.umask(0)
+            os.umask(umask)
+            os.chmod(aside, 0o666 & ~umask)  # mkstemp's files are private
+            os.replace(aside, path)
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(aside)
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be written ({error.strerror or error}); it needs {memoryview(data).nbytes / 2**20:.0f} MiB"
+        ) from None
+
+
 def check_target(target: Path, *, overwrite: bool) -> None:
     """Refuse a target that exists, before any work is done.
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from dipgo_deploy.cli.common import emit, entry_point, examples, human_console, json_option, version_option
+from dipgo_deploy.cli.common import emit, entry_point, examples, human_console, json_option, lora_line, version_option
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -48,6 +49,14 @@ if TYPE_CHECKING:
 )
 @click.option("--tf32", is_flag=True, help="Allow float32 products to be rounded to TF32.")
 @click.option("--strip", is_flag=True, help="Leave the weights out of the engines; they are read at load. Needs a GPU.")
+@click.option("--refit", is_flag=True, help="Let dipgo-run --lora change the weights of the engines. Needs a GPU.")
+@click.option(
+    "--lora",
+    "loras",
+    multiple=True,
+    metavar="FILE[:SCALE]",
+    help="Safetensors with LoRA weights to build into engines of their own; can be given several times.",
+)
 @click.option("--version-compatible", is_flag=True, help="TensorRT: engines run on later versions too.")
 @click.option("--hardware-compatible", is_flag=True, help="TensorRT: engines run on Ampere and newer GPUs.")
 @click.option("--timing-cache", type=click.Path(path_type=Path), help="TensorRT: file that builds share and extend.")
@@ -65,6 +74,8 @@ def command(
     max_aux_streams: int,
     tf32: bool,
     strip: bool,
+    refit: bool,
+    loras: tuple[str, ...],
     version_compatible: bool,
     hardware_compatible: bool,
     timing_cache: Path | None,
@@ -82,6 +93,7 @@ def command(
     from dipgo_deploy.backends.tensorrt_plans import BuildFlags
     from dipgo_deploy.engine.budget import mib, parse_bytes
     from dipgo_deploy.engine.build import BuildOptions, build_engines
+    from dipgo_deploy.lora.file import parse_choice
 
     options = BuildOptions(
         flags=BuildFlags(
@@ -91,6 +103,7 @@ def command(
             version_compatible=version_compatible,
             hardware_compatible=hardware_compatible,
             strip=strip,
+            refit=refit,
             tf32=tf32,
         ),
         compute_capabilities=tuple(
@@ -99,12 +112,15 @@ def command(
         timing_cache=timing_cache,
         memory_budget=None if memory_budget is None else parse_bytes("--memory-budget", memory_budget),
         build=not no_build,
+        lora=tuple(parse_choice(text) for text in loras),
     )
     console = human_console(as_json)
     if timing_cache is not None and not FLAVOURS[backend].timing_cache:
         console.print(f"--timing-cache: {FLAVOURS[backend].title} keeps no timings; ignored", markup=False)
     with _progress(console) as observer:
         report = build_engines(engine_dir, backend, options, observer, verify=verify)
+    for lora in report.loras:
+        console.print(lora_line(lora), markup=False, soft_wrap=True)
     plan_bytes = sum(engine.record.plan_bytes for engine in report.engines)
     console.print(
         f"{report.folder}: {len(report.built)} built, {len(report.engines) - len(report.built)} kept, "
@@ -125,6 +141,7 @@ def command(
                 "other": report.need.other,
                 "total": report.need.total,
             },
+            "loras": [asdict(lora) for lora in report.loras],
             "engines": [
                 {
                     "name": engine.name,

@@ -15,6 +15,8 @@ from dipgo_deploy.errors import ToleranceError, UserError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from dipgo_deploy.lora.merge import LoraReport
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 # Importable module -> extras of this project that bring it in.
@@ -23,7 +25,6 @@ _EXTRA_OF_MODULE = {
     "diffusers": ("export",),
     "transformers": ("export",),
     "huggingface_hub": ("export",),
-    "safetensors": ("export",),
     "onnx": ("export",),
     "onnx_ir": ("export",),
     "onnxscript": ("export",),
@@ -116,3 +117,16 @@ def emit(result: dict[str, Any], as_json: bool) -> None:
 def examples(*lines: str) -> str:
     """An epilog for ``--help`` that shows example command lines, each on its own line."""
     return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
+
+
+def lora_line(report: LoraReport) -> str:
+    """One line about a LoRA that was applied, with what was skipped."""
+    line = f"{report.file}: scale {report.scale:g}, {report.applied} layers changed"
+    without = [name for name, count in report.graphs.items() if not count]
+    if without:
+        line += f"; without any of them: {', '.join(without)}"
+    if report.unmatched:
+        line += f"; {len(report.unmatched)} not in this model, skipped (first: {report.unmatched[0]})"
+    if report.ignored:
+        line += f"; {len(report.ignored)} other keys ignored (first: {report.ignored[0]})"
+    return line

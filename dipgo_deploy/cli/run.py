@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import click
 
-from dipgo_deploy.cli.common import emit, entry_point, examples, human_console, json_option, version_option
+from dipgo_deploy.cli.common import emit, entry_point, examples, human_console, json_option, lora_line, version_option
 from dipgo_deploy.errors import UserError
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ _DEFAULT_OUTPUT = {"pil": "output.png", "np": "output.npy", "latent": "output.np
         'dipgo-run --engine-dir engines/fashion-sd --prompt "a bag" --prompt "a coat" --num-images 4 --seed 7',
         "dipgo-run --engine-dir engines/fashion-dit --class-labels sneaker,bag,3 -o grid.png",
         'dipgo-run --engine-dir engines/fashion-sd --prompt "a shirt" --output-type latent -o latents.npy',
+        'dipgo-run --engine-dir engines/sd15 --prompt "a castle" --lora style.safetensors:0.8 --load lazy',
     ),
 )
 @click.option("--engine-dir", required=True, type=click.Path(path_type=Path), help="Made by dipgo-export.")
@@ -72,7 +73,23 @@ _DEFAULT_OUTPUT = {"pil": "output.png", "np": "output.npy", "latent": "output.np
 )
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: the physical cores]")
 @click.option(
-    "--share-weights", is_flag=True, help="One copy of the weights for all graphs: less memory, slower on CPU."
+    "--share-weights/--no-share-weights",
+    default=None,
+    help="One copy of the weights for all graphs: less memory, slower on CPU.  [default: on cuda only]",
+)
+@click.option(
+    "--load",
+    type=click.Choice(["eager", "lazy"]),
+    default="eager",
+    show_default=True,
+    help="Load all graphs before the first launch, or each at its own.",
+)
+@click.option(
+    "--lora",
+    "loras",
+    multiple=True,
+    metavar="FILE[:SCALE]",
+    help="Safetensors with LoRA weights to add, to all variants; can be given several times.",
 )
 @click.option(
     "--cuda-graph",
@@ -99,7 +116,9 @@ def command(
     output: Path | None,
     backend: str,
     threads: int | None,
-    share_weights: bool,
+    share_weights: bool | None,
+    load: str,
+    loras: tuple[str, ...],
     cuda_graph: GraphMode,
     verify: bool,
     as_json: bool,
@@ -114,8 +133,10 @@ def command(
         "prompt_embeds": load_array("--prompt-embeds", prompt_embeds),
         "negative_prompt_embeds": load_array("--negative-prompt-embeds", negative_prompt_embeds),
     }
+    from dipgo_deploy.lora.file import parse_choice
     from dipgo_deploy.runtime.pipeline import Pipeline
 
+    choices = [parse_choice(text) for text in loras]
     pipeline = Pipeline.from_engine_dir(
         engine_dir,
         backend,
@@ -123,7 +144,8 @@ def command(
         share_weights=share_weights,
         cuda_graph=cuda_graph,
         verify=verify,
-        lazy=True,
+        load="lazy" if load == "lazy" else "call",
+        lora=choices,
     )
     with _Progress() as progress:
         result = pipeline(
@@ -139,12 +161,16 @@ def command(
         )
     write_output(target, result.images)
     manifest = pipeline.bundle.manifest
+    memory = pipeline.memory()
     timings = {name: round(seconds, 6) for name, seconds in asdict(result.timings).items()}
     human_console(as_json).print(
         f"{target}: {len(result.latents)} image(s), {manifest.model.name} on {pipeline.backend.name}, "
         f"{result.launches} launches, {timings['loop']:.3f} s in the loop, {timings['total']:.3f} s in all",
         markup=False,
         soft_wrap=True,
+    )
+    human_console(as_json).print(
+        "\n".join([*map(lora_line, pipeline.loras), memory_line(memory)]), markup=False, soft_wrap=True
     )
     emit(
         {
@@ -158,6 +184,8 @@ def command(
             "evaluations": manifest.plan.evaluations,
             "launches": result.launches,
             "seconds": timings,
+            "memory": memory,
+            "loras": [asdict(report) for report in pipeline.loras],
         },
         as_json,
     )
@@ -189,6 +217,14 @@ class _Progress:
 
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
+
+
+def memory_line(memory: Mapping[str, Any]) -> str:
+    """One line about ``Pipeline.memory()``."""
+    parts = [f"{memory['graphs_loaded']} of {memory['graphs']} graphs loaded"]
+    parts += [f"{name} {size / 2**20:.0f} MiB" for name, size in memory["host"].items()]
+    parts += [f"device {name} {size / 2**20:.0f} MiB" for name, size in memory["device"].items()]
+    return f"memory: {', '.join(parts)}"
 
 
 def parse_labels(given: tuple[str, ...]) -> list[int | str]:

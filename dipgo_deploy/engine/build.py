@@ -14,24 +14,25 @@ from typing import Any, Literal
 from dipgo_deploy.backends.tensorrt_cuda import Device, NoDeviceError, find_device, require_device
 from dipgo_deploy.backends.tensorrt_flavour import Flavour, flavour_of, import_flavour
 from dipgo_deploy.backends.tensorrt_plans import (
-    PLAN_SUFFIX,
     RECORD_SUFFIX,
     BuildFlags,
     KeyInputs,
     PlanRecord,
     Target,
     WeightHashes,
+    plan_file,
     plan_name,
     plans_folder,
     static_profile,
 )
 from dipgo_deploy.bundle.directory import Bundle
-from dipgo_deploy.bundle.files import sha256_file
+from dipgo_deploy.bundle.files import sha256_file, write_atomic
 from dipgo_deploy.bundle.manifest import Graph, Manifest
 from dipgo_deploy.engine.budget import MemoryNeed, check_budget, memory_need
-from dipgo_deploy.engine.files import sole_writer, write_atomic
+from dipgo_deploy.engine.files import sole_writer
 from dipgo_deploy.engine.network import CURRENT, Work, build_plan
 from dipgo_deploy.errors import UserError
+from dipgo_deploy.lora.merge import LoraReport, MergedWeights, merge_loras
 
 _POLL_SECONDS = 0.1
 
@@ -43,7 +44,7 @@ class BuildOptions:
     flags: what changes the engines. compute_capabilities: ``8.6``, ``8.9`` ... or ``current`` alone, for
     TensorRT-RTX; none builds for all that it supports by default. timing_cache: a file shared by builds.
     memory_budget: bytes that a run may use, the GPU's memory where None. build: whether missing engines are built, or
-    refused.
+    refused. lora: LoRA files merged into the weights, as (file, scale); engines with them lie beside those without.
     """
 
     flags: BuildFlags = field(default_factory=BuildFlags)
@@ -51,6 +52,7 @@ class BuildOptions:
     timing_cache: Path | None = None
     memory_budget: int | None = None
     build: bool = True
+    lora: tuple[tuple[Path, float], ...] = ()
 
 
 class Observer:
@@ -96,6 +98,7 @@ class BuildReport:
     target: str
     need: MemoryNeed
     engines: tuple[EngineResult, ...]
+    loras: tuple[LoraReport, ...] = ()
 
     @property
     def built(self) -> tuple[EngineResult, ...]:
@@ -147,7 +150,8 @@ def build_engines(
     bundle = Bundle.open(engine_dir, verify=verify)
     target = _target(flavour, options, device)
     folder = plans_folder(bundle.path, backend, module.__version__, target)
-    jobs = _jobs(bundle, flavour, module.__version__, target, folder, options)
+    merged = merge_loras(bundle, options.lora) if options.lora else None
+    jobs = _jobs(bundle, flavour, module.__version__, target, folder, options, merged)
     need = memory_need(bundle.manifest, {job.name: job.weights_bytes for job in jobs})
     observer.needed(need)
     if options.memory_budget is not None:
@@ -169,7 +173,9 @@ def build_engines(
             record = _build(flavour, module, job, observer)
             engines.append(EngineResult(job.name, "built", job.stale, job.path, record))
             observer.finished(engines[-1])
-    return BuildReport(folder, backend, module.__version__, target.label, need, tuple(engines))
+    return BuildReport(
+        folder, backend, module.__version__, target.label, need, tuple(engines), merged.reports if merged else ()
+    )
 
 
 def graphs_of(manifest: Manifest) -> list[Graph]:
@@ -199,6 +205,8 @@ def _check_options(flavour: Flavour, options: BuildOptions) -> None:
             raise UserError(f"{option}: not with --backend {flavour.backend}; {instead}")
     if CURRENT in options.compute_capabilities and len(options.compute_capabilities) > 1:
         raise UserError(f"--compute-capability: {CURRENT} stands alone; leave the others out")
+    if options.flags.strip and options.lora:
+        raise UserError("--strip with --lora: stripped weights are read at load; build with --strip --refit alone")
     if options.flags.opt_level is not None and not 0 <= options.flags.opt_level <= 5:
         raise UserError(f"--opt-level {options.flags.opt_level}: give 0 to 5")
     if options.flags.max_aux_streams < 0:
@@ -207,11 +215,13 @@ def _check_options(flavour: Flavour, options: BuildOptions) -> None:
 
 def _device(flavour: Flavour, options: BuildOptions) -> Device | None:
     """The GPU at hand; None where none is needed."""
-    if options.flags.strip:
+    for option, wanted in (("--strip", options.flags.strip), ("--refit", options.flags.refit)):
+        if not wanted:
+            continue
         try:
             return find_device()
         except NoDeviceError as error:
-            raise UserError(f"--strip: refittable engines are built with a GPU only: {error}; leave it out") from None
+            raise UserError(f"{option}: refittable engines are built with a GPU only: {error}; leave it out") from None
     if CURRENT in options.compute_capabilities:
         try:
             return find_device()
@@ -252,7 +262,13 @@ def _target(flavour: Flavour, options: BuildOptions, device: Device | None) -> T
 
 
 def _jobs(
-    bundle: Bundle, flavour: Flavour, version: str, target: Target, folder: Path, options: BuildOptions
+    bundle: Bundle,
+    flavour: Flavour,
+    version: str,
+    target: Target,
+    folder: Path,
+    options: BuildOptions,
+    merged: MergedWeights | None,
 ) -> list[_Job]:
     hashes = WeightHashes()
     jobs: list[_Job] = []
@@ -268,15 +284,17 @@ def _jobs(
             backend=flavour.backend,
             version=version,
             target=target,
+            lora=() if merged is None else merged.identity_of(onnx_file),
         )
-        path = folder / f"{name}{PLAN_SUFFIX}"
-        record = PlanRecord.load(folder / f"{name}{RECORD_SUFFIX}")
+        path = folder / plan_file(name, inputs.lora)
+        record = PlanRecord.load(path.with_suffix(RECORD_SUFFIX))
         work = Work(
             onnx_file,
             graph,
             inputs,
             timing_cache=options.timing_cache if flavour.timing_cache else None,
             for_device=flavour.compute_capabilities and target.gpu is not None,
+            weights=merged if inputs.lora else None,
         )
         jobs.append(_Job(name, work, weights_bytes, path, _stale(path, record, inputs), record))
     names = [job.name for job in jobs]

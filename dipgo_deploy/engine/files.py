@@ -1,41 +1,13 @@
-"""Files that appear complete or not at all, and one build at a time in a folder."""
+"""One build at a time in a folder."""
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
-import os
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from dipgo_deploy.errors import UserError
-
-
-def write_atomic(path: Path, data: bytes | memoryview) -> None:
-    """Write a file aside, flush it to disk and rename it.
-
-    Raises:
-        UserError: it cannot be written (a full disk, no permission); nothing is left behind.
-    """
-    try:
-        handle, aside = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            umask = os.umask(0)
-            os.umask(umask)
-            os.chmod(aside, 0o666 & ~umask)  # mkstemp's files are private
-            os.replace(aside, path)
-        finally:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(aside)
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot be written ({error.strerror or error}); it needs {memoryview(data).nbytes / 2**20:.0f} MiB"
-        ) from None
 
 
 @contextlib.contextmanager

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dipgo_deploy.backends.tensorrt import collecting_logger, compare_interface, describe
+from dipgo_deploy.backends.base import ChangedWeights
+from dipgo_deploy.backends.tensorrt import collecting_logger, compare_interface, describe, feed_model
 from dipgo_deploy.backends.tensorrt_flavour import Flavour
 from dipgo_deploy.backends.tensorrt_plans import KeyInputs
 from dipgo_deploy.bundle.manifest import Graph
@@ -25,13 +26,17 @@ class CancelledError(Exception):
 
 @dataclass(frozen=True)
 class Work:
-    """One engine to build: the ONNX file, its manifest entry, what goes into the key, and the shared timing cache."""
+    """One engine to build: the ONNX file, its manifest entry, what goes into the key, and the shared timing cache.
+
+    weights: what takes the place of the file's weights (``inputs.lora`` says that something does).
+    """
 
     onnx_file: Path
     graph: Graph
     inputs: KeyInputs
     timing_cache: Path | None = None
     for_device: bool = False
+    weights: ChangedWeights | None = None
 
 
 def build_plan(
@@ -54,8 +59,9 @@ def build_plan(
     logger = collecting_logger(module)
     builder = module.Builder(logger)
     network = builder.create_network(1 << int(module.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    changed = {} if work.weights is None else work.weights.of(work.onnx_file)  # must outlive parser and network
     parser = module.OnnxParser(network, logger)
-    if not parser.parse_from_file(str(work.onnx_file)):
+    if not feed_model(parser, work.onnx_file, changed):
         raise UserError(f"{work.onnx_file}: {flavour.title} refuses it: {_parser_errors(parser)}")
     check_network(work.onnx_file, network, work.graph)
     config = builder.create_builder_config()
@@ -108,6 +114,9 @@ def _configure(flavour: Flavour, module: Any, builder: Any, network: Any, config
         config.hardware_compatibility_level = module.HardwareCompatibilityLevel.AMPERE_PLUS
     if flags.strip:
         config.set_flag(enum.STRIP_PLAN)
+    if flags.refit:
+        config.set_flag(enum.REFIT)
+    elif flags.strip:
         config.set_flag(enum.REFIT_IDENTICAL)  # plain REFIT can drop a bias
     if flavour.compute_capabilities and work.for_device:
         config.num_compute_capabilities = 1

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dipgo_deploy.engine.files import write_atomic
+from dipgo_deploy.bundle.files import write_atomic
 from dipgo_deploy.errors import UserError
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -95,11 +95,7 @@ def plan_export(
     Raises:
         UserError: model or schedule cannot be used, see the message.
     """
-    from dipgo_deploy.sampler import evaluations, make_scheduler
-
-    scheduler = make_scheduler(schedule.sampler.class_name, schedule.sampler.config)
-    steps = schedule.sampler.num_inference_steps
-    schedule.check_evaluations(evaluations(scheduler, steps))
+    sampling = _sampling(schedule)  # before the model: a sampler that is refused costs no trace
     notify("loading the model")
     source = load_source(model)
     source.check(schedule, allow_other_config=options.allow_other_config)
@@ -111,8 +107,7 @@ def plan_export(
     denoiser = source.denoiser if options.dtype == "fp32" else _denoiser_in(source, options.dtype)
     traced = trace(denoiser, source.family, source.config, specs, schedule.cache_kinds, shape, options.dtype)
     notify("planning")
-    plan, matrix = plan_loop(traced, schedule, scheduler, max_variants=options.max_variants)
-    return PlannedExport(source, schedule, scheduler, traced, plan, matrix, options)
+    return _planned(source, schedule, sampling, traced, options)
 
 
 def replan(planned: PlannedExport, schedule: Schedule) -> PlannedExport:
@@ -121,28 +116,37 @@ def replan(planned: PlannedExport, schedule: Schedule) -> PlannedExport:
     Raises:
         UserError: blocks or cache kinds differ, which needs a trace of its own.
     """
-    from dipgo_deploy.sampler import evaluations, make_scheduler
-
     if schedule.blocks != planned.schedule.blocks or schedule.model.granularity != planned.schedule.model.granularity:
         raise UserError("the schedules have different blocks or cache kinds; export each on its own")
-    scheduler = make_scheduler(schedule.sampler.class_name, schedule.sampler.config)
-    schedule.check_evaluations(evaluations(scheduler, schedule.sampler.num_inference_steps))
     planned.source.check(schedule, allow_other_config=planned.options.allow_other_config)
-    limit = planned.options.max_variants
-    plan, matrix = plan_loop(planned.traced, schedule, scheduler, max_variants=limit)
-    return replace(planned, schedule=schedule, scheduler=scheduler, plan=plan, matrix=matrix)
+    return _planned(planned.source, schedule, _sampling(schedule), planned.traced, planned.options)
 
 
-def plan_loop(
-    traced: TracedModel, schedule: Schedule, scheduler: Any, *, max_variants: int | None = None
-) -> tuple[Plan, SamplerMatrix]:
-    """The plan of a schedule and the sampler as a matrix over its predictions."""
-    from dipgo_deploy.sampler import prediction_used, sampler_matrix
+@dataclass(frozen=True)
+class _Sampling:
+    """A schedule's scheduler; ``used`` says which evaluations' predictions reach the final latent or a model input."""
 
+    scheduler: Any
+    used: tuple[bool, ...]
+
+
+def _sampling(schedule: Schedule) -> _Sampling:
+    from dipgo_deploy.sampler import evaluations, make_scheduler, prediction_used, sampler_matrix
+
+    scheduler = make_scheduler(schedule.sampler.class_name, schedule.sampler.config)
     steps = schedule.sampler.num_inference_steps
-    used = prediction_used(sampler_matrix(scheduler, steps))
-    plan = compile_plan(traced.graph, schedule.gates, max_variants=max_variants, prediction_used=used)
-    return plan, sampler_matrix(scheduler, steps, plan.source)
+    schedule.check_evaluations(evaluations(scheduler, steps))
+    return _Sampling(scheduler, prediction_used(sampler_matrix(scheduler, steps)))
+
+
+def _planned(
+    source: Source, schedule: Schedule, sampling: _Sampling, traced: TracedModel, options: ExportOptions
+) -> PlannedExport:
+    from dipgo_deploy.sampler import sampler_matrix
+
+    plan = compile_plan(traced.graph, schedule.gates, max_variants=options.max_variants, prediction_used=sampling.used)
+    matrix = sampler_matrix(sampling.scheduler, schedule.sampler.num_inference_steps, plan.source)
+    return PlannedExport(source, schedule, sampling.scheduler, traced, plan, matrix, options)
 
 
 def export_bundle(

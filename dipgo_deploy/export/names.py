@@ -12,14 +12,16 @@ _FOLDED_FROM = "pkg.onnxscript.optimizer.folded_from"
 _SCOPES = "pkg.torch.onnx.name_scopes"
 
 
-def restore_names(model: ir.Model, prefix: str) -> None:
+def restore_names(model: ir.Model, prefix: str) -> dict[str, str]:
     """Rename in place: initialisers to the parameter they come from, nodes to ``module.path/Op_n``.
 
     The exporter's optimiser stores transposed weights as ``val_N`` and keeps the origin in metadata. ``prefix``
-    (``denoiser.``) is the wrapper's attribute, which is cut off.
+    (``denoiser.``) is the wrapper's attribute, which is cut off. Returns the parameter (without ``prefix``) of each
+    initialiser that comes from one, by its new name.
     """
     initializers = model.graph.initializers
     taken = set(initializers)
+    parameters: dict[str, str] = {}
     for name in list(initializers):
         value = initializers[name]
         origin = name if name.startswith(prefix) else _origin(value, prefix)
@@ -27,6 +29,7 @@ def restore_names(model: ir.Model, prefix: str) -> None:
             continue
         wanted = origin.removeprefix(prefix)
         if wanted == name:
+            parameters[name] = wanted
             continue
         fresh = wanted
         count = 0
@@ -34,12 +37,14 @@ def restore_names(model: ir.Model, prefix: str) -> None:
             count += 1
             fresh = f"{wanted}.{count}"
         taken.add(fresh)
+        parameters[fresh] = wanted
         value.name = fresh
         if value.const_value is not None:
             value.const_value.name = fresh
     for index, node in enumerate(model.graph):
         scope = module_scope(node).removeprefix(prefix.rstrip(".")).lstrip(".")
         node.name = f"{scope}/{node.op_type}_{index}" if scope else f"{node.op_type}_{index}"
+    return parameters
 
 
 def module_scope(node: ir.Node) -> str:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.export.einsum import einsums_to_transposes
+from dipgo_deploy.export.layout import note_layouts
 from dipgo_deploy.export.names import restore_names, strip_metadata
 
 if TYPE_CHECKING:
@@ -68,8 +69,9 @@ def to_onnx(
     assert exported is not None
     model = exported.model
     einsums_to_transposes(model)
-    restore_names(model, prefix)
+    origins = restore_names(model, prefix)
     strip_metadata(model)
+    note_layouts(model, module, origins, prefix)
     outputs = list(model.graph.outputs)
     if len(outputs) != len(names) or len(set(map(id, outputs))) != len(outputs):
         raise UserError(f"{label}: two cut points are one tensor in the exported graph; choose another granularity")

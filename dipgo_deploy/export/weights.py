@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dipgo_deploy.bundle.weights import WEIGHTS_INDEX, StoredWeight, WeightsIndex
+from dipgo_deploy.export.layout import layout_of
+
 if TYPE_CHECKING:
     import onnx_ir as ir
 
@@ -19,7 +22,8 @@ def write_weights(graphs: Sequence[ir.Model], folder: Path) -> int:
 
     The graphs are cut from one model: equal names are equal tensors. Tensors up to 256 bytes (shapes, scalars) stay
     inline. Larger ones start at page boundaries; small ones follow, widest items first, so that each stays aligned to
-    its own item size. The data are streamed, one tensor in memory at a time. Returns the size of the file in bytes.
+    its own item size. The data are streamed, one tensor in memory at a time. ``weights.json`` beside it says which
+    parameter each tensor is. Returns the size of the weights file in bytes.
     """
     import onnx_ir as ir
 
@@ -39,6 +43,8 @@ def write_weights(graphs: Sequence[ir.Model], folder: Path) -> int:
             strict=True,
         )
     )
+    index = WeightsIndex(tensors={name: _stored(tensors[name], external[name]) for name in names})
+    (folder / WEIGHTS_INDEX).write_text(index.model_dump_json(indent=1) + "\n", encoding="utf-8")
     for graph in graphs:
         for name, value in graph.graph.initializers.items():
             if name in external:
@@ -51,6 +57,19 @@ def save_graph(model: ir.Model, path: Path) -> None:
     import onnx_ir as ir
 
     ir.save(model, path)
+
+
+def _stored(tensor: ir.TensorProtocol, external: ir.ExternalTensor) -> StoredWeight:
+    layout = layout_of(tensor)
+    return StoredWeight(
+        parameter=None if layout is None else layout.parameter,
+        transposed=layout is not None and layout.transposed,
+        equal=() if layout is None else layout.equal,
+        shape=tuple(int(extent) for extent in tensor.shape),
+        dtype=tensor.dtype.name.lower(),
+        offset=int(external.offset or 0),
+        length=int(external.length or 0),
+    )
 
 
 def _order(tensor: ir.TensorProtocol) -> tuple[bool, int]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from dipgo_deploy.backends.base import Backend, Executable, Launchable, Memory
+from dipgo_deploy.backends.base import Backend, ChangedWeights, Executable, Launchable, Memory
 from dipgo_deploy.backends.storage import to_storage
 from dipgo_deploy.bundle.directory import Bundle
 from dipgo_deploy.bundle.manifest import LaunchEntry, TensorSpec, VariantEntry
@@ -38,12 +38,22 @@ class DenoisingLoop:
         backend: what runs its graphs.
         poison: for tests: before each run fill the arena with NaN and the prediction slots with 1e30, so that a read
             of anything this run has not written shows in the result.
+        lazy: load each variant's graph at its first launch, not now.
+        weights: take the place of the weights that they change.
 
     Raises:
         UserError: the backend cannot run the directory, a graph cannot be loaded, or the manifest contradicts itself.
     """
 
-    def __init__(self, bundle: Bundle, backend: Backend, *, poison: bool = False) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        backend: Backend,
+        *,
+        poison: bool = False,
+        lazy: bool = False,
+        weights: ChangedWeights | None = None,
+    ) -> None:
         manifest = bundle.manifest
         backend.check(manifest)
         plan = manifest.plan
@@ -61,15 +71,37 @@ class DenoisingLoop:
         self._guidance_scale = backend.allocate(4)
         self._conditions = {spec.name: backend.allocate(spec.nbytes) for spec in manifest.conditions}
         self._arena = backend.allocate(plan.arena_bytes)
-        executables: dict[int, Executable] = {}
-        for launch in plan.launches:
-            if launch.variant not in executables:
-                executables[launch.variant] = backend.load(bundle.path, plan.variants[launch.variant].graph)
+        self._weights = weights
+        self._executables: dict[int, Executable] = {}
         self._tensors = tuple(self._tensors_of(index, launch) for index, launch in enumerate(plan.launches))
-        self._calls: tuple[Launchable, ...] = tuple(
-            executables[launch.variant].bind(tensors)
-            for launch, tensors in zip(plan.launches, self._tensors, strict=True)
-        )
+        self._calls: list[Launchable | None] = [None] * len(plan.launches)
+        if not lazy:
+            self.load()
+
+    def load(self) -> None:
+        """Load every graph and bind every launch, where not done yet.
+
+        Raises:
+            UserError: a graph cannot be loaded.
+        """
+        for index in range(len(self.launches)):
+            self._ready(index)
+
+    @property
+    def graphs_loaded(self) -> int:
+        """How many variants' graphs are loaded."""
+        return len(self._executables)
+
+    def _ready(self, index: int) -> Launchable:
+        """Launch ``index``, its graph loaded and its tensors bound."""
+        call = self._calls[index]
+        if call is None:
+            number = self.launches[index].variant
+            if number not in self._executables:
+                graph = self._bundle.manifest.plan.variants[number].graph
+                self._executables[number] = self._backend.load(self._bundle.path, graph, self._weights)
+            call = self._calls[index] = self._executables[number].bind(self._tensors[index])
+        return call
 
     def _tensors_of(self, index: int, launch: LaunchEntry) -> dict[str, Memory]:
         """Where each input and output of a launch lives."""
@@ -137,7 +169,7 @@ class DenoisingLoop:
             array = _with_shape(spec.name, conditions.get(spec.name), spec.shape)
             self._backend.upload(self._conditions[spec.name], to_storage(array, spec.dtype))
         for index, call in enumerate(self._calls):
-            call()
+            (call or self._ready(index))()
             if on_launch is not None:
                 on_launch(index)
         self._backend.synchronize()

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -14,8 +14,10 @@ from dipgo_deploy.backends import create_backend
 from dipgo_deploy.backends.base import Backend
 from dipgo_deploy.backends.tensorrt_queue import GraphMode
 from dipgo_deploy.bundle.directory import Bundle
+from dipgo_deploy.errors import UserError
 from dipgo_deploy.runtime.image import Decoder, pad_batch, to_pil
 from dipgo_deploy.runtime.loop import DenoisingLoop
+from dipgo_deploy.runtime.memory import process_memory
 from dipgo_deploy.runtime.noise import TorchNoise
 from dipgo_deploy.runtime.requests import CLASSES, Asked, OutputType, Request, TextRequest, check_request
 from dipgo_deploy.runtime.text import TextEncoder
@@ -23,10 +25,15 @@ from dipgo_deploy.runtime.text import TextEncoder
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from dipgo_deploy.lora.merge import LoraReport, MergedWeights
+
+LoadMode = Literal["eager", "call", "lazy"]
+LOAD_MODES: tuple[LoadMode, ...] = ("eager", "call", "lazy")
+
 
 @dataclass(frozen=True)
 class Timings:
-    """Seconds of one call. ``load`` is 0 once everything is loaded."""
+    """Seconds of one call. ``load`` is 0 once everything is loaded; with lazy loading it is part of the others."""
 
     load: float
     text: float
@@ -52,12 +59,16 @@ class PipelineOutput:
 class Pipeline:
     """An engine directory ready to draw. Not for two threads at once; make one pipeline for each.
 
-    Nothing is loaded before it is needed: call ``load`` to pay for it ahead of the first picture.
+    Nothing is loaded before the first picture: call ``load`` to pay for it ahead of that. With ``lazy`` each graph is
+    loaded when it is first launched.
     """
 
-    def __init__(self, bundle: Bundle, backend: Backend) -> None:
+    def __init__(self, bundle: Bundle, backend: Backend, *, lazy: bool = False) -> None:
         self.bundle = bundle
         self.backend = backend
+        self._lazy = lazy
+        self._loras: list[tuple[Path, float]] = []
+        self._weights: MergedWeights | None = None
         self._loop: DenoisingLoop | None = None
         self._text: TextEncoder | None = None
         self._decoder: Decoder | None = None
@@ -69,10 +80,11 @@ class Pipeline:
         backend: str = "auto",
         *,
         threads: int | None = None,
-        share_weights: bool = False,
+        share_weights: bool | None = None,
         cuda_graph: GraphMode = "off",
         verify: bool = False,
-        lazy: bool = False,
+        load: LoadMode = "eager",
+        lora: Sequence[tuple[Path | str, float]] = (),
     ) -> Pipeline:
         """Open an engine directory made by ``dipgo-export``.
 
@@ -80,19 +92,26 @@ class Pipeline:
             engine_dir: the directory.
             backend: ``auto``, ``cpu``, ``cuda``, ``tensorrt`` or ``tensorrt-rtx``.
             threads: CPU threads of one launch; None: the backend's default.
-            share_weights: one copy of the weights for all graphs, at the price of slower products on the CPU.
+            share_weights: one copy of the weights for all graphs, at the price of slower products on the CPU; None:
+                on CUDA only.
             cuda_graph: TensorRT's launches as captured graphs: ``off``, one for each ``step``, or one ``loop``.
             verify: check the sha256 of every file first.
-            lazy: load graphs at the first call only, after its arguments were checked.
+            load: ``eager``: all graphs now; ``call``: all at the first call, after its arguments were checked;
+                ``lazy``: each graph when it is first launched, so that what is never used takes no memory.
+            lora: LoRA files to start with, as (file, scale); see ``load_lora``.
 
         Raises:
             UserError: the directory is wrong or damaged, or the backend cannot run it here.
         """
+        if load not in LOAD_MODES:
+            raise UserError(f"load {load!r}: choose one of {', '.join(LOAD_MODES)}")
         bundle = Bundle.open(Path(engine_dir), verify=verify)
         created = create_backend(backend, threads=threads, share_weights=share_weights, cuda_graph=cuda_graph)
         created.check(bundle.manifest)
-        pipeline = cls(bundle, created)
-        if not lazy:
+        pipeline = cls(bundle, created, lazy=load == "lazy")
+        if lora:
+            pipeline._change_weights([(Path(file), scale) for file, scale in lora])
+        if load == "eager":
             pipeline.load()
         return pipeline
 
@@ -103,12 +122,92 @@ class Pipeline:
             UserError: a graph cannot be loaded.
         """
         components = self.bundle.manifest.components
+        self._ready_loop(lazy=False).load()
+        if components.text_encoder is not None:
+            self._ready_text()
+        if components.vae_decoder is not None:
+            self._ready_decoder()
+
+    def _ready_loop(self, *, lazy: bool) -> DenoisingLoop:
         if self._loop is None:
-            self._loop = DenoisingLoop(self.bundle, self.backend)
-        if self._text is None and components.text_encoder is not None:
-            self._text = TextEncoder(self.bundle.path, components.text_encoder, self.backend)
-        if self._decoder is None and components.vae_decoder is not None:
-            self._decoder = Decoder(self.bundle.path, components.vae_decoder, self.backend)
+            self._loop = DenoisingLoop(self.bundle, self.backend, lazy=lazy, weights=self._weights)
+        return self._loop
+
+    def _ready_text(self) -> TextEncoder:
+        if self._text is None:
+            entry = self.bundle.manifest.components.text_encoder
+            assert entry is not None  # a request with prompts was checked to have an encoder
+            self._text = TextEncoder(self.bundle.path, entry, self.backend, self._weights)
+        return self._text
+
+    def _ready_decoder(self) -> Decoder:
+        if self._decoder is None:
+            graph = self.bundle.manifest.components.vae_decoder
+            assert graph is not None  # checked with the request
+            self._decoder = Decoder(self.bundle.path, graph, self.backend)
+        return self._decoder
+
+    def load_lora(self, file: Path | str, scale: float = 1.0) -> LoraReport:
+        """Add a LoRA to the weights of the denoiser, all variants alike, and of the text encoder.
+
+        Several add up, each with its scale. Graphs that were loaded are loaded again with the merged weights; those of
+        a variant that lacks a layer just do not change.
+
+        Args:
+            file: safetensors, in the spelling of diffusers, PEFT or kohya.
+            scale: of the update; 0 changes nothing.
+
+        Raises:
+            UserError: the file cannot be read or does not fit this model, or the backend cannot change weights here;
+                the pipeline is then as it was.
+        """
+        return self._change_weights([*self._loras, (Path(file), scale)])[-1]
+
+    def unload_lora(self) -> None:
+        """Undo every ``load_lora``: the weights are again, bit for bit, those of the engine directory."""
+        self._change_weights([])
+
+    @property
+    def loras(self) -> tuple[LoraReport, ...]:
+        """What became of each LoRA that is loaded, in order."""
+        return () if self._weights is None else self._weights.reports
+
+    def memory(self) -> dict[str, Any]:
+        """Bytes. ``host``: of this process (``rss``, ``pss``); ``device``: as the backend knows them, empty on the CPU;
+        ``graphs_loaded`` of ``graphs`` variants, the components not counted."""
+        variants = {launch.variant for launch in self.bundle.manifest.plan.launches}
+        return {
+            "host": process_memory(),
+            "device": self.backend.memory(),
+            "graphs_loaded": 0 if self._loop is None else self._loop.graphs_loaded,
+            "graphs": len(variants),
+        }
+
+    def _change_weights(self, loras: list[tuple[Path, float]]) -> tuple[LoraReport, ...]:
+        """Drop what is loaded, and load as much again with other weights; on an error all stays as it was."""
+        weights = None
+        if loras:
+            from dipgo_deploy.lora.merge import merge_loras
+
+            weights = merge_loras(self.bundle, loras)
+        before = self._loras, self._weights
+        loaded = self._loop is not None, self._text is not None
+        self._loop = self._text = None  # before the new ones are there: both at once would take twice the memory
+        self._loras, self._weights = loras, weights
+        try:
+            self._reload(*loaded)
+        except UserError:
+            self._loop = self._text = None
+            self._loras, self._weights = before
+            self._reload(*loaded)
+            raise
+        return self.loras
+
+    def _reload(self, loop: bool, text: bool) -> None:
+        if loop:
+            self._ready_loop(lazy=self._lazy)
+        if text:
+            self._ready_text()
 
     def __call__(
         self,
@@ -159,7 +258,8 @@ class Pipeline:
         request = check_request(self.bundle.manifest, asked)
         stream = TorchNoise(seed)
         loading = time.perf_counter()
-        self.load()
+        if not self._lazy:
+            self.load()
         encoding = time.perf_counter()
         conditions = self._conditions(request)
         denoising = time.perf_counter()
@@ -196,8 +296,7 @@ class Pipeline:
     def _encode(self, prompts: tuple[str, ...] | None) -> np.ndarray | None:
         if prompts is None:
             return None
-        assert self._text is not None  # a request with prompts was checked to have an encoder
-        return self._text(prompts)
+        return self._ready_text()(prompts)
 
     def _denoise(
         self,
@@ -207,8 +306,7 @@ class Pipeline:
         callback: Callable[[int, int], Any] | None,
     ) -> tuple[np.ndarray, int]:
         """All images in batches of the exported size, the last one padded. Returns latents and launches."""
-        assert self._loop is not None
-        loop = self._loop
+        loop = self._ready_loop(lazy=self._lazy)
         batch = self.bundle.manifest.batch
         shape = (request.images, *loop.sample_shape[1:])
         latents = stream.randn(shape) if request.latents is None else request.latents
@@ -240,6 +338,5 @@ class Pipeline:
     def _images(self, request: Request, latents: np.ndarray) -> list[Image] | np.ndarray:
         if request.output_type == "latent":
             return latents
-        assert self._decoder is not None  # checked with the request
-        images = self._decoder(latents)
+        images = self._ready_decoder()(latents)
         return to_pil(images) if request.output_type == "pil" else images

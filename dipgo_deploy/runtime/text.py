@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dipgo_deploy.backends.base import Backend
+from dipgo_deploy.backends.base import Backend, ChangedWeights
 from dipgo_deploy.bundle.manifest import TextEncoderEntry
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.runtime.component import Component
@@ -53,15 +53,17 @@ class PromptTokenizer:
 
 
 class TextEncoder:
-    """Prompts -> embeddings.
+    """Prompts -> embeddings. ``weights`` take the place of the encoder's where they change them.
 
     Raises:
         UserError: tokenizer or graph cannot be loaded.
     """
 
-    def __init__(self, engine_dir: Path, entry: TextEncoderEntry, backend: Backend) -> None:
+    def __init__(
+        self, engine_dir: Path, entry: TextEncoderEntry, backend: Backend, weights: ChangedWeights | None = None
+    ) -> None:
         self._tokenize = PromptTokenizer(engine_dir, entry)
-        self._component = Component(engine_dir, entry.graph, backend)
+        self._component = Component(engine_dir, entry.graph, backend, weights)
 
     def __call__(self, prompts: Sequence[str]) -> np.ndarray:
         """Embeddings (prompts, length, width), one run per distinct prompt."""

@@ -45,9 +45,9 @@ class SearchOptions:
 
     method: one of ``METHODS``. ratios: shares of the cost to save. budget: evaluations of the true objective a ratio
     (``dipgo`` makes none). images: that objective's images, of which image_batch go through the model at a time. pool,
-    one_noise: see `SampleStream`. warm_start: gates that the pruner starts at instead of keep-all; ``uniform``: a pruner
-    of its own for each ratio, which starts at the uniform interval there and is priced down to it. max_variants: most
-    distinct graphs of a schedule. prune_by: what is saved.
+    one_noise: see `SampleStream`. warm_start: gates that the pruner starts at instead of keep-all; ``uniform``: each
+    ratio has a pruner of its own, which starts at the uniform interval there and is priced down to it. max_variants:
+    most distinct graphs of a schedule. prune_by: what is saved.
     """
 
     method: str = "dipgo+refine"

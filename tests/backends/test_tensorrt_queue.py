@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from toy_engine import LENGTH, ROUTE, WIDTH, C, H, Toy, W, build, reference
 
-from dipgo_deploy.backends.base import Launchable, Memory
+from dipgo_deploy.backends.base import ChangedWeights, Launchable, Memory
 from dipgo_deploy.backends.onnxruntime import OnnxExecutable, OnnxRuntimeBackend
 from dipgo_deploy.backends.tensorrt_queue import GRAPH_MODES, LaunchQueue, Run
 from dipgo_deploy.bundle.directory import Bundle
@@ -60,8 +60,8 @@ class QueuedBackend(OnnxRuntimeBackend):
 
         return replay
 
-    def load(self, engine_dir: Path, graph: Graph) -> QueuedExecutable:
-        return QueuedExecutable(super().load(engine_dir, graph), self)
+    def load(self, engine_dir: Path, graph: Graph, weights: ChangedWeights | None = None) -> QueuedExecutable:
+        return QueuedExecutable(super().load(engine_dir, graph, weights), self)
 
     def upload(self, memory: Memory, array: np.ndarray) -> None:
         self.queue.flush()

@@ -49,6 +49,9 @@ def test_json_goes_to_stdout_and_words_to_stderr(text_dir, tmp_path, capsys):
     printed = capsys.readouterr()
     report = json.loads(printed.out)
     seconds = report.pop("seconds")
+    memory = report.pop("memory")
+    assert (memory["graphs_loaded"], memory["graphs"], memory["device"]) == (4, 4, {})
+    assert memory["host"]["rss"] >= memory["host"]["pss"] > 2**20
     assert report == {
         "output": str(target),
         "output_type": "pil",
@@ -59,9 +62,11 @@ def test_json_goes_to_stdout_and_words_to_stderr(text_dir, tmp_path, capsys):
         "seed": 7,
         "evaluations": 6,
         "launches": 12,
+        "loras": [],
     }
     assert seconds["total"] >= seconds["loop"] > 0
     assert "4 image(s)" in printed.err
+    assert "memory: 4 of 4 graphs loaded, rss " in printed.err
     assert Image.open(target).size == (16, 16)
 
 
@@ -199,3 +204,17 @@ def test_help_shows_examples(capsys):
     printed = capsys.readouterr().out
     assert 'dipgo-run --engine-dir engines/fashion-sd --prompt "a sneaker"' in printed
     assert "--class-labels" in printed
+
+
+def test_lazy_loading_draws_the_same(text_dir, tmp_path, capsys):
+    for mode in ("eager", "lazy"):
+        assert main(command(text_dir, "--prompt", "a bag", "--load", mode, "-o", tmp_path / f"{mode}.png")) == 0
+    assert (tmp_path / "eager.png").read_bytes() == (tmp_path / "lazy.png").read_bytes()
+
+
+@pytest.mark.parametrize("given", ["nothing.safetensors", "nothing.safetensors:0.5", "x.safetensors:much"])
+def test_a_lora_that_is_not_there_is_one_line(text_dir, tmp_path, capsys, given):
+    assert main(command(text_dir, "--prompt", "a bag", "--lora", given, "-o", tmp_path / "a.png")) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: --lora") and error.count("\n") == 1
+    assert not (tmp_path / "a.png").exists()

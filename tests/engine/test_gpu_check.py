@@ -71,6 +71,7 @@ def test_shares_of_steps(share, rows):
 
 def test_the_table_shows_every_run_and_every_failure():
     run = {"what": "torch eager", "ms_median": 10.0, "difference": 1e-3, "device_bytes": 2**30}
+    run["gaps"] = {"span_ms": 9.0, "busy_ms": 8.5, "gap_ms": 0.5}
     case = {"model": "sd15", "mac_ratio": 1.0, "floor_ms": 2.0, "runs": [run]}
     report = {
         "gpu": {"name": "NVIDIA L4", "compute_capability": "8.9", "driver": None},
@@ -81,16 +82,22 @@ def test_the_table_shows_every_run_and_every_failure():
                 **case,
                 "case": "pruned",
                 "mac_ratio": 5.0,
-                "runs": [{**run, "ms_median": 2.5}, {"what": "x", "error": "no"}],
+                "runs": [{**run, "ms_median": 2.5, "gaps": None}, {"what": "x", "error": "no"}],
             },
         ],
         "failures": ["pruned x: no"],
     }
     lines = gpu_check.table(json.loads(json.dumps(report))).splitlines()
-    assert "| sd15 | full | torch eager | 10.00 | 1.00 | 1.00 | 1.0e-03 | 1024 | 2.00 |" in lines
-    assert "| sd15 | pruned | torch eager | 2.50 | 4.00 | 5.00 | 1.0e-03 | 1024 | 2.00 |" in lines
-    assert "| sd15 | pruned | x | no |  |  |  |  |  |" in lines
+    assert "| sd15 | full | torch eager | 10.00 | 1.00 | 1.00 | 1.0e-03 | 1024 | 2.00 | 0.50 |" in lines
+    assert "| sd15 | pruned | torch eager | 2.50 | 4.00 | 5.00 | 1.0e-03 | 1024 | 2.00 |  |" in lines
+    assert "| sd15 | pruned | x | no |  |  |  |  |  |  |" in lines
     assert "- pruned x: no" in lines
+
+
+def test_gaps_are_the_time_in_which_nothing_runs():
+    overlapping = [(500.0, 1500.0), (0.0, 1000.0), (200.0, 300.0), (2000.0, 4000.0)]
+    assert gpu_check.gaps_between(overlapping) == {"span_ms": 4.0, "busy_ms": 3.5, "gap_ms": 0.5}
+    assert gpu_check.gaps_between([]) is None
 
 
 def test_results_go_under_the_gpu_s_name(tmp_path: Path, monkeypatch):

@@ -91,6 +91,7 @@ def test_variants_share_one_weights_file(planned_dit: PlannedExport, with_gates:
     assert len(planned.plan.variants) > 2
     assert {path.name for path in (tmp_path / "graphs").iterdir()} == {
         "weights.bin",
+        "weights.json",
         *(f"{variant.name}.onnx" for variant in planned.plan.variants),
     }
     places: dict[str, set[str]] = {}

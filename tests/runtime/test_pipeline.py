@@ -192,7 +192,7 @@ ERRORS = [
 
 @pytest.mark.parametrize(("toy", "arguments", "message"), ERRORS)
 def test_what_does_not_fit_is_refused_before_anything_runs(tmp_path, toy, arguments, message):
-    pipeline = Pipeline.from_engine_dir(build(tmp_path, toy), "cpu", threads=1, lazy=True)
+    pipeline = Pipeline.from_engine_dir(build(tmp_path, toy), "cpu", threads=1, load="call")
     pipeline.load = None  # type: ignore[method-assign,assignment]  # running would fail on this
     with pytest.raises(UserError, match=message) as caught:
         pipeline(**arguments)
@@ -218,9 +218,9 @@ def test_verify_finds_a_changed_byte(tmp_path):
     weights = bytearray((folder / "graphs/weights.bin").read_bytes())
     weights[5] ^= 1
     (folder / "graphs/weights.bin").write_bytes(weights)
-    Pipeline.from_engine_dir(folder, "cpu", lazy=True)
+    Pipeline.from_engine_dir(folder, "cpu", load="call")
     with pytest.raises(UserError, match=r"weights\.bin: its sha256"):
-        Pipeline.from_engine_dir(folder, "cpu", verify=True, lazy=True)
+        Pipeline.from_engine_dir(folder, "cpu", verify=True, load="call")
 
 
 def test_two_pipelines_run_in_two_threads(tmp_path):

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from dipgo_deploy.backends.base import Backend, Executable, Launchable, Memory
+from dipgo_deploy.backends.base import Backend, ChangedWeights, Executable, Launchable, Memory
 from dipgo_deploy.bundle.files import sha256_file
 from dipgo_deploy.bundle.manifest import Graph, Manifest, TensorSpec
 from dipgo_deploy.models.location import denoiser_config, resolve_model
@@ -48,9 +48,13 @@ class TimedBackend:
         """As the wrapped backend."""
         self._inner.synchronize()
 
-    def load(self, engine_dir: Path, graph: Graph) -> Executable:
+    def load(self, engine_dir: Path, graph: Graph, weights: ChangedWeights | None = None) -> Executable:
         """As the wrapped backend; launches of the graph are timed."""
-        return _TimedExecutable(self._inner.load(engine_dir, graph), self)
+        return _TimedExecutable(self._inner.load(engine_dir, graph, weights), self)
+
+    def memory(self) -> dict[str, int]:
+        """As the wrapped backend."""
+        return self._inner.memory()
 
 
 class _TimedExecutable:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from dipgo_deploy.bundle.files import staged_directory
-from dipgo_deploy.export.exporter import ExportOptions, PlannedExport, plan_export, plan_loop, write_bundle
-from dipgo_deploy.sampler import make_scheduler
+from dipgo_deploy.export.exporter import ExportOptions, PlannedExport, plan_export, replan, write_bundle
 from dipgo_deploy.schedule import builders
 from dipgo_deploy.schedule.document import Schedule
 
@@ -40,13 +39,6 @@ def full_schedule(schedule: Schedule) -> Schedule:
     return schedule.with_gates(gates, provenance={"method": "full", "parameters": {}})
 
 
-def replanned(planned: PlannedExport, schedule: Schedule) -> PlannedExport:
-    """Another schedule (its sampler too) for a model that is traced already; the cache kinds have to be the same."""
-    scheduler = make_scheduler(schedule.sampler.class_name, schedule.sampler.config)
-    plan, matrix = plan_loop(planned.traced, schedule, scheduler)
-    return replace(planned, schedule=schedule, scheduler=scheduler, plan=plan, matrix=matrix)
-
-
 def write_engine(planned: PlannedExport, engine_dir: Path, notify: Notify = lambda stage: None) -> float:
     """Write an engine directory, replacing an older one; returns the seconds it took."""
     start = time.perf_counter()
@@ -63,5 +55,5 @@ def export_pair(
     planned = plan_export(model, schedule, options, notify)
     traced = time.perf_counter() - start
     pruned_seconds = write_engine(planned, folder / "pruned", notify)
-    full_seconds = write_engine(replanned(planned, full_schedule(schedule)), folder / "full", notify)
+    full_seconds = write_engine(replan(planned, full_schedule(schedule)), folder / "full", notify)
     return Pair(folder / "full", folder / "pruned", traced, full_seconds, pruned_seconds)

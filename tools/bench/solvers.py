@@ -16,7 +16,7 @@ import click
 import numpy as np
 
 from dipgo_deploy.cli.common import emit, entry_point, human_console, json_option
-from dipgo_deploy.export.exporter import ExportOptions, PlannedExport, plan_export
+from dipgo_deploy.export.exporter import ExportOptions, PlannedExport, plan_export, replan
 from dipgo_deploy.export.quiet import quiet_libraries
 from dipgo_deploy.models.target import schedule_target
 from dipgo_deploy.quality.judge import CLASS_NAMES, Judge, feature_statistics, frechet_distance
@@ -26,7 +26,7 @@ from dipgo_deploy.schedule import builders
 from dipgo_deploy.schedule.document import Schedule
 from tools.bench.loops import GUIDANCE_SCALE
 from tools.bench.measure import denoiser_hash, machine, machine_line
-from tools.bench.pairs import SCHEDULES, replanned, write_engine
+from tools.bench.pairs import SCHEDULES, write_engine
 from tools.bench.tables import table, write_results
 from tools.demo import conditions
 from tools.make_schedules import KEPT, released
@@ -119,7 +119,7 @@ def command(model: str, per_class: int, seed: int, threads: int, out: Path | Non
     for case in CASES[model]:
         schedule = case.schedule()
         traced = traced or plan_export(model, schedule, ExportOptions(batch=BATCH, check=False))
-        row = _measure(case.name, replanned(traced, schedule), judge, per_class, seed, threads)
+        row = _measure(case.name, replan(traced, schedule), judge, per_class, seed, threads)
         console.print(f"{model}, {case.name}: {_words(row)}", markup=False, soft_wrap=True)
         facts["cases"].append(row)
         if out is not None:

@@ -1,0 +1,56 @@
+"""Which parameter of the model each stored weight is: an index beside a weights file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import pydantic
+
+from dipgo_deploy.errors import UserError
+
+WEIGHTS_INDEX = "weights.json"
+
+
+class _Frozen(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid")
+
+
+class StoredWeight(_Frozen):
+    """One tensor of a weights file. ``shape`` is as stored; ``dtype`` is ONNX's name in lower case."""
+
+    parameter: str | None = pydantic.Field(description="the parameter whose values it holds; None for other constants")
+    transposed: bool = pydantic.Field(default=False, description="the parameter (rows, columns) is stored as its .T")
+    equal: tuple[str, ...] = pydantic.Field(
+        default=(), description="parameters of equal value that the export keeps in this tensor too"
+    )
+    shape: tuple[int, ...]
+    dtype: str
+    offset: int
+    length: int
+
+
+class WeightsIndex(_Frozen):
+    """``weights.json``: the tensors of the ``weights.bin`` beside it, by the name they have in the graphs."""
+
+    format_version: Literal[1] = 1
+    tensors: dict[str, StoredWeight]
+
+    @classmethod
+    def load(cls, folder: Path) -> WeightsIndex:
+        """Read the index of a folder of graphs.
+
+        Raises:
+            UserError: there is none (an older export), or it is not one.
+        """
+        path = folder / WEIGHTS_INDEX
+        if not path.is_file():
+            raise UserError(
+                f"{path}: missing, so it is not known how this directory stores its weights;"
+                " export the engine directory again"
+            )
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except ValueError as error:
+            first = str(error).splitlines()[0]
+            raise UserError(f"{path}: not an index of weights ({first}); export the engine directory again") from None

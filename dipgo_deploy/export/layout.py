@@ -1,0 +1,71 @@
+"""How each weight of an exported graph holds its parameter: as it is, or transposed. Found by value, not by shape."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+    import torch
+
+_META = "dipgo_deploy.layout"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The parameter that a tensor holds, and others of equal value that the exporter merged into it."""
+
+    parameter: str
+    transposed: bool
+    equal: tuple[str, ...] = ()
+
+
+def note_layouts(model: ir.Model, module: torch.nn.Module, origins: Mapping[str, str], prefix: str) -> None:
+    """Note on each initializer's tensor which parameter of ``module`` it holds; ``layout_of`` reads it.
+
+    The exporter stores some matrices transposed, and of a square one the shape does not tell. Tensors that hold
+    neither a parameter nor its transpose get no note. ``origins``: initializer -> parameter (without ``prefix``).
+    """
+    parameters = {name.removeprefix(prefix): value for name, value in module.named_parameters(remove_duplicate=False)}
+    present = set(origins.values())
+    merged = {name: value for name, value in parameters.items() if name not in present}
+    for name, origin in origins.items():
+        tensor, parameter = model.graph.initializers[name].const_value, parameters.get(origin)
+        if tensor is None or parameter is None:
+            continue
+        stored, original = _bits(tensor.numpy()), _torch_bits(parameter)
+        if np.array_equal(stored, original):
+            transposed = False
+        elif original.ndim == 2 and np.array_equal(stored, original.T):
+            transposed = True
+        else:
+            continue
+        equal = tuple(
+            other
+            for other, value in merged.items()
+            if value.shape == parameter.shape and np.array_equal(_torch_bits(value), original)
+        )
+        tensor.meta[_META] = Layout(origin, transposed, equal)
+
+
+def layout_of(tensor: ir.TensorProtocol) -> Layout | None:
+    """What ``note_layouts`` noted."""
+    found: Layout | None = tensor.meta.get(_META)
+    return found
+
+
+def _bits(array: np.ndarray) -> np.ndarray:
+    """The bit patterns: equal means equal, NaN included, whatever the type."""
+    return np.ascontiguousarray(array).view(f"u{array.dtype.itemsize}")
+
+
+def _torch_bits(parameter: Any) -> np.ndarray:
+    import torch
+
+    data = parameter.detach().cpu().contiguous()
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[data.element_size()]
+    return _bits(data.view(integers).numpy())

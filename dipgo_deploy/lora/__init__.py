@@ -1,0 +1,1 @@
+"""LoRA files merged into the weights of an engine directory. No torch."""
