@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -346,7 +347,7 @@ def _build(flavour: Flavour, module: Any, job: _Job, observer: Observer) -> Plan
 def _interruptible(task: Callable[[threading.Event], Any], observer: Observer) -> Any:
     """Run ``task`` in a thread of its own, so that Ctrl-C is seen here while TensorRT works; it then asks the task to
     stop and waits for it, because the process must not end under TensorRT's feet."""
-    cancelled = threading.Event()
+    cancelled, finished = threading.Event(), threading.Event()
     results: list[Any] = []
     errors: list[BaseException] = []
 
@@ -355,24 +356,37 @@ def _interruptible(task: Callable[[threading.Event], Any], observer: Observer) -
             results.append(task(cancelled))
         except BaseException as error:  # handed to the caller's thread
             errors.append(error)
+        finally:
+            finished.set()
 
-    thread = threading.Thread(target=run, name="dipgo-build", daemon=True)
-    try:
-        thread.start()
-        while thread.is_alive():
-            thread.join(_POLL_SECONDS)
-    except KeyboardInterrupt:
-        cancelled.set()
-        observer.cancelling()
-        _wait(thread)
-        raise
+    told = False
+    with _sigint_sets(cancelled):
+        threading.Thread(target=run, name="dipgo-build", daemon=True).start()
+        while not finished.wait(_POLL_SECONDS):
+            if cancelled.is_set() and not told:
+                told = True
+                observer.cancelling()
+    if cancelled.is_set():
+        if not told:
+            observer.cancelling()
+        raise KeyboardInterrupt
     if errors:
         raise errors[0]
     return results[0]
 
 
-def _wait(thread: threading.Thread) -> None:
-    """Wait for a thread, whatever further Ctrl-C comes."""
-    while thread.is_alive():
-        with contextlib.suppress(KeyboardInterrupt):
-            thread.join()
+@contextlib.contextmanager
+def _sigint_sets(event: threading.Event) -> Iterator[None]:
+    """Let Ctrl-C set ``event`` instead of raising KeyboardInterrupt, however often it comes.
+
+    An exception in the middle of ``Thread.start`` or ``Thread.join`` can leave a thread's bookkeeping wrong: a running
+    one then counts as ended. Where signals go elsewhere (not the main thread, or SIGINT ignored) nothing is changed.
+    """
+    if threading.current_thread() is not threading.main_thread() or not callable(signal.getsignal(signal.SIGINT)):
+        yield
+        return
+    before = signal.signal(signal.SIGINT, lambda number, frame: event.set())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
