@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from dipgo_deploy.bench.statistics import Estimate
 
 _PATH = click.Path(path_type=Path)
+_FILE_WIDTH = 180
 
 
 @click.group(
@@ -145,7 +146,7 @@ def _show(console: Any, rows: Sequence[Row], facts: dict[str, Any]) -> None:
         table.add_column(heading, justify="left" if heading == "case" else "right")
     for row in rows:
         table.add_row(
-            row.name,
+            Path(row.name).name,
             f"{row.macs / 1e9:,.2f}",
             f"{row.ratio:.1%}",
             str(row.launches),
@@ -155,7 +156,8 @@ def _show(console: Any, rows: Sequence[Row], facts: dict[str, Any]) -> None:
             _pair(row.accuracy, 3),
             _pair(row.frechet, 2),
         )
-    console.print(table)
+    # In a file a line may be as long as it needs to be.
+    console.print(table, width=console.width if console.is_terminal else _FILE_WIDTH)
 
 
 def _pair(estimate: Estimate | None, digits: int) -> str:

@@ -127,10 +127,8 @@ def test_refinement_never_worsens_and_never_costs_more() -> None:
     refined = task(budget=80)
     starts = [baseline("uniform").search(refined), baseline("random").search(task(budget=1))]
     gates = refine(refined, starts)
-    inside = [start for start in starts if refined.band.holds(refined.costs.ratio(start))]
-    assert inside
-    assert refined.objective(gates) < min(refined.objective(start) for start in inside)
-    assert refined.costs.ratio(gates) >= refined.target - 1e-9
+    assert refined.objective(gates) < min(refined.objective(start) for start in starts)
+    assert refined.costs.ratio(gates) >= min(refined.target, *map(refined.costs.ratio, starts)) - 1e-9
 
 
 def toy_gradient(gates: Gates) -> np.ndarray:
@@ -153,7 +151,7 @@ def test_a_gradient_leads_to_better_gates_with_the_same_budget() -> None:
     for kind in ("random", "led"):
         refined = task(graph, budget=25, gradient=toy_gradient if kind == "led" else None)
         gates = refine(refined, [baseline("random").search(task(graph, budget=1))])
-        assert refined.costs.ratio(gates) >= refined.target - 1e-9
+        assert abs(refined.costs.ratio(gates) - refined.target) <= refined.tolerance
         assert refined.objective.evaluations <= 25 + 1
         losses[kind] = refined.objective(gates)
     assert losses["led"] < losses["random"]
@@ -166,10 +164,22 @@ def test_an_exchange_keeps_what_is_missed_and_removes_what_is_not() -> None:
     gradient = np.zeros((STEPS, 5))
     removed = next((t, k) for t in range(1, STEPS) for k in range(5) if not start[t][k])
     gradient[removed] = -100.0
-    moved = exchange(refined, start, gradient, 1, random.Random(0))
+    moved = exchange(refined.costs, start, gradient, 1, refined.band, random.Random(0))
     assert moved is not None
     assert moved[removed[0]][removed[1]]
     assert refined.band.holds(refined.costs.ratio(moved))
+
+
+def test_a_good_start_just_short_of_the_target_is_not_spoilt() -> None:
+    """With residual caches the head runs at every step, so four full steps of ten save a little less than 0.6."""
+    graph = chain("residual", 5)
+    refined = task(graph, target=0.6, budget=20)
+    start = baseline("uniform").search(refined)
+    ratio = refined.costs.ratio(start)
+    assert 0.57 <= ratio < 0.6
+    gates = refine(refined, [start])
+    assert refined.objective(gates) <= refined.objective(start)
+    assert refined.costs.ratio(gates) >= ratio - 1e-9
 
 
 def test_refinement_keeps_to_the_variants() -> None:
