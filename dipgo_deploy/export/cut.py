@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING
 from dipgo_deploy.export.trace import LATENT, TracedModel
 from dipgo_deploy.plan.graph import BlockGraph
 from dipgo_deploy.plan.model import Cache, Variant
+from dipgo_deploy.runtime.loop import COEFFICIENTS, STACK
 
 if TYPE_CHECKING:
     import onnx_ir as ir
-
-STACK, COEFFICIENTS = "stack", "coefficients"
 
 
 def cache_input(cache: Cache) -> str:

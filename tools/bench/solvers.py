@@ -15,6 +15,7 @@ from typing import Any
 import click
 import numpy as np
 
+from dipgo_deploy.bench.statistics import share
 from dipgo_deploy.cli.common import emit, entry_point, human_console, json_option
 from dipgo_deploy.export.exporter import ExportOptions, PlannedExport, plan_export, replan
 from dipgo_deploy.export.quiet import quiet_libraries
@@ -162,10 +163,8 @@ def _measure(
 
 def wilson(successes: int, trials: int) -> tuple[float, float]:
     """95% interval of a share (Wilson's score interval)."""
-    share, squared = successes / trials, CONFIDENCE**2 / trials
-    centre = (share + squared / 2) / (1 + squared)
-    half = CONFIDENCE * np.sqrt(share * (1 - share) / trials + squared / (4 * trials)) / (1 + squared)
-    return float(centre - half), float(centre + half)
+    estimate = share(successes, trials)
+    return estimate.low, estimate.high
 
 
 def frechet_with_error(judge: Judge, features: np.ndarray, per_class: int) -> tuple[float, float]:
