@@ -1,8 +1,8 @@
-"""Makes the helpers beside this file (``toy_engine``) importable from all tests."""
+"""Makes the helpers beside this file (``toy_engine``) and the repository's ``tools`` importable from all tests."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]

@@ -22,6 +22,7 @@ from dipgo_deploy.bundle.files import hash_tree
 from dipgo_deploy.bundle.manifest import (
     MANIFEST_NAME,
     Components,
+    ConditionSpec,
     Graph,
     LatentSpec,
     LaunchEntry,
@@ -31,6 +32,7 @@ from dipgo_deploy.bundle.manifest import (
     SamplerEntry,
     TensorSpec,
     TextEncoderEntry,
+    TokenizerEntry,
     VariantEntry,
 )
 
@@ -103,7 +105,7 @@ def build(folder: Path, toy: Toy) -> Path:
         _save(folder, variant.graph, _denoiser_nodes(toy, variant.name), external)
     table = weights()["tokens"]
     if manifest.components.text_encoder is not None:
-        nodes = [oh.make_node("Gather", ["table", "ids"], ["embeddings"])]
+        nodes = [oh.make_node("Gather", ["table", "ids"], ["encoder_hidden_states"])]
         _save(folder, manifest.components.text_encoder.graph, nodes, [numpy_helper.from_array(table, "table")])
         _write_tokenizer(folder / "tokenizer/tokenizer.json")
     if manifest.components.vae_decoder is not None:
@@ -122,12 +124,9 @@ def manifest_of(toy: Toy) -> Manifest:
             graph=Graph(
                 file="components/text_encoder/model.onnx",
                 inputs=(TensorSpec(name="ids", shape=(1, LENGTH), dtype="int64"),),
-                outputs=(TensorSpec(name="embeddings", shape=(1, LENGTH, WIDTH), dtype="float32"),),
+                outputs=(TensorSpec(name="encoder_hidden_states", shape=(1, LENGTH, WIDTH), dtype="float32"),),
             ),
-            tokenizer="tokenizer/tokenizer.json",
-            length=LENGTH,
-            pad_id=0,
-            output="encoder_hidden_states",
+            tokenizers=(TokenizerEntry(file="tokenizer/tokenizer.json", length=LENGTH, pad_id=0, ids="ids"),),
         )
         if toy.kind == "text" and toy.text_encoder
         else None,
@@ -158,12 +157,13 @@ def manifest_of(toy: Toy) -> Manifest:
     )
 
 
-def _conditions(toy: Toy) -> tuple[TensorSpec, ...]:
+def _conditions(toy: Toy) -> tuple[ConditionSpec, ...]:
     rows = toy.halves * toy.batch
     if toy.kind == "text":
-        return (TensorSpec(name="encoder_hidden_states", shape=(rows, LENGTH, WIDTH), dtype=toy.model_dtype),)
+        shape = (rows, LENGTH, WIDTH)
+        return (ConditionSpec(name="encoder_hidden_states", shape=shape, dtype=toy.model_dtype, source="text"),)
     if toy.kind == "class":
-        return (TensorSpec(name="class_labels", shape=(rows,), dtype="int64"),)
+        return (ConditionSpec(name="class_labels", shape=(rows,), dtype="int64", source="class"),)
     return ()
 
 

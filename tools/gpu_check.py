@@ -439,7 +439,7 @@ def torch_loop(
     if wrap is not None:
         wrap(model)
     specs = family.blocks(config, schedule.model.granularity)
-    supernet = Supernet(model, specs, [schedule.cache_kinds[spec.name] for spec in specs])
+    supernet = Supernet(model, specs, [schedule.cache_kinds[spec.name] for spec in specs], family.call)
     scheduler = make_scheduler(schedule.sampler.class_name, schedule.sampler.config)
     latents = torch.from_numpy(inputs.latents).to(device)
     conditions = {

@@ -43,8 +43,11 @@ class Executable(Protocol):
 
     graph: Graph
 
-    def bind(self, tensors: Mapping[str, Memory]) -> Launchable:
-        """Bind all inputs and outputs by name. Raises KeyError for a name that is missing."""
+    def bind(self, tensors: Mapping[str, Memory], graph: Graph | None = None) -> Launchable:
+        """Bind all inputs and outputs by name, with the shapes of ``graph`` where the loaded one leaves them open.
+
+        Raises KeyError for a name that is missing.
+        """
 
 
 class ChangedWeights(Protocol):

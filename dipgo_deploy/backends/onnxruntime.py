@@ -248,8 +248,13 @@ class OnnxExecutable:
         # -1, "no graph capture", is what happens anyway.
         self._run_options.add_run_config_entry("gpu_graph_id", "-1")
 
-    def bind(self, tensors: Mapping[str, Memory]) -> Launchable:
-        """Bind all inputs and outputs by address, for as many launches as wanted.
+    def end_profiling(self) -> str:
+        """Stop the profiling that the session was made with; the file that holds it."""
+        path: str = self._session.end_profiling()
+        return path
+
+    def bind(self, tensors: Mapping[str, Memory], graph: Graph | None = None) -> Launchable:
+        """Bind all inputs and outputs by address, for as many launches as wanted; see ``Executable.bind``.
 
         Raises:
             KeyError: a name is missing.
@@ -257,7 +262,8 @@ class OnnxExecutable:
         """
         binding = self._session.io_binding()
         kept: list[Memory] = []
-        for bind, specs in ((binding.bind_input, self.graph.inputs), (binding.bind_output, self.graph.outputs)):
+        shaped = graph or self.graph
+        for bind, specs in ((binding.bind_input, shaped.inputs), (binding.bind_output, shaped.outputs)):
             for spec in specs:
                 memory = tensors[spec.name]
                 if memory.nbytes < spec.nbytes:
@@ -308,7 +314,7 @@ def _check_interface(path: Path, kind: str, found: Any, wanted: tuple[TensorSpec
     """Compare a session's inputs or outputs with the manifest's: bound by address, a wrong shape would be memory
     read or written out of bounds."""
     have = {value.name: f"{value.type} {tuple(value.shape)}" for value in found}
-    want = {spec.name: f"tensor({_SESSION_TYPES[spec.dtype]}) {spec.shape}" for spec in wanted}
+    want = {spec.name: f"tensor({_SESSION_TYPES[spec.dtype]}) {spec.declared}" for spec in wanted}
     for name in [*want, *have]:
         if have.get(name) != want.get(name):
             raise UserError(

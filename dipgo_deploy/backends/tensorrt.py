@@ -20,7 +20,7 @@ from dipgo_deploy.backends.tensorrt_plans import (
     Target,
     WeightHashes,
     plan_name,
-    static_profile,
+    profile_of,
     stored_plans,
 )
 from dipgo_deploy.backends.tensorrt_queue import GRAPH_MODES, GraphMode, LaunchQueue
@@ -203,8 +203,8 @@ class TensorRTExecutable:
         self._backend = backend
         self._path = path
 
-    def bind(self, tensors: Mapping[str, Memory]) -> Launchable:
-        """Bind all inputs and outputs by address, for as many launches as wanted.
+    def bind(self, tensors: Mapping[str, Memory], graph: Graph | None = None) -> Launchable:
+        """Bind all inputs and outputs by address, for as many launches as wanted; see ``Executable.bind``.
 
         Raises:
             KeyError: a name is missing.
@@ -212,7 +212,8 @@ class TensorRTExecutable:
             UserError: the device has no memory for another context.
         """
         kept: dict[str, Memory] = {}
-        for spec in (*self.graph.inputs, *self.graph.outputs):
+        shaped = graph or self.graph
+        for spec in (*shaped.inputs, *shaped.outputs):
             memory = tensors[spec.name]
             if memory.nbytes < spec.nbytes:
                 raise ValueError(f"{spec.name}: needs {spec.nbytes} bytes, its memory has {memory.nbytes}")
@@ -220,11 +221,12 @@ class TensorRTExecutable:
         context = self._context
         if context is None or not self._backend.one_context:
             self._context = context = _Context(self._backend, self._engine, self._path, self._kernels)
-        return self._backend.bound(_Run(context, kept))
+        shapes = {spec.name: spec.shape for spec in shaped.inputs if spec.dims is not None}
+        return self._backend.bound(_Run(context, kept, shapes))
 
 
 class _Context:
-    """An execution context that knows its addresses, so that only those that differ are set again."""
+    """An execution context that knows its addresses and shapes, so that only those that differ are set again."""
 
     def __init__(self, backend: TensorRTBackend, engine: Any, path: Path, kernels: KernelCache | None) -> None:
         strategy = backend.module.ExecutionContextAllocationStrategy.USER_MANAGED
@@ -246,13 +248,19 @@ class _Context:
                 " close other programs, or export fewer variants"
             )
         self._addresses: dict[str, int] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
         self._scratch: Memory | None = None
 
-    def enqueue(self, tensors: Mapping[str, Memory]) -> None:
+    def enqueue(self, tensors: Mapping[str, Memory], shapes: Mapping[str, tuple[int, ...]]) -> None:
         scratch = self.backend.scratch
         if self._scratch is not scratch:
             self.context.set_device_memory(scratch.address, scratch.nbytes)
             self._scratch = scratch
+        for name, shape in shapes.items():
+            if self._shapes.get(name) != shape:
+                if not self.context.set_input_shape(name, shape):
+                    raise UserError(f"{self.path}: input {name} cannot have shape {shape}{self._last_message()}")
+                self._shapes[name] = shape
         for name, memory in tensors.items():
             if self._addresses.get(name) != memory.address:
                 if not self.context.set_tensor_address(name, memory.address):
@@ -267,16 +275,19 @@ class _Context:
 
 
 class _Run:
-    """A launch: a context and the memory of each tensor, which it keeps alive."""
+    """A launch: a context, the memory of each tensor, which it keeps alive, and the shapes of open inputs."""
 
-    __slots__ = ("_tensors", "context")
+    __slots__ = ("_shapes", "_tensors", "context")
 
-    def __init__(self, context: _Context, tensors: Mapping[str, Memory]) -> None:
+    def __init__(
+        self, context: _Context, tensors: Mapping[str, Memory], shapes: Mapping[str, tuple[int, ...]]
+    ) -> None:
         self.context = context
         self._tensors = tensors
+        self._shapes = shapes
 
     def __call__(self) -> None:
-        self.context.enqueue(self._tensors)
+        self.context.enqueue(self._tensors, self._shapes)
 
 
 class _Queued:
@@ -316,7 +327,7 @@ def find_plan(
     if not onnx_file.is_file():
         raise UserError(f"{onnx_file}: named in the manifest but missing; export the engine directory again")
     weights, _ = hashes.digest(onnx_file)
-    current = {"graph": sha256_file(onnx_file), "weights": weights, "profile": static_profile(graph)}
+    current = {"graph": sha256_file(onnx_file), "weights": weights, "profile": profile_of(graph)}
     reasons = []
     wanted = tuple(lora)
     stored.sort(key=lambda item: (item[1].inputs.lora != wanted, item[1].inputs.target.gpu != device.name))
@@ -401,7 +412,7 @@ def check_engine(path: Path, engine: Any, graph: Graph) -> None:
 
 
 def describe(mode: str, dtype: Any, shape: Any) -> str:
-    """``input float32 (1, 4)``, from TensorRT's own descriptions."""
+    """``input float32 (1, 4)``, from TensorRT's own descriptions; an open extent is -1."""
     return f"{mode.lower()} {DTYPE_NAMES.get(dtype.name, dtype.name)} {tuple(shape)}"
 
 
@@ -411,8 +422,11 @@ def compare_interface(path: Path, found: Mapping[str, str], graph: Graph) -> Non
     Raises:
         UserError: names file, tensor, and both descriptions.
     """
-    wanted = {spec.name: f"input {spec.dtype} {spec.shape}" for spec in graph.inputs}
-    wanted |= {spec.name: f"output {spec.dtype} {spec.shape}" for spec in graph.outputs}
+    def described(mode: str, spec: TensorSpec) -> str:
+        return f"{mode} {spec.dtype} {tuple(-1 if isinstance(dim, str) else dim for dim in spec.declared)}"
+
+    wanted = {spec.name: described("input", spec) for spec in graph.inputs}
+    wanted |= {spec.name: described("output", spec) for spec in graph.outputs}
     for name in [*wanted, *found]:
         if found.get(name) != wanted.get(name):
             raise UserError(

@@ -178,9 +178,15 @@ def plan_name(graph: Graph) -> str:
     return path.parent.name if path.stem == "model" else path.stem
 
 
-def static_profile(graph: Graph) -> dict[str, ShapeRange]:
-    """The optimisation profile of a graph with static shapes."""
-    return {spec.name: ShapeRange(min=spec.shape, opt=spec.shape, max=spec.shape) for spec in graph.inputs}
+def profile_of(graph: Graph) -> dict[str, ShapeRange]:
+    """The optimisation profile of a graph: each input at the smallest, usual and largest of its open sizes."""
+    if graph.sizes is None:
+        return {spec.name: ShapeRange(min=spec.shape, opt=spec.shape, max=spec.shape) for spec in graph.inputs}
+    least, usual, most = graph.sizes.min, graph.sizes.opt, graph.sizes.max
+    return {
+        spec.name: ShapeRange(min=spec.at(least).shape, opt=spec.at(usual).shape, max=spec.at(most).shape)
+        for spec in graph.inputs
+    }
 
 
 def plans_folder(engine_dir: Path, backend: str, version: str, target: Target) -> Path:

@@ -21,6 +21,9 @@ from dipgo_deploy.search.losses import psnr, ssim
 from dipgo_deploy.search.problem import Pair, Problem, with_sampler
 from dipgo_deploy.search.samples import held_out
 
+# Cases whose saved shares differ by at most this cost about the same.
+SAME_RATIO = 0.03
+
 
 @dataclass(frozen=True)
 class Case:
@@ -39,7 +42,8 @@ class Row:
     """What one case does.
 
     macs: of one image's launches. ratio: share of the full run's that is saved. launches: of the denoiser. ssim, psnr:
-    to the full run, over images of the same seeds. difference: of the SSIM to the first case's, image by image.
+    to the full run, over images of the same seeds. difference: of the SSIM to the first case's, image by image; with
+    ``by_ratio`` to that of the first one that saves about as much.
     accuracy: share of images recognised as what was asked for; frechet: distance to held-out images (both None for a
     model without a judge).
     """
@@ -104,11 +108,13 @@ def measure(
     *,
     seed: int = 0,
     batch: int = 20,
+    by_ratio: bool = False,
     notify: Callable[[Row], None] = lambda row: None,
 ) -> list[Row]:
     """Make ``per_condition`` images of every prompt or class in every case, from seeds that no search uses.
 
-    batch: images that go through the model at a time.
+    batch: images that go through the model at a time. by_ratio: the difference is to the first case that saves about as
+    much, not to the very first.
 
     Raises:
         UserError: a model without a VAE, or nothing to measure.
@@ -123,12 +129,16 @@ def measure(
     judge = Judge.load() if problem.options.model in BUILT_IN and len(problem.conditions) == len(CLASS_NAMES) else None
     reference = _images(problem, None, pairs, batch)
     rows: list[Row] = []
-    first: np.ndarray | None = None
+    firsts: list[tuple[float, np.ndarray]] = []
     for case in cases:
         at_work = problem if case.solver is None else with_sampler(problem, *case.solver)
         images = _images(at_work, case.gates, pairs, batch)
         similarity = ssim(images, reference).double().numpy()
-        first = similarity if first is None else first
+        saved = 1 - at_work.costs.analyse(_gates(at_work, case.gates)).cost / problem.costs.full
+        first = next((known for ratio, known in firsts if not by_ratio or abs(ratio - saved) <= SAME_RATIO), None)
+        if first is None:
+            first = similarity
+            firsts.append((saved, first))
         row = _row(problem, at_work, case, images, reference, similarity, first, pairs, judge)
         rows.append(row)
         notify(row)

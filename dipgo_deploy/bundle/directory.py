@@ -7,6 +7,7 @@ from pathlib import Path, PurePosixPath
 
 from dipgo_deploy.bundle.files import sha256_file
 from dipgo_deploy.bundle.manifest import Manifest
+from dipgo_deploy.bundle.shapes import Sizes
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.schedule.document import Schedule
 
@@ -42,6 +43,10 @@ class Bundle:
             if name not in manifest.files:
                 raise UserError(f"{path}: graph {name!r} is not among the manifest's files; export the directory again")
         return cls(path, manifest)
+
+    def at(self, sizes: Sizes) -> Bundle:
+        """The directory at one choice of its sizes; raises UserError for one that it does not take."""
+        return Bundle(self.path, self.manifest.at(sizes))
 
     def load_schedule(self) -> Schedule:
         """The schedule that was exported (after promotion)."""

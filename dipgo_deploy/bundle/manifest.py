@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import pydantic
 
+from dipgo_deploy.bundle.shapes import NAMES, Dim, SizeRanges, Sizes, evaluate, evaluate_shape
 from dipgo_deploy.errors import UserError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 SCHEDULE_NAME = "schedule.json"
 MAX_MANIFEST_BYTES = 64 * 2**20
 
 DType = Literal["fp32", "fp16", "bf16"]
 TensorDType = Literal["float32", "float16", "bfloat16", "int64"]
+Layout = Literal["variants", "segments"]
 NUMPY_DTYPES: dict[str, str] = {"float32": "float32", "float16": "float16", "int64": "int64"}
 ITEM_SIZES: dict[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8}
 
@@ -25,12 +27,41 @@ class _Frozen(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(frozen=True, extra="forbid")
 
 
+def _is_none(value: object) -> bool:
+    return value is None
+
+
 class TensorSpec(_Frozen):
-    """Name, shape and dtype of a graph input or output."""
+    """Name, shape and dtype of a graph input or output.
+
+    A tensor whose shape depends on batch, height or width has ``dims`` too; ``shape`` is then the largest.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: TensorDType
+    dims: tuple[Dim, ...] | None = pydantic.Field(
+        default=None,
+        exclude_if=_is_none,
+        description="the shape with expressions over batch, height and width (latent pixels), such as `2*batch`",
+    )
+
+    @pydantic.field_validator("dims")
+    @classmethod
+    def _readable(cls, dims: tuple[Dim, ...] | None) -> tuple[Dim, ...] | None:
+        for dim in dims or ():
+            if isinstance(dim, str):
+                evaluate(dim, dict.fromkeys(NAMES, 2**20))
+        return dims
+
+    @property
+    def declared(self) -> tuple[Dim, ...]:
+        """The shape that the graph itself declares."""
+        return self.shape if self.dims is None else self.dims
+
+    def at(self, sizes: Sizes) -> Self:
+        """With the shape that it has at ``sizes``."""
+        return self if self.dims is None else self.model_copy(update={"shape": evaluate_shape(self.dims, sizes)})
 
     @property
     def nbytes(self) -> int:
@@ -41,12 +72,52 @@ class TensorSpec(_Frozen):
         return count * ITEM_SIZES[self.dtype]
 
 
+class ConditionSpec(TensorSpec):
+    """A condition of the denoiser: an input that is the same in all launches of a run, and what fills it."""
+
+    source: Literal["text", "class", "guidance", "image", "fixed"] = pydantic.Field(
+        description="text: output of the text encoder of this name; class: class ids; guidance: the guidance scale; "
+        "image: a picture (batch, 3, H, W) in [0, 1]; fixed: `values` in every row"
+    )
+    values: tuple[float, ...] = pydantic.Field(default=(), description="one row, flattened, of a fixed condition")
+    expressions: tuple[float | str, ...] | None = pydantic.Field(
+        default=None, exclude_if=_is_none, description="the values with expressions, where they depend on the size"
+    )
+
+    @pydantic.field_validator("expressions")
+    @classmethod
+    def _values_readable(cls, expressions: tuple[float | str, ...] | None) -> tuple[float | str, ...] | None:
+        for expression in expressions or ():
+            if isinstance(expression, str):
+                evaluate(expression, dict.fromkeys(NAMES, 2**20))
+        return expressions
+
+    def at(self, sizes: Sizes) -> Self:
+        """With the shape and the values that it has at ``sizes``."""
+        spec = super().at(sizes)
+        if self.expressions is None:
+            return spec
+        given = sizes._asdict()
+        values = tuple(float(evaluate(v, given)) if isinstance(v, str) else v for v in self.expressions)
+        return spec.model_copy(update={"values": values})
+
+
 class Graph(_Frozen):
     """One ONNX file of the directory (path relative to it) with its inputs and outputs in graph order."""
 
     file: str
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+    sizes: SizeRanges | None = pydantic.Field(
+        default=None, exclude_if=_is_none, description="the manifest's, where a shape depends on them"
+    )
+
+    def at(self, sizes: Sizes) -> Graph:
+        """With the shapes that it has at ``sizes``; what it declares and its ranges stay."""
+        if self.sizes is None:
+            return self
+        tensors = {name: tuple(spec.at(sizes) for spec in getattr(self, name)) for name in ("inputs", "outputs")}
+        return self.model_copy(update=tensors)
 
 
 class VariantEntry(_Frozen):
@@ -67,7 +138,7 @@ class LaunchEntry(_Frozen):
     variant: int
     timestep: float
     coefficients: tuple[float, ...] = pydantic.Field(
-        description="weights of the stack's slots: the model's latent input"
+        description="weights of the stack's slots: the model's latent input; empty where the graph takes no stack"
     )
     reads: tuple[int, ...] = pydantic.Field(description="arena byte offsets, in the order of the variant's reads")
     writes: tuple[int, ...] = pydantic.Field(description="arena byte offsets, in the order of the variant's writes")
@@ -77,15 +148,23 @@ class LaunchEntry(_Frozen):
 class PlanEntry(_Frozen):
     """The loop: variants, launches, the stack and the cache arena.
 
+    In the layout ``variants`` each graph is a whole evaluation; in ``segments`` it is a part of one (or a sum of
+    tensors), an evaluation is several launches with the same ``step``, and the arena also holds what parts pass on.
+
     The stack is float32 (slots, batch, channels, height, width): slot 0 is the initial noise, then the predictions,
-    then ``noises`` noise draws in the order in which the sampler draws them.
+    then the picture's latents where the run starts from one, then ``noises`` noise draws in the order in which the
+    sampler draws them.
     """
 
+    layout: Layout = "variants"
     variants: tuple[VariantEntry, ...]
     launches: tuple[LaunchEntry, ...]
     final: tuple[float, ...] = pydantic.Field(description="weights of the stack's slots: the final latent")
     slots: int
     noises: int
+    image_slot: int | None = pydantic.Field(
+        default=None, exclude_if=_is_none, description="slot of the picture's latents, of a run that starts from one"
+    )
     arena_bytes: int
     lower_bound_bytes: int
     macs_full: int
@@ -110,16 +189,39 @@ class SamplerEntry(_Frozen):
     class_name: str
     config: dict[str, Any]
     num_inference_steps: int
+    set_timesteps: dict[str, Any] = pydantic.Field(
+        default_factory=dict, description="further arguments of the scheduler's set_timesteps"
+    )
+    strength: float | None = pydantic.Field(
+        default=None, exclude_if=_is_none, description="image-to-image: share of the steps that are run"
+    )
+    begin: int | None = pydantic.Field(
+        default=None,
+        exclude_if=_is_none,
+        description="image-to-image: evaluation of the full run (row of the schedule) that is evaluation 0 here",
+    )
+
+
+class TokenizerEntry(_Frozen):
+    """A tokenizer: a prompt -> token ids int64 (1, length), padded with ``pad_id``, and a mask of the same shape."""
+
+    file: str = pydantic.Field(description="relative to the engine directory")
+    length: int
+    pad_id: int
+    ids: str = pydantic.Field(description="input of the text encoder's graph that takes the token ids")
+    mask: str | None = pydantic.Field(default=None, description="input that takes 1 for tokens and 0 for padding")
 
 
 class TextEncoderEntry(_Frozen):
-    """A text encoder component: token ids int64 (1, length) -> embeddings (1, length, width)."""
+    """All text encoders of a model as one graph: token ids -> conditions, (1, ...) each, named as the denoiser's."""
 
     graph: Graph
-    tokenizer: str = pydantic.Field(description="tokenizer file, relative to the engine directory")
-    length: int
-    pad_id: int
-    output: str = pydantic.Field(description="condition input of the denoiser that it feeds")
+    tokenizers: tuple[TokenizerEntry, ...]
+    zeros_without_negative: bool = pydantic.Field(
+        default=False, description="without a negative prompt the unconditional half is zeros"
+    )
+    lowercase: bool = pydantic.Field(default=False, description="prompts are stripped and lowered first")
+    prefix: str = pydantic.Field(default="", description="then put before each prompt, but no negative one")
 
 
 class LatentSpec(_Frozen):
@@ -128,6 +230,9 @@ class LatentSpec(_Frozen):
     channels: int
     height: int
     width: int
+    scale: int | None = pydantic.Field(
+        default=None, exclude_if=_is_none, description="pixels of the picture to one latent pixel, on each side"
+    )
 
 
 class Components(_Frozen):
@@ -137,14 +242,23 @@ class Components(_Frozen):
     vae_decoder: Graph | None = pydantic.Field(
         default=None, description="latents float32 (batch, C, h, w) -> images float32 (batch, H, W, 3) in [0, 1]"
     )
+    vae_encoder: Graph | None = pydantic.Field(
+        default=None,
+        exclude_if=_is_none,
+        description="images float32 (batch, H, W, 3) in [0, 1] -> mean and, unless it is deterministic, standard "
+        "deviation of their latents, float32 (batch, C, h, w), both times the scaling factor",
+    )
     class_labels: dict[str, int] | None = pydantic.Field(default=None, description="label name -> class id")
     null_class: int | None = None
+    classes: int | None = pydantic.Field(
+        default=None, exclude_if=_is_none, description="how many class ids there are, of a model without a null class"
+    )
 
 
 class Manifest(_Frozen):
     """``manifest.json`` of an engine directory."""
 
-    format_version: Literal[1] = 1
+    format_version: Literal[2] = 2
     created_by: str
     model: ModelEntry
     schedule: str = SCHEDULE_NAME
@@ -155,18 +269,61 @@ class Manifest(_Frozen):
     guidance: bool
     guidance_scale: float | None = pydantic.Field(default=None, description="default guidance scale")
     latent: LatentSpec
-    conditions: tuple[TensorSpec, ...]
+    sizes: SizeRanges | None = pydantic.Field(
+        default=None,
+        exclude_if=_is_none,
+        description="ranges of batch, height and width (latent pixels); batch, latent and all shapes are the largest",
+    )
+    conditions: tuple[ConditionSpec, ...]
     plan: PlanEntry
     components: Components
     tools: dict[str, str] = pydantic.Field(description="package versions used for the export")
     files: dict[str, str] = pydantic.Field(description="sha256 of every file, by path relative to the directory")
 
+    @property
+    def usual_sizes(self) -> Sizes:
+        """The sizes that it has, or of its ranges the usual ones."""
+        here = Sizes(self.batch, self.latent.height, self.latent.width)
+        return here if self.sizes is None else self.sizes.opt
+
+    def at(self, sizes: Sizes) -> Manifest:
+        """The manifest of one choice of sizes, with nothing left open: batch, latent, shapes and values are theirs.
+
+        Cache offsets stay those of the largest sizes, which hold for all.
+
+        Raises:
+            UserError: sizes that this engine directory does not take.
+        """
+        if self.sizes is None:
+            here = self.usual_sizes
+            if sizes != here:
+                raise UserError(f"this engine directory was exported for {here._asdict()}, not {sizes._asdict()}")
+            return self
+        self.sizes.check(sizes)
+        encoder, decoder = self.components.text_encoder, self.components.vae_decoder
+        variants = tuple(v.model_copy(update={"graph": v.graph.at(sizes)}) for v in self.plan.variants)
+        components = {
+            "text_encoder": encoder and encoder.model_copy(update={"graph": encoder.graph.at(sizes)}),
+            "vae_decoder": decoder and decoder.at(sizes),
+            "vae_encoder": self.components.vae_encoder and self.components.vae_encoder.at(sizes),
+        }
+        return self.model_copy(
+            update={
+                "batch": sizes.batch,
+                "latent": self.latent.model_copy(update={"height": sizes.height, "width": sizes.width}),
+                "sizes": None,
+                "conditions": tuple(spec.at(sizes) for spec in self.conditions),
+                "plan": self.plan.model_copy(update={"variants": variants}),
+                "components": self.components.model_copy(update=components),
+            }
+        )
+
     def graph_files(self) -> tuple[str, ...]:
-        """Paths of all graphs and of the tokenizer, relative to the directory."""
+        """Paths of all graphs and of the tokenizers, relative to the directory."""
         encoder, decoder = self.components.text_encoder, self.components.vae_decoder
         names = [variant.graph.file for variant in self.plan.variants]
-        names += [encoder.graph.file, encoder.tokenizer] if encoder is not None else []
-        names += [decoder.file] if decoder is not None else []
+        names += [encoder.graph.file, *(entry.file for entry in encoder.tokenizers)] if encoder is not None else []
+        names += [graph.file for graph in (decoder, self.components.vae_encoder) if graph is not None]
         return tuple(names)
 
     def dumps(self) -> str:

@@ -41,8 +41,9 @@ def command() -> None:
 @click.option("--per-condition", type=click.IntRange(min=2), default=20, show_default=True, help="Images of each.")
 @click.option("--batch", type=click.IntRange(min=1), default=20, show_default=True, help="Images at a time.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option("--by-ratio", is_flag=True, help="Compare each case with the first one that saves about as much.")
 @click.option("--prompts", type=_PATH, help="Text file, one prompt a line. [default: those of fashion-sd]")
-@click.option("--guidance/--no-guidance", default=True, show_default=True)
+@click.option("--guidance/--no-guidance", default=None, help="Classifier-free guidance. [default: the pipeline's]")
 @click.option("--guidance-scale", type=float, help="[default: the pipeline's own]")
 @click.option("--height", type=click.IntRange(min=1), help="Image height in pixels. [default: the model's]")
 @click.option("--width", type=click.IntRange(min=1), help="Image width in pixels. [default: the model's]")
@@ -57,6 +58,7 @@ def quality(
     per_condition: int,
     batch: int,
     seed: int,
+    by_ratio: bool,
     threads: int | None,
     out: Path | None,
     plot: Path | None,
@@ -97,6 +99,7 @@ def quality(
             per_condition,
             seed=seed,
             batch=batch,
+            by_ratio=by_ratio,
             notify=lambda row: console.print(_words(row), markup=False, soft_wrap=True),
         )
     sampler = problem.target.sampler
@@ -106,6 +109,7 @@ def quality(
         "guidance_scale": problem.guidance_scale,
         "images": per_condition * len(problem.conditions),
         "seed": seed,
+        "difference_to": "the first of the same ratio" if by_ratio else "the first",
         "macs_full": problem.costs.full,
         "cases": [row.as_json() for row in rows],
     }
@@ -136,6 +140,69 @@ def _problem_options(options: dict[str, Any], schedules: Sequence[Any]) -> Any:
     return ProblemOptions(
         **chosen, sampler=sampler, steps=steps or 50, prompts=None if prompts is None else str(prompts)
     )
+
+
+@command.command(epilog=examples("dipgo-bench profile --engine-dir engines/fashion-sd --threads 1"))
+@click.option("--engine-dir", type=_PATH, required=True, help="Made by dipgo-export.")
+@click.option("--repeats", type=click.IntRange(min=1), default=3, show_default=True, help="Runs of the loop.")
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads. [default: ONNX Runtime's own]")
+@click.option("--share-weights/--no-share-weights", default=False, show_default=True)
+@json_option
+def profile(engine_dir: Path, repeats: int, threads: int | None, share_weights: bool, as_json: bool) -> None:
+    """Show where a denoising loop's time goes: launches, kernels by block and operator, copies, host."""
+    from dipgo_deploy.bench.profile import profile_loop
+    from dipgo_deploy.bundle.directory import Bundle
+
+    bundle = Bundle.open(engine_dir)
+    found = profile_loop(bundle, repeats=repeats, threads=threads, share_weights=share_weights)
+    plan = bundle.manifest.plan
+    facts = {
+        "engine_dir": str(engine_dir),
+        "loop_seconds": found.loop,
+        "host_seconds": found.host,
+        "launches": [
+            {"step": launch.step, "variant": plan.variants[launch.variant].name, "seconds": seconds}
+            for launch, seconds in zip(plan.launches, found.launches, strict=True)
+        ],
+        "kernel_seconds": found.kernels,
+        "copy_seconds": found.copies,
+        "blocks": dict(found.blocks),
+        "operators": dict(found.operators),
+    }
+    _show_profile(human_console(as_json), facts)
+    emit(facts, as_json)
+
+
+def _show_profile(console: Any, facts: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    launches, kernels = facts["launches"], facts["kernel_seconds"]
+    inside = sum(launch["seconds"] for launch in launches)
+    console.print(
+        f"{facts['loop_seconds'] * 1e3:.2f} ms a loop: {inside * 1e3:.2f} ms in {len(launches)} launches, "
+        f"{facts['host_seconds'] * 1e6 / len(launches):.0f} us a launch beside them; with the profiler on, "
+        f"{kernels * 1e3:.2f} ms in kernels, {facts['copy_seconds'] / kernels:.0%} of it only moves data",
+        soft_wrap=True,
+        markup=False,
+    )
+    variants: dict[str, list[float]] = {}
+    for launch in launches:
+        variants.setdefault(launch["variant"], []).append(launch["seconds"])
+    table = Table(title="launches")
+    for heading in ("variant", "launches", "ms each", "share"):
+        table.add_column(heading, justify="left" if heading == "variant" else "right")
+    for name, seconds in variants.items():
+        mean = sum(seconds) / len(seconds)
+        table.add_row(name, str(len(seconds)), f"{mean * 1e3:.3f}", f"{sum(seconds) / inside:.1%}")
+    console.print(table)
+    for title in ("blocks", "operators"):
+        table = Table(title=f"kernels by {title[:-1]}")
+        table.add_column(title[:-1])
+        for heading in ("ms", "share"):
+            table.add_column(heading, justify="right")
+        for name, spent in facts[title].items():
+            table.add_row(name, f"{spent * 1e3:.3f}", f"{spent / kernels:.1%}")
+        console.print(table)
 
 
 def _show(console: Any, rows: Sequence[Row], facts: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from dipgo_deploy.bundle.shapes import Range, Sizes
 from dipgo_deploy.cli.common import emit, entry_point, examples, human_console, json_option, version_option
 from dipgo_deploy.cli.run import parse_labels
 from dipgo_deploy.errors import ToleranceError, UserError
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+    from dipgo_deploy.bundle.directory import Bundle
     from dipgo_deploy.bundle.manifest import Manifest
     from dipgo_deploy.compare.accuracy import TensorError
     from dipgo_deploy.compare.report import Report
@@ -38,6 +40,9 @@ _PATH = click.Path(path_type=Path)
 @click.option("--class-labels", multiple=True, help="Class names or ids: one for all images of a launch, or one each.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the initial noise, as in dipgo-run.")
 @click.option("--guidance-scale", type=float, help="1 is no guidance.  [default: the engine directory's]")
+@click.option("--batch", type=click.IntRange(min=1), help="Of ranges that were exported.  [default: the usual one]")
+@click.option("--height", type=click.IntRange(min=1), help="The same, in pixels.")
+@click.option("--width", type=click.IntRange(min=1), help="The same, in pixels.")
 @click.option("--backend", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: the physical cores]")
 @click.option("--variants-only", is_flag=True, help="Compare each variant by itself, not the loop.")
@@ -60,6 +65,9 @@ def command(
     class_labels: tuple[str, ...],
     seed: int,
     guidance_scale: float | None,
+    batch: int | None,
+    height: int | None,
+    width: int | None,
     backend: str,
     threads: int | None,
     variants_only: bool,
@@ -84,7 +92,7 @@ def command(
     from dipgo_deploy.backends import create_backend
     from dipgo_deploy.bundle.directory import Bundle
 
-    bundle = Bundle.open(engine_dir)
+    bundle = at_sizes(Bundle.open(engine_dir), batch, height, width)
     labels = class_ids(bundle.manifest, prompts, class_labels, guidance_scale)
     created = create_backend(backend, threads=threads)
     created.check(bundle.manifest)
@@ -113,6 +121,7 @@ def command(
             prompts=prompts or (PROMPT,),
             labels=labels or (LABEL,),
             seed=seed,
+            begin=reference.begin,
         )
         options = Options(
             variants=not loop_only,
@@ -139,6 +148,24 @@ def command(
         raise ToleranceError(failure)
 
 
+def at_sizes(bundle: Bundle, batch: int | None, height: int | None, width: int | None) -> Bundle:
+    """The engine directory at the sizes asked for (height and width in pixels), the usual ones of its ranges by default.
+
+    Raises:
+        UserError: sizes that it does not take.
+    """
+    manifest = bundle.manifest
+    usual = manifest.usual_sizes
+    found = {}
+    for name, given in (("batch", batch), ("height", height), ("width", width)):
+        allowed = Range.static(getattr(usual, name)) if manifest.sizes is None else getattr(manifest.sizes, name)
+        scale = 1 if name == "batch" else manifest.latent.scale or 1
+        if given is not None and (given % scale or given // scale not in allowed):
+            raise UserError(f"--{name} {given}: this engine directory takes {allowed.describe(scale)}")
+        found[name] = getattr(usual, name) if given is None else given // scale
+    return bundle.at(Sizes(**found))
+
+
 def class_ids(
     manifest: Manifest, prompts: tuple[str, ...], class_labels: tuple[str, ...], guidance_scale: float | None
 ) -> tuple[int, ...]:
@@ -147,27 +174,34 @@ def class_ids(
     Raises:
         UserError: what dipgo-run would refuse too, or a number of prompts or labels that is not 1 or the batch.
     """
+    import numpy as np
+
     from dipgo_deploy.compare.conditions import GUIDANCE_SCALE, LABEL, PROMPT
-    from dipgo_deploy.runtime.requests import CLASSES, TEXT, Asked, check_request
+    from dipgo_deploy.runtime.requests import Asked, check_request, class_condition, text_conditions
 
     labels = parse_labels(class_labels)
     for option, given in (("--prompt", prompts), ("--class-labels", labels)):
         if len(given) not in (0, 1, manifest.batch):
             raise UserError(f"{option}: {len(given)} given for a batch of {manifest.batch}; give one, or one each")
-    conditions = {spec.name for spec in manifest.conditions}
     has_encoder = manifest.components.text_encoder is not None
-    if TEXT in conditions and not has_encoder and not prompts:
+    if text_conditions(manifest) and not has_encoder and not prompts:
         # There is nothing to ask for: the reference takes noise for an embedding.
-        conditions.remove(TEXT)
-        manifest = manifest.model_copy(
-            update={"conditions": tuple(spec for spec in manifest.conditions if spec.name != TEXT)}
-        )
+        others = tuple(spec for spec in manifest.conditions if spec.source != "text")
+        manifest = manifest.model_copy(update={"conditions": others})
     scale = guidance_scale
-    if manifest.guidance and scale is None and manifest.guidance_scale is None:
+    distilled = any(spec.source == "guidance" for spec in manifest.conditions)
+    if (manifest.guidance or distilled) and scale is None and manifest.guidance_scale is None:
         scale = GUIDANCE_SCALE
+    latent = manifest.latent
     asked = Asked(
-        prompt=list(prompts) or (PROMPT if TEXT in conditions else None),
-        class_labels=labels or (LABEL if CLASSES in conditions else None),
+        image_latents=None
+        if manifest.sampler.strength is None
+        else np.zeros((1, latent.channels, latent.height, latent.width), np.float32),
+        control_image=next(
+            (np.zeros((*spec.shape[2:], 3), np.uint8) for spec in manifest.conditions if spec.source == "image"), None
+        ),
+        prompt=list(prompts) or (PROMPT if text_conditions(manifest) else None),
+        class_labels=labels or (LABEL if class_condition(manifest) is not None else None),
         guidance_scale=scale,
         output_type="latent",
     )

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from dipgo_deploy.bundle.shapes import Range, parse_range
 from dipgo_deploy.cli.common import emit, entry_point, examples, human_console, json_option, version_option
+
+if TYPE_CHECKING:
+    from dipgo_deploy.export.exporter import PlannedExport
 
 _PATH = click.Path(path_type=Path)
 
@@ -16,22 +20,39 @@ _PATH = click.Path(path_type=Path)
     name="export",
     epilog=examples(
         "dipgo-export --model fashion-sd --schedule schedule.json --engine-dir engines/fashion-sd",
-        "dipgo-export --model fashion-sd --schedule schedule.json --plan-only",
+        "dipgo-export --model fashion-sd --schedule schedule.json --plan-only --memory-budget 8GiB",
         "dipgo-export --model ./sd15 --schedule s.json --engine-dir engines/sd15 --dtype fp16 --max-variants 4",
+        "dipgo-export --model ./sd15 --schedule s.json --engine-dir sd15 --batch 1:4 --height 512:768 --width 512:768",
+        "dipgo-export --model ./sd15 --schedule s.json --engine-dir engines/sd15-img2img --strength 0.6",
     ),
 )
 @click.option("--model", required=True, help="fashion-sd, fashion-dit, a folder in diffusers' format, or a hub id.")
 @click.option("--schedule", "schedule_file", type=_PATH, required=True, help="Schedule file (see dipgo-schedule).")
 @click.option("--engine-dir", type=_PATH, help="Folder to write; it appears when everything in it was checked.")
 @click.option("--dtype", type=click.Choice(["fp32", "fp16", "bf16"]), default="fp32", show_default=True)
-@click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Images per launch.")
-@click.option("--height", type=click.IntRange(min=1), help="Image height in pixels. [default: the model's]")
-@click.option("--width", type=click.IntRange(min=1), help="Image width in pixels. [default: the model's]")
+@click.option("--batch", default="1", show_default=True, metavar="N|MIN:MAX|MIN:OPT:MAX", help="Images per launch.")
+@click.option("--height", metavar="N|MIN:MAX|MIN:OPT:MAX", help="Image height in pixels. [default: the model's]")
+@click.option("--width", metavar="N|MIN:MAX|MIN:OPT:MAX", help="Image width in pixels. [default: the model's]")
 @click.option("--max-variants", type=click.IntRange(min=1), help="Raise gates until at most so many graphs are left.")
 @click.option(
-    "--guidance/--no-guidance", default=True, show_default=True, help="Classifier-free guidance in the graph."
+    "--guidance/--no-guidance",
+    default=None,
+    help="Classifier-free guidance in the graph; default: as its pipeline does.",
 )
-@click.option("--plan-only", is_flag=True, help="Show variants, launches and cache memory; write nothing.")
+@click.option(
+    "--layout",
+    type=click.Choice(["variants", "segments"]),
+    default="variants",
+    show_default=True,
+    help="A graph for each kind of evaluation, or the model cut so that each weight is in one graph.",
+)
+@click.option(
+    "--strength",
+    type=float,
+    help="Start from a picture (dipgo-run --image) and run this share of the steps, above 0 and up to 1.",
+)
+@click.option("--plan-only", is_flag=True, help="Show graphs, launches and memory of both layouts; write nothing.")
+@click.option("--memory-budget", help="With --plan-only: say which layout's engines fit, such as 8GiB.")
 @click.option("--check/--no-check", default=True, show_default=True, help="Compare each variant with the supernet.")
 @click.option("--components/--no-components", default=True, show_default=True, help="Text encoder, tokenizer and VAE.")
 @click.option("--allow-other-config", is_flag=True, help="Accept a schedule made for another configuration.")
@@ -39,16 +60,29 @@ _PATH = click.Path(path_type=Path)
 @json_option
 @version_option
 def command(
-    model: str, schedule_file: Path, engine_dir: Path | None, plan_only: bool, as_json: bool, **options: Any
+    model: str,
+    schedule_file: Path,
+    engine_dir: Path | None,
+    plan_only: bool,
+    memory_budget: str | None,
+    as_json: bool,
+    **options: Any,
 ) -> None:
-    """Compile a model and a schedule: one ONNX graph for each distinct variant, one weights file, one launch list."""
+    """Compile a model and a schedule: ONNX graphs, one weights file, one launch list."""
     from dipgo_deploy.bundle.files import check_target
+    from dipgo_deploy.engine.budget import parse_bytes
     from dipgo_deploy.export.exporter import ExportOptions, plan_export, publish
     from dipgo_deploy.export.quiet import quiet_libraries
     from dipgo_deploy.schedule.document import Schedule
 
     if plan_only == (engine_dir is not None):
         raise click.UsageError("give either --engine-dir or --plan-only")
+    if memory_budget is not None and not plan_only:
+        raise click.UsageError("--memory-budget goes with --plan-only; dipgo-build --memory-budget refuses engines")
+    budget = None if memory_budget is None else parse_bytes("--memory-budget", memory_budget)
+    for name in ("batch", "height", "width"):
+        if options[name] is not None:
+            options[name] = size(f"--{name}", options[name])
     settings = ExportOptions(**options)
     if engine_dir is not None:
         check_target(engine_dir, overwrite=settings.overwrite)
@@ -65,26 +99,87 @@ def command(
         planned = plan_export(model, schedule, settings, notify)
         if engine_dir is not None:
             publish(planned, engine_dir, notify)
-    facts = _facts(planned)
+    facts = _facts(planned, both_layouts=plan_only)
     _show(console, facts)
+    if plan_only:
+        facts["advice"] = _show_layouts(console, facts, budget)
     if engine_dir is not None:
         console.print(f"{engine_dir}: {_size(engine_dir)}, ready for dipgo-run", markup=False, soft_wrap=True)
         facts["engine_dir"] = str(engine_dir)
     emit(facts, as_json)
 
 
-def _facts(planned: Any) -> dict[str, Any]:
-    from dipgo_deploy.plan.explain import plan_summary
+def size(option: str, text: str) -> int | Range:
+    """A number, or a range of numbers; raises UserError for anything else."""
+    given = parse_range(option, text)
+    return given if ":" in text else given.opt
 
-    return {"model": planned.source.name, **plan_summary(planned.plan, planned.traced.graph)}
+
+def _facts(planned: PlannedExport, *, both_layouts: bool) -> dict[str, Any]:
+    from dipgo_deploy.export.exporter import in_segments
+    from dipgo_deploy.export.segments import read_pieces
+    from dipgo_deploy.plan.explain import plan_summary
+    from dipgo_deploy.plan.layouts import compare_layouts, segments_summary
+
+    facts: dict[str, Any] = {"model": planned.source.name, "layout": planned.options.layout}
+    if planned.image is not None:
+        start = planned.image
+        facts["image"] = {
+            "strength": start.strength,
+            "begin": start.begin,
+            "raised": [name for _, name in start.raised],
+        }
+    if planned.segments is None and not both_layouts:
+        return facts | plan_summary(planned.plan, planned.traced.graph)
+    pieces = read_pieces(planned.traced)
+    segments = planned.segments or in_segments(planned)
+    if both_layouts:
+        shape = planned.traced.shape
+        channels = planned.source.family.latent_channels(planned.source.config)
+        stack_bytes = 4 * planned.slots * shape.batch * channels * shape.height * shape.width
+        needs, one_copy = compare_layouts(planned.plan, segments, pieces, stack_bytes)
+        facts["layouts"] = {need.layout: need.row() for need in needs}
+        facts["weight_bytes"] = one_copy
+    if planned.segments is None:
+        return facts | plan_summary(planned.plan, planned.traced.graph)
+    return facts | segments_summary(segments, planned.plan, pieces)
+
+
+def _show_layouts(console: Any, facts: dict[str, Any], budget: int | None) -> str | None:
+    """A table of both layouts; with a budget the layout to take, None where neither fits."""
+    from rich.table import Table
+
+    table = Table(title="Layouts: what engines of the denoiser hold, scratch not counted")
+    for heading in ("layout", "graphs", "launches", "GMACs", "weights", "arena", "in all"):
+        table.add_column(heading, justify="left" if heading == "layout" else "right")
+    for row in facts["layouts"].values():
+        table.add_row(
+            row["layout"],
+            str(row["graphs"]),
+            str(row["launches"]),
+            f"{row['macs_run'] / 1e9:,.2f}",
+            _bytes(row["weight_bytes"]),
+            _bytes(row["arena_bytes"]),
+            _bytes(row["total_bytes"]),
+        )
+    console.print(table)
+    console.print(f"one copy of the weights is {_bytes(facts['weight_bytes'])}")
+    if budget is None:
+        return None
+    fitting = [layout for layout, row in facts["layouts"].items() if row["total_bytes"] <= budget]
+    if not fitting:
+        console.print(f"neither fits {_bytes(budget)}: a smaller dtype, batch or size is needed")
+        return None
+    console.print(f"for {_bytes(budget)}: --layout {fitting[0]}")
+    return fitting[0]
 
 
 def _show(console: Any, facts: dict[str, Any]) -> None:
     from rich.table import Table
 
-    table = Table(title=f"{facts['model']}: {len(facts['variants'])} variants")
-    for heading in ("variant", "launches", "steps", "MMACs", "share", "reads", "writes"):
-        table.add_column(heading, justify="left" if heading in ("variant", "steps") else "right")
+    table = Table(title=f"{facts['model']}: {len(facts['variants'])} {facts['layout']}")
+    for heading in (facts["layout"].removesuffix("s"), "launches", "steps", "MMACs", "share", "reads", "writes"):
+        table.add_column(heading, justify="left" if heading in ("variant", "segment", "steps") else "right")
     for row in facts["variants"]:
         table.add_row(
             row["name"],
@@ -103,11 +198,17 @@ def _show(console: Any, facts: dict[str, Any]) -> None:
         f"{facts['macs_run'] / 1e9:,.2f} of {facts['macs_full_run'] / 1e9:,.2f} GMACs, ideal speed-up {ideal:.2f}x"
     )
     console.print(
-        f"peak cache memory {_bytes(facts['arena_bytes'])} (no allocation needs less than "
+        f"peak arena memory {_bytes(facts['arena_bytes'])} (no allocation needs less than "
         f"{_bytes(facts['lower_bound_bytes'])})"
     )
     if facts["promoted"]:
         console.print(f"{len(facts['promoted'])} gates raised to meet --max-variants")
+    if facts.get("image") is not None:
+        image = facts["image"]
+        console.print(
+            f"starts from a picture at evaluation {image['begin']} of the schedule (strength {image['strength']:g}), "
+            f"where {len(image['raised'])} gates were raised: nothing is cached yet"
+        )
 
 
 def _ranges(steps: list[int]) -> str:

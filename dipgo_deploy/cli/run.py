@@ -32,6 +32,7 @@ _DEFAULT_OUTPUT = {"pil": "output.png", "np": "output.npy", "latent": "output.np
         "dipgo-run --engine-dir engines/fashion-dit --class-labels sneaker,bag,3 -o grid.png",
         'dipgo-run --engine-dir engines/fashion-sd --prompt "a shirt" --output-type latent -o latents.npy',
         'dipgo-run --engine-dir engines/sd15 --prompt "a castle" --lora style.safetensors:0.8 --load lazy',
+        'dipgo-run --engine-dir engines/sd15-img2img --prompt "a castle" --image sketch.png',
     ),
 )
 @click.option("--engine-dir", required=True, type=click.Path(path_type=Path), help="Made by dipgo-export.")
@@ -49,6 +50,24 @@ _DEFAULT_OUTPUT = {"pil": "output.png", "np": "output.npy", "latent": "output.np
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="diffusers' CPU generator's stream, in float32.")
 @click.option("--guidance-scale", type=float, help="1 is no guidance.  [default: the engine directory's]")
+@click.option(
+    "--image",
+    "images",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="Picture to start from, for an engine directory exported with --strength: one, or one for each prompt.",
+)
+@click.option("--strength", type=float, help="Checked against the engine directory's.")
+@click.option("--height", type=click.IntRange(min=1), help="In pixels, where it was exported with a range.")
+@click.option("--width", type=click.IntRange(min=1), help="The same.  [default: the usual ones of the ranges]")
+@click.option(
+    "--control-image",
+    "control_images",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="Picture that a ControlNet looks at: one, or one for each prompt.",
+)
+@click.option("--control-scale", type=float, help="Of what the ControlNet adds.  [default: 1]")
 @click.option("--latents", type=click.Path(path_type=Path), help="Initial unit noise (n, C, h, w), .npy.")
 @click.option(
     "--prompt-embeds", type=click.Path(path_type=Path), help="Embeddings (prompts, L, D), .npy, not --prompt."
@@ -109,6 +128,12 @@ def command(
     num_images: int,
     seed: int,
     guidance_scale: float | None,
+    images: tuple[Path, ...],
+    strength: float | None,
+    control_images: tuple[Path, ...],
+    control_scale: float | None,
+    height: int | None,
+    width: int | None,
     latents: Path | None,
     prompt_embeds: Path | None,
     negative_prompt_embeds: Path | None,
@@ -133,6 +158,8 @@ def command(
         "prompt_embeds": load_array("--prompt-embeds", prompt_embeds),
         "negative_prompt_embeds": load_array("--negative-prompt-embeds", negative_prompt_embeds),
     }
+    pictures = [load_picture("--image", path) for path in images]
+    controls = [load_picture("--control-image", path) for path in control_images]
     from dipgo_deploy.lora.file import parse_choice
     from dipgo_deploy.runtime.pipeline import Pipeline
 
@@ -155,9 +182,15 @@ def command(
             num_images_per_prompt=num_images,
             seed=seed,
             guidance_scale=guidance_scale,
+            image=pictures or None,
+            strength=strength,
+            control_image=controls or None,
+            control_scale=control_scale,
+            height=height,
+            width=width,
             output_type=output_type,  # type: ignore[arg-type]  # click checked the choice
             callback=progress,
-            **arrays,
+            **arrays,  # type: ignore[arg-type]  # latents and embeddings only
         )
     write_output(target, result.images)
     manifest = pipeline.bundle.manifest
@@ -260,6 +293,23 @@ def load_array(option: str, path: Path | None) -> np.ndarray | None:
     if not isinstance(array, np.ndarray):
         raise UserError(f"{option} {path}: holds several arrays; save one with numpy.save")
     return array
+
+
+def load_picture(option: str, path: Path) -> Image:
+    """Read a picture file as RGB, upright as its camera says.
+
+    Raises:
+        UserError: no such file, or not a picture that Pillow reads.
+    """
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    if not path.is_file():
+        raise UserError(f"{option} {path}: no such file")
+    try:
+        with Image.open(path) as picture:
+            return ImageOps.exif_transpose(picture).convert("RGB")
+    except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"{option} {path}: not a picture that can be read ({error})") from None
 
 
 def check_output(path: Path, output_type: str) -> Path:

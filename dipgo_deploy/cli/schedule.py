@@ -29,6 +29,7 @@ _PATH = click.Path(path_type=Path)
         "dipgo-schedule uniform --model fashion-sd --steps 50 --interval 5 -o uniform.json",
         "dipgo-schedule deepcache --model fashion-sd --interval 3 --branch 0 -o deepcache.json",
         "dipgo-schedule import dipgo-gates gates.pkl --model fashion-sd --sampler ddim --steps 50 -o gates.json",
+        "dipgo-schedule import smoothcache 50-N-2-fora.json --model fashion-dit --sampler ddim --steps 50 -o fora.json",
         "dipgo-schedule show gates.json --model fashion-sd",
     ),
 )
@@ -37,8 +38,8 @@ def command() -> None:
     """Make, import, check and show schedules: which blocks of a model run at which step."""
 
 
-def _target_options(function: F) -> F:
-    """The options that say what a schedule is made for, and where it goes."""
+def _target_options(function: F, granularity: Literal["block", "layer"] = "block") -> F:
+    """The options that say what a schedule is made for, and where it goes. granularity: the default one."""
     options = (
         click.option(
             "--model", required=True, help="fashion-sd, fashion-dit, a folder in diffusers' format, or a hub id."
@@ -47,7 +48,7 @@ def _target_options(function: F) -> F:
             "--sampler", help="ddim, pndm, dpm++2m, euler, ... or a diffusers class. [default: the model's own]"
         ),
         click.option("--steps", type=click.IntRange(min=1), default=50, show_default=True, help="Denoising steps."),
-        click.option("--granularity", type=click.Choice(["block", "layer"]), default="block", show_default=True),
+        click.option("--granularity", type=click.Choice(["block", "layer"]), default=granularity, show_default=True),
         click.option("--cache", type=click.Choice(["output", "residual"]), help="[default: the model family's]"),
         click.option("-o", "--output", type=_PATH, required=True, help="The schedule file to write."),
         json_option,
@@ -55,6 +56,11 @@ def _target_options(function: F) -> F:
     for option in reversed(options):
         function = option(function)
     return function
+
+
+def _layer_target_options(function: F) -> F:
+    """The same for formats that are about the layers inside a transformer's blocks."""
+    return _target_options(function, "layer")
 
 
 def _target(
@@ -117,10 +123,17 @@ def uniform(interval: int, output: Path, as_json: bool, **options: Any) -> None:
 @_target_options
 def deepcache(interval: int, branch: int, output: Path, as_json: bool, **options: Any) -> None:
     """DeepCache: between full steps only the shallow branches of a UNet run."""
+    from dipgo_deploy.models import family_for
+    from dipgo_deploy.models.target import nominal_set_timesteps
+    from dipgo_deploy.sampler import make_scheduler, step_positions
     from dipgo_deploy.schedule import builders
 
     target = _target(**options)
-    gates = builders.deepcache(target.steps, target.block_names, interval, branch)
+    scheduler = make_scheduler(target.sampler.class_name, target.sampler.config)
+    steps = target.sampler.num_inference_steps
+    timesteps = nominal_set_timesteps(family_for(target.model.class_name), {}, scheduler, steps)
+    positions = step_positions(scheduler, steps, set_timesteps_kwargs=timesteps)
+    gates = builders.deepcache(target.steps, target.block_names, interval, branch, positions)
     _write(target.schedule(gates, "deepcache", {"interval": interval, "branch": branch}), output, as_json)
 
 
@@ -141,6 +154,8 @@ def random(ratio: float, seed: int, output: Path, as_json: bool, **options: Any)
     name="import",
     epilog=examples(
         "dipgo-schedule import dipgo-gates gates.pkl --model fashion-sd --sampler pndm --steps 50 -o gates.json",
+        "dipgo-schedule import smoothcache 50-N-2-fora.json --model fashion-dit --sampler ddim --steps 50 -o fora.json",
+        "dipgo-schedule import l2c-router DDIM50_router.pt --model DiT-XL-2-256 --sampler ddim --steps 50 -o l2c.json",
         "dipgo-schedule import csv keep.csv --model fashion-dit --steps 50 -o keep.json",
     ),
 )
@@ -159,6 +174,44 @@ def import_dipgo_gates(file: Path, output: Path, as_json: bool, **options: Any) 
     from dipgo_deploy.schedule.importers.dipgo_gates import import_dipgo_gates as read
 
     _write(read(file, _target(**options)), output, as_json)
+
+
+@import_group.command(
+    name="smoothcache",
+    epilog=examples(
+        "dipgo-schedule import smoothcache 50-N-2-fora.json --model fashion-dit --sampler ddim --steps 50 -o fora.json"
+    ),
+)
+@click.argument("file", type=_PATH)
+@_layer_target_options
+def import_smoothcache(file: Path, output: Path, as_json: bool, **options: Any) -> None:
+    """FILE is JSON with 0 and 1 for each layer kind (attn, mlp) or layer (attn-0), as SmoothCache's authors release
+    their schedules, FORA's and Learning-to-Cache's."""
+    from dipgo_deploy.schedule.importers.smoothcache import import_smoothcache as read
+
+    _write(read(file, _target(**options)), output, as_json)
+
+
+@import_group.command(
+    name="l2c-router",
+    epilog=examples(
+        "dipgo-schedule import l2c-router DDIM50_router.pt --model DiT-XL-2-256 --sampler ddim --steps 50 -o l2c.json"
+    ),
+)
+@click.argument("file", type=_PATH)
+@click.option(
+    "--threshold",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    default=0.1,
+    show_default=True,
+    help="A layer is computed when its score is above this (0.1 in the authors' commands, 0.9 for 512 pixels).",
+)
+@_layer_target_options
+def import_l2c_router(file: Path, threshold: float, output: Path, as_json: bool, **options: Any) -> None:
+    """FILE is a router checkpoint of Learning-to-Cache for DiT. It is read as data: nothing in it is executed."""
+    from dipgo_deploy.schedule.importers.l2c_router import import_l2c_router as read
+
+    _write(read(file, _target(**options), threshold), output, as_json)
 
 
 @import_group.command(
@@ -278,8 +331,9 @@ def _check_model(schedule: Schedule, model: str, allow_other_config: bool) -> No
 
 
 def _planned(schedule: Schedule, model: str) -> dict[str, Any]:
-    """What the compiler makes of the schedule on this model, traced at its native size with guidance."""
+    """What the compiler makes of the schedule on this model, traced at its native size."""
     from dipgo_deploy.export.trace import trace_blocks
+    from dipgo_deploy.models import family_for
     from dipgo_deploy.models.location import resolve_model
     from dipgo_deploy.plan.compile import compile_plan
 
@@ -292,6 +346,7 @@ def _planned(schedule: Schedule, model: str) -> dict[str, Any]:
         "variants": len(plan.variants),
         "launches": len(plan.launches),
         "peak_cache_bytes": plan.arena_bytes,
+        "batch_of": "one image, guidance" if family_for(schedule.model.class_name).guidance else "one image",
     }
 
 
@@ -347,7 +402,7 @@ def _print_facts(facts: Mapping[str, Any], console: Console) -> None:
         lines["kept MACs"] = f"{facts['kept_macs']:.1%} ({facts['launched_macs']:.1%} launched)"
         lines["variants"] = str(facts["variants"])
         lines["launches"] = f"{facts['launches']} for {facts['steps']} evaluations"
-        lines["peak cache"] = f"{facts['peak_cache_bytes'] / 1024:,.1f} KiB (fp32, one image, guidance)"
+        lines["peak cache"] = f"{facts['peak_cache_bytes'] / 1024:,.1f} KiB (fp32, {facts['batch_of']})"
     for name, value in lines.items():
         console.print(f"{name:<12}{value}", markup=False, soft_wrap=True)
 

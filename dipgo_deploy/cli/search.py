@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _PATH = click.Path(path_type=Path)
 _RATIO = "--prune-ratio"
 # They stand here so that the help imports no torch; a test holds them against the library's.
-_METHODS = ("dipgo", "dipgo+refine", "random", "uniform", "deepcache", "genetic", "annealing", "dp")
+_METHODS = ("dipgo", "dipgo+refine", "refine", "random", "uniform", "deepcache", "genetic", "annealing", "dp")
 _LOSSES = ("ssim", "l1", "l2", "ssim+l1", "latent-l1", "latent-l2")
 
 
@@ -79,15 +79,19 @@ def spread_ratios(args: Sequence[str]) -> list[str]:
     type=click.Choice(_METHODS),
     default="dipgo+refine",
     show_default=True,
-    help="dipgo is the paper's; +refine also makes small moves on the true objective.",
+    help="dipgo is the paper's; +refine also makes small moves on the true objective; refine does without a pruner.",
 )
 @click.option("--granularity", type=click.Choice(["block", "layer"]), default="block", show_default=True)
-@click.option("--cache", type=click.Choice(["output", "residual"]), help="[default: the model family's]")
+@click.option(
+    "--cache",
+    type=click.Choice(["output", "residual"]),
+    help="[default: the model family's; refinement takes the one that loses least]",
+)
 @click.option("--prompts", type=_PATH, help="Text file, one prompt a line. [default: those of fashion-sd]")
 @click.option("--class-labels", help="Comma-separated numbers, for a class model. [default: all it names]")
 @click.option("--height", type=click.IntRange(min=1), help="Image height in pixels. [default: the model's]")
 @click.option("--width", type=click.IntRange(min=1), help="Image width in pixels. [default: the model's]")
-@click.option("--guidance/--no-guidance", default=True, show_default=True)
+@click.option("--guidance/--no-guidance", default=None, help="Classifier-free guidance. [default: the pipeline's]")
 @click.option("--guidance-scale", type=float, help="[default: the pipeline's own]")
 @click.option("--prune-by", type=click.Choice(["macs", "latency"]), default="macs", show_default=True)
 @click.option("--max-variants", type=click.IntRange(min=1), help="Raise gates until at most so many graphs are left.")
@@ -113,6 +117,7 @@ def spread_ratios(args: Sequence[str]) -> list[str]:
 @click.option("--layers", type=click.IntRange(min=1), default=1, show_default=True, help="Of the encoder.")
 @click.option("--heads", type=click.Choice(["per-gate", "shared"]), default="per-gate", show_default=True)
 @click.option("--warm-start", help="Schedule file that the pruner starts at instead of keep-all; or uniform.")
+@click.option("--start", "starts", type=_PATH, multiple=True, help="Schedule file that refinement may start at too.")
 @click.option("--pool", type=click.IntRange(min=1), help="Learn from so many images. [default: always new ones]")
 @click.option("--one-noise", is_flag=True, help="The same noise in all images, as in the authors' code.")
 @click.option("--precision", type=click.Choice(["fp32", "bf16"]), default="fp32", show_default=True)
@@ -140,7 +145,7 @@ def command(
 
     from dipgo_deploy.export.quiet import quiet_libraries
     from dipgo_deploy.search.problem import load_problem
-    from dipgo_deploy.search.run import search
+    from dipgo_deploy.search.run import choose_cache, search
 
     quiet_libraries()
     if threads is not None:
@@ -149,11 +154,17 @@ def command(
     with _reporting(console, options) as reporter:
         problem = load_problem(_problem_options(options), reporter.stage)
         settings = _search_options(options, problem.target.model.class_name, threads)
-        found = search(problem, settings, folder=checkpoint, resume=resume, reporter=reporter)
-    for path, one in zip(outputs, found, strict=True):
-        one.schedule.save(path)
-        console.print(f"{path}: {_words(one)}", markup=False, soft_wrap=True)
-    emit({"schedules": [_facts(path, one) for path, one in zip(outputs, found, strict=True)]}, as_json)
+        if options["cache"] is None and settings.method.endswith("refine"):
+            problem = choose_cache(problem, settings, reporter)
+        settings = replace(settings, starts=_starts(options["starts"], problem.target))
+        paths = dict(zip(options["ratios"], outputs, strict=True))
+
+        def save(one: Found) -> None:
+            one.schedule.save(paths[one.target])
+            console.print(f"{paths[one.target]}: {_words(one)}", markup=False, soft_wrap=True)
+
+        found = search(problem, settings, folder=checkpoint, resume=resume, reporter=replace(reporter, found=save))
+    emit({"schedules": [_facts(paths[one.target], one) for one in found]}, as_json)
 
 
 def output_files(output: Path, ratios: Sequence[float]) -> list[Path]:
@@ -191,6 +202,22 @@ def _labels(text: str | None) -> tuple[int, ...] | None:
     except ValueError:
         raise UserError(f"--class-labels {text}: is no list of numbers: give them as in 0,1,2") from None
     return labels
+
+
+def _starts(files: Sequence[Path], target: Any) -> tuple[tuple[str, Any], ...]:
+    """Gates of schedule files by name; a start for other blocks or with other caches means something else here."""
+    from dipgo_deploy.errors import UserError
+    from dipgo_deploy.schedule.document import Schedule
+
+    found = []
+    for path in files:
+        schedule = Schedule.load(path)
+        if schedule.model != target.model or schedule.blocks != target.blocks:
+            raise UserError(
+                f"--start {path}: was made for another model, or for other blocks or caches of it: leave it out"
+            )
+        found.append((path.stem, schedule.gates))
+    return tuple(found)
 
 
 def _search_options(options: dict[str, Any], class_name: str, threads: int | None) -> SearchOptions:

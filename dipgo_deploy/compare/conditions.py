@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from dipgo_deploy.export.source import Source
     from dipgo_deploy.models.family import InputSpec
+    from dipgo_deploy.sampler.start import ImageStart
 
 PROMPT = "a photo"
 LABEL = 0
@@ -27,13 +28,14 @@ class ReferenceInputs:
 
     latents: float32 (B, C, h, w) unit noise. noises: the sampler's draws in order, float32 (B, C, h, w). conditions:
     forward inputs by keyword, float32 or int64, (G*B, ...), the unconditional half first. guidance_scale: None without
-    guidance.
+    guidance. start: where a run from a picture begins, with the latents of that.
     """
 
     latents: torch.Tensor
     noises: tuple[torch.Tensor, ...]
     conditions: dict[str, torch.Tensor]
     guidance_scale: float | None
+    start: ImageStart | None = None
 
 
 def reference_inputs(
@@ -47,44 +49,71 @@ def reference_inputs(
     prompts: Sequence[str] = (PROMPT,),
     labels: Sequence[int] = (LABEL,),
     seed: int = 0,
+    begin: int | None = None,
 ) -> ReferenceInputs:
     """Inputs of a reference run; noise from ``seed`` as the runtime draws it.
 
     specs: the denoiser's condition inputs. sample_shape: (B, C, h, w). noises: how often the sampler draws.
-    guidance_scale: by default the pipeline's own, or 7.5. prompts, labels: one for all images, or one each.
+    guidance_scale: by default the pipeline's own, or 7.5. prompts, labels: one for all images, or one each. begin: of a
+    run that starts from a picture; its latents are noise too.
     """
     import torch
 
+    from dipgo_deploy.sampler.start import ImageStart
+
     stream = TorchNoise(seed)
+    start = None if begin is None else ImageStart(begin, torch.from_numpy(stream.randn(sample_shape)))
     latents = torch.from_numpy(stream.randn(sample_shape))
     drawn = tuple(torch.from_numpy(stream.randn(sample_shape)) for _ in range(noises))
     scale = None
     if guidance:
         scale = guidance_scale if guidance_scale is not None else source.default_guidance_scale() or GUIDANCE_SCALE
-    conditions = reference_conditions(source, specs, guidance=guidance, prompts=prompts, labels=labels)
-    return ReferenceInputs(latents, drawn, conditions, scale)
+    conditions = reference_conditions(
+        source, specs, guidance=guidance, prompts=prompts, labels=labels, guidance_scale=guidance_scale
+    )
+    return ReferenceInputs(latents, drawn, conditions, scale, start)
 
 
 def reference_conditions(
-    source: Source, specs: Sequence[InputSpec], *, guidance: bool, prompts: Sequence[str], labels: Sequence[int]
+    source: Source,
+    specs: Sequence[InputSpec],
+    *,
+    guidance: bool,
+    prompts: Sequence[str],
+    labels: Sequence[int],
+    guidance_scale: float | None = None,
 ) -> dict[str, torch.Tensor]:
     """Forward inputs by keyword, float32 or int64, (G*B, ...) with the unconditional half first.
 
-    An ``encoded`` input gets ``prompts`` and the empty prompt, an input with an integer null value gets ``labels`` and
-    that value: one for all images, or one each. Without a text encoder an encoded prompt is unit noise that depends on
-    the prompt.
+    Text conditions get ``prompts`` and the empty prompt, class conditions ``labels`` and the null class: one for all
+    images, or one each. Without a text encoder an encoded prompt is unit noise that depends on the prompt. A guidance
+    condition is ``guidance_scale``, by default the pipeline's, or 7.5. A picture is noise in [0, 1].
     """
     import torch
 
+    encoded = {text: _encode(source, text, specs) for text in dict.fromkeys(prompts)}
+    nothing = _encode(source, "", specs, negative=True)
+    scheme = source.text
+    if scheme is not None and scheme.zeros_without_negative and has_text_encoder(source):
+        nothing = {name: torch.zeros_like(tensor) for name, tensor in nothing.items()}
     conditions = {}
     for spec in specs:
         batch = spec.shape[0] // 2 if guidance else spec.shape[0]
-        if spec.null == "encoded":
-            rows = [_encode(source, text, spec) for text in prompts]
-            null = _encode(source, "", spec)
-        else:
+        if spec.source == "text":
+            rows = [encoded[text][spec.name] for text in prompts]
+            null = nothing[spec.name]
+        elif spec.source == "class":
             rows = [torch.full((1, *spec.shape[1:]), label, dtype=torch.int64) for label in labels]
             null = torch.full((1, *spec.shape[1:]), int(spec.null or 0), dtype=torch.int64)
+        elif spec.source == "image":
+            null = torch.from_numpy(np.random.default_rng(0).random((1, *spec.shape[1:]), np.float32))
+            rows = [null]
+        else:
+            scale = guidance_scale if guidance_scale is not None else source.default_guidance_scale() or GUIDANCE_SCALE
+            row = spec.values or (scale,)
+            null = torch.tensor(row, dtype=torch.float32).reshape(1, *spec.shape[1:])
+            rows = [null.to(torch.int64) if spec.dtype == "int64" else null]
+            null = rows[0]
         given = torch.cat(rows * batch if len(rows) == 1 else rows)
         halves = [null.expand(batch, *null.shape[1:]), given] if guidance else [given]
         conditions[spec.name] = torch.cat(halves)
@@ -93,22 +122,47 @@ def reference_conditions(
 
 def has_text_encoder(source: Source) -> bool:
     """Whether prompts are really encoded, or stand for seeded noise."""
-    return getattr(source.pipeline, "text_encoder", None) is not None
+    from dipgo_deploy.export.components import has_encoders
+
+    return source.pipeline is not None and source.text is not None and has_encoders(source.pipeline, source.text)
 
 
-def _encode(source: Source, text: str, spec: InputSpec) -> torch.Tensor:
-    """(1, L, D) float32."""
+def _encode(
+    source: Source, text: str, specs: Sequence[InputSpec], *, negative: bool = False
+) -> dict[str, torch.Tensor]:
+    """The text conditions of one prompt, (1, ...) each, float32 or int64."""
     import torch
 
-    if not has_text_encoder(source) or source.pipeline is None:
-        seed = int.from_bytes(text.encode("utf-8")[:4], "little")
-        return torch.from_numpy(TorchNoise(seed).randn((1, *spec.shape[1:])))
-    tokens = source.pipeline.tokenizer(
-        text, padding="max_length", max_length=spec.shape[1], truncation=True, return_tensors="pt"
-    )
+    wanted = [spec for spec in specs if spec.source == "text"]
+    if not wanted:
+        return {}
+    scheme = source.text
+    if scheme is None or not has_text_encoder(source):
+        stream = TorchNoise(int.from_bytes(text.encode("utf-8")[:4], "little"))
+        return {
+            spec.name: torch.ones(1, *spec.shape[1:], dtype=torch.int64)
+            if spec.dtype == "int64"
+            else torch.from_numpy(stream.randn((1, *spec.shape[1:])))
+            for spec in wanted
+        }
+    tokens: dict[str, torch.Tensor] = {}
+    for entry in scheme.tokenizers:
+        tokenizer = getattr(source.pipeline, entry.attribute)
+        batch = tokenizer(
+            ("" if negative else scheme.prefix) + (text.strip().lower() if scheme.lowercase else text),
+            padding="max_length",
+            max_length=entry.length,
+            # As the runtime and the pipelines do, whatever side the tokenizer's own files say (Gemma's: left).
+            padding_side="right",
+            truncation=True,
+            return_tensors="pt",
+        )
+        tokens[entry.ids] = batch.input_ids
+        if entry.mask is not None:
+            tokens[entry.mask] = batch.attention_mask
     with torch.no_grad():
-        embeddings: torch.Tensor = source.pipeline.text_encoder(tokens.input_ids)[0]
-    return embeddings.float()
+        found = scheme.encode(source.pipeline, tokens)
+    return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in found.items()}
 
 
 def as_arrays(conditions: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:

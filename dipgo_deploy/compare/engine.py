@@ -1,28 +1,32 @@
-"""An engine directory against the torch supernet: each variant by itself, and the whole loop."""
+"""An engine directory against the torch supernet: each variant (or segment) by itself, and the whole loop."""
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from polygraphy.backend.base import BaseRunner
 from polygraphy.comparator import Comparator, RunResults
 from polygraphy.json import save_json
 
 from dipgo_deploy.backends.base import Backend
 from dipgo_deploy.bundle.directory import Bundle
+from dipgo_deploy.bundle.manifest import VariantEntry
 from dipgo_deploy.compare.accuracy import Tolerance, compare_runs, silenced
 from dipgo_deploy.compare.conditions import ReferenceInputs, as_arrays, host
-from dipgo_deploy.compare.recording import Recorder, Recording, record_variants
+from dipgo_deploy.compare.recording import LoopRecorder, Recorder, Recording, run_until_complete
 from dipgo_deploy.compare.reference import Reference, VariantReference
 from dipgo_deploy.compare.report import Checked, Report
 from dipgo_deploy.compare.runners import SupernetRunner, engine_runner
+from dipgo_deploy.compare.steps import StepRecorder, StepRecording, StepRunner
 from dipgo_deploy.errors import UserError
-from dipgo_deploy.runtime.image import Decoder
+from dipgo_deploy.runtime.image import Decoder, Encoder
 from dipgo_deploy.runtime.loop import COEFFICIENTS, PREDICTION, STACK, DenoisingLoop, final_latent
 from dipgo_deploy.supernet.loop import Evaluation, run_loop
 
@@ -58,7 +62,8 @@ def compare_engine(
     """Compare an engine directory with the supernet under the schedule that it records.
 
     Variants: each runs once on the inputs that it has at its first launch in the supernet's own loop, on the supernet
-    and on the backend, with polygraphy's ``Comparator``. Loop: both sides start from the same noise and go their own
+    and on the backend, with polygraphy's ``Comparator``. Segments: evaluations of the supernet's own loop run launch by
+    launch until each segment ran, see ``steps``. Loop: both sides start from the same noise and go their own
     way to the end, every cache fed forward; buffers that the engine has not written yet hold NaN.
 
     Raises:
@@ -71,30 +76,43 @@ def compare_engine(
     tolerance = Tolerance(relative, options.absolute)
     plan = manifest.plan
     launches = [(launch.step, launch.variant) for launch in plan.launches]
-    recorder = Recorder(plan.variants, launches, inputs.guidance_scale, plan.slots)
+    recorder: Recorder | StepRecorder
+    if plan.layout == "variants":
+        recorder = Recorder(plan.variants, launches, inputs.guidance_scale, plan.slots)
+    else:
+        recorder = StepRecorder(plan.variants, launches, reference.schedule, inputs.guidance_scale, plan.slots)
     evaluations: list[_Evaluated] = []
     notify("running the supernet's loop")
     if options.loop:
         latents = _supernet_loop(reference, inputs, recorder, evaluations)
     else:
-        record_variants(
+        run_until_complete(
             recorder,
             reference.supernet,
             reference.scheduler,
             reference.schedule.sampler.num_inference_steps,
             reference.schedule.gates,
             inputs,
+            reference.set_timesteps,
         )
-    if options.save_inputs is not None:
-        save_inputs(bundle, recorder.recordings, options.save_inputs)
     variants: tuple[Checked, ...] = ()
-    if options.variants:
-        side = VariantReference(reference, manifest)
-        checked = []
-        for number, recording in enumerate(recorder.recordings, 1):
-            notify(f"comparing variant {number} of {len(recorder.recordings)}")
-            checked.append(compare_variant(bundle, side, recording, backend, tolerance, options.threads))
-        variants = tuple(checked)
+    if isinstance(recorder, StepRecorder):
+        if options.variants or options.save_inputs is not None:
+            notify("comparing the segments")
+            variants, recordings = compare_segments(bundle, recorder.recordings, backend, tolerance, options.threads)
+            variants = variants if options.variants else ()
+            if options.save_inputs is not None:
+                save_inputs(bundle, recordings, options.save_inputs)
+    else:
+        if options.save_inputs is not None:
+            save_inputs(bundle, recorder.recordings, options.save_inputs)
+        if options.variants:
+            side = VariantReference(reference, manifest)
+            checked = []
+            for number, recording in enumerate(recorder.recordings, 1):
+                notify(f"comparing variant {number} of {len(recorder.recordings)}")
+                checked.append(compare_variant(bundle, side, recording, backend, tolerance, options.threads))
+            variants = tuple(checked)
     if not options.loop:
         return Report(tolerance, variants, (), None)
     notify("running the engine's loop")
@@ -114,7 +132,7 @@ class _Evaluated:
 
 
 def _supernet_loop(
-    reference: Reference, inputs: ReferenceInputs, recorder: Recorder, evaluations: list[_Evaluated]
+    reference: Reference, inputs: ReferenceInputs, recorder: LoopRecorder, evaluations: list[_Evaluated]
 ) -> torch.Tensor:
     def record(evaluation: Evaluation) -> None:
         recorder(evaluation)
@@ -130,6 +148,8 @@ def _supernet_loop(
             num_inference_steps=reference.schedule.sampler.num_inference_steps,
             guidance_scale=inputs.guidance_scale,
             noises=inputs.noises,
+            set_timesteps_kwargs=reference.set_timesteps,
+            start=inputs.start,
             record=record,
         )
 
@@ -149,16 +169,70 @@ def compare_variant(
     """
     entry = bundle.manifest.plan.variants[recording.variant]
     runners = [SupernetRunner(reference, entry), engine_runner(bundle, entry, backend, threads)]
-    with silenced():
-        try:
-            results = Comparator.run(runners, data_loader=[_feed(bundle, recording)])
-        except UserError:
-            raise
-        except Exception as error:  # ONNX Runtime's exceptions share no base class
-            reason = " ".join(str(error).split())[:400]
-            raise UserError(f"{bundle.path / entry.graph.file}: cannot be run on {backend.name}: {reason}") from error
+    with silenced(), _failures_named(bundle, entry, backend):
+        results = Comparator.run(runners, data_loader=[_feed(bundle, recording)])
     (errors,) = compare_runs(results, tolerance)
     return Checked(recording.step, entry.name, errors)
+
+
+def compare_segments(
+    bundle: Bundle,
+    recordings: Sequence[StepRecording],
+    backend: Backend,
+    tolerance: Tolerance,
+    threads: int | None = None,
+) -> tuple[tuple[Checked, ...], tuple[Recording, ...]]:
+    """Every segment on ``backend``, within evaluations that start from the supernet's latent.
+
+    Returns what was compared at the first launch of each segment, and at later ones that fail; a segment that writes
+    nothing the supernet has (a time embedding) is judged by those that read it. Then each segment's inputs at its first
+    launch.
+
+    Raises:
+        UserError: a graph cannot be loaded or run.
+    """
+    plan = bundle.manifest.plan
+    checked: list[Checked] = []
+    firsts: dict[int, Recording] = {}
+    with silenced(), contextlib.ExitStack() as stack:
+        runners: dict[int, BaseRunner] = {}
+
+        def run(segment: int, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+            entry = plan.variants[segment]
+            with _failures_named(bundle, entry, backend):
+                if segment not in runners:
+                    runners[segment] = stack.enter_context(engine_runner(bundle, entry, backend, threads))
+                return {name: np.array(array) for name, array in runners[segment].infer(feeds).items()}
+
+        evaluate = StepRunner(plan, run)
+        for recording in recordings:
+            for launched in evaluate(recording.step, recording.inputs):
+                first = launched.segment not in firsts
+                if first:
+                    given = Recording(launched.segment, recording.step, launched.inputs, {})
+                    firsts[launched.segment] = given
+                names = [name for name in launched.outputs if name in recording.outputs]
+                if not names:
+                    continue
+                wanted = {name: recording.outputs[name] for name in names}
+                found = {name: launched.outputs[name].astype(np.float32) for name in names}
+                (errors,) = compare_runs(_results([wanted], [found]), tolerance)
+                result = Checked(recording.step, plan.variants[launched.segment].name, errors)
+                if first or not result.passed:
+                    checked.append(result)
+    return tuple(checked), tuple(firsts.values())
+
+
+@contextlib.contextmanager
+def _failures_named(bundle: Bundle, entry: VariantEntry, backend: Backend) -> Iterator[None]:
+    """What goes wrong inside, in one line with the graph's file."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # ONNX Runtime's exceptions share no base class
+        reason = " ".join(str(error).split())[:400]
+        raise UserError(f"{bundle.path / entry.graph.file}: cannot be run on {backend.name}: {reason}") from error
 
 
 def save_inputs(bundle: Bundle, recordings: Sequence[Recording], folder: Path) -> None:
@@ -209,6 +283,7 @@ def _engine_loop(
         host(inputs.latents),
         as_arrays(inputs.conditions),
         noises=np.stack([host(noise) for noise in inputs.noises]) if inputs.noises else None,
+        image=None if inputs.start is None else host(inputs.start.latents),
         guidance_scale=1.0 if inputs.guidance_scale is None else inputs.guidance_scale,
         on_launch=on_launch,
     )
@@ -220,7 +295,10 @@ def _predictions_used(reference: Reference) -> list[bool]:
     from dipgo_deploy.sampler import prediction_used, sampler_matrix
 
     steps = reference.schedule.sampler.num_inference_steps
-    return list(prediction_used(sampler_matrix(reference.scheduler, steps, check=False)))
+    matrix = sampler_matrix(
+        reference.scheduler, steps, set_timesteps_kwargs=reference.set_timesteps, begin=reference.begin, check=False
+    )
+    return list(prediction_used(matrix))
 
 
 def _compare_loop(
@@ -232,20 +310,24 @@ def _compare_loop(
 ) -> tuple[Checked, ...]:
     """Every evaluation: what a launch saw and made; without a launch, the prediction that is used again."""
     plan = bundle.manifest.plan
-    launched = {launch.step: index for index, launch in enumerate(plan.launches)}
+    launched: dict[int, list[int]] = {}
+    for index, launch in enumerate(plan.launches):
+        launched.setdefault(launch.step, []).append(index)
     places: list[tuple[int, str | None]] = []
     expected: list[dict[str, np.ndarray]] = []
     actual: list[dict[str, np.ndarray]] = []
     latest: np.ndarray | None = None
     for step, evaluation in enumerate(evaluations):
-        found = dict(engine[launched[step]]) if step in launched else {}
+        found: dict[str, np.ndarray] = {}
+        for index in launched.get(step, ()):
+            found.update(engine[index])
         latest = found.get(PREDICTION, latest)
         if latest is not None and used[step]:
             found[PREDICTION] = latest
         wanted = {LATENT: evaluation.model_input, PREDICTION: evaluation.prediction}
         if found:
-            variant = plan.variants[plan.launches[launched[step]].variant].name if step in launched else None
-            places.append((step, variant))
+            names = [plan.variants[plan.launches[index].variant].name for index in launched.get(step, ())]
+            places.append((step, "..".join(dict.fromkeys([names[0], names[-1]])) if names else None))
             expected.append({name: wanted[name] for name in found})
             actual.append(found)
     errors = compare_runs(_results(expected, actual), tolerance)
@@ -260,15 +342,28 @@ def _compare_results(
     actual: np.ndarray,
     tolerance: Tolerance,
 ) -> Checked:
-    """The final latents, and the images that each side's own VAE makes of its own latents."""
+    """The final latents, the images that each side's own VAE makes of its own latents, and for image-to-image what
+    each makes of one picture."""
     wanted, found = {LATENTS: expected}, {LATENTS: actual}
     graph = bundle.manifest.components.vae_decoder
     vae: Any = getattr(reference.source.pipeline, "vae", None)
-    if graph is not None and vae is not None:
-        wanted[IMAGES] = _decode(vae, expected)
+    pixels = reference.source.family.pixels
+    if graph is not None and (pixels or vae is not None):
+        wanted[IMAGES] = _pictures(expected) if pixels else _decode(vae, expected)
         found[IMAGES] = Decoder(bundle.path, graph, backend)(actual)
+    encoder = bundle.manifest.components.vae_encoder
+    if encoder is not None and vae is not None:
+        picture = np.random.default_rng(0).random(encoder.inputs[0].shape, np.float32)
+        wanted |= _encode(vae, picture)
+        found |= Encoder(bundle.path, encoder, backend)(picture)
     (errors,) = compare_runs(_results([wanted], [found]), tolerance)
     return Checked(None, None, errors)
+
+
+def _pictures(latents: np.ndarray) -> np.ndarray:
+    """Images float32 (B, H, W, 3) in [0, 1] of a model on pixels; a grey picture has three equal channels."""
+    images = np.clip(latents / 2 + 0.5, 0, 1).transpose(0, 2, 3, 1)
+    return np.ascontiguousarray(np.broadcast_to(images, (*images.shape[:3], 3)), np.float32)
 
 
 def _decode(vae: Any, latents: np.ndarray) -> np.ndarray:
@@ -277,6 +372,17 @@ def _decode(vae: Any, latents: np.ndarray) -> np.ndarray:
     with torch.no_grad():
         images = vae.decode(torch.from_numpy(latents) / vae.config.scaling_factor + shift, return_dict=False)[0]
     return host((images / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1))
+
+
+def _encode(vae: Any, images: np.ndarray) -> dict[str, np.ndarray]:
+    """What the encoder's graph gives for images float32 (B, H, W, 3) in [0, 1]."""
+    shift = getattr(vae.config, "shift_factor", None) or 0.0
+    with torch.no_grad():
+        encoded = vae.encode(torch.from_numpy(2 * images - 1).permute(0, 3, 1, 2))
+    spread = getattr(encoded, "latent_dist", None)
+    mean = encoded.latents if spread is None else spread.mean
+    found = {"mean": host((mean - shift) * vae.config.scaling_factor)}
+    return found if spread is None else found | {"std": host(spread.std * vae.config.scaling_factor)}
 
 
 def _results(expected: Sequence[dict[str, np.ndarray]], actual: Sequence[dict[str, np.ndarray]]) -> RunResults:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from dipgo_deploy.supernet.gated import CacheState, Supernet
     from dipgo_deploy.supernet.loop import Evaluation
 
-_CACHE_NAME = re.compile(r"(?:new_)?(?:cache|residual)\.(?P<block>.+)/out(?P<index>\d+)")
+_CACHE_NAME = re.compile(r"(?:new_)?(?:cache|residual|value)\.(?P<block>.+)/out(?P<index>\d+)")
 
 
 class VariantNames(Protocol):
@@ -49,7 +49,7 @@ class Recording:
 
 
 class Recorder:
-    """Records each variant at its first launch; give it to ``run_loop`` as ``record``.
+    """Records each variant at its first launch; give it to ``run_loop`` as ``record``. For the layout ``variants``.
 
     launches: (step, variant) of each launch, in order. slots: entries of the stack.
     """
@@ -81,10 +81,7 @@ class Recorder:
         if index is None:
             return
         variant = self._variants[index]
-        inputs = launch_inputs(host(evaluation.model_input), float(evaluation.timestep), self._slots)
-        inputs.update(as_arrays(evaluation.conditions))
-        if self._guidance_scale is not None:
-            inputs[GUIDANCE_SCALE] = np.array([self._guidance_scale], np.float32)
+        inputs = evaluation_inputs(evaluation, self._guidance_scale, self._slots)
         inputs.update({name: cache_tensor(name, evaluation.before) for name in variant.reads})
         outputs = {PREDICTION: host(evaluation.prediction)} if variant.predicts else {}
         outputs.update({name: cache_tensor(name, evaluation.after) for name in variant.writes})
@@ -92,7 +89,16 @@ class Recorder:
 
 
 class _Done(Exception):
-    """All variants were seen: the rest of the loop is not needed."""
+    """All that is wanted was seen: the rest of the loop is not needed."""
+
+
+class LoopRecorder(Protocol):
+    """Takes evaluations of the supernet's loop until it has what it wants."""
+
+    @property
+    def complete(self) -> bool: ...  # noqa: D102
+
+    def __call__(self, evaluation: Evaluation) -> None: ...  # noqa: D102
 
 
 def record_variants(
@@ -102,8 +108,23 @@ def record_variants(
     num_inference_steps: int,
     gates: Sequence[Sequence[bool]],
     inputs: ReferenceInputs,
+    set_timesteps_kwargs: Mapping[str, Any] | None = None,
 ) -> list[Recording]:
     """Run the supernet's loop until ``recorder`` is complete; its recordings."""
+    run_until_complete(recorder, supernet, scheduler, num_inference_steps, gates, inputs, set_timesteps_kwargs)
+    return recorder.recordings
+
+
+def run_until_complete(
+    recorder: LoopRecorder,
+    supernet: Supernet,
+    scheduler: Any,
+    num_inference_steps: int,
+    gates: Sequence[Sequence[bool]],
+    inputs: ReferenceInputs,
+    set_timesteps_kwargs: Mapping[str, Any] | None = None,
+) -> None:
+    """Run the supernet's loop for as long as ``recorder`` is not complete."""
     import torch
 
     from dipgo_deploy.supernet.loop import run_loop
@@ -123,9 +144,19 @@ def record_variants(
             num_inference_steps=num_inference_steps,
             guidance_scale=inputs.guidance_scale,
             noises=inputs.noises,
+            set_timesteps_kwargs=set_timesteps_kwargs,
+            start=inputs.start,
             record=record,
         )
-    return recorder.recordings
+
+
+def evaluation_inputs(evaluation: Evaluation, guidance_scale: float | None, slots: int) -> dict[str, np.ndarray]:
+    """All graph inputs of an evaluation but the caches, float32 or int64."""
+    inputs = launch_inputs(host(evaluation.model_input), float(evaluation.timestep), slots)
+    inputs.update(as_arrays(evaluation.conditions))
+    if guidance_scale is not None:
+        inputs[GUIDANCE_SCALE] = np.array([guidance_scale], np.float32)
+    return inputs
 
 
 def launch_inputs(model_input: np.ndarray, timestep: float, slots: int) -> dict[str, np.ndarray]:

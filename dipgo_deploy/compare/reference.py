@@ -16,23 +16,30 @@ from dipgo_deploy.compare.conditions import host
 from dipgo_deploy.compare.recording import cache_place, cache_tensor
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.runtime.loop import COEFFICIENTS, GUIDANCE_SCALE, PREDICTION, STACK, TIMESTEP, final_latent
-from dipgo_deploy.supernet.gated import CacheState, Supernet
+from dipgo_deploy.supernet.gated import CacheState
 
 if TYPE_CHECKING:
     from dipgo_deploy.export.source import Source
     from dipgo_deploy.models.family import InputSpec
     from dipgo_deploy.schedule.document import Schedule
+    from dipgo_deploy.supernet.gated import Supernet
 
 
 @dataclass(frozen=True)
 class Reference:
-    """A model in torch, float32, and the schedule (after promotion) that an engine directory was made from."""
+    """A model in torch, float32, and the schedule (after promotion) that an engine directory was made from.
+
+    set_timesteps: what the scheduler's ``set_timesteps`` is given besides the number of steps. begin: of a run that
+    starts from a picture, whose ``schedule`` has the rows that are run only.
+    """
 
     source: Source
     schedule: Schedule
     scheduler: Any
+    set_timesteps: Mapping[str, Any]
     supernet: Supernet
     conditions: tuple[InputSpec, ...]
+    begin: int | None = None
 
 
 def load_reference(bundle: Bundle, model: str | None = None) -> Reference:
@@ -43,6 +50,7 @@ def load_reference(bundle: Bundle, model: str | None = None) -> Reference:
     Raises:
         UserError: no such model, another model than the exported one, or a schedule that does not fit it.
     """
+    from dipgo_deploy.export.image import run_from
     from dipgo_deploy.export.source import load_source
     from dipgo_deploy.sampler import evaluations, make_scheduler
 
@@ -62,23 +70,23 @@ def load_reference(bundle: Bundle, model: str | None = None) -> Reference:
     schedule = bundle.load_schedule()
     source.check(schedule, allow_other_config=True)  # the manifest's configuration was checked above
     scheduler = make_scheduler(schedule.sampler.class_name, schedule.sampler.config)
-    schedule.check_evaluations(evaluations(scheduler, schedule.sampler.num_inference_steps))
-    specs = source.specs(schedule)
-    supernet = Supernet(source.denoiser, specs, [schedule.cache_kinds[spec.name] for spec in specs])
-    return Reference(source, schedule, scheduler, supernet, _condition_specs(source, manifest))
+    steps, options = schedule.sampler.num_inference_steps, manifest.sampler.set_timesteps
+    schedule.check_evaluations(evaluations(scheduler, steps, set_timesteps_kwargs=options))
+    supernet = source.supernet(schedule.model.granularity, schedule.cache_kinds)
+    begin = manifest.sampler.begin
+    run = schedule if begin is None else run_from(schedule, begin)
+    return Reference(source, run, scheduler, options, supernet, _condition_specs(source, manifest), begin)
 
 
 def _condition_specs(source: Source, manifest: Manifest) -> tuple[InputSpec, ...]:
-    from dipgo_deploy.export.source import DEFAULT_TEXT_LENGTH
-
     shapes = {spec.name: spec.shape for spec in manifest.conditions}
-    lengths = [shape[1] for shape in shapes.values() if len(shape) == 3]
+    scheme = source.text
     specs = source.family.inputs(
         source.config,
         batch=manifest.batch * (2 if manifest.guidance else 1),
         height=manifest.latent.height,
         width=manifest.latent.width,
-        text_length=lengths[0] if lengths else DEFAULT_TEXT_LENGTH,
+        text_length=0 if scheme is None else scheme.length,
     )
     conditions = tuple(spec for spec in specs if spec.role == "condition")
     if {spec.name: spec.shape for spec in conditions} != shapes:
@@ -128,7 +136,8 @@ class VariantReference:
     @cached_property
     def _zeros(self) -> dict[str, torch.Tensor]:
         return {
-            spec.name: torch.zeros(spec.shape, dtype=torch.int64 if spec.dtype == "int64" else torch.float32)
+            # Ones where there are whole numbers: a mask that hides everything would make NaN.
+            spec.name: torch.ones(spec.shape, dtype=torch.int64) if spec.dtype == "int64" else torch.zeros(spec.shape)
             for spec in self._conditions
         }
 

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 class Checked:
     """Tensors that belong together: a variant's outputs, an evaluation of the loop, or the loop's results.
 
-    step: evaluation, None after the last one. variant: name of the variant that was launched, None where none was.
+    step: evaluation, None after the last one. variant: name of the variant that was launched (of several segments
+    ``first..last``), None where none was.
     """
 
     step: int | None

@@ -43,7 +43,7 @@ def memory_need(manifest: Manifest, weights: Mapping[str, int]) -> MemoryNeed:
     """The need of a manifest whose engines have ``weights`` bytes of weights."""
     plan, latent = manifest.plan, manifest.latent
     sample = manifest.batch * latent.channels * latent.height * latent.width * 4
-    graphs = [manifest.components.vae_decoder]
+    graphs = [manifest.components.vae_decoder, manifest.components.vae_encoder]
     if manifest.components.text_encoder is not None:
         graphs.append(manifest.components.text_encoder.graph)
     components = [spec for graph in graphs if graph is not None for spec in (*graph.inputs, *graph.outputs)]
@@ -66,8 +66,9 @@ def check_budget(need: MemoryNeed, limit: int, whose: str) -> None:
     if over <= 0:
         return
     raise UserError(
-        f"the run needs {need.line()}, {mib(over)} more than {whose} of {mib(limit)}; export with fewer variants "
-        "(--max-variants), a smaller dtype, batch or size (stripping saves disk, not GPU memory)"
+        f"the run needs {need.line()}, {mib(over)} more than {whose} of {mib(limit)}; export with each weight in "
+        "one graph (--layout segments), fewer variants (--max-variants), a smaller dtype, batch or size (stripping "
+        "saves disk, not GPU memory)"
     )
 
 

@@ -24,7 +24,7 @@ from dipgo_deploy.backends.tensorrt_plans import (
     plan_file,
     plan_name,
     plans_folder,
-    static_profile,
+    profile_of,
 )
 from dipgo_deploy.bundle.directory import Bundle
 from dipgo_deploy.bundle.files import sha256_file, write_atomic
@@ -185,8 +185,9 @@ def graphs_of(manifest: Manifest) -> list[Graph]:
     graphs = [variant.graph for index, variant in enumerate(manifest.plan.variants) if index in launched]
     if manifest.components.text_encoder is not None:
         graphs.append(manifest.components.text_encoder.graph)
-    if manifest.components.vae_decoder is not None:
-        graphs.append(manifest.components.vae_decoder)
+    for graph in (manifest.components.vae_decoder, manifest.components.vae_encoder):
+        if graph is not None:
+            graphs.append(graph)
     return graphs
 
 
@@ -280,7 +281,7 @@ def _jobs(
         inputs = KeyInputs(
             graph=sha256_file(onnx_file),
             weights=weights,
-            profile=static_profile(graph),
+            profile=profile_of(graph),
             flags=options.flags,
             backend=flavour.backend,
             version=version,

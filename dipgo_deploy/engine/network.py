@@ -130,7 +130,8 @@ def _configure(flavour: Flavour, module: Any, builder: Any, network: Any, config
         profile = builder.create_optimization_profile()
         for name, shapes in inputs.profile.items():
             profile.set_shape(name, shapes.min, shapes.opt, shapes.max)
-        config.add_optimization_profile(profile)
+        if config.add_optimization_profile(profile) < 0:
+            raise UserError(f"{work.onnx_file}: {flavour.title} refuses the ranges of its sizes; export other ones")
 
 
 def _require(accepted: bool, flavour: Flavour, inputs: KeyInputs) -> None:

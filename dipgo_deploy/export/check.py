@@ -1,4 +1,4 @@
-"""Every variant against the supernet, on inputs recorded from a real loop, before an export counts as done."""
+"""Every graph against the supernet, on inputs recorded from a real loop, before an export counts as done."""
 
 from __future__ import annotations
 
@@ -7,12 +7,16 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from dipgo_deploy.bundle.manifest import VariantEntry
+from dipgo_deploy.bundle.manifest import PlanEntry, VariantEntry
+from dipgo_deploy.bundle.shapes import Sizes
 from dipgo_deploy.compare.metrics import relative_error
 from dipgo_deploy.errors import ToleranceError
+from dipgo_deploy.export.conditions import corners
 
 if TYPE_CHECKING:
-    from dipgo_deploy.compare.recording import Recording
+    from dipgo_deploy.compare.conditions import ReferenceInputs
+    from dipgo_deploy.compare.recording import LoopRecorder, Recording
+    from dipgo_deploy.compare.steps import StepRecording
     from dipgo_deploy.export.exporter import PlannedExport
 
 
@@ -22,40 +26,75 @@ class _Names(NamedTuple):
     predicts: bool
 
 
-def record(planned: PlannedExport) -> list[Recording]:
-    """Recordings of every variant, from the float32 supernet under the promoted schedule."""
-    from dipgo_deploy.compare.conditions import reference_inputs
-    from dipgo_deploy.compare.recording import Recorder, record_variants
-    from dipgo_deploy.export.cut import cache_input, cache_output
-    from dipgo_deploy.supernet.gated import Supernet
+def record(planned: PlannedExport, sizes: Sizes | None = None) -> list[Recording]:
+    """Recordings of every variant, from the float32 supernet under the promoted schedule.
 
-    source, shape = planned.source, planned.traced.shape
-    specs = source.specs(planned.schedule)
-    supernet = Supernet(source.denoiser, specs, [planned.schedule.cache_kinds[spec.name] for spec in specs])
-    inputs = reference_inputs(
-        source,
-        planned.traced.conditions,
-        (shape.batch, source.family.latent_channels(source.config), shape.height, shape.width),
-        noises=planned.matrix.noises,
-        guidance=shape.guidance,
-    )
+    sizes: where the export leaves them open.
+    """
+    from dipgo_deploy.compare.recording import Recorder
+    from dipgo_deploy.export.cut import cache_input, cache_output
+
+    inputs = _inputs(planned, sizes)
     variants = [
         _Names(tuple(map(cache_input, variant.reads)), tuple(map(cache_output, variant.writes)), variant.predicts)
         for variant in planned.plan.variants
     ]
     launches = [(launch.step, launch.variant) for launch in planned.plan.launches]
-    return record_variants(
-        Recorder(variants, launches, inputs.guidance_scale, planned.slots),
-        supernet,
+    recorder = Recorder(variants, launches, inputs.guidance_scale, planned.slots)
+    _run_supernet(planned, recorder, inputs)
+    return recorder.recordings
+
+
+def record_steps(planned: PlannedExport, plan: PlanEntry) -> list[StepRecording]:
+    """Recordings of the evaluations in which each segment is launched once at least."""
+    from dipgo_deploy.compare.steps import StepRecorder
+
+    inputs = _inputs(planned)
+    launches = [(launch.step, launch.variant) for launch in plan.launches]
+    schedule = planned.schedule.with_gates(planned.plan.keep)
+    recorder = StepRecorder(plan.variants, launches, schedule, inputs.guidance_scale, planned.slots)
+    _run_supernet(planned, recorder, inputs)
+    return recorder.recordings
+
+
+def _inputs(planned: PlannedExport, sizes: Sizes | None = None) -> ReferenceInputs:
+    from dipgo_deploy.compare.conditions import reference_inputs
+    from dipgo_deploy.export.trace import condition_specs
+
+    source, shape, conditions = planned.source, planned.traced.shape, planned.traced.conditions
+    if sizes is not None:
+        shape = shape.at(sizes)
+        conditions = condition_specs(source.family, source.config, shape)
+    return reference_inputs(
+        source,
+        conditions,
+        (shape.batch, source.family.latent_channels(source.config), shape.height, shape.width),
+        noises=planned.matrix.noises,
+        guidance=shape.guidance,
+        begin=None if planned.image is None else planned.image.begin,
+    )
+
+
+def _run_supernet(planned: PlannedExport, recorder: LoopRecorder, inputs: ReferenceInputs) -> None:
+    from dipgo_deploy.compare.recording import run_until_complete
+
+    schedule = planned.schedule
+    run_until_complete(
+        recorder,
+        planned.source.supernet(schedule.model.granularity, schedule.cache_kinds),
         planned.scheduler,
-        planned.schedule.sampler.num_inference_steps,
+        schedule.sampler.num_inference_steps,
         planned.plan.keep,
         inputs,
+        planned.set_timesteps,
     )
 
 
 def check_variants(planned: PlannedExport, variants: tuple[VariantEntry, ...], stage: Path) -> None:
     """Run each variant once on ONNX Runtime's CPU provider and compare it with its recording.
+
+    Open sizes: at the usual ones, and at all corners of the ranges that differ in more than the batch, because an
+    extent that the trace took for a constant shows only at another one.
 
     bf16 graphs are not run: that provider has no bf16 kernels; they pass the checker only.
 
@@ -65,15 +104,55 @@ def check_variants(planned: PlannedExport, variants: tuple[VariantEntry, ...], s
     if planned.options.dtype == "bf16":
         return
     tolerance = planned.source.family.tolerances[planned.options.dtype]
-    for recording in record(planned):
-        entry = variants[recording.variant]
-        for name, actual in run_graph(stage / entry.graph.file, entry, recording.inputs).items():
-            error = relative_error(actual, recording.outputs[name])
-            if not error <= tolerance:
-                raise ToleranceError(
-                    f"variant {entry.name}, step {recording.step}, {name}: relative error {error:.2e} against the "
-                    f"supernet, above {tolerance:g}; nothing was written"
-                )
+    ranges = planned.traced.shape.sizes
+    for sizes in (None,) if ranges is None else corners(ranges):
+        at = "" if sizes is None else f" at {sizes.batch} x {sizes.height}x{sizes.width}"
+        for recording in record(planned, sizes):
+            entry = variants[recording.variant]
+            for name, actual in run_graph(stage / entry.graph.file, entry, recording.inputs).items():
+                error = relative_error(actual, recording.outputs[name])
+                if not error <= tolerance:
+                    raise ToleranceError(
+                        f"variant {entry.name}{at}, step {recording.step}, {name}: relative error {error:.2e} against "
+                        f"the supernet, above {tolerance:g}; nothing was written"
+                    )
+
+
+def check_segments(planned: PlannedExport, plan: PlanEntry, stage: Path) -> None:
+    """Run evaluations on ONNX Runtime's CPU provider, launch by launch, until every segment ran, and compare what each
+    writes with the supernet where that has it: predictions and what blocks store.
+
+    bf16 graphs are not run: that provider has no bf16 kernels; they pass the checker only.
+
+    Raises:
+        ToleranceError: names segment, tensor and both errors.
+    """
+    import onnxruntime
+
+    from dipgo_deploy.compare.steps import StepRunner
+
+    if planned.options.dtype == "bf16":
+        return
+    tolerance = planned.source.family.tolerances[planned.options.dtype]
+    sessions: dict[int, onnxruntime.InferenceSession] = {}
+
+    def run(segment: int, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        graph = plan.variants[segment].graph
+        if segment not in sessions:
+            sessions[segment] = onnxruntime.InferenceSession(stage / graph.file, providers=["CPUExecutionProvider"])
+        names = [spec.name for spec in graph.outputs]
+        return dict(zip(names, sessions[segment].run(names, feeds), strict=True))
+
+    evaluate = StepRunner(plan, run)
+    for recording in record_steps(planned, plan):
+        for launched in evaluate(recording.step, recording.inputs):
+            for name in launched.outputs.keys() & recording.outputs.keys():
+                error = relative_error(launched.outputs[name].astype(np.float32), recording.outputs[name])
+                if not error <= tolerance:
+                    raise ToleranceError(
+                        f"segment {plan.variants[launched.segment].name}, step {recording.step}, {name}: relative "
+                        f"error {error:.2e} against the supernet, above {tolerance:g}; nothing was written"
+                    )
 
 
 def run_graph(path: Path, entry: VariantEntry, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -1,84 +1,170 @@
-"""What surrounds the denoiser: text encoder, tokenizer and VAE decoder, exported so that a bundle needs no torch."""
+"""What surrounds the denoiser: text encoders, tokenizers and VAE, exported so that a bundle needs no torch."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dipgo_deploy.bundle.manifest import Components, Graph, TextEncoderEntry
+import torch
+
+from dipgo_deploy.bundle.manifest import Components, Graph, TextEncoderEntry, TokenizerEntry
+from dipgo_deploy.bundle.shapes import SizeRanges, Sizes
 from dipgo_deploy.errors import UserError
+from dipgo_deploy.export.dynamic import Dimensions, example_sizes, name_dimensions, shapes_from_sizes
 from dipgo_deploy.export.program import to_onnx, torch_dtype
 from dipgo_deploy.export.tensors import graph_entry
 from dipgo_deploy.export.weights import save_graph, write_weights
 
 if TYPE_CHECKING:
     import onnx_ir as ir
-    import torch
 
-    from dipgo_deploy.bundle.manifest import LatentSpec
-
-TOKENIZER_FILE = "tokenizer/tokenizer.json"
+    from dipgo_deploy.bundle.manifest import ConditionSpec, LatentSpec
+    from dipgo_deploy.models.family import TextScheme
 
 
-def export_components(pipeline: Any, stage: Path, latent: LatentSpec, *, batch: int, dtype: str) -> Components:
+def export_components(
+    pipeline: Any,
+    scheme: TextScheme | None,
+    conditions: Sequence[ConditionSpec],
+    stage: Path,
+    latent: LatentSpec,
+    *,
+    batch: int,
+    sizes: SizeRanges | None = None,
+    dtype: str,
+    pixels: bool = False,
+    encoder: bool = False,
+    float32: Sequence[str] = (),
+) -> Components:
     """Export what the diffusers pipeline has beside its denoiser into the folder ``stage``.
 
-    The modules are converted to ``dtype`` in place. A pipeline without text encoder or VAE gives a bundle that takes
-    embeddings or gives latents.
+    scheme: how its prompts are encoded. conditions: the denoiser's, of which those of source ``text`` become outputs.
+    pixels: the latent is the picture. encoder: export the VAE's encoder too, for image-to-image. The modules are
+    converted to ``dtype`` in place, but for what the model itself keeps in float32 and the components ``float32``. A
+    pipeline without text encoder or VAE gives a bundle that takes embeddings or gives latents.
 
     Raises:
         UserError: a component that the exporter refuses, or a tokenizer that has no ``tokenizers`` form.
     """
-    text_encoder = getattr(pipeline, "text_encoder", None)
     vae = getattr(pipeline, "vae", None)
+    vae_dtype = "fp32" if "vae" in float32 or vae is None else _vae_dtype(pipeline, dtype)
+    decoder: Graph | None = None
+    if vae is not None:
+        decoder = _vae_decoder(vae, stage, latent, batch, sizes, vae_dtype)
+    elif pixels and latent.channels in (1, 3):
+        decoder = _export(
+            _PixelDecoder(),
+            _latents(batch, latent, sizes),
+            ["latents"],
+            ["images"],
+            stage,
+            "vae_decoder",
+            "fp32",
+            sizes=sizes,
+        )
     labels = getattr(pipeline, "labels", None)  # DiTPipeline: name -> class id
     classes = getattr(getattr(pipeline, "transformer", None), "config", {}).get("num_embeds_ada_norm")
     return Components(
-        text_encoder=_text_encoder(text_encoder, pipeline.tokenizer, stage, dtype)
-        if text_encoder is not None
+        text_encoder=_text_encoder(pipeline, scheme, conditions, stage, dtype, float32)
+        if scheme is not None and has_encoders(pipeline, scheme)
         else None,
-        vae_decoder=_vae_decoder(vae, stage, latent, batch, dtype) if vae is not None else None,
+        vae_decoder=decoder,
+        vae_encoder=_vae_encoder(vae, stage, decoder, vae_dtype) if encoder and decoder is not None else None,
         class_labels=dict(labels) if labels else None,
         null_class=classes,
+        classes=getattr(getattr(pipeline, "unet", None), "config", {}).get("num_class_embeds"),
     )
 
 
-def _text_encoder(encoder: torch.nn.Module, tokenizer: Any, stage: Path, dtype: str) -> TextEncoderEntry:
-    import torch
+def has_encoders(pipeline: Any, scheme: TextScheme) -> bool:
+    """Whether the pipeline holds every encoder that its scheme uses."""
+    return all(getattr(pipeline, name, None) is not None for name in scheme.encoders)
 
-    class LastHiddenState(torch.nn.Module):
+
+def _text_encoder(
+    pipeline: Any,
+    scheme: TextScheme,
+    conditions: Sequence[ConditionSpec],
+    stage: Path,
+    dtype: str,
+    float32: Sequence[str],
+) -> TextEncoderEntry:
+    encoders = {name: getattr(pipeline, name) for name in scheme.encoders}
+    for name, encoder in encoders.items():
+        _convert(encoder, "fp32" if name in float32 else dtype)
+    names = [name for spec in scheme.tokenizers for name in (spec.ids, spec.mask) if name is not None]
+    outputs = [spec.name for spec in conditions if spec.source == "text"]
+
+    class Encoders(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.encoder = encoder
+            for name, encoder in encoders.items():
+                self.add_module(name, encoder)
 
-        def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-            return self.encoder(input_ids)[0]
+        def forward(self, *tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            encoded = scheme.encode(pipeline, dict(zip(names, tokens, strict=True)))
+            # An output that is an input (a mask) or a view of one has no node of its own.
+            return tuple(encoded[name] + 0 for name in outputs)
 
-    length = int(tokenizer.model_max_length)
-    encoder.to(torch_dtype(dtype)).eval()
-    model = to_onnx(
-        LastHiddenState().eval(),
-        [torch.zeros(1, length, dtype=torch.int64)],
-        ["input_ids"],
-        lambda: ["text_embeddings"],
-        dtype=dtype,
-        prefix="encoder.",
-        label=type(encoder).__name__,
-    )
-    _save_tokenizer(tokenizer, stage / TOKENIZER_FILE)
+    tokens = [
+        torch.ones(1, spec.length, dtype=torch.int64)
+        for spec in scheme.tokenizers
+        for _ in range(2 if spec.mask else 1)
+    ]
+    # One encoder keeps the names of its weights as they are in its own files, which is how LoRA files name them.
+    prefix = f"{scheme.encoders[0]}." if len(encoders) == 1 else ""
+    graph = _export(Encoders(), tokens, names, outputs, stage, "text_encoder", dtype, prefix)
+    entries = []
+    for spec in scheme.tokenizers:
+        tokenizer = getattr(pipeline, spec.attribute)
+        file = f"{spec.attribute}/tokenizer.json"
+        _save_tokenizer(tokenizer, stage / file)
+        entries.append(
+            TokenizerEntry(
+                file=file, length=spec.length, pad_id=int(tokenizer.pad_token_id), ids=spec.ids, mask=spec.mask
+            )
+        )
     return TextEncoderEntry(
-        graph=_save(model, stage, "text_encoder"),
-        tokenizer=TOKENIZER_FILE,
-        length=length,
-        pad_id=int(tokenizer.pad_token_id),
-        output="encoder_hidden_states",
+        graph=graph,
+        tokenizers=tuple(entries),
+        zeros_without_negative=scheme.zeros_without_negative,
+        lowercase=scheme.lowercase,
+        prefix=scheme.prefix,
     )
 
 
-def _vae_decoder(vae: Any, stage: Path, latent: LatentSpec, batch: int, dtype: str) -> Graph:
-    import torch
+def _convert(module: torch.nn.Module, dtype: str) -> None:
+    """``module`` in the export's dtype, without what transformers keeps in float32 for its range (T5's ``wo``)."""
+    module.to(torch_dtype(dtype)).eval()
+    kept = tuple(getattr(module, "_keep_in_fp32_modules", None) or ())
+    if dtype == "fp16" and kept:
+        for name, part in module.named_modules():
+            if name.rpartition(".")[2] in kept:
+                part.float()
 
+
+def _vae_dtype(pipeline: Any, dtype: str) -> str:
+    """float32 for a VAE that overflows in float16: diffusers' pipelines for such have ``upcast_vae``."""
+    upcast = dtype == "fp16" and hasattr(pipeline, "upcast_vae") and pipeline.vae.config.get("force_upcast")
+    return "fp32" if upcast else dtype
+
+
+class _PixelDecoder(torch.nn.Module):
+    """[-1, 1] (B, C, H, W) -> pictures as a VAE decoder's graph gives them; a grey one in three equal channels."""
+
+    def forward(self, latents: torch.Tensor) -> torch.Tensor:
+        image = (latents / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
+        return image.expand(-1, -1, -1, 3)
+
+
+def _latents(batch: int, latent: LatentSpec, sizes: SizeRanges | None) -> list[torch.Tensor]:
+    example = Sizes(batch, latent.height, latent.width) if sizes is None else example_sizes(sizes)
+    return [torch.randn(example.batch, latent.channels, example.height, example.width)]
+
+
+def _vae_decoder(vae: Any, stage: Path, latent: LatentSpec, batch: int, sizes: SizeRanges | None, dtype: str) -> Graph:
     scaling = float(vae.config.scaling_factor)
     shift = float(getattr(vae.config, "shift_factor", None) or 0.0)
     wanted = torch_dtype(dtype)
@@ -93,25 +179,71 @@ def _vae_decoder(vae: Any, stage: Path, latent: LatentSpec, batch: int, dtype: s
             return (image.float() / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
 
     vae.to(wanted).eval()
+    latents = _latents(batch, latent, sizes)
+    return _export(Decoder(), latents, ["latents"], ["images"], stage, "vae_decoder", dtype, "vae.", sizes=sizes)
+
+
+def _vae_encoder(vae: Any, stage: Path, decoder: Graph, dtype: str) -> Graph:
+    """For pictures of the decoder's size. A VAE without a distribution (a tiny one) has no standard deviation."""
+    scaling = float(vae.config.scaling_factor)
+    shift = float(getattr(vae.config, "shift_factor", None) or 0.0)
+    wanted = torch_dtype(dtype)
+    outputs: list[str] = []
+
+    class Encoder(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.vae = vae
+
+        def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            encoded = vae.encode((2 * images - 1).permute(0, 3, 1, 2).to(wanted))
+            spread = getattr(encoded, "latent_dist", None)
+            outputs[:] = ["mean"] if spread is None else ["mean", "std"]
+            mean = encoded.latents if spread is None else spread.mean
+            scaled = ((mean.float() - shift) * scaling,)
+            return scaled if spread is None else (*scaled, spread.std.float() * scaling)
+
+    vae.to(wanted).eval()
+    images = torch.rand(decoder.outputs[0].shape)
+    return _export(Encoder(), [images], ["images"], outputs, stage, "vae_encoder", dtype, "vae.")
+
+
+def _export(
+    module: torch.nn.Module,
+    arguments: Sequence[torch.Tensor],
+    inputs: Sequence[str],
+    outputs: Sequence[str],
+    stage: Path,
+    name: str,
+    dtype: str,
+    prefix: str = "",
+    *,
+    sizes: SizeRanges | None = None,
+) -> Graph:
+    """``sizes``: ranges of the first argument, a latent."""
     model = to_onnx(
-        Decoder().eval(),
-        [torch.randn(batch, latent.channels, latent.height, latent.width)],
-        ["latents"],
-        lambda: ["images"],
+        module.eval(),
+        arguments,
+        inputs,
+        lambda: outputs,
         dtype=dtype,
-        prefix="vae.",
-        label=type(vae).__name__,
+        prefix=prefix,
+        label=name.replace("_", " "),
+        dynamic_shapes=None if sizes is None else [Dimensions(sizes).latent],
     )
-    return _save(model, stage, "vae_decoder")
+    if sizes is not None:
+        name_dimensions(model, inputs[0], sizes)
+        shapes_from_sizes(model, inputs[0])
+    return _save(model, stage, name, sizes)
 
 
-def _save(model: ir.Model, stage: Path, name: str) -> Graph:
+def _save(model: ir.Model, stage: Path, name: str, sizes: SizeRanges | None) -> Graph:
     folder = stage / "components" / name
     folder.mkdir(parents=True)
     write_weights([model], folder)
     path = folder / "model.onnx"
     save_graph(model, path)
-    return graph_entry(model, path.relative_to(stage).as_posix())
+    return graph_entry(model, path.relative_to(stage).as_posix(), sizes)
 
 
 def _save_tokenizer(tokenizer: Any, path: Path) -> None:

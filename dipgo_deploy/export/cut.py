@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from dipgo_deploy.export.dynamic import SIZES
 from dipgo_deploy.export.trace import LATENT, TracedModel
 from dipgo_deploy.plan.graph import BlockGraph
 from dipgo_deploy.plan.model import Cache, Variant
@@ -64,7 +65,7 @@ def cut_variant(traced: TracedModel, variant: Variant, slots: int) -> ir.Model:
         residual = ir.val(cache_input(cache), dtype=values[name].dtype, shape=values[name].shape)
         total = ir.node("Add", [values[source], residual], name=f"{name}/AddResidual")
         placeholder = values[name]
-        _like(total.outputs[0], placeholder, f"{name}")
+        like(total.outputs[0], placeholder, f"{name}")
         placeholder.name = f"{name}/removed"
         placeholder.replace_all_uses_with(total.outputs[0])
         _insert(part, total)
@@ -87,19 +88,40 @@ def cut_variant(traced: TracedModel, variant: Variant, slots: int) -> ir.Model:
         else:
             # an Identity gives the output its own name while the value stays usable inside the graph
             node = ir.node("Identity", [value], name=f"{cache.value}/Store")
-        _like(node.outputs[0], value, cache_output(cache))
+        like(node.outputs[0], value, cache_output(cache))
         part.append(node)
         outputs.append(node.outputs[0])
+
+    return as_model(
+        traced, part, variant.name, inputs, [cache_inputs[cache] for cache in variant.reads], outputs, slots
+    )
+
+
+def as_model(
+    traced: TracedModel,
+    part: ir.Graph,
+    name: str,
+    inputs: list[ir.Value],
+    caches: list[ir.Value],
+    outputs: list[ir.Value],
+    slots: int,
+) -> ir.Model:
+    """A part of the traced graph, without inputs and outputs yet, as a model.
+
+    inputs: copies of the traced graph's inputs, of which the used ones become inputs; in the place of the latent come
+    ``stack`` and ``coefficients`` (see ``cut_variant``). caches: further inputs.
+    """
+    import onnx_ir as ir
 
     used = {value for node in part for value in node.inputs if value is not None}
     latent = next((value for value in inputs if value.name == LATENT), None)
     heads = [value for value in inputs if value in used and value is not latent]
     if latent is not None and latent in used:
         heads = [*_latent_from_stack(part, latent, slots), *heads]
-    part.inputs.extend([*heads, *(cache_inputs[cache] for cache in variant.reads)])
+    part.inputs.extend([*heads, *caches])
     part.outputs.extend(outputs)
     part.sort()
-    part.name = f"{variant.name}"
+    part.name = name
     return ir.Model(part, ir_version=traced.model.ir_version, producer_name="dipgo_deploy")
 
 
@@ -131,22 +153,28 @@ def _latent_from_stack(part: ir.Graph, latent: ir.Value, slots: int) -> list[ir.
     import numpy as np
     import onnx_ir as ir
 
+    def constant(name: str, values: list[int]) -> ir.Value:
+        tensor = ir.tensor(np.array(values, np.int64), name=name)
+        made = ir.Value(name=name, const_value=tensor, shape=tensor.shape, type=ir.TensorType(tensor.dtype))
+        part.register_initializer(made)
+        return made
+
     assert latent.shape is not None
-    extents = [int(extent) for extent in latent.shape]
+    extents = [extent if isinstance(extent, int) else str(extent.value) for extent in latent.shape]
+    static = [extent for extent in extents if isinstance(extent, int)]
     stack = ir.val(STACK, dtype=ir.DataType.FLOAT, shape=ir.Shape([slots, *extents]))
     coefficients = ir.val(COEFFICIENTS, dtype=ir.DataType.FLOAT, shape=ir.Shape([slots]))
-    flat_shape = ir.tensor(np.array([slots, -1], np.int64), name="stack_shape")
-    latent_shape = ir.tensor(np.array(extents, np.int64), name="latent_shape")
-    constants = [
-        ir.Value(name=str(tensor.name), const_value=tensor, shape=tensor.shape, type=ir.TensorType(tensor.dtype))
-        for tensor in (flat_shape, latent_shape)
-    ]
-    for constant in constants:
-        part.register_initializer(constant)
-    flat = ir.node("Reshape", [stack, constants[0]], name="latent/Flatten")
+    if len(static) == len(extents):
+        size: int | None = int(np.prod(static))
+        latent_shape = constant("latent_shape", static)
+    else:
+        size = None
+        latent_shape = _sizes_from_stack(part, latent, stack, len(extents))
+        if not latent.uses():
+            return [stack]
+    flat = ir.node("Reshape", [stack, constant("stack_shape", [slots, -1])], name="latent/Flatten")
     total = ir.node("MatMul", [coefficients, flat.outputs[0]], name="latent/WeightedSum")
-    shaped = ir.node("Reshape", [total.outputs[0], constants[1]], name="latent/Shape")
-    size = int(np.prod(extents))
+    shaped = ir.node("Reshape", [total.outputs[0], latent_shape], name="latent/Shape")
     for node, shape in ((flat, [slots, size]), (total, [size]), (shaped, extents)):
         node.outputs[0].dtype = ir.DataType.FLOAT
         node.outputs[0].shape = ir.Shape(shape)
@@ -158,7 +186,23 @@ def _latent_from_stack(part: ir.Graph, latent: ir.Value, slots: int) -> list[ir.
     return [stack, coefficients]
 
 
-def _like(value: ir.Value, other: ir.Value, name: str) -> None:
+def _sizes_from_stack(part: ir.Graph, latent: ir.Value, stack: ir.Value, rank: int) -> ir.Value:
+    """The latent's shape, where it is open, read off the stack, for all who read it off the latent."""
+    import onnx_ir as ir
+
+    read = ir.node("Shape", [stack], attributes={"start": 1}, name=SIZES)
+    for node in [user for user, _ in latent.uses() if user.op_type == "Shape"]:
+        node.outputs[0].replace_all_uses_with(read.outputs[0])
+        part.remove(node, safe=True)
+    read.outputs[0].name = SIZES
+    read.outputs[0].dtype = ir.DataType.INT64
+    read.outputs[0].shape = ir.Shape([rank])
+    _insert(part, read)
+    return read.outputs[0]
+
+
+def like(value: ir.Value, other: ir.Value, name: str) -> None:
+    """Give ``value`` a name, and type and shape of ``other``."""
     value.name = name
     value.dtype = other.dtype
     value.shape = other.shape

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from dipgo_deploy.models.family import BlockSpec, InputSpec
+from dipgo_deploy.models.family import BlockSpec
 from dipgo_deploy.plan.graph import Block, CacheKind
 from dipgo_deploy.supernet.cuts import collect
 
@@ -19,9 +19,9 @@ class TracedDenoiser(torch.nn.Module):
 
     ``forward(latent, timestep, [guidance_scale], *conditions)``: latent float32 (B, C, h, w), already scaled as the
     scheduler wants it; timestep float32 (1,); guidance_scale float32 (1,), only with guidance, where the conditions
-    have batch 2B, the unconditional half first. Returns the prediction float32 (B, C, h, w) (after guidance; learned
-    variance dropped), then every named value once. ``values`` and ``blocks`` say what those outputs are; they are
-    filled while ``forward`` runs.
+    (named by ``conditions``, handed to the family's ``call``) have batch 2B, the unconditional half first. Returns the
+    prediction float32 (B, C, h, w) (after guidance; learned variance dropped), then every named value once. ``values``
+    and ``blocks`` say what those outputs are; they are filled while ``forward`` runs.
     """
 
     def __init__(
@@ -29,7 +29,8 @@ class TracedDenoiser(torch.nn.Module):
         denoiser: torch.nn.Module,
         specs: Sequence[BlockSpec],
         cache_kinds: Mapping[str, CacheKind],
-        inputs: Sequence[InputSpec],
+        conditions: Sequence[str],
+        call: Callable[..., torch.Tensor],
         *,
         channels: int,
         guidance: bool,
@@ -39,30 +40,25 @@ class TracedDenoiser(torch.nn.Module):
         self.denoiser = denoiser
         self._specs = tuple(specs)
         self._cache_kinds = dict(cache_kinds)
-        self._inputs = tuple(inputs)
+        self._conditions = tuple(conditions)
+        self._call = call
         self._channels = channels
         self._guidance = guidance
         self._layout = layout
 
     def forward(self, latent: torch.Tensor, timestep: torch.Tensor, *rest: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """See the class."""
-        conditions = rest[1:] if self._guidance else rest
+        given = rest[1:] if self._guidance else rest
         batch = torch.cat([latent, latent]) if self._guidance else latent
         batch = batch.to(next(self.denoiser.parameters()).dtype)
-        arguments: dict[str, Any] = {}
-        remaining = iter(conditions)
-        for spec in self._inputs:
-            if spec.role == "latent":
-                arguments[spec.name] = batch
-            elif spec.role == "timestep":
-                arguments[spec.name] = timestep.expand(batch.shape[0])
-            else:
-                arguments[spec.name] = next(remaining)
+        conditions = dict(zip(self._conditions, given, strict=True))
         with collect(self.denoiser, self._specs) as cuts:
-            predicted = self.denoiser(**arguments, return_dict=False)[0]
+            predicted = self._call(self.denoiser, batch, timestep.expand(batch.shape[0]), conditions)
         predicted = predicted[:, : self._channels].float()
         if self._guidance:
-            unconditional, conditional = predicted.chunk(2)
+            # With an open batch torch cannot tell that `chunk` gives two; where it is not open the plainer graph stays.
+            halves = predicted.chunk(2) if isinstance(latent.shape[0], int) else ()
+            unconditional, conditional = halves or predicted.unflatten(0, (2, -1)).unbind(0)
             predicted = unconditional + rest[0] * (conditional - unconditional)
         values = self._layout.arrange(self._specs, self._cache_kinds, cuts)
         return (predicted, *values)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,24 +14,33 @@ from dipgo_deploy.bundle.manifest import (
     MANIFEST_NAME,
     SCHEDULE_NAME,
     Components,
+    ConditionSpec,
     LatentSpec,
     LaunchEntry,
+    Layout,
     Manifest,
     ModelEntry,
     PlanEntry,
     SamplerEntry,
-    TensorSpec,
     VariantEntry,
 )
+from dipgo_deploy.bundle.shapes import Range
 from dipgo_deploy.errors import UserError
+from dipgo_deploy.export.conditions import corners, open_conditions
 from dipgo_deploy.export.cut import cache_input, cache_output, cut_variant
+from dipgo_deploy.export.image import ImageRun, image_run
 from dipgo_deploy.export.program import torch_dtype
+from dipgo_deploy.export.segments import cut_segment, read_pieces, reads_of, writes_of
 from dipgo_deploy.export.source import Source, load_source
 from dipgo_deploy.export.tensors import graph_entry
-from dipgo_deploy.export.trace import TracedModel, trace
+from dipgo_deploy.export.trace import TracedModel, TraceShape, trace
 from dipgo_deploy.export.weights import save_graph, write_weights
+from dipgo_deploy.models.location import config_folder, denoiser_config
+from dipgo_deploy.models.target import nominal_set_timesteps
 from dipgo_deploy.plan.compile import compile_plan
 from dipgo_deploy.plan.model import Plan
+from dipgo_deploy.plan.segments import SegmentPlan, plan_segments
+from dipgo_deploy.runtime.loop import STACK
 from dipgo_deploy.schedule.document import Schedule
 
 if TYPE_CHECKING:
@@ -41,7 +50,6 @@ if TYPE_CHECKING:
 
 GRAPHS = "graphs"
 _TOOLS = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnx-ir", "numpy")
-_TENSOR_DTYPES: Mapping[str, Any] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 Notify = Callable[[str], None]
 
@@ -50,19 +58,24 @@ Notify = Callable[[str], None]
 class ExportOptions:
     """How a schedule is exported.
 
-    dtype: ``fp32``, ``fp16`` or ``bf16``. batch: images per launch. guidance: classifier-free guidance inside the
-    graphs (the denoiser sees twice the batch). height, width: in pixels, the model's native size where None.
-    max_variants: raise gates until at most so many graphs are left. allow_other_config: accept a schedule made for
-    another configuration of the same class. check: compare every variant with the supernet before publishing.
-    components: export text encoder, tokenizer and VAE too; without them a bundle takes embeddings and gives latents.
+    dtype: ``fp32``, ``fp16`` or ``bf16``. batch: images per launch; it, height and width may be ranges. guidance: classifier-free guidance inside the
+    graphs (the denoiser sees twice the batch); None: the family's default. height, width: in pixels, the model's native
+    size where None. max_variants: raise gates until at most so many graphs are left. layout: ``variants`` (a graph for
+    each kind of evaluation) or ``segments`` (each weight in one graph, an evaluation is several launches).
+    strength: start from a picture and run this share of the steps, as diffusers' image-to-image pipelines do.
+    allow_other_config: accept a schedule made for another configuration of the same class. check: compare every graph
+    with the supernet before publishing. components: export text encoder, tokenizer and VAE too; without them a bundle
+    takes embeddings and gives latents.
     """
 
     dtype: str = "fp32"
-    batch: int = 1
-    guidance: bool = True
-    height: int | None = None
-    width: int | None = None
+    batch: int | Range = 1
+    guidance: bool | None = None
+    height: int | Range | None = None
+    width: int | Range | None = None
     max_variants: int | None = None
+    layout: Layout = "variants"
+    strength: float | None = None
     allow_other_config: bool = False
     check: bool = True
     components: bool = True
@@ -71,20 +84,40 @@ class ExportOptions:
 
 @dataclass(frozen=True)
 class PlannedExport:
-    """A traced model with the plan for its schedule; nothing is written yet."""
+    """A traced model with the plan for its schedule; nothing is written yet.
+
+    used: per evaluation, whether the sampler gives any weight to its prediction. segments: only in that layout.
+    image: for image-to-image; ``schedule`` then has the evaluations that are run only.
+    """
 
     source: Source
     schedule: Schedule
     scheduler: Any
+    set_timesteps: Mapping[str, Any]
     traced: TracedModel
     plan: Plan
     matrix: SamplerMatrix
+    used: tuple[bool, ...]
     options: ExportOptions
+    segments: SegmentPlan | None = None
+    image: ImageRun | None = None
 
     @property
     def slots(self) -> int:
-        """Entries of the stack: initial noise, predictions, noise draws."""
-        return 1 + self.matrix.predictions + self.matrix.noises
+        """Entries of the stack: initial noise, predictions, the picture's latents, noise draws."""
+        return len(self.matrix.final)
+
+    @property
+    def promoted(self) -> tuple[tuple[int, str], ...]:
+        """Gates that were raised, as (row of the whole schedule, block)."""
+        return self.plan.promoted if self.image is None else self.image.in_full(self.plan.promoted)
+
+    @property
+    def exported_schedule(self) -> Schedule:
+        """The whole schedule as it is exported."""
+        if self.image is None:
+            return self.schedule.with_gates(self.plan.keep, provenance=_provenance(self))
+        return self.image.full.with_gates(self.image.whole(self.plan.keep), provenance=_provenance(self))
 
 
 def plan_export(
@@ -95,13 +128,20 @@ def plan_export(
     Raises:
         UserError: model or schedule cannot be used, see the message.
     """
-    sampling = _sampling(schedule)  # before the model: a sampler that is refused costs no trace
+    if options.layout == "segments" and options.max_variants is not None:
+        raise UserError("--max-variants: not with --layout segments, where no weight is in two graphs; leave it out")
+    # Before the model: a sampler that is refused costs no trace.
+    sampling = _nominal_sampling(model, schedule, options.strength)
     notify("loading the model")
     source = load_source(model)
     source.check(schedule, allow_other_config=options.allow_other_config)
-    shape = source.trace_shape(
-        batch=options.batch, guidance=options.guidance, height=options.height, width=options.width
-    )
+    guidance = source.family.guidance if options.guidance is None else options.guidance
+    options = replace(options, guidance=guidance)
+    shape = source.trace_shape(batch=options.batch, guidance=guidance, height=options.height, width=options.width)
+    sampling = _sampling(source, schedule, sampling, shape)
+    if shape.sizes is not None:
+        _check_open(source, sampling, shape, options, schedule.sampler.num_inference_steps)
+        open_conditions(source, shape, options.dtype)  # before the trace: conditions that cannot be told are refused
     notify("tracing the denoiser")
     specs = source.specs(schedule)
     denoiser = source.denoiser if options.dtype == "fp32" else _denoiser_in(source, options.dtype)
@@ -119,24 +159,73 @@ def replan(planned: PlannedExport, schedule: Schedule) -> PlannedExport:
     if schedule.blocks != planned.schedule.blocks or schedule.model.granularity != planned.schedule.model.granularity:
         raise UserError("the schedules have different blocks or cache kinds; export each on its own")
     planned.source.check(schedule, allow_other_config=planned.options.allow_other_config)
-    return _planned(planned.source, schedule, _sampling(schedule), planned.traced, planned.options)
+    sampling = _nominal_sampling(planned.source.name, schedule, planned.options.strength)
+    sampling = _sampling(planned.source, schedule, sampling, planned.traced.shape)
+    return _planned(planned.source, schedule, sampling, planned.traced, planned.options)
 
 
 @dataclass(frozen=True)
 class _Sampling:
-    """A schedule's scheduler; ``used`` says which evaluations' predictions reach the final latent or a model input."""
+    """A schedule's scheduler with what its ``set_timesteps`` is given besides the number of steps.
+
+    used: which evaluations' predictions reach the final latent or a model input. strength, begin: of a run that starts
+    from a picture, see ``sampler.begin_of``.
+    """
 
     scheduler: Any
+    set_timesteps: Mapping[str, Any]
     used: tuple[bool, ...]
+    strength: float | None
+    begin: int | None
 
 
-def _sampling(schedule: Schedule) -> _Sampling:
-    from dipgo_deploy.sampler import evaluations, make_scheduler, prediction_used, sampler_matrix
+def _nominal_sampling(model: str, schedule: Schedule, strength: float | None) -> _Sampling:
+    """Of the model's native size; reads its configuration only."""
+    from dipgo_deploy.sampler import make_scheduler
 
+    family, config = denoiser_config(config_folder(model))
+    if strength is not None and not family.image_to_image:
+        raise UserError(f"--strength: {family.class_name} cannot start from a picture here; leave it out")
     scheduler = make_scheduler(schedule.sampler.class_name, schedule.sampler.config)
     steps = schedule.sampler.num_inference_steps
-    schedule.check_evaluations(evaluations(scheduler, steps))
-    return _Sampling(scheduler, prediction_used(sampler_matrix(scheduler, steps)))
+    return _with_options(schedule, scheduler, nominal_set_timesteps(family, config, scheduler, steps), strength)
+
+
+def _sampling(source: Source, schedule: Schedule, nominal: _Sampling, shape: TraceShape) -> _Sampling:
+    """Of the size that is exported."""
+    steps = schedule.sampler.num_inference_steps
+    options = source.set_timesteps(nominal.scheduler, shape.height, shape.width, steps)
+    same = options == nominal.set_timesteps
+    return nominal if same else _with_options(schedule, nominal.scheduler, options, nominal.strength)
+
+
+def _check_open(
+    source: Source, sampling: _Sampling, shape: TraceShape, options: ExportOptions, steps: int
+) -> None:
+    """Refuse what open sizes do not go together with."""
+    assert shape.sizes is not None
+    for option, chosen in (("--layout segments", options.layout == "segments"), ("--strength", options.strength)):
+        if chosen:
+            raise UserError(f"{option}: not with ranges of sizes; give plain numbers for --batch, --height and --width")
+    for height, width in {(size.height, size.width) for size in corners(shape.sizes)}:
+        if source.set_timesteps(sampling.scheduler, height, width, steps) != sampling.set_timesteps:
+            axis = "--height" if not shape.sizes.height.is_static else "--width"
+            raise UserError(
+                f"{axis}: the timesteps of {type(sampling.scheduler).__name__} depend on the size here "
+                f"({', '.join(sampling.set_timesteps)}); give plain numbers for --height and --width"
+            )
+
+
+def _with_options(
+    schedule: Schedule, scheduler: Any, options: Mapping[str, Any], strength: float | None
+) -> _Sampling:
+    from dipgo_deploy.sampler import begin_of, evaluations, prediction_used, sampler_matrix
+
+    steps = schedule.sampler.num_inference_steps
+    schedule.check_evaluations(evaluations(scheduler, steps, set_timesteps_kwargs=options))
+    begin = None if strength is None else begin_of(scheduler, steps, strength, set_timesteps_kwargs=options)
+    matrix = sampler_matrix(scheduler, steps, set_timesteps_kwargs=options, begin=begin)
+    return _Sampling(scheduler, options, prediction_used(matrix), strength, begin)
 
 
 def _planned(
@@ -144,9 +233,25 @@ def _planned(
 ) -> PlannedExport:
     from dipgo_deploy.sampler import sampler_matrix
 
+    image = None
+    if sampling.strength is not None and sampling.begin is not None:
+        schedule, image = image_run(schedule, sampling.strength, sampling.begin)
     plan = compile_plan(traced.graph, schedule.gates, max_variants=options.max_variants, prediction_used=sampling.used)
-    matrix = sampler_matrix(sampling.scheduler, schedule.sampler.num_inference_steps, plan.source)
-    return PlannedExport(source, schedule, sampling.scheduler, traced, plan, matrix, options)
+    steps = schedule.sampler.num_inference_steps
+    kwargs = sampling.set_timesteps
+    matrix = sampler_matrix(
+        sampling.scheduler, steps, plan.source, set_timesteps_kwargs=kwargs, begin=sampling.begin
+    )
+    planned = PlannedExport(
+        source, schedule, sampling.scheduler, kwargs, traced, plan, matrix, sampling.used, options, image=image
+    )
+    return planned if options.layout == "variants" else replace(planned, segments=in_segments(planned))
+
+
+def in_segments(planned: PlannedExport) -> SegmentPlan:
+    """The same schedule in the layout ``segments``."""
+    pieces = read_pieces(planned.traced)
+    return plan_segments(planned.traced.graph, pieces, planned.plan.keep, prediction_used=planned.used)
 
 
 def export_bundle(
@@ -176,78 +281,128 @@ def publish(planned: PlannedExport, engine_dir: Path, notify: Notify = lambda st
 
 def write_bundle(planned: PlannedExport, stage: Path, notify: Notify = lambda stage: None) -> Manifest:
     """Write everything of an engine directory into the empty folder ``stage``."""
-    from dipgo_deploy.export.check import check_variants
+    from dipgo_deploy.export.check import check_segments, check_variants
     from dipgo_deploy.export.components import export_components
 
-    options, plan, schedule = planned.options, planned.plan, planned.schedule
-    notify(f"cutting {len(plan.variants)} variants")
-    graphs = write_variants(planned, stage / GRAPHS)
-    variants = tuple(
-        VariantEntry(
-            name=variant.name,
-            graph=graph_entry(graph, f"{GRAPHS}/{variant.name}.onnx"),
-            reads=tuple(cache_input(cache) for cache in variant.reads),
-            writes=tuple(cache_output(cache) for cache in variant.writes),
-            predicts=variant.predicts,
-            macs=variant.macs,
-        )
-        for variant, graph in zip(plan.variants, graphs, strict=True)
-    )
+    options, plan = planned.options, planned.plan
+    notify(f"cutting {len(plan.variants if planned.segments is None else planned.segments.segments)} {options.layout}")
+    variants = write_entries(planned, stage / GRAPHS)
+    plan_entry = _plan_entry(planned, variants)
     if options.check:
-        notify("comparing the variants with the supernet")
-        check_variants(planned, variants, stage)
+        notify(f"comparing the {options.layout} with the supernet")
+        if planned.segments is None:
+            check_variants(planned, variants, stage)
+        else:
+            check_segments(planned, plan_entry, stage)
     shape = planned.traced.shape
     latent = LatentSpec(
-        channels=planned.source.family.latent_channels(planned.source.config), height=shape.height, width=shape.width
+        channels=planned.source.family.latent_channels(planned.source.config),
+        height=shape.height,
+        width=shape.width,
+        scale=planned.source.scale,
     )
     components = Components()
+    conditions = _conditions(planned)
     if planned.source.pipeline is not None and options.components:
         notify("exporting text encoder and VAE")
-        components = export_components(planned.source.pipeline, stage, latent, batch=options.batch, dtype=options.dtype)
-    schedule.with_gates(plan.keep, provenance=_provenance(planned)).save(stage / SCHEDULE_NAME)
-    manifest = _manifest(planned, variants, latent, components, hash_tree(stage))
+        components = export_components(
+            planned.source.pipeline,
+            planned.source.text,
+            conditions,
+            stage,
+            latent,
+            batch=shape.batch,
+            sizes=shape.sizes,
+            dtype=options.dtype,
+            pixels=planned.source.family.pixels,
+            encoder=planned.image is not None,
+            float32=planned.source.family.float32_in_fp16 if options.dtype == "fp16" else (),
+        )
+    planned.exported_schedule.save(stage / SCHEDULE_NAME)
+    manifest = _manifest(planned, plan_entry, latent, conditions, components, hash_tree(stage))
     (stage / MANIFEST_NAME).write_text(manifest.dumps(), encoding="utf-8")
     return manifest
 
 
+def write_entries(planned: PlannedExport, folder: Path) -> tuple[VariantEntry, ...]:
+    """Cut every variant or segment, write the graphs into ``folder`` and say for the manifest what they are."""
+    if planned.segments is None:
+        graphs = write_variants(planned, folder)
+        return tuple(
+            VariantEntry(
+                name=variant.name,
+                graph=graph_entry(graph, f"{GRAPHS}/{variant.name}.onnx", planned.traced.shape.sizes),
+                reads=tuple(cache_input(cache) for cache in variant.reads),
+                writes=tuple(cache_output(cache) for cache in variant.writes),
+                predicts=variant.predicts,
+                macs=variant.macs,
+            )
+            for variant, graph in zip(planned.plan.variants, graphs, strict=True)
+        )
+    segments = planned.segments.segments
+    graphs = [cut_segment(planned.traced, segment, planned.slots) for segment in segments]
+    write_graphs(graphs, folder)
+    return tuple(
+        VariantEntry(
+            name=segment.name,
+            graph=graph_entry(graph, f"{GRAPHS}/{segment.name}.onnx"),
+            reads=reads_of(segment),
+            writes=writes_of(segment),
+            predicts=segment.predicts,
+            macs=segment.macs,
+        )
+        for segment, graph in zip(segments, graphs, strict=True)
+    )
+
+
 def write_variants(planned: PlannedExport, folder: Path) -> list[ir.Model]:
-    """Cut every variant and write the graphs beside their one weights file; full checker and shape inference."""
+    """Cut every variant and write the graphs into ``folder``."""
+    graphs = [cut_variant(planned.traced, variant, planned.slots) for variant in planned.plan.variants]
+    write_graphs(graphs, folder)
+    return graphs
+
+
+def write_graphs(graphs: list[ir.Model], folder: Path) -> None:
+    """Write graphs, under their names, beside their one weights file; full checker and shape inference."""
     import onnx
 
     folder.mkdir(exist_ok=True)
-    graphs = [cut_variant(planned.traced, variant, planned.slots) for variant in planned.plan.variants]
     write_weights(graphs, folder)
-    for variant, graph in zip(planned.plan.variants, graphs, strict=True):
-        path = folder / f"{variant.name}.onnx"
+    for graph in graphs:
+        path = folder / f"{graph.graph.name}.onnx"
         save_graph(graph, path)
         onnx.checker.check_model(str(path), full_check=True)
-    return graphs
 
 
 def _denoiser_in(source: Source, dtype: str) -> Any:
     """The denoiser in another dtype, loaded again so that the float32 reference stays as it is."""
+    from dipgo_deploy.export.upcast import keep_upcast_attention
     from dipgo_deploy.supernet.load import load_denoiser
 
-    return load_denoiser(source.name, torch_dtype(dtype))[0]
+    denoiser = load_denoiser(source.name, torch_dtype(dtype))[0]
+    keep_upcast_attention(denoiser)
+    return denoiser
 
 
 def _provenance(planned: PlannedExport) -> Mapping[str, Any]:
     given = dict(planned.schedule.provenance)
-    if planned.plan.promoted:
-        given["promoted"] = [[step, block] for step, block in planned.plan.promoted]
+    if planned.promoted:
+        given["promoted"] = [[step, block] for step, block in planned.promoted]
     return given
 
 
 def _manifest(
     planned: PlannedExport,
-    variants: tuple[VariantEntry, ...],
+    plan: PlanEntry,
     latent: LatentSpec,
+    conditions: tuple[ConditionSpec, ...],
     components: Components,
     files: dict[str, str],
 ) -> Manifest:
     from dipgo_deploy import __version__
 
     source, schedule, options, traced = planned.source, planned.schedule, planned.options, planned.traced
+    scaled = traced.shape.guidance or any(spec.source == "guidance" for spec in conditions)
     return Manifest(
         created_by=f"dipgo_deploy {__version__}",
         model=ModelEntry(
@@ -257,55 +412,62 @@ def _manifest(
             granularity=schedule.model.granularity,
             config={key: value for key, value in source.config.items() if not key.startswith("_")},
         ),
-        promoted=planned.plan.promoted,
+        promoted=planned.promoted,
         sampler=SamplerEntry(
             class_name=planned.matrix.class_name,
             config=dict(planned.matrix.config),
             num_inference_steps=planned.matrix.num_inference_steps,
+            set_timesteps=dict(planned.set_timesteps),
+            strength=None if planned.image is None else planned.image.strength,
+            begin=None if planned.image is None else planned.image.begin,
         ),
         dtype=options.dtype,  # type: ignore[arg-type]
-        batch=options.batch,
-        guidance=options.guidance,
-        guidance_scale=source.default_guidance_scale() if options.guidance else None,
+        batch=traced.shape.batch,
+        guidance=traced.shape.guidance,
+        guidance_scale=source.default_guidance_scale() if scaled else None,
         latent=latent,
-        conditions=tuple(
-            TensorSpec(
-                name=spec.name,
-                shape=spec.shape,
-                dtype=_TENSOR_DTYPES[options.dtype] if spec.dtype == "model" else spec.dtype,
-            )
-            for spec in traced.conditions
-        ),
-        plan=_plan_entry(planned, variants),
+        sizes=traced.shape.sizes,
+        conditions=conditions,
+        plan=plan,
         components=components,
         tools={name: importlib.metadata.version(name) for name in _TOOLS},
         files=files,
     )
 
 
+def _conditions(planned: PlannedExport) -> tuple[ConditionSpec, ...]:
+    return open_conditions(planned.source, planned.traced.shape, planned.options.dtype)
+
+
 def _plan_entry(planned: PlannedExport, variants: tuple[VariantEntry, ...]) -> PlanEntry:
     plan, matrix = planned.plan, planned.matrix
+    laid_out = planned.segments or plan
+    with_stack = {place for place, entry in enumerate(variants) if STACK in {spec.name for spec in entry.graph.inputs}}
     return PlanEntry(
+        layout=planned.options.layout,
         variants=variants,
         launches=tuple(
             LaunchEntry(
                 step=launch.step,
                 variant=launch.variant,
                 timestep=float(matrix.timesteps[launch.step]),
-                coefficients=tuple(float(weight) for weight in matrix.rows[launch.step]),
+                coefficients=tuple(float(weight) for weight in matrix.rows[launch.step])
+                if launch.variant in with_stack
+                else (),
                 reads=launch.reads,
                 writes=launch.writes,
                 slot=None if launch.prediction is None else 1 + launch.prediction,
             )
-            for launch in plan.launches
+            for launch in laid_out.launches
         ),
         final=tuple(float(weight) for weight in matrix.final),
         slots=planned.slots,
         noises=matrix.noises,
-        arena_bytes=plan.arena_bytes,
-        lower_bound_bytes=plan.lower_bound_bytes,
+        image_slot=1 + matrix.predictions if matrix.image else None,
+        arena_bytes=laid_out.arena_bytes,
+        lower_bound_bytes=laid_out.lower_bound_bytes,
         macs_full=plan.macs_full,
         macs_schedule=plan.macs_schedule,
-        macs_run=plan.macs_run,
+        macs_run=laid_out.macs_run,
         evaluations=len(plan.keep),
     )

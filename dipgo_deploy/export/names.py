@@ -13,7 +13,8 @@ _SCOPES = "pkg.torch.onnx.name_scopes"
 
 
 def restore_names(model: ir.Model, prefix: str) -> dict[str, str]:
-    """Rename in place: initialisers to the parameter they come from, nodes to ``module.path/Op_n``.
+    """Rename in place: initialisers to the parameter they come from, nodes to ``module.path/Op_n``, and what they
+    compute after them.
 
     The exporter's optimiser stores transposed weights as ``val_N`` and keeps the origin in metadata. ``prefix``
     (``denoiser.``) is the wrapper's attribute, which is cut off. Returns the parameter (without ``prefix``) of each
@@ -24,7 +25,7 @@ def restore_names(model: ir.Model, prefix: str) -> dict[str, str]:
     parameters: dict[str, str] = {}
     for name in list(initializers):
         value = initializers[name]
-        origin = name if name.startswith(prefix) else _origin(value, prefix)
+        origin = name if _is_parameter(name, prefix) else _origin(value, prefix)
         if origin is None:
             continue
         wanted = origin.removeprefix(prefix)
@@ -44,6 +45,10 @@ def restore_names(model: ir.Model, prefix: str) -> dict[str, str]:
     for index, node in enumerate(model.graph):
         scope = module_scope(node).removeprefix(prefix.rstrip(".")).lstrip(".")
         node.name = f"{scope}/{node.op_type}_{index}" if scope else f"{node.op_type}_{index}"
+        for place, output in enumerate(node.outputs):
+            # The exporter's own names could be those of a variant's inputs: torch.stack gives a value named "stack".
+            if output.name and not output.is_graph_output():
+                output.name = f"{node.name}:{place}"
     return parameters
 
 
@@ -75,5 +80,11 @@ def _origin(value: ir.Value, prefix: str) -> str | None:
         sources = ast.literal_eval(value.metadata_props.get(_FOLDED_FROM, "[]"))
     except (SyntaxError, ValueError):
         return None
-    parameters = [source for source in sources if source.startswith(prefix)]
+    parameters = [source for source in sources if _is_parameter(source, prefix)]
     return parameters[0] if len(parameters) == 1 else None
+
+
+def _is_parameter(name: str, prefix: str) -> bool:
+    """Parameters have the path of their module in front; the exporter's own constants (``val_7``) have no dot. The
+    prefix may be empty, so it does not tell them apart."""
+    return name.startswith(prefix) and "." in name

@@ -5,14 +5,17 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dipgo_deploy.errors import UserError
+from dipgo_deploy.export.addends import keep_tiny_addends
 from dipgo_deploy.export.einsum import einsums_to_transposes
 from dipgo_deploy.export.layout import note_layouts
 from dipgo_deploy.export.names import restore_names, strip_metadata
+from dipgo_deploy.export.squeeze import drop_idle_squeezes
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -38,8 +41,9 @@ def to_onnx(
     dtype: str,
     prefix: str,
     label: str,
+    dynamic_shapes: Sequence[Any] | None = None,
 ) -> ir.Model:
-    """Export ``module`` with static shapes.
+    """Export ``module``, with static shapes where ``dynamic_shapes`` (as ``torch.export`` takes them) says nothing.
 
     ``output_names`` is called after the module was traced. ``prefix`` is cut off parameter names. ``label`` names the
     model in errors. Initialisers stay in memory, shared with the module where the exporter does not fold them.
@@ -51,7 +55,9 @@ def to_onnx(
 
     with torch.no_grad(), _quiet():
         try:
-            program = torch.export.export(module, tuple(arguments), strict=False)
+            shapes = None if dynamic_shapes is None else tuple(dynamic_shapes)
+            program = torch.export.export(module, tuple(arguments), strict=False, dynamic_shapes=shapes)
+            keep_tiny_addends(program)
             names = list(output_names())
             exported = torch.onnx.export(
                 program,
@@ -66,9 +72,14 @@ def to_onnx(
         except torch.onnx.errors.OnnxExporterError as error:
             first = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise UserError(f"{label}: torch.onnx.export failed: {first}") from error
+        except _dynamic_errors() as error:
+            if dynamic_shapes is None:
+                raise
+            raise UserError(f"{label}: {_why_static(error)}; give plain numbers for these sizes") from error
     assert exported is not None
     model = exported.model
     einsums_to_transposes(model)
+    drop_idle_squeezes(model)
     origins = restore_names(model, prefix)
     strip_metadata(model)
     note_layouts(model, module, origins, prefix)
@@ -78,6 +89,23 @@ def to_onnx(
     for output, name in zip(outputs, names, strict=True):
         output.name = name
     return model
+
+
+def _dynamic_errors() -> tuple[type[Exception], ...]:
+    """What torch raises when a model does not allow a dimension to vary."""
+    import torch
+
+    symbolic = torch.fx.experimental.symbolic_shapes
+    return torch._dynamo.exc.UserError, symbolic.ConstraintViolationError, symbolic.GuardOnDataDependentSymNode
+
+
+def _why_static(error: Exception) -> str:
+    """What is fixed, in one line."""
+    text = str(error)
+    found = sorted(set(re.findall(r"Constraints violated \(([^)]*)\)", text)))
+    if found:
+        return f"the model does not work for every {' and '.join(found).replace(', ', ' and ')} of the range"
+    return "cannot be traced with open sizes: " + (text.strip().splitlines() or [type(error).__name__])[0]
 
 
 @contextlib.contextmanager

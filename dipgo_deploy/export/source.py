@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from dipgo_deploy.bundle.shapes import Range, SizeRanges
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.export.trace import TraceShape
-from dipgo_deploy.models.family import BlockSpec, ModelFamily
+from dipgo_deploy.models.family import BlockSpec, CacheKind, Granularity, InputSpec, ModelFamily, TextScheme
 from dipgo_deploy.schedule.document import Schedule
 from dipgo_deploy.schedule.identity import config_hash
 
 if TYPE_CHECKING:
     import torch
 
-DEFAULT_TEXT_LENGTH = 77
+    from dipgo_deploy.supernet.gated import Supernet
+
+# Latent pixels; the kinds of a model's inputs do not depend on its size.
+_ANY_SIZE = 128
 
 
 @dataclass(frozen=True)
@@ -43,21 +47,74 @@ class Source:
         caches = {spec.name: spec.caches for spec in self.specs(schedule)}
         schedule.check_model(self.family.class_name, self.config_hash, caches, allow_other_config=allow_other_config)
 
-    def trace_shape(self, *, batch: int, guidance: bool, height: int | None, width: int | None) -> TraceShape:
-        """Static extents; ``height`` and ``width`` in pixels, the model's native size where None.
+    def trace_shape(
+        self, *, batch: int | Range, guidance: bool, height: int | Range | None, width: int | Range | None
+    ) -> TraceShape:
+        """Extents; ``height`` and ``width`` in pixels, the model's native size where None.
 
         Raises:
-            UserError: a size that the VAE's scale does not divide, or no native size is known.
+            UserError: a size that the VAE's scale does not divide, or no native size is known; guidance for a model
+                that has nothing to be guided away from; a range for a model that works at one size only.
         """
+        given = (batch, height, width)
+        if any(isinstance(value, Range) for value in given):
+            most = [value.max if isinstance(value, Range) else value for value in given]
+            shape = self.trace_shape(batch=most[0] or 1, guidance=guidance, height=most[1], width=most[2])
+            return replace(shape, sizes=self._ranges(shape, *given))
+        assert isinstance(batch, int) and not isinstance(height, Range) and not isinstance(width, Range)
         if batch < 1:
             raise UserError(f"--batch {batch}: give a number of images of at least 1")
-        native = self.config.get("sample_size")
+        if guidance and not self.can_guide:
+            reason = "takes the scale as an input" if self._distilled else "takes no prompt and has no null class"
+            raise UserError(f"--guidance: {self.name} {reason}; leave it out")
+        # Some transformers do not say for what size they were trained, but their pipelines do.
+        native = self.config.get("sample_size") or getattr(self.pipeline, "default_sample_size", None)
         native_height, native_width = (native, native) if native is None or isinstance(native, int) else native
         latent_height = self._latent_extent("--height", height, native_height)
         latent_width = self._latent_extent("--width", width, native_width)
-        tokenizer = getattr(self.pipeline, "tokenizer", None)
-        length = int(tokenizer.model_max_length) if tokenizer is not None else DEFAULT_TEXT_LENGTH
-        return TraceShape(batch=batch, height=latent_height, width=latent_width, text_length=length, guidance=guidance)
+        scheme = self.text
+        return TraceShape(
+            batch=batch,
+            height=latent_height,
+            width=latent_width,
+            text_length=0 if scheme is None else scheme.length,
+            guidance=guidance,
+        )
+
+    @property
+    def can_guide(self) -> bool:
+        """Whether there is an unconditional half for guidance: an empty prompt or a null class, and the model was not
+        distilled from guidance."""
+        specs = self._inputs
+        halves = any(spec.source == "text" or (spec.source == "class" and spec.null is not None) for spec in specs)
+        return halves and not self._distilled
+
+    @property
+    def _distilled(self) -> bool:
+        return any(spec.source == "guidance" for spec in self._inputs)
+
+    @property
+    def _inputs(self) -> tuple[InputSpec, ...]:
+        """At the native size, or any."""
+        native = self.config.get("sample_size") or _ANY_SIZE
+        height, width = (native, native) if isinstance(native, int) else native
+        return self.family.inputs(self.config, batch=1, height=height, width=width, text_length=1)
+
+    @property
+    def text(self) -> TextScheme | None:
+        """How its prompts are encoded; None for a model without text."""
+        return self.family.text(self.config, self.pipeline)
+
+    def supernet(self, granularity: Granularity, kinds: Mapping[str, CacheKind]) -> Supernet:
+        """The gated denoiser; ``kinds``: cache kind by block name."""
+        from dipgo_deploy.supernet.gated import Supernet
+
+        specs = self.family.blocks(self.config, granularity)
+        return Supernet(self.denoiser, specs, [kinds[spec.name] for spec in specs], self.family.call)
+
+    def set_timesteps(self, scheduler: Any, height: int, width: int, steps: int) -> dict[str, Any]:
+        """What the scheduler's ``set_timesteps`` is given besides the number of steps, at a latent's size."""
+        return dict(self.family.set_timesteps(self.config, scheduler.config, height, width, steps))
 
     def default_guidance_scale(self) -> float | None:
         """The stock pipeline's own default, None without a pipeline."""
@@ -66,12 +123,40 @@ class Source:
         parameter = inspect.signature(type(self.pipeline).__call__).parameters.get("guidance_scale")
         return float(parameter.default) if parameter is not None else None
 
+    def _ranges(
+        self, shape: TraceShape, batch: int | Range, height: int | Range | None, width: int | Range | None
+    ) -> SizeRanges | None:
+        """The sizes that stay open, in latent pixels; None where none does."""
+        found = {"batch": batch if isinstance(batch, Range) else Range.static(batch)}
+        for option, given, most in (("height", height, shape.height), ("width", width, shape.width)):
+            if not isinstance(given, Range) or given.is_static:
+                found[option] = Range.static(most)
+                continue
+            if self.family.size_multiple is None:
+                raise UserError(
+                    f"--{option}: {self.family.class_name} is exported for one size at a time; give a plain number"
+                )
+            multiple = self.family.size_multiple(self.config)
+            step = multiple * self.scale
+            if any(value % step for value in (given.min, given.opt, given.max)):
+                raise UserError(
+                    f"--{option} {given.min}:{given.opt}:{given.max}: {self.name} needs multiples of {step} pixels"
+                )
+            least, usual, most = (value // self.scale for value in (given.min, given.opt, given.max))
+            found[option] = Range(min=least, opt=usual, max=most, multiple=multiple)
+        return None if all(allowed.is_static for allowed in found.values()) else SizeRanges(**found)
+
+    @property
+    def scale(self) -> int:
+        """Pixels of the picture to one of the latent."""
+        return 1 if self.family.pixels else int(getattr(self.pipeline, "vae_scale_factor", 0) or 8)
+
     def _latent_extent(self, option: str, pixels: int | None, native: int | None) -> int:
         if pixels is None:
             if native is None:
                 raise UserError(f"{self.name}: its configuration has no sample_size; give --height and --width")
             return int(native)
-        scale = int(getattr(self.pipeline, "vae_scale_factor", 0) or 8)
+        scale = self.scale
         if pixels < scale or pixels % scale:
             raise UserError(f"{option} {pixels}: give a multiple of {scale} pixels")
         return pixels // scale

@@ -7,10 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from dipgo_deploy.bundle.shapes import SizeRanges, Sizes
 from dipgo_deploy.errors import UserError
+from dipgo_deploy.export.dynamic import Dimensions, concrete, example_sizes, macs_at, name_dimensions, shapes_from_sizes
 from dipgo_deploy.export.macs import node_macs
 from dipgo_deploy.export.program import to_onnx, torch_dtype
 from dipgo_deploy.models.family import BlockSpec, Granularity, InputSpec, ModelFamily
+from dipgo_deploy.models.target import NOMINAL_SIZE
 from dipgo_deploy.plan.graph import Block, BlockGraph, CacheKind, InputRole, Value
 
 if TYPE_CHECKING:
@@ -22,14 +25,19 @@ LATENT, TIMESTEP, GUIDANCE = "latent", "timestep", "guidance_scale"
 
 @dataclass(frozen=True)
 class TraceShape:
-    """Static extents of a trace: images per launch, latent height and width, text tokens, and whether guidance
-    doubles the batch inside the graph."""
+    """Extents of a trace: images per launch, latent height and width, text tokens, and whether guidance doubles the
+    batch inside the graph. ``sizes``: ranges of the first three, which are then the largest."""
 
     batch: int = 1
     height: int = 64
     width: int = 64
     text_length: int = 77
     guidance: bool = True
+    sizes: SizeRanges | None = None
+
+    def at(self, sizes: Sizes) -> TraceShape:
+        """The static extents of one choice of sizes."""
+        return replace(self, batch=sizes.batch, height=sizes.height, width=sizes.width, sizes=None)
 
     @property
     def model_batch(self) -> int:
@@ -43,7 +51,8 @@ class TracedModel:
 
     model: onnx-ir model with inputs ``latent``, ``timestep``, [``guidance_scale``], conditions, and outputs
     ``noise_pred`` and every named value. graph: its block graph. conditions: the condition inputs. dtype: the export's
-    dtype name.
+    dtype name. With open sizes the dimensions of ``model`` are expressions over them, the bytes in ``graph`` and the
+    shapes of ``conditions`` are those of the largest, and the multiply-accumulates those of the usual ones.
     """
 
     model: ir.Model
@@ -65,27 +74,32 @@ def trace(
     """Trace ``denoiser`` (already in the torch dtype of ``dtype``) once, with every cut point as an output.
 
     Raises:
-        UserError: the exporter refuses the model, or its graph holds control flow.
+        UserError: the exporter refuses the model, or its open sizes, or its graph holds control flow.
     """
     import torch
 
     from dipgo_deploy.export.denoiser import PREDICTION, Layout, TracedDenoiser
 
-    inputs = family.inputs(
-        config, batch=shape.model_batch, height=shape.height, width=shape.width, text_length=shape.text_length
-    )
-    conditions = tuple(spec for spec in inputs if spec.role == "condition")
+    conditions = condition_specs(family, config, shape)
+    example = shape if shape.sizes is None else shape.at(example_sizes(shape.sizes))
     channels = family.latent_channels(config)
     layout = Layout()
     wrapper = TracedDenoiser(
-        denoiser, specs, cache_kinds, inputs, channels=channels, guidance=shape.guidance, layout=layout
+        denoiser,
+        specs,
+        cache_kinds,
+        [spec.name for spec in conditions],
+        family.call,
+        channels=channels,
+        guidance=shape.guidance,
+        layout=layout,
     ).eval()
-    arguments = [torch.randn(shape.batch, channels, shape.height, shape.width), torch.tensor([500.0])]
+    arguments = [torch.randn(example.batch, channels, example.height, example.width), torch.tensor([500.0])]
     names = [LATENT, TIMESTEP]
     if shape.guidance:
         arguments.append(torch.tensor([5.0]))
         names.append(GUIDANCE)
-    for spec in conditions:
+    for spec in condition_specs(family, config, example):
         arguments.append(_example(spec, dtype))
         names.append(spec.name)
     model = to_onnx(
@@ -96,17 +110,45 @@ def trace(
         dtype=dtype,
         prefix="denoiser.",
         label=family.class_name,
+        dynamic_shapes=_dynamic_shapes(shape, conditions),
     )
+    if shape.sizes is not None:
+        name_dimensions(model, LATENT, shape.sizes)
+        shapes_from_sizes(model, LATENT)
     roles: dict[str, InputRole] = {LATENT: "step", TIMESTEP: "step"}
     roles.update({name: "constant" for name in names[2:]})
-    graph = read_block_graph(model, layout.blocks, roles, PREDICTION)
+    graph = read_block_graph(model, layout.blocks, roles, PREDICTION, shape.sizes)
     return TracedModel(model=model, graph=graph, conditions=conditions, shape=shape, dtype=dtype)
 
 
+def condition_specs(family: ModelFamily, config: Mapping[str, Any], shape: TraceShape) -> tuple[InputSpec, ...]:
+    """The condition inputs at ``shape``."""
+    inputs = family.inputs(
+        config, batch=shape.model_batch, height=shape.height, width=shape.width, text_length=shape.text_length
+    )
+    return tuple(spec for spec in inputs if spec.role == "condition")
+
+
+def _dynamic_shapes(shape: TraceShape, conditions: Sequence[InputSpec]) -> list[Any] | None:
+    """Of latent, timestep, and the rest as ``TracedDenoiser.forward`` takes it."""
+    if shape.sizes is None:
+        return None
+    dimensions = Dimensions(shape.sizes)
+    halves = 2 if shape.guidance else 1
+    rest: list[Any] = [None] * shape.guidance + [dimensions.rows(halves) or None for _ in conditions]
+    return [dimensions.latent, None, tuple(rest)]
+
+
 def read_block_graph(
-    model: ir.Model, blocks: Sequence[Block], roles: Mapping[str, InputRole], prediction: str
+    model: ir.Model,
+    blocks: Sequence[Block],
+    roles: Mapping[str, InputRole],
+    prediction: str,
+    sizes: SizeRanges | None = None,
 ) -> BlockGraph:
     """Condense a traced graph to its named values: walk back from each until the next named values or inputs.
+
+    Reading an input's shape is not reading the input. sizes: the open sizes; see ``TracedModel``.
 
     Raises:
         UserError: a node with a subgraph (control flow), which cannot be cut.
@@ -121,9 +163,9 @@ def read_block_graph(
     for name, output in named.items():
         reads, work = _walk_back(output, stop={value for key, value in named.items() if key != name})
         values[name] = Value(
-            name=name, nbytes=_nbytes(output), reads=reads, work=frozenset(position[node] for node in work)
+            name=name, nbytes=_nbytes(output, sizes), reads=reads, work=frozenset(position[node] for node in work)
         )
-    costs = tuple(node_macs(node) for node in model.graph)
+    costs = tuple(node_macs(node) for node in model.graph) if sizes is None else macs_at(model, sizes.opt)
     costly = {index for index, cost in enumerate(costs) if cost}
     values = {name: replace(value, work=value.work & costly) for name, value in values.items()}
     return BlockGraph(inputs=dict(roles), values=values, blocks=tuple(blocks), prediction=prediction, costs=costs)
@@ -132,7 +174,8 @@ def read_block_graph(
 def trace_blocks(
     model: str, granularity: Granularity, cache_kinds: Mapping[str, CacheKind] | None = None
 ) -> BlockGraph:
-    """Block graph of a model folder or hub id at its native size, batch 1 with guidance: for MACs and cache sizes.
+    """Block graph of a model folder or hub id at its native size, batch 1, guidance as its pipeline has it: for MACs
+    and cache sizes.
 
     ``cache_kinds``: cache kind by block name; the family's default where it says nothing.
     """
@@ -141,9 +184,11 @@ def trace_blocks(
     denoiser, family, config = load_denoiser(model)
     specs = family.blocks(config, granularity)
     kinds = {spec.name: (cache_kinds or {}).get(spec.name, spec.caches[0]) for spec in specs}
-    extent = config["sample_size"]
+    extent = config.get("sample_size") or NOMINAL_SIZE
     height, width = (extent, extent) if isinstance(extent, int) else extent
-    shape = TraceShape(height=height, width=width)
+    scheme = family.text(config, None)
+    length = 0 if scheme is None else scheme.length
+    shape = TraceShape(height=height, width=width, text_length=length, guidance=family.guidance)
     return trace(denoiser, family, config, specs, kinds, shape, "fp32").graph
 
 
@@ -156,6 +201,8 @@ def _walk_back(output: ir.Value, stop: set[ir.Value]) -> tuple[frozenset[str], s
         if node is None or node in work:
             continue
         work.add(node)
+        if node.op_type == "Shape" and node.inputs[0] is not None and node.inputs[0].is_graph_input():
+            continue
         for value in node.inputs:
             if value is None or value.is_initializer():
                 continue
@@ -166,14 +213,16 @@ def _walk_back(output: ir.Value, stop: set[ir.Value]) -> tuple[frozenset[str], s
     return frozenset(reads), work
 
 
-def _nbytes(value: ir.Value) -> int:
+def _nbytes(value: ir.Value, sizes: SizeRanges | None) -> int:
     assert value.shape is not None and value.dtype is not None
-    return int(math.prod(int(extent) for extent in value.shape) * value.dtype.itemsize)
+    shape = concrete(value, sizes.max) if sizes is not None else [int(extent) for extent in value.shape]
+    return int(math.prod(shape) * value.dtype.itemsize)
 
 
 def _example(spec: InputSpec, dtype: str) -> torch.Tensor:
     import torch
 
     if spec.dtype == "int64":
-        return torch.zeros(spec.shape, dtype=torch.int64)
+        # Ones are a mask that hides nothing, and a class that every model has.
+        return torch.ones(spec.shape, dtype=torch.int64)
     return torch.randn(spec.shape).to(torch.float32 if spec.dtype == "float32" else torch_dtype(dtype))

@@ -32,6 +32,8 @@ _PEFT_PREFIX = "base_model.model."
 _PREFIXES = {  # longest first where one is another's beginning
     "denoiser": ("unet.", "transformer.", "lora_unet_", "lora_transformer_"),
     "text_encoder": ("text_encoder.", "lora_te1_", "lora_te_"),
+    "text_encoder_2": ("text_encoder_2.", "lora_te2_"),
+    "text_encoder_3": ("text_encoder_3.", "lora_te3_"),
 }
 _ADAPTER_CONFIG = "adapter_config.json"
 _METADATA = "lora_adapter_metadata"
@@ -41,8 +43,9 @@ _METADATA = "lora_adapter_metadata"
 class LowRank:
     """One update: W + scale * factor * up @ down.
 
-    module: dotted path as the file has it; kohya's has underscores instead of dots. down: float32 (rank, in[, kh, kw]).
-    up: float32 (out, rank[, 1, 1]). factor: alpha / rank.
+    component: ``denoiser``, ``text_encoder``, ``text_encoder_2`` or ``text_encoder_3``. module: dotted path as the file
+    has it; kohya's has underscores instead of dots. down: float32 (rank, in[, kh, kw]). up: float32
+    (out, rank[, 1, 1]). factor: alpha / rank.
     """
 
     component: str

@@ -5,6 +5,7 @@ A merged weight is W + the sum of scale * alpha / rank * up @ down over its upda
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,11 +20,14 @@ from dipgo_deploy.bundle.manifest import Graph
 from dipgo_deploy.bundle.weights import StoredWeight, WeightsIndex
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.lora.file import LoraFile, LowRank, check_scale, read_lora
+from dipgo_deploy.lora.sgm import diffusers_module
 
 _STORAGE = {"float": np.float32, "float16": np.float16, "bfloat16": np.uint16}
 _SPEC_DTYPES = {"float": "float32", "float16": "float16", "bfloat16": "bfloat16"}
 # text encoders lost this level of their names in later versions of transformers
 _OPTIONAL_LEVEL = "text_model"
+# The weights of several text encoders are in one graph, which has the encoder in front of their names.
+_ENCODER = re.compile(r"(text_encoder(?:_\d+)?)\.(.+)")
 
 
 @dataclass(frozen=True)
@@ -115,11 +119,12 @@ def merge_loras(bundle: Bundle, choices: Sequence[tuple[Path, float]]) -> Merged
     """
     loras = [(read_lora(Path(path)), check_scale(scale)) for path, scale in choices]
     folders = _folders(bundle)
+    layers = bundle.manifest.model.config.get("layers_per_block")
     index = {folder: WeightsIndex.load(folder) for folder in folders.values()}
     changes: dict[Path, dict[str, list[_Change]]] = {folder: defaultdict(list) for folder in index}
     reports, identity = [], []
     for lora, scale in loras:
-        targets, unmatched = _match(lora, folders, index)
+        targets, unmatched = _match(lora, folders, index, layers if isinstance(layers, int) else None)
         if not targets:
             raise UserError(
                 f"{lora.path}: none of its {len(lora.updates)} layers is in {bundle.path}"
@@ -146,7 +151,7 @@ def merge_loras(bundle: Bundle, choices: Sequence[tuple[Path, float]]) -> Merged
 
 
 def _folders(bundle: Bundle) -> dict[str, Path]:
-    """Folder of the graphs (and their weights) of each component that a LoRA file can change."""
+    """Folder of the graphs (and their weights) of denoiser and text encoders: what a LoRA file can change."""
     encoder = bundle.manifest.components.text_encoder
     folders = {"denoiser": (bundle.path / bundle.manifest.plan.variants[0].graph.file).parent}
     if encoder is not None:
@@ -166,35 +171,43 @@ def _count(bundle: Bundle, used: Mapping[Path, set[str]]) -> dict[str, int]:
 
 
 def _match(
-    lora: LoraFile, folders: Mapping[str, Path], index: Mapping[Path, WeightsIndex]
+    lora: LoraFile, folders: Mapping[str, Path], index: Mapping[Path, WeightsIndex], layers_per_block: int | None
 ) -> tuple[list[tuple[LowRank, Path, str]], tuple[str, ...]]:
     """(update, folder, initializer) of each update that has a weight, and the modules of those that have none."""
-    modules: dict[tuple[str, str, bool], list[str]] = defaultdict(list)
-    for component, folder in folders.items():
+    modules: dict[tuple[str, str, bool], list[tuple[Path, str]]] = defaultdict(list)
+    for graphs, folder in folders.items():
         for name, stored in index[folder].tensors.items():
             for parameter in (stored.parameter, *stored.equal):
                 module = (parameter or "").removesuffix(".weight")
                 if parameter is not None and module != parameter:
-                    modules[component, module, False].append(name)
-                    modules[component, module.replace(".", "_"), True].append(name)
+                    component, path = _owner(graphs, module)
+                    modules[component, path, False].append((folder, name))
+                    modules[component, path.replace(".", "_"), True].append((folder, name))
     targets, unmatched = [], []
     for update in lora.updates:
-        names = next(
-            (found for module in _spellings(update) if (found := modules.get((update.component, module, update.flat)))),
-            None,
+        spellings = _spellings(update, layers_per_block)
+        places = next(
+            (found for module in spellings if (found := modules.get((update.component, module, update.flat)))), None
         )
-        if names is None:
+        if places is None:
             unmatched.append(f"{update.component}: {update.module}")
             continue
-        for name in names:
-            folder = folders[update.component]
-            stored = index[folder].tensors[name]
-            _check(lora.path, update, name, stored)
+        for folder, name in places:
+            _check(lora.path, update, name, index[folder].tensors[name])
             targets.append((update, folder, name))
     return targets, tuple(unmatched)
 
 
-def _spellings(update: LowRank) -> tuple[str, ...]:
+def _owner(graphs: str, module: str) -> tuple[str, str]:
+    """The component that a module belongs to, and its path there."""
+    encoder = _ENCODER.fullmatch(module) if graphs == "text_encoder" else None
+    return (graphs, module) if encoder is None else (encoder[1], encoder[2])
+
+
+def _spellings(update: LowRank, layers_per_block: int | None) -> tuple[str, ...]:
+    if update.component == "denoiser":
+        sgm = layers_per_block and update.flat and diffusers_module(update.module, layers_per_block)
+        return (update.module, *((sgm,) if sgm else ()))
     dot = "_" if update.flat else "."
     level = f"{_OPTIONAL_LEVEL}{dot}"
     return (update.module, update.module.removeprefix(level), f"{level}{update.module}")

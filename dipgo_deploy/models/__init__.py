@@ -2,7 +2,25 @@
 
 from __future__ import annotations
 
-from dipgo_deploy.models.family import BlockSpec, CacheKind, Granularity, InputSpec, ModelFamily
+from dipgo_deploy.models.family import (
+    BlockSpec,
+    CacheKind,
+    Granularity,
+    InputSpec,
+    ModelFamily,
+    TextScheme,
+    TokenizerSpec,
+)
 from dipgo_deploy.models.registry import FAMILIES, family_for
 
-__all__ = ["FAMILIES", "BlockSpec", "CacheKind", "Granularity", "InputSpec", "ModelFamily", "family_for"]
+__all__ = [
+    "FAMILIES",
+    "BlockSpec",
+    "CacheKind",
+    "Granularity",
+    "InputSpec",
+    "ModelFamily",
+    "TextScheme",
+    "TokenizerSpec",
+    "family_for",
+]

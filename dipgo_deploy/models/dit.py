@@ -1,7 +1,16 @@
 """The class-conditioned diffusion transformer (diffusers ``DiTTransformer2DModel``).
 
-One transformer block is one unit. Default cache: ``residual`` (a removed block adds its last computed change to its
-current input); on request ``output`` (a removed block's last computed output, whatever its input is now).
+Granularity ``block``: one transformer block is one unit. Default cache: ``residual`` (a removed block adds its last
+computed change to its current input); on request ``output`` (a removed block's last computed output, whatever its
+input is now).
+
+Granularity ``layer``: self-attention (``transformer_blocks.i.attn1``) and feed-forward (``transformer_blocks.i.ff``)
+of a block are a unit each, 56 for DiT-XL/2. A block computes ``x += gate_msa * attn1(modulate(norm1(x)))``, then
+``x += gate_mlp * ff(modulate(norm3(x)))``. What is cached is the value of ``attn1(...)`` and ``ff(...)``, before the
+adaLN gate; the gate of a reused output is that of the current step, and so is the hidden state it is added to. That is
+what Learning-to-Cache stores (``att_out`` and ``mlp_out`` of its ``DiTBlock.forward``, which adds
+``gate_msa * att_out`` in either case), and SmoothCache, whose helper replaces the forward of exactly these modules
+(``attn`` and ``mlp`` in the original DiT code, ``attn1`` in diffusers' block).
 """
 
 from __future__ import annotations
@@ -11,6 +20,7 @@ from typing import Any
 
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.models.family import BlockSpec, Granularity, InputSpec, ModelFamily
+from dipgo_deploy.models.sublayers import sublayers
 
 CLASS_NAME = "DiTTransformer2DModel"
 
@@ -30,15 +40,17 @@ def _modules(index: int) -> tuple[str, ...]:
 
 
 def blocks(config: Mapping[str, Any], granularity: Granularity) -> tuple[BlockSpec, ...]:
-    """The transformer blocks in order. Raises UserError for a granularity other than ``block``."""
+    """The blocks, or their attentions and feed-forwards, in order. Raises UserError for any other granularity."""
+    if granularity == "layer":
+        return sublayers("transformer_blocks", _get(config, "num_layers"), ("attn1", "ff"))
     if granularity != "block":
-        raise UserError(f"{CLASS_NAME}: unknown granularity {granularity!r}: use 'block'")
+        raise UserError(f"{CLASS_NAME}: unknown granularity {granularity!r}: use 'block' or 'layer'")
     return tuple(
         BlockSpec(
             name=f"transformer_blocks.{index}",
             modules=_modules(index),
             caches=("residual", "output"),
-            residual_input="hidden_states",
+            residual_inputs=("hidden_states",),
         )
         for index in range(_get(config, "num_layers"))
     )
@@ -65,7 +77,7 @@ def inputs(
     return (
         InputSpec("hidden_states", (batch, latent_channels(config), height, width), "model", "latent"),
         InputSpec("timestep", (1,), "float32", "timestep"),
-        InputSpec("class_labels", (batch,), "int64", "condition", _get(config, "num_embeds_ada_norm")),
+        InputSpec("class_labels", (batch,), "int64", "condition", "class", _get(config, "num_embeds_ada_norm")),
     )
 
 
@@ -76,6 +88,7 @@ FAMILY = ModelFamily(
     blocks=blocks,
     inputs=inputs,
     latent_channels=latent_channels,
+    granularities=("block", "layer"),
     tolerance_reason=(
         "relative to the largest value; fp32 leaves room for another order of summation over tens of layers, "
         "fp16 (11 bits) and bf16 (8 bits) for rounding after every layer, fed back through the denoising loop"

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 Granularity = Literal["block", "layer"]
 CacheKind = Literal["output", "residual"]
+ConditionSource = Literal["text", "class", "guidance", "image", "fixed"]
 
 
 @dataclass(frozen=True)
@@ -16,30 +20,80 @@ class BlockSpec:
 
     name: dotted path of the module whose output tensors are the block's cut points (the last module of the unit);
     it is also the block's name in a schedule. modules: dotted paths of all modules that belong to this block only.
-    caches: the cache kinds it supports, the default first. residual_input: for a residual cache, the name of the
-    forward argument of module ``name`` (also positional index 0) that its output is a residual of.
+    caches: the cache kinds it supports, the default first. residual_inputs: for a residual cache, the names of the
+    forward arguments of module ``name`` that its output tensors are residuals of, one an output in the order in which
+    the module returns them; arguments that are passed by position are taken in the order of these names.
     """
 
     name: str
     modules: tuple[str, ...]
     caches: tuple[CacheKind, ...] = ("output",)
-    residual_input: str | None = None
+    residual_inputs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class InputSpec:
-    """One input of the denoiser's forward.
+    """One input of the denoiser.
 
-    name: keyword of the model's ``forward``. shape: ints, with the batch in front where there is one. dtype: ``model``
-    (the export's dtype), ``float32`` or ``int64``. role: ``latent``, ``timestep`` or ``condition`` (the same in all
-    steps). null: what the unconditional half of guidance gets: ``encoded`` (the encoded negative prompt) or an int.
+    name: keyword of the model's ``forward``, or what the family's ``call`` makes of it. shape: ints, with the batch in
+    front. dtype: ``model`` (the export's dtype), ``float32`` or ``int64``. role: ``latent``, ``timestep`` or
+    ``condition`` (the same in all steps). source: where a condition comes from: ``text`` (an output of the encoded
+    prompt; the negative prompt's for the unconditional half of guidance), ``class`` (class ids; the unconditional half
+    gets ``null``), ``guidance`` (the guidance scale, of a model distilled from it), ``image`` (a picture (B, 3, H, W)
+    in [0, 1]) or ``fixed`` (the same ``values`` in every row, such as the size of the picture).
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: Literal["model", "float32", "int64"]
     role: Literal["latent", "timestep", "condition"]
-    null: Literal["encoded"] | int | None = None
+    source: ConditionSource | None = None
+    null: int | None = None
+    values: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class TokenizerSpec:
+    """One tokenizer of a pipeline: its attribute there, the tokens a prompt is cut or padded to, and the names under
+    which ``TextScheme.encode`` gets the ids and, where it wants one, the mask (1 = token, 0 = padding)."""
+
+    attribute: str = "tokenizer"
+    length: int = 77
+    ids: str = "input_ids"
+    mask: str | None = None
+
+
+@dataclass(frozen=True)
+class TextScheme:
+    """How prompts become conditions.
+
+    length: text tokens that the denoiser sees. encode(pipeline, tokens): from int64 (n, length) ids and masks by name
+    to conditions by name, (n, ...), in torch; it is traced for the export. encoders: attributes of the pipeline that
+    ``encode`` uses. zeros_without_negative: a call without a negative prompt gets zeros in place of the encoded empty
+    prompt. lowercase: prompts are stripped and lowered first. prefix: text that is then put before a prompt, but not
+    before a negative one; the tokenizers' lengths may exceed ``length``, of which ``encode`` leaves that many.
+    """
+
+    length: int
+    encode: Callable[[Any, Mapping[str, Tensor]], Mapping[str, Tensor]]
+    tokenizers: tuple[TokenizerSpec, ...] = (TokenizerSpec(),)
+    encoders: tuple[str, ...] = ("text_encoder",)
+    zeros_without_negative: bool = False
+    lowercase: bool = False
+    prefix: str = ""
+
+
+def call_with_keywords(model: nn.Module, latent: Tensor, timestep: Tensor, conditions: Mapping[str, Tensor]) -> Tensor:
+    """The prediction (B, C', h, w) of a model whose conditions are keywords of its ``forward``."""
+    prediction: Tensor = model(latent, timestep=timestep, return_dict=False, **conditions)[0]
+    return prediction
+
+
+def no_timestep_options(
+    config: Mapping[str, Any], scheduler: Mapping[str, Any], height: int, width: int, steps: int
+) -> Mapping[str, Any]:
+    """A pipeline gives ``set_timesteps`` the number of steps only."""
+    return {}
 
 
 @dataclass(frozen=True)
@@ -48,10 +102,21 @@ class ModelFamily:
 
     class_name: the diffusers class. pipelines: diffusers pipeline classes it is used by. component: attribute of the
     pipeline (``unet`` or ``transformer``). blocks(config, granularity): the blocks in order of execution.
-    inputs(config, batch, height, width, text_length): forward inputs for latent height/width in latent pixels.
+    inputs(config, batch, height, width, text_length): inputs for latent height/width in latent pixels.
     latent_channels(config): channels of the latent; a model with more output channels (learned variance) has the rest
-    dropped. tolerances: dtype -> largest allowed relative error against the fp32 supernet, with the reason in
-    ``tolerance_reason``.
+    dropped. call(model, latent, timestep, conditions): the model's prediction (B, C', h, w) from the latent (B, C, h,
+    w) in the model's dtype, timestep (B,) and the conditions by ``InputSpec.name``; it may import torch inside.
+    text(config, pipeline): how prompts are encoded, None for a model without text; with ``pipeline`` None only its
+    ``length`` counts. guidance: whether classifier-free guidance is the default. set_timesteps(config, scheduler
+    config, latent height, latent width, steps): what a pipeline gives the scheduler's ``set_timesteps`` besides the
+    number of steps; ``config`` may be empty. companions: other components of the pipeline that belong to the model,
+    with their classes; ``join(model, {component: module})`` makes one module of all, and their configurations are in
+    the model's under their names. ``class_name`` then has their class after a ``+``. image_to_image: whether a run can
+    start from a picture, with diffusers' ``StableDiffusionImg2ImgPipeline`` as the definition. size_multiple(config):
+    an open latent height or width has to be a multiple of it; None where a trace is good for one size only. pixels: the
+    latent is the picture itself, in [-1, 1]. float32_in_fp16: components of the pipeline that overflow in float16 and
+    stay in float32 in a fp16 export. tolerances: dtype -> largest allowed relative error against the fp32 supernet,
+    with the reason in ``tolerance_reason``.
     """
 
     class_name: str
@@ -61,5 +126,20 @@ class ModelFamily:
     inputs: Callable[..., tuple[InputSpec, ...]]
     latent_channels: Callable[[Mapping[str, Any]], int]
     granularities: tuple[Granularity, ...] = ("block",)
+    call: Callable[..., Tensor] = call_with_keywords
+    text: Callable[[Mapping[str, Any], Any], TextScheme | None] = lambda config, pipeline: None
+    guidance: bool = True
+    set_timesteps: Callable[..., Mapping[str, Any]] = no_timestep_options
+    companions: Mapping[str, str] = field(default_factory=dict)
+    join: Callable[..., nn.Module] = lambda model, others: model
+    image_to_image: bool = False
+    size_multiple: Callable[[Mapping[str, Any]], int] | None = None
+    pixels: bool = False
+    float32_in_fp16: tuple[str, ...] = ()
     tolerances: Mapping[str, float] = field(default_factory=lambda: {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1})
     tolerance_reason: str = ""
+
+    @property
+    def diffusers_class(self) -> str:
+        """Class of the denoiser itself."""
+        return self.class_name.partition("+")[0]

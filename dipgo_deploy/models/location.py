@@ -17,6 +17,10 @@ BUILT_IN = ("fashion-sd", "fashion-dit")
 _ASSETS = Path(__file__).resolve().parent.parent / "assets"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
+# Published DiT and PixArt folders name a class that diffusers has split since: by `norm_type` it loads one of these.
+_SPLIT_CLASS = "Transformer2DModel"
+_BY_NORM = {"ada_norm_zero": "DiTTransformer2DModel", "ada_norm_single": "PixArtTransformer2DModel"}
+
 
 def resolve_model(name_or_path: str | Path) -> str:
     """The folder of a built-in name or of an existing folder; an ``owner/name`` that is no folder stays as it is.
@@ -63,11 +67,16 @@ def denoiser_config(folder: str | Path) -> tuple[ModelFamily, dict[str, Any]]:
     folder = Path(folder)
     if (folder / "model_index.json").is_file():
         index = _read_json(folder / "model_index.json")
+        if _class_in(index, "transformer") == _SPLIT_CLASS:
+            actual = _class_of(_read_json(folder / "transformer" / "config.json"))
+            index = {**index, "transformer": ["diffusers", actual]}
         family = _family_of_pipeline(folder, index)
-        return family, _read_json(folder / family.component / "config.json")
+        config = _read_json(folder / family.component / "config.json")
+        others = {name: _read_json(folder / name / "config.json") for name in family.companions}
+        return family, {**config, **others}
     if (folder / "config.json").is_file():
         config = _read_json(folder / "config.json")
-        return family_for(str(config.get("_class_name"))), config
+        return family_for(_class_of(config)), config
     raise UserError(f"{folder}: no model_index.json or config.json: give a folder in diffusers' format")
 
 
@@ -78,14 +87,31 @@ def scheduler_config(folder: str | Path) -> dict[str, Any] | None:
 
 
 def _family_of_pipeline(folder: Path, index: Mapping[str, Any]) -> ModelFamily:
-    for family in FAMILIES.values():
-        match index.get(family.component):
-            case [_, family.class_name]:
-                return family
+    # What has more of its components there comes first: a UNet with a ControlNet is not a UNet alone.
+    for family in sorted(FAMILIES.values(), key=lambda family: -len(family.companions)):
+        wanted = {family.component: family.diffusers_class, **family.companions}
+        if all(_class_in(index, name) == class_name for name, class_name in wanted.items()):
+            control = _class_in(index, "controlnet")
+            if control is not None and "controlnet" not in wanted:
+                raise UserError(f"{folder}: {control} is not supported: use a pipeline with one ControlNetModel")
+            return family
     raise UserError(
         f"{folder}: {index.get('_class_name')} has no supported denoiser: "
         f"use a pipeline with one of {', '.join(sorted(FAMILIES))}"
     )
+
+
+def _class_of(config: Mapping[str, Any]) -> str:
+    """The diffusers class that loads a denoiser's configuration."""
+    name = str(config.get("_class_name"))
+    return _BY_NORM.get(str(config.get("norm_type")), name) if name == _SPLIT_CLASS else name
+
+
+def _class_in(index: Mapping[str, Any], component: str) -> str | None:
+    match index.get(component):
+        case [_, str(class_name)]:
+            return class_name
+    return None
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -6,11 +6,23 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from dipgo_deploy.errors import UserError
-from dipgo_deploy.models import dit, unet2d_condition
+from dipgo_deploy.models import controlnet, dit, flux, pixart, sana, sd3, unet2d, unet2d_condition
 from dipgo_deploy.models.family import ModelFamily
 
 FAMILIES: Mapping[str, ModelFamily] = MappingProxyType(
-    {family.class_name: family for family in (unet2d_condition.FAMILY, dit.FAMILY)}
+    {
+        family.class_name: family
+        for family in (
+            unet2d_condition.FAMILY,
+            controlnet.FAMILY,
+            unet2d.FAMILY,
+            dit.FAMILY,
+            flux.FAMILY,
+            sd3.FAMILY,
+            pixart.FAMILY,
+            sana.FAMILY,
+        )
+    }
 )
 
 

@@ -6,11 +6,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from dipgo_deploy.errors import UserError
-from dipgo_deploy.models.family import BlockSpec, CacheKind, Granularity
+from dipgo_deploy.models.family import BlockSpec, CacheKind, Granularity, ModelFamily
 from dipgo_deploy.models.location import config_folder, denoiser_config, scheduler_config
+from dipgo_deploy.models.registry import family_for
 from dipgo_deploy.schedule.builders import Target
 from dipgo_deploy.schedule.document import BlockEntry, ModelIdentity, SamplerEntry, Schedule
 from dipgo_deploy.schedule.identity import config_hash
+
+# Latent pixels of a model whose configuration does not say its size; the number of evaluations does not depend on it.
+NOMINAL_SIZE = 128
 
 
 def schedule_target(
@@ -40,6 +44,7 @@ def schedule_target(
             f"granularity: {family.class_name} has {' and '.join(family.granularities)}, not {granularity!r}"
         )
     scheduler = make_scheduler(sampler or str((base or {}).get("_class_name")), base or {})
+    options = nominal_set_timesteps(family, config, scheduler, num_inference_steps)
     return Target(
         model=ModelIdentity(class_name=family.class_name, config_hash=config_hash(config), granularity=granularity),
         blocks=tuple(_entry(spec, cache) for spec in family.blocks(config, granularity)),
@@ -48,8 +53,15 @@ def schedule_target(
             config=_plain(scheduler.config),
             num_inference_steps=num_inference_steps,
         ),
-        steps=evaluations(scheduler, num_inference_steps),
+        steps=evaluations(scheduler, num_inference_steps, set_timesteps_kwargs=options),
     )
+
+
+def nominal_set_timesteps(family: ModelFamily, config: Mapping[str, Any], scheduler: Any, steps: int) -> dict[str, Any]:
+    """What a pipeline gives ``set_timesteps`` besides the number of steps, at the model's native size."""
+    native = config.get("sample_size") or NOMINAL_SIZE
+    height, width = (native, native) if isinstance(native, int) else native
+    return dict(family.set_timesteps(config, scheduler.config, height, width, steps))
 
 
 def check_schedule(schedule: Schedule, model: str, *, allow_other_config: bool = False) -> None:
@@ -67,7 +79,9 @@ def check_sampler(schedule: Schedule) -> None:
     from dipgo_deploy.sampler import evaluations, make_scheduler
 
     scheduler = make_scheduler(schedule.sampler.class_name, schedule.sampler.config)
-    schedule.check_evaluations(evaluations(scheduler, schedule.sampler.num_inference_steps))
+    steps = schedule.sampler.num_inference_steps
+    options = nominal_set_timesteps(family_for(schedule.model.class_name), {}, scheduler, steps)
+    schedule.check_evaluations(evaluations(scheduler, steps, set_timesteps_kwargs=options))
 
 
 def _entry(spec: BlockSpec, cache: CacheKind | None) -> BlockEntry:

@@ -1,18 +1,25 @@
-"""The text-conditioned UNet of Stable Diffusion (diffusers ``UNet2DConditionModel``).
+"""The text-conditioned UNet of Stable Diffusion 1.x, 2.x and XL (diffusers ``UNet2DConditionModel``).
+
+Which of them it is, its configuration says: with ``addition_embed_type`` ``text_time`` the UNet takes SDXL's pooled
+text embedding and sizes besides.
 
 Granularity ``block``: every down block, the mid block and every up block; a down block's skip tensors belong to it
 (9 units for SD-1.5, the SuperNet of DiP-GO, arXiv 2410.16942). Granularity ``layer``: every resnet with the attention
 behind it, every downsampler, the mid block; an upsampler belongs to the last pair of its up block (24 units for
-SD-1.5, 18 for SDXL).
+SD-1.5 and SD-2.1, 18 for SDXL, which has 7 whole blocks).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dipgo_deploy.errors import UserError
-from dipgo_deploy.models.family import BlockSpec, Granularity, InputSpec, ModelFamily
+from dipgo_deploy.models.family import BlockSpec, Granularity, InputSpec, ModelFamily, TextScheme
+from dipgo_deploy.models.unet_text import VAE_SCALE, one_clip, two_clips
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 CLASS_NAME = "UNet2DConditionModel"
 
@@ -37,12 +44,15 @@ _ATTENTIONS: Mapping[str, bool] = {
 
 # Settings that make forward need another input. Running without it would give wrong pictures, so: refused.
 _EXTRA_INPUTS = (
-    "addition_embed_type",
     "class_embed_type",
     "num_class_embeds",
     "encoder_hid_dim_type",
     "time_cond_proj_dim",
 )
+
+
+# What `time_ids` holds: original height and width, crop from top and left, target height and width.
+_SIZES = 6
 
 
 def _get(config: Mapping[str, Any], key: str) -> Any:
@@ -139,38 +149,94 @@ def latent_channels(config: Mapping[str, Any]) -> int:
     return into
 
 
+def _is_sdxl(config: Mapping[str, Any]) -> bool:
+    return config.get("addition_embed_type") == "text_time"
+
+
+def _pooled_width(config: Mapping[str, Any]) -> int:
+    """Width of SDXL's pooled text embedding: what its embedding layer takes besides the sizes."""
+    total, each = config.get("projection_class_embeddings_input_dim"), config.get("addition_time_embed_dim")
+    width = total - _SIZES * each if isinstance(total, int) and isinstance(each, int) else 0
+    if width < 1:
+        raise UserError(
+            f"{CLASS_NAME}: projection_class_embeddings_input_dim = {total}, addition_time_embed_dim = {each}: "
+            f"leave no room for a text embedding beside {_SIZES} sizes: correct the configuration"
+        )
+    return int(width)
+
+
 def inputs(
     config: Mapping[str, Any], batch: int, height: int, width: int, text_length: int | None = None
 ) -> tuple[InputSpec, ...]:
     """Forward inputs: ``sample`` (batch, C, height, width), ``timestep`` (1,), ``encoder_hidden_states`` (batch, L, D).
+
+    SDXL has ``text_embeds`` (batch, P), the pooled embedding, and ``time_ids`` (batch, 6) too: original height and
+    width, crop from top and left, target height and width, all in pixels, with the exported size for both.
 
     ``batch`` counts both halves of guidance; ``text_length`` L is the number of text tokens.
 
     Raises:
         UserError: the model needs an input that is not supported, or ``text_length`` is missing.
     """
-    for key in _EXTRA_INPUTS:
+    extra = _EXTRA_INPUTS if _is_sdxl(config) else ("addition_embed_type", *_EXTRA_INPUTS)
+    for key in extra:
         if config.get(key) is not None:
             raise UserError(
                 f"{CLASS_NAME}: {key} = {config[key]!r} needs an input that is not supported: use another model"
             )
     if text_length is None:
         raise UserError(f"{CLASS_NAME}: the number of text tokens is not known: give text_length")
-    return (
+    found = [
         InputSpec("sample", (batch, latent_channels(config), height, width), "model", "latent"),
         InputSpec("timestep", (1,), "float32", "timestep"),
-        InputSpec("encoder_hidden_states", (batch, text_length, _text_width(config)), "model", "condition", "encoded"),
-    )
+        InputSpec("encoder_hidden_states", (batch, text_length, _text_width(config)), "model", "condition", "text"),
+    ]
+    if _is_sdxl(config):
+        size = (float(height * VAE_SCALE), float(width * VAE_SCALE))
+        sizes = (*size, 0.0, 0.0, *size)
+        found += [
+            InputSpec("text_embeds", (batch, _pooled_width(config)), "model", "condition", "text"),
+            InputSpec("time_ids", (batch, _SIZES), "float32", "condition", "fixed", values=sizes),
+        ]
+    return tuple(found)
+
+
+def call(model: nn.Module, latent: Tensor, timestep: Tensor, conditions: Mapping[str, Tensor]) -> Tensor:
+    """The prediction (B, C', h, w); SDXL's additional conditions go into ``added_cond_kwargs``."""
+    # float32, as what the model joins them with: ONNX has no join of two types, which torch would promote to this one.
+    added = {name: conditions[name].float() for name in ("text_embeds", "time_ids") if name in conditions}
+    prediction: Tensor = model(
+        latent,
+        timestep=timestep,
+        encoder_hidden_states=conditions["encoder_hidden_states"],
+        added_cond_kwargs=added or None,
+        return_dict=False,
+    )[0]
+    return prediction
+
+
+def text(config: Mapping[str, Any], pipeline: Any) -> TextScheme:
+    """One CLIP text encoder, or the two of SDXL; raises UserError for a pipeline that does not fit."""
+    return two_clips(_pooled_width(config), pipeline) if _is_sdxl(config) else one_clip(pipeline)
+
+
+def size_multiple(config: Mapping[str, Any]) -> int:
+    """Every level but the last halves the latent; with a rest its way back up would need sizes of its own."""
+    return 2 ** (len(_get(config, "down_block_types")) - 1)
 
 
 FAMILY = ModelFamily(
     class_name=CLASS_NAME,
-    pipelines=("StableDiffusionPipeline",),
+    pipelines=("StableDiffusionPipeline", "StableDiffusionXLPipeline"),
     component="unet",
     blocks=blocks,
     inputs=inputs,
     latent_channels=latent_channels,
     granularities=("block", "layer"),
+    call=call,
+    text=text,
+    image_to_image=True,
+    size_multiple=size_multiple,
     tolerance_reason=(
         "relative to the largest value; fp32 leaves room for another order of summation over tens of layers, "
         "fp16 (11 bits) and bf16 (8 bits) for rounding after every layer, fed back through the denoising loop"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 
 from dipgo_deploy.errors import UserError
@@ -34,6 +35,30 @@ def compile_plan(
     and for a removed block that is needed before it was ever computed; ValueError for a malformed graph, alignment
     or ``prediction_used``.
     """
+    compiled = demanded(graph, gates, max_variants=max_variants, prediction_used=prediction_used, alignment=alignment)
+    return _assemble(compiled, alignment)
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A schedule on a block graph before it is laid out. given, kept: per step the mask of kept blocks, as asked for
+    and after promotion."""
+
+    index: GraphIndex
+    given: tuple[int, ...]
+    kept: tuple[int, ...]
+    found: Demand
+
+
+def demanded(
+    graph: BlockGraph,
+    gates: Sequence[Sequence[bool]],
+    *,
+    max_variants: int | None = None,
+    prediction_used: Sequence[bool] | None = None,
+    alignment: int = 256,
+) -> Compiled:
+    """What every step has to do, whatever the layout; arguments and errors are those of ``compile_plan``."""
     index = index_graph(graph)
     rows = _gate_masks(graph, gates)
     used = [True] * len(rows) if prediction_used is None else [bool(use) for use in prediction_used]
@@ -54,7 +79,7 @@ def compile_plan(
         )
     if max_variants is not None:
         requests, found = promote(index, requests, used, max_variants)
-    return _assemble(index, rows, [request.gates for request in requests], found, alignment)
+    return Compiled(index, tuple(rows), tuple(request.gates for request in requests), found)
 
 
 def _gate_masks(graph: BlockGraph, gates: Sequence[Sequence[bool]]) -> list[int]:
@@ -69,8 +94,9 @@ def _gate_masks(graph: BlockGraph, gates: Sequence[Sequence[bool]]) -> list[int]
     return [sum(1 << block for block, kept in enumerate(row) if kept) for row in gates]
 
 
-def _assemble(index: GraphIndex, given: Sequence[int], kept: Sequence[int], found: Demand, alignment: int) -> Plan:
+def _assemble(compiled: Compiled, alignment: int) -> Plan:
     """The demand as variants and launches with every cache at its offset."""
+    index, given, kept, found = compiled.index, compiled.given, compiled.kept, compiled.found
     groups = group_launches(found.launches)
     variants = tuple(_variant(index, f"v{number:02d}", group) for number, group in enumerate(groups))
     variant_of = {step: number for number, group in enumerate(groups) for step in group.steps}

@@ -1,20 +1,25 @@
-"""From latents to pictures."""
+"""From latents to pictures, and back."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
 from dipgo_deploy.backends.base import Backend
 from dipgo_deploy.bundle.manifest import Graph
+from dipgo_deploy.bundle.shapes import SizeRanges, Sizes
+from dipgo_deploy.errors import UserError
 from dipgo_deploy.runtime.component import Component
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+
+Picture: TypeAlias = "Image | np.ndarray"
 
 
 class Decoder:
@@ -30,13 +35,77 @@ class Decoder:
     def __call__(self, latents: np.ndarray) -> np.ndarray:
         """Latents (n, C, h, w), any n -> images float32 (n, H, W, 3) in [0, 1]."""
         graph = self._component.graph
-        batch = graph.inputs[0].shape[0]
+        most = graph.inputs[0].shape[0]
         parts = []
-        for start in range(0, len(latents), batch):
-            part = latents[start : start + batch]
-            outputs = self._component({graph.inputs[0].name: pad_batch(part, batch)})
+        for start in range(0, len(latents), most):
+            part = latents[start : start + most]
+            batch = batch_for(len(part), most, graph.sizes)
+            sizes = None if graph.sizes is None else Sizes(batch, *latents.shape[2:])
+            outputs = self._component({graph.inputs[0].name: pad_batch(part, batch)}, sizes)
             parts.append(outputs[graph.outputs[0].name][: len(part)].astype(np.float32))
         return np.concatenate(parts)
+
+
+class Encoder:
+    """The VAE encoder of an engine directory.
+
+    Raises:
+        UserError: the graph cannot be loaded.
+    """
+
+    def __init__(self, engine_dir: Path, graph: Graph, backend: Backend) -> None:
+        self._component = Component(engine_dir, graph, backend)
+
+    def __call__(self, images: np.ndarray) -> dict[str, np.ndarray]:
+        """Images float32 (n, H, W, 3) in [0, 1], any n -> ``mean`` and, unless the VAE is deterministic, ``std`` of
+        their latents, float32 (n, C, h, w), both times the scaling factor."""
+        graph = self._component.graph
+        batch = graph.inputs[0].shape[0]
+        parts = []
+        for start in range(0, len(images), batch):
+            part = images[start : start + batch]
+            outputs = self._component({graph.inputs[0].name: pad_batch(part, batch)})
+            parts.append({name: array[: len(part)].astype(np.float32) for name, array in outputs.items()})
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def to_pictures(given: Picture | Sequence[Picture], height: int, width: int, name: str = "image") -> np.ndarray:
+    """Pictures as float32 (n, H, W, 3) in [0, 1], as diffusers' ``VaeImageProcessor`` makes them.
+
+    given: PIL pictures of any size, which are resized (Lanczos), or arrays (H, W, 3) or (n, H, W, 3) of the wanted
+    size, float in [0, 1] or uint8; one, or several in a list. name: of the argument, for messages.
+
+    Raises:
+        UserError: anything else.
+    """
+    items = list(given) if isinstance(given, (list, tuple)) else [given]
+    if not items:
+        raise UserError(f"{name}: an empty list; give at least one picture")
+    return np.concatenate([_picture(item, height, width, name) for item in items])
+
+
+def _picture(item: object, height: int, width: int, name: str) -> np.ndarray:
+    from PIL import Image
+
+    if isinstance(item, Image.Image):
+        # In this order: diffusers resizes the picture in its own mode.
+        resized = item.resize((width, height), resample=Image.Resampling.LANCZOS).convert("RGB")
+        return np.array(resized)[None].astype(np.float32) / np.float32(255)
+    if not isinstance(item, np.ndarray):
+        raise UserError(f"{name}: {type(item).__name__}, needs a PIL picture or a numpy array")
+    array = item[None] if item.ndim == 3 else item
+    if array.ndim != 4 or array.shape[1:] != (height, width, 3) or not len(array):
+        raise UserError(f"{name}: shape {item.shape}, needs ({height}, {width}, 3); a PIL picture is resized to that")
+    if array.dtype == np.uint8:
+        return array.astype(np.float32) / np.float32(255)
+    if array.dtype not in (np.float16, np.float32, np.float64) or not ((array >= 0) & (array <= 1)).all():
+        raise UserError(f"{name}: {array.dtype} array, needs floats from 0 to 1, or uint8")
+    return array.astype(np.float32)
+
+
+def batch_for(images: int, most: int, sizes: SizeRanges | None) -> int:
+    """The batch of a launch for ``images`` pictures, at most ``most``: as many where the batch is open."""
+    return most if sizes is None else max(images, sizes.batch.min)
 
 
 def pad_batch(array: np.ndarray, batch: int) -> np.ndarray:

@@ -9,8 +9,10 @@ import numpy as np
 from dipgo_deploy.backends.base import Backend, ChangedWeights, Executable, Launchable, Memory
 from dipgo_deploy.backends.storage import to_storage
 from dipgo_deploy.bundle.directory import Bundle
-from dipgo_deploy.bundle.manifest import LaunchEntry, TensorSpec, VariantEntry
+from dipgo_deploy.bundle.manifest import Graph, LaunchEntry, Manifest, TensorSpec, VariantEntry
+from dipgo_deploy.bundle.shapes import Sizes
 from dipgo_deploy.errors import UserError
+from dipgo_deploy.runtime.component import MOST_SIZES
 
 STACK = "stack"
 COEFFICIENTS = "coefficients"
@@ -26,12 +28,35 @@ _POISON_BYTE = 0xFF
 _POISON_PREDICTION = np.float32(1e30)
 
 
+class _View:
+    """The loop at one choice of sizes: every shape is known.
+
+    sample_shape: (B, C, h, w). tensors: where each input and output of each launch lives. calls: launches, once bound.
+    """
+
+    def __init__(self, manifest: Manifest) -> None:
+        plan, latent = manifest.plan, manifest.latent
+        self.manifest = manifest
+        self.sample_shape = (manifest.batch, latent.channels, latent.height, latent.width)
+        self.stack = TensorSpec(name=STACK, shape=(plan.slots, *self.sample_shape), dtype="float32")
+        self.noises = TensorSpec(name="noises", shape=(plan.noises, *self.sample_shape), dtype="float32")
+        self.tensors: tuple[dict[str, Memory], ...] = ()
+        self.calls: list[Launchable | None] = [None] * len(plan.launches)
+
+    def graph(self, launch: LaunchEntry) -> Graph:
+        """What a launch runs, with its shapes."""
+        return self.manifest.plan.variants[launch.variant].graph
+
+
 class DenoisingLoop:
-    """The launches of an engine directory, bound to one set of buffers on a backend.
+    """The launches of an engine directory, bound to one set of buffers on a backend; one or several an evaluation.
 
     Buffers: the stack float32 (slots, B, C, h, w); coefficients, one row of ``slots`` float32 per launch; timesteps,
     one float32 per launch; the guidance scale; the conditions; the cache arena. A prediction is bound to its slot of
     the stack and a cache to its offset in the arena, so nothing is copied between launches. One run at a time.
+
+    Where sizes are open the buffers are made for the largest, and each run is of the sizes of its noise: the launches
+    are bound anew for sizes that were not among the last few.
 
     Args:
         bundle: the engine directory.
@@ -57,15 +82,13 @@ class DenoisingLoop:
         manifest = bundle.manifest
         backend.check(manifest)
         plan = manifest.plan
-        latent = manifest.latent
         self._bundle = bundle
         self._backend = backend
         self._poison = poison
         self.launches: tuple[LaunchEntry, ...] = plan.launches
-        self.sample_shape = (manifest.batch, latent.channels, latent.height, latent.width)
-        self._stack_spec = TensorSpec(name=STACK, shape=(plan.slots, *self.sample_shape), dtype="float32")
-        self._noise_spec = TensorSpec(name="noises", shape=(plan.noises, *self.sample_shape), dtype="float32")
-        self._stack = backend.allocate(self._stack_spec.nbytes)
+        self._view = _View(manifest)  # of the last run; before the first one, of the largest sizes
+        self.sample_shape = self._view.sample_shape
+        self._stack = backend.allocate(self._view.stack.nbytes)
         self._coefficients = _upload_rows(backend, [launch.coefficients for launch in plan.launches])
         self._timesteps = _upload_rows(backend, [(launch.timestep,) for launch in plan.launches])
         self._guidance_scale = backend.allocate(4)
@@ -73,8 +96,8 @@ class DenoisingLoop:
         self._arena = backend.allocate(plan.arena_bytes)
         self._weights = weights
         self._executables: dict[int, Executable] = {}
-        self._tensors = tuple(self._tensors_of(index, launch) for index, launch in enumerate(plan.launches))
-        self._calls: list[Launchable | None] = [None] * len(plan.launches)
+        self._views = {self.sample_shape: self._view}
+        self._place(self._view)
         if not lazy:
             self.load()
 
@@ -94,18 +117,42 @@ class DenoisingLoop:
 
     def _ready(self, index: int) -> Launchable:
         """Launch ``index``, its graph loaded and its tensors bound."""
-        call = self._calls[index]
+        view = self._view
+        call = view.calls[index]
         if call is None:
-            number = self.launches[index].variant
-            if number not in self._executables:
-                graph = self._bundle.manifest.plan.variants[number].graph
-                self._executables[number] = self._backend.load(self._bundle.path, graph, self._weights)
-            call = self._calls[index] = self._executables[number].bind(self._tensors[index])
+            launch = self.launches[index]
+            graph = view.graph(launch)
+            executable = self._executables.get(launch.variant)
+            if executable is None:
+                executable = self._backend.load(self._bundle.path, graph, self._weights)
+                self._executables[launch.variant] = executable
+            tensors = view.tensors[index]
+            call = executable.bind(tensors) if graph.sizes is None else executable.bind(tensors, graph)
+            view.calls[index] = call
         return call
 
-    def _tensors_of(self, index: int, launch: LaunchEntry) -> dict[str, Memory]:
+    def _at(self, noise: np.ndarray) -> _View:
+        """The view for the shape of ``noise``; raises ValueError or UserError for one that it cannot have."""
+        manifest = self._bundle.manifest
+        if manifest.sizes is None or noise.ndim != 4 or noise.shape[1] != manifest.latent.channels:
+            _with_shape("noise", noise, self.sample_shape)
+            return self._view
+        batch, channels, height, width = noise.shape
+        view = self._views.pop((batch, channels, height, width), None)
+        if view is None:
+            view = _View(manifest.at(Sizes(batch, height, width)))
+            self._place(view)
+        while len(self._views) >= MOST_SIZES:
+            del self._views[next(iter(self._views))]
+        self._views[view.sample_shape] = self._view = view
+        return view
+
+    def _place(self, view: _View) -> None:
+        view.tensors = tuple(self._tensors_of(view, index, launch) for index, launch in enumerate(self.launches))
+
+    def _tensors_of(self, view: _View, index: int, launch: LaunchEntry) -> dict[str, Memory]:
         """Where each input and output of a launch lives."""
-        plan = self._bundle.manifest.plan
+        plan = view.manifest.plan
         variant = plan.variants[launch.variant]
         specs = {spec.name: spec for spec in (*variant.graph.inputs, *variant.graph.outputs)}
         tensors: dict[str, Memory] = {
@@ -116,10 +163,10 @@ class DenoisingLoop:
             **self._conditions,
         }
         try:
-            if len(launch.coefficients) != plan.slots:
+            if STACK in specs and len(launch.coefficients) != plan.slots:
                 raise ValueError(f"{len(launch.coefficients)} coefficients for {plan.slots} slots")
             if launch.slot is not None:
-                slot_bytes = self._stack_spec.nbytes // plan.slots
+                slot_bytes = view.stack.nbytes // plan.slots
                 tensors[PREDICTION] = self._stack.at(launch.slot * slot_bytes, slot_bytes)
             caches = [*zip(variant.reads, launch.reads, strict=True), *zip(variant.writes, launch.writes, strict=True)]
             for name, offset in caches:
@@ -136,15 +183,17 @@ class DenoisingLoop:
         conditions: Mapping[str, np.ndarray],
         *,
         noises: np.ndarray | None = None,
+        image: np.ndarray | None = None,
         guidance_scale: float = 1.0,
         on_launch: Callable[[int], None] | None = None,
     ) -> np.ndarray:
         """Denoise one batch.
 
         Args:
-            noise: initial latent, raw unit noise (B, C, h, w).
+            noise: initial latent, raw unit noise (B, C, h, w); where sizes are open, it says what they are.
             conditions: each condition input of the manifest by name, with its shape.
             noises: the sampler's noise draws (M, B, C, h, w); may be None when M is 0.
+            image: latents of the picture (B, C, h, w) that a run for image-to-image starts from.
             guidance_scale: ignored by a bundle without guidance.
             on_launch: called with the index of each launch after it was enqueued.
 
@@ -153,27 +202,30 @@ class DenoisingLoop:
 
         Raises:
             ValueError: an array has the wrong shape, or a condition is missing.
-            UserError: the backend failed in a launch; the message names the graph.
+            UserError: sizes outside the ranges, or the backend failed in a launch; the message names the graph.
         """
-        plan = self._bundle.manifest.plan
-        noises = np.zeros(self._noise_spec.shape, np.float32) if noises is None and not plan.noises else noises
-        stack = np.zeros(self._stack_spec.shape, np.float32)  # zeros also clear what the run before left
+        view = self._at(noise)
+        plan = view.manifest.plan
+        noises = np.zeros(view.noises.shape, np.float32) if noises is None and not plan.noises else noises
+        stack = np.zeros(view.stack.shape, np.float32)  # zeros also clear what the run before left
         if self._poison:
             stack[:] = _POISON_PREDICTION
             self._backend.upload(self._arena, np.full(plan.arena_bytes, _POISON_BYTE, np.uint8))
-        stack[0] = _with_shape("noise", noise, self.sample_shape)
-        stack[plan.slots - plan.noises :] = _with_shape("noises", noises, self._noise_spec.shape)
+        stack[0] = noise
+        stack[plan.slots - plan.noises :] = _with_shape("noises", noises, view.noises.shape)
+        if plan.image_slot is not None:
+            stack[plan.image_slot] = _with_shape("image", image, view.sample_shape)
         self._backend.upload(self._stack, stack)
         self._backend.upload(self._guidance_scale, np.array([guidance_scale], np.float32))
-        for spec in self._bundle.manifest.conditions:
+        for spec in view.manifest.conditions:
             array = _with_shape(spec.name, conditions.get(spec.name), spec.shape)
             self._backend.upload(self._conditions[spec.name], to_storage(array, spec.dtype))
-        for index, call in enumerate(self._calls):
+        for index, call in enumerate(view.calls):
             (call or self._ready(index))()
             if on_launch is not None:
                 on_launch(index)
         self._backend.synchronize()
-        return final_latent(self._backend.download(self._stack, self._stack_spec), plan.final)
+        return final_latent(self._backend.download(self._stack, view.stack), plan.final)
 
     def variant(self, index: int) -> VariantEntry:
         """The variant that launch ``index`` runs."""
@@ -185,10 +237,10 @@ class DenoisingLoop:
         Raises:
             KeyError: the launch has no tensor of that name.
         """
-        graph = self.variant(index).graph
+        graph = self._view.graph(self.launches[index])
         spec = {spec.name: spec for spec in (*graph.inputs, *graph.outputs)}[name]
         self._backend.synchronize()
-        return self._backend.download(self._tensors[index][name], spec)
+        return self._backend.download(self._view.tensors[index][name], spec)
 
 
 def final_latent(stack: np.ndarray, weights: Sequence[float]) -> np.ndarray:

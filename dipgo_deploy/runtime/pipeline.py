@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,11 +15,19 @@ from dipgo_deploy.backends.base import Backend
 from dipgo_deploy.backends.tensorrt_queue import GraphMode
 from dipgo_deploy.bundle.directory import Bundle
 from dipgo_deploy.errors import UserError
-from dipgo_deploy.runtime.image import Decoder, pad_batch, to_pil
+from dipgo_deploy.runtime.image import Decoder, Encoder, Picture, batch_for, pad_batch, to_pil
 from dipgo_deploy.runtime.loop import DenoisingLoop
 from dipgo_deploy.runtime.memory import process_memory
 from dipgo_deploy.runtime.noise import TorchNoise
-from dipgo_deploy.runtime.requests import CLASSES, Asked, OutputType, Request, TextRequest, check_request
+from dipgo_deploy.runtime.requests import (
+    Asked,
+    Embeds,
+    OutputType,
+    Request,
+    TextRequest,
+    check_request,
+    class_condition,
+)
 from dipgo_deploy.runtime.text import TextEncoder
 
 if TYPE_CHECKING:
@@ -33,7 +41,8 @@ LOAD_MODES: tuple[LoadMode, ...] = ("eager", "call", "lazy")
 
 @dataclass(frozen=True)
 class Timings:
-    """Seconds of one call. ``load`` is 0 once everything is loaded; with lazy loading it is part of the others."""
+    """Seconds of one call. ``load`` is 0 once everything is loaded; with lazy loading it is part of the others.
+    ``text``: of encoding prompts and the picture to start from."""
 
     load: float
     text: float
@@ -72,6 +81,7 @@ class Pipeline:
         self._loop: DenoisingLoop | None = None
         self._text: TextEncoder | None = None
         self._decoder: Decoder | None = None
+        self._encoder: Encoder | None = None
 
     @classmethod
     def from_engine_dir(
@@ -116,7 +126,7 @@ class Pipeline:
         return pipeline
 
     def load(self) -> None:
-        """Load and bind the denoiser's graphs, the text encoder and the VAE decoder, where not done yet.
+        """Load and bind the denoiser's graphs, the text encoder and the VAE, where not done yet.
 
         Raises:
             UserError: a graph cannot be loaded.
@@ -127,6 +137,8 @@ class Pipeline:
             self._ready_text()
         if components.vae_decoder is not None:
             self._ready_decoder()
+        if components.vae_encoder is not None:
+            self._ready_encoder()
 
     def _ready_loop(self, *, lazy: bool) -> DenoisingLoop:
         if self._loop is None:
@@ -146,6 +158,13 @@ class Pipeline:
             assert graph is not None  # checked with the request
             self._decoder = Decoder(self.bundle.path, graph, self.backend)
         return self._decoder
+
+    def _ready_encoder(self) -> Encoder:
+        if self._encoder is None:
+            graph = self.bundle.manifest.components.vae_encoder
+            assert graph is not None  # checked with the request
+            self._encoder = Encoder(self.bundle.path, graph, self.backend)
+        return self._encoder
 
     def load_lora(self, file: Path | str, scale: float = 1.0) -> LoraReport:
         """Add a LoRA to the weights of the denoiser, all variants alike, and of the text encoder.
@@ -219,8 +238,16 @@ class Pipeline:
         seed: int = 0,
         guidance_scale: float | None = None,
         latents: np.ndarray | None = None,
-        prompt_embeds: np.ndarray | None = None,
-        negative_prompt_embeds: np.ndarray | None = None,
+        prompt_embeds: Embeds | None = None,
+        negative_prompt_embeds: Embeds | None = None,
+        conditions: Mapping[str, np.ndarray] | None = None,
+        image: Picture | Sequence[Picture] | None = None,
+        image_latents: np.ndarray | None = None,
+        strength: float | None = None,
+        control_image: Picture | Sequence[Picture] | None = None,
+        control_scale: float | None = None,
+        height: int | None = None,
+        width: int | None = None,
         output_type: OutputType = "pil",
         callback: Callable[[int, int], Any] | None = None,
     ) -> PipelineOutput:
@@ -231,12 +258,24 @@ class Pipeline:
             negative_prompt: one, or one for each prompt; default "".
             class_labels: class ids or names, for a class model.
             num_images_per_prompt: pictures for each prompt or class label; those of one prompt follow each other.
-            seed: all initial latents are drawn from it in one draw, then the sampler's noise, as diffusers does with
-                ``torch.Generator("cpu").manual_seed(seed)`` for a pipeline in float32.
+            seed: the picture's latents are drawn from it where there is one, then all initial latents in one draw, then
+                the sampler's noise, as diffusers does with ``torch.Generator("cpu").manual_seed(seed)`` for a pipeline
+                in float32.
             guidance_scale: at least 1; default: the engine directory's.
             latents: initial unit noise (n, C, h, w), instead of the seed's.
-            prompt_embeds: text embeddings (prompts, L, D), instead of prompts.
+            prompt_embeds: text embeddings (prompts, L, D), instead of prompts; for a model with several text
+                conditions (a pooled embedding, a mask) a dictionary of all of them, by the manifest's names.
             negative_prompt_embeds: the same for the negative prompt; one or one for each prompt.
+            conditions: other values, (1 or images, ...), for conditions that depend on neither prompt nor class, such
+                as SDXL's ``time_ids``, by the manifest's names.
+            image: what to start from, for an engine directory that was exported with a strength: a PIL picture, which
+                is resized, or an array (H, W, 3) of its size, float in [0, 1] or uint8; one, or one for each prompt.
+            image_latents: its latents (1 or prompts, C, h, w), scaled as the VAE's encoder does, instead of it.
+            strength: that of the engine directory, or nothing.
+            control_image: what a ControlNet looks at, as ``image``.
+            control_scale: of what the ControlNet adds; default 1.
+            height, width: of the pictures in pixels, where the engine directory leaves them open; the usual ones of its
+                ranges by default.
             output_type: ``pil``, ``np`` or ``latent``.
             callback: called with (launches done, launches in all) after each launch.
 
@@ -253,6 +292,14 @@ class Pipeline:
             latents=latents,
             prompt_embeds=prompt_embeds,
             negative_prompt_embeds=negative_prompt_embeds,
+            conditions=conditions,
+            image=image,
+            image_latents=image_latents,
+            strength=strength,
+            control_image=control_image,
+            control_scale=control_scale,
+            height=height,
+            width=width,
             output_type=output_type,
         )
         request = check_request(self.bundle.manifest, asked)
@@ -261,9 +308,10 @@ class Pipeline:
         if not self._lazy:
             self.load()
         encoding = time.perf_counter()
-        conditions = self._conditions(request)
+        given = self._conditions(request)
+        picture = self._picture(request, stream)
         denoising = time.perf_counter()
-        denoised, launches = self._denoise(request, conditions, stream, callback)
+        denoised, launches = self._denoise(request, given, picture, stream, callback)
         decoding = time.perf_counter()
         images = self._images(request, denoised)
         end = time.perf_counter()
@@ -281,41 +329,63 @@ class Pipeline:
         conditions: dict[str, tuple[np.ndarray | None, np.ndarray]] = {}
         guidance = self.bundle.manifest.guidance
         if request.text is not None:
-            conditions[request.text.name] = self._text_rows(request.text)
-        if request.classes is not None:
+            conditions.update(self._text_rows(request.text))
+        spec = class_condition(self.bundle.manifest)
+        if request.classes is not None and spec is not None:
             null = np.full_like(request.classes, request.null_class) if guidance else None
-            conditions[CLASSES] = (null, request.classes)
+            conditions[spec.name] = (null, request.classes)
+        conditions.update({name: (rows if guidance else None, rows) for name, rows in request.fixed.items()})
         return conditions
 
-    def _text_rows(self, text: TextRequest) -> tuple[np.ndarray | None, np.ndarray]:
+    def _text_rows(self, text: TextRequest) -> dict[str, tuple[np.ndarray | None, np.ndarray]]:
         positive = self._encode(text.prompts) if text.embeds is None else text.embeds
         assert positive is not None  # a request has prompts or embeddings
-        negative = self._encode(text.negative_prompts) if text.negative_embeds is None else text.negative_embeds
-        return negative, positive
+        negative = text.negative_embeds
+        if negative is None:
+            negative = self._encode(text.negative_prompts, negative=True)
+        if negative is None and self.bundle.manifest.guidance:
+            negative = {name: np.zeros_like(rows) for name, rows in positive.items()}
+        return {name: (None if negative is None else negative[name], rows) for name, rows in positive.items()}
 
-    def _encode(self, prompts: tuple[str, ...] | None) -> np.ndarray | None:
+    def _encode(self, prompts: tuple[str, ...] | None, *, negative: bool = False) -> dict[str, np.ndarray] | None:
         if prompts is None:
             return None
-        return self._ready_text()(prompts)
+        return self._ready_text()(prompts, negative=negative)
+
+    def _picture(self, request: Request, stream: TorchNoise) -> np.ndarray | None:
+        """Latents of the pictures to start from (images, C, h, w), drawn from the encoder's distribution."""
+        latents = request.image_latents
+        if request.image is not None:
+            encoded = self._ready_encoder()(request.image)
+            latents = encoded["mean"]
+            if "std" in encoded:
+                latents = latents + encoded["std"] * stream.randn(latents.shape)
+        return None if latents is None else np.repeat(latents, request.images // len(latents), axis=0)
 
     def _denoise(
         self,
         request: Request,
         conditions: dict[str, tuple[np.ndarray | None, np.ndarray]],
+        picture: np.ndarray | None,
         stream: TorchNoise,
         callback: Callable[[int, int], Any] | None,
     ) -> tuple[np.ndarray, int]:
-        """All images in batches of the exported size, the last one padded. Returns latents and launches."""
+        """All images in batches of at most the exported size; where that is not open, the last one padded to it.
+
+        Returns latents and launches.
+        """
         loop = self._ready_loop(lazy=self._lazy)
-        batch = self.bundle.manifest.batch
-        shape = (request.images, *loop.sample_shape[1:])
+        manifest = self.bundle.manifest
+        most = manifest.batch
+        shape = (request.images, manifest.latent.channels, *request.size)
         latents = stream.randn(shape) if request.latents is None else request.latents
         noises = [stream.randn(shape) for _ in range(self.bundle.manifest.plan.noises)]
-        starts = range(0, request.images, batch)
+        starts = range(0, request.images, most)
         total = len(starts) * len(loop.launches)
         parts = []
         for number, start in enumerate(starts):
-            rows = slice(start, start + batch)
+            rows = slice(start, start + most)
+            batch = batch_for(min(most, request.images - start), most, manifest.sizes)
 
             def launched(index: int, done: int = number * len(loop.launches)) -> None:
                 if callback is not None:
@@ -329,6 +399,7 @@ class Pipeline:
                 pad_batch(latents[rows], batch),
                 inputs,
                 noises=np.stack([pad_batch(noise[rows], batch) for noise in noises]) if noises else None,
+                image=None if picture is None else pad_batch(picture[rows], batch),
                 guidance_scale=request.guidance_scale,
                 on_launch=None if callback is None else launched,
             )

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
-from dipgo_deploy.bundle.manifest import Manifest, TensorSpec
+from dipgo_deploy.bundle.manifest import ConditionSpec, Manifest
+from dipgo_deploy.bundle.shapes import Range, Sizes
 from dipgo_deploy.errors import UserError
+from dipgo_deploy.runtime.image import Picture, to_pictures
+
+# The condition that scales what a ControlNet adds, by the name that diffusers' pipelines give it.
+CONTROL_SCALE = "controlnet_conditioning_scale"
 
 OutputType = Literal["pil", "np", "latent"]
 OUTPUT_TYPES: tuple[OutputType, ...] = ("pil", "np", "latent")
-TEXT = "encoder_hidden_states"
-CLASSES = "class_labels"
+Embeds = np.ndarray | Mapping[str, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -28,41 +32,58 @@ class Asked:
     num_images_per_prompt: int = 1
     guidance_scale: float | None = None
     latents: np.ndarray | None = None
-    prompt_embeds: np.ndarray | None = None
-    negative_prompt_embeds: np.ndarray | None = None
+    prompt_embeds: Embeds | None = None
+    negative_prompt_embeds: Embeds | None = None
+    conditions: Mapping[str, np.ndarray] | None = None
+    image: Picture | Sequence[Picture] | None = None
+    image_latents: np.ndarray | None = None
+    strength: float | None = None
+    control_image: Picture | Sequence[Picture] | None = None
+    control_scale: float | None = None
+    height: int | None = None
+    width: int | None = None
     output_type: OutputType = "pil"
 
 
 @dataclass(frozen=True)
 class TextRequest:
-    """Where the text condition comes from: of each half either prompts or embeddings (n, L, D).
+    """Where the text conditions come from: of each half either prompts or the conditions themselves, (n, ...) by name.
 
-    negative prompts and embeddings are both None where the bundle has no guidance.
+    negative prompts and embeddings are both None where the bundle has no guidance, and where the unconditional half is
+    zeros.
     """
 
-    name: str
     prompts: tuple[str, ...] | None
-    embeds: np.ndarray | None
+    embeds: dict[str, np.ndarray] | None
     negative_prompts: tuple[str, ...] | None
-    negative_embeds: np.ndarray | None
+    negative_embeds: dict[str, np.ndarray] | None
 
     @property
     def count(self) -> int:
         """How many prompts (or embeddings) there are."""
-        return len(self.prompts or ()) if self.embeds is None else len(self.embeds)
+        return len(self.prompts or ()) if self.embeds is None else len(next(iter(self.embeds.values())))
 
 
 @dataclass(frozen=True)
 class Request:
-    """A checked call, everything per image: ``images`` pictures in the order prompt by prompt."""
+    """A checked call, everything per image: ``images`` pictures in the order prompt by prompt.
+
+    size: height and width in latent pixels. fixed: the conditions that depend on neither text nor class, (images, ...)
+    by name. image: pictures to start from, float32 (1 or prompts, H, W, 3) in [0, 1]; image_latents: or their latents
+    (1 or prompts, C, h, w).
+    """
 
     images: int
+    size: tuple[int, int]
     guidance_scale: float
     text: TextRequest | None
     classes: np.ndarray | None
     null_class: int | None
+    fixed: dict[str, np.ndarray]
     latents: np.ndarray | None
     output_type: OutputType
+    image: np.ndarray | None = None
+    image_latents: np.ndarray | None = None
 
 
 def check_request(manifest: Manifest, asked: Asked) -> Request:
@@ -71,7 +92,7 @@ def check_request(manifest: Manifest, asked: Asked) -> Request:
     Raises:
         UserError: anything that does not fit; the message names the argument.
     """
-    conditions = {spec.name: spec for spec in manifest.conditions}
+    manifest = _at_size(manifest, asked)
     per_prompt = asked.num_images_per_prompt
     if per_prompt < 1:
         raise UserError(f"number of images {per_prompt}: must be at least 1")
@@ -81,12 +102,8 @@ def check_request(manifest: Manifest, asked: Asked) -> Request:
         raise UserError(
             f"output type {asked.output_type!r}: this engine directory has no VAE decoder; use output type 'latent'"
         )
-    text_name = _text_condition(manifest, conditions)
-    unknown = set(conditions) - {text_name, CLASSES}
-    if unknown:
-        raise UserError(f"condition {min(unknown)}: prompts and class labels cannot provide it; drive DenoisingLoop")
-    text = _check_text(manifest, conditions.get(text_name or ""), asked)
-    classes = _check_classes(manifest, CLASSES in conditions, asked)
+    text = _check_text(manifest, asked)
+    classes = _check_classes(manifest, class_condition(manifest) is not None, asked)
     rows = 1
     if text is not None:
         rows = text.count
@@ -95,27 +112,87 @@ def check_request(manifest: Manifest, asked: Asked) -> Request:
             raise UserError(f"class_labels: {len(classes)} given for {rows} prompts; give one for each prompt")
         rows = len(classes)
     images = rows * per_prompt
+    scale = _check_guidance(manifest, asked.guidance_scale)
+    _check_strength(manifest, asked)
     return Request(
         images=images,
-        guidance_scale=_check_guidance(manifest, asked.guidance_scale),
+        size=(manifest.latent.height, manifest.latent.width),
+        guidance_scale=scale,
         text=text and _repeat_text(text, per_prompt),
         classes=None if classes is None else np.repeat(classes, per_prompt),
         null_class=manifest.components.null_class,
+        fixed=_check_fixed(manifest, _with_control_scale(manifest, asked), images, scale)
+        | _check_control_image(manifest, asked.control_image, rows, per_prompt),
         latents=_check_latents(manifest, asked.latents, images),
         output_type=asked.output_type,
+        image=_check_image(manifest, asked, rows),
+        image_latents=_check_image_latents(manifest, asked.image_latents, rows),
     )
 
 
-def _text_condition(manifest: Manifest, conditions: dict[str, TensorSpec]) -> str | None:
-    encoder = manifest.components.text_encoder
-    if encoder is not None and encoder.output in conditions:
-        return encoder.output
-    return TEXT if TEXT in conditions else None
+def _at_size(manifest: Manifest, asked: Asked) -> Manifest:
+    """The manifest at the size that was asked for: the usual one, or that of the latents, where nothing else is."""
+    ranges, latent = manifest.sizes, manifest.latent
+    given = asked.latents if asked.latents is not None else asked.image_latents
+    there = given.shape[2:] if isinstance(given, np.ndarray) and given.ndim == 4 and ranges is not None else None
+    usual = manifest.usual_sizes[1:]
+    found = []
+    for place, (option, pixels) in enumerate((("height", asked.height), ("width", asked.width))):
+        extent = usual[place] if there is None else int(there[place])
+        allowed = Range.static(usual[place]) if ranges is None else getattr(ranges, option)
+        if pixels is not None:
+            scale = latent.scale
+            if scale is None:
+                raise UserError(f"{option} {pixels}: this engine directory has one size only; leave it out")
+            if pixels % scale or pixels // scale not in allowed:
+                raise UserError(f"{option} {pixels}: this engine directory takes {allowed.describe(scale)}")
+            if there is not None and pixels // scale != extent:
+                raise UserError(f"{option} {pixels}: the latents given are of {extent * scale}; leave one of them out")
+            extent = pixels // scale
+        elif extent not in allowed:
+            raise UserError(f"latents: {option} {extent}, this engine directory takes {allowed.describe()}")
+        found.append(extent)
+    return manifest if ranges is None else manifest.at(Sizes(ranges.batch.max, *found))
 
 
-def _check_text(manifest: Manifest, spec: TensorSpec | None, asked: Asked) -> TextRequest | None:
-    if spec is None:
-        wants = "class labels" if any(c.name == CLASSES for c in manifest.conditions) else "no condition"
+def text_conditions(manifest: Manifest) -> dict[str, ConditionSpec]:
+    """The conditions that a prompt provides, by name."""
+    return {spec.name: spec for spec in manifest.conditions if spec.source == "text"}
+
+
+def class_condition(manifest: Manifest) -> ConditionSpec | None:
+    """The condition that takes class ids."""
+    return next((spec for spec in manifest.conditions if spec.source == "class"), None)
+
+
+def _check_fixed(
+    manifest: Manifest, given: Mapping[str, np.ndarray], images: int, guidance_scale: float
+) -> dict[str, np.ndarray]:
+    """Every other condition, from the caller or from the manifest."""
+    specs = {spec.name: spec for spec in manifest.conditions if spec.source in ("fixed", "guidance")}
+    unknown = sorted(set(given) - set(specs))
+    if unknown:
+        known = ", ".join(sorted(specs)) or "none"
+        raise UserError(f"conditions: {unknown[0]} is not one that can be given (here: {known})")
+    found = {}
+    for name, spec in specs.items():
+        shape, dtype = spec.shape[1:], np.int64 if spec.dtype == "int64" else np.float32
+        if name in given:
+            rows = np.asarray(given[name])
+            if rows.shape[1:] != shape or len(rows) not in (1, images):
+                sizes = "".join(f", {extent}" for extent in shape)
+                raise UserError(f"conditions: {name}: shape {rows.shape}, needs (1 or {images}{sizes})")
+        else:
+            values = spec.values if spec.source == "fixed" else (guidance_scale,)
+            rows = np.array(values).reshape(1, *shape)
+        found[name] = np.repeat(rows, images // len(rows), axis=0).astype(dtype)
+    return found
+
+
+def _check_text(manifest: Manifest, asked: Asked) -> TextRequest | None:
+    specs = text_conditions(manifest)
+    if not specs:
+        wants = "class labels" if class_condition(manifest) is not None else "no condition"
         for name in ("prompt", "negative_prompt", "prompt_embeds", "negative_prompt_embeds"):
             if getattr(asked, name) is not None:
                 raise UserError(f"{name}: this engine directory takes {wants}, not text; leave it out")
@@ -128,16 +205,20 @@ def _check_text(manifest: Manifest, spec: TensorSpec | None, asked: Asked) -> Te
         raise UserError("prompt: missing; give a prompt or prompt_embeds")
     if not manifest.guidance and (asked.negative_prompt is not None or asked.negative_prompt_embeds is not None):
         raise UserError("negative prompt: this engine directory was exported without guidance; leave it out")
-    has_encoder = manifest.components.text_encoder is not None
+    encoder = manifest.components.text_encoder
+    has_encoder = encoder is not None
     prompts = None if asked.prompt is None else _strings("prompt", asked.prompt)
-    embeds = None if asked.prompt_embeds is None else _check_embeds("prompt_embeds", asked.prompt_embeds, spec)
-    count = len(embeds) if prompts is None and embeds is not None else len(prompts or ())
+    embeds = None if asked.prompt_embeds is None else _check_embeds("prompt_embeds", asked.prompt_embeds, specs)
+    count = len(prompts or ()) if embeds is None else len(next(iter(embeds.values())))
+    zeros = encoder is not None and encoder.zeros_without_negative and asked.negative_prompt is None
     negative_prompts: tuple[str, ...] | None = None
-    negative_embeds: np.ndarray | None = None
+    negative_embeds: dict[str, np.ndarray] | None = None
     if asked.negative_prompt_embeds is not None:
-        negative_embeds = _check_embeds("negative_prompt_embeds", asked.negative_prompt_embeds, spec)
-        negative_embeds = _one_each("negative_prompt_embeds", negative_embeds, count)
-    elif manifest.guidance:
+        negative_embeds = _check_embeds("negative_prompt_embeds", asked.negative_prompt_embeds, specs)
+        negative_embeds = {
+            name: _one_each("negative_prompt_embeds", rows, count) for name, rows in negative_embeds.items()
+        }
+    elif manifest.guidance and not zeros:
         given = "" if asked.negative_prompt is None else asked.negative_prompt
         strings = _strings("negative_prompt", given)
         if len(strings) not in (1, count):
@@ -146,7 +227,7 @@ def _check_text(manifest: Manifest, spec: TensorSpec | None, asked: Asked) -> Te
     if not has_encoder and (prompts is not None or negative_prompts is not None):
         needed = "prompt_embeds and negative_prompt_embeds" if manifest.guidance else "prompt_embeds"
         raise UserError(f"prompt: this engine directory has no text encoder; give {needed}")
-    return TextRequest(spec.name, prompts, embeds, negative_prompts, negative_embeds)
+    return TextRequest(prompts, embeds, negative_prompts, negative_embeds)
 
 
 def _strings(name: str, given: str | Sequence[str]) -> tuple[str, ...]:
@@ -159,13 +240,30 @@ def _strings(name: str, given: str | Sequence[str]) -> tuple[str, ...]:
     return strings
 
 
-def _check_embeds(name: str, embeds: np.ndarray, spec: TensorSpec) -> np.ndarray:
-    wanted = spec.shape[1:]
-    _check_floats(name, embeds)
-    if embeds.ndim != len(spec.shape) or embeds.shape[1:] != wanted or not len(embeds):
-        sizes = ", ".join(map(str, wanted))
-        raise UserError(f"{name}: shape {embeds.shape}, needs (prompts, {sizes}) as this model was exported")
-    return embeds.astype(np.float32)
+def _check_embeds(name: str, given: Embeds, specs: Mapping[str, ConditionSpec]) -> dict[str, np.ndarray]:
+    """The text conditions by name, all with as many rows; a bare array is the one condition of a model with one."""
+    if not isinstance(given, Mapping):
+        if len(specs) > 1:
+            raise UserError(f"{name}: this model takes {' and '.join(specs)}; give a dictionary of them")
+        given = {next(iter(specs)): given}
+    if set(given) != set(specs):
+        raise UserError(f"{name}: has {', '.join(sorted(given)) or 'nothing'}, needs {', '.join(sorted(specs))}")
+    found = {}
+    for key, spec in specs.items():
+        rows = given[key]
+        label = name if len(specs) == 1 else f"{name}: {key}"
+        if spec.dtype == "int64":
+            if not isinstance(rows, np.ndarray) or rows.dtype.kind not in "iub":
+                raise UserError(f"{label}: needs an array of whole numbers")
+        else:
+            _check_floats(label, rows)
+        if rows.ndim != len(spec.shape) or rows.shape[1:] != spec.shape[1:] or not len(rows):
+            sizes = ", ".join(map(str, spec.shape[1:]))
+            raise UserError(f"{label}: shape {rows.shape}, needs (prompts, {sizes}) as this model was exported")
+        found[key] = rows.astype(np.int64 if spec.dtype == "int64" else np.float32)
+    if len({len(rows) for rows in found.values()}) > 1:
+        raise UserError(f"{name}: {', '.join(f'{key} has {len(rows)} rows' for key, rows in found.items())}")
+    return found
 
 
 def _one_each(name: str, rows: np.ndarray, count: int) -> np.ndarray:
@@ -212,8 +310,10 @@ def _class_id(manifest: Manifest, label: int | str) -> int:
     allowed = set(names.values()) if names else None
     if allowed is not None and label not in allowed and label != null:
         raise UserError(f"class_labels: no class has id {label}" + _some_names(manifest))
-    if label < 0 or (null is not None and label > null):
-        upper = f"0 to {null}" if null is not None else "0 or more"
+    classes = manifest.components.classes
+    last = null if null is not None or classes is None else classes - 1
+    if label < 0 or (last is not None and label > last):
+        upper = f"0 to {last}" if last is not None else "0 or more"
         raise UserError(f"class_labels: id {label} is out of range ({upper})")
     return int(label)
 
@@ -227,7 +327,8 @@ def _some_names(manifest: Manifest) -> str:
 
 
 def _check_guidance(manifest: Manifest, given: float | None) -> float:
-    if not manifest.guidance:
+    distilled = any(spec.source == "guidance" for spec in manifest.conditions)
+    if not manifest.guidance and not distilled:
         if given is not None:
             raise UserError("guidance_scale: this engine directory was exported without guidance; leave it out")
         return 1.0
@@ -235,8 +336,10 @@ def _check_guidance(manifest: Manifest, given: float | None) -> float:
     if scale is None:
         raise UserError("guidance_scale: missing, and the engine directory has no default; give one")
     # Below 1 diffusers turns guidance off, which is what 1 gives here: refuse what would not do the same.
-    if not math.isfinite(scale) or scale < 1:
-        raise UserError(f"guidance_scale: {scale}, must be 1 (no guidance) or more")
+    least = 1 if manifest.guidance else 0
+    if not math.isfinite(scale) or scale < least:
+        what = "1 (no guidance)" if manifest.guidance else "0"
+        raise UserError(f"guidance_scale: {scale}, must be {what} or more")
     return float(scale)
 
 
@@ -250,13 +353,90 @@ def _check_latents(manifest: Manifest, latents: np.ndarray | None, images: int) 
     return latents.astype(np.float32)
 
 
+def _with_control_scale(manifest: Manifest, asked: Asked) -> Mapping[str, np.ndarray]:
+    """The given conditions and, with a ControlNet, its scale."""
+    given = dict(asked.conditions or {})
+    if asked.control_scale is None:
+        return given
+    if CONTROL_SCALE not in {spec.name for spec in manifest.conditions}:
+        raise UserError("control_scale: this engine directory has no ControlNet; leave it out")
+    if not math.isfinite(asked.control_scale):
+        raise UserError(f"control_scale: {asked.control_scale}, must be a finite number")
+    return given | {CONTROL_SCALE: np.array([asked.control_scale], np.float32)}
+
+
+def _check_control_image(
+    manifest: Manifest, given: Picture | Sequence[Picture] | None, rows: int, per_prompt: int
+) -> dict[str, np.ndarray]:
+    """The picture that a ControlNet looks at, (images, 3, H, W) by the condition's name."""
+    spec = next((spec for spec in manifest.conditions if spec.source == "image"), None)
+    if spec is None:
+        if given is not None:
+            raise UserError("control_image: this engine directory has no ControlNet; leave it out")
+        return {}
+    if given is None:
+        raise UserError("control_image: missing; this engine directory has a ControlNet, which looks at a picture")
+    height, width = spec.shape[2:]
+    pictures = to_pictures(given, height, width, name="control_image")
+    if len(pictures) not in (1, rows):
+        raise UserError(f"control_image: {len(pictures)} given for {rows} prompts; give one, or one for each")
+    repeats = per_prompt if len(pictures) == rows else rows * per_prompt
+    return {spec.name: np.repeat(pictures.transpose(0, 3, 1, 2), repeats, axis=0)}
+
+
+def _check_strength(manifest: Manifest, asked: Asked) -> None:
+    """A picture is given exactly where the engine directory starts from one, and its strength is that one's."""
+    strength = manifest.sampler.strength
+    if strength is None:
+        for name in ("image", "image_latents", "strength"):
+            if getattr(asked, name) is not None:
+                raise UserError(
+                    f"{name}: this engine directory starts from noise alone; "
+                    "export it with --strength (such as 0.6) to start from a picture"
+                )
+        return
+    if asked.image is not None and asked.image_latents is not None:
+        raise UserError("image and image_latents: give one of them, not both")
+    if asked.image is None and asked.image_latents is None:
+        raise UserError(f"image: missing; this engine directory starts from a picture (strength {strength:g})")
+    if asked.strength is not None and asked.strength != strength:
+        raise UserError(
+            f"strength: {asked.strength:g}, but this engine directory was exported for {strength:g}; "
+            "leave it out or export another one"
+        )
+
+
+def _check_image(manifest: Manifest, asked: Asked, rows: int) -> np.ndarray | None:
+    if asked.image is None:
+        return None
+    encoder = manifest.components.vae_encoder
+    if encoder is None:
+        raise UserError("image: this engine directory has no VAE encoder; give image_latents")
+    _, height, width, _ = encoder.inputs[0].shape
+    pictures = to_pictures(asked.image, height, width)
+    if len(pictures) not in (1, rows):
+        raise UserError(f"image: {len(pictures)} given for {rows} prompts; give one, or one for each")
+    return pictures
+
+
+def _check_image_latents(manifest: Manifest, latents: np.ndarray | None, rows: int) -> np.ndarray | None:
+    if latents is None:
+        return None
+    _check_floats("image_latents", latents)
+    wanted = (manifest.latent.channels, manifest.latent.height, manifest.latent.width)
+    if latents.shape[1:] != wanted or len(latents) not in (1, rows):
+        sizes = ", ".join(map(str, wanted))
+        raise UserError(f"image_latents: shape {latents.shape}, needs (1 or {rows}, {sizes})")
+    return latents.astype(np.float32)
+
+
 def _repeat_text(text: TextRequest, times: int) -> TextRequest:
     def strings(given: tuple[str, ...] | None) -> tuple[str, ...] | None:
         return None if given is None else tuple(string for string in given for _ in range(times))
 
-    def rows(given: np.ndarray | None) -> np.ndarray | None:
-        return None if given is None else np.repeat(given, times, axis=0)
+    def rows(given: dict[str, np.ndarray] | None) -> dict[str, np.ndarray] | None:
+        return None if given is None else {name: np.repeat(array, times, axis=0) for name, array in given.items()}
 
     return TextRequest(
-        text.name, strings(text.prompts), rows(text.embeds), strings(text.negative_prompts), rows(text.negative_embeds)
+        strings(text.prompts), rows(text.embeds), strings(text.negative_prompts), rows(text.negative_embeds)
     )

@@ -1,4 +1,4 @@
-"""From prompts to embeddings, with the tokenizer and text encoder of an engine directory."""
+"""From prompts to conditions, with the tokenizers and text encoders of an engine directory."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from dipgo_deploy.backends.base import Backend, ChangedWeights
-from dipgo_deploy.bundle.manifest import TextEncoderEntry
+from dipgo_deploy.bundle.manifest import TextEncoderEntry, TokenizerEntry
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.runtime.component import Component
 
@@ -17,16 +17,16 @@ _log = logging.getLogger(__name__)
 
 
 class PromptTokenizer:
-    """Token ids as the text encoder wants them: cut to ``length``, padded with ``pad_id``.
+    """Token ids as a text encoder wants them: cut to ``length``, padded with ``pad_id``.
 
     Raises:
         UserError: the tokenizer file is missing or broken.
     """
 
-    def __init__(self, engine_dir: Path, entry: TextEncoderEntry) -> None:
+    def __init__(self, engine_dir: Path, entry: TokenizerEntry) -> None:
         from tokenizers import Tokenizer
 
-        path = engine_dir / entry.tokenizer
+        path = engine_dir / entry.file
         if not path.is_file():
             raise UserError(f"{path}: named in the manifest but missing; export the engine directory again")
         try:
@@ -35,41 +35,50 @@ class PromptTokenizer:
             raise UserError(f"{path}: not a tokenizer file ({error}); export the engine directory again") from None
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
-        self._length = entry.length
-        self._pad_id = entry.pad_id
+        self._entry = entry
 
-    def __call__(self, prompts: Sequence[str]) -> np.ndarray:
-        """Token ids, int64 (prompts, length). A prompt that is too long is cut, with a warning in the log."""
-        ids = np.full((len(prompts), self._length), self._pad_id, np.int64)
-        for row, prompt in zip(ids, prompts, strict=True):
+    def __call__(self, prompts: Sequence[str]) -> dict[str, np.ndarray]:
+        """Token ids, and the mask where one is wanted, by graph input name: int64 (prompts, length).
+
+        A prompt that is too long is cut, with a warning in the log.
+        """
+        length = self._entry.length
+        ids = np.full((len(prompts), length), self._entry.pad_id, np.int64)
+        mask = np.zeros_like(ids)
+        for row, used, prompt in zip(ids, mask, prompts, strict=True):
             self._tokenizer.no_truncation()
             whole = self._tokenizer.encode(prompt).ids
-            if len(whole) > self._length:
-                _log.warning("prompt cut from %d to %d tokens: %r", len(whole), self._length, prompt)
-                self._tokenizer.enable_truncation(self._length)  # keeps the closing special token
+            if len(whole) > length:
+                _log.warning("prompt cut from %d to %d tokens: %r", len(whole), length, prompt)
+                self._tokenizer.enable_truncation(length)  # keeps the closing special token
                 whole = self._tokenizer.encode(prompt).ids
             row[: len(whole)] = whole
-        return ids
+            used[: len(whole)] = 1
+        return {self._entry.ids: ids} | ({} if self._entry.mask is None else {self._entry.mask: mask})
 
 
 class TextEncoder:
-    """Prompts -> embeddings. ``weights`` take the place of the encoder's where they change them.
+    """Prompts -> conditions. ``weights`` take the place of the encoders' where they change them.
 
     Raises:
-        UserError: tokenizer or graph cannot be loaded.
+        UserError: a tokenizer or the graph cannot be loaded.
     """
 
     def __init__(
         self, engine_dir: Path, entry: TextEncoderEntry, backend: Backend, weights: ChangedWeights | None = None
     ) -> None:
-        self._tokenize = PromptTokenizer(engine_dir, entry)
+        self._lowercase, self._prefix = entry.lowercase, entry.prefix
+        self._tokenizers = [PromptTokenizer(engine_dir, tokenizer) for tokenizer in entry.tokenizers]
         self._component = Component(engine_dir, entry.graph, backend, weights)
 
-    def __call__(self, prompts: Sequence[str]) -> np.ndarray:
-        """Embeddings (prompts, length, width), one run per distinct prompt."""
-        graph = self._component.graph
-        embedded: dict[str, np.ndarray] = {}
-        for prompt in dict.fromkeys(prompts):
-            outputs = self._component({graph.inputs[0].name: self._tokenize([prompt])})
-            embedded[prompt] = outputs[graph.outputs[0].name]
-        return np.concatenate([embedded[prompt] for prompt in prompts])
+    def __call__(self, prompts: Sequence[str], *, negative: bool = False) -> dict[str, np.ndarray]:
+        """The text conditions by name, (prompts, ...) each; one run per distinct prompt."""
+        prefix = "" if negative else self._prefix
+        encoded = {prompt: self._encode(prompt, prefix) for prompt in dict.fromkeys(prompts)}
+        names = [spec.name for spec in self._component.graph.outputs]
+        return {name: np.concatenate([encoded[prompt][name] for prompt in prompts]) for name in names}
+
+    def _encode(self, prompt: str, prefix: str) -> dict[str, np.ndarray]:
+        text = prefix + (prompt.strip().lower() if self._lowercase else prompt)
+        tokens = {name: array for tokenize in self._tokenizers for name, array in tokenize([text]).items()}
+        return self._component(tokens)

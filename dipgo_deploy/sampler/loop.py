@@ -11,6 +11,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from dipgo_deploy.sampler.schedulers import fresh, set_timesteps
+from dipgo_deploy.sampler.start import ImageStart, first_latent
 
 _CASTS = frozenset(
     {
@@ -75,14 +76,15 @@ def run_loop(
     draw: Callable[[], torch.Tensor],
     *,
     set_timesteps_kwargs: Mapping[str, Any] | None = None,
+    start: ImageStart | None = None,
     keep_double: bool = False,
 ) -> LoopResult:
     """Run a fresh copy of the scheduler as a diffusers pipeline does.
 
     initial: unit noise (B, C, h, w), multiplied by ``init_noise_sigma`` here where the scheduler has one.
     predict(index, model input, timestep) -> prediction of the same shape and dtype. draw() -> the noise for the next
-    draw, same shape. ``eta`` is 0 where ``step`` takes it, the default of diffusers' pipelines. keep_double: for
-    float64 input, keep it all the way.
+    draw, same shape. start: begin with a picture that the initial noise is added to. ``eta`` is 0 where ``step`` takes
+    it, the default of diffusers' pipelines. keep_double: for float64 input, keep it all the way.
 
     Exceptions of the scheduler pass through, except that a refusal by ``set_timesteps`` is a UserError.
     """
@@ -91,8 +93,8 @@ def run_loop(
     step_kwargs = {"eta": 0.0} if "eta" in inspect.signature(scheduler.step).parameters else {}
     inputs: list[torch.Tensor] = []
     with _TakeOver(initial.shape, draw, keep_double), torch.no_grad():
-        latent = initial * getattr(scheduler, "init_noise_sigma", 1.0)
-        for index, timestep in enumerate(scheduler.timesteps):
+        latent, timesteps = first_latent(scheduler, initial, start)
+        for index, timestep in enumerate(timesteps):
             # FlowMatchEuler and its kin have no scale_model_input: they take the latent as it is.
             scale = getattr(scheduler, "scale_model_input", None)
             model_input = latent if scale is None else scale(latent, timestep)
@@ -101,4 +103,4 @@ def run_loop(
             latent = scheduler.step(prediction, timestep, latent, return_dict=False, **step_kwargs)[0]
             if latent.shape != initial.shape:
                 raise ValueError(f"its step makes {tuple(latent.shape)} of a latent of {tuple(initial.shape)}")
-    return LoopResult(tuple(inputs), tuple(float(timestep) for timestep in scheduler.timesteps), latent)
+    return LoopResult(tuple(inputs), tuple(float(timestep) for timestep in timesteps), latent)

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.sampler.schedulers import evaluations, own_config
+from dipgo_deploy.sampler.start import ImageStart
 
 if TYPE_CHECKING:
     import torch
@@ -30,11 +31,12 @@ _SUSPECTS = ("clip_sample", "thresholding")
 
 @dataclass(frozen=True, eq=False)
 class SamplerMatrix:
-    """The weights of a sampler's latents over the stack [x_T, prediction 0 .. P-1, noise 0 .. M-1].
+    """The weights of a sampler's latents over the stack [x_T, prediction 0 .. P-1, picture, noise 0 .. M-1].
 
     class_name, config (JSON values, the settings of this class only), num_inference_steps: the diffusers scheduler.
-    timesteps (T,) float64: one for each evaluation of the denoiser. rows (T, 1+P+M) float64: the model input of each
-    evaluation, after ``scale_model_input``. final (1+P+M,) float64: the latent after the last step. predictions: P.
+    timesteps (T,) float64: one for each evaluation of the denoiser. rows (T, columns) float64: the model input of each
+    evaluation, after ``scale_model_input``. final (columns,) float64: the latent after the last step. predictions: P.
+    image: whether the loop starts from a picture; without one there is no column for it.
     noises: M, in the order the scheduler draws them, each as large as the latent; a drawn but unused one has its column
     of zeros, so that a seed's later draws stay in place. The x_T column is for unit noise: it has ``init_noise_sigma``
     in it. Arrays are read-only.
@@ -48,10 +50,11 @@ class SamplerMatrix:
     final: NDArray[np.float64]
     noises: int
     predictions: int
+    image: bool = False
 
     def __post_init__(self) -> None:
         """Check the shapes against each other and make the arrays read-only."""
-        columns = 1 + self.predictions + self.noises
+        columns = 1 + self.predictions + self.image + self.noises
         if self.rows.shape != (len(self.timesteps), columns) or self.final.shape != (columns,):
             raise ValueError(f"rows {self.rows.shape} and final {self.final.shape} do not fit {columns} columns")
         for array in (self.timesteps, self.rows, self.final):
@@ -64,13 +67,15 @@ def sampler_matrix(
     source: Sequence[int] | None = None,
     *,
     set_timesteps_kwargs: Mapping[str, Any] | None = None,
+    begin: int | None = None,
     check: bool = True,
 ) -> SamplerMatrix:
     """The matrix of a diffusers scheduler.
 
     source: for each evaluation, the prediction slot it hands to the scheduler; slots are numbered in the order of
     their first use, and a repeated one is an evaluation without a launch. None: each evaluation has its own.
-    set_timesteps_kwargs: passed on, such as ``mu`` for flow matching with dynamic shifting. check: also run
+    set_timesteps_kwargs: passed on, such as ``mu`` for flow matching with dynamic shifting. begin: start at this
+    evaluation, from a picture that the initial noise is added to (see ``begin_of``). check: also run
     ``check_linear``. The scheduler is left as it was. Predictions are those that a pipeline hands to ``step``: guided,
     and without a learned variance.
 
@@ -82,12 +87,13 @@ def sampler_matrix(
     from dipgo_deploy.sampler.loop import run_loop
 
     _refuse_learned_variance(scheduler)
-    count = evaluations(scheduler, num_inference_steps, set_timesteps_kwargs=set_timesteps_kwargs)
+    count = evaluations(scheduler, num_inference_steps, set_timesteps_kwargs=set_timesteps_kwargs) - (begin or 0)
     slots = _slots(source, count)
     predictions = max(slots) + 1
+    image = begin is not None
 
     def walk(noises: int) -> tuple[Any, int]:
-        columns = 1 + predictions + noises
+        columns = 1 + predictions + image + noises
         units = torch.eye(columns, dtype=torch.float64)
         drawn = 0
 
@@ -98,7 +104,7 @@ def sampler_matrix(
             nonlocal drawn
             drawn += 1
             # The first walk only counts draws: it has no columns for them.
-            return unit(predictions + drawn) if noises else torch.zeros(1, columns, 1, 1, dtype=torch.float64)
+            return unit(predictions + image + drawn) if noises else torch.zeros(1, columns, 1, 1, dtype=torch.float64)
 
         result = _scheduler_at_work(
             scheduler,
@@ -109,6 +115,7 @@ def sampler_matrix(
                 lambda index, _input, _timestep: unit(1 + slots[index]),
                 draw,
                 set_timesteps_kwargs=set_timesteps_kwargs,
+                start=None if begin is None else ImageStart(begin, unit(1 + predictions)),
                 keep_double=True,
             ),
         )
@@ -127,13 +134,14 @@ def sampler_matrix(
         final=result.final.reshape(-1).numpy().astype(np.float64),
         noises=noises,
         predictions=predictions,
+        image=image,
     )
     if not (np.isfinite(matrix.rows).all() and np.isfinite(matrix.final).all()):
         raise UserError(
             f"sampler {matrix.class_name}: infinite weights at {num_inference_steps} steps; use other steps"
         )
     if check:
-        _check(matrix, scheduler, slots, set_timesteps_kwargs)
+        _check(matrix, scheduler, slots, set_timesteps_kwargs, begin)
     return matrix
 
 
@@ -143,6 +151,7 @@ def check_linear(
     source: Sequence[int] | None = None,
     *,
     set_timesteps_kwargs: Mapping[str, Any] | None = None,
+    begin: int | None = None,
 ) -> float:
     """Compare the matrix with the scheduler's own loop on random latents, predictions and noises.
 
@@ -152,9 +161,9 @@ def check_linear(
     Raises UserError naming the scheduler, and the setting to blame where one is known, beyond ``TOLERANCE``.
     """
     matrix = sampler_matrix(
-        scheduler, num_inference_steps, source, set_timesteps_kwargs=set_timesteps_kwargs, check=False
+        scheduler, num_inference_steps, source, set_timesteps_kwargs=set_timesteps_kwargs, begin=begin, check=False
     )
-    return _check(matrix, scheduler, _slots(source, len(matrix.timesteps)), set_timesteps_kwargs)
+    return _check(matrix, scheduler, _slots(source, len(matrix.timesteps)), set_timesteps_kwargs, begin)
 
 
 def prediction_used(matrix: SamplerMatrix) -> tuple[bool, ...]:
@@ -164,16 +173,20 @@ def prediction_used(matrix: SamplerMatrix) -> tuple[bool, ...]:
 
 
 def _check(
-    matrix: SamplerMatrix, scheduler: Any, slots: Sequence[int], set_timesteps_kwargs: Mapping[str, Any] | None
+    matrix: SamplerMatrix,
+    scheduler: Any,
+    slots: Sequence[int],
+    set_timesteps_kwargs: Mapping[str, Any] | None,
+    begin: int | None,
 ) -> float:
     import torch
 
     from dipgo_deploy.sampler.loop import run_loop
 
-    columns = 1 + matrix.predictions + matrix.noises
+    columns = len(matrix.final)
     stack = np.random.default_rng(0).standard_normal((columns, *_CHECK_SHAPE))
     parts = torch.from_numpy(stack)
-    noise = iter(parts[1 + matrix.predictions :])
+    noise = iter(parts[columns - matrix.noises :])
     result = _scheduler_at_work(
         scheduler,
         lambda: run_loop(
@@ -183,6 +196,7 @@ def _check(
             lambda index, _input, _timestep: parts[1 + slots[index]].clone(),
             lambda: next(noise).clone(),
             set_timesteps_kwargs=set_timesteps_kwargs,
+            start=None if begin is None else ImageStart(begin, parts[1 + matrix.predictions].clone()),
             keep_double=True,
         ),
     )
@@ -203,7 +217,8 @@ def _reason(config: Mapping[str, Any]) -> str:
         return "its steps are not linear in latent, predictions and noise; use another sampler"
     settings = " and ".join(blamed)
     return (
-        f"{settings} makes its steps non-linear; set {settings} to false in the scheduler config or use another sampler"
+        f"{settings} makes its steps non-linear; set {settings} to false in the model's "
+        "scheduler/scheduler_config.json and make the schedule again, or use a sampler without it (dpm++2m, euler)"
     )
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
+
 from dipgo_deploy.errors import UserError
 
 SAMPLERS: Mapping[str, tuple[str, Mapping[str, Any]]] = MappingProxyType(
@@ -25,6 +27,14 @@ SAMPLERS: Mapping[str, tuple[str, Mapping[str, Any]]] = MappingProxyType(
             "DPMSolverMultistepScheduler",
             {"algorithm_type": "dpmsolver++", "solver_order": 2, "use_karras_sigmas": True},
         ),
+        "dpm++2m-sde": (
+            "DPMSolverMultistepScheduler",
+            {"algorithm_type": "sde-dpmsolver++", "solver_order": 2, "use_karras_sigmas": False},
+        ),
+        "dpm++2m-sde-karras": (
+            "DPMSolverMultistepScheduler",
+            {"algorithm_type": "sde-dpmsolver++", "solver_order": 2, "use_karras_sigmas": True},
+        ),
         "euler": ("EulerDiscreteScheduler", {}),
         "euler-a": ("EulerAncestralDiscreteScheduler", {}),
         "unipc": ("UniPCMultistepScheduler", {}),
@@ -32,6 +42,17 @@ SAMPLERS: Mapping[str, tuple[str, Mapping[str, Any]]] = MappingProxyType(
         # The algorithm and solver of a DPM-Solver or UniPC config mean nothing to DEIS.
         "deis": ("DEISMultistepScheduler", {"algorithm_type": "deis", "solver_type": "logrho"}),
         "flow-euler": ("FlowMatchEulerDiscreteScheduler", {}),
+        "flow-heun": ("FlowMatchHeunDiscreteScheduler", {}),
+        "flow-unipc": ("UniPCMultistepScheduler", {"prediction_type": "flow_prediction", "use_flow_sigmas": True}),
+        "flow-dpm++2m": (
+            "DPMSolverMultistepScheduler",
+            {
+                "algorithm_type": "dpmsolver++",
+                "solver_order": 2,
+                "prediction_type": "flow_prediction",
+                "use_flow_sigmas": True,
+            },
+        ),
         "lcm": ("LCMScheduler", {}),
         "ddpm": ("DDPMScheduler", {}),
     }
@@ -44,13 +65,17 @@ def make_scheduler(name: str, base_config: Mapping[str, Any]) -> Any:
 
     name: a key of ``SAMPLERS`` (any case) or a diffusers scheduler class, taken with no settings of its own.
     base_config: the model folder's scheduler config, or the ``config`` of a ``SamplerMatrix`` with its ``class_name``.
-    Equals ``Class.from_config(base_config, **settings)``: what the new class does not know is left out. Raises
+    Equals ``Class.from_config(base_config, **settings)``: what the new class does not know is left out. A sampler with
+    flow sigmas takes the static ``shift`` of a flow-matching config, which diffusers names ``flow_shift`` there. Raises
     UserError for an unknown name, a missing package, or a config the class refuses.
     """
     class_name, settings = SAMPLERS.get(name.lower(), (name, {}))
     scheduler_class = _scheduler_class(class_name)
+    base = dict(base_config)
+    if settings.get("use_flow_sigmas") and "shift" in base:
+        base.setdefault("flow_shift", base["shift"])
     try:
-        return scheduler_class.from_config(dict(base_config), **settings)
+        return scheduler_class.from_config(base, **settings)
     except ImportError as error:
         raise UserError(
             f"sampler {name}: {class_name} needs a package that is not installed: {_line(error)}"
@@ -102,8 +127,12 @@ def set_timesteps(scheduler: Any, num_inference_steps: int, kwargs: Mapping[str,
         raise UserError(
             f"sampler {name}: {num_inference_steps} inference steps, but only {trained} timesteps; use fewer"
         )
+    options = dict(kwargs or {})
+    if options.get("sigmas") is not None:
+        # Some classes do arithmetic on it as it comes; pipelines pass an array.
+        options["sigmas"] = np.asarray(options["sigmas"], dtype=np.float64)
     try:
-        scheduler.set_timesteps(num_inference_steps, **dict(kwargs or {}))
+        scheduler.set_timesteps(num_inference_steps, **options)
     except Exception as error:  # each class has its own kinds of refusal
         raise UserError(f"sampler {name}: cannot do {num_inference_steps} inference steps: {_line(error)}") from error
 
@@ -119,6 +148,19 @@ def evaluations(
     copy = fresh(scheduler)
     set_timesteps(copy, num_inference_steps, set_timesteps_kwargs)
     return len(copy.timesteps)
+
+
+def step_positions(
+    scheduler: Any, num_inference_steps: int, *, set_timesteps_kwargs: Mapping[str, Any] | None = None
+) -> tuple[int, ...]:
+    """For each evaluation, the first evaluation at the same timestep: PNDM's go 0, 1, 1, 3, 4, ...
+
+    Caching methods that find out the step from the timestep count like this. Arguments and errors as ``evaluations``.
+    """
+    copy = fresh(scheduler)
+    set_timesteps(copy, num_inference_steps, set_timesteps_kwargs)
+    timesteps = copy.timesteps.tolist()
+    return tuple(timesteps.index(timestep) for timestep in timesteps)
 
 
 def _scheduler_class(class_name: str) -> Any:

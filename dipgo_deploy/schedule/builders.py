@@ -52,24 +52,34 @@ def uniform(steps: int, blocks: int, interval: int) -> Gates:
     return tuple((step % interval == 0,) * blocks for step in range(steps))
 
 
-def deepcache(steps: int, names: Sequence[str], interval: int, branch: int) -> Gates:
+def deepcache(
+    steps: int, names: Sequence[str], interval: int, branch: int, positions: Sequence[int] | None = None
+) -> Gates:
     """DeepCache (Ma et al., CVPR 2024) on a UNet: between full steps only the shallow branches run.
 
     Every block runs at steps 0, interval, 2*interval, ... . In between, the branches up to ``branch`` run, counted
     from the outermost (0) inwards:
 
-    - layers: as in the DeepCache package. Branch b is the skip connection of layer l of the p-th pair of down block p
-      and up block n-1-p, where b counts the layers of the up blocks, outermost pair first (SD-1.5 has 3 a pair, so
-      p = b // 3, l = b % 3). What runs: the pairs outside p whole; of down block p the layers before l; of up block
-      n-1-p its last l + 1 layers, the upsampler belonging to the last one.
+    - layers: exactly what the DeepCache package (0.1.1) computes for ``cache_interval`` and ``cache_branch_id``.
+      Branch b is the skip connection of layer l of the p-th pair of down block p and up block n-1-p, where b counts the
+      layers of the up blocks, outermost pair first. SD-1.5 has 3 a pair, so p = b // 3, l = b % 3; the package takes
+      that for granted, so for a UNet with another number its ``cache_branch_id`` is 3 p + l. What runs: the pairs
+      outside p whole; of down block p the layers before l; of up block n-1-p its last l + 1 layers, the upsampler
+      belonging to the last one.
     - whole blocks: branch p is the p-th pair. What runs: the pairs outside p whole, and up block n-1-p: the smallest
       set of whole blocks that contains DeepCache's branch for (p, l = 0).
 
-    names: the blocks in order of execution. Raises UserError for a model without down and up blocks.
+    names: the blocks in order of execution. positions: the number that stands for each evaluation in place of its own
+    (T ints, as ``dipgo_deploy.sampler.step_positions`` gives them): the package goes by the first evaluation of the
+    same timestep, which is another one for samplers that evaluate a timestep twice (PNDM, Heun). Raises UserError for a
+    model without down and up blocks.
     """
     _check_interval(interval)
     shallow = _shallow_blocks(names, branch)
-    return tuple(tuple(step % interval == 0 or name in shallow for name in names) for step in range(steps))
+    counted = range(steps) if positions is None else positions
+    if len(counted) != steps:
+        raise ValueError(f"{len(counted)} positions for {steps} evaluations")
+    return tuple(tuple(position % interval == 0 or name in shallow for name in names) for position in counted)
 
 
 def random(steps: int, blocks: int, ratio: float, seed: int, costs: Sequence[float] | None = None) -> Gates:

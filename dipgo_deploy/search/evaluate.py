@@ -24,7 +24,7 @@ class LaunchedSupernet(Supernet):
     """
 
     def __init__(self, supernet: Supernet, analysis: Analysis) -> None:
-        super().__init__(supernet.model, supernet.specs, supernet.cache_kinds)
+        super().__init__(supernet.model, supernet.specs, supernet.cache_kinds, supernet.call)
         self._analysis = analysis
         self._number = {step: number for number, step in enumerate(analysis.predicts)}
         self._made: dict[int, Tensor] = {}
@@ -62,6 +62,7 @@ def sample(problem: Problem, gates: Sequence[Sequence[bool]], pairs: Sequence[Pa
         num_inference_steps=problem.options.steps,
         guidance_scale=problem.guidance_scale,
         noises=batch.noises,
+        set_timesteps_kwargs=problem.set_timesteps,
     )
 
 

@@ -79,7 +79,7 @@ class LoopLoss:
         self._problem, self._precision = problem, precision
         net = problem.supernet
         kind = CheckpointedSupernet if checkpoint_steps else Supernet
-        self._supernet = kind(net.model, net.specs, net.cache_kinds)
+        self._supernet = kind(net.model, net.specs, net.cache_kinds, net.call)
         self._on_images = loss in IMAGE_LOSSES
         self._distance = IMAGE_LOSSES[loss] if self._on_images else LATENT_LOSSES[loss]
         self._references: dict[Pair, Tensor] = {}
@@ -99,6 +99,7 @@ class LoopLoss:
                 num_inference_steps=problem.options.steps,
                 guidance_scale=problem.guidance_scale,
                 noises=batch.noises,
+                set_timesteps_kwargs=problem.set_timesteps,
             )
         reference = self.reference(pairs)
         if not self._on_images:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -15,6 +15,8 @@ Rows = list[tuple[bool, ...]]
 
 # How far a step's row is moved at most, and how often a move or a repair is tried before it is given up.
 _REACH = 4
+# How far launches are moved when places are searched, in turn.
+_SHIFTS = (1, 2, 3)
 _TRIES = 50
 
 
@@ -44,6 +46,44 @@ def propose(gates: Gates, costs: Costs, band: Band, source: random.Random) -> Ga
         if after is not None and after != before:
             return after
     return None
+
+
+def moved_places(gates: Gates, source: random.Random) -> Iterator[Gates]:
+    """``gates`` with launches at other steps, at equal cost for launches of all blocks or none.
+
+    Rows with something kept go a step earlier or later, one by one and neighbours together, in random order; then two
+    steps, then three. A row that meets another one changes places with it.
+    """
+    busy = [step for step in range(1, len(gates)) if any(gates[step])]
+    for by in _SHIFTS:
+        moves = [(place, place, sign * by) for place in range(len(busy)) for sign in (-1, 1)]
+        # As many groups of neighbours: they close a gap without opening another beside it.
+        groups = [(_pick(range(len(busy)), source), _pick(range(len(busy)), source)) for _ in moves]
+        moves += [
+            (min(a, b), max(a, b), by if source.random() < 0.5 else -by)
+            for a, b in groups
+            if a is not None and b is not None and a != b
+        ]
+        moves.sort(key=lambda move: source.random())
+        for first, last, distance in moves:
+            moved = _shifted(gates, busy[first : last + 1], distance)
+            if moved is not None and moved != gates:
+                yield moved
+
+
+def _shifted(gates: Gates, steps: Sequence[int], by: int) -> Gates | None:
+    """The rows of these steps ``by`` steps later; what stood there takes the places that became free, in order."""
+    targets = [step + by for step in steps]
+    if min(targets) < 1 or max(targets) >= len(gates):
+        return None
+    rows = list(gates)
+    displaced = [gates[target] for target in targets if target not in steps]
+    freed = [step for step in steps if step not in targets]
+    for step, row in zip(freed, displaced, strict=True):
+        rows[step] = row
+    for step, target in zip(steps, targets, strict=True):
+        rows[target] = gates[step]
+    return tuple(rows)
 
 
 def repair(gates: Sequence[Sequence[bool]], costs: Costs, band: Band, source: random.Random) -> Gates | None:

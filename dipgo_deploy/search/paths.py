@@ -74,6 +74,7 @@ def _path(problem: Problem, batch: Batch, computed: Sequence[int]) -> list[Tenso
         num_inference_steps=problem.options.steps,
         guidance_scale=problem.guidance_scale,
         noises=batch.noises,
+        set_timesteps_kwargs=problem.set_timesteps,
         record=record,
     )
     return [*inputs, final]

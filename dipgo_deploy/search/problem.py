@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,14 +13,15 @@ from dipgo_deploy.compare.conditions import GUIDANCE_SCALE, reference_conditions
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.export.source import Source, load_source
 from dipgo_deploy.export.trace import TracedModel, trace
-from dipgo_deploy.models.family import CacheKind, Granularity, InputSpec
+from dipgo_deploy.models.family import CacheKind, Granularity
+from dipgo_deploy.models.location import config_folder, denoiser_config
 from dipgo_deploy.models.target import schedule_target
 from dipgo_deploy.runtime.noise import TorchNoise
 from dipgo_deploy.sampler import make_scheduler, prediction_used, sampler_matrix
 from dipgo_deploy.sampler.matrix import SamplerMatrix
 from dipgo_deploy.schedule.builders import Target
 from dipgo_deploy.search.costs import Costs
-from dipgo_deploy.search.prompts import built_in_prompts, check_labels, known_labels, read_prompts
+from dipgo_deploy.search.prompts import built_in_prompts, check_labels, class_count, known_labels, read_prompts
 from dipgo_deploy.supernet import Supernet
 
 
@@ -29,8 +30,8 @@ class ProblemOptions:
     """What is pruned, and how images are made while it is.
 
     model, sampler, steps, granularity, cache: as for a schedule. height, width: pixels, None the model's own.
-    guidance_scale: None the pipeline's own. guidance: whether there is any. prompts: a text file; class_labels: for a
-    class-conditioned model, None all that the model names.
+    guidance_scale: None the pipeline's own. guidance: whether there is any, None as the pipeline has it. prompts: a
+    text file; class_labels: for a class-conditioned model, None all that the model names.
     """
 
     model: str
@@ -40,7 +41,7 @@ class ProblemOptions:
     cache: CacheKind | None = None
     height: int | None = None
     width: int | None = None
-    guidance: bool = True
+    guidance: bool | None = None
     guidance_scale: float | None = None
     prompts: str | None = None
     class_labels: tuple[int, ...] | None = None
@@ -70,7 +71,7 @@ class Problem:
 
     target: what a schedule for it says. conditions: one set of forward inputs a prompt or class, each (G, ...), the
     unconditional row first. names: of the conditions. matrix: the sampler as a matrix. traced: the model's one trace.
-    sample_shape: (C, h, w).
+    sample_shape: (C, h, w). set_timesteps: what the scheduler's ``set_timesteps`` gets besides the number of steps.
     """
 
     options: ProblemOptions
@@ -85,6 +86,7 @@ class Problem:
     names: tuple[str, ...]
     guidance_scale: float | None
     sample_shape: tuple[int, int, int]
+    set_timesteps: Mapping[str, Any] = field(default_factory=dict)
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     @property
@@ -94,8 +96,8 @@ class Problem:
 
     @property
     def can_decode(self) -> bool:
-        """Whether there is a VAE, so that losses on images are possible."""
-        return getattr(self.source.pipeline, "vae", None) is not None
+        """Whether there is a VAE, or a model on pixels, so that losses on images are possible."""
+        return self.source.family.pixels or getattr(self.source.pipeline, "vae", None) is not None
 
     def batch(self, pairs: Sequence[Pair]) -> Batch:
         """The inputs of these images, on the problem's device."""
@@ -111,6 +113,9 @@ class Problem:
 
     def decode(self, latents: Tensor) -> Tensor:
         """Final latents (B, C, h, w) as images (B, 3, H, W), about 0 to 1, not clamped; differentiable."""
+        if self.source.family.pixels:
+            pixels = latents / 2 + 0.5
+            return pixels.expand(-1, 3, -1, -1) if pixels.shape[1] == 1 else pixels
         assert self.source.pipeline is not None
         vae = self.source.pipeline.vae
         shift = getattr(vae.config, "shift_factor", None) or 0.0
@@ -134,31 +139,36 @@ def load_problem(options: ProblemOptions, notify: Notify = lambda stage: None) -
             without prompts.
     """
     target = schedule_target(options.model, options.sampler, options.steps, options.granularity, options.cache)
-    prompts = _prompts(options, target.model.class_name)
+    prompts = _prompts(options)
     device = _device(options.device)
     notify("loading the model")
     source = load_source(options.model)
+    guidance = source.family.guidance if options.guidance is None else options.guidance
+    options = replace(options, guidance=guidance)
     names, labels = _names_and_labels(options, source, prompts)
-    shape = source.trace_shape(batch=1, guidance=options.guidance, height=options.height, width=options.width)
+    shape = source.trace_shape(batch=1, guidance=guidance, height=options.height, width=options.width)
     specs = source.family.blocks(source.config, options.granularity)
     kinds = {block.name: block.cache for block in target.blocks}
     notify("tracing the denoiser")
     traced = trace(source.denoiser, source.family, source.config, specs, kinds, shape, "fp32")
     notify("preparing the search")
     scheduler = make_scheduler(target.sampler.class_name, target.sampler.config)
-    matrix = sampler_matrix(scheduler, options.steps)
+    set_timesteps = source.set_timesteps(scheduler, shape.height, shape.width, options.steps)
+    matrix = sampler_matrix(scheduler, options.steps, set_timesteps_kwargs=set_timesteps)
+    scale = options.guidance_scale if options.guidance_scale is not None else source.default_guidance_scale()
     conditions = tuple(
-        reference_conditions(source, traced.conditions, guidance=options.guidance, prompts=(name,), labels=(label,))
+        reference_conditions(
+            source, traced.conditions, guidance=guidance, prompts=(name,), labels=(label,), guidance_scale=scale
+        )
         for name, label in zip(names, labels, strict=True)
     )
     for module in (source.denoiser, getattr(source.pipeline, "vae", None)):
         if module is not None:
             module.requires_grad_(False).eval().to(device)
-    scale = options.guidance_scale if options.guidance_scale is not None else source.default_guidance_scale()
     return Problem(
         options=replace(options, device=str(device)),
         source=source,
-        supernet=Supernet(source.denoiser, specs, [kinds[spec.name] for spec in specs]),
+        supernet=source.supernet(options.granularity, kinds),
         scheduler=scheduler,
         target=target,
         matrix=matrix,
@@ -166,8 +176,9 @@ def load_problem(options: ProblemOptions, notify: Notify = lambda stage: None) -
         costs=Costs(traced.graph, target.steps, prediction_used(matrix)),
         conditions=conditions,
         names=names,
-        guidance_scale=(scale or GUIDANCE_SCALE) if options.guidance else None,
+        guidance_scale=(scale or GUIDANCE_SCALE) if guidance else None,
         sample_shape=(source.family.latent_channels(source.config), shape.height, shape.width),
+        set_timesteps=set_timesteps,
         device=device,
     )
 
@@ -180,23 +191,53 @@ def with_sampler(problem: Problem, sampler: str, steps: int) -> Problem:
     """
     scheduler = make_scheduler(sampler, problem.scheduler.config)
     target = schedule_target(problem.options.model, sampler, steps, problem.options.granularity, problem.options.cache)
-    matrix = sampler_matrix(scheduler, steps)
+    set_timesteps = problem.source.set_timesteps(scheduler, *problem.sample_shape[1:], steps)
+    matrix = sampler_matrix(scheduler, steps, set_timesteps_kwargs=set_timesteps)
     return replace(
         problem,
         options=replace(problem.options, sampler=sampler, steps=steps),
         scheduler=scheduler,
         target=target,
         matrix=matrix,
+        set_timesteps=set_timesteps,
         costs=Costs(problem.traced.graph, target.steps, prediction_used(matrix)),
     )
 
 
-def _prompts(options: ProblemOptions, class_name: str) -> tuple[str, ...] | None:
+def cache_kinds(problem: Problem) -> tuple[CacheKind, ...]:
+    """The kinds of cache that every block of the model can have, the family's default first."""
+    specs = problem.supernet.specs
+    return tuple(kind for kind in specs[0].caches if all(kind in spec.caches for spec in specs))
+
+
+def with_cache(problem: Problem, kind: CacheKind) -> Problem:
+    """The same model and images with another kind of cache for every block; the denoiser is traced again."""
+    options, source = replace(problem.options, cache=kind), problem.source
+    target = schedule_target(options.model, options.sampler, options.steps, options.granularity, kind)
+    kinds = {block.name: block.cache for block in target.blocks}
+    shape = source.trace_shape(batch=1, guidance=bool(options.guidance), height=options.height, width=options.width)
+    specs = source.family.blocks(source.config, options.granularity)
+    # Tracing is done where the model is on loading: on the CPU.
+    source.denoiser.to("cpu")
+    traced = trace(source.denoiser, source.family, source.config, specs, kinds, shape, "fp32")
+    source.denoiser.to(problem.device)
+    return replace(
+        problem,
+        options=options,
+        supernet=source.supernet(options.granularity, kinds),
+        target=target,
+        traced=traced,
+        costs=Costs(traced.graph, target.steps, prediction_used(problem.matrix)),
+    )
+
+
+def _prompts(options: ProblemOptions) -> tuple[str, ...] | None:
     """Read before anything heavy is loaded."""
     if options.prompts is not None:
         return read_prompts(options.prompts)
     built_in = built_in_prompts(options.model)
-    if built_in is None and class_name == "UNet2DConditionModel":
+    family, config = denoiser_config(config_folder(options.model))
+    if built_in is None and family.text(config, None) is not None:
         raise UserError(f"{options.model}: is guided by text: give --prompts, a text file with one prompt a line")
     return built_in
 
@@ -210,6 +251,11 @@ def _names_and_labels(
             raise UserError(f"--class-labels: {options.model} is guided by text: give --prompts")
         assert prompts is not None
         return prompts, (0,) * len(prompts)
+    if not _takes_classes(source):
+        for option, given in (("--prompts", prompts), ("--class-labels", options.class_labels)):
+            if given is not None:
+                raise UserError(f"{option}: {options.model} is guided by neither text nor classes: leave it out")
+        return ("",), (0,)
     if prompts is not None:
         raise UserError(f"--prompts: {options.model} is guided by class labels: give --class-labels")
     labels = options.class_labels
@@ -220,8 +266,11 @@ def _names_and_labels(
 
 
 def _takes_text(source: Source) -> bool:
-    specs: tuple[InputSpec, ...] = source.family.inputs(source.config, batch=1, height=8, width=8, text_length=1)
-    return any(spec.null == "encoded" for spec in specs)
+    return source.text is not None
+
+
+def _takes_classes(source: Source) -> bool:
+    return class_count(source.config) is not None
 
 
 def _draws(seed: int, shape: tuple[int, ...], count: int) -> list[Tensor]:

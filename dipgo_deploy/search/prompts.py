@@ -36,12 +36,18 @@ def built_in_prompts(model: str) -> tuple[str, ...] | None:
 
 def known_labels(labels: Mapping[str, int], model_config: Mapping[str, Any]) -> tuple[int, ...]:
     """The class labels that a pipeline names (name -> label), or all that its denoiser has an embedding for."""
-    return tuple(sorted(set(labels.values()))) or tuple(range(int(model_config["num_embeds_ada_norm"])))
+    return tuple(sorted(set(labels.values()))) or tuple(range(class_count(model_config) or 0))
+
+
+def class_count(model_config: Mapping[str, Any]) -> int | None:
+    """How many classes a denoiser has an embedding for, the null class not counted; None for one without classes."""
+    count = model_config.get("num_embeds_ada_norm", model_config.get("num_class_embeds"))
+    return None if count is None else int(count)
 
 
 def check_labels(labels: tuple[int, ...], model_config: Mapping[str, Any]) -> None:
     """Refuse (UserError) labels that the model has no embedding for."""
-    count = int(model_config["num_embeds_ada_norm"])
+    count = class_count(model_config) or 0
     for label in labels:
         if not 0 <= label < count:
             raise UserError(f"--class-labels: {label} is no class of this model: give 0 to {count - 1}")

@@ -15,6 +15,7 @@ from dipgo_deploy.sampler import prediction_used
 from dipgo_deploy.schedule.document import Gates, Schedule
 from dipgo_deploy.search import checkpoint
 from dipgo_deploy.search.baselines import BASELINES, Task, baseline
+from dipgo_deploy.search.baselines.deepcache import DeepCache
 from dipgo_deploy.search.baselines.dynamic import DynamicProgramming
 from dipgo_deploy.search.baselines.refine import refine
 from dipgo_deploy.search.baselines.uniform import Uniform, uniform_gates
@@ -23,13 +24,13 @@ from dipgo_deploy.search.evaluate import Objective, image_objective
 from dipgo_deploy.search.latency import measure_latency
 from dipgo_deploy.search.loop_loss import LoopLoss
 from dipgo_deploy.search.paths import path_costs
-from dipgo_deploy.search.postprocess import TOLERANCE, check_ratio, select
-from dipgo_deploy.search.problem import Pair, Problem
+from dipgo_deploy.search.postprocess import TOLERANCE, check_ratio, select, unreachable
+from dipgo_deploy.search.problem import Pair, Problem, cache_kinds, with_cache
 from dipgo_deploy.search.pruner import SIZES, Pruner, PrunerSize
 from dipgo_deploy.search.samples import SampleStream
 from dipgo_deploy.search.train import Progress, Trainer, TrainOptions, train
 
-METHODS = ("dipgo", "dipgo+refine", *BASELINES)
+METHODS = ("dipgo", "dipgo+refine", "refine", *BASELINES)
 _WITHOUT_OBJECTIVE = ("dipgo", "uniform", "dp")
 # Seeds of the images that hard gates are judged on while searching, away from those the pruner learns from.
 _JUDGED = 500_000
@@ -46,8 +47,9 @@ class SearchOptions:
     method: one of ``METHODS``. ratios: shares of the cost to save. budget: evaluations of the true objective a ratio
     (``dipgo`` makes none). images: that objective's images, of which image_batch go through the model at a time. pool,
     one_noise: see `SampleStream`. warm_start: gates that the pruner starts at instead of keep-all; ``uniform``: each
-    ratio has a pruner of its own, which starts at the uniform interval there and is priced down to it. max_variants:
-    most distinct graphs of a schedule. prune_by: what is saved.
+    ratio has a pruner of its own, which starts at the uniform interval there and is priced down to it. starts: more
+    gates by name that the refinement may start at, where their ratio is the one asked for. max_variants: most distinct
+    graphs of a schedule. prune_by: what is saved.
     """
 
     method: str = "dipgo+refine"
@@ -61,6 +63,7 @@ class SearchOptions:
     size: PrunerSize = field(default_factory=lambda: SIZES["small"])
     train: TrainOptions = field(default_factory=TrainOptions)
     warm_start: Gates | Literal["uniform"] | None = None
+    starts: tuple[tuple[str, Gates], ...] = ()
     max_variants: int | None = None
     prune_by: Literal["macs", "latency"] = "macs"
     threads: int | None = None
@@ -69,11 +72,12 @@ class SearchOptions:
 
 @dataclass(frozen=True)
 class Reporter:
-    """Who is told what: a stage by name, each finished iteration, each evaluation (count, lowest loss so far)."""
+    """Who is told what: a stage by name, each iteration, each evaluation (count, lowest loss so far), each schedule."""
 
     stage: Callable[[str], None] = lambda stage: None
     iteration: Callable[[Progress], None] = lambda progress: None
     evaluation: Callable[[int, float], None] = lambda count, best: None
+    found: Callable[[Found], None] = lambda found: None
 
 
 @dataclass(frozen=True)
@@ -97,14 +101,17 @@ def search(
     folder: Path | None = None,
     resume: bool = False,
     reporter: Reporter | None = None,
+    paths: Callable[[], np.ndarray] | None = None,
 ) -> list[Found]:
     """Find one schedule a ratio; all come from one trained pruner, unless each has one that starts near the ratio.
 
-    folder: for the pruner's checkpoints and log. resume: go on from there.
+    folder: for the pruner's checkpoints and log. resume: go on from there. paths: `measured_paths` of several searches
+    on the same images, None to measure them when they are needed. Each schedule is reported as soon as it is
+    found; a ratio that turns out to be out of reach does not keep the others from being searched.
 
     Raises:
-        UserError: an unknown method, a ratio out of reach (before anything is searched, where that can be known), a
-            loss the model has no images for, or what `train` raises.
+        UserError: an unknown method, a start of another size, a ratio out of reach (before anything is searched, where
+            that can be known, else after all), a loss the model has no images for, or what `train` raises.
     """
     reporter = reporter or Reporter()
     if options.method not in METHODS:
@@ -113,6 +120,8 @@ def search(
     for ratio in options.ratios:
         check_ratio(ratio, problem.costs, options.tolerance)
     problem.check_loss(options.train.loss)
+    for name, start in options.starts:
+        _check_start(problem, start, name)
     scores: dict[float, list[list[float]]] = {}
     if options.method.startswith("dipgo"):
         scores = _scores(problem, options, folder, resume, reporter)
@@ -127,16 +136,52 @@ def search(
             on_evaluation=reporter.evaluation,
         )
 
-    def measured_paths() -> np.ndarray:
-        reporter.stage("measuring the costs of paths")
-        return path_costs(problem, judged(problem, options)[:_PATH_IMAGES])
-
-    paths = _Lazily(measured_paths)
-    found = []
+    paths = paths or measured_paths(problem, options, reporter)
+    found: list[Found] = []
+    refused: UserError | None = None
     for ratio in options.ratios:
         reporter.stage(f"searching gates at {ratio:g}")
-        found.append(_one(problem, options, ratio, scores.get(ratio), objective and objective.afresh(), paths))
+        try:
+            one = _one(problem, options, ratio, scores.get(ratio), objective and objective.afresh(), paths)
+        except UserError as error:
+            refused = refused or error
+            continue
+        found.append(one)
+        reporter.found(one)
+    if refused is not None:
+        raise refused
     return found
+
+
+def measured_paths(
+    problem: Problem, options: SearchOptions, reporter: Reporter | None = None
+) -> Callable[[], np.ndarray]:
+    """The costs of paths, measured when they are first asked for."""
+
+    def measure() -> np.ndarray:
+        (reporter or Reporter()).stage("measuring the costs of paths")
+        return path_costs(problem, judged(problem, options)[:_PATH_IMAGES])
+
+    return _Lazily(measure)
+
+
+def choose_cache(problem: Problem, options: SearchOptions, reporter: Reporter | None = None) -> Problem:
+    """``problem`` with the kind of cache that loses least, on the true objective.
+
+    Each kind that all blocks can have is tried with the uniform interval at every ratio that has one, on the images
+    that the search judges by; the lowest mean loss wins. A family with one kind is left as it is.
+    """
+    kinds = cache_kinds(problem)
+    if len(kinds) < 2:
+        return problem
+    (reporter or Reporter()).stage("choosing the kind of cache")
+    tried = []
+    for kind in kinds:
+        candidate = problem if kind == kinds[0] else with_cache(problem, kind)
+        objective = image_objective(candidate, judged(problem, options), options.train.loss, options.image_batch)
+        losses = [objective(uniform_gates(candidate.costs, ratio)) for ratio in options.ratios]
+        tried.append((sum(losses) / len(losses), candidate))
+    return min(tried, key=lambda one: one[0])[1]
 
 
 def _scores(
@@ -178,7 +223,7 @@ def train_pruner(
     torch.manual_seed(options.seed)
     pruner = Pruner(problem.steps, len(problem.target.blocks), options.size)
     if options.warm_start is not None and options.warm_start != "uniform":
-        _check_start(problem, options.warm_start)
+        _check_start(problem, options.warm_start, "--warm-start")
         pruner.warm_start(options.warm_start)
     stream = SampleStream(len(problem.conditions), options.seed, options.pool, options.one_noise)
     trainer = Trainer(problem, pruner, options.train, stream)
@@ -245,16 +290,16 @@ def _one(
     )
     parameters: dict[str, Any] = {}
     if scores is not None:
-        chosen = select(scores, problem.costs, ratio, tolerance=options.tolerance, max_variants=limit)
+        # Refinement brings its starts to the ratio; so there the nearest that a threshold reaches will do.
+        near = options.tolerance if options.method == "dipgo" else 1.0
+        chosen = select(scores, problem.costs, ratio, tolerance=near, max_variants=limit)
         gates = chosen.gates
         parameters = {"threshold": min(chosen.threshold, 1.0), **_pruner_parameters(options)}
         if options.method == "dipgo+refine":
-            starts = {"pruner": gates, **_other_starts(task)}
-            losses = {name: task.objective(start) for name, start in starts.items()}
-            gradients = _Gradients(problem, options)
-            gates = refine(replace(task, gradient=gradients), list(starts.values()))
-            parameters |= {"budget": options.budget, "images": options.images, "start_losses": losses}
-            parameters["gradients"] = gradients.count
+            gates, more = _refined(problem, options, task, {"pruner": gates})
+            parameters |= more
+    elif options.method == "refine":
+        gates, parameters = _refined(problem, options, task, {})
     else:
         method = baseline(options.method)
         gates = method.search(task)
@@ -296,14 +341,36 @@ def _pruner_parameters(options: SearchOptions) -> dict[str, Any]:
     }
 
 
-def _other_starts(task: Task) -> Mapping[str, Gates]:
+def _refined(
+    problem: Problem, options: SearchOptions, task: Task, starts: Mapping[str, Gates]
+) -> tuple[Gates, dict[str, Any]]:
+    """Refined gates, and what made them, for the provenance."""
+    starts = {**starts, **_other_starts(task, options)}
+    if not starts:
+        closest = task.costs.ratio(uniform_gates(task.costs, task.target))
+        raise UserError(f"refine: {unreachable(task.target, closest, task.tolerance)}, or give --start")
+    losses = {name: task.objective(start) for name, start in starts.items()}
+    gradients = _Gradients(problem, options)
+    gates = refine(replace(task, gradient=gradients), list(starts.values()))
+    return gates, {
+        "budget": options.budget,
+        "images": options.images,
+        "start_losses": losses,
+        "gradients": gradients.count,
+    }
+
+
+def _other_starts(task: Task, options: SearchOptions) -> Mapping[str, Gates]:
     """What refinement may start at beside the pruner's gates, where there is such a thing at the ratio."""
     starts = {}
-    for name, method in (("uniform", Uniform()), ("dp", DynamicProgramming())):
+    for name, method in (("uniform", Uniform()), ("dp", DynamicProgramming()), ("deepcache", DeepCache())):
         try:
             starts[name] = method.search(task)
         except UserError:
             continue
+    for name, gates in options.starts:
+        if abs(task.costs.ratio(gates) - task.target) <= task.tolerance:
+            starts[name] = gates
     return starts
 
 
@@ -318,10 +385,10 @@ def _within(costs: Costs, gates: Gates, limit: int, task: Task) -> Gates:
     return limited
 
 
-def _check_start(problem: Problem, gates: Gates) -> None:
+def _check_start(problem: Problem, gates: Gates, name: str) -> None:
     if len(gates) != problem.steps or len(gates[0]) != len(problem.target.blocks):
         raise UserError(
-            f"--warm-start: {len(gates)} x {len(gates[0])} gates, the search has {problem.steps} x "
+            f"{name}: {len(gates)} x {len(gates[0])} gates, the search has {problem.steps} x "
             f"{len(problem.target.blocks)}: give a schedule for this model, sampler and number of steps"
         )
 

@@ -19,8 +19,8 @@ Structure = Any
 class Cuts:
     """What one block handled in the model's last forward.
 
-    outputs: its output tensors in the order of `flatten`, each once. inputs: for a block with a residual input that
-    one tensor, else nothing. Both are empty while the block has not run.
+    outputs: its output tensors in the order of `flatten`, each once. inputs: for a block with residual inputs one
+    tensor an output, else nothing. Both are empty while the block has not run.
     """
 
     outputs: list[Tensor] = field(default_factory=list)
@@ -63,11 +63,10 @@ def unflatten(tensors: Sequence[Tensor], structure: Structure) -> Any:
     return tuple([unflatten(tensors, part) for part in structure])
 
 
-def residual_input(spec: BlockSpec, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-    """The tensor that the output of ``spec`` is a residual of, from the arguments of its module's call."""
-    if spec.residual_input is not None and spec.residual_input in kwargs:
-        return kwargs[spec.residual_input]
-    return args[0]
+def residual_inputs(spec: BlockSpec, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    """The tensors that the outputs of ``spec`` are residuals of, from the arguments of its module's call."""
+    positional = iter(args)
+    return [kwargs[name] if name in kwargs else next(positional) for name in spec.residual_inputs]
 
 
 @contextmanager
@@ -95,7 +94,6 @@ def _recorder(spec: BlockSpec, cuts: Cuts) -> Any:
         cuts.inputs.clear()
         for tensor in flatten(output)[0]:
             cuts.outputs.append(tensor)
-        if spec.residual_input is not None:
-            cuts.inputs.append(residual_input(spec, args, kwargs))
+        cuts.inputs.extend(residual_inputs(spec, args, kwargs))
 
     return record

@@ -6,7 +6,7 @@ cache they read the block's current input plus its last computed ``output - inpu
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from dipgo_deploy.errors import UserError
-from dipgo_deploy.models.family import BlockSpec, CacheKind
-from dipgo_deploy.supernet.cuts import Structure, flatten, residual_input, unflatten
+from dipgo_deploy.models.family import BlockSpec, CacheKind, call_with_keywords
+from dipgo_deploy.supernet.cuts import Structure, flatten, residual_inputs, unflatten
 
 Gate = bool | Tensor
 
@@ -40,9 +40,15 @@ class Supernet:
     """
 
     def __init__(
-        self, model: nn.Module, specs: Sequence[BlockSpec], cache_kinds: Sequence[CacheKind] | None = None
+        self,
+        model: nn.Module,
+        specs: Sequence[BlockSpec],
+        cache_kinds: Sequence[CacheKind] | None = None,
+        call: Callable[..., Tensor] = call_with_keywords,
     ) -> None:
         """Wrap ``model`` with blocks ``specs``; ``cache_kinds`` one a block (None: each block's default).
+
+        ``call`` is the family's: (model, latent, timestep, conditions) -> prediction.
 
         Raises:
             UserError: the number of cache kinds is wrong, or a block does not support the one it is given.
@@ -58,6 +64,7 @@ class Supernet:
         self.model = model
         self.specs = tuple(specs)
         self.cache_kinds = kinds
+        self.call = call
 
     def step(
         self,
@@ -77,7 +84,7 @@ class Supernet:
         Args:
             latent: (B, C, h, w) model input, the model's dtype.
             timestep: (B,) or (1,).
-            conditions: further forward inputs by keyword.
+            conditions: further inputs by name.
             gates: one a block, in the order of the specs.
             state: caches after the previous evaluation, ``CacheState()`` before the first.
             step: index of the evaluation, for messages.
@@ -111,7 +118,7 @@ class Supernet:
                 else:
                     hook = _gate_hook(spec, kind, gate, stored, tensors, structures)
                     stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
-            prediction = self.model(latent, timestep=timestep, return_dict=False, **conditions)[0]
+            prediction = self.call(self.model, latent, timestep, conditions)
         return prediction, CacheState(tensors, structures)
 
 
@@ -124,14 +131,16 @@ def _checked(gate: Any, spec: BlockSpec, step: int) -> Gate:
     return bool(gate)
 
 
-def _read(stored: Sequence[Tensor], base: Tensor | None) -> list[Tensor]:
+def _read(stored: Sequence[Tensor], base: Sequence[Tensor] | None) -> list[Tensor]:
     """What the consumers of a removed block see; ``base`` as `_base` gives it."""
-    return list(stored) if base is None else [base + tensor for tensor in stored]
+    if base is None:
+        return list(stored)
+    return [current + tensor for current, tensor in zip(base, stored, strict=True)]
 
 
-def _base(spec: BlockSpec, kind: CacheKind, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
-    """The block's current input, which its cache is relative to; None for an output cache."""
-    return residual_input(spec, args, kwargs) if kind == "residual" else None
+def _base(spec: BlockSpec, kind: CacheKind, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor] | None:
+    """The block's current inputs, which its caches are relative to; None for output caches."""
+    return residual_inputs(spec, args, kwargs) if kind == "residual" else None
 
 
 def _reader(spec: BlockSpec, kind: CacheKind, stored: Sequence[Tensor], structure: Structure) -> Any:
@@ -156,7 +165,7 @@ def _gate_hook(
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         current, structure = flatten(output)
         base = _base(spec, kind, args, kwargs)
-        fresh = current if base is None else [tensor - base for tensor in current]
+        fresh = current if base is None else [new - old for new, old in zip(current, base, strict=True)]
         structures[spec.name] = structure
         if isinstance(gate, bool):
             tensors[spec.name] = fresh

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -32,19 +33,33 @@ def load_denoiser(
     folder = config_folder(folder_or_id)
     family, config = denoiser_config(folder)
     options = {"subfolder": family.component} if (folder / "model_index.json").is_file() else {}
-    model = _pretrained(getattr(diffusers, family.class_name), folder_or_id, dtype, **options)
-    return model.eval(), family, config
+    model = _pretrained(getattr(diffusers, family.diffusers_class), folder_or_id, dtype, **options)
+    others = {
+        name: _pretrained(getattr(diffusers, class_name), folder_or_id, dtype, subfolder=name)
+        for name, class_name in family.companions.items()
+    }
+    for part in (model, *others.values()):
+        kept = getattr(part, "_keep_in_fp32_modules", None)
+        if not kept and any(parameter.dtype != dtype for parameter in part.parameters()):
+            # Without accelerate diffusers leaves the files' dtype where the first tensor has it already, as SD3's does.
+            part.to(dtype)
+    return family.join(model, others).eval(), family, config
 
 
 def load_pipeline(folder_or_id: str | Path, dtype: torch.dtype = torch.float32, **components: Any) -> Any:
     """The stock diffusers pipeline of a model, safetensors only; ``components`` are used instead of loaded.
+
+    What its ``model_index.json`` has no class for is None, also where diffusers wants that said (SD3 without T5).
 
     Raises:
         UserError: no such model, or a file of it cannot be read.
     """
     import diffusers
 
-    return _pretrained(diffusers.DiffusionPipeline, folder_or_id, dtype, **components)
+    path = config_folder(folder_or_id) / "model_index.json"
+    index = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    absent = {name: None for name, classes in index.items() if classes == [None, None]}
+    return _pretrained(diffusers.DiffusionPipeline, folder_or_id, dtype, **{**absent, **components})
 
 
 def _pretrained(owner: Any, folder_or_id: str | Path, dtype: torch.dtype, **options: Any) -> Any:

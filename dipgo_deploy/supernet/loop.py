@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.sampler.schedulers import fresh, set_timesteps
+from dipgo_deploy.sampler.start import ImageStart, first_latent
 from dipgo_deploy.supernet.gated import CacheState, Gate, Supernet
 
 
@@ -49,6 +50,8 @@ def run_loop(
     guidance_scale: float | None = None,
     generator: torch.Generator | None = None,
     noises: Sequence[Tensor] | None = None,
+    set_timesteps_kwargs: Mapping[str, Any] | None = None,
+    start: ImageStart | None = None,
     record: Callable[[Evaluation], None] | None = None,
 ) -> Tensor:
     """Denoise ``latents`` with one row of gates an evaluation.
@@ -64,6 +67,8 @@ def run_loop(
         num_inference_steps: what the scheduler's ``set_timesteps`` is given.
         guidance_scale: None for no guidance (a batch of one half).
         generator: source of a stochastic scheduler's noise. noises: or its draws in order, each (B, C, h, w).
+        set_timesteps_kwargs: what the scheduler's ``set_timesteps`` is given besides the number of steps.
+        start: begin later, from a picture that ``latents`` are added to as noise.
         record: called with each `Evaluation`.
 
     Returns:
@@ -74,8 +79,9 @@ def run_loop(
             ``noises`` are not what the scheduler draws, or conditions have the wrong batch.
     """
     sampler = fresh(scheduler)
-    set_timesteps(sampler, num_inference_steps)
-    timesteps = sampler.timesteps.to(latents.device)
+    set_timesteps(sampler, num_inference_steps, set_timesteps_kwargs)
+    sample, timesteps = first_latent(sampler, latents, start)
+    timesteps = timesteps.to(latents.device)
     if len(gates) != len(timesteps):
         raise UserError(
             f"{len(gates)} rows of gates, but {type(sampler).__name__} evaluates the denoiser {len(timesteps)} times "
@@ -90,14 +96,14 @@ def run_loop(
     extra = {"generator": generator} if takes_generator else {}
 
     state = CacheState()
-    sample = latents * getattr(sampler, "init_noise_sigma", 1.0)
     with ExitStack() as stack:
         if noises is not None:
             stack.enter_context(_given_noises(sampler, noises))
         for step, timestep in enumerate(timesteps):
             model_input = scale_input(sample, timestep)
             batch = torch.cat([model_input] * halves).to(dtype)
-            output, after = supernet.step(batch, timestep.expand(len(batch)), conditions, gates[step], state, step)
+            times = timestep.expand(len(batch))
+            output, after = supernet.step(batch, times, conditions, gates[step], state, step)
             raw = output[:, :channels].to(latents.dtype)  # the rest is a learned variance
             prediction = raw
             if guidance_scale is not None:

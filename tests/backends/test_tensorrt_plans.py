@@ -20,7 +20,7 @@ from dipgo_deploy.backends.tensorrt_plans import (
     WeightHashes,
     plan_name,
     plans_folder,
-    static_profile,
+    profile_of,
 )
 from dipgo_deploy.bundle.files import sha256_file
 from dipgo_deploy.bundle.manifest import Graph
@@ -48,7 +48,7 @@ def store(
     inputs = KeyInputs(
         graph=sha256_file(engine_dir / graph.file),
         weights=WeightHashes().digest(engine_dir / graph.file)[0],
-        profile=static_profile(graph),
+        profile=profile_of(graph),
         flags=BuildFlags(**flags),
         backend=backend,
         version=version,

@@ -9,7 +9,7 @@ import torch
 from search_models import STEPS, save_dit
 
 from dipgo_deploy.bench.plot import check_plot
-from dipgo_deploy.bench.quality import Case, measure, schedule_cases, solver_case
+from dipgo_deploy.bench.quality import SAME_RATIO, Case, measure, schedule_cases, solver_case
 from dipgo_deploy.cli.bench import main
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.schedule.builders import full, uniform
@@ -50,6 +50,15 @@ def test_the_full_run_is_itself_and_less_is_less(problem: Problem) -> None:
     assert fewer.ssim.value < 1
     assert same.ssim.value == pytest.approx(1, abs=1e-4)
     assert whole.accuracy is None  # the judge knows the built-in models only
+
+
+def test_differences_by_ratio_are_to_the_first_of_the_same_ratio(problem: Problem) -> None:
+    cases = [Case("full", full(STEPS, 3)), Case("half", uniform(STEPS, 3, 2)), solver_case("ddim:3")]
+    assert abs(problem.costs.ratio(uniform(STEPS, 3, 2)) - (1 - 3 / STEPS)) <= SAME_RATIO
+    whole, half, fewer = measure(problem, cases, 2, by_ratio=True)
+    assert whole.difference.value == half.difference.value == 0
+    assert fewer.difference.value == pytest.approx(fewer.ssim.value - half.ssim.value, abs=1e-6)
+    assert fewer.difference.value != 0
 
 
 def test_what_cannot_be_compared_is_refused(problem: Problem) -> None:

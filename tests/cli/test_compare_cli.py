@@ -8,7 +8,7 @@ import torch
 from tiny_engines import LABELS, changed, corrupted, save_dit_pipeline, schedule_for, write
 
 from dipgo_deploy.bundle.directory import Bundle
-from dipgo_deploy.bundle.manifest import Components, TensorSpec
+from dipgo_deploy.bundle.manifest import Components, ConditionSpec
 from dipgo_deploy.cli.compare import class_ids, main
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.export.exporter import ExportOptions, plan_export
@@ -90,7 +90,7 @@ def test_another_place_of_the_model_and_saved_inputs(engine, model, tmp_path):
 
 def test_a_bare_text_denoiser_needs_no_prompt_and_takes_none(engine):
     manifest = Bundle.open(engine).manifest
-    text = TensorSpec(name="encoder_hidden_states", shape=(2, 77, 16), dtype="float32")
+    text = ConditionSpec(name="encoder_hidden_states", shape=(2, 77, 16), dtype="float32", source="text")
     bare = manifest.model_copy(update={"conditions": (text,), "guidance_scale": None, "components": Components()})
     assert class_ids(bare, (), (), None) == ()
     with pytest.raises(UserError, match="no text encoder"):

@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from dipgo_deploy.cli import schedule as cli
 from dipgo_deploy.cli.schedule import main
 from dipgo_deploy.schedule.document import Schedule
 
+ASSETS = Path(cli.__file__).resolve().parents[1] / "assets"
 VERBS = ("full", "uniform", "deepcache", "random", "import", "validate", "show", "diff")
 
 
@@ -32,7 +34,10 @@ def refused(capsys: pytest.CaptureFixture[str], arguments: list[str], words: str
     assert words in captured.err
 
 
-@pytest.mark.parametrize("verb", [(), *((verb,) for verb in VERBS), ("import", "csv"), ("import", "dipgo-gates")])
+FORMATS = ("csv", "dipgo-gates", "smoothcache", "l2c-router")
+
+
+@pytest.mark.parametrize("verb", [(), *((verb,) for verb in VERBS), *(("import", name) for name in FORMATS)])
 def test_help_shows_examples(capsys: pytest.CaptureFixture[str], verb: tuple[str, ...]) -> None:
     assert main([*verb, "--help"]) == 0
     text = capsys.readouterr().out
@@ -64,6 +69,14 @@ def test_making(
     assert captured.err.startswith(f"{path}: UNet2DConditionModel, 4 evaluations x 9 blocks")
 
 
+def test_deepcache_goes_by_timesteps(tmp_path: Path) -> None:
+    path = tmp_path / "s.json"
+    options = ["--model", "fashion-sd", "--sampler", "pndm", "--steps", "5", "--interval", "2", "-o", str(path)]
+    assert main(["deepcache", *options]) == 0
+    # PNDM evaluates its second timestep twice.
+    assert [row == "1" * 9 for row in Schedule.load(path).keep] == [True, False, False, False, True, False]
+
+
 def test_random_is_reproducible(tmp_path: Path) -> None:
     files = [tmp_path / name for name in ("a.json", "b.json", "c.json")]
     for file, seed in zip(files, ("1", "1", "2"), strict=True):
@@ -88,6 +101,36 @@ def test_import_csv_for_a_sampler_that_evaluates_once_more(tmp_path: Path, capsy
     table.write_text("1,1,1,1,1,1,1,1,1\n")
     refused(capsys, ["import", "csv", str(table), "--sampler", "pndm", *options], "evaluates the denoiser 4 times")
     assert not path.exists()
+
+
+def test_import_smoothcache_is_about_layers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, path = tmp_path / "fora.json", tmp_path / "s.json"
+    source.write_text('{"attn": [1, 0, 1], "mlp": [1, 1, 0]}')
+    options = ["--model", "fashion-dit", "--sampler", "ddim", "--steps", "3", "-o", str(path)]
+    assert main(["import", "smoothcache", str(source), *options]) == 0
+    schedule = Schedule.load(path)
+    assert schedule.model.granularity == "layer"
+    assert schedule.block_names[:2] == ("transformer_blocks.0.attn1", "transformer_blocks.0.ff")
+    pairs = len(schedule.blocks) // 2
+    assert schedule.keep == ("11" * pairs, "01" * pairs, "10" * pairs)
+    assert main(["validate", str(path), "--model", "fashion-dit"]) == 0
+    refused(capsys, ["import", "smoothcache", str(source), *options, "--granularity", "block"], "--granularity layer")
+    refused(capsys, ["import", "smoothcache", str(source), *options, "--cache", "residual"], "cannot have a cache")
+
+
+def test_import_l2c_router_takes_a_threshold(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, path = tmp_path / "router.pt", tmp_path / "s.json"
+    options = ["--model", "fashion-dit", "--sampler", "ddim", "--steps", "2", "-o", str(path)]
+    source.write_text("no checkpoint")
+    refused(capsys, ["import", "l2c-router", str(source), *options], f"{source}: not a file of torch.save")
+    layers = 2 * json.loads((ASSETS / "fashion-dit" / "transformer" / "config.json").read_text())["num_layers"]
+    # sigmoid(-1) = 0.27 for all layers but the first, sigmoid(1) = 0.73
+    scores = torch.tensor([1.0] + [-1.0] * (layers - 1))
+    torch.save({"routers": {"0.prob": scores, "1.prob": scores}}, source)
+    for threshold, row in (("0.1", "1" * layers), ("0.5", "1" + "0" * (layers - 1)), ("0.9", "0" * layers)):
+        assert main(["import", "l2c-router", str(source), *options, "--threshold", threshold]) == 0
+        assert Schedule.load(path).keep == ("1" * layers, row)
+    refused(capsys, ["import", "l2c-router", str(source), *options, "--threshold", "1"], "--threshold")
 
 
 def test_import_dipgo_gates_refuses_what_it_would_have_to_run(

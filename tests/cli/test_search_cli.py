@@ -55,6 +55,23 @@ def test_a_search_writes_schedules_and_says_what_it_found(
         assert Schedule.load(one["file"]).provenance["parameters"]["achieved_ratio"] == one["achieved_ratio"]
 
 
+def test_refinement_takes_schedule_files_as_starts_if_they_fit(
+    dit_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = ["--model", str(dit_folder), "--steps", "40", "--prune-ratio", "0.75", "--budget", "2", "--images", "1"]
+    args += ["--threads", "1"]
+    for kind in ("output", "residual"):
+        file = str(tmp_path / f"{kind}.json")
+        assert main([*args, "--method", "uniform", "--cache", kind, "-o", file]) == 0
+    refine = [*args, "--method", "refine", "--cache", "output", "-o", str(tmp_path / "s.json"), "--json"]
+    capsys.readouterr()
+    assert main([*refine, "--start", str(tmp_path / "output.json")]) == 0
+    losses = Schedule.load(tmp_path / "s.json").provenance["parameters"]["start_losses"]
+    assert losses["output"] == losses["uniform"]
+    assert main([*refine, "--start", str(tmp_path / "residual.json")]) == 2
+    assert "residual.json: was made for another model, or for other blocks or caches" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("extra", "line"),
     [

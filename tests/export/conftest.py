@@ -118,6 +118,12 @@ def planned_dit_output(dit_folder: Path) -> PlannedExport:
 
 
 @pytest.fixture(scope="session")
+def planned_dit_layers(dit_folder: Path) -> PlannedExport:
+    """The transformer traced in attentions and feed-forwards."""
+    return plan_export(str(dit_folder), schedule_for(dit_folder, granularity="layer"), ExportOptions())
+
+
+@pytest.fixture(scope="session")
 def with_gates() -> Callable[[PlannedExport, list[list[bool]]], PlannedExport]:
     """The same trace with other gates."""
 

@@ -16,7 +16,7 @@ from dipgo_deploy.export.exporter import PlannedExport, write_variants
 from dipgo_deploy.export.tensors import graph_entry
 
 WithGates = Callable[[PlannedExport, list[list[bool]]], PlannedExport]
-MODELS = ("planned_unet", "planned_unet_layers", "planned_dit", "planned_dit_output")
+MODELS = ("planned_unet", "planned_unet_layers", "planned_dit", "planned_dit_output", "planned_dit_layers")
 
 
 def _random_gates(planned: PlannedExport, ratio: float, seed: int) -> list[list[bool]]:

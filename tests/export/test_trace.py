@@ -48,6 +48,24 @@ def test_residual_blocks_are_a_chain_of_their_inputs(planned_dit: PlannedExport)
     }
 
 
+def test_layers_of_a_transformer_depend_on_all_layers_before_them(planned_dit_layers: PlannedExport) -> None:
+    graph = planned_dit_layers.traced.graph
+    assert [block.name for block in graph.blocks] == [
+        f"transformer_blocks.{index}.{part}" for index in range(4) for part in ("attn1", "ff")
+    ]
+    assert all(block.cache == "output" and len(block.outputs) == 1 for block in graph.blocks)
+    # A layer is added to the hidden state through its gate, which is of this step.
+    own = {"latent", "timestep", "class_labels"}
+    assert graph.values["transformer_blocks.0.attn1/out0"].reads == own
+    assert graph.values["transformer_blocks.1.attn1/out0"].reads == {
+        *own,
+        "transformer_blocks.0.attn1/out0",
+        "transformer_blocks.0.ff/out0",
+    }
+    layers = {f"{block.name}/out0" for block in graph.blocks}
+    assert graph.values["noise_pred"].reads == {*own, *layers, "guidance_scale"}
+
+
 def test_the_layer_inventory_is_found_in_the_graph(planned_unet_layers: PlannedExport) -> None:
     graph = planned_unet_layers.traced.graph
     assert len(graph.blocks) == 24

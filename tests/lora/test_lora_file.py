@@ -43,6 +43,9 @@ def written(folder, tensors, metadata=None):
         ("lora_unet_a_to_q.lora_down.weight", "lora_unet_a_to_q.lora_up.weight", "denoiser", "a_to_q", True),
         ("lora_te_b_fc1.lora_down.weight", "lora_te_b_fc1.lora_up.weight", "text_encoder", "b_fc1", True),
         ("lora_te1_b_fc1.lora_down.weight", "lora_te1_b_fc1.lora_up.weight", "text_encoder", "b_fc1", True),
+        ("lora_te2_b_fc1.lora_down.weight", "lora_te2_b_fc1.lora_up.weight", "text_encoder_2", "b_fc1", True),
+        ("lora_te3_b_fc1.lora_down.weight", "lora_te3_b_fc1.lora_up.weight", "text_encoder_3", "b_fc1", True),
+        ("text_encoder_2.b.lora_A.weight", "text_encoder_2.b.lora_B.weight", "text_encoder_2", "b", False),
     ],
 )
 def test_every_spelling(tmp_path, down, up, component, module, flat):
@@ -68,6 +71,7 @@ def test_alpha_over_rank_and_what_is_ignored(tmp_path):
         ({"unet.lora_alpha": 8, "unet.alpha_pattern": {"a": 3}}, 1.5),
         ({"unet.lora_alpha": 8, "unet.use_rslora": True}, 8 / np.sqrt(2)),
         ({"text_encoder.lora_alpha": 8}, 1.0),
+        ({"text_encoder_2.lora_alpha": 8, "unet.lora_alpha": 6}, 3.0),
     ],
 )
 def test_pefts_configuration_in_the_metadata(tmp_path, config, factor):

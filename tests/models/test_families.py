@@ -41,6 +41,14 @@ SDXL = {
     "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
     "use_linear_projection": True,
 }
+SD21 = {
+    **SD15,
+    "attention_head_dim": [5, 10, 20, 20],
+    "cross_attention_dim": 1024,
+    "sample_size": 96,
+    "upcast_attention": True,
+    "use_linear_projection": True,
+}
 DIT_XL = {
     "_class_name": "DiTTransformer2DModel",
     "attention_head_dim": 72,
@@ -66,11 +74,14 @@ UNET, DIT = "UNet2DConditionModel", "DiTTransformer2DModel"
 CASES = [
     (UNET, SD15, "block", 9),
     (UNET, SD15, "layer", 24),
+    (UNET, SD21, "block", 9),
+    (UNET, SD21, "layer", 24),
     (UNET, SDXL, "block", 7),
     (UNET, SDXL, "layer", 18),
     (UNET, SHORT, "block", 4),
     (UNET, SHORT, "layer", 1 + 1 + 3 + 4 + 2),
     (DIT, DIT_XL, "block", 28),
+    (DIT, DIT_XL, "layer", 56),
 ]
 
 
@@ -115,6 +126,8 @@ def test_blocks_are_disjoint_modules_of_the_real_model(class_name, config, granu
     # Outside of all blocks there is only the stem, the head and what embeds time and conditions.
     head = ["conv_in", "time_embedding", "add_embedding", "conv_norm_out", "conv_out"]
     head += ["pos_embed", "proj_out_1", "proj_out_2", "transformer_blocks.0.norm1.emb"]
+    if granularity == "layer":  # shift, scale and gate of a transformer's layers are computed whenever they are used
+        head += [f"transformer_blocks.{index}.norm1" for index in range(config.get("num_layers", 0))]
     assert [name for name in free if not name.startswith(tuple(f"{path}." for path in head))] == []
 
 
@@ -123,25 +136,39 @@ def test_first_dit_block_leaves_the_shared_embedding_to_the_head() -> None:
     assert "transformer_blocks.0" not in first.modules
     assert not any("emb" in path for path in first.modules)
     assert second.modules == ("transformer_blocks.1",)
-    assert (first.caches, first.residual_input) == (("residual", "output"), "hidden_states")
+    assert (first.caches, first.residual_inputs) == (("residual", "output"), ("hidden_states",))
 
 
 def test_unet_inputs() -> None:
     sample, timestep, text = FAMILIES[UNET].inputs(SD15, 2, 64, 32, 77)
     assert (sample.name, sample.shape, sample.dtype, sample.role) == ("sample", (2, 4, 64, 32), "model", "latent")
     assert (timestep.name, timestep.shape, timestep.dtype) == ("timestep", (1,), "float32")
-    assert (text.name, text.shape, text.role, text.null) == (
+    assert (text.name, text.shape, text.role, text.source) == (
         "encoder_hidden_states",
         (2, 77, 768),
         "condition",
-        "encoded",
+        "text",
     )
+
+
+def test_sdxl_inputs_have_a_pooled_embedding_and_sizes_in_pixels() -> None:
+    *_, states, pooled, sizes = FAMILIES[UNET].inputs(SDXL, 2, 128, 96, 77)
+    assert (states.name, states.shape) == ("encoder_hidden_states", (2, 77, 2048))
+    assert (pooled.name, pooled.shape, pooled.source) == ("text_embeds", (2, 1280), "text")
+    assert (sizes.name, sizes.shape, sizes.dtype, sizes.source) == ("time_ids", (2, 6), "float32", "fixed")
+    assert sizes.values == (1024, 768, 0, 0, 1024, 768)
 
 
 def test_dit_inputs_use_the_last_embedding_as_null_class() -> None:
     sample, timestep, labels = FAMILIES[DIT].inputs(DIT_XL, 4, 32, 32, None)
     assert (sample.name, sample.shape, timestep.shape) == ("hidden_states", (4, 4, 32, 32), (1,))
-    assert (labels.name, labels.shape, labels.dtype, labels.null) == ("class_labels", (4,), "int64", 1000)
+    assert (labels.name, labels.shape, labels.dtype, labels.source, labels.null) == (
+        "class_labels",
+        (4,),
+        "int64",
+        "class",
+        1000,
+    )
     assert FAMILIES[DIT].latent_channels(DIT_XL) == 4
 
 
@@ -149,7 +176,7 @@ def test_dit_inputs_use_the_last_embedding_as_null_class() -> None:
     ("class_name", "change", "call", "words"),
     [
         (UNET, {}, lambda f, c: f.blocks(c, "node"), "granularity 'node'"),
-        (DIT, {}, lambda f, c: f.blocks(c, "layer"), "granularity 'layer'"),
+        (DIT, {}, lambda f, c: f.blocks(c, "node"), "granularity 'node'"),
         (UNET, {"up_block_types": ["UpBlock2D"]}, lambda f, c: f.blocks(c, "block"), "4 down_block_types but 1"),
         (UNET, {"layers_per_block": [2]}, lambda f, c: f.blocks(c, "layer"), "layers_per_block has 1"),
         (
@@ -158,7 +185,11 @@ def test_dit_inputs_use_the_last_embedding_as_null_class() -> None:
             lambda f, c: f.blocks(c, "layer"),
             "down_blocks.0 is a KDownBlock2D",
         ),
-        (UNET, {"addition_embed_type": "text_time"}, lambda f, c: f.inputs(c, 1, 8, 8, 4), "addition_embed_type"),
+        (UNET, {"addition_embed_type": "text"}, lambda f, c: f.inputs(c, 1, 8, 8, 4), "addition_embed_type = 'text'"),
+        (UNET, {"addition_embed_type": "text_time"}, lambda f, c: f.inputs(c, 1, 8, 8, 4), "no room for a text"),
+        (UNET, {**SDXL, "class_embed_type": "timestep"}, lambda f, c: f.inputs(c, 1, 8, 8, 4), "class_embed_type"),
+        (UNET, {**SDXL, "encoder_hid_dim_type": "text_proj"}, lambda f, c: f.inputs(c, 1, 8, 8, 4), "encoder_hid_dim"),
+        (UNET, {**SDXL, "time_cond_proj_dim": 256}, lambda f, c: f.inputs(c, 1, 8, 8, 4), "time_cond_proj_dim"),
         (UNET, {"in_channels": 9}, lambda f, c: f.inputs(c, 1, 8, 8, 4), "in_channels 9, out_channels 4"),
         (UNET, {"cross_attention_dim": [8, 16]}, lambda f, c: f.inputs(c, 1, 8, 8, 4), "cross_attention_dim"),
         (UNET, {}, lambda f, c: f.inputs(c, 1, 8, 8), "text_length"),
@@ -175,7 +206,7 @@ def test_refusals_are_one_line(class_name, change, call, words) -> None:
 
 
 def test_unknown_class_lists_the_known_ones() -> None:
-    with pytest.raises(UserError, match="'NoSuchModel'.*DiTTransformer2DModel, UNet2DConditionModel"):
+    with pytest.raises(UserError, match="'NoSuchModel'.*DiTTransformer2DModel.*UNet2DConditionModel"):
         family_for("NoSuchModel")
 
 

@@ -95,3 +95,18 @@ def test_a_hub_id_gets_configurations_only(tmp_path: Path, monkeypatch: pytest.M
         UserError, match="owner/gone: no folder of that name, and the hub does not give it: 404: not found$"
     ):
         location.config_folder("owner/gone")
+
+
+@pytest.mark.parametrize(
+    ("norm", "class_name"),
+    [("ada_norm_zero", "DiTTransformer2DModel"), ("ada_norm_single", "PixArtTransformer2DModel")],
+)
+def test_published_folders_name_the_class_that_was_split(tmp_path: Path, norm: str, class_name: str) -> None:
+    index = {"_class_name": "SomePipeline", "transformer": ["diffusers", "Transformer2DModel"]}
+    write(tmp_path / "model_index.json", index)
+    write(tmp_path / "transformer" / "config.json", {"_class_name": "Transformer2DModel", "norm_type": norm})
+    for folder in (tmp_path, tmp_path / "transformer"):
+        assert location.denoiser_config(folder)[0].class_name == class_name
+    write(tmp_path / "transformer" / "config.json", {"_class_name": "Transformer2DModel", "norm_type": "layer_norm"})
+    with pytest.raises(UserError, match="has no supported denoiser"):
+        location.denoiser_config(tmp_path)

@@ -2,63 +2,19 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
-from zlib import crc32
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from random_plans import PRIME, compute, graph_input, naive, random_gates, random_graph, residual_source
 
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.plan.compile import compile_plan
-from dipgo_deploy.plan.graph import Block, BlockGraph, Value
+from dipgo_deploy.plan.graph import BlockGraph
 from dipgo_deploy.plan.model import Cache, Plan
 
-# Values are residues: adding and subtracting is exact, and different computations collide with chance 2**-61.
-PRIME = 2**61 - 1
 RELAXED = settings(deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-
-
-def compute(name: str, arguments: Sequence[int]) -> int:
-    return hash((crc32(name.encode()), *arguments)) % PRIME
-
-
-def graph_input(graph: BlockGraph, name: str, step: int) -> int:
-    return compute(name, [step if graph.inputs[name] == "step" else -1])
-
-
-def residual_source(graph: BlockGraph) -> dict[str, str]:
-    return {o: i for b in graph.blocks if b.cache == "residual" for o, i in zip(b.outputs, b.inputs, strict=True)}
-
-
-def naive(graph: BlockGraph, gates: Sequence[Sequence[bool]]) -> list[int | None]:
-    """Predictions by the definition: kept blocks compute and store, removed ones read. None: a store was missing."""
-    owner = {output: k for k, block in enumerate(graph.blocks) for output in block.outputs}
-    source = residual_source(graph)
-    store: dict[str, int | None] = {}
-    predictions = []
-    for step, row in enumerate(gates):
-        known: dict[str, int | None] = {name: graph_input(graph, name, step) for name in graph.inputs}
-
-        def value(name: str, row=row, known=known) -> int | None:
-            if name not in known:
-                if name not in owner or row[owner[name]]:
-                    arguments = [value(read) for read in sorted(graph.values[name].reads)]
-                    known[name] = None if None in arguments else compute(name, arguments)
-                elif name in source:
-                    parts = value(source[name]), store.get(name)
-                    known[name] = None if None in parts else sum(parts) % PRIME
-                else:
-                    known[name] = store.get(name)
-            return known[name]
-
-        for block, kept in zip(graph.blocks, row, strict=True):
-            for output in block.outputs if kept else ():
-                made, origin = value(output), value(source[output]) if output in source else 0
-                store[output] = None if made is None or origin is None else (made - origin) % PRIME
-        predictions.append(value(graph.prediction))
-    return predictions
 
 
 def execute(plan: Plan, graph: BlockGraph, spoil: tuple[int, str] | None = None, tight: bool = False) -> list[int]:
@@ -118,68 +74,6 @@ def execute(plan: Plan, graph: BlockGraph, spoil: tuple[int, str] | None = None,
             load(cache, offset)
         assert not tight or touched == {*variant.computed, *variant.reads}
     return predictions
-
-
-def random_graph(rng: random.Random) -> BlockGraph:
-    """A block graph of one of three looks: any DAG, a UNet with skips, a chain; caches of both kinds mixed."""
-    look = rng.choice(["dag", "dag", "unet", "chain"])
-    residuals = rng.choice([0, 0.5, 1])
-    inputs = {"stack": "step", "text": "constant"}
-    values: dict[str, Value] = {}
-    blocks: list[Block] = []
-    count = rng.randint(1, 5)
-
-    def add(name: str, reads: list[str]) -> str:
-        work = frozenset({len(values)} | {rng.randint(0, 3) for _ in range(rng.randint(0, 2))})
-        values[name] = Value(name, rng.randint(1, 6), frozenset(reads), work)
-        return name
-
-    def some(pool: list[str], most: int = 3) -> list[str]:
-        return [rng.choice(pool) for _ in range(rng.randint(1, most))]
-
-    hidden = add("embed", some(list(inputs)) if look == "dag" else ["stack"])
-    skips: list[str] = []
-    for k in range(count):
-        pool = [*inputs, *values]
-        residual = rng.random() < residuals
-        outputs: list[str] = []
-        sources: list[str] = []
-        down = look == "unet" and k < count // 2
-        for j in range(1 if look == "chain" else rng.randint(1, 3)):
-            if look == "dag":
-                reads = some(pool)
-            elif look == "chain":
-                reads = [hidden, rng.choice(["text", hidden])]
-            else:
-                reads = [hidden, *(skips[-2:] if not down else [])]
-            if residual:
-                origin = rng.choice([v for v in pool if v in values]) if look == "dag" else hidden
-                if look == "dag" and rng.random() < 0.4:
-                    origin = add(f"b{k}/in{j}", some(pool))
-                sources.append(origin)
-                reads = [*reads, origin] if rng.random() < 0.85 else reads
-            if outputs and rng.random() < 0.5:
-                reads.append(rng.choice(outputs))
-            outputs.append(add(f"b{k}/out{j}", reads))
-        if down:
-            skips += outputs
-        elif look == "unet":
-            del skips[-2:]
-        hidden = outputs[-1]
-        blocks.append(Block(f"b{k}", tuple(outputs), "residual" if residual else "output", tuple(sources)))
-    prediction = hidden
-    if rng.random() < 0.95:
-        extra = some(["stack", *values]) if look == "dag" or rng.random() < 0.2 else []
-        prediction = add("noise_pred", [hidden, *extra])
-    return BlockGraph(inputs, values, tuple(blocks), prediction, tuple(range(1, len(values) + 4)))
-
-
-def random_gates(rng: random.Random, steps: int, blocks: int) -> list[list[bool]]:
-    density = rng.choice([0.1, 0.3, 0.5, 0.8, 1])
-    gates = [[rng.random() < density for _ in range(blocks)] for _ in range(steps)]
-    if rng.random() < 0.8:
-        gates[0] = [True] * blocks
-    return gates
 
 
 @st.composite

@@ -7,7 +7,7 @@ import pytest
 from toy_engine import Toy, build, manifest_of, token_ids
 
 import dipgo_deploy
-from dipgo_deploy.bundle.manifest import TextEncoderEntry
+from dipgo_deploy.bundle.manifest import TokenizerEntry
 from dipgo_deploy.runtime.text import PromptTokenizer
 
 PROMPTS = ["a sneaker", "", "A Dress, and  a bag!", "ünïcode ☃ t-shirt", "a coat " * 60]
@@ -16,9 +16,10 @@ PROMPTS = ["a sneaker", "", "A Dress, and  a bag!", "ünïcode ☃ t-shirt", "a 
 def test_ids_are_cut_and_padded(tmp_path):
     entry = manifest_of(Toy()).components.text_encoder
     assert entry is not None
-    tokenize = PromptTokenizer(build(tmp_path, Toy()), entry)
+    (tokenizer,) = entry.tokenizers
+    tokenize = PromptTokenizer(build(tmp_path, Toy()), tokenizer)
     prompts = ["", "a bag", "a red boot big", "a red boot big blue bag", "a bag"]  # cutting one must not cut the next
-    got = tokenize(prompts)
+    got = tokenize(prompts)["ids"]
     assert got.dtype == np.int64
     np.testing.assert_array_equal(got, [token_ids(prompt) for prompt in prompts])
 
@@ -27,10 +28,10 @@ def test_ids_are_those_of_the_models_own_tokenizer():
     transformers = pytest.importorskip("transformers")
     folder = Path(dipgo_deploy.__file__).parent / "assets/fashion-sd/tokenizer"
     own = transformers.AutoTokenizer.from_pretrained(folder)
-    entry = manifest_of(Toy()).components.text_encoder
-    assert entry is not None
     length, pad_id = own.model_max_length, own.pad_token_id
-    changes = {"tokenizer": "tokenizer.json", "length": length, "pad_id": pad_id}
-    tokenize = PromptTokenizer(folder, TextEncoderEntry.model_validate({**entry.model_dump(), **changes}))
-    want = own(PROMPTS, padding="max_length", max_length=length, truncation=True, return_tensors="np").input_ids
-    np.testing.assert_array_equal(tokenize(PROMPTS), want)
+    entry = TokenizerEntry(file="tokenizer.json", length=length, pad_id=pad_id, ids="input_ids", mask="attention_mask")
+    want = own(PROMPTS, padding="max_length", max_length=length, truncation=True, return_tensors="np")
+    got = PromptTokenizer(folder, entry)(PROMPTS)
+    assert set(got) == {"input_ids", "attention_mask"}
+    for name, array in got.items():
+        np.testing.assert_array_equal(array, want[name])

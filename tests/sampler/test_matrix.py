@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.sampler import (
+    SAMPLERS,
     SamplerMatrix,
     check_linear,
     evaluations,
@@ -47,13 +49,18 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "pndm": ("pndm", {}),
     "dpm++2m": ("dpm++2m", {}),
     "dpm++2m-karras": ("dpm++2m-karras", {}),
-    "dpm++2m-sde": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
+    "dpm++2m-sde": ("dpm++2m-sde", {}),
+    "dpm++2m-sde-karras": ("dpm++2m-sde-karras", {}),
+    "dpm++2s": ("DPMSolverSinglestepScheduler", {"lower_order_final": True}),
     "euler": ("euler", {}),
     "euler-a": ("euler-a", {}),
     "unipc": ("unipc", {}),
     "heun": ("heun", {}),
     "deis": ("deis", {}),
     "flow-euler": ("flow-euler", {"shift": 3.0}),
+    "flow-heun": ("flow-heun", {"shift": 3.0}),
+    "flow-unipc": ("flow-unipc", {"shift": 3.0}),
+    "flow-dpm++2m": ("flow-dpm++2m", {"shift": 3.0}),
     "lcm": ("lcm", {}),
     "ddpm": ("ddpm", {}),
 }
@@ -153,7 +160,18 @@ def test_no_latent_uses_a_prediction_or_noise_to_come(case: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "noises"), [("ddim", 0), ("dpm++2m", 0), ("euler-a", 6), ("lcm", 5), ("ddpm", 6), ("flow-euler", 0)]
+    ("name", "noises"),
+    [
+        ("ddim", 0),
+        ("dpm++2m", 0),
+        ("dpm++2m-sde", 6),
+        ("dpm++2m-sde-karras", 6),
+        ("euler-a", 6),
+        ("lcm", 5),
+        ("ddpm", 6),
+        ("flow-euler", 0),
+        ("flow-unipc", 0),
+    ],
 )
 def test_noise_columns_follow_the_schedulers_draws(name: str, noises: int) -> None:
     assert sampler_matrix(make_scheduler(name, STABLE_DIFFUSION), 6).noises == noises
@@ -192,6 +210,10 @@ def test_ddim_weights_are_the_closed_form_in_double_precision() -> None:
         ("dpm++2m", {"thresholding": True}, ("DPMSolverMultistepScheduler", "thresholding")),
         ("unipc", {"thresholding": True}, ("UniPCMultistepScheduler", "thresholding")),
         ("ddpm", {"variance_type": "learned_range"}, ("DDPMScheduler", "learned_range")),
+        ("ddpm", {"variance_type": "learned"}, ("DDPMScheduler", "variance_type 'learned'")),
+        ("dpm++2m", {"variance_type": "learned_range"}, ("DPMSolverMultistepScheduler", "learned_range")),
+        ("pndm", {"prediction_type": "sample"}, ("PNDMScheduler", "prediction_type given as sample")),
+        ("euler-a", {"prediction_type": "sample"}, ("EulerAncestralDiscreteScheduler", "not implemented yet: sample")),
         ("CMStochasticIterativeScheduler", {}, ("CMStochasticIterativeScheduler", "not linear")),
         ("RePaintScheduler", {}, ("RePaintScheduler", "cannot be run as a matrix")),
     ],
@@ -218,6 +240,76 @@ def test_a_setting_of_another_class_is_no_reason_to_refuse() -> None:
 def test_zero_terminal_snr_is_linear_in_spite_of_its_rounding(steps: int) -> None:
     settings = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "prediction_type": "v_prediction"}
     assert check_linear(make_scheduler("euler", {**STABLE_DIFFUSION, **settings}), steps) < 1e-9
+
+
+# Samplers for models that predict noise. Flow matching has a prediction of its own.
+EPSILON = [name for name in SAMPLERS if not name.startswith("flow-")]
+
+
+@pytest.mark.parametrize(
+    ("name", "prediction"),
+    [
+        (name, prediction)
+        for name in EPSILON
+        for prediction in ("v_prediction", "sample")
+        if prediction == "v_prediction" or name not in ("pndm", "plms", "euler-a")  # diffusers' have no `sample`
+    ],
+)
+def test_what_the_model_predicts_is_in_the_matrix(name: str, prediction: str) -> None:
+    """Stable Diffusion 2.1 predicts v."""
+    settings = {**STABLE_DIFFUSION, "prediction_type": prediction}
+    scheduler = make_scheduler(name, settings)
+    count = evaluations(scheduler, 10)
+    source = one_in_five(count)
+    matrix = sampler_matrix(scheduler, 10, source)
+    _, final = scheduler_loop(make_scheduler(name, settings), 10, source)
+    for dtype in (torch.float64, torch.float32):
+        assert relative(matrix_loop(matrix, source, dtype)[1], final) < 1e-5
+    # It is another matrix than for noise.
+    other = sampler_matrix(make_scheduler(name, STABLE_DIFFUSION), 10, source)
+    assert not np.allclose(matrix.final, other.final, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["flow-unipc", "flow-dpm++2m"])
+def test_flow_sigmas_take_the_shift_of_a_flow_matching_config(name: str) -> None:
+    shifted = [make_scheduler(name, settings) for settings in ({"shift": 3.0}, {"flow_shift": 3.0}, {})]
+    matrices = [sampler_matrix(scheduler, 6) for scheduler in shifted]
+    assert np.array_equal(matrices[0].rows, matrices[1].rows)
+    assert not np.allclose(matrices[0].timesteps, matrices[2].timesteps)
+    # The name of the class's own setting wins.
+    assert make_scheduler(name, {"shift": 3.0, "flow_shift": 2.0}).config.flow_shift == 2.0
+
+
+@pytest.mark.parametrize("name", ["flow-euler", "flow-unipc", "flow-dpm++2m"])
+@pytest.mark.parametrize("steps", [1, 4, 20])
+def test_dynamic_shifting_equals_the_pipelines_loop(name: str, steps: int) -> None:
+    """FLUX's pipeline: mu from the number of tokens, sigmas of its own where the scheduler makes none from flow."""
+    flux = {"base_shift": 0.5, "max_shift": 1.15, "shift": 3.0, "use_dynamic_shifting": True}
+    kwargs: dict[str, Any] = {"mu": calculate_shift(4096, 256, 4096, 0.5, 1.15)}
+    if name == "flow-euler":
+        kwargs["sigmas"] = np.linspace(1.0, 1 / steps, steps).tolist()
+    count = evaluations(make_scheduler(name, flux), steps, set_timesteps_kwargs=kwargs)
+    for source in (tuple(range(count)), one_in_five(count)):
+        matrix = sampler_matrix(make_scheduler(name, flux), steps, source, set_timesteps_kwargs=kwargs)
+        inputs, final = scheduler_loop(make_scheduler(name, flux), steps, source, kwargs)
+        launched, latent = matrix_loop(matrix, source, torch.float32)
+        assert relative(latent, final) < 1e-5
+        assert all(relative(value, inputs[index]) < 1e-5 for index, value in launched.items())
+
+
+def test_a_list_of_sigmas_is_as_good_as_an_array() -> None:
+    scheduler = make_scheduler("flow-unipc", {"use_dynamic_shifting": True})
+    sigmas = np.linspace(1.0, 0.25, 4)
+    matrices = [
+        sampler_matrix(scheduler, 4, set_timesteps_kwargs={"mu": 0.8, "sigmas": given})
+        for given in (sigmas, sigmas.tolist())
+    ]
+    assert np.array_equal(matrices[0].rows, matrices[1].rows)
+
+
+def test_an_option_that_set_timesteps_lacks_is_refused_by_name() -> None:
+    with pytest.raises(UserError, match="FlowMatchHeunDiscreteScheduler: cannot do 4 inference steps.*mu"):
+        sampler_matrix(make_scheduler("flow-heun", {}), 4, set_timesteps_kwargs={"mu": 0.8})
 
 
 def test_check_covers_reused_predictions() -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from dipgo_deploy.errors import UserError
-from dipgo_deploy.sampler import SAMPLERS, evaluations, make_scheduler, scheduler_from_folder
+from dipgo_deploy.sampler import SAMPLERS, evaluations, make_scheduler, scheduler_from_folder, step_positions
 
 # diffusers hands torch tensors to numpy in ways that numpy has announced to drop.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers")
@@ -37,7 +37,7 @@ def test_every_name_makes_its_class_with_the_models_betas(name: str) -> None:
         scheduler = make_scheduler(spelling, CONFIG)
         assert type(scheduler) is getattr(diffusers, class_name)
         assert {key: scheduler.config[key] for key in settings} == dict(settings)
-    if name != "flow-euler":
+    if not class_name.startswith("FlowMatch"):
         assert scheduler.config.beta_end == 0.012
 
 
@@ -62,6 +62,14 @@ def test_evaluations(name: str, steps: int, expected: int) -> None:
     before = scheduler.timesteps.clone()
     assert evaluations(scheduler, steps) == expected
     assert torch.equal(scheduler.timesteps, before)
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "expected"),
+    [("ddim", 4, (0, 1, 2, 3)), ("pndm", 4, (0, 1, 1, 3, 4)), ("heun", 3, (0, 1, 1, 3, 3)), ("euler", 2, (0, 1))],
+)
+def test_step_positions(name: str, steps: int, expected: tuple[int, ...]) -> None:
+    assert step_positions(make_scheduler(name, CONFIG), steps) == expected
 
 
 def test_evaluations_takes_the_pipelines_arguments() -> None:

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from dipgo_deploy.models.sublayers import sublayers
 from dipgo_deploy.schedule.builders import Target
 from dipgo_deploy.schedule.document import BlockEntry, ModelIdentity, SamplerEntry
 
@@ -37,6 +38,24 @@ def unet_target():
             model=ModelIdentity(class_name="UNet2DConditionModel", config_hash="b" * 64, granularity="block"),
             blocks=tuple(BlockEntry(name=name, cache="output") for name in names),
             sampler=SamplerEntry(class_name="DDIMScheduler", config={}, num_inference_steps=50),
+            steps=steps,
+        )
+
+    return make
+
+
+@pytest.fixture
+def dit_target():
+    """What a DiT of ``depth`` blocks needs at granularity ``layer``, for T evaluations."""
+
+    def make(depth: int, steps: int) -> Target:
+        return Target(
+            model=ModelIdentity(class_name="DiTTransformer2DModel", config_hash="c" * 64, granularity="layer"),
+            blocks=tuple(
+                BlockEntry(name=spec.name, cache="output")
+                for spec in sublayers("transformer_blocks", depth, ("attn1", "ff"))
+            ),
+            sampler=SamplerEntry(class_name="DDIMScheduler", config={}, num_inference_steps=steps),
             steps=steps,
         )
 

@@ -54,6 +54,14 @@ def test_deepcache_layers_are_those_of_the_package(branch: int) -> None:
     assert all(running(gates, LAYERS, step) == set(LAYERS) for step in (0, 3, 6))
 
 
+def test_deepcache_counts_as_told() -> None:
+    # PNDM's first evaluations: the package takes the third for the second, which has the same timestep.
+    gates = builders.deepcache(6, LAYERS, 2, 0, (0, 1, 1, 3, 4, 5))
+    assert [all(row) for row in gates] == [True, False, False, False, True, False]
+    with pytest.raises(ValueError, match="5 positions for 6 evaluations"):
+        builders.deepcache(6, LAYERS, 2, 0, (0, 1, 1, 3, 4))
+
+
 def test_deepcache_whole_blocks() -> None:
     assert running(builders.deepcache(2, WHOLE, 5, 0), WHOLE, 1) == {"up_blocks.3"}
     assert running(builders.deepcache(2, WHOLE, 5, 2), WHOLE, 1) == {

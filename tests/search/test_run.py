@@ -9,9 +9,11 @@ from dipgo_deploy import __version__
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.models.target import check_sampler, check_schedule
 from dipgo_deploy.schedule.document import Schedule
-from dipgo_deploy.search.problem import Problem, ProblemOptions, load_problem
+from dipgo_deploy.search.baselines.uniform import uniform_gates
+from dipgo_deploy.search.evaluate import image_objective
+from dipgo_deploy.search.problem import Problem, ProblemOptions, load_problem, with_cache
 from dipgo_deploy.search.pruner import PrunerSize
-from dipgo_deploy.search.run import Reporter, SearchOptions, search
+from dipgo_deploy.search.run import Reporter, SearchOptions, choose_cache, judged, search
 from dipgo_deploy.search.train import TrainOptions
 
 TRAIN = TrainOptions(iterations=2, batch=2, optimiser="adam", lr=0.3)
@@ -138,3 +140,41 @@ def test_a_uniform_start_trains_a_pruner_for_each_ratio(problem: Problem, tmp_pa
     again = search(problem, options, folder=tmp_path, resume=True, reporter=reporter)
     assert iterations == [1, 2, 1, 2, 1, 2]
     assert [one.schedule for one in again] == [one.schedule for one in found]
+
+
+def test_refinement_without_a_pruner_is_no_worse_than_any_start(problem: Problem) -> None:
+    options = replace(OPTIONS, method="annealing", ratios=(0.57,), tolerance=0.1)
+    annealed = search(problem, options)[0]
+    starts = (("annealed", annealed.schedule.gates), ("at another ratio", ((True,) * 3,) * 5))
+    refined = search(problem, replace(options, method="refine", starts=starts), reporter=Reporter(iteration=fail))[0]
+    losses = refined.schedule.provenance["parameters"]["start_losses"]
+    assert losses["annealed"] == annealed.loss
+    assert "uniform" in losses
+    assert "at another ratio" not in losses
+    assert refined.loss is not None
+    assert refined.loss <= min(losses.values())
+    with pytest.raises(UserError, match="short: 2 x 3 gates"):
+        search(problem, replace(options, method="refine", starts=(("short", ((True,) * 3,) * 2),)))
+
+
+def test_each_schedule_is_reported_and_one_out_of_reach_does_not_stop_the_others(problem: Problem) -> None:
+    found: list[float] = []
+    options = replace(OPTIONS, method="uniform", ratios=(0.3, 0.57), tolerance=0.03)
+    with pytest.raises(UserError, match=r"--prune-ratio 0\.3: cannot be reached"):
+        search(problem, options, reporter=Reporter(found=lambda one: found.append(one.target)))
+    assert found == [0.57]
+
+
+def test_the_cache_that_loses_least_is_chosen(problem: Problem, unet_problem: Problem) -> None:
+    options = replace(OPTIONS, method="refine", ratios=(0.57,))
+    losses = {}
+    for kind in ("residual", "output"):
+        candidate = with_cache(problem, kind)
+        assert candidate.costs.blocks == problem.costs.blocks
+        objective = image_objective(candidate, judged(problem, options), "ssim")
+        losses[kind] = objective(uniform_gates(candidate.costs, 0.57))
+    assert losses["residual"] != losses["output"]
+    chosen = choose_cache(problem, options)
+    kinds = {block.cache for block in search(chosen, replace(options, tolerance=0.1))[0].schedule.blocks}
+    assert kinds == {min(losses, key=losses.__getitem__)}
+    assert choose_cache(unet_problem, options) is unet_problem

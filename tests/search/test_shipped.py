@@ -2,25 +2,67 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
 import pytest
 
+from dipgo_deploy.cli.compare import main as compare
+from dipgo_deploy.cli.export import main as export
+from dipgo_deploy.export.exporter import ExportOptions, PlannedExport, plan_export, replan
 from dipgo_deploy.models.target import check_sampler, check_schedule
 from dipgo_deploy.schedule.document import Schedule
 
 SEARCHED = Path(__file__).parents[2] / "dipgo_deploy" / "assets" / "schedules" / "searched"
+FILES = {path.stem: path for path in sorted(SEARCHED.glob("*.json"))}
+MODELS = ("fashion-dit", "fashion-sd")
 
 
-@pytest.mark.parametrize("path", sorted(SEARCHED.glob("*.json")), ids=lambda path: path.stem)
-def test_it_fits_the_model_it_is_named_for_and_says_how_it_was_found(path: Path) -> None:
-    schedule = Schedule.load(path)
-    check_schedule(schedule, "fashion-sd" if path.stem.startswith("fashion-sd") else "fashion-dit")
+def model_of(name: str) -> str:
+    return next(model for model in MODELS if name.startswith(model))
+
+
+@cache
+def planned_once(model: str, kinds: frozenset[str]) -> PlannedExport:
+    """One trace a model and kind of cache."""
+    name = next(name for name in FILES if model_of(name) == model and caches(Schedule.load(FILES[name])) == kinds)
+    return plan_export(model, Schedule.load(FILES[name]), ExportOptions())
+
+
+def caches(schedule: Schedule) -> frozenset[str]:
+    return frozenset(schedule.cache_kinds.values())
+
+
+def test_there_is_one_for_each_model_number_of_steps_and_ratio() -> None:
+    wanted = {f"{model}-ddim{steps}-refine{r}" for model in MODELS for steps in (20, 50) for r in (40, 60, 80, 85)}
+    assert wanted <= set(FILES)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_it_fits_the_model_it_is_named_for_and_says_how_it_was_found(name: str) -> None:
+    schedule = Schedule.load(FILES[name])
+    check_schedule(schedule, model_of(name))
     check_sampler(schedule)
     parameters = schedule.provenance["parameters"]
     assert abs(parameters["achieved_ratio"] - parameters["target_ratio"]) <= 0.0125
+    assert name == f"{model_of(name)}-ddim{len(schedule.gates)}-refine{round(100 * parameters['target_ratio'])}"
     assert "/" not in str(parameters)  # no path of the machine it was found on
 
 
-def test_there_is_one() -> None:
-    assert list(SEARCHED.glob("*.json"))
+@pytest.mark.parametrize("name", FILES)
+def test_its_plan_saves_what_it_says_and_runs_just_its_gates(name: str) -> None:
+    schedule = Schedule.load(FILES[name])
+    plan = replan(planned_once(model_of(name), caches(schedule)), schedule).plan
+    assert plan.keep == schedule.gates
+    assert plan.promoted == ()
+    saved = 1 - plan.macs_run / (len(schedule.gates) * plan.macs_full)
+    assert saved == pytest.approx(schedule.provenance["parameters"]["achieved_ratio"], abs=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", MODELS)
+def test_it_goes_through_export_and_compare(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, folder = FILES[f"{model}-ddim20-refine85"], tmp_path / "engine"
+    assert export(["--model", model, "--schedule", str(path), "--engine-dir", str(folder)]) == 0
+    assert compare(["--engine-dir", str(folder), "--threads", "1"]) == 0
+    assert "everything is within" in capsys.readouterr().out

@@ -74,7 +74,7 @@ def test_residual_input_by_position_and_by_keyword() -> None:
         def forward(self, x: torch.Tensor, by_keyword: bool) -> torch.Tensor:
             return self.block(input=x) if by_keyword else self.block(x)
 
-    spec = BlockSpec("block", ("block",), ("residual",), residual_input="input")
+    spec = BlockSpec("block", ("block",), ("residual",), residual_inputs=("input",))
     model, x = Twice(), torch.randn(3)
     for by_keyword in (True, False):
         with collect(model, [spec]) as cuts:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from dit_by_hand import forward as dit_by_hand_layers
 from torch import Tensor, nn
 
 from dipgo_deploy.errors import UserError
@@ -106,6 +107,21 @@ def test_dit_equals_blocks_composed_by_hand(dit, kind) -> None:
         expected = [dit_by_hand(dit, row, keep, cache, kind) for row, keep in zip(rows, gates, strict=True)]
     for one, other in zip(got, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+def test_dit_layers_equal_the_authors_blocks(dit) -> None:
+    rows, gates = evaluations(8, labels=True), random_gates(8, 8)
+    specs = specs_of(dit, "layer")
+    assert [spec.name.split(".", 1)[1] for spec in specs[:3]] == ["0.attn1", "0.ff", "1.attn1"]
+    with torch.no_grad():
+        got = run(Supernet(dit, specs), rows, gates)
+        stored: dict[int, Tensor] = {}
+        expected = [
+            dit_by_hand_layers(dit, latent, timestep, conditions["class_labels"], keep, stored)
+            for (latent, timestep, conditions), keep in zip(rows, gates, strict=True)
+        ]
+    for one, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
 def test_residual_is_the_default_of_dit_and_differs_from_output(dit) -> None:

@@ -21,13 +21,14 @@ GUIDANCE_SCALE = 4.0
 class MeasuredLoop:
     """The loop of an engine directory on ONNX Runtime's CPU provider, with fixed inputs.
 
-    load_seconds: making and binding all sessions. inside: of each run, the seconds spent in its launches.
+    share_weights: see ``OnnxRuntimeBackend``. load_seconds: making and binding all sessions. inside: of each run, the
+    seconds spent in its launches.
     """
 
-    def __init__(self, engine_dir: Path, threads: int | None) -> None:
+    def __init__(self, engine_dir: Path, threads: int | None, share_weights: bool = False) -> None:
         start = time.perf_counter()
         bundle = Bundle.open(engine_dir)
-        self._backend = TimedBackend(OnnxRuntimeBackend("cpu", threads=threads))
+        self._backend = TimedBackend(OnnxRuntimeBackend("cpu", threads=threads, share_weights=share_weights))
         self._loop = DenoisingLoop(bundle, self._backend)
         self.load_seconds = time.perf_counter() - start
         self.manifest = bundle.manifest

@@ -63,8 +63,8 @@ class _TimedExecutable:
         self._inner = inner
         self._backend = backend
 
-    def bind(self, tensors: Mapping[str, Memory]) -> Launchable:
-        call, backend, clock = self._inner.bind(tensors), self._backend, time.perf_counter
+    def bind(self, tensors: Mapping[str, Memory], graph: Graph | None = None) -> Launchable:
+        call, backend, clock = self._inner.bind(tensors, graph), self._backend, time.perf_counter
 
         def timed() -> None:
             start = clock()

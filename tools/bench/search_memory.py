@@ -1,6 +1,7 @@
 """Peak memory and time of one search iteration over T, with and without checkpointing of the steps.
 
 Run from the repository's root: ``python -m tools.bench.search_memory --model fashion-dit --steps 10 --steps 50``.
+``--random sd15`` takes the published architecture of Stable Diffusion 1.5 with random weights instead (3.4 GB).
 Each measurement runs in a process of its own: a peak cannot be reset. The peak of the process before the iteration
 (model, trace and libraries) is subtracted.
 """
@@ -8,10 +9,13 @@ Each measurement runs in a process of its own: a peak cannot be reset. The peak 
 from __future__ import annotations
 
 import json
+import os
 import resource
 import subprocess
 import sys
+import tempfile
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +24,7 @@ import click
 from dipgo_deploy.cli.common import emit, entry_point, human_console, json_option
 from tools.bench.measure import machine
 from tools.bench.tables import write_results
+from tools.gpu_check import MODELS, make_model
 
 MIB = 2**20
 
@@ -48,6 +53,7 @@ def iteration(
         SampleStream(len(problem.conditions), pool=1),
     )
     trainer._loss.reference(trainer.samples.pairs(0, batch))
+    load = os.getloadavg()[0]
     before = _resident()
     peak_before = _peak()
     start = time.perf_counter()
@@ -64,6 +70,7 @@ def iteration(
         "peak_before": peak_before,
         "added": max(0, _peak() - before),
         "seconds": seconds,
+        "load_average": load,
         "cache_bytes_a_step": caches,
     }
 
@@ -78,6 +85,7 @@ def _peak() -> int:
 
 @click.command(name="search_memory")
 @click.option("--model", default="fashion-dit", show_default=True)
+@click.option("--random", "random_model", type=click.Choice([model.name for model in MODELS]), help="Random weights.")
 @click.option("--steps", type=click.IntRange(min=1), multiple=True, default=(10, 50), show_default=True)
 @click.option("--batch", type=click.IntRange(min=1), default=4, show_default=True)
 @click.option("--pixels", type=click.IntRange(min=1), help="Height and width of the images. [default: the model's]")
@@ -88,6 +96,7 @@ def _peak() -> int:
 @json_option
 def command(
     model: str,
+    random_model: str | None,
     steps: tuple[int, ...],
     batch: int,
     pixels: int | None,
@@ -105,12 +114,21 @@ def command(
         return
     console = human_console(as_json)
     rows = []
-    for checkpointed in (True, False) if plain else (True,):
-        for count in steps:
-            row = _in_process(model, count, batch, checkpointed, pixels, prompts)
-            rows.append(row)
-            console.print(_words(row), markup=False, soft_wrap=True)
-    facts = {"machine": machine(1), "model": model, "batch": batch, "pixels": pixels, "rows": rows}
+    facts = {"machine": machine(1), "model": random_model or model, "batch": batch, "pixels": pixels}
+    with ExitStack() as stack:
+        if random_model is not None:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            made = next(known for known in MODELS if known.name == random_model)
+            model = str(make_model(made, folder / "model"))
+            if made.class_name == "UNet2DConditionModel":
+                (folder / "prompts.txt").write_text("a photo\n", encoding="utf-8")
+                prompts = prompts or str(folder / "prompts.txt")
+        for checkpointed in (True, False) if plain else (True,):
+            for count in steps:
+                row = _in_process(model, count, batch, checkpointed, pixels, prompts)
+                rows.append(row)
+                console.print(_words(row), markup=False, soft_wrap=True)
+    facts["rows"] = rows
     if out is not None:
         write_results(out, facts, _as_text(facts))
     emit(facts, as_json)
@@ -131,8 +149,9 @@ def _in_process(
 def _words(row: dict[str, Any]) -> str:
     how = "checkpointed" if row["checkpointed"] else "plain"
     return (
-        f"T = {row['steps']}, {how}: {row['added'] / MIB:,.0f} MiB beyond the loaded model, {row['seconds']:.1f} s an "
-        f"iteration; caches of one step {row['cache_bytes_a_step'] / MIB:.2f} MiB"
+        f"T = {row['steps']}, {how}: {row['added'] / MIB:,.0f} MiB beyond the loaded model "
+        f"({row['resident_before'] / MIB:,.0f} MiB), {row['seconds']:.1f} s an iteration at load average "
+        f"{row['load_average']:.1f}; caches of one step {row['cache_bytes_a_step'] / MIB:.2f} MiB"
     )
 
 

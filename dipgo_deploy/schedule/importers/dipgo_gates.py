@@ -20,25 +20,11 @@ from dipgo_deploy.schedule.builders import Target
 from dipgo_deploy.schedule.document import Gates, Schedule
 from dipgo_deploy.schedule.importers.inert_pickle import Call, Global, Persistent, read_pickle
 from dipgo_deploy.schedule.importers.rows import import_file
+from dipgo_deploy.schedule.importers.torch_storage import FORMATS, TENSOR
 
-_TENSOR = "torch._utils._rebuild_tensor_v2"
 _STORAGE_BYTES = "torch.storage._load_from_bytes"
-_HOOKS = "collections.OrderedDict"
-_OUTER = frozenset({_TENSOR, _STORAGE_BYTES, _HOOKS})
-
-# Storage class -> struct format of one element.
-_FORMATS = {
-    "torch.FloatStorage": "f",
-    "torch.DoubleStorage": "d",
-    "torch.HalfStorage": "e",
-    "torch.LongStorage": "q",
-    "torch.IntStorage": "i",
-    "torch.ShortStorage": "h",
-    "torch.CharStorage": "b",
-    "torch.ByteStorage": "B",
-    "torch.BoolStorage": "?",
-}
-_STORAGE_CLASSES = frozenset(_FORMATS)
+_OUTER = frozenset({TENSOR, _STORAGE_BYTES, "collections.OrderedDict"})
+_STORAGE_CLASSES = frozenset(FORMATS)
 _MAGIC = 0x1950A86A20F9469CFC6C
 _PROTOCOL = 1001
 
@@ -98,7 +84,7 @@ def _block_name(step: int, key: Any, ups: int) -> str:
 
 def _tensor_values(value: Any) -> tuple[float, ...]:
     """The elements of a one-dimensional tensor, read from its storage's bytes."""
-    if not isinstance(value, Call) or value.name != _TENSOR:
+    if not isinstance(value, Call) or value.name != TENSOR:
         raise UserError("the gate is not a tensor")
     match value.arguments:
         case (Call(name=name, arguments=(bytes(payload),)), int(offset), (2,), (int(stride),), bool(), _) if (
@@ -124,7 +110,7 @@ def _storage_elements(payload: bytes) -> tuple[float, ...]:
     root, keys = read_pickle(stream, _STORAGE_CLASSES), read_pickle(stream, none)
     match root:
         case Persistent(identity=("storage", Global(name=kind), str(key), str(), int(count), None)) if keys == [key]:
-            layout = struct.Struct(f"<{count}{_FORMATS[kind]}") if 0 <= count <= len(payload) else None
+            layout = struct.Struct(f"<{count}{FORMATS[kind]}") if 0 <= count <= len(payload) else None
         case _:
             layout = None
     raw = stream.read()

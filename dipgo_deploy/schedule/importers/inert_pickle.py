@@ -45,13 +45,18 @@ class Persistent:
     identity: Any
 
 
-def read_pickle(stream: IO[bytes], allowed: frozenset[str]) -> Any:
+_EMPTY_DICT = Call("collections.OrderedDict", ())
+
+
+def read_pickle(stream: IO[bytes], allowed: frozenset[str], *, objects: bool = False) -> Any:
     """The data of the next pickle in a stream, which is left behind its end.
 
-    allowed: dotted names that the pickle may refer to. Raises UserError, naming the byte, for any other name, for an
-    opcode that plain data does not need, and for a pickle that is cut off or malformed.
+    allowed: dotted names that the pickle may refer to. objects: also accept objects with attributes, as the ``Call`` of
+    their class; the attributes are dropped. An empty ``collections.OrderedDict``, if allowed, is a dictionary. Raises
+    UserError, naming the byte, for any other name, for an opcode that plain data does not need, and for a pickle that
+    is cut off or malformed.
     """
-    machine = _Machine(allowed)
+    machine = _Machine(allowed, objects)
     at = stream.tell()
     try:
         for opcode, argument, position in pickletools.genops(stream):
@@ -69,8 +74,9 @@ def read_pickle(stream: IO[bytes], allowed: frozenset[str]) -> Any:
 class _Machine:
     """The stack machine of the pickle format, for data only."""
 
-    def __init__(self, allowed: frozenset[str]) -> None:
+    def __init__(self, allowed: frozenset[str], objects: bool) -> None:
         self.allowed = allowed
+        self.objects = objects
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
 
@@ -125,20 +131,27 @@ class _Machine:
         elif name == "STACK_GLOBAL":
             attribute, module = self.pop(), self.pop()
             self.push_global(module, attribute)
-        elif name == "REDUCE":
-            arguments, function = self.pop(), self.pop()
-            if not isinstance(function, Global) or not isinstance(arguments, tuple):
-                raise UserError("calls something that has no name: refused")
-            stack.append(Call(function.name, arguments))
+        elif name == "REDUCE" or (name == "NEWOBJ" and self.objects):
+            self.push_call()
+        elif name == "BUILD" and self.objects:
+            self.pop()
+            self.top((Call, dict))
         elif name == "BINPERSID":
             stack.append(Persistent(self.pop()))
         elif name not in ("PROTO", "FRAME"):
             raise UserError(f"opcode {name} is not needed for plain data: refused")
 
-    def top(self, kind: type) -> Any:
+    def top(self, kind: type | tuple[type, ...]) -> Any:
         if not isinstance(self.stack[-1], kind):
-            raise ValueError(f"not a {kind.__name__}")
+            raise ValueError(f"a {type(self.stack[-1]).__name__} in the wrong place")
         return self.stack[-1]
+
+    def push_call(self) -> None:
+        arguments, function = self.pop(), self.pop()
+        if not isinstance(function, Global) or not isinstance(arguments, tuple):
+            raise UserError("calls something that has no name: refused")
+        call = Call(function.name, arguments)
+        self.stack.append({} if call == _EMPTY_DICT else call)
 
     def push_global(self, module: Any, attribute: Any) -> None:
         name = f"{module}.{attribute}" if isinstance(module, str) and isinstance(attribute, str) else "(no name)"

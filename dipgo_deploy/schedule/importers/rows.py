@@ -16,15 +16,18 @@ from dipgo_deploy.schedule.files import read_bytes
 Reader = Callable[[bytes, tuple[str, ...]], Gates]
 
 
-def import_file(path: str | Path, target: Target, method: str, read: Reader) -> Schedule:
+def import_file(
+    path: str | Path, target: Target, method: str, read: Reader, settings: Mapping[str, Any] | None = None
+) -> Schedule:
     """Read a file's gates with ``read(data, block names)`` and make them a schedule for ``target``.
 
     A schedule exactly one row short of the sampler's evaluations (one made per step for PNDM, which evaluates its
-    first step twice) has its last row repeated. The provenance names the file, its SHA-256 and the repeated row.
-    Raises UserError with the file's name in front.
+    first step twice) has its last row repeated. The provenance names the file, its SHA-256, the reader's ``settings``
+    and the repeated row. Raises UserError with the file's name in front.
     """
     data = read_bytes(path)
-    parameters: Mapping[str, Any] = {"file": Path(path).name, "sha256": hashlib.sha256(data).hexdigest()}
+    digest = hashlib.sha256(data).hexdigest()
+    parameters: Mapping[str, Any] = {"file": Path(path).name, "sha256": digest, **(settings or {})}
     try:
         gates = read(data, target.block_names)
         if len(gates) == target.steps - 1 and gates:

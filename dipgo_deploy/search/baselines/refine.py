@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -11,21 +11,28 @@ from dipgo_deploy.errors import UserError
 from dipgo_deploy.schedule.document import Gates
 from dipgo_deploy.search.baselines.base import Task
 from dipgo_deploy.search.costs import Costs
-from dipgo_deploy.search.moves import Band, propose, repair
+from dipgo_deploy.search.moves import Band, moved_places, propose, repair
 from dipgo_deploy.search.postprocess import unreachable
 
-# How many gates change places at a time, in turn, and how many random moves are tried when none of that helps.
+# How many gates change places at a time, in turn.
 _SIZES = (16, 8, 4, 2, 1)
-_RANDOM_MOVES = 10
+# Moves of one kind that are tried in a row before it is another kind's turn.
+_TRIES = 10
+# Gradients in a row that may lead nowhere before no more are taken: where single gates have no effect (a chain with
+# output caches) they never help, and each costs as much as several evaluations.
+_FRUITLESS = 2
+
+Proposals = Iterator[Gates]
 
 
 def refine(task: Task, starts: Sequence[Gates]) -> Gates:
     """The best gates found from the best of several starts; they cost no more than the target allows, or that start.
 
-    A start further from the target than the tolerance is brought there first. Then, in turn: the gradient of the loss
-    with respect to the gates names the kept ones that matter least and the removed ones that are missed most, and
-    several of each change places; fewer and fewer until it helps. When even one pair does not help, random moves are
-    tried. Only what lowers the true loss is kept. Without a gradient all moves are random.
+    A start further from the target than the tolerance is brought there first; its loss is that of what it becomes.
+    Three kinds of moves take turns, and a kind that helped goes on: launches move to other steps (`moved_places`); the
+    gradient of the loss with respect to the gates names the kept ones that matter least and the removed ones that are
+    missed most, and several of each change places, fewer and fewer; random moves (`propose`). Only what lowers the true
+    loss is kept, so the result is no worse on the objective's images than any start.
 
     Raises:
         UserError: no start can be brought to the target.
@@ -44,30 +51,70 @@ def refine(task: Task, starts: Sequence[Gates]) -> Gates:
         raise UserError(unreachable(task.target, nearest, task.tolerance))
     best = min(usable, key=task.objective)
     band = Band(min(task.band.low, task.costs.ratio(best)), task.band.high)
+    kinds = _Kinds(task, band, source)
     # Moves to gates that were tried before are free, so the number of rounds is limited too.
     for _ in range(4 * task.budget):
         if task.spent(begun):
             break
-        for moved in _proposals(task, best, band, source):
-            if task.spent(begun):
-                break
-            if task.allows(moved) and task.objective(moved) < task.objective(best):
-                best = moved
-                break
+        moved = kinds.better(best, begun)
+        if moved is None:
+            kinds.turn()
+        else:
+            best = moved
     return best
 
 
-def _proposals(task: Task, gates: Gates, band: Band, source: random.Random) -> Iterator[Gates]:
-    if task.gradient is not None:
-        gradient = task.gradient(gates)
+class _Kinds:
+    """The kinds of moves and whose turn it is."""
+
+    def __init__(self, task: Task, band: Band, source: random.Random) -> None:
+        self._task, self._band, self._source = task, band, source
+        self._fruitless = 0
+        self._kinds: list[Callable[[Gates], Proposals]] = [self._places, self._random]
+        if task.gradient is not None:
+            self._kinds.insert(1, self._exchanges)
+        self._now = 0
+
+    def turn(self) -> None:
+        """It is the next kind's turn; gradients are given up when they were of no use."""
+        if self._kinds[self._now] == self._exchanges:
+            self._fruitless += 1
+            if self._fruitless >= _FRUITLESS:
+                self._kinds.remove(self._exchanges)
+                self._now -= 1
+        self._now = (self._now + 1) % len(self._kinds)
+
+    def better(self, gates: Gates, begun: int) -> Gates | None:
+        """Gates with a lower loss by a few moves of the kind whose turn it is."""
+        task, loss, start = self._task, self._task.objective(gates), self._task.objective.evaluations
+        for moved in self._kinds[self._now](gates):
+            if task.spent(begun) or task.objective.evaluations - start >= _TRIES:
+                break
+            if self._holds(moved) and task.objective(moved) < loss:
+                if self._kinds[self._now] == self._exchanges:
+                    self._fruitless = 0
+                return moved
+        return None
+
+    def _holds(self, gates: Gates) -> bool:
+        return self._band.holds(self._task.costs.ratio(gates)) and self._task.allows(gates)
+
+    def _places(self, gates: Gates) -> Proposals:
+        return moved_places(gates, self._source)
+
+    def _exchanges(self, gates: Gates) -> Proposals:
+        assert self._task.gradient is not None
+        gradient = self._task.gradient(gates)
         for size in _SIZES:
-            moved = exchange(task.costs, gates, gradient, size, band, source)
+            moved = exchange(self._task.costs, gates, gradient, size, self._band, self._source)
             if moved is not None and moved != gates:
                 yield moved
-    for _ in range(_RANDOM_MOVES):
-        moved = propose(gates, task.costs, band, source)
-        if moved is not None:
-            yield moved
+
+    def _random(self, gates: Gates) -> Proposals:
+        for _ in range(2 * _TRIES):
+            moved = propose(gates, self._task.costs, self._band, self._source)
+            if moved is not None:
+                yield moved
 
 
 def exchange(

@@ -1,0 +1,47 @@
+"""Image-to-image: the later part of a schedule's run, started from a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dipgo_deploy.schedule.document import Schedule, gate_rows
+
+
+@dataclass(frozen=True)
+class ImageRun:
+    """What an export for image-to-image runs of a schedule's evaluations.
+
+    strength: as asked for. begin: evaluation of the full run that comes first. full: the schedule as given. raised: the
+    gates (evaluation of the full run, block) that the first evaluation has to keep: nothing was cached before it.
+    """
+
+    strength: float
+    begin: int
+    full: Schedule
+    raised: tuple[tuple[int, str], ...]
+
+    def whole(self, keep: Sequence[Sequence[bool]]) -> tuple[tuple[bool, ...], ...]:
+        """All rows of the schedule, with ``keep`` for those that are run."""
+        return (*self.full.gates[: self.begin], *(tuple(row) for row in keep))
+
+    def in_full(self, promoted: Sequence[tuple[int, str]]) -> tuple[tuple[int, str], ...]:
+        """Gates raised by the plan, and those that the start raised, by evaluation of the full run."""
+        return (*self.raised, *((step + self.begin, block) for step, block in promoted))
+
+
+def image_run(schedule: Schedule, strength: float, begin: int) -> tuple[Schedule, ImageRun]:
+    """The schedule of the evaluations from ``begin`` on, the first of them whole, and what was done to it."""
+    first, *rest = schedule.gates[begin:]
+    raised = tuple((begin, name) for name, kept in zip(schedule.block_names, first, strict=True) if not kept)
+    return _with_rows(schedule, [(True,) * len(first), *rest]), ImageRun(strength, begin, schedule, raised)
+
+
+def run_from(schedule: Schedule, begin: int) -> Schedule:
+    """The schedule of the evaluations from ``begin`` on; its sampler stays that of the whole."""
+    return _with_rows(schedule, schedule.gates[begin:])
+
+
+def _with_rows(schedule: Schedule, gates: Sequence[Sequence[bool]]) -> Schedule:
+    fields = {name: getattr(schedule, name) for name in Schedule.model_fields}
+    return Schedule.model_validate({**fields, "keep": gate_rows(gates), "steps": len(gates)})

@@ -1,0 +1,169 @@
+"""Layout ``segments`` in ONNX: the traced nodes for the plan, and the graph of each segment."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from dipgo_deploy.errors import UserError
+from dipgo_deploy.export.cut import as_model, like
+from dipgo_deploy.export.macs import node_macs
+from dipgo_deploy.export.tensors import PASSABLE
+from dipgo_deploy.export.trace import TracedModel
+from dipgo_deploy.plan.model import Cache
+from dipgo_deploy.plan.pieces import Node, NodeGraph, PieceGraph, Tensor, split
+from dipgo_deploy.plan.segments import Segment
+from dipgo_deploy.runtime.loop import PREDICTION
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+
+def segment_input(name: str) -> str:
+    """Graph input name of a tensor that a part reads from the arena."""
+    return f"value.{name}"
+
+
+def segment_output(cache: Cache) -> str:
+    """Graph output name of a tensor that a part puts into the arena, or of a residual."""
+    return f"new_{'value' if cache.kind == 'output' else 'residual'}.{cache.value}"
+
+
+def reads_of(segment: Segment) -> tuple[str, ...]:
+    """Graph input names that are bound to the arena, in the order of the plan."""
+    return tuple(map(segment_input, segment.reads)) if segment.kind == "part" else segment.reads
+
+
+def writes_of(segment: Segment) -> tuple[str, ...]:
+    """Graph output names that are bound to the arena, in the order of the plan."""
+    if segment.kind == "part":
+        return tuple(map(segment_output, segment.writes))
+    return tuple(cache.value for cache in segment.writes)
+
+
+def read_pieces(traced: TracedModel) -> PieceGraph:
+    """The pieces of a traced model."""
+    return split(node_graph(traced), traced.graph)
+
+
+def node_graph(traced: TracedModel) -> NodeGraph:
+    """A traced model node by node, for the plan."""
+    tensors: dict[str, Tensor] = {}
+    weights: dict[str, int] = {}
+    nodes = []
+    for node in traced.model.graph:
+        inputs = [value for value in node.inputs if value is not None]
+        owned = [value for value in inputs if value.is_initializer()]
+        for value in owned:
+            weights[str(value.name)] = 0 if value.const_value is None else int(value.const_value.nbytes)
+        for value in node.outputs:
+            tensors[str(value.name)] = _tensor(value)
+        nodes.append(
+            Node(
+                inputs=tuple(str(value.name) for value in inputs if not value.is_initializer()),
+                outputs=tuple(str(value.name) for value in node.outputs),
+                macs=node_macs(node),
+                weights=frozenset(str(value.name) for value in owned),
+            )
+        )
+    return NodeGraph(tuple(nodes), tensors, weights)
+
+
+def cut_segment(traced: TracedModel, segment: Segment, slots: int) -> ir.Model:
+    """One segment as an onnx-ir model of its own.
+
+    A part takes its reads as inputs ``value.NAME`` and gives ``new_value.NAME``, ``new_residual.NAME`` and the
+    prediction; the latent is the weighted sum of the stack, as in a variant. A sum takes ``term0`` ... and gives
+    ``sum``, or the prediction; a difference gives ``difference``, ``term0`` minus ``term1``.
+
+    Raises:
+        UserError: a tensor between two segments has a type that no graph can have as an input.
+    """
+    return _cut_part(traced, segment, slots) if segment.kind == "part" else _arithmetic(traced, segment)
+
+
+def _cut_part(traced: TracedModel, segment: Segment, slots: int) -> ir.Model:
+    import onnx_ir as ir
+
+    graph = traced.graph
+    values = ir.convenience.create_value_mapping(traced.model.graph)
+    source = {
+        output: block.inputs[index]
+        for block in graph.blocks
+        for index, output in enumerate(block.outputs)
+        if block.cache == "residual"
+    }
+    wanted = {cache.value for cache in segment.writes}
+    if segment.predicts:
+        wanted.add(graph.prediction)
+    wanted |= {source[cache.value] for cache in segment.writes if cache.kind == "residual"} - set(segment.reads)
+    order = sorted(wanted)
+    given = [values[name] for name in segment.reads]
+    part = ir.convenience.extract(
+        traced.model.graph, [*traced.model.graph.inputs, *given], [values[name] for name in order]
+    )
+    heads = list(part.inputs)[: len(traced.model.graph.inputs)]
+    caches = list(part.inputs)[len(heads) :]
+    inside = dict(zip(order, part.outputs, strict=True)) | dict(zip(segment.reads, caches, strict=True))
+    part.inputs.clear()
+    part.outputs.clear()
+    for name, value in zip(segment.reads, caches, strict=True):
+        _check_type(value, name)
+        value.name = segment_input(name)
+    outputs = [inside[graph.prediction]] if segment.predicts else []
+    for cache in segment.writes:
+        value = inside[cache.value]
+        if cache.kind == "output":
+            _check_type(value, cache.value)
+            value.name = segment_output(cache)
+            outputs.append(value)
+            continue
+        node = ir.node("Sub", [value, inside[source[cache.value]]], name=f"{cache.value}/Residual")
+        like(node.outputs[0], value, segment_output(cache))
+        part.append(node)
+        outputs.append(node.outputs[0])
+    return as_model(traced, part, segment.name, heads, caches, outputs, slots)
+
+
+def _arithmetic(traced: TracedModel, segment: Segment) -> ir.Model:
+    """A graph without weights: a sum, a difference, or a copy to the prediction's slot."""
+    import onnx_ir as ir
+
+    values = ir.convenience.create_value_mapping(traced.model.graph).values()
+    sample = next(value for value in values if _tensor(value).kind == segment.tensor)
+    terms = [ir.val(name, dtype=sample.dtype, shape=sample.shape) for name in segment.reads]
+    if len(terms) == 1:
+        nodes = [ir.node("Identity", terms, name="copy")]
+    else:
+        nodes = []
+        total = terms[0]
+        for place, term in enumerate(terms[1:]):
+            nodes.append(
+                ir.node("Add" if segment.kind == "sum" else "Sub", [total, term], name=f"{segment.kind}/{place}")
+            )
+            total = nodes[-1].outputs[0]
+            like(total, sample, f"{segment.kind}/{place}")
+    name = PREDICTION if segment.predicts else segment.writes[0].value
+    like(nodes[-1].outputs[0], sample, name)
+    graph = ir.Graph(
+        terms, [nodes[-1].outputs[0]], nodes=nodes, opset_imports=traced.model.graph.opset_imports, name=segment.name
+    )
+    return ir.Model(graph, ir_version=traced.model.ir_version, producer_name="dipgo_deploy")
+
+
+def _tensor(value: ir.Value) -> Tensor:
+    known = value.shape is not None and all(isinstance(extent, int) for extent in value.shape)
+    if value.dtype is None or not known:
+        return Tensor(f"unknown {value.name}", 0, passable=False)
+    assert value.shape is not None
+    shape = tuple(int(extent) for extent in value.shape)
+    nbytes = value.dtype.itemsize
+    for extent in shape:
+        nbytes *= extent
+    return Tensor(f"{value.dtype.name.lower()} {shape}", int(nbytes), passable=value.dtype.name in PASSABLE)
+
+
+def _check_type(value: ir.Value, name: str) -> None:
+    if not _tensor(value).passable:
+        raise UserError(
+            f"{name}: a tensor of type {value.dtype} cannot be passed between segments; use --layout variants"
+        )

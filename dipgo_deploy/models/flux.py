@@ -1,0 +1,258 @@
+"""The transformer of FLUX.1 (diffusers ``FluxTransformer2DModel``).
+
+The pipeline hands the model a latent packed 2x2 into tokens, position ids and a timestep in [0, 1]; here that happens
+inside ``call``, so that the latent is (B, 16, h, w) as the VAE wants it. Picture and text go through the ``double``
+blocks as two streams and through the ``single`` blocks as one sequence, which diffusers cuts in two again behind every
+block: all blocks return two tensors.
+
+Granularity ``block``: 19 double blocks (``transformer_blocks.i``), then 38 single ones
+(``single_transformer_blocks.i``): 57 units for FLUX.1-dev and FLUX.1-schnell. Default cache: ``residual``; on request
+``output``.
+
+Granularity ``layer``: of a double block the joint attention (``attn``, a cache for each stream) and the feed-forwards
+of picture (``ff``) and text (``ff_context``); of a single block, whose attention and feed-forward run side by side and
+end in one projection, that projection with all that leads to it (``proj_out``): 95 units. Cached is what these
+modules return, before the gate of the current step. TaylorSeer (arXiv 2503.06923) caches a FLUX block at these places.
+
+FLUX.1-dev is distilled from guidance: the scale is a condition, and there is no second half of the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dipgo_deploy.errors import UserError
+from dipgo_deploy.models.family import BlockSpec, Granularity, InputSpec, ModelFamily, TextScheme, TokenizerSpec
+from dipgo_deploy.models.shift import dynamic_shift
+from dipgo_deploy.models.sublayers import sublayers
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+CLASS_NAME = "FluxTransformer2DModel"
+
+# A configuration file may leave out what has diffusers' default value.
+_DEFAULTS: Mapping[str, Any] = {
+    "patch_size": 1,
+    "in_channels": 64,
+    "num_layers": 19,
+    "num_single_layers": 38,
+    "joint_attention_dim": 4096,
+    "pooled_projection_dim": 768,
+    "guidance_embeds": False,
+}
+
+_DOUBLE, _SINGLE = "transformer_blocks", "single_transformer_blocks"
+# Two by two latent pixels are a token.
+_PACK = 2
+_CLIP_TOKENS = 77
+# `max_sequence_length` of the pipeline.
+_T5_TOKENS = 512
+# Timesteps of the scheduler a unit of the model's.
+_TIMESTEPS = 1000
+# Rows or columns of tokens for which a table is made where their number is open: 8192 pixels.
+_MOST_POSITIONS = 512
+
+
+def _get(config: Mapping[str, Any], key: str) -> Any:
+    return config.get(key, _DEFAULTS[key])
+
+
+def blocks(config: Mapping[str, Any], granularity: Granularity) -> tuple[BlockSpec, ...]:
+    """The double blocks and then the single ones, or their parts, in order of execution.
+
+    Raises UserError for any other granularity.
+    """
+    doubles, singles = int(_get(config, "num_layers")), int(_get(config, "num_single_layers"))
+    if granularity == "layer":
+        return (*sublayers(_DOUBLE, doubles, ("attn", "ff", "ff_context")), *map(_branch, range(singles)))
+    if granularity != "block":
+        raise UserError(f"{CLASS_NAME}: unknown granularity {granularity!r}: use 'block' or 'layer'")
+    paths = [f"{_DOUBLE}.{index}" for index in range(doubles)] + [f"{_SINGLE}.{index}" for index in range(singles)]
+    return tuple(
+        BlockSpec(
+            name=path,
+            modules=(path,),
+            caches=("residual", "output"),
+            residual_inputs=("encoder_hidden_states", "hidden_states"),
+        )
+        for path in paths
+    )
+
+
+def _branch(index: int) -> BlockSpec:
+    """The branch of a single block: attention and feed-forward side by side, and the projection of both."""
+    path = f"{_SINGLE}.{index}"
+    return BlockSpec(
+        name=f"{path}.proj_out",
+        modules=(f"{path}.attn", f"{path}.proj_mlp", f"{path}.act_mlp", f"{path}.proj_out"),
+    )
+
+
+def latent_channels(config: Mapping[str, Any]) -> int:
+    """Channels of the latent, a quarter of a token's. Raises UserError when the model takes more than the latent."""
+    into, patch = int(_get(config, "in_channels")), _get(config, "patch_size")
+    out = int(config.get("out_channels") or into)
+    if into != out or patch != 1 or into % _PACK**2:
+        raise UserError(
+            f"{CLASS_NAME}: in_channels {into}, out_channels {out}, patch_size {patch}: only models whose input is "
+            "the latent packed 2x2 work"
+        )
+    return into // _PACK**2
+
+
+def inputs(
+    config: Mapping[str, Any], batch: int, height: int, width: int, text_length: int | None = None
+) -> tuple[InputSpec, ...]:
+    """Inputs: ``hidden_states`` (batch, C, height, width), ``timestep`` (1,), ``encoder_hidden_states`` (batch, L, D),
+    ``pooled_projections`` (batch, P) and, with ``guidance_embeds``, ``guidance`` (batch,), the scale as users give it.
+
+    ``text_length`` L is the number of T5's tokens.
+
+    Raises:
+        UserError: an odd height or width, another input than the latent, or ``text_length`` is missing.
+    """
+    channels = latent_channels(config)
+    if height % _PACK or width % _PACK:
+        raise UserError(
+            f"{CLASS_NAME}: latent of {height}x{width}: give a height and width whose latent sides are even "
+            "(multiples of 16 pixels with FLUX's VAE)"
+        )
+    if text_length is None:
+        raise UserError(f"{CLASS_NAME}: the number of text tokens is not known: give text_length")
+    text, pooled = int(_get(config, "joint_attention_dim")), int(_get(config, "pooled_projection_dim"))
+    guidance = InputSpec("guidance", (batch,), "float32", "condition", "guidance")
+    return (
+        InputSpec("hidden_states", (batch, channels, height, width), "model", "latent"),
+        InputSpec("timestep", (1,), "float32", "timestep"),
+        InputSpec("encoder_hidden_states", (batch, text_length, text), "model", "condition", "text"),
+        InputSpec("pooled_projections", (batch, pooled), "model", "condition", "text"),
+        *((guidance,) if _get(config, "guidance_embeds") else ()),
+    )
+
+
+def call(model: nn.Module, latent: Tensor, timestep: Tensor, conditions: Mapping[str, Tensor]) -> Tensor:
+    """The prediction (B, C, h, w) from the latent (B, C, h, w), packed on the way in and unpacked on the way out."""
+    batch, channels, height, width = latent.shape
+    rows, columns = height // _PACK, width // _PACK
+    tokens = latent.reshape(batch, channels, rows, _PACK, columns, _PACK).permute(0, 2, 4, 1, 3, 5)
+    tokens = tokens.reshape(batch, rows * columns, channels * _PACK**2)
+    length = conditions["encoder_hidden_states"].shape[1]
+    with _rotary_table(model, length, rows, columns):
+        predicted = model(
+            hidden_states=tokens,
+            timestep=timestep / _TIMESTEPS,
+            txt_ids=tokens.new_zeros(length, 3),
+            img_ids=tokens.new_zeros(rows * columns, 3),
+            return_dict=False,
+            **conditions,
+        )[0]
+    predicted = predicted.reshape(batch, rows, columns, channels, _PACK, _PACK).permute(0, 3, 1, 4, 2, 5)
+    return predicted.reshape(batch, channels, height, width)
+
+
+@contextmanager
+def _rotary_table(model: nn.Module, length: int, rows: int, columns: int) -> Iterator[None]:
+    """``model.pos_embed`` inside the context gives the table for ``length`` text tokens and rows x columns of picture.
+
+    The model computes it in float64 from the ids of all tokens, in every step. A traced graph would do so too, and
+    TensorRT does not compute in float64; here it is put together from float32 constants, one for each axis.
+    """
+    import torch
+
+    embed: Any = model.pos_embed
+    still, vertical, horizontal = embed.axes_dim
+
+    def table(positions: Tensor) -> tuple[Tensor, ...]:
+        found = []
+        for function, at_origin in ((np.cos, 1.0), (np.sin, 0.0)):
+            # Position (0, row, column) for the picture; the text is at the origin.
+            axes = [
+                torch.full((rows, columns, still), at_origin),
+                _along(function, embed.theta, vertical, rows)[:, None].expand(rows, columns, vertical),
+                _along(function, embed.theta, horizontal, columns)[None].expand(rows, columns, horizontal),
+            ]
+            picture = torch.cat(axes, dim=2).flatten(0, 1)
+            found.append(torch.cat([torch.full((length, picture.shape[1]), at_origin), picture]).to(positions.device))
+        return tuple(found)
+
+    embed.__dict__["forward"] = table
+    try:
+        yield
+    finally:
+        del embed.__dict__["forward"]
+
+
+def _along(function: Callable[..., Any], theta: float, extent: int, count: int) -> Tensor:
+    """``function`` of the rotary angles at positions 0 to count - 1 of one axis, float32 (count, extent)."""
+    import torch
+
+    # An extent that a trace leaves open is no int.
+    known = count if isinstance(count, int) else _MOST_POSITIONS
+    angle = np.outer(np.arange(known), theta ** (-np.arange(0, extent, 2) / extent))
+    values = torch.from_numpy(np.repeat(function(angle), 2, axis=1).astype(np.float32))
+    return values if known is count else values[torch.arange(count)]
+
+
+def text(config: Mapping[str, Any], pipeline: Any) -> TextScheme:
+    """CLIP's pooled output and T5's hidden states, as ``FluxPipeline.encode_prompt``.
+
+    T5 gets 512 tokens, the pipeline's default, for FLUX.1-schnell too.
+    """
+    clip_tokens = _CLIP_TOKENS if pipeline is None else int(pipeline.tokenizer_max_length)
+
+    def encode(pipeline: Any, tokens: Mapping[str, Any]) -> Mapping[str, Any]:
+        pooled = pipeline.text_encoder(tokens["input_ids"]).pooler_output
+        hidden = pipeline.text_encoder_2(tokens["input_ids_2"])[0]
+        return {"encoder_hidden_states": hidden.to(pooled.dtype), "pooled_projections": pooled}
+
+    return TextScheme(
+        length=_T5_TOKENS,
+        encode=encode,
+        tokenizers=(
+            TokenizerSpec("tokenizer", clip_tokens, "input_ids"),
+            TokenizerSpec("tokenizer_2", _T5_TOKENS, "input_ids_2"),
+        ),
+        encoders=("text_encoder", "text_encoder_2"),
+    )
+
+
+def set_timesteps(
+    config: Mapping[str, Any], scheduler: Mapping[str, Any], height: int, width: int, steps: int
+) -> Mapping[str, Any]:
+    """FLUX's own ``sigmas`` unless the scheduler makes flow sigmas itself, and ``mu`` for the number of tokens.
+
+    The pipeline gives ``mu`` to every scheduler; here it is left out where it does nothing, because a value that depends
+    on the size means that an engine directory is for one size.
+    """
+    options: dict[str, Any] = {}
+    if not scheduler.get("use_flow_sigmas"):
+        options["sigmas"] = np.linspace(1.0, 1 / steps, steps).tolist()
+    if scheduler.get("use_dynamic_shifting"):
+        tokens = (height // _PACK) * (width // _PACK)
+        options["mu"] = dynamic_shift(scheduler, tokens, max_shift=1.15)
+    return options
+
+
+FAMILY = ModelFamily(
+    class_name=CLASS_NAME,
+    pipelines=("FluxPipeline",),
+    component="transformer",
+    blocks=blocks,
+    inputs=inputs,
+    latent_channels=latent_channels,
+    granularities=("block", "layer"),
+    call=call,
+    text=text,
+    guidance=False,
+    set_timesteps=set_timesteps,
+    size_multiple=lambda config: _PACK,
+    tolerance_reason=(
+        "relative to the largest value; fp32 leaves room for another order of summation over tens of layers, "
+        "fp16 (11 bits) and bf16 (8 bits) for rounding after every layer, fed back through the denoising loop"
+    ),
+)

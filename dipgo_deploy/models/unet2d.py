@@ -1,0 +1,180 @@
+"""The UNet of DDPM and DDIM (diffusers ``UNet2DModel``; arXiv 2006.11239, 2010.02502), which works on pixels.
+
+The latent is the picture itself, in [-1, 1]: there is no VAE. There is no guidance either; most of these models take no
+condition at all, one with ``num_class_embeds`` takes class ids.
+
+Granularity ``block``: every down block, the mid block and every up block (13 units for the published 256-pixel models,
+9 for ``ddpm-cifar10-32``). Granularity ``layer``: every resnet with the attention behind it, every downsampler, the mid
+block; an upsampler belongs to the last pair of its up block (36 and 24 units).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from dipgo_deploy.errors import UserError
+from dipgo_deploy.models.family import BlockSpec, Granularity, InputSpec, ModelFamily
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+CLASS_NAME = "UNet2DModel"
+PIPELINES = ("DDPMPipeline", "DDIMPipeline")
+
+# A configuration file may leave out what has diffusers' default value.
+_DEFAULTS: Mapping[str, Any] = {
+    "in_channels": 3,
+    "out_channels": 3,
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
+    "mid_block_type": "UNetMidBlock2D",
+    "up_block_types": ("AttnUpBlock2D", "AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+    "layers_per_block": 2,
+    "class_embed_type": None,
+    "num_class_embeds": None,
+}
+
+# Block types whose inside is known to `layer`, and whether they have attentions.
+_ATTENTIONS: Mapping[str, bool] = {
+    "AttnDownBlock2D": True,
+    "DownBlock2D": False,
+    "AttnUpBlock2D": True,
+    "UpBlock2D": False,
+}
+
+
+# Their last down block hands on the picture that it was given: one tensor would be the output of two blocks.
+_REFUSED = ("SkipDownBlock2D", "AttnSkipDownBlock2D", "SkipUpBlock2D", "AttnSkipUpBlock2D")
+
+
+def _get(config: Mapping[str, Any], key: str) -> Any:
+    return config.get(key, _DEFAULTS[key])
+
+
+def _chain(modules: Sequence[str]) -> BlockSpec:
+    return BlockSpec(name=modules[-1], modules=tuple(modules))
+
+
+def _pair(parent: str, index: int, block_type: str) -> list[str]:
+    """Paths of resnet ``index`` of ``parent`` and of the attention behind it, if it has one."""
+    if block_type not in _ATTENTIONS:
+        raise UserError(
+            f"{CLASS_NAME}: {parent} is a {block_type}, which granularity 'layer' does not know "
+            f"({', '.join(_ATTENTIONS)}): use granularity 'block'"
+        )
+    return [f"{parent}.resnets.{index}"] + ([f"{parent}.attentions.{index}"] if _ATTENTIONS[block_type] else [])
+
+
+def _layer_units(config: Mapping[str, Any]) -> list[BlockSpec]:
+    down_types, up_types = _get(config, "down_block_types"), _get(config, "up_block_types")
+    levels, layers = len(down_types), int(_get(config, "layers_per_block"))
+    units = []
+    for level, block_type in enumerate(down_types):
+        parent = f"down_blocks.{level}"
+        units += [_chain(_pair(parent, index, block_type)) for index in range(layers)]
+        if level < levels - 1:
+            units.append(_chain([f"{parent}.downsamplers.0"]))
+    if _get(config, "mid_block_type") is not None:
+        units.append(_chain(["mid_block"]))
+    for level, block_type in enumerate(up_types):
+        parent = f"up_blocks.{level}"
+        # An up block has one pair more than its down block: the input of the down block is a skip tensor too.
+        pairs = [_pair(parent, index, block_type) for index in range(layers + 1)]
+        if level < levels - 1:
+            pairs[-1].append(f"{parent}.upsamplers.0")
+        units += [_chain(pair) for pair in pairs]
+    return units
+
+
+def blocks(config: Mapping[str, Any], granularity: Granularity) -> tuple[BlockSpec, ...]:
+    """The blocks of a UNet in order of execution, from its configuration (lists or tuples alike).
+
+    Raises:
+        UserError: unknown granularity, as many up as down blocks are not there, a block type that cannot be cut, or
+            (``layer``) one whose inside is not known.
+    """
+    for block_type in (*_get(config, "down_block_types"), *_get(config, "up_block_types")):
+        if block_type in _REFUSED:
+            raise UserError(f"{CLASS_NAME}: {block_type} is not supported: use a model without skip blocks")
+    downs, ups = len(_get(config, "down_block_types")), len(_get(config, "up_block_types"))
+    if downs != ups:
+        raise UserError(f"{CLASS_NAME}: {downs} down_block_types but {ups} up_block_types: correct the configuration")
+    if granularity == "layer":
+        return tuple(_layer_units(config))
+    if granularity == "block":
+        mid = ["mid_block"] if _get(config, "mid_block_type") is not None else []
+        names = [f"down_blocks.{i}" for i in range(downs)] + mid + [f"up_blocks.{i}" for i in range(ups)]
+        return tuple(_chain([name]) for name in names)
+    raise UserError(f"{CLASS_NAME}: unknown granularity {granularity!r}: use 'block' or 'layer'")
+
+
+def latent_channels(config: Mapping[str, Any]) -> int:
+    """Channels of the picture. Raises UserError when the model takes more than the picture (super-resolution)."""
+    into, out = int(_get(config, "in_channels")), int(_get(config, "out_channels"))
+    if out not in (into, 2 * into):
+        raise UserError(
+            f"{CLASS_NAME}: in_channels {into}, out_channels {out}: only models whose input is the picture work"
+        )
+    return into
+
+
+def inputs(
+    config: Mapping[str, Any], batch: int, height: int, width: int, text_length: int | None = None
+) -> tuple[InputSpec, ...]:
+    """Forward inputs: ``sample`` (batch, C, height, width) in pixels, ``timestep`` (1,) and, for a model with
+    ``num_class_embeds``, ``class_labels`` int64 (batch,). ``text_length`` is not used.
+
+    Raises:
+        UserError: a size that the down blocks cannot halve, or a class embedding that takes no class ids.
+    """
+    if _get(config, "class_embed_type") is not None:
+        raise UserError(
+            f"{CLASS_NAME}: class_embed_type = {config['class_embed_type']!r} needs an input that is not supported: "
+            "use another model"
+        )
+    factor = 2 ** (len(_get(config, "down_block_types")) - 1)
+    if height % factor or width % factor:
+        raise UserError(f"{CLASS_NAME}: picture of {height}x{width}: give multiples of {factor}")
+    specs = [
+        InputSpec("sample", (batch, latent_channels(config), height, width), "model", "latent"),
+        InputSpec("timestep", (1,), "float32", "timestep"),
+    ]
+    if _get(config, "num_class_embeds") is not None:
+        specs.append(InputSpec("class_labels", (batch,), "int64", "condition", "class"))
+    return tuple(specs)
+
+
+def call(model: nn.Module, latent: Tensor, timestep: Tensor, conditions: Mapping[str, Tensor]) -> Tensor:
+    """The prediction (B, C', h, w); a learned embedding of the timestep is a table that takes whole numbers."""
+    config: Any = model.config
+    if config.time_embedding_type == "learned":
+        timestep = timestep.long()
+    prediction: Tensor = model(latent, timestep=timestep, return_dict=False, **conditions)[0]
+    return prediction
+
+
+def text(config: Mapping[str, Any], pipeline: Any) -> None:
+    """None: there are no prompts. Raises UserError for a pipeline that does more than denoise a picture (a VQ-VAE
+    behind it, corrector steps of its own)."""
+    name = type(pipeline).__name__
+    if pipeline is not None and name not in PIPELINES:
+        raise UserError(f"{CLASS_NAME}: {name} is not supported: use a model of {' or '.join(PIPELINES)}")
+
+
+FAMILY = ModelFamily(
+    class_name=CLASS_NAME,
+    pipelines=PIPELINES,
+    component="unet",
+    blocks=blocks,
+    inputs=inputs,
+    latent_channels=latent_channels,
+    granularities=("block", "layer"),
+    call=call,
+    text=text,
+    guidance=False,
+    pixels=True,
+    tolerance_reason=(
+        "relative to the largest value; fp32 leaves room for another order of summation over tens of layers, "
+        "fp16 (11 bits) and bf16 (8 bits) for rounding after every layer, fed back through the denoising loop"
+    ),
+)

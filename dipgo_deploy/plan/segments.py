@@ -1,0 +1,446 @@
+"""Layout ``segments``: the model cut so that each weight is in one graph, and a step is a few launches. Pure Python.
+
+A *segment* is a set of pieces (see ``pieces``) that run at exactly the same steps. What one segment makes and another
+reads lies in the arena, like a cache; whether it was made at this step or at an earlier one is only a matter of the
+offset that the launch is bound to, so reading an output cache costs nothing. A removed block with a residual cache is
+its input plus the residual: such sums are launches of graphs without weights, which only know how many tensors of what
+shape they add, so that one of them serves the whole model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+from dipgo_deploy.plan.buffers import Lifetime, allocate, lower_bound
+from dipgo_deploy.plan.compile import demanded
+from dipgo_deploy.plan.costs import bits
+from dipgo_deploy.plan.graph import BlockGraph
+from dipgo_deploy.plan.index import GraphIndex
+from dipgo_deploy.plan.live import Demand
+from dipgo_deploy.plan.merge import merge_pieces
+from dipgo_deploy.plan.model import Cache, Launch
+from dipgo_deploy.plan.pieces import PieceGraph
+
+# A piece at the model's entrance that costs less than this share of an evaluation runs whenever any of them does: one
+# segment then holds them all.
+_CHEAP_SHARE = 0.005
+
+SegmentKind = Literal["part", "sum", "difference"]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One static graph of the layout.
+
+    kind: ``part`` of the model; ``sum`` of ``terms`` tensors; ``difference`` of two. pieces: of a part, in order.
+    reads: tensors taken from the arena, by name (``term0`` ... for the other kinds). writes: tensors put there;
+    ``residual`` means the named value minus its block's input. predicts: whether it writes a prediction. tensor: kind
+    of the tensors of a sum or difference. weight_bytes: of its own weights, which no other segment has.
+    """
+
+    name: str
+    kind: SegmentKind
+    reads: tuple[str, ...]
+    writes: tuple[Cache, ...]
+    predicts: bool
+    macs: int = 0
+    weight_bytes: int = 0
+    pieces: tuple[int, ...] = ()
+    terms: int = 0
+    tensor: str = ""
+
+
+@dataclass(frozen=True)
+class SegmentPlan:
+    """Segments, launches in order (``Launch.variant`` is an index into ``segments``), and the arena.
+
+    A step has any number of launches; one of them predicts where the step has a prediction of its own. The gates, the
+    prediction slots and their sources are those of the ``Plan`` for the same schedule. Sizes are in bytes.
+    """
+
+    segments: tuple[Segment, ...]
+    launches: tuple[Launch, ...]
+    arena_bytes: int
+    lower_bound_bytes: int
+    macs_run: int
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of all graphs together: what engines that share nothing would hold."""
+        return sum(segment.weight_bytes for segment in self.segments)
+
+
+What = Literal["value", "residual", "sum"]
+
+
+class Version(NamedTuple):
+    """A tensor as it was made at a step: a ``value``, the ``residual`` of one, or a removed one's ``sum``."""
+
+    what: What
+    name: str
+    step: int
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What one evaluation with launches does, by names. reads: cached values with the step that stored them."""
+
+    step: int
+    computed: frozenset[str]
+    reads: Mapping[str, int]
+    stores: frozenset[str]
+    predicts: bool
+    slot: int
+
+
+@dataclass(frozen=True)
+class _Model:
+    """What stays the same over the steps. source: of a residual cache's value, what it is a residual of."""
+
+    pieces: PieceGraph
+    maker: Mapping[str, int]
+    named: frozenset[str]
+    source: Mapping[str, str]
+    prediction: str
+
+
+@dataclass
+class _Emitted:
+    """A launch before memory is given out. target: place of a part in the order, or a sum's or difference's key."""
+
+    step: int
+    target: object
+    reads: list[Version]
+    writes: list[Version] = field(default_factory=list)
+    prediction: int | None = None
+
+
+def plan_segments(
+    graph: BlockGraph,
+    pieces: PieceGraph,
+    gates: Sequence[Sequence[bool]],
+    *,
+    prediction_used: Sequence[bool] | None = None,
+    alignment: int = 256,
+) -> SegmentPlan:
+    """Cut the model where the schedule cuts it: the same predictions as ``compile_plan`` gives for these gates.
+
+    pieces: of the same trace (``pieces.split``). The other arguments and what is raised are those of ``compile_plan``.
+    """
+    compiled = demanded(graph, gates, prediction_used=prediction_used, alignment=alignment)
+    index, found = compiled.index, compiled.found
+    model = _model(index, pieces)
+    steps = _steps(index, found)
+    runs = _runs(graph, model, steps, index.costs.macs((1 << len(index.names)) - 1))
+    before, apart = _order(model, steps, runs)
+    active = sorted(runs)
+    parts = [
+        tuple(active[place] for place in part)
+        for part in merge_pieces(
+            [runs[piece] for piece in active],
+            [[active.index(other) for other in sorted(before[piece])] for piece in active],
+            [[active.index(other) for other in sorted(apart[piece])] for piece in active],
+        )
+    ]
+    emitted = list(_Emitter(index, model, steps, runs, parts).launches())
+    return _assemble(index, model, parts, emitted, alignment)
+
+
+def _model(index: GraphIndex, pieces: PieceGraph) -> _Model:
+    return _Model(
+        pieces=pieces,
+        maker={name: place for place, piece in enumerate(pieces.pieces) for name in piece.makes},
+        named=frozenset(index.names),
+        source={index.names[v]: index.names[u] for v, u in enumerate(index.source) if u >= 0},
+        prediction=index.names[index.prediction],
+    )
+
+
+def _steps(index: GraphIndex, found: Demand) -> list[_Step]:
+    def names(mask: int) -> frozenset[str]:
+        return frozenset(index.names[value] for value in bits(mask))
+
+    steps, slot = [], 0
+    for need in found.launches:
+        stored = found.stored[need.step]
+        reads = {index.names[value]: stored[value] for value in bits(need.reads)}
+        steps.append(_Step(need.step, names(need.computed), reads, names(need.stores), need.predicts, slot))
+        slot += need.predicts
+    return steps
+
+
+def _runs(graph: BlockGraph, model: _Model, steps: Sequence[_Step], macs_full: int) -> dict[int, frozenset[int]]:
+    """The steps at which each piece runs; pieces that never do are left out.
+
+    A piece runs when one of its owners is computed. One that depends on constant inputs only runs once. The cheap
+    ones among those that depend on inputs only run together.
+    """
+    pieces = model.pieces.pieces
+    block_outputs = {name for block in graph.blocks for name in block.outputs}
+    runs: dict[int, frozenset[int]] = {}
+    for place, piece in enumerate(pieces):
+        at = frozenset(step.step for step in steps if piece.owners & step.computed)
+        if at:
+            runs[place] = at
+    constant: set[int] = set()
+    entrance: set[int] = set()
+    for place in runs:
+        piece = pieces[place]
+        if not block_outputs.isdisjoint(piece.makes) or model.prediction in piece.makes:
+            continue
+        sources = {model.maker[name] for name in piece.reads if name in model.maker}
+        inputs = [graph.inputs[name] for name in piece.reads if name not in model.maker]
+        if sources <= constant and "step" not in inputs:
+            constant.add(place)
+        elif sources <= constant | entrance and piece.macs <= _CHEAP_SHARE * macs_full:
+            entrance.add(place)
+    together = frozenset().union(*(runs[place] for place in entrance))
+    runs.update(dict.fromkeys(entrance, together))
+    for place in sorted(constant, reverse=True):
+        readers = [at for other, at in runs.items() if not set(pieces[place].makes).isdisjoint(pieces[other].reads)]
+        runs[place] = frozenset({min(min(at) for at in (runs[place], *readers))})
+    return runs
+
+
+def _order(
+    model: _Model, steps: Sequence[_Step], runs: Mapping[int, frozenset[int]]
+) -> tuple[dict[int, set[int]], dict[int, set[int]]]:
+    """Per piece those that must come before it at some step, and those that must not be in a segment with it.
+
+    Two pieces are kept apart when a launch in between makes the one's input of the other's output, and when the one
+    makes a value at a step at which the other wants the cached one.
+    """
+    before: dict[int, set[int]] = {place: set() for place in runs}
+    apart: dict[int, set[int]] = {place: set() for place in runs}
+
+    def separate(one: int, other: int) -> None:
+        if one != other:
+            apart[one].add(other)
+            apart[other].add(one)
+
+    for step in steps:
+        for place, at in runs.items():
+            if step.step not in at:
+                continue
+            for name in model.pieces.pieces[place].reads:
+                if name not in model.maker:
+                    continue
+                maker = model.maker[name]
+                if name not in step.reads:
+                    if step.step in runs[maker]:
+                        before[place].add(maker)
+                    continue
+                if step.step in runs.get(maker, ()):
+                    separate(maker, place)
+                base = name
+                while base in step.reads and base in model.source:
+                    base = model.source[base]
+                if base != name and base not in step.reads and step.step in runs[model.maker[base]]:
+                    before[place].add(model.maker[base])
+                    separate(model.maker[base], place)
+    return before, apart
+
+
+class _Emitter:
+    """Walks the steps and writes down launches with the versions that they read and write."""
+
+    def __init__(
+        self,
+        index: GraphIndex,
+        model: _Model,
+        steps: Sequence[_Step],
+        runs: Mapping[int, frozenset[int]],
+        parts: Sequence[tuple[int, ...]],
+    ) -> None:
+        self._model, self._steps, self._runs, self._parts = model, steps, runs, parts
+        self._made_once = {place: min(at) for place, at in runs.items() if len(at) == 1}
+        self.externals = [_externals(model, part) for part in parts]
+        self._fused = _fused_residuals(model, steps, parts, self.externals)
+        self._direct = _predicts_directly(index, model, steps, runs)
+        self._queue: list[_Emitted] = []
+
+    def launches(self) -> Iterator[_Emitted]:
+        """All launches in order."""
+        for step in self._steps:
+            yield from self._step(step)
+
+    def _step(self, step: _Step) -> list[_Emitted]:
+        self._queue = []
+        self._sums: dict[str, Version] = {}
+        self._uses = self._count_uses(step)
+        model = self._model
+        for number, part in enumerate(self._parts):
+            if step.step not in self._runs[part[0]]:
+                continue
+            launch = _Emitted(step.step, number, [self._effective(step, name) for name in self.externals[number]])
+            for place in part:
+                for name in model.pieces.pieces[place].makes:
+                    if name == model.prediction and self._direct:
+                        launch.prediction = step.slot
+                    else:
+                        launch.writes.append(Version("value", name, step.step))
+            launch.writes += [Version("residual", name, step.step) for name in self._fused[number]]
+            self._queue.append(launch)
+        fused = {name for names in self._fused for name in names}
+        for name in sorted(step.stores & model.source.keys() - fused):
+            terms = [Version("value", name, step.step), self._effective(step, model.source[name])]
+            key = ("difference", 2, model.pieces.tensors[name].kind, False)
+            self._queue.append(_Emitted(step.step, key, terms, [Version("residual", name, step.step)]))
+        if step.predicts and not self._direct:
+            terms = [self._effective(step, model.prediction)]
+            key = ("sum", 1, model.pieces.tensors[model.prediction].kind, True)
+            self._queue.append(_Emitted(step.step, key, terms, prediction=step.slot))
+        return self._queue
+
+    def _count_uses(self, step: _Step) -> dict[str, int]:
+        """How often each value is wanted at a step; one that only one sum wants need not exist by itself."""
+        model = self._model
+        running = [number for number, part in enumerate(self._parts) if step.step in self._runs[part[0]]]
+        wanted = [name for number in running for name in self.externals[number]]
+        wanted += [model.source[name] for name in (*step.reads, *step.stores) if name in model.source]
+        wanted += [model.prediction] * step.predicts
+        return {name: wanted.count(name) for name in wanted}
+
+    def _effective(self, step: _Step, name: str) -> Version:
+        """The version of a tensor that a consumer reads at a step; sums are launched at their first use."""
+        model = self._model
+        if name not in step.reads:
+            maker = model.maker[name]
+            return Version("value", name, step.step if step.step in self._runs[maker] else self._made_once[maker])
+        if name not in model.source:
+            return Version("value", name, step.reads[name])
+        if name not in self._sums:
+            terms = [Version("residual", name, step.reads[name])]
+            base = model.source[name]
+            while base in step.reads and base in model.source and self._uses[base] == 1:
+                terms.append(Version("residual", base, step.reads[base]))
+                base = model.source[base]
+            terms.append(self._effective(step, base))
+            key = ("sum", len(terms), model.pieces.tensors[name].kind, False)
+            self._sums[name] = Version("sum", name, step.step)
+            self._queue.append(_Emitted(step.step, key, terms[::-1], [self._sums[name]]))
+        return self._sums[name]
+
+
+def _externals(model: _Model, part: Sequence[int]) -> tuple[str, ...]:
+    """What a part reads that other parts make, or that is cached, in order of name."""
+    pieces = [model.pieces.pieces[place] for place in part]
+    made = {name for piece in pieces for name in piece.makes}
+    return tuple(sorted({name for piece in pieces for name in piece.reads if name in model.maker} - made))
+
+
+def _fused_residuals(
+    model: _Model, steps: Sequence[_Step], parts: Sequence[tuple[int, ...]], externals: Sequence[tuple[str, ...]]
+) -> list[tuple[str, ...]]:
+    """Per part the values whose residual it makes itself: those whose input it has at hand whenever it is stored."""
+    fused = []
+    for part, external in zip(parts, externals, strict=True):
+        made = {name for place in part for name in model.pieces.pieces[place].makes}
+        names = []
+        for name in sorted(made & model.source.keys()):
+            stored = [step for step in steps if name in step.stores]
+            source = model.source[name]
+            inside = source in made and all(source in step.computed for step in stored)
+            if stored and (inside or source in external):
+                names.append(name)
+        fused.append(tuple(names))
+    return fused
+
+
+def _predicts_directly(
+    index: GraphIndex, model: _Model, steps: Sequence[_Step], runs: Mapping[int, frozenset[int]]
+) -> bool:
+    """Whether the part that makes the prediction can write it to its slot: nothing else wants it, and it makes one at
+    every launch. So it is in a traced model; a prediction that is a block's output is copied to its slot."""
+    if index.block[index.prediction] >= 0 or any(model.prediction in piece.reads for piece in model.pieces.pieces):
+        return False
+    if model.prediction in model.source.values():
+        return False
+    predicting = {step.step for step in steps if step.predicts and model.prediction in step.computed}
+    return runs[model.maker[model.prediction]] == predicting
+
+
+def _assemble(
+    index: GraphIndex, model: _Model, parts: Sequence[tuple[int, ...]], emitted: Sequence[_Emitted], alignment: int
+) -> SegmentPlan:
+    """Segments with the outputs that somebody reads, and every version at its offset."""
+    last_read = {version: number for number, launch in enumerate(emitted) for version in launch.reads}
+    read = {(version.what, version.name) for version in last_read}
+    targets: list[object] = [
+        *range(len(parts)),
+        *dict.fromkeys(e.target for e in emitted if isinstance(e.target, tuple)),
+    ]
+    first = {target: next(e for e in emitted if e.target == target) for target in targets}
+    segments = tuple(_segment(model, parts, targets, target, first[target], read) for target in targets)
+    number_of = {target: number for number, target in enumerate(targets)}
+
+    place: dict[Version, int] = {}
+    lifetimes: list[Lifetime] = []
+    kept: list[list[Version]] = []
+    for number, launch in enumerate(emitted):
+        kept.append([version for version in launch.writes if (version.what, version.name) in read])
+        for version in kept[-1]:
+            last = last_read.get(version)
+            place[version] = len(lifetimes)
+            nbytes = model.pieces.tensors[version.name].nbytes
+            lifetimes.append(Lifetime(nbytes, number, number if last is None else last, read=last is not None))
+    offsets, arena = allocate(lifetimes, alignment)
+    launches = tuple(
+        Launch(
+            step=launch.step,
+            variant=number_of[launch.target],
+            reads=tuple(offsets[place[version]] for version in launch.reads),
+            writes=tuple(offsets[place[version]] for version in writes),
+            prediction=launch.prediction,
+        )
+        for launch, writes in zip(emitted, kept, strict=True)
+    )
+    return SegmentPlan(
+        segments=segments,
+        launches=launches,
+        arena_bytes=arena,
+        lower_bound_bytes=lower_bound(lifetimes, alignment),
+        macs_run=sum(segments[launch.variant].macs for launch in launches),
+    )
+
+
+def _segment(
+    model: _Model,
+    parts: Sequence[tuple[int, ...]],
+    targets: Sequence[object],
+    target: object,
+    launch: _Emitted,
+    read: set[tuple[What, str]],
+) -> Segment:
+    if isinstance(target, int):
+        part = parts[target]
+        pieces = [model.pieces.pieces[place] for place in part]
+        kinds: dict[str, Literal["output", "residual"]] = {"value": "output", "residual": "residual"}
+        return Segment(
+            name=f"s{target:02d}",
+            kind="part",
+            reads=_externals(model, part),
+            writes=tuple(Cache(v.name, kinds[v.what]) for v in launch.writes if (v.what, v.name) in read),
+            predicts=launch.prediction is not None,
+            macs=sum(piece.macs for piece in pieces),
+            weight_bytes=model.pieces.weight_bytes(part),
+            pieces=part,
+        )
+    assert isinstance(target, tuple)
+    kind, terms, tensor, predicts = target
+    # Sums of as many tensors of another shape or type come with a number.
+    alike = [other for other in targets if isinstance(other, tuple) and (other[:2], other[3]) == (target[:2], predicts)]
+    name = {"sum": f"sum{terms}", "difference": "difference"}[kind] if not predicts else "copy"
+    if alike.index(target):
+        name += f".{alike.index(target)}"
+    return Segment(
+        name=name,
+        kind=kind,
+        reads=tuple(f"term{i}" for i in range(terms)),
+        writes=() if predicts else (Cache(kind, "output"),),
+        predicts=predicts,
+        terms=terms,
+        tensor=tensor,
+    )

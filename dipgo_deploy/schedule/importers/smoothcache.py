@@ -1,0 +1,99 @@
+"""The schedules that the SmoothCache authors released (arXiv 2411.10510): JSON, a list of 0 and 1 for each layer kind.
+
+A key is a kind of layer, for all blocks of the transformer (``attn``, ``mlp``; ``attn1`` with diffusers' names), or one
+layer of it (``attn-0`` ... ``mlp-27``). Entry t is about evaluation t, the first evaluation first: 1 = the layer is
+computed and its output stored, 0 = its stored output is used. A kind without a key is computed at every evaluation, as
+SmoothCache's helper leaves it alone. Schedules of FORA (2407.01425) and Learning-to-Cache (2406.01733) were released
+in this format too.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dipgo_deploy.errors import UserError
+from dipgo_deploy.schedule.builders import Target
+from dipgo_deploy.schedule.document import Gates, Schedule
+from dipgo_deploy.schedule.importers.layers import numbered_units, units_of_kind
+from dipgo_deploy.schedule.importers.rows import import_file
+
+_LAYER = re.compile(r"(?P<kind>.+)-(?P<number>\d{1,6})", re.ASCII)
+
+
+def import_smoothcache(path: str | Path, target: Target) -> Schedule:
+    """The schedule of a JSON file (at most 16 MiB) for ``target``, a transformer at granularity ``layer``.
+
+    Raises UserError, with the file's name, for anything that is no such JSON, for layers that the model does not have,
+    and when some layers of a kind are given and others are not.
+    """
+    return import_file(path, target, "import smoothcache", read_gates)
+
+
+def read_gates(data: bytes, names: tuple[str, ...]) -> Gates:
+    """T x N gates from JSON text; ``names``: the model's N units, in order."""
+    rows = _rows_of_units(_document(data), names)
+    lengths = {name: len(row) for name, row in rows.items()}
+    if len(set(lengths.values())) > 1:
+        (first, length), *others = lengths.items()
+        other = next(name for name, count in others if count != length)
+        raise UserError(f"{first} has {length} entries, but {other} has {lengths[other]}: they must be as many")
+    steps = next(iter(lengths.values()))
+    kept_always = (True,) * steps
+    return tuple(zip(*(rows.get(name, kept_always) for name in names), strict=True))
+
+
+def _document(data: bytes) -> Mapping[str, Any]:
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in found:
+                raise UserError(f"{key[:60]!r} is given twice")
+            found[key] = value
+        return found
+
+    try:
+        document = json.loads(data, object_pairs_hook=once)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"not JSON: {error}") from error
+    if not isinstance(document, dict) or not document:
+        raise UserError("not a JSON object with a list of 0 and 1 for each kind of layer")
+    return document
+
+
+def _rows_of_units(document: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, tuple[bool, ...]]:
+    rows: dict[str, tuple[bool, ...]] = {}
+    by_layer: dict[str, None] = {}
+    for key, entries in document.items():
+        row = _row(key, entries)
+        layer = _LAYER.fullmatch(key)
+        if layer is None:
+            units = tuple(unit for stack in units_of_kind(key, names).values() for unit in stack.values())
+        else:
+            layers = numbered_units(layer["kind"], names)
+            number = int(layer["number"])
+            if number not in layers:
+                raise UserError(f"{key}: no such layer in this model, whose blocks count to {max(layers)}")
+            units = (layers[number],)
+            by_layer[layer["kind"]] = None
+        for unit in units:
+            if unit in rows:
+                raise UserError(f"{key[:60]!r}: {unit} has a list already")
+            rows[unit] = row
+    for kind in by_layer:
+        for number, unit in numbered_units(kind, names).items():
+            if unit not in rows:
+                raise UserError(f"{kind}-{number} is missing: give all layers of a kind, or none")
+    return rows
+
+
+def _row(key: str, entries: Any) -> tuple[bool, ...]:
+    if not isinstance(entries, list) or not entries:
+        raise UserError(f"{key[:60]!r}: not a list of 0 and 1")
+    for step, entry in enumerate(entries):
+        if type(entry) is not int or entry not in (0, 1):
+            raise UserError(f"{key[:60]!r}: step {step} is {repr(entry)[:60]}, not 0 or 1")
+    return tuple(entry == 1 for entry in entries)

@@ -1,0 +1,60 @@
+"""Where a loop's time goes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from toy_engine import Toy, build
+
+from dipgo_deploy.bench.profile import OUTSIDE, sum_kernels
+from dipgo_deploy.bundle.manifest import Manifest
+
+
+def _kernel(name: str, operator: str, microseconds: int) -> dict[str, object]:
+    return {"cat": "Node", "name": f"{name}_kernel_time", "dur": microseconds, "args": {"op_name": operator}}
+
+
+def test_kernels_go_to_the_innermost_block_and_nothing_is_lost():
+    blocks = ["transformer_blocks.1", "transformer_blocks.10", "transformer_blocks.1.ff"]
+    events = [
+        _kernel("transformer_blocks.1/Add_3", "Add", 1),
+        _kernel("transformer_blocks.10.ff.net.0/MatMul_4", "MatMul", 10),
+        _kernel("transformer_blocks.1.ff.net.0/MatMul_5", "MatMul", 100),
+        _kernel("latent/WeightedSum", "MatMul", 1000),
+        {"cat": "Session", "name": "model_run", "dur": 5000},
+        {"cat": "Node", "name": "transformer_blocks.1/Add_3_fence_before", "dur": 7, "args": {"op_name": "Add"}},
+    ]
+    by_block, by_operator = sum_kernels(events, blocks)
+    assert by_block == pytest.approx(
+        {
+            "transformer_blocks.1": 1e-6,
+            "transformer_blocks.10": 1e-5,
+            "transformer_blocks.1.ff": 1e-4,
+            OUTSIDE: 1e-3,
+        }
+    )
+    assert list(by_operator) == ["MatMul", "Add"]
+    assert sum(by_operator.values()) == pytest.approx(1111e-6)
+
+
+def test_profile_of_an_engine_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dipgo_deploy.bundle.directory import Bundle
+    from dipgo_deploy.cli.bench import command
+
+    folder = build(tmp_path / "engine", Toy())
+    block = type("Block", (), {"name": "a"})
+    monkeypatch.setattr(Bundle, "load_schedule", lambda self: type("Schedule", (), {"blocks": [block]}))
+    result = CliRunner().invoke(command, ["profile", "--engine-dir", str(folder), "--threads", "1", "--json"])
+    assert result.exit_code == 0, result.output
+    facts = json.loads(result.stdout)
+    plan = Manifest.load(folder).plan
+    assert [launch["step"] for launch in facts["launches"]] == [launch.step for launch in plan.launches]
+    assert all(launch["seconds"] > 0 for launch in facts["launches"])
+    inside = sum(launch["seconds"] for launch in facts["launches"])
+    assert facts["host_seconds"] == pytest.approx(facts["loop_seconds"] - inside)
+    assert facts["host_seconds"] > 0
+    assert sum(facts["blocks"].values()) == pytest.approx(sum(facts["operators"].values()))
+    assert facts["kernel_seconds"] >= facts["copy_seconds"] >= 0

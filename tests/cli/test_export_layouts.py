@@ -1,0 +1,48 @@
+"""``dipgo-export --plan-only`` on both layouts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dipgo_deploy.cli.export import main
+from dipgo_deploy.models.target import schedule_target
+from dipgo_deploy.schedule import builders
+
+
+@pytest.fixture
+def schedule(tmp_path: Path) -> Path:
+    target = schedule_target("fashion-dit", "ddim", 6, "block", None)
+    gates = builders.random(target.steps, len(target.blocks), 0.5, seed=1)
+    path = tmp_path / "random.json"
+    target.schedule(gates, "random", {}).save(path)
+    return path
+
+
+def test_both_layouts_are_shown_and_the_budget_chooses(schedule: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--model", "fashion-dit", "--schedule", str(schedule), "--plan-only", "--json"]
+    assert main([*arguments, "--layout", "segments", "--memory-budget", "30MiB"]) == 0
+    shown = capsys.readouterr()
+    facts = json.loads(shown.out)
+    variants, segments = facts["layouts"]["variants"], facts["layouts"]["segments"]
+    assert variants["weight_bytes"] > 30 * 2**20 > segments["total_bytes"]
+    assert facts["weight_bytes"] <= segments["weight_bytes"] < 1.01 * facts["weight_bytes"]
+    assert segments["launches"] > variants["launches"] == 6
+    assert segments["total_bytes"] == sum(segments[f"{part}_bytes"] for part in ("weight", "arena", "stack"))
+    assert facts["advice"] == "segments" and "--layout segments" in shown.err
+    assert facts["layout"] == "segments" and {row["name"] for row in facts["variants"]} >= {"s00", "sum2"}
+    assert len(facts["variants"]) == segments["graphs"] and len(facts["launches"]) == segments["launches"]
+    assert main([*arguments, "--memory-budget", "8GiB"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["advice"] == "variants" and facts["layout"] == "variants"
+    assert len(facts["variants"]) == variants["graphs"]
+
+
+def test_a_budget_without_plan_only_is_refused(schedule: Path, tmp_path: Path, capsys) -> None:
+    arguments = ["--model", "fashion-dit", "--schedule", str(schedule), "--memory-budget", "8GiB"]
+    assert main([*arguments, "--engine-dir", str(tmp_path / "engine")]) == 2
+    assert "--memory-budget goes with --plan-only" in capsys.readouterr().err
+    assert main([*arguments[:-1], "lots", "--plan-only"]) == 2
+    assert "--memory-budget lots" in capsys.readouterr().err

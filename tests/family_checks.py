@@ -1,0 +1,108 @@
+"""What every model family has to show, whatever its architecture: see ``check_family``."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dipgo_deploy.backends import create_backend
+from dipgo_deploy.bundle.directory import Bundle
+from dipgo_deploy.compare.conditions import reference_inputs
+from dipgo_deploy.compare.engine import Options, compare_engine
+from dipgo_deploy.compare.reference import load_reference
+from dipgo_deploy.compare.report import Report
+from dipgo_deploy.export.exporter import ExportOptions, PlannedExport, plan_export, publish, replan
+from dipgo_deploy.models.target import schedule_target
+from dipgo_deploy.schedule import builders
+from dipgo_deploy.schedule.document import CacheKind, Granularity, Schedule
+
+torch.set_num_threads(1)
+
+
+def random_weights(model: Any, scale: float = 0.05, seed: int = 0) -> Any:
+    """The model with noise on every parameter: initial zeros and equal values would hide mistakes."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
+    return model.eval()
+
+
+def schedule_for(
+    model: Path | str,
+    *,
+    ratio: float = 0.0,
+    sampler: str | None = None,
+    steps: int = 4,
+    granularity: Granularity = "block",
+    cache: CacheKind | None = None,
+    seed: int = 0,
+) -> Schedule:
+    """A schedule that removes a random ``ratio`` of the gates (0: a full run); sampler None: the model's own."""
+    target = schedule_target(str(model), sampler, steps, granularity, cache)
+    if ratio == 0:
+        return target.schedule(builders.full(target.steps, len(target.blocks)), "full", {})
+    gates = builders.random(target.steps, len(target.blocks), ratio, seed)
+    return target.schedule(gates, "random", {"ratio": ratio, "seed": seed})
+
+
+def plan_for(model: Path | str, schedule: Schedule, **options: Any) -> PlannedExport:
+    """One trace of the model; ``replan`` gives it other gates of the same blocks."""
+    return plan_export(str(model), schedule, ExportOptions(**options))
+
+
+def loop_report(engine_dir: Path, prompt: str = "a red shoe", label: int = 1) -> Report:
+    """Every variant and the whole loop of an engine directory against the torch supernet, on ONNX Runtime's CPU."""
+    bundle = Bundle.open(engine_dir)
+    manifest = bundle.manifest
+    reference = load_reference(bundle)
+    latent = manifest.latent
+    inputs = reference_inputs(
+        reference.source,
+        reference.conditions,
+        (manifest.batch, latent.channels, latent.height, latent.width),
+        noises=manifest.plan.noises,
+        guidance=manifest.guidance,
+        guidance_scale=manifest.guidance_scale,
+        prompts=(prompt,),
+        labels=(label,),
+    )
+    return compare_engine(bundle, reference, inputs, create_backend("cpu", threads=1), Options())
+
+
+def check_family(
+    model: Path | str, folder: Path, *, steps: int = 4, ratio: float = 0.5, tolerance: float = 1e-4, **choices: Any
+) -> Bundle:
+    """Export a random schedule without components and hold every tensor to ``tolerance`` of the supernet's.
+
+    choices: ``sampler``, ``granularity``, ``cache``, ``seed`` of ``schedule_for``. Returns the bundle for further
+    looks (number of variants, engine builds).
+    """
+    schedule = schedule_for(model, ratio=ratio, steps=steps, **choices)
+    planned = plan_for(model, schedule, components=False)
+    bundle = publish(planned, folder)
+    report = loop_report(folder)
+    assert report.first_failure() is None
+    assert report.results is not None
+    for tensor in (*(tensor for step in report.loop for tensor in step.tensors), *report.results.tensors):
+        assert tensor.relative <= tolerance, f"{tensor.name}: {tensor.relative}"
+    return bundle
+
+
+def with_gates(planned: PlannedExport, schedule: Schedule, folder: Path, **changes: Any) -> Bundle:
+    """The trace of ``planned`` cut for another schedule, written to ``folder``."""
+    again = replan(planned, schedule)
+    return publish(replace(again, options=replace(again.options, **changes)), folder)
+
+
+def build_with_tensorrt_rtx(engine_dir: Path) -> int:
+    """Engines of every variant and component, built without a GPU; returns their number. Skips without the package."""
+    import pytest
+
+    pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed: engines cannot be built here")
+    from dipgo_deploy.engine.build import build_engines
+
+    return len(build_engines(engine_dir, "tensorrt-rtx").built)

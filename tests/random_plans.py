@@ -1,0 +1,243 @@
+"""Random block graphs, traced models and schedules, and the supernet's definition on them; for the tests of plans."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from zlib import crc32
+
+from dipgo_deploy.plan.graph import Block, BlockGraph, Value
+from dipgo_deploy.plan.pieces import Node, NodeGraph, Tensor
+
+# Values are residues: adding and subtracting is exact, and different computations collide with chance 2**-61.
+PRIME = 2**61 - 1
+BIG = 10_000  # bytes of a weight that must be in one graph only
+
+
+def compute(name: str, arguments: Sequence[int]) -> int:
+    return hash((crc32(name.encode()), *arguments)) % PRIME
+
+
+def graph_input(graph: BlockGraph, name: str, step: int) -> int:
+    return compute(name, [step if graph.inputs[name] == "step" else -1])
+
+
+def residual_source(graph: BlockGraph) -> dict[str, str]:
+    return {o: i for b in graph.blocks if b.cache == "residual" for o, i in zip(b.outputs, b.inputs, strict=True)}
+
+
+def naive(graph: BlockGraph, gates: Sequence[Sequence[bool]]) -> list[int | None]:
+    """Predictions by the definition: kept blocks compute and store, removed ones read. None: a store was missing."""
+    owner = {output: k for k, block in enumerate(graph.blocks) for output in block.outputs}
+    source = residual_source(graph)
+    store: dict[str, int | None] = {}
+    predictions = []
+    for step, row in enumerate(gates):
+        known: dict[str, int | None] = {name: graph_input(graph, name, step) for name in graph.inputs}
+
+        def value(name: str, row=row, known=known) -> int | None:
+            if name not in known:
+                if name not in owner or row[owner[name]]:
+                    arguments = [value(read) for read in sorted(graph.values[name].reads)]
+                    known[name] = None if None in arguments else compute(name, arguments)
+                elif name in source:
+                    parts = value(source[name]), store.get(name)
+                    known[name] = None if None in parts else sum(parts) % PRIME
+                else:
+                    known[name] = store.get(name)
+            return known[name]
+
+        for block, kept in zip(graph.blocks, row, strict=True):
+            for output in block.outputs if kept else ():
+                made, origin = value(output), value(source[output]) if output in source else 0
+                store[output] = None if made is None or origin is None else (made - origin) % PRIME
+        predictions.append(value(graph.prediction))
+    return predictions
+
+
+def random_graph(rng: random.Random) -> BlockGraph:
+    """A block graph of one of three looks: any DAG, a UNet with skips, a chain; caches of both kinds mixed."""
+    look = rng.choice(["dag", "dag", "unet", "chain"])
+    residuals = rng.choice([0, 0.5, 1])
+    inputs = {"stack": "step", "text": "constant"}
+    values: dict[str, Value] = {}
+    blocks: list[Block] = []
+    count = rng.randint(1, 5)
+
+    def add(name: str, reads: list[str]) -> str:
+        work = frozenset({len(values)} | {rng.randint(0, 3) for _ in range(rng.randint(0, 2))})
+        values[name] = Value(name, rng.randint(1, 6), frozenset(reads), work)
+        return name
+
+    def some(pool: list[str], most: int = 3) -> list[str]:
+        return [rng.choice(pool) for _ in range(rng.randint(1, most))]
+
+    hidden = add("embed", some(list(inputs)) if look == "dag" else ["stack"])
+    skips: list[str] = []
+    for k in range(count):
+        pool = [*inputs, *values]
+        residual = rng.random() < residuals
+        outputs: list[str] = []
+        sources: list[str] = []
+        down = look == "unet" and k < count // 2
+        for j in range(1 if look == "chain" else rng.randint(1, 3)):
+            if look == "dag":
+                reads = some(pool)
+            elif look == "chain":
+                reads = [hidden, rng.choice(["text", hidden])]
+            else:
+                reads = [hidden, *(skips[-2:] if not down else [])]
+            if residual:
+                origin = rng.choice([v for v in pool if v in values]) if look == "dag" else hidden
+                if look == "dag" and rng.random() < 0.4:
+                    origin = add(f"b{k}/in{j}", some(pool))
+                sources.append(origin)
+                reads = [*reads, origin] if rng.random() < 0.85 else reads
+            if outputs and rng.random() < 0.5:
+                reads.append(rng.choice(outputs))
+            outputs.append(add(f"b{k}/out{j}", reads))
+        if down:
+            skips += outputs
+        elif look == "unet":
+            del skips[-2:]
+        hidden = outputs[-1]
+        blocks.append(Block(f"b{k}", tuple(outputs), "residual" if residual else "output", tuple(sources)))
+    prediction = hidden
+    if rng.random() < 0.95:
+        extra = some(["stack", *values]) if look == "dag" or rng.random() < 0.2 else []
+        prediction = add("noise_pred", [hidden, *extra])
+    return BlockGraph(inputs, values, tuple(blocks), prediction, tuple(range(1, len(values) + 4)))
+
+
+def random_gates(rng: random.Random, steps: int, blocks: int) -> list[list[bool]]:
+    density = rng.choice([0.1, 0.3, 0.5, 0.8, 1])
+    gates = [[rng.random() < density for _ in range(blocks)] for _ in range(steps)]
+    if rng.random() < 0.8:
+        gates[0] = [True] * blocks
+    return gates
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A block graph with the nodes that it was read off."""
+
+    graph: BlockGraph
+    nodes: NodeGraph
+
+    @property
+    def makers(self) -> dict[str, Node]:
+        return {name: node for node in self.nodes.nodes for name in node.outputs}
+
+
+def evaluate(traced: Traced, name: str, known: dict[str, int], given: Callable[[str], int | None]) -> int:
+    """A tensor from its node; ``given`` may know it better (a graph input, a cache), None where it does not."""
+    if name not in known:
+        value = given(name)
+        if value is None:
+            node = traced.makers[name]
+            value = compute(name, [evaluate(traced, read, known, given) for read in node.inputs])
+        known[name] = value
+    return known[name]
+
+
+def expand(rng: random.Random, graph: BlockGraph) -> Traced:
+    """Nodes for the values of ``graph``: the values' own, and unnamed ones in between that several values share."""
+    nodes: list[Node] = []
+    tensors: dict[str, Tensor] = {}
+    weights: dict[str, int] = {}
+    pool: list[str] = []
+    style = rng.choice(["plain", "shared", "wild"])
+
+    def add(name: str, reads: list[str], nbytes: int, *, extra: bool = False, passable: bool = True) -> None:
+        used = []
+        if rng.random() < 0.7:
+            used.append(f"w{len(weights)}")
+            weights[used[-1]] = rng.choice([8, BIG, BIG])
+        outputs = (name, f"{name}/twin") if extra else (name,)
+        nodes.append(Node(tuple(reads), outputs, rng.choice([0, rng.randint(0, 40)]), frozenset(used)))
+        for output in outputs:
+            tensors[output] = Tensor(f"k{nbytes}", nbytes, passable)
+        pool.extend(outputs[1:])
+
+    source = residual_source(graph)
+    for name, value in graph.values.items():
+        if name in source:  # what is added has one shape
+            value = replace(value, nbytes=tensors[source[name]].nbytes)
+        reads = sorted(value.reads)
+        if style != "plain":
+            for _ in range(rng.randint(0, 2)):
+                seen = [*graph.inputs, *pool, *(n for n in graph.values if n in tensors)]
+                if style == "shared":
+                    seen = [*graph.inputs, *pool[:2]]
+                constant = style == "wild" and rng.random() < 0.2
+                unnamed = f"t{len(tensors)}"
+                sources = [] if constant else [rng.choice(seen) for _ in range(rng.randint(1, 2))]
+                add(unnamed, sources, rng.randint(1, 3), passable=rng.random() < 0.85)
+                pool.append(unnamed)
+            reads += [rng.choice(pool) for _ in range(rng.randint(0, 2)) if pool]
+        add(name, reads, value.nbytes, extra=style == "wild" and rng.random() < 0.15)
+    made = NodeGraph(tuple(nodes), tensors, weights)
+    return read_off(made, graph)
+
+
+def read_off(nodes: NodeGraph, graph: BlockGraph) -> Traced:
+    """``graph`` with what its values read and cost according to the nodes."""
+    maker = {name: place for place, node in enumerate(nodes.nodes) for name in node.outputs}
+    values = {}
+    for name, value in graph.values.items():
+        reads: set[str] = set()
+        work: set[int] = set()
+        pending = [maker[name]]
+        while pending:
+            place = pending.pop()
+            if place in work:
+                continue
+            work.add(place)
+            for read in nodes.nodes[place].inputs:
+                if read in graph.values or read in graph.inputs:
+                    reads.add(read)
+                else:
+                    pending.append(maker[read])
+        values[name] = replace(value, nbytes=nodes.tensors[name].nbytes, reads=frozenset(reads), work=frozenset(work))
+    return Traced(replace(graph, values=values, costs=tuple(node.macs for node in nodes.nodes)), nodes)
+
+
+def supernet(traced: Traced, gates: Sequence[Sequence[bool]]) -> list[int | None]:
+    """Predictions by the definition: kept blocks compute and store, removed ones read. None: a store was missing."""
+    graph = traced.graph
+    owner = {output: k for k, block in enumerate(graph.blocks) for output in block.outputs}
+    source = residual_source(graph)
+    store: dict[str, int] = {}
+    predictions: list[int | None] = []
+
+    class Missing(Exception):
+        pass
+
+    for step, row in enumerate(gates):
+        known: dict[str, int] = {}
+
+        def given(name: str, step=step, row=row, known=known) -> int | None:
+            if name in graph.inputs:
+                return graph_input(graph, name, step)
+            if name not in owner or row[owner[name]]:
+                return None
+            if name not in store:
+                raise Missing
+            base = evaluate(traced, source[name], known, given) if name in source else 0
+            return (base + store[name]) % PRIME
+
+        fresh: dict[str, int] = {}
+        for block, kept in zip(graph.blocks, row, strict=True):
+            for output in block.outputs if kept else ():
+                try:
+                    origin = evaluate(traced, source[output], known, given) if output in source else 0
+                    fresh[output] = (evaluate(traced, output, known, given) - origin) % PRIME
+                except Missing:
+                    store.pop(output, None)
+        store.update(fresh)
+        try:
+            predictions.append(evaluate(traced, graph.prediction, known, given))
+        except Missing:
+            predictions.append(None)
+    return predictions

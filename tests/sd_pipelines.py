@@ -1,0 +1,194 @@
+"""Tiny Stable Diffusion pipelines with random weights (1.5, 2.1, XL), and their stock pipelines' own results."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    EulerDiscreteScheduler,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from family_checks import loop_report, random_weights
+from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+import dipgo_deploy
+from dipgo_deploy.sampler import make_scheduler
+
+TOKENIZER = Path(dipgo_deploy.__file__).parent / "assets/fashion-sd/tokenizer"
+SAMPLE = 8  # latent pixels; the tiny VAE makes 64 pictures' pixels of them, as the real ones' scale is 8 too
+PROMPT, NEGATIVE = "a red shoe, and a BAG", "a coat"
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+# The schedulers of the published folders.
+PNDM = {**BETAS, "skip_prk_steps": True, "set_alpha_to_one": False, "steps_offset": 1}
+DDIM_V = {
+    **BETAS,
+    "clip_sample": False,
+    "prediction_type": "v_prediction",
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+}
+EULER = {
+    **BETAS,
+    "clip_sample": False,
+    "interpolation_type": "linear",
+    "sample_max_value": 1.0,
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    "steps_offset": 1,
+    "timestep_spacing": "leading",
+}
+
+_SD = {"sample_size": SAMPLE, "layers_per_block": 1, "norm_num_groups": 4, "block_out_channels": (8, 8, 16, 16)}
+
+
+def text_config(width: int, **changes: Any) -> CLIPTextConfig:
+    """A small CLIP text encoder for the built-in model's tokenizer."""
+    settings = {
+        "vocab_size": 679,
+        "hidden_size": width,
+        "intermediate_size": 2 * width,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 16,
+        "bos_token_id": 677,
+        "eos_token_id": 678,
+        "pad_token_id": 678,
+        "projection_dim": width,
+    }
+    return CLIPTextConfig(**{**settings, **changes})
+
+
+def vae(**changes: Any) -> AutoencoderKL:
+    """A VAE of four levels: scale 8."""
+    model = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(4, 4, 4, 8),
+        norm_num_groups=2,
+        latent_channels=4,
+        sample_size=8 * SAMPLE,
+        **changes,
+    )
+    return random_weights(model)
+
+
+def _sd(folder: Path, unet: UNet2DConditionModel, text: CLIPTextConfig, scheduler: Any, **tokenizer: Any) -> Path:
+    StableDiffusionPipeline(
+        vae=vae(),
+        text_encoder=random_weights(CLIPTextModel(text)),
+        tokenizer=AutoTokenizer.from_pretrained(TOKENIZER, **tokenizer),
+        unet=random_weights(unet),
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder)
+    return folder
+
+
+def save_sd15(folder: Path) -> Path:
+    """SD-1.5's kinds of blocks, text encoder and scheduler."""
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(**_SD, cross_attention_dim=16, attention_head_dim=2)
+    return _sd(folder, unet, text_config(16, hidden_act="quick_gelu"), PNDMScheduler(**PNDM))
+
+
+def save_sd21(folder: Path, *, sharp: float = 1.0) -> Path:
+    """SD-2.1 (768): linear projections, heads by width, upcast attention, OpenCLIP's activation and padding, a
+    v-prediction. sharp: factor of the weights of queries and keys."""
+    torch.manual_seed(1)
+    unet = UNet2DConditionModel(
+        **_SD,
+        cross_attention_dim=16,
+        attention_head_dim=(2, 2, 4, 4),
+        use_linear_projection=True,
+        upcast_attention=True,
+    )
+    random_weights(unet)
+    with torch.no_grad():
+        for name, parameter in unet.named_parameters():
+            if name.endswith(("to_q.weight", "to_k.weight")):
+                parameter.mul_(sharp)
+    text = text_config(16, hidden_act="gelu", projection_dim=8, pad_token_id=0)
+    return _sd(folder, unet, text, DDIMScheduler(**DDIM_V), pad_token="!")
+
+
+def sdxl_unet() -> UNet2DConditionModel:
+    """SDXL's kinds of blocks: no attention in the first, several transformer layers in the others."""
+    unet = UNet2DConditionModel(
+        sample_size=SAMPLE,
+        layers_per_block=1,
+        norm_num_groups=4,
+        block_out_channels=(8, 8, 16),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 1, 2),
+        attention_head_dim=(1, 2, 4),
+        use_linear_projection=True,
+        cross_attention_dim=16 + 24,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=6 * 8 + 20,
+    )
+    return random_weights(unet)
+
+
+def save_sdxl(folder: Path, *, zeros: bool = True, **vae_changes: Any) -> Path:
+    """SDXL: two text encoders of different widths, the second with a projection and another padding."""
+    torch.manual_seed(2)
+    StableDiffusionXLPipeline(
+        vae=vae(**vae_changes),
+        text_encoder=random_weights(CLIPTextModel(text_config(16, hidden_act="quick_gelu"))),
+        text_encoder_2=random_weights(
+            CLIPTextModelWithProjection(text_config(24, hidden_act="gelu", projection_dim=20, pad_token_id=0))
+        ),
+        tokenizer=AutoTokenizer.from_pretrained(TOKENIZER),
+        tokenizer_2=AutoTokenizer.from_pretrained(TOKENIZER, pad_token="!"),
+        unet=sdxl_unet(),
+        scheduler=EulerDiscreteScheduler.from_config(EULER),
+        force_zeros_for_empty_prompt=zeros,
+        add_watermarker=False,
+    ).save_pretrained(folder)
+    return folder
+
+
+def stock(pipeline: Any, *, sampler: str | None = None, steps: int, seed: int = 3, **call: Any) -> np.ndarray:
+    """What diffusers' own pipeline makes (``output_type`` latent or np); ``sampler`` as users swap schedulers."""
+    own = pipeline.scheduler
+    if sampler is not None:
+        pipeline.scheduler = make_scheduler(sampler, own.config)
+    try:
+        pipeline.set_progress_bar_config(disable=True)
+        generator = torch.Generator("cpu").manual_seed(seed)
+        images = pipeline(num_inference_steps=steps, generator=generator, **call).images
+    finally:
+        pipeline.scheduler = own
+    return images.numpy() if isinstance(images, torch.Tensor) else np.asarray(images)
+
+
+def relative(got: np.ndarray, want: np.ndarray) -> float:
+    """Largest difference, relative to the largest value."""
+    assert got.shape == want.shape
+    return float(np.abs(got - want).max() / np.abs(want).max())
+
+
+def psnr(got: np.ndarray, want: np.ndarray) -> float:
+    """Of pictures in [0, 1], in dB."""
+    return float(-10 * np.log10(np.mean((got - want) ** 2)))
+
+
+def assert_equals_supernet(engine_dir: Path, tolerance: float = 1e-4) -> None:
+    """Every variant and the whole loop, caches fed forward, within ``tolerance`` of the supernet."""
+    report = loop_report(engine_dir)
+    assert report.first_failure() is None
+    assert report.results is not None
+    for tensor in (*(tensor for step in report.loop for tensor in step.tensors), *report.results.tensors):
+        assert tensor.relative <= tolerance, f"{tensor.name}: {tensor.relative}"

@@ -1,0 +1,341 @@
+"""The same cached loop by every means at hand, in one run: PyTorch, DeepCache, cache-dit, ONNX Runtime, and ours.
+
+Run from the repository's root: ``python -m tools.bench.peers --out docs/results/peers.json``. DeepCache and cache-dit
+are taken where they are installed (``pip install DeepCache cache-dit``), torch.compile where there is a C++ compiler;
+what is missing is named in the results.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import click
+import numpy as np
+import torch
+
+from dipgo_deploy.cli.common import emit, entry_point, human_console, json_option
+from dipgo_deploy.compare.conditions import as_arrays, reference_inputs
+from dipgo_deploy.compare.metrics import relative_error
+from dipgo_deploy.export.exporter import ExportOptions, PlannedExport, plan_export
+from dipgo_deploy.export.quiet import quiet_libraries
+from dipgo_deploy.models.target import schedule_target
+from dipgo_deploy.runtime.loop import DenoisingLoop
+from dipgo_deploy.sampler.schedulers import fresh, set_timesteps
+from dipgo_deploy.schedule import builders
+from dipgo_deploy.schedule.document import Granularity, Schedule
+from dipgo_deploy.supernet.load import load_denoiser
+from dipgo_deploy.supernet.loop import run_loop
+from tools.bench.measure import alternate, machine, machine_line, spread, timed
+from tools.bench.pairs import full_schedule, write_engine
+from tools.bench.tables import table, with_quartiles, write_results
+
+GUIDANCE_SCALE = 5.0
+CPU = "CPUExecutionProvider"
+
+Denoise = Callable[[], np.ndarray]
+"""One whole loop: the final latents (1, C, h, w)."""
+
+
+@dataclass(frozen=True)
+class Contest:
+    """What everybody computes: one image with guidance, the same noise and conditions, ``interval`` steps a refresh.
+
+    ours: the schedule that is equal to the peer's setting. peer: name of the rival it was made for.
+    """
+
+    model: str
+    schedule: Schedule
+    planned: PlannedExport
+    latents: torch.Tensor
+    conditions: Mapping[str, torch.Tensor]
+    interval: int
+    peer: str
+
+    @property
+    def steps(self) -> int:
+        """Steps of the sampler."""
+        return self.schedule.sampler.num_inference_steps
+
+
+def contest(model: str, steps: int, interval: int, height: int | None) -> Contest:
+    """DeepCache's pattern (branch 0) for a UNet; for a transformer cache-dit's: the first block always, the others
+    every ``interval`` steps, their summed change kept between."""
+    probe = schedule_target(model, "ddim", steps)
+    unet = probe.model.class_name.startswith("UNet")
+    granularity: Granularity = "layer" if unet else "block"
+    target = schedule_target(model, "ddim", steps, granularity)
+    names = [block.name for block in target.blocks]
+    if unet:
+        gates = builders.deepcache(target.steps, names, interval, 0)
+    else:
+        gates = tuple(
+            tuple(step % interval == 0 or index == 0 for index in range(len(names))) for step in range(target.steps)
+        )
+    schedule = target.schedule(gates, "bench", {"interval": interval})
+    planned = plan_export(model, schedule, ExportOptions(components=False, check=False, height=height, width=height))
+    shape = planned.traced.shape
+    channels = planned.source.family.latent_channels(planned.source.config)
+    inputs = reference_inputs(
+        planned.source,
+        planned.traced.conditions,
+        (1, channels, shape.height, shape.width),
+        noises=0,
+        guidance=True,
+        guidance_scale=GUIDANCE_SCALE,
+    )
+    peer = "DeepCache" if unet else "cache-dit"
+    return Contest(model, schedule, planned, inputs.latents, inputs.conditions, interval, peer)
+
+
+def torch_loop(given: Contest, model: Any, scheduler: Any) -> np.ndarray:
+    """What a diffusers pipeline does between text encoder and VAE."""
+    latents = given.latents * scheduler.init_noise_sigma
+    channels = latents.shape[1]
+    with torch.no_grad():
+        for timestep in scheduler.timesteps:
+            batch = torch.cat([latents] * 2)
+            times = timestep if given.peer == "DeepCache" else timestep.expand(2)
+            output = model(scheduler.scale_model_input(batch, timestep), times, return_dict=False, **given.conditions)
+            unconditional, conditional = output[0][:, :channels].chunk(2)
+            prediction = unconditional + GUIDANCE_SCALE * (conditional - unconditional)
+            latents = scheduler.step(prediction, timestep, latents, return_dict=False)[0]
+    result: np.ndarray = latents.numpy()
+    return result
+
+
+def eager(given: Contest) -> Denoise:
+    """diffusers' model as it is, every step in full."""
+    model = load_denoiser(given.model)[0]
+    return lambda: torch_loop(given, model, _scheduler(given))
+
+
+def compiled(given: Contest) -> Denoise:
+    """The same through ``torch.compile``; compiling is not counted."""
+    model = torch.compile(load_denoiser(given.model)[0], dynamic=False)
+    return lambda: torch_loop(given, model, _scheduler(given))
+
+
+def eager_cached(given: Contest) -> Denoise:
+    """The schedule in PyTorch: the supernet, removed blocks not run."""
+    supernet = given.planned.source.supernet(given.schedule.model.granularity, given.schedule.cache_kinds)
+
+    def call() -> np.ndarray:
+        with torch.no_grad():
+            final = run_loop(
+                supernet,
+                given.planned.scheduler,
+                given.schedule.gates,
+                given.latents,
+                given.conditions,
+                num_inference_steps=given.steps,
+                guidance_scale=GUIDANCE_SCALE,
+            )
+        result: np.ndarray = final.numpy()
+        return result
+
+    return call
+
+
+def deepcache(given: Contest) -> Denoise:
+    """The package DeepCache, ``cache_branch_id`` 0."""
+    from DeepCache import DeepCacheSDHelper
+
+    pipe = SimpleNamespace(unet=load_denoiser(given.model)[0], scheduler=None)
+    helper = DeepCacheSDHelper(pipe)
+    helper.set_params(cache_interval=given.interval, cache_branch_id=0)
+
+    def call() -> np.ndarray:
+        pipe.scheduler = _scheduler(given)
+        helper.enable()
+        try:
+            return torch_loop(given, pipe.unet, pipe.scheduler)
+        finally:
+            helper.disable()
+
+    return call
+
+
+def cache_dit(given: Contest) -> Denoise:
+    """The package cache-dit: first block computed, the others from a static mask of steps."""
+    import cache_dit as package
+
+    model = load_denoiser(given.model)[0]
+    mask = [int(step % given.interval == 0) for step in range(given.steps)]
+    config = package.DBCacheConfig(
+        Fn_compute_blocks=1,
+        Bn_compute_blocks=0,
+        max_warmup_steps=1,
+        num_inference_steps=given.steps,
+        steps_computation_mask=mask,
+        steps_computation_policy="static",
+        enable_separate_cfg=False,
+    )
+    package.enable_cache(model, cache_config=config)
+
+    def call() -> np.ndarray:
+        package.refresh_context(model, num_inference_steps=given.steps)
+        return torch_loop(given, model, _scheduler(given))
+
+    return call
+
+
+def engine(given: Contest, schedule: Schedule, folder: Path, threads: int) -> Denoise:
+    """An engine directory of ours on ONNX Runtime's CPU provider."""
+    from dipgo_deploy.backends.onnxruntime import OnnxRuntimeBackend
+    from dipgo_deploy.bundle.directory import Bundle
+    from dipgo_deploy.export.exporter import replan
+
+    write_engine(replan(given.planned, schedule), folder)
+    loop = DenoisingLoop(Bundle.open(folder), OnnxRuntimeBackend("cpu", threads=threads))
+    noise, conditions = given.latents.numpy(), as_arrays(given.conditions)
+    return lambda: loop.run(noise, conditions, guidance_scale=GUIDANCE_SCALE)
+
+
+def rivals(given: Contest, folder: Path, threads: int) -> dict[str, Callable[[], Denoise]]:
+    """Every contestant by name, made when it is asked for; the first is what the others are measured against."""
+    peer = {"DeepCache": deepcache, "cache-dit": cache_dit}[given.peer]
+    return {
+        "ours": lambda: engine(given, given.schedule, folder / "ours", threads),
+        "PyTorch, same caching": lambda: eager_cached(given),
+        given.peer: lambda: peer(given),
+        "PyTorch, full": lambda: eager(given),
+        "torch.compile, full": lambda: compiled(given),
+        "ONNX Runtime, full": lambda: engine(given, full_schedule(given.schedule), folder / "full", threads),
+    }
+
+
+FULL = ("PyTorch, full", "torch.compile, full", "ONNX Runtime, full")
+
+
+def race(given: Contest, repeats: int, threads: int, leave_out: tuple[str, ...], notify: Callable[[str], None]) -> Any:
+    """Everybody in turn, ``repeats`` rounds; agreement of the final latents within the cached and the full ones."""
+    torch.set_num_threads(threads)
+    rows: dict[str, dict[str, Any]] = {}
+    calls: dict[str, Denoise] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, make in rivals(given, Path(folder), threads).items():
+            if name in leave_out:
+                rows[name] = {"missing": "left out"}
+                continue
+            notify(f"{given.model}: preparing {name}")
+            start = time.perf_counter()
+            try:
+                calls[name] = make()
+                final = calls[name]()
+            except Exception as error:  # a peer that is missing or fails is a result, too
+                calls.pop(name, None)
+                rows[name] = {"missing": " ".join(str(error).split())[:200] or type(error).__name__}
+                continue
+            rows[name] = {"ready_seconds": time.perf_counter() - start, "latents": final}
+        notify(f"{given.model}: {repeats} rounds of {', '.join(calls)}")
+        seconds = alternate({name: timed(call) for name, call in calls.items()}, repeats, warmup=0)
+    for name, values in seconds.items():
+        against = rows["ONNX Runtime, full" if name in FULL and "ONNX Runtime, full" in calls else "ours"]["latents"]
+        rows[name] |= {
+            "seconds": spread(values),
+            "times_ours": spread(values / seconds["ours"]),
+            "relative_error": relative_error(rows[name]["latents"], against),
+        }
+    for row in rows.values():
+        row.pop("latents", None)
+    shape = given.planned.traced.shape
+    return {
+        "model": given.model,
+        "steps": given.steps,
+        "interval": given.interval,
+        "latent": [shape.height, shape.width],
+        "graphs": len(given.planned.plan.variants),
+        "macs_full_over_run": given.planned.plan.macs_full * given.steps / given.planned.plan.macs_run,
+        "rows": rows,
+    }
+
+
+@click.command(name="peers")
+@click.option("--model", "models", multiple=True, help="Built-in model or folder.  [default: both built-in ones]")
+@click.option("--steps", type=click.IntRange(min=2), default=50, show_default=True)
+@click.option("--interval", type=click.IntRange(min=2), default=5, show_default=True, help="Steps a refresh.")
+@click.option("--height", type=int, help="Pixels, square.  [default: the model's own]")
+@click.option("--repeats", type=click.IntRange(min=1), default=7, show_default=True)
+@click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True)
+@click.option("--leave-out", multiple=True, help="Contestant that does not run (by its name in the table).")
+@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Results (.json, and .md beside it).")
+@json_option
+def command(
+    models: tuple[str, ...],
+    steps: int,
+    interval: int,
+    height: int | None,
+    repeats: int,
+    threads: int,
+    leave_out: tuple[str, ...],
+    out: Path | None,
+    as_json: bool,
+) -> None:
+    """Time one cached denoising loop by every means at hand, in turn."""
+    quiet_libraries()
+    console = human_console(as_json)
+    facts: dict[str, Any] = {"machine": machine(threads), "repeats": repeats, "contests": []}
+    for model in models or ("fashion-sd", "fashion-dit"):
+        given = contest(model, steps, interval, height)
+        facts["contests"].append(race(given, repeats, threads, leave_out, lambda line: console.print(line)))
+        console.print(_table(facts["contests"][-1]), markup=False, soft_wrap=True)
+    if out is not None:
+        write_results(out, facts, as_text(facts))
+    emit(facts, as_json)
+
+
+main = entry_point(command)
+
+
+def as_text(facts: Mapping[str, Any]) -> str:
+    """The results for readers."""
+    parts = [
+        "# Against peers\n",
+        f"{machine_line(facts['machine'])}.\n",
+        "One image with guidance, DDIM, fp32, the same noise and conditions; seconds of the denoising loop alone, "
+        f"{facts['repeats']} rounds in which every contestant runs once, in turn. Median, quartiles in brackets. "
+        "`times ours` is round by round. `error`: of the final latents, relative to the largest value, for the cached "
+        "loops against ours and for the full ones against ONNX Runtime's. Made by `python -m tools.bench.peers`.\n",
+    ]
+    for result in facts["contests"]:
+        parts.append(
+            f"## {result['model']}, {result['latent'][0]}x{result['latent'][1]} latents, {result['steps']} steps, "
+            f"refreshed every {result['interval']}\n\n{result['graphs']} graphs; the full loop has "
+            f"{result['macs_full_over_run']:.2f} times the multiply-accumulates.\n"
+        )
+        parts.append(_table(result))
+    return "\n".join(parts)
+
+
+def _table(result: Mapping[str, Any]) -> str:
+    rows = []
+    for name, row in result["rows"].items():
+        if "missing" in row:
+            rows.append((name, "-", "-", "-", row["missing"]))
+            continue
+        rows.append(
+            (
+                name,
+                with_quartiles(row["seconds"], 3),
+                with_quartiles(row["times_ours"], 2),
+                f"{row['relative_error']:.1e}",
+                "",
+            )
+        )
+    return table(("loop", "seconds", "times ours", "error", "not run because"), rows)
+
+
+def _scheduler(given: Contest) -> Any:
+    scheduler = fresh(given.planned.scheduler)
+    set_timesteps(scheduler, given.steps)
+    return scheduler
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(None))
