@@ -27,7 +27,7 @@ SAMPLE = 8  # latent pixels; the tiny VAE makes 64 pictures' pixels of them, as 
 PROMPT, NEGATIVE = "a red shoe, and a BAG", "a coat"
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 # The schedulers of the published folders.
-PNDM = {**BETAS, "skip_prk_steps": True, "set_alpha_to_one": False, "steps_offset": 1}
+PNDM = {**BETAS, "clip_sample": False, "skip_prk_steps": True, "set_alpha_to_one": False, "steps_offset": 1}
 DDIM_V = {
     **BETAS,
     "clip_sample": False,
@@ -98,7 +98,7 @@ def save_sd15(folder: Path) -> Path:
     """SD-1.5's kinds of blocks, text encoder and scheduler."""
     torch.manual_seed(0)
     unet = UNet2DConditionModel(**_SD, cross_attention_dim=16, attention_head_dim=2)
-    return _sd(folder, unet, text_config(16, hidden_act="quick_gelu"), PNDMScheduler(**PNDM))
+    return _sd(folder, unet, text_config(16, hidden_act="quick_gelu"), PNDMScheduler.from_config(PNDM))
 
 
 def save_sd21(folder: Path, *, sharp: float = 1.0) -> Path:

@@ -279,9 +279,7 @@ class _Run:
 
     __slots__ = ("_shapes", "_tensors", "context")
 
-    def __init__(
-        self, context: _Context, tensors: Mapping[str, Memory], shapes: Mapping[str, tuple[int, ...]]
-    ) -> None:
+    def __init__(self, context: _Context, tensors: Mapping[str, Memory], shapes: Mapping[str, tuple[int, ...]]) -> None:
         self.context = context
         self._tensors = tensors
         self._shapes = shapes
@@ -422,6 +420,7 @@ def compare_interface(path: Path, found: Mapping[str, str], graph: Graph) -> Non
     Raises:
         UserError: names file, tensor, and both descriptions.
     """
+
     def described(mode: str, spec: TensorSpec) -> str:
         return f"{mode} {spec.dtype} {tuple(-1 if isinstance(dim, str) else dim for dim in spec.declared)}"
 

@@ -27,7 +27,7 @@ SAME_RATIO = 0.03
 
 @dataclass(frozen=True)
 class Case:
-    """One way to make the images: gates for the reference's sampler, or all gates of another one.
+    """One way to make the images: gates for the reference's sampler, or for another one.
 
     name: what it is called. solver: (sampler, steps), None for the reference's own. gates: T x N, None for all kept.
     """
@@ -63,11 +63,13 @@ class Row:
         return asdict(self)
 
 
-def schedule_cases(schedules: Sequence[tuple[str, Schedule]], problem: Problem) -> list[Case]:
-    """Schedules by name as cases.
+def schedule_cases(
+    schedules: Sequence[tuple[str, Schedule]], problem: Problem, *, any_sampler: bool = False
+) -> list[Case]:
+    """Schedules by name as cases. any_sampler: also those for another sampler or number of steps than the reference's.
 
     Raises:
-        UserError: a schedule for another model, sampler or number of steps than the reference's.
+        UserError: a schedule for another model, or for a sampler or number of steps that it may not have.
     """
     target = problem.target
     cases = []
@@ -77,15 +79,19 @@ def schedule_cases(schedules: Sequence[tuple[str, Schedule]], problem: Problem) 
                 f"{name}: was made for another model, or for other blocks of it: give schedules of one model"
             )
         sampler = schedule.sampler
+        own = None
         if (sampler.class_name, sampler.num_inference_steps) != (
             target.sampler.class_name,
             target.sampler.num_inference_steps,
         ):
+            own = (sampler.class_name, sampler.num_inference_steps)
+        if own is not None and not any_sampler:
             raise UserError(
                 f"{name}: was made for {sampler.class_name} with {sampler.num_inference_steps} steps, the reference is "
-                f"{target.sampler.class_name} with {target.sampler.num_inference_steps}: compare like with like"
+                f"{target.sampler.class_name} with {target.sampler.num_inference_steps}: compare like with like, or "
+                "give --any-sampler"
             )
-        cases.append(Case(name, gates=schedule.gates))
+        cases.append(Case(name, gates=schedule.gates, solver=own))
     return cases
 
 

@@ -41,6 +41,9 @@ def command() -> None:
 @click.option("--per-condition", type=click.IntRange(min=2), default=20, show_default=True, help="Images of each.")
 @click.option("--batch", type=click.IntRange(min=1), default=20, show_default=True, help="Images at a time.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option(
+    "--any-sampler", is_flag=True, help="Take schedules for other samplers and steps than the full run's too."
+)
 @click.option("--by-ratio", is_flag=True, help="Compare each case with the first one that saves about as much.")
 @click.option("--prompts", type=_PATH, help="Text file, one prompt a line. [default: those of fashion-sd]")
 @click.option("--guidance/--no-guidance", default=None, help="Classifier-free guidance. [default: the pipeline's]")
@@ -59,6 +62,7 @@ def quality(
     batch: int,
     seed: int,
     by_ratio: bool,
+    any_sampler: bool,
     threads: int | None,
     out: Path | None,
     plot: Path | None,
@@ -91,7 +95,7 @@ def quality(
     console = human_console(as_json)
     with console.status("starting") as status:
         problem = load_problem(_problem_options(options, [schedule for _, schedule in schedules]), status.update)
-        cases = [*schedule_cases(schedules, problem), *solver_cases]
+        cases = [*schedule_cases(schedules, problem, any_sampler=any_sampler), *solver_cases]
         status.update("making images")
         rows = measure(
             problem,

@@ -149,7 +149,7 @@ def command(
 
 
 def at_sizes(bundle: Bundle, batch: int | None, height: int | None, width: int | None) -> Bundle:
-    """The engine directory at the sizes asked for (height and width in pixels), the usual ones of its ranges by default.
+    """The engine directory at the sizes asked for (height and width in pixels), the usual ones of its ranges otherwise.
 
     Raises:
         UserError: sizes that it does not take.

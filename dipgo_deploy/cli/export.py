@@ -55,6 +55,7 @@ _PATH = click.Path(path_type=Path)
 @click.option("--memory-budget", help="With --plan-only: say which layout's engines fit, such as 8GiB.")
 @click.option("--check/--no-check", default=True, show_default=True, help="Compare each variant with the supernet.")
 @click.option("--components/--no-components", default=True, show_default=True, help="Text encoder, tokenizer and VAE.")
+@click.option("--low-memory", is_flag=True, help="Hold the weights once; compare in a process of its own.")
 @click.option("--allow-other-config", is_flag=True, help="Accept a schedule made for another configuration.")
 @click.option("--overwrite", is_flag=True, help="Replace an engine directory that exists.")
 @json_option

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -106,16 +107,27 @@ def check_variants(planned: PlannedExport, variants: tuple[VariantEntry, ...], s
     tolerance = planned.source.family.tolerances[planned.options.dtype]
     ranges = planned.traced.shape.sizes
     for sizes in (None,) if ranges is None else corners(ranges):
-        at = "" if sizes is None else f" at {sizes.batch} x {sizes.height}x{sizes.width}"
-        for recording in record(planned, sizes):
-            entry = variants[recording.variant]
-            for name, actual in run_graph(stage / entry.graph.file, entry, recording.inputs).items():
-                error = relative_error(actual, recording.outputs[name])
-                if not error <= tolerance:
-                    raise ToleranceError(
-                        f"variant {entry.name}{at}, step {recording.step}, {name}: relative error {error:.2e} against "
-                        f"the supernet, above {tolerance:g}; nothing was written"
-                    )
+        compare_recordings(record(planned, sizes), variants, stage, tolerance, sizes)
+
+
+def compare_recordings(
+    recordings: Sequence[Recording],
+    variants: Sequence[VariantEntry],
+    stage: Path,
+    tolerance: float,
+    sizes: Sizes | None = None,
+) -> None:
+    """Run the graphs below ``stage`` on recordings of their inputs; raises ToleranceError as ``check_variants``."""
+    at = "" if sizes is None else f" at {sizes.batch} x {sizes.height}x{sizes.width}"
+    for recording in recordings:
+        entry = variants[recording.variant]
+        for name, actual in run_graph(stage / entry.graph.file, entry, recording.inputs).items():
+            error = relative_error(actual, recording.outputs[name])
+            if not error <= tolerance:
+                raise ToleranceError(
+                    f"variant {entry.name}{at}, step {recording.step}, {name}: relative error {error:.2e} against "
+                    f"the supernet, above {tolerance:g}; nothing was written"
+                )
 
 
 def check_segments(planned: PlannedExport, plan: PlanEntry, stage: Path) -> None:
@@ -159,7 +171,12 @@ def run_graph(path: Path, entry: VariantEntry, inputs: dict[str, np.ndarray]) ->
     """One run on ONNX Runtime's CPU provider; inputs are cast to the graph's dtypes, outputs come as float32."""
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    # Each of these would copy the weights, once or more, for a graph that runs once.
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    options.enable_cpu_mem_arena = False
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     feeds = {spec.name: inputs[spec.name].astype(spec.dtype) for spec in entry.graph.inputs}
     names = [spec.name for spec in entry.graph.outputs]
     return {name: value.astype(np.float32) for name, value in zip(names, session.run(names, feeds), strict=True)}

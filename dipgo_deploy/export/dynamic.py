@@ -242,7 +242,6 @@ class _Builder:
     """Nodes that compute shapes from the shape of one graph input; each expression once."""
 
     def __init__(self, graph: ir.Graph, source: ir.Value) -> None:
-        import onnx_ir as ir
 
         self._graph = graph
         self._made: dict[str, ir.Value] = {}

@@ -58,14 +58,15 @@ Notify = Callable[[str], None]
 class ExportOptions:
     """How a schedule is exported.
 
-    dtype: ``fp32``, ``fp16`` or ``bf16``. batch: images per launch; it, height and width may be ranges. guidance: classifier-free guidance inside the
-    graphs (the denoiser sees twice the batch); None: the family's default. height, width: in pixels, the model's native
-    size where None. max_variants: raise gates until at most so many graphs are left. layout: ``variants`` (a graph for
-    each kind of evaluation) or ``segments`` (each weight in one graph, an evaluation is several launches).
-    strength: start from a picture and run this share of the steps, as diffusers' image-to-image pipelines do.
-    allow_other_config: accept a schedule made for another configuration of the same class. check: compare every graph
-    with the supernet before publishing. components: export text encoder, tokenizer and VAE too; without them a bundle
-    takes embeddings and gives latents.
+    dtype: ``fp32``, ``fp16`` or ``bf16``. batch: images per launch; it, height and width may be ranges. guidance:
+    classifier-free guidance inside the graphs (the denoiser sees twice the batch); None: the family's default. height,
+    width: in pixels, the model's native size where None. max_variants: raise gates until at most so many graphs are
+    left. layout: ``variants`` (a graph for each kind of evaluation) or ``segments`` (each weight in one graph, an
+    evaluation is several launches). strength: start from a picture and run this share of the steps, as diffusers'
+    image-to-image pipelines do. allow_other_config: accept a schedule made for another configuration of the same class.
+    check: compare every graph with the supernet before publishing. components: export text encoder, tokenizer and VAE
+    too; without them a bundle takes embeddings and gives latents. low_memory: hold the weights once, and compare in a
+    process of its own, after they were released; a planned export can then be written once.
     """
 
     dtype: str = "fp32"
@@ -80,6 +81,7 @@ class ExportOptions:
     check: bool = True
     components: bool = True
     overwrite: bool = False
+    low_memory: bool = False
 
 
 @dataclass(frozen=True)
@@ -130,6 +132,8 @@ def plan_export(
     """
     if options.layout == "segments" and options.max_variants is not None:
         raise UserError("--max-variants: not with --layout segments, where no weight is in two graphs; leave it out")
+    if options.low_memory and options.layout == "segments":
+        raise UserError("--low-memory: not with --layout segments; leave one of them out")
     # Before the model: a sampler that is refused costs no trace.
     sampling = _nominal_sampling(model, schedule, options.strength)
     notify("loading the model")
@@ -144,7 +148,7 @@ def plan_export(
         open_conditions(source, shape, options.dtype)  # before the trace: conditions that cannot be told are refused
     notify("tracing the denoiser")
     specs = source.specs(schedule)
-    denoiser = source.denoiser if options.dtype == "fp32" else _denoiser_in(source, options.dtype)
+    denoiser = source.denoiser if options.dtype == "fp32" else _denoiser_in(source, options)
     traced = trace(denoiser, source.family, source.config, specs, schedule.cache_kinds, shape, options.dtype)
     notify("planning")
     return _planned(source, schedule, sampling, traced, options)
@@ -199,9 +203,7 @@ def _sampling(source: Source, schedule: Schedule, nominal: _Sampling, shape: Tra
     return nominal if same else _with_options(schedule, nominal.scheduler, options, nominal.strength)
 
 
-def _check_open(
-    source: Source, sampling: _Sampling, shape: TraceShape, options: ExportOptions, steps: int
-) -> None:
+def _check_open(source: Source, sampling: _Sampling, shape: TraceShape, options: ExportOptions, steps: int) -> None:
     """Refuse what open sizes do not go together with."""
     assert shape.sizes is not None
     for option, chosen in (("--layout segments", options.layout == "segments"), ("--strength", options.strength)):
@@ -216,9 +218,7 @@ def _check_open(
             )
 
 
-def _with_options(
-    schedule: Schedule, scheduler: Any, options: Mapping[str, Any], strength: float | None
-) -> _Sampling:
+def _with_options(schedule: Schedule, scheduler: Any, options: Mapping[str, Any], strength: float | None) -> _Sampling:
     from dipgo_deploy.sampler import begin_of, evaluations, prediction_used, sampler_matrix
 
     steps = schedule.sampler.num_inference_steps
@@ -239,9 +239,7 @@ def _planned(
     plan = compile_plan(traced.graph, schedule.gates, max_variants=options.max_variants, prediction_used=sampling.used)
     steps = schedule.sampler.num_inference_steps
     kwargs = sampling.set_timesteps
-    matrix = sampler_matrix(
-        sampling.scheduler, steps, plan.source, set_timesteps_kwargs=kwargs, begin=sampling.begin
-    )
+    matrix = sampler_matrix(sampling.scheduler, steps, plan.source, set_timesteps_kwargs=kwargs, begin=sampling.begin)
     planned = PlannedExport(
         source, schedule, sampling.scheduler, kwargs, traced, plan, matrix, sampling.used, options, image=image
     )
@@ -283,12 +281,15 @@ def write_bundle(planned: PlannedExport, stage: Path, notify: Notify = lambda st
     """Write everything of an engine directory into the empty folder ``stage``."""
     from dipgo_deploy.export.check import check_segments, check_variants
     from dipgo_deploy.export.components import export_components
+    from dipgo_deploy.export.low_memory import check_in_process, release
 
     options, plan = planned.options, planned.plan
     notify(f"cutting {len(plan.variants if planned.segments is None else planned.segments.segments)} {options.layout}")
     variants = write_entries(planned, stage / GRAPHS)
     plan_entry = _plan_entry(planned, variants)
-    if options.check:
+    if options.low_memory:
+        release(planned)
+    elif options.check:
         notify(f"comparing the {options.layout} with the supernet")
         if planned.segments is None:
             check_variants(planned, variants, stage)
@@ -321,6 +322,9 @@ def write_bundle(planned: PlannedExport, stage: Path, notify: Notify = lambda st
     planned.exported_schedule.save(stage / SCHEDULE_NAME)
     manifest = _manifest(planned, plan_entry, latent, conditions, components, hash_tree(stage))
     (stage / MANIFEST_NAME).write_text(manifest.dumps(), encoding="utf-8")
+    if options.low_memory and options.check and options.dtype != "bf16":
+        notify(f"comparing the {options.layout} with the supernet")
+        check_in_process(stage, planned.source.name)
     return manifest
 
 
@@ -374,12 +378,18 @@ def write_graphs(graphs: list[ir.Model], folder: Path) -> None:
         onnx.checker.check_model(str(path), full_check=True)
 
 
-def _denoiser_in(source: Source, dtype: str) -> Any:
-    """The denoiser in another dtype, loaded again so that the float32 reference stays as it is."""
+def _denoiser_in(source: Source, options: ExportOptions) -> Any:
+    """The denoiser in another dtype, loaded again so that the float32 reference stays as it is; with ``low_memory``
+    there is none."""
+    from dipgo_deploy.export.low_memory import convert_in_place
     from dipgo_deploy.export.upcast import keep_upcast_attention
     from dipgo_deploy.supernet.load import load_denoiser
 
-    denoiser = load_denoiser(source.name, torch_dtype(dtype))[0]
+    dtype = torch_dtype(options.dtype)
+    if options.low_memory and convert_in_place(source.denoiser, dtype):
+        denoiser = source.denoiser
+    else:
+        denoiser = load_denoiser(source.name, dtype)[0]
     keep_upcast_attention(denoiser)
     return denoiser
 

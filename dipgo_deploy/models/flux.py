@@ -226,8 +226,8 @@ def set_timesteps(
 ) -> Mapping[str, Any]:
     """FLUX's own ``sigmas`` unless the scheduler makes flow sigmas itself, and ``mu`` for the number of tokens.
 
-    The pipeline gives ``mu`` to every scheduler; here it is left out where it does nothing, because a value that depends
-    on the size means that an engine directory is for one size.
+    The pipeline gives ``mu`` to every scheduler; here it is left out where it does nothing, because a value that
+    depends on the size means that an engine directory is for one size.
     """
     options: dict[str, Any] = {}
     if not scheduler.get("use_flow_sigmas"):

@@ -65,4 +65,3 @@ class Component:
             call = bind(self._memory) if graph.sizes is None else bind(self._memory, graph)
             self._calls[sizes] = found = graph, call
         return found
-

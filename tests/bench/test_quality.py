@@ -13,7 +13,7 @@ from dipgo_deploy.bench.quality import SAME_RATIO, Case, measure, schedule_cases
 from dipgo_deploy.cli.bench import main
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.schedule.builders import full, uniform
-from dipgo_deploy.search.problem import Problem, ProblemOptions, load_problem
+from dipgo_deploy.search.problem import Problem, ProblemOptions, load_problem, with_sampler
 
 torch.set_num_threads(1)
 
@@ -61,6 +61,14 @@ def test_differences_by_ratio_are_to_the_first_of_the_same_ratio(problem: Proble
     assert fewer.difference.value != 0
 
 
+def test_gates_for_another_sampler_are_measured_against_the_same_full_run(problem: Problem) -> None:
+    other = with_sampler(problem, "dpm++2m", STEPS).target.schedule(uniform(STEPS, 3, 2), "uniform", {})
+    cases = [Case("half", uniform(STEPS, 3, 2)), *schedule_cases([("o.json", other)], problem, any_sampler=True)]
+    half, measured = measure(problem, cases, 2)
+    assert measured.ratio == half.ratio
+    assert measured.difference.value != 0
+
+
 def test_what_cannot_be_compared_is_refused(problem: Problem) -> None:
     schedule = problem.target.schedule(full(STEPS, 3), "full", {})
     other_model = schedule.model_copy(update={"model": schedule.model.model_copy(update={"config_hash": "0" * 64})})
@@ -69,6 +77,11 @@ def test_what_cannot_be_compared_is_refused(problem: Problem) -> None:
     sampler = schedule.sampler.model_copy(update={"num_inference_steps": 9})
     with pytest.raises(UserError, match="a.json: was made for DDIMScheduler with 9 steps"):
         schedule_cases([("a.json", schedule.model_copy(update={"sampler": sampler}))], problem)
+    (allowed,) = schedule_cases(
+        [("a.json", schedule.model_copy(update={"sampler": sampler}))], problem, any_sampler=True
+    )
+    assert allowed.solver == ("DDIMScheduler", 9)
+    assert allowed.gates == schedule.gates
     for text in ("ddim", "ddim:x", ":5", "ddim:0"):
         with pytest.raises(UserError, match="as in ddim:10"):
             solver_case(text)

@@ -16,6 +16,7 @@ from flow_pipelines import T5_WIDTH, flux_transformer, save_flux
 from sd_pipelines import PROMPT, assert_equals_supernet, psnr, relative, stock
 
 from dipgo_deploy.bundle.directory import Bundle
+from dipgo_deploy.bundle.shapes import Range
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.export.exporter import ExportOptions, PlannedExport, plan_export, publish
 from dipgo_deploy.models import family_for
@@ -116,17 +117,24 @@ def test_equals_it_with_other_samplers(
 
 
 def test_schnell_has_no_guidance(tmp_path: Path) -> None:
-    """FLUX.1-schnell's static shift and sigmas, and a bundle that takes embeddings."""
+    """FLUX.1-schnell's static shift and sigmas, which are those of every size: here the height stays open, and the
+    rotary table in the graph is put together for it. The bundle takes embeddings."""
     folder = save_flux(tmp_path / "schnell", guidance=False, small=True)
-    bundle = publish(plan_for(folder, schedule_for(folder, steps=STEPS), components=False, **SMALL), tmp_path / "x")
+    height = Range(min=8, opt=SMALL["height"], max=32, multiple=4)
+    planned = plan_for(folder, schedule_for(folder, steps=STEPS), components=False, height=height, width=SMALL["width"])
+    bundle = publish(planned, tmp_path / "x")
     assert [spec.name for spec in bundle.manifest.conditions] == ["encoder_hidden_states", "pooled_projections"]
     assert bundle.manifest.guidance_scale is None
     pipeline = FluxPipeline.from_pretrained(folder)
     with torch.no_grad():
         states, pooled, _ = pipeline.encode_prompt(PROMPT)
     embeds = {"encoder_hidden_states": states.numpy(), "pooled_projections": pooled.numpy()}
-    got = ours(bundle.path, prompt_embeds=embeds, output_type="latent")
-    assert relative(got, theirs(pipeline, prompt=PROMPT, output_type="latent", guidance_scale=0.0)) <= 1e-4
+    call = {"output_type": "latent", "height": 28}
+    got = ours(bundle.path, prompt_embeds=embeds, **call)
+    want = stock(pipeline, steps=STEPS, prompt=PROMPT, guidance_scale=0.0, width=SMALL["width"], **call)
+    want = pipeline._unpack_latents(torch.from_numpy(want), 28, SMALL["width"], 2).numpy()
+    assert got.shape == (1, 4, 14, 12)
+    assert relative(got, want) <= 1e-4
 
 
 @pytest.mark.parametrize("changes", [{}, {"use_flow_sigmas": True}, {"use_dynamic_shifting": False, "max_shift": 0.9}])

@@ -14,6 +14,7 @@ from flow_pipelines import T5_WIDTH, save_sd3, sd3_transformer, sd35_transformer
 from sd_pipelines import NEGATIVE, PROMPT, assert_equals_supernet, psnr, relative, stock
 
 from dipgo_deploy.bundle.directory import Bundle
+from dipgo_deploy.bundle.shapes import Range
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.export.exporter import ExportOptions, PlannedExport, plan_export, publish
 from dipgo_deploy.export.source import load_source
@@ -136,6 +137,28 @@ def test_random_schedule_of_blocks(traced: PlannedExport, model: Path, tmp_path:
 @pytest.mark.parametrize(("granularity", "cache"), [("block", "output"), ("layer", "output")])
 def test_random_schedules_of_sd35(sd35: Path, granularity: Any, cache: Any, tmp_path: Path) -> None:
     check_family(sd35, tmp_path / "x", steps=STEPS, sampler="flow-euler", granularity=granularity, cache=cache)
+
+
+def test_one_trace_is_good_for_several_heights(small: Path, tmp_path: Path) -> None:
+    height = Range(min=8, opt=16, max=48, multiple=4)
+    planned = plan_for(small, schedule_for(small, steps=STEPS), components=False, height=height, width=16)
+    publish(planned, tmp_path / "x")
+    own = StableDiffusion3Pipeline.from_pretrained(small)
+    with torch.no_grad():
+        states, negative, pooled, negative_pooled = own.encode_prompt(PROMPT, None, None)
+    call = {"output_type": "latent", "height": 28}
+    got = ours(
+        tmp_path / "x",
+        prompt_embeds={"encoder_hidden_states": states.numpy(), "pooled_projections": pooled.numpy()},
+        negative_prompt_embeds={
+            "encoder_hidden_states": negative.numpy(),
+            "pooled_projections": negative_pooled.numpy(),
+        },
+        **call,
+    )
+    assert got.shape == (1, 4, 14, 8)
+    want = stock(own, steps=STEPS, prompt=PROMPT, guidance_scale=SCALE, width=16, **call)
+    assert relative(got, want) <= 1e-4
 
 
 def test_tensorrt_rtx_builds_fp32(engine: Path) -> None:

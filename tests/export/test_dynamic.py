@@ -126,7 +126,9 @@ def test_the_manifest_says_how_shapes_depend_on_the_sizes(engine: Path) -> None:
     assert manifest.sizes is not None and manifest.sizes.max == Sizes(3, 16, 16)
     assert manifest.batch == 3 and manifest.latent.scale == 8
     by_name = {
-        spec.name: spec for variant in manifest.plan.variants for spec in (*variant.graph.inputs, *variant.graph.outputs)
+        spec.name: spec
+        for variant in manifest.plan.variants
+        for spec in (*variant.graph.inputs, *variant.graph.outputs)
     }
     slots = manifest.plan.slots
     assert by_name["stack"].dims == (slots, "batch", 4, "height", "width")
@@ -282,4 +284,6 @@ def test_tensorrt_rtx_builds_it_and_a_changed_profile_rebuilds_what_depends_on_i
     changed["sizes"]["height"]["opt"] = 10
     path.write_text(json.dumps(manifest))
     again = build_engines(copy, "tensorrt-rtx")
-    assert [(result.name, result.reason) for result in again.built] == [(Path(changed["file"]).stem, "changed: profile")]
+    assert [(result.name, result.reason) for result in again.built] == [
+        (Path(changed["file"]).stem, "changed: profile")
+    ]

@@ -169,8 +169,8 @@ def test_a_measured_export(tmp_path: Path) -> None:
     assert set(export["stages"]) >= {"loading the model", "tracing the denoiser", "planning"}
     assert 0 < sum(export["stages"].values()) <= export["seconds"]
     assert export["peak_rss"] > 2**26 and export["engine_dir_bytes"] > export["weights_bytes"]
-    # Norms' own float32 constants and what the exporter folds come on top of two bytes a parameter.
-    assert 2 * row["weights"]["parameters"] * 0.9 < export["weights_bytes"] < 4 * row["weights"]["parameters"]
+    # Two bytes a parameter, but tensors of up to 256 bytes, of which a tiny model has many, are in the graphs.
+    assert 1.2 * row["weights"]["parameters"] < export["weights_bytes"] < 2.2 * row["weights"]["parameters"]
     assert compare["passed"] and 0 < compare["latents_relative"] < 2e-2
     assert not (tmp_path / "work/tiny-fp16.engine").exists()
 

@@ -51,7 +51,7 @@ def sweep(
 
     paths = measured_paths(problem, options)
     log = _Log(folder / LOG)
-    name = (problem.options.model, problem.options.sampler or "", problem.steps)
+    name = (Path(problem.options.model).name, problem.options.sampler or "", problem.steps)
     pruner = folder / "pruner"
     for method in methods:
         for ratio in options.ratios:

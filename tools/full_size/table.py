@@ -57,7 +57,7 @@ def summary(row: Mapping[str, Any]) -> str:
         f"GiB on disk; checker {export['checker']}"
     )
     if "compare" in row:
-        line += f"; loop {_compared(row)} of the supernet's"
+        line += f"; largest error of latents, of anything on the way: {_compared(row)}"
     if "build" in row:
         line += f"; {row['build']['engines']} engines in {row['build']['seconds']:.0f} s"
     return line
