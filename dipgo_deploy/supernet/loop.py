@@ -92,8 +92,10 @@ def run_loop(
     dtype = next(supernet.model.parameters()).dtype
     channels = latents.shape[1]
     scale_input = getattr(sampler, "scale_model_input", lambda sample, _: sample)
-    takes_generator = "generator" in inspect.signature(sampler.step).parameters
-    extra = {"generator": generator} if takes_generator else {}
+    takes = inspect.signature(sampler.step).parameters
+    extra: dict[str, Any] = {"generator": generator} if "generator" in takes else {}
+    if "eta" in takes:
+        extra["eta"] = 0.0  # as diffusers' pipelines do; TCD's own default is another
 
     state = CacheState()
     with ExitStack() as stack:

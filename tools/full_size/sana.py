@@ -45,6 +45,7 @@ MODELS: tuple[dict[str, Any], ...] = (
         "scheduler_config": _SCHEDULER,
         "depth": {},
         "pixels": 1024,
+        "latent_scale": 32,
         "text_length": 300,
     },
     {
@@ -55,6 +56,7 @@ MODELS: tuple[dict[str, Any], ...] = (
         "scheduler_config": _SCHEDULER,
         "depth": {},
         "pixels": 1024,
+        "latent_scale": 32,
         "text_length": 300,
     },
 )
