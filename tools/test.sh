@@ -15,7 +15,8 @@ ruff format --check .
 echo "== mypy"
 mypy
 echo "== pytest"
-python -m pytest -q --numprocesses=logical --maxprocesses=4 -m "not slow and not gpu"
+# By file: what a file's tests share is made once.
+python -m pytest -q --numprocesses=logical --maxprocesses=4 --dist=loadfile -m "not slow and not gpu"
 
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT

@@ -31,8 +31,6 @@ def convert_in_place(module: nn.Module, dtype: torch.dtype) -> bool:
 
     Returns False, and does nothing, for a model that keeps some of its weights in float32.
     """
-    from torch import nn
-
     if any(getattr(part, "_keep_in_fp32_modules", None) for part in module.modules()):
         return False
     mapped = _mapped_files()
@@ -42,7 +40,12 @@ def convert_in_place(module: nn.Module, dtype: torch.dtype) -> bool:
         old = parameter.data
         parameter.data = old.to(dtype)
         _give_back(old, mapped)
-    nn.Module.to(module, dtype)  # buffers; diffusers' own `to` warns about what was looked at above
+    for part in module.modules():
+        for name, buffer in part._buffers.items():
+            # Loading in another dtype leaves what is not in the file (tables of positions) as it was made.
+            stored = name not in part._non_persistent_buffers_set
+            if stored and buffer is not None and buffer.is_floating_point():
+                part._buffers[name] = buffer.to(dtype)
     return True
 
 

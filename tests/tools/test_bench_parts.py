@@ -34,7 +34,7 @@ def test_timed_backend_counts_what_launches_take() -> None:
         name = "inner"
 
         def load(self, *_: Any) -> Any:
-            return SimpleNamespace(graph="graph", bind=lambda tensors: lambda: time.sleep(0.01))
+            return SimpleNamespace(graph="graph", bind=lambda tensors, graph=None: lambda: time.sleep(0.01))
 
     backend = TimedBackend(Inner())  # type: ignore[arg-type]
     call = backend.load(Path(), None).bind({})  # type: ignore[arg-type]
