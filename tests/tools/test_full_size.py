@@ -55,6 +55,7 @@ OPTIONS = {
     "height": None,
     "batch": 1,
     "layout": "variants",
+    "low_memory": False,
     "max_variants": None,
     "reduced": False,
     "check": True,

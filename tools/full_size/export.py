@@ -43,6 +43,7 @@ _PATH = click.Path(path_type=Path)
 @click.option("--reduced", is_flag=True, help="Fewer blocks of each kind, where the entry says how many.")
 @click.option("--out", type=_PATH, help="Work folder: model (made once for each dtype), schedule, engine directory.")
 @click.option("--check/--no-check", default=True, show_default=True, help="Compare each graph with the supernet.")
+@click.option("--low-memory", is_flag=True, help="As dipgo-export's.")
 @click.option("--compare", is_flag=True, help="The whole loop against the supernet.")
 @click.option("--build", is_flag=True, help="TensorRT-RTX engines of all graphs.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads of the comparison.")
@@ -89,6 +90,7 @@ def measure(entry: Mapping[str, Any], options: Mapping[str, Any], say: Any) -> d
         "changes": dict(changes),
         "machine": machine(options["threads"]),
         **{key: options[key] for key in ("dtype", "schedule", "granularity", "batch", "layout", "max_variants")},
+        **({"low_memory": True} if options["low_memory"] else {}),
     }
     row["weights"] = _model(entry, changes, dtype, out / "models" / label, log, say)
     folder = out / "models" / label
@@ -114,7 +116,7 @@ def measure(entry: Mapping[str, Any], options: Mapping[str, Any], say: Any) -> d
         "engine_dir": str(engine_dir),
         # Without a pipeline the exporter counts eight pixels a latent pixel.
         "options": {
-            **{key: options[key] for key in ("dtype", "batch", "layout", "max_variants", "check")},
+            **{key: options[key] for key in ("dtype", "batch", "layout", "max_variants", "check", "low_memory")},
             "height": 8 * _latent(height, scale),
             "width": 8 * _latent(width, scale),
         },

@@ -26,6 +26,7 @@ _KEY = (
     "batch",
     "layout",
     "max_variants",
+    "low_memory",
 )
 
 
@@ -121,6 +122,7 @@ def _name(row: Mapping[str, Any]) -> str:
 def _export_row(row: Mapping[str, Any]) -> Sequence[str]:
     made, export = row["weights"], row["export"]
     schedule = f"{row['schedule']}, {row['granularity']}s, {row['sampler'].removesuffix('Scheduler')} {row['steps']}"
+    schedule += ", low memory" if row.get("low_memory") else ""
     return (
         _name(row),
         row["dtype"],
