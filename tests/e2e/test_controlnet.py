@@ -110,6 +110,7 @@ def test_random_schedules_are_the_supernets(folder: Path, tmp_path: Path, granul
     assert any("controlnet/out" in name for name in reads)  # it is skipped somewhere
 
 
+@pytest.mark.slow
 def test_sdxl_is_diffusers(tmp_path: Path, picture: Image.Image) -> None:
     model = with_controlnet(save_sdxl(tmp_path / "xl"), StableDiffusionXLPipeline, StableDiffusionXLControlNetPipeline)
     publish(plan_for(model, schedule_for(model, steps=STEPS), check=False), tmp_path / "x")
@@ -177,6 +178,7 @@ def test_engines_are_built(engine: Path) -> None:
     assert build_with_tensorrt_rtx(engine) == 1 + 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "least"), [("fp16", 0.999), ("bf16", None)])
 def test_half_precision(
     folder: Path, engine: Path, picture: Image.Image, tmp_path: Path, dtype: str, least: float | None

@@ -301,6 +301,7 @@ def test_the_plan_says_what_was_raised(folder: Path, tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "least"), [("fp16", 0.999), ("bf16", None)])
 def test_half_precision(
     folder: Path, engine: Path, picture: Image.Image, tmp_path: Path, dtype: str, least: Any
