@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.models import unet2d_condition
-from dipgo_deploy.models.family import BlockSpec, Granularity, InputSpec, ModelFamily, TextScheme
+from dipgo_deploy.models.family import BlockSpec, Granularity, InputSpec, ModelFamily
 from dipgo_deploy.models.unet_text import VAE_SCALE
 
 if TYPE_CHECKING:
@@ -102,11 +102,6 @@ def call(model: nn.Module, latent: Tensor, timestep: Tensor, conditions: Mapping
     return prediction
 
 
-def text(config: Mapping[str, Any], pipeline: Any) -> TextScheme:
-    """That of the UNet's pipeline."""
-    return unet2d_condition.text(config, pipeline)
-
-
 FAMILY = ModelFamily(
     class_name=CLASS_NAME,
     pipelines=("StableDiffusionControlNetPipeline", "StableDiffusionXLControlNetPipeline"),
@@ -116,8 +111,7 @@ FAMILY = ModelFamily(
     latent_channels=unet2d_condition.latent_channels,
     granularities=("block", "layer"),
     call=call,
-    text=text,
+    text=unet2d_condition.text,
     companions={COMPONENT: CONTROLNET},
     join=join,
-    tolerance_reason=unet2d_condition.FAMILY.tolerance_reason,
 )

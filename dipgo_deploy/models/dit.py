@@ -89,8 +89,4 @@ FAMILY = ModelFamily(
     inputs=inputs,
     latent_channels=latent_channels,
     granularities=("block", "layer"),
-    tolerance_reason=(
-        "relative to the largest value; fp32 leaves room for another order of summation over tens of layers, "
-        "fp16 (11 bits) and bf16 (8 bits) for rounding after every layer, fed back through the denoising loop"
-    ),
 )

@@ -251,8 +251,4 @@ FAMILY = ModelFamily(
     guidance=False,
     set_timesteps=set_timesteps,
     size_multiple=lambda config: _PACK,
-    tolerance_reason=(
-        "relative to the largest value; fp32 leaves room for another order of summation over tens of layers, "
-        "fp16 (11 bits) and bf16 (8 bits) for rounding after every layer, fed back through the denoising loop"
-    ),
 )

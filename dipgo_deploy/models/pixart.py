@@ -154,8 +154,4 @@ FAMILY = ModelFamily(
     call=call,
     text=text,
     size_multiple=lambda config: int(_get(config, "patch_size")),
-    tolerance_reason=(
-        "relative to the largest value; fp32 leaves room for another order of summation over tens of layers, "
-        "fp16 (11 bits) and bf16 (8 bits) for rounding after every layer, fed back through the denoising loop"
-    ),
 )

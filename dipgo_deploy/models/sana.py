@@ -147,8 +147,4 @@ FAMILY = ModelFamily(
     # Gemma 2 and DC-AE are run in bfloat16 by those who run the rest in float16.
     float32_in_fp16=("text_encoder", "vae"),
     size_multiple=lambda config: _get(config, "patch_size"),
-    tolerance_reason=(
-        "relative to the largest value; fp32 leaves room for another order of summation over tens of layers, "
-        "fp16 (11 bits) and bf16 (8 bits) for rounding after every layer, fed back through the denoising loop"
-    ),
 )

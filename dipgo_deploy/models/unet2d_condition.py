@@ -11,12 +11,13 @@ SD-1.5 and SD-2.1, 18 for SDXL, which has 7 whole blocks).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.models.family import BlockSpec, Granularity, InputSpec, ModelFamily, TextScheme
 from dipgo_deploy.models.unet_text import VAE_SCALE, one_clip, two_clips
+from dipgo_deploy.models.unet_units import unet_units
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -59,57 +60,6 @@ def _get(config: Mapping[str, Any], key: str) -> Any:
     return config.get(key, _DEFAULTS[key])
 
 
-def _layers(config: Mapping[str, Any], levels: int) -> tuple[int, ...]:
-    """Resnets of each down block."""
-    layers = _get(config, "layers_per_block")
-    counts = (layers,) * levels if isinstance(layers, int) else tuple(layers)
-    if len(counts) != levels:
-        raise UserError(
-            f"{CLASS_NAME}: layers_per_block has {len(counts)} entries for {levels} down blocks: correct it"
-        )
-    return counts
-
-
-def _unit(path: str) -> BlockSpec:
-    return BlockSpec(name=path, modules=(path,))
-
-
-def _chain(modules: Sequence[str]) -> BlockSpec:
-    return BlockSpec(name=modules[-1], modules=tuple(modules))
-
-
-def _pair(parent: str, index: int, block_type: str) -> list[str]:
-    """Paths of resnet ``index`` of ``parent`` and of the attention behind it, if it has one."""
-    if block_type not in _ATTENTIONS:
-        raise UserError(
-            f"{CLASS_NAME}: {parent} is a {block_type}, which granularity 'layer' does not know "
-            f"({', '.join(_ATTENTIONS)}): use granularity 'block'"
-        )
-    return [f"{parent}.resnets.{index}"] + ([f"{parent}.attentions.{index}"] if _ATTENTIONS[block_type] else [])
-
-
-def _layer_units(config: Mapping[str, Any]) -> list[BlockSpec]:
-    down_types, up_types = _get(config, "down_block_types"), _get(config, "up_block_types")
-    levels = len(down_types)
-    layers = _layers(config, levels)
-    units = []
-    for level, block_type in enumerate(down_types):
-        parent = f"down_blocks.{level}"
-        units += [_chain(_pair(parent, index, block_type)) for index in range(layers[level])]
-        if level < levels - 1:
-            units.append(_unit(f"{parent}.downsamplers.0"))
-    if _get(config, "mid_block_type") is not None:
-        units.append(_unit("mid_block"))
-    for level, block_type in enumerate(up_types):
-        parent = f"up_blocks.{level}"
-        # An up block has one pair more than its down block: the input of the down block is a skip tensor too.
-        pairs = [_pair(parent, index, block_type) for index in range(layers[levels - 1 - level] + 1)]
-        if level < levels - 1:
-            pairs[-1].append(f"{parent}.upsamplers.0")
-        units += [_chain(pair) for pair in pairs]
-    return units
-
-
 def blocks(config: Mapping[str, Any], granularity: Granularity) -> tuple[BlockSpec, ...]:
     """The blocks of a UNet in order of execution, from its configuration (lists or tuples alike).
 
@@ -117,16 +67,7 @@ def blocks(config: Mapping[str, Any], granularity: Granularity) -> tuple[BlockSp
         UserError: unknown granularity, as many up as down blocks are not there, or (``layer``) a block type whose
             inside is not known.
     """
-    downs, ups = len(_get(config, "down_block_types")), len(_get(config, "up_block_types"))
-    if downs != ups:
-        raise UserError(f"{CLASS_NAME}: {downs} down_block_types but {ups} up_block_types: correct the configuration")
-    if granularity == "layer":
-        return tuple(_layer_units(config))
-    if granularity == "block":
-        mid = ["mid_block"] if _get(config, "mid_block_type") is not None else []
-        names = [f"down_blocks.{i}" for i in range(downs)] + mid + [f"up_blocks.{i}" for i in range(ups)]
-        return tuple(_unit(name) for name in names)
-    raise UserError(f"{CLASS_NAME}: unknown granularity {granularity!r}: use 'block' or 'layer'")
+    return unet_units(CLASS_NAME, {**_DEFAULTS, **config}, _ATTENTIONS, granularity)
 
 
 def _text_width(config: Mapping[str, Any]) -> int:
@@ -237,8 +178,4 @@ FAMILY = ModelFamily(
     text=text,
     image_to_image=True,
     size_multiple=size_multiple,
-    tolerance_reason=(
-        "relative to the largest value; fp32 leaves room for another order of summation over tens of layers, "
-        "fp16 (11 bits) and bf16 (8 bits) for rounding after every layer, fed back through the denoising loop"
-    ),
 )

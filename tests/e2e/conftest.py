@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from family_checks import loop_report
 
-from dipgo_deploy.backends import create_backend
-from dipgo_deploy.bundle.directory import Bundle
-from dipgo_deploy.compare.conditions import reference_inputs
-from dipgo_deploy.compare.engine import Options, compare_engine
-from dipgo_deploy.compare.reference import load_reference
 from dipgo_deploy.compare.report import Report
 from dipgo_deploy.export.exporter import ExportOptions, PlannedExport, plan_export
 from dipgo_deploy.models.target import schedule_target
@@ -48,23 +45,4 @@ def fashion_dit_output() -> PlannedExport:
 @pytest.fixture(scope="session")
 def compare_loop() -> Callable[[Path], Report]:
     """The whole loop of an engine directory against the supernet."""
-
-    def compare(engine_dir: Path, prompt: str = "a sneaker", label: int = 7) -> Report:
-        bundle = Bundle.open(engine_dir)
-        manifest = bundle.manifest
-        reference = load_reference(bundle)
-        latent = manifest.latent
-        inputs = reference_inputs(
-            reference.source,
-            reference.conditions,
-            (manifest.batch, latent.channels, latent.height, latent.width),
-            noises=manifest.plan.noises,
-            guidance=manifest.guidance,
-            guidance_scale=manifest.guidance_scale,
-            prompts=(prompt,),
-            labels=(label,),
-        )
-        backend = create_backend("cpu", threads=1)
-        return compare_engine(bundle, reference, inputs, backend, Options(variants=False))
-
-    return compare
+    return partial(loop_report, prompt="a sneaker", label=7, variants=False)
