@@ -12,6 +12,7 @@ import torch
 
 from dipgo_deploy.backends import create_backend
 from dipgo_deploy.bundle.directory import Bundle
+from dipgo_deploy.bundle.shapes import Sizes
 from dipgo_deploy.compare.conditions import reference_inputs
 from dipgo_deploy.compare.engine import Options, compare_engine
 from dipgo_deploy.compare.reference import load_reference
@@ -56,9 +57,14 @@ def plan_for(model: Path | str, schedule: Schedule, **options: Any) -> PlannedEx
     return plan_export(str(model), schedule, ExportOptions(**options))
 
 
-def loop_report(engine_dir: Path, prompt: str = "a red shoe", label: int = 1, variants: bool = True) -> Report:
-    """The whole loop of an engine directory, and every variant, against the torch supernet, on ONNX Runtime's CPU."""
-    bundle = Bundle.open(engine_dir)
+def loop_report(
+    engine_dir: Path, prompt: str = "a red shoe", label: int = 1, variants: bool = True, sizes: Sizes | None = None
+) -> Report:
+    """The whole loop of an engine directory, and every variant, against the torch supernet, on ONNX Runtime's CPU.
+
+    sizes: of those that it leaves open; the largest batch and the usual height and width by default.
+    """
+    bundle = Bundle.open(engine_dir) if sizes is None else Bundle.open(engine_dir).at(sizes)
     manifest = bundle.manifest
     reference = load_reference(bundle)
     latent = manifest.latent

@@ -313,7 +313,9 @@ def write_bundle(planned: PlannedExport, stage: Path, notify: Notify = lambda st
         width=shape.width,
         scale=planned.source.scale,
     )
-    components = Components()
+    # Without components too: the unconditional half of guidance needs the null class.
+    null = next((spec.null for spec in planned.traced.conditions if spec.source == "class"), None)
+    components = Components(null_class=null, classes=planned.source.config.get("num_class_embeds"))
     conditions = _conditions(planned)
     if planned.source.pipeline is not None and options.components:
         notify("exporting text encoder and VAE")
