@@ -66,16 +66,16 @@ def make(
     first = next(iter(schedules.values()))
     options = ExportOptions(components=False, check=False, height=height, width=height, batch=batch)
     full = plan_export(model, full_schedule(first), options)
-    slots = full.slots
-    models = [cut_variant(full.traced, full.plan.variants[0], slots)]
+    models = [cut_variant(full.traced, full.plan.variants[0], full.stack)]
     models[0].graph.name = FULL
     rows: dict[str, Any] = {}
     for name, schedule in schedules.items():
-        plan = replan(full, schedule).plan
+        planned = replan(full, schedule)
+        plan = planned.plan
         launched = [sum(launch.variant == place for launch in plan.launches) for place in range(len(plan.variants))]
         chosen = sample([variant.macs for variant in plan.variants], most)
         for place in chosen:
-            cut = cut_variant(full.traced, plan.variants[place], slots)
+            cut = cut_variant(full.traced, plan.variants[place], planned.stack)
             cut.graph.name = f"{name}.{plan.variants[place].name}"
             models.append(cut)
         rows[name] = {
