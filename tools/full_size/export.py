@@ -43,7 +43,7 @@ _PATH = click.Path(path_type=Path)
 @click.option("--reduced", is_flag=True, help="Fewer blocks of each kind, where the entry says how many.")
 @click.option("--out", type=_PATH, help="Work folder: model (made once for each dtype), schedule, engine directory.")
 @click.option("--check/--no-check", default=True, show_default=True, help="Compare each graph with the supernet.")
-@click.option("--low-memory", is_flag=True, help="As dipgo-export's.")
+@click.option("--low-memory/--no-low-memory", default=None, help="As dipgo-export's.")
 @click.option("--compare", is_flag=True, help="The whole loop against the supernet.")
 @click.option("--build", is_flag=True, help="TensorRT-RTX engines of all graphs.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads of the comparison.")
@@ -90,7 +90,7 @@ def measure(entry: Mapping[str, Any], options: Mapping[str, Any], say: Any) -> d
         "changes": dict(changes),
         "machine": machine(options["threads"]),
         **{key: options[key] for key in ("dtype", "schedule", "granularity", "batch", "layout", "max_variants")},
-        **({"low_memory": True} if options["low_memory"] else {}),
+        **({} if options["low_memory"] is None else {"low_memory": options["low_memory"]}),
     }
     row["weights"] = _model(entry, changes, dtype, out / "models" / label, log, say)
     folder = out / "models" / label
@@ -103,6 +103,7 @@ def measure(entry: Mapping[str, Any], options: Mapping[str, Any], say: Any) -> d
         "width": width,
         "sampler": schedule.sampler.class_name,
         "steps": schedule.sampler.num_inference_steps,
+        "granularity": schedule.model.granularity,
         "units": len(schedule.blocks),
         "kept": sum(map(sum, schedule.gates)) / (schedule.steps * len(schedule.blocks)),
     }
@@ -143,7 +144,7 @@ def make_schedule(entry: Mapping[str, Any], folder: Path, options: Mapping[str, 
     """
     name = options["schedule"]
     if name == "published":
-        return _published(entry, folder)
+        return _published(entry, folder, options["steps"])
     target = schedule_target(str(folder), options["sampler"], options["steps"], options["granularity"])
     return target.schedule(_gates(name, target), name, {})
 
@@ -161,10 +162,18 @@ def _gates(name: str, target: Target) -> Any:
     return builders.random(target.steps, units, number / 100, seed=0)
 
 
-def _published(entry: Mapping[str, Any], folder: Path) -> Schedule:
+def _published(entry: Mapping[str, Any], folder: Path, steps: int) -> Schedule:
+    """The gates that were published for the model, or those of the rule that was: DeepCache or a static interval."""
     found = entry.get("published")
     if found is None:
         raise UserError(f"--schedule published: nobody published gates for {entry['name']}: give random50")
+    if "file" not in found:
+        target = schedule_target(str(folder), None, steps, found["granularity"])
+        if found["rule"] == "deepcache":
+            gates = builders.deepcache(target.steps, target.block_names, found["interval"], found["branch"])
+        else:
+            gates = builders.uniform(target.steps, len(target.blocks), found["interval"])
+        return target.schedule(gates, found["rule"], {key: found[key] for key in found if key != "rule"})
     given = Schedule.load(SCHEDULES / found["file"])
     target = schedule_target(str(folder), found["sampler"], found["steps"], found["granularity"])
     if target.block_names != tuple(block.name for block in given.blocks) or target.steps != given.steps:
