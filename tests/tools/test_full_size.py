@@ -17,7 +17,7 @@ from dipgo_deploy.supernet.load import load_denoiser  # noqa: E402
 from tools.full_size import find, models  # noqa: E402
 from tools.full_size.all import main as all_rows  # noqa: E402
 from tools.full_size.all import rows  # noqa: E402
-from tools.full_size.export import main, make_schedule, measure  # noqa: E402
+from tools.full_size.export import exported_pixels, main, make_schedule, measure  # noqa: E402
 from tools.full_size.table import add_row, as_text, read_rows, summary  # noqa: E402
 from tools.full_size.weights import write_model  # noqa: E402
 
@@ -96,6 +96,13 @@ def test_names_can_be_shortened() -> None:
         find("s")
     with pytest.raises(UserError, match="x: no models"):
         find("x")
+
+
+def test_sizes_are_those_of_the_latent() -> None:
+    told = [exported_pixels(find(name), 256) for name in ("sd-1.5", "sana-1600m", "ddpm")]
+    assert told == [256, 64, 256]  # latents of 32, 8 and 256 pixels
+    with pytest.raises(UserError, match="40 pixels: give a multiple of 32"):
+        exported_pixels(find("sana-1600m"), 40)
 
 
 @pytest.mark.parametrize("shard", [2**30, 20_000])

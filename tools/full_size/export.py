@@ -13,6 +13,7 @@ import click
 
 from dipgo_deploy.cli.common import emit, entry_point, human_console, json_option
 from dipgo_deploy.errors import UserError
+from dipgo_deploy.models.registry import family_for
 from dipgo_deploy.models.target import schedule_target
 from dipgo_deploy.schedule import builders
 from dipgo_deploy.schedule.builders import Target
@@ -110,16 +111,14 @@ def measure(entry: Mapping[str, Any], options: Mapping[str, Any], say: Any) -> d
     engine_dir = out / f"{label}.engine"
     shutil.rmtree(engine_dir, ignore_errors=True)
     say(f"{label}: exporting")
-    scale = entry.get("latent_scale", 8)
     arguments = {
         "folder": str(folder),
         "schedule": str(schedule_file),
         "engine_dir": str(engine_dir),
-        # Without a pipeline the exporter counts eight pixels a latent pixel.
         "options": {
             **{key: options[key] for key in ("dtype", "batch", "layout", "max_variants", "check", "low_memory")},
-            "height": 8 * _latent(height, scale),
-            "width": 8 * _latent(width, scale),
+            "height": exported_pixels(entry, height),
+            "width": exported_pixels(entry, width),
         },
     }
     try:
@@ -207,10 +206,15 @@ def _model(
     return made
 
 
-def _latent(pixels: int, scale: int) -> int:
+def exported_pixels(entry: Mapping[str, Any], pixels: int) -> int:
+    """What the exporter is told for a picture's height or width.
+
+    Without a pipeline it counts eight pixels a latent pixel, or one where the family works on pixels.
+    """
+    scale = entry.get("latent_scale", 8)
     if pixels % scale:
         raise UserError(f"{pixels} pixels: give a multiple of {scale}")
-    return pixels // scale
+    return pixels // scale * (1 if family_for(entry["class_name"]).pixels else 8)
 
 
 if __name__ == "__main__":
