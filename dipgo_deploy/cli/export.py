@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from dipgo_deploy.bundle.shapes import Range, parse_range
 from dipgo_deploy.cli.common import emit, entry_point, examples, human_console, json_option, version_option
 
 if TYPE_CHECKING:
+    from dipgo_deploy.compare.metrics import Agreement
     from dipgo_deploy.export.exporter import PlannedExport
 
 _PATH = click.Path(path_type=Path)
@@ -55,7 +57,11 @@ _PATH = click.Path(path_type=Path)
 @click.option("--memory-budget", help="With --plan-only: say which layout's engines fit, such as 8GiB.")
 @click.option("--check/--no-check", default=True, show_default=True, help="Compare each variant with the supernet.")
 @click.option("--components/--no-components", default=True, show_default=True, help="Text encoder, tokenizer and VAE.")
-@click.option("--low-memory", is_flag=True, help="Hold the weights once; compare in a process of its own.")
+@click.option(
+    "--low-memory/--no-low-memory",
+    default=None,
+    help="Hold the weights once; compare in a process of its own. [default: for more than 256 MiB of weights]",
+)
 @click.option("--allow-other-config", is_flag=True, help="Accept a schedule made for another configuration.")
 @click.option("--overwrite", is_flag=True, help="Replace an engine directory that exists.")
 @json_option
@@ -90,6 +96,7 @@ def command(
     schedule = Schedule.load(schedule_file)
     quiet_libraries()
     console = human_console(as_json)
+    agreed: list[Agreement] = []
     with console.status("starting") as status:
 
         def notify(stage: str) -> None:
@@ -99,11 +106,16 @@ def command(
 
         planned = plan_export(model, schedule, settings, notify)
         if engine_dir is not None:
-            publish(planned, engine_dir, notify)
+            publish(planned, engine_dir, notify, agreed.append)
     facts = _facts(planned, both_layouts=plan_only)
     _show(console, facts)
     if plan_only:
         facts["advice"] = _show_layouts(console, facts, budget)
+    for agreement in agreed:
+        console.print(f"variants against the supernet: {agreement}", soft_wrap=True)
+        facts["agreement"] = {key: _finite(value) for key, value in agreement._asdict().items()}
+    if planned.options.low_memory and settings.low_memory is None:
+        console.print("large weights: held once, compared in a process of its own; --no-low-memory goes without")
     if engine_dir is not None:
         console.print(f"{engine_dir}: {_size(engine_dir)}, ready for dipgo-run", markup=False, soft_wrap=True)
         facts["engine_dir"] = str(engine_dir)
@@ -232,6 +244,10 @@ def _bytes(count: int) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1024  # type: ignore[assignment]
     return f"{count:.1f} GiB"
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def _size(folder: Path) -> str:

@@ -43,10 +43,11 @@ class Reference:
     begin: int | None = None
 
 
-def load_reference(bundle: Bundle, model: str | None = None) -> Reference:
+def load_reference(bundle: Bundle, model: str | None = None, weights: str | None = None) -> Reference:
     """Load the model that an engine directory was exported from.
 
-    model: built-in name, folder or hub id; by default the one that the manifest names.
+    model: built-in name, folder or hub id; by default the one that the manifest names. weights: where its
+    denoiser is loaded from instead.
 
     Raises:
         UserError: no such model, another model than the exported one, or a schedule that does not fit it.
@@ -58,7 +59,7 @@ def load_reference(bundle: Bundle, model: str | None = None) -> Reference:
     manifest = bundle.manifest
     name = manifest.model.name if model is None else model
     try:
-        source = load_source(name)
+        source = load_source(name, weights=weights)
     except UserError as error:
         hint = f" (the model that {bundle.path} names; --model gives another place)" if model is None else ""
         raise UserError(f"{error}{hint}") from None

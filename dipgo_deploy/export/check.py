@@ -10,7 +10,7 @@ import numpy as np
 
 from dipgo_deploy.bundle.manifest import PlanEntry, VariantEntry
 from dipgo_deploy.bundle.shapes import Sizes
-from dipgo_deploy.compare.metrics import relative_error
+from dipgo_deploy.compare.metrics import Agreement, agreement, relative_error, worst
 from dipgo_deploy.errors import ToleranceError
 from dipgo_deploy.export.conditions import corners
 
@@ -91,23 +91,25 @@ def _run_supernet(planned: PlannedExport, recorder: LoopRecorder, inputs: Refere
     )
 
 
-def check_variants(planned: PlannedExport, variants: tuple[VariantEntry, ...], stage: Path) -> None:
-    """Run each variant once on ONNX Runtime's CPU provider and compare it with its recording.
+def check_variants(planned: PlannedExport, variants: tuple[VariantEntry, ...], stage: Path) -> Agreement | None:
+    """Run each variant once on ONNX Runtime's CPU provider and compare it with its recording; how far they agree.
 
     Open sizes: at the usual ones, and at all corners of the ranges that differ in more than the batch, because an
     extent that the trace took for a constant shows only at another one.
 
-    bf16 graphs are not run: that provider has no bf16 kernels; they pass the checker only.
+    bf16 graphs are not run (None): that provider has no bf16 kernels; they pass the checker only.
 
     Raises:
         ToleranceError: names variant, tensor and both errors.
     """
     if planned.options.dtype == "bf16":
-        return
+        return None
     tolerance = planned.source.family.tolerances[planned.options.dtype]
     ranges = planned.traced.shape.sizes
-    for sizes in (None,) if ranges is None else corners(ranges):
+    return worst(
         compare_recordings(record(planned, sizes), variants, stage, tolerance, sizes)
+        for sizes in ((None,) if ranges is None else corners(ranges))
+    )
 
 
 def compare_recordings(
@@ -116,18 +118,21 @@ def compare_recordings(
     stage: Path,
     tolerance: float,
     sizes: Sizes | None = None,
-) -> None:
+) -> Agreement:
     """Run the graphs below ``stage`` on recordings of their inputs; raises ToleranceError as ``check_variants``."""
+    found = []
     at = "" if sizes is None else f" at {sizes.batch} x {sizes.height}x{sizes.width}"
     for recording in recordings:
         entry = variants[recording.variant]
         for name, actual in run_graph(stage / entry.graph.file, entry, recording.inputs).items():
-            error = relative_error(actual, recording.outputs[name])
+            found.append(agreement(actual, recording.outputs[name]))
+            error = found[-1].relative
             if not error <= tolerance:
                 raise ToleranceError(
                     f"variant {entry.name}{at}, step {recording.step}, {name}: relative error {error:.2e} against "
                     f"the supernet, above {tolerance:g}; nothing was written"
                 )
+    return worst(found)
 
 
 def check_segments(planned: PlannedExport, plan: PlanEntry, stage: Path) -> None:

@@ -26,10 +26,12 @@ from dipgo_deploy.bundle.manifest import (
 )
 from dipgo_deploy.bundle.shapes import Range
 from dipgo_deploy.bundle.stack import StackLayout
+from dipgo_deploy.compare.metrics import Agreement
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.export.conditions import corners, open_conditions
 from dipgo_deploy.export.cut import cache_input, cache_output, cut_variant
 from dipgo_deploy.export.image import ImageRun, image_run
+from dipgo_deploy.export.low_memory import check_in_process, convert_in_place, is_large, load_frugally, release
 from dipgo_deploy.export.program import torch_dtype
 from dipgo_deploy.export.segments import cut_segment, read_pieces, reads_of, writes_of
 from dipgo_deploy.export.source import Source, load_source
@@ -46,6 +48,7 @@ from dipgo_deploy.schedule.document import Schedule
 
 if TYPE_CHECKING:
     import onnx_ir as ir
+    import torch
 
     from dipgo_deploy.models.family import ModelFamily
     from dipgo_deploy.sampler import SamplerMatrix
@@ -54,6 +57,7 @@ GRAPHS = "graphs"
 _TOOLS = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnx-ir", "numpy")
 
 Notify = Callable[[str], None]
+Agreed = Callable[[Agreement], None]
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,8 @@ class ExportOptions:
     image-to-image pipelines do. allow_other_config: accept a schedule made for another configuration of the same class.
     check: compare every graph with the supernet before publishing. components: export text encoder, tokenizer and VAE
     too; without them a bundle takes embeddings and gives latents. low_memory: hold the weights once, and compare in a
-    process of its own, after they were released; a planned export can then be written once.
+    process of its own, after they were released; a planned export can then be written once. None: for large weights
+    (``low_memory.LARGE_BYTES``) in the layout ``variants``; a planned export says what it became.
     """
 
     dtype: str = "fp32"
@@ -83,7 +88,7 @@ class ExportOptions:
     check: bool = True
     components: bool = True
     overwrite: bool = False
-    low_memory: bool = False
+    low_memory: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -148,8 +153,11 @@ def plan_export(
         raise UserError("--low-memory: not with --layout segments; leave one of them out")
     # Before the model: a sampler that is refused costs no trace.
     sampling = _nominal_sampling(model, schedule, options.strength)
-    notify("loading the model")
-    source = load_source(model)
+    dtype = torch_dtype(options.dtype)
+    if options.low_memory is None:
+        options = replace(options, low_memory=options.layout == "variants" and is_large(model, dtype))
+    notify("loading the model" + (", holding its weights once" if options.low_memory else ""))
+    source = load_frugally(model, dtype) if options.low_memory else load_source(model)
     source.check(schedule, allow_other_config=options.allow_other_config)
     guidance = source.family.guidance if options.guidance is None else options.guidance
     options = replace(options, guidance=guidance)
@@ -160,7 +168,7 @@ def plan_export(
         open_conditions(source, shape, options.dtype)  # before the trace: conditions that cannot be told are refused
     notify("tracing the denoiser")
     specs = source.specs(schedule)
-    denoiser = source.denoiser if options.dtype == "fp32" else _denoiser_in(source, options)
+    denoiser = source.denoiser if options.dtype == "fp32" else _denoiser_in(source, options, dtype)
     traced = trace(denoiser, source.family, source.config, specs, schedule.cache_kinds, shape, options.dtype)
     notify("planning")
     return _planned(source, schedule, sampling, traced, options)
@@ -292,29 +300,45 @@ def export_bundle(
     return publish(plan_export(model, schedule, options, notify), engine_dir, notify)
 
 
-def publish(planned: PlannedExport, engine_dir: Path, notify: Notify = lambda stage: None) -> Bundle:
-    """Write a planned export to ``engine_dir``; raises as ``export_bundle`` does."""
+def publish(
+    planned: PlannedExport,
+    engine_dir: Path,
+    notify: Notify = lambda stage: None,
+    agreed: Agreed = lambda agreement: None,
+) -> Bundle:
+    """Write a planned export to ``engine_dir``.
+
+    agreed: told how far the variants agree with the supernet, where they were compared. Raises as ``export_bundle``
+    does, and ValueError for an export whose weights were released.
+    """
+    if next(planned.source.denoiser.parameters()).is_meta:
+        raise ValueError("an export with low_memory is written once; plan it again")
     with staged_directory(engine_dir, overwrite=planned.options.overwrite) as stage:
-        write_bundle(planned, stage, notify)
+        write_bundle(planned, stage, notify, agreed)
     return Bundle.open(engine_dir)
 
 
-def write_bundle(planned: PlannedExport, stage: Path, notify: Notify = lambda stage: None) -> Manifest:
-    """Write everything of an engine directory into the empty folder ``stage``."""
+def write_bundle(
+    planned: PlannedExport,
+    stage: Path,
+    notify: Notify = lambda stage: None,
+    agreed: Agreed = lambda agreement: None,
+) -> Manifest:
+    """Write everything of an engine directory into the empty folder ``stage``; see ``publish``."""
     from dipgo_deploy.export.check import check_segments, check_variants
     from dipgo_deploy.export.components import export_components
-    from dipgo_deploy.export.low_memory import check_in_process, release
 
     options, plan = planned.options, planned.plan
     notify(f"cutting {len(plan.variants if planned.segments is None else planned.segments.segments)} {options.layout}")
     variants = write_entries(planned, stage / GRAPHS)
     plan_entry = _plan_entry(planned, variants)
+    agreement = None
     if options.low_memory:
         release(planned)
     elif options.check:
         notify(f"comparing the {options.layout} with the supernet")
         if planned.segments is None:
-            check_variants(planned, variants, stage)
+            agreement = check_variants(planned, variants, stage)
         else:
             check_segments(planned, plan_entry, stage)
     shape = planned.traced.shape
@@ -348,7 +372,9 @@ def write_bundle(planned: PlannedExport, stage: Path, notify: Notify = lambda st
     (stage / MANIFEST_NAME).write_text(manifest.dumps(), encoding="utf-8")
     if options.low_memory and options.check and options.dtype != "bf16":
         notify(f"comparing the {options.layout} with the supernet")
-        check_in_process(stage, planned.source.name)
+        agreement = check_in_process(stage, planned.source.name)
+    if agreement is not None:
+        agreed(agreement)
     return manifest
 
 
@@ -402,14 +428,12 @@ def write_graphs(graphs: list[ir.Model], folder: Path) -> None:
         onnx.checker.check_model(str(path), full_check=True)
 
 
-def _denoiser_in(source: Source, options: ExportOptions) -> Any:
+def _denoiser_in(source: Source, options: ExportOptions, dtype: torch.dtype) -> Any:
     """The denoiser in another dtype, loaded again so that the float32 reference stays as it is; with ``low_memory``
     there is none."""
-    from dipgo_deploy.export.low_memory import convert_in_place
     from dipgo_deploy.export.upcast import keep_upcast_attention
     from dipgo_deploy.supernet.load import load_denoiser
 
-    dtype = torch_dtype(options.dtype)
     if options.low_memory and convert_in_place(source.denoiser, dtype):
         denoiser = source.denoiser
     else:

@@ -1,29 +1,59 @@
 """Exports that hold the weights once: in the export's dtype, or not at all where the file has it, mapped.
 
-diffusers maps safetensors files into memory, so that a float32 model costs nothing until its weights are read, and a
-mapped page can be given back at any time. What costs memory is another dtype (a copy of each weight) and the comparison
-with the supernet (a float32 model, and ONNX Runtime's own weights).
+diffusers maps safetensors files into memory, so that a model in the files' own dtype costs nothing until its weights
+are read, and a mapped page can be given back at any time. What costs memory is another dtype (a copy of each weight)
+and the comparison with the supernet (a float32 model, and ONNX Runtime's own weights): that model is mapped too, from a
+float32 copy on disk where the files have another dtype, and holds the pages of one layer at a time.
 """
 
 from __future__ import annotations
 
-import ctypes
-import mmap
+import gc
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from dipgo_deploy.compare.metrics import Agreement, worst
 from dipgo_deploy.errors import ToleranceError, UserError
+from dipgo_deploy.export.mapped import float32_files, give_back, give_back_after_use, mapped_files
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
     from dipgo_deploy.export.exporter import PlannedExport
+    from dipgo_deploy.export.source import Source
 
-_MADV_DONTNEED = 4
+# Of the exported weights; smaller ones are not worth a process.
+LARGE_BYTES = 256 * 2**20
+
+
+def is_large(model: str, dtype: torch.dtype) -> bool:
+    """Whether the denoiser takes more than ``LARGE_BYTES`` in ``dtype``; False where its files are not here."""
+    from dipgo_deploy.models.location import config_folder, denoiser_config
+    from dipgo_deploy.supernet.load import stored_dtype, weight_files
+
+    folder = config_folder(model)
+    whole = (folder / "model_index.json").is_file()
+    stored = sum(
+        path.stat().st_size
+        for part in (denoiser_config(folder)[0].component if whole else ".",)
+        for path in weight_files(folder / part)
+    )
+    return stored * dtype.itemsize / stored_dtype(model).itemsize > LARGE_BYTES
+
+
+def load_frugally(model: str, dtype: torch.dtype) -> Source:
+    """A model for an export in ``dtype``: mapped where its files are in it or in float32, else converted once."""
+    import torch
+
+    from dipgo_deploy.export.source import load_source
+    from dipgo_deploy.supernet.load import stored_dtype
+
+    return load_source(model, torch.float32 if stored_dtype(model) == torch.float32 else dtype)
 
 
 def convert_in_place(module: nn.Module, dtype: torch.dtype) -> bool:
@@ -33,13 +63,13 @@ def convert_in_place(module: nn.Module, dtype: torch.dtype) -> bool:
     """
     if any(getattr(part, "_keep_in_fp32_modules", None) for part in module.modules()):
         return False
-    mapped = _mapped_files()
+    mapped = mapped_files()
     for parameter in module.parameters():
         if not parameter.is_floating_point() or parameter.dtype == dtype:
             continue
         old = parameter.data
         parameter.data = old.to(dtype)
-        _give_back(old, mapped)
+        give_back(old, mapped)
     for part in module.modules():
         for name, buffer in part._buffers.items():
             # Loading in another dtype leaves what is not in the file (tables of positions) as it was made.
@@ -56,8 +86,8 @@ def release(planned: PlannedExport) -> None:
     planned.source.denoiser.to("meta")
 
 
-def check_in_process(engine_dir: Path, model: str) -> None:
-    """Compare the graphs of a written engine directory with the supernet, in a process of its own.
+def check_in_process(engine_dir: Path, model: str) -> Agreement:
+    """Compare the graphs of a written engine directory with the supernet, in a process of its own; how far they agree.
 
     Raises:
         ToleranceError: as ``check_variants``. UserError: the process failed.
@@ -65,15 +95,18 @@ def check_in_process(engine_dir: Path, model: str) -> None:
     root = str(Path(__file__).parents[2])
     path = os.pathsep.join(part for part in (root, os.environ.get("PYTHONPATH", "")) if part)
     command = [sys.executable, "-m", __name__, str(engine_dir), model]
-    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=False)
+    # Else glibc keeps what large layers took, for layers to come.
+    env = {**os.environ, "PYTHONPATH": path, "MALLOC_MMAP_THRESHOLD_": str(2**20)}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     last = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
     if done.returncode == 1:
         raise ToleranceError(last)
     if done.returncode:
         raise UserError(f"the comparison with the supernet ended with status {done.returncode}: {last}")
+    return Agreement(*json.loads(done.stdout.splitlines()[-1]))
 
 
-def _compare(engine_dir: Path, model: str) -> None:
+def _compare(engine_dir: Path, model: str) -> Agreement:
     """What the process does."""
     from dipgo_deploy.bundle.directory import Bundle
     from dipgo_deploy.compare.conditions import reference_inputs
@@ -84,58 +117,38 @@ def _compare(engine_dir: Path, model: str) -> None:
 
     whole = Bundle.open(engine_dir)
     ranges = whole.manifest.sizes
+    found = []
     for sizes in (whole.manifest.usual_sizes,) if ranges is None else corners(ranges):
         bundle = whole.at(sizes)
         manifest, plan = bundle.manifest, bundle.manifest.plan
-        reference = load_reference(bundle, model)
-        inputs = reference_inputs(
-            reference.source,
-            reference.conditions,
-            (manifest.batch, manifest.latent.channels, manifest.latent.height, manifest.latent.width),
-            noises=plan.noises,
-            guidance=manifest.guidance,
-            begin=reference.begin,
-        )
-        launches = [(launch.step, launch.variant) for launch in plan.launches]
-        recorder = Recorder(plan.variants, launches, inputs.guidance_scale, plan.slots)
-        run_until_complete(
-            recorder,
-            reference.supernet,
-            reference.scheduler,
-            reference.schedule.sampler.num_inference_steps,
-            reference.schedule.gates,
-            inputs,
-            reference.set_timesteps,
-        )
-        tolerance = reference.source.family.tolerances[manifest.dtype]
-        del reference
-        compare_recordings(recorder.recordings, plan.variants, engine_dir, tolerance, None if ranges is None else sizes)
-
-
-def _mapped_files() -> list[tuple[int, int]]:
-    """Addresses at which weights files are mapped."""
-    maps = Path("/proc/self/maps")
-    if not maps.is_file():
-        return []
-    found = []
-    for line in maps.read_text().splitlines():
-        if line.endswith(".safetensors"):
-            start, _, end = line.split(None, 1)[0].partition("-")
-            found.append((int(start, 16), int(end, 16)))
-    return found
-
-
-def _give_back(tensor: torch.Tensor, mapped: list[tuple[int, int]]) -> None:
-    """Drop the whole pages of a tensor that lies in a mapped file; they would be read again if they were needed."""
-    start = tensor.data_ptr()
-    end = start + tensor.nbytes
-    if not any(first <= start and end <= last for first, last in mapped):
-        return
-    page = mmap.PAGESIZE
-    start, end = -(-start // page) * page, end // page * page
-    if end > start:
-        libc: Any = ctypes.CDLL(None, use_errno=True)
-        libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _MADV_DONTNEED)
+        with float32_files(model, engine_dir.parent) as weights:
+            reference = load_reference(bundle, model, weights)
+            give_back_after_use(reference.source.denoiser)
+            inputs = reference_inputs(
+                reference.source,
+                reference.conditions,
+                (manifest.batch, manifest.latent.channels, manifest.latent.height, manifest.latent.width),
+                noises=plan.noises,
+                guidance=manifest.guidance,
+                begin=reference.begin,
+            )
+            launches = [(launch.step, launch.variant) for launch in plan.launches]
+            recorder = Recorder(plan.variants, launches, inputs.guidance_scale, plan.slots)
+            run_until_complete(
+                recorder,
+                reference.supernet,
+                reference.scheduler,
+                reference.schedule.sampler.num_inference_steps,
+                reference.schedule.gates,
+                inputs,
+                reference.set_timesteps,
+            )
+            tolerance = reference.source.family.tolerances[manifest.dtype]
+            del reference
+            gc.collect()  # a model's hooks refer to it
+        at = None if ranges is None else sizes
+        found.append(compare_recordings(recorder.recordings, plan.variants, engine_dir, tolerance, at))
+    return worst(found)
 
 
 def _main() -> int:
@@ -143,7 +156,7 @@ def _main() -> int:
 
     quiet_libraries()
     try:
-        _compare(Path(sys.argv[1]), sys.argv[2])
+        print(json.dumps(_compare(Path(sys.argv[1]), sys.argv[2])))
     except ToleranceError as error:
         print(error, file=sys.stderr)
         return 1

@@ -162,8 +162,11 @@ class Source:
         return pixels // scale
 
 
-def load_source(name: str) -> Source:
-    """Load a built-in model, a folder in diffusers' format, or a hub id, in float32.
+def load_source(name: str, dtype: torch.dtype | None = None, weights: str | None = None) -> Source:
+    """Load a built-in model, a folder in diffusers' format, or a hub id.
+
+    dtype: of the denoiser, float32 by default; all else is in float32. weights: where the denoiser is loaded from, by
+    default from the model itself.
 
     Raises:
         UserError: no such model, or one that cannot be read.
@@ -171,7 +174,8 @@ def load_source(name: str) -> Source:
     from dipgo_deploy.models.location import config_folder
     from dipgo_deploy.supernet.load import load_denoiser, load_pipeline
 
-    denoiser, family, config = load_denoiser(name)
+    given = () if dtype is None else (dtype,)
+    denoiser, family, config = load_denoiser(weights or name, *given)
     pipeline = None
     if (config_folder(name) / "model_index.json").is_file():
         components: dict[str, Any] = {family.component: denoiser}

@@ -13,6 +13,10 @@ from dipgo_deploy.errors import UserError
 from dipgo_deploy.models import ModelFamily
 from dipgo_deploy.models.location import config_folder, denoiser_config, resolve_model
 
+WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
+
+_FLOATING = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
 
 def load_denoiser(
     folder_or_id: str | Path, dtype: torch.dtype = torch.float32
@@ -44,6 +48,34 @@ def load_denoiser(
             # Without accelerate diffusers leaves the files' dtype where the first tensor has it already, as SD3's does.
             part.to(dtype)
     return family.join(model, others).eval(), family, config
+
+
+def stored_dtype(folder_or_id: str | Path) -> torch.dtype:
+    """The one dtype of all floating-point weights in a denoiser's files, in which loading it only maps them.
+
+    float32 where they have several, and for what is not a folder.
+    """
+    import safetensors
+
+    folder = config_folder(folder_or_id)
+    family, _ = denoiser_config(folder)
+    found: set[str] = set()
+    for part in (family.component, *family.companions) if (folder / "model_index.json").is_file() else (".",):
+        for path in weight_files(folder / part):
+            with safetensors.safe_open(path, "pt") as weights:
+                found.update(weights.get_slice(name).get_dtype() for name in weights.keys())  # noqa: SIM118
+    floating = found & _FLOATING.keys()
+    return _FLOATING[floating.pop()] if len(floating) == 1 else torch.float32
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that diffusers reads from a denoiser's own folder; none where there are none."""
+    if (folder / WEIGHTS_FILE).is_file():
+        return [folder / WEIGHTS_FILE]
+    index = folder / f"{WEIGHTS_FILE}.index.json"
+    if not index.is_file():
+        return []
+    return [folder / name for name in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))]
 
 
 def load_pipeline(folder_or_id: str | Path, dtype: torch.dtype = torch.float32, **components: Any) -> Any:

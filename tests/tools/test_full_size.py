@@ -15,7 +15,9 @@ from dipgo_deploy.models import family_for  # noqa: E402
 from dipgo_deploy.sampler import make_scheduler  # noqa: E402
 from dipgo_deploy.supernet.load import load_denoiser  # noqa: E402
 from tools.full_size import find, models  # noqa: E402
-from tools.full_size.export import main, make_schedule, measure  # noqa: E402
+from tools.full_size.all import main as all_rows  # noqa: E402
+from tools.full_size.all import rows  # noqa: E402
+from tools.full_size.export import exported_pixels, main, make_schedule, measure  # noqa: E402
 from tools.full_size.table import add_row, as_text, read_rows, summary  # noqa: E402
 from tools.full_size.weights import write_model  # noqa: E402
 
@@ -27,6 +29,7 @@ KNOWN = {
     "sd-2.1-768": (865_910_724, 9, 24),
     "sdxl-base-1024": (2_567_463_684, 7, 18),
     "dit-xl-2-256": (None, 28, 56),
+    "ddpm-celebahq-256": (113_673_219, None, None),
 }
 TINY: dict[str, Any] = {
     **find("sdxl"),
@@ -55,7 +58,7 @@ OPTIONS = {
     "height": None,
     "batch": 1,
     "layout": "variants",
-    "low_memory": False,
+    "low_memory": None,
     "max_variants": None,
     "reduced": False,
     "check": True,
@@ -93,6 +96,13 @@ def test_names_can_be_shortened() -> None:
         find("s")
     with pytest.raises(UserError, match="x: no models"):
         find("x")
+
+
+def test_sizes_are_those_of_the_latent() -> None:
+    told = [exported_pixels(find(name), 256) for name in ("sd-1.5", "sana-1600m", "ddpm")]
+    assert told == [256, 64, 256]  # latents of 32, 8 and 256 pixels
+    with pytest.raises(UserError, match="40 pixels: give a multiple of 32"):
+        exported_pixels(find("sana-1600m"), 40)
 
 
 @pytest.mark.parametrize("shard", [2**30, 20_000])
@@ -139,8 +149,14 @@ def test_schedules_by_name(tmp_path: Path) -> None:
         assert schedule.sampler.class_name == "EulerDiscreteScheduler"
         kept[name] = sum(map(sum, schedule.gates))
     assert kept == {"full": 42, "uniform3": 14, "random50": 21}
+    published = make_schedule(TINY, tmp_path / "model", {**OPTIONS, "schedule": "published", "steps": 4})
+    assert published.model.granularity == "layer" and published.provenance["method"] == "deepcache"
+    shallow = {block.name for block, kept in zip(published.blocks, published.gates[1], strict=True) if kept}
+    assert [all(row) for row in published.gates] == [True, False, False, True]
+    assert shallow == {"up_blocks.2.resnets.1"}
+    nobody = {**TINY, "published": None}
     with pytest.raises(UserError, match="--schedule published: nobody published gates for tiny"):
-        make_schedule(TINY, tmp_path / "model", {**OPTIONS, "schedule": "published"})
+        make_schedule(nobody, tmp_path / "model", {**OPTIONS, "schedule": "published"})
     with pytest.raises(UserError, match="--schedule most: give full"):
         make_schedule(TINY, tmp_path / "model", {**OPTIONS, "schedule": "most"})
 
@@ -165,14 +181,17 @@ def test_a_measured_export(tmp_path: Path) -> None:
         "tiny-fp16: comparing the loop with the supernet",
     ]
     export, compare = row["export"], row["compare"]
-    assert export["checker"] == "passed" and export["compared_with_supernet"]
+    assert export["checker"] == "passed"
     assert export["graphs"] >= 2 and 2 <= export["launches"] <= export["evaluations"] == 3
     assert set(export["stages"]) >= {"loading the model", "tracing the denoiser", "planning"}
     assert 0 < sum(export["stages"].values()) <= export["seconds"]
     assert export["peak_rss"] > 2**26 and export["engine_dir_bytes"] > export["weights_bytes"]
     # Two bytes a parameter, but tensors of up to 256 bytes, of which a tiny model has many, are in the graphs.
     assert 1.2 * row["weights"]["parameters"] < export["weights_bytes"] < 2.2 * row["weights"]["parameters"]
-    assert compare["passed"] and 0 < compare["latents_relative"] < 2e-2
+    assert compare["passed"] and compare["first_failure"] is None
+    for part in (export["variants"], compare["loop"], compare["latents"]):
+        assert 0 < part["relative"] < 2e-2 and part["psnr"] > 30 and part["cosine"] > 0.999
+    assert export["low_memory"] is False and 2**26 < export["libraries_rss"] < export["peak_rss"]
     assert not (tmp_path / "work/tiny-fp16.engine").exists()
 
     collected = tmp_path / "rows.json"
@@ -184,6 +203,52 @@ def test_a_measured_export(tmp_path: Path) -> None:
     assert page == as_text(read_rows(collected))
     assert "| tiny | fp16 | 48x64 |" in page
     assert f"{export['launches']} launches of 3 evaluations" in summary(row)
+
+
+def test_a_static_interval_is_every_unit_at_every_second_step(tmp_path: Path) -> None:
+    entry = find("dit")
+    folder = tmp_path / "model"
+    (folder / "scheduler").mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(entry["config"]))
+    scheduler = {"_class_name": entry["scheduler"], **entry["scheduler_config"]}
+    (folder / "scheduler/scheduler_config.json").write_text(json.dumps(scheduler))
+    schedule = make_schedule(entry, folder, {**OPTIONS, "schedule": "published"})
+    assert (len(schedule.blocks), [sum(row) for row in schedule.gates]) == (56, [56, 0, 56])
+
+
+def test_all_rows_name_models_and_options_that_are_there(capsys: pytest.CaptureFixture[str]) -> None:
+    listed = rows()
+    assert {name for name, _ in listed.values()} >= {"sd-1.5-512", "ddpm-celebahq-256", "flux.1-dev-1024"}
+    for model, options in listed.values():
+        entry = find(model)
+        assert not options["reduced"] or entry["depth"]
+        assert options["schedule"] != "published" or entry["published"]
+        assert options["compare"] and options["build"] and options["check"] and options["batch"] == 1
+    assert all_rows(["--list", "--only", "dit"]) == 0
+    assert capsys.readouterr().out.split() == ["dit-xl-2-256:fp32:random50", "dit-xl-2-256:fp32:published"]
+
+
+def test_a_row_that_fails_does_not_stop_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    measured = []
+
+    def fake(entry: dict[str, Any], options: dict[str, Any], say: Any) -> dict[str, Any]:
+        measured.append((entry["name"], options["schedule"]))
+        (options["out"] / "models").mkdir(parents=True, exist_ok=True)
+        if options["schedule"] == "random50":
+            raise UserError("no room")
+        return {"row": entry["name"]}
+
+    added = []
+    monkeypatch.setattr("tools.full_size.all.measure", fake)
+    monkeypatch.setattr("tools.full_size.all.add_row", lambda path, row: added.append(row))
+    monkeypatch.setattr("tools.full_size.all.summary", str)
+    assert all_rows(["--only", "dit", "--only", "ddpm", "--out", str(tmp_path)]) == 2
+    assert [schedule for _, schedule in measured] == ["random50", "published"] * 2
+    assert added == [{"row": "dit-xl-2-256"}, {"row": "ddpm-celebahq-256"}]
+    assert not (tmp_path / "models").exists()
+    assert "2 of 4 rows failed: dit-xl-2-256:fp32:random50" in capsys.readouterr().err
 
 
 def test_a_stage_that_fails_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

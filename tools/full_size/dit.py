@@ -40,5 +40,7 @@ MODELS: tuple[dict[str, Any], ...] = (
         },
         "pixels": 256,
         "text_length": 0,
+        # FORA (arXiv 2407.01425): attention and feed-forward at every second step.
+        "published": {"rule": "interval", "interval": 2, "granularity": "layer"},
     },
 )

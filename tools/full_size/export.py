@@ -13,6 +13,7 @@ import click
 
 from dipgo_deploy.cli.common import emit, entry_point, human_console, json_option
 from dipgo_deploy.errors import UserError
+from dipgo_deploy.models.registry import family_for
 from dipgo_deploy.models.target import schedule_target
 from dipgo_deploy.schedule import builders
 from dipgo_deploy.schedule.builders import Target
@@ -43,7 +44,7 @@ _PATH = click.Path(path_type=Path)
 @click.option("--reduced", is_flag=True, help="Fewer blocks of each kind, where the entry says how many.")
 @click.option("--out", type=_PATH, help="Work folder: model (made once for each dtype), schedule, engine directory.")
 @click.option("--check/--no-check", default=True, show_default=True, help="Compare each graph with the supernet.")
-@click.option("--low-memory", is_flag=True, help="As dipgo-export's.")
+@click.option("--low-memory/--no-low-memory", default=None, help="As dipgo-export's.")
 @click.option("--compare", is_flag=True, help="The whole loop against the supernet.")
 @click.option("--build", is_flag=True, help="TensorRT-RTX engines of all graphs.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads of the comparison.")
@@ -90,7 +91,7 @@ def measure(entry: Mapping[str, Any], options: Mapping[str, Any], say: Any) -> d
         "changes": dict(changes),
         "machine": machine(options["threads"]),
         **{key: options[key] for key in ("dtype", "schedule", "granularity", "batch", "layout", "max_variants")},
-        **({"low_memory": True} if options["low_memory"] else {}),
+        **({} if options["low_memory"] is None else {"low_memory": options["low_memory"]}),
     }
     row["weights"] = _model(entry, changes, dtype, out / "models" / label, log, say)
     folder = out / "models" / label
@@ -103,22 +104,21 @@ def measure(entry: Mapping[str, Any], options: Mapping[str, Any], say: Any) -> d
         "width": width,
         "sampler": schedule.sampler.class_name,
         "steps": schedule.sampler.num_inference_steps,
+        "granularity": schedule.model.granularity,
         "units": len(schedule.blocks),
         "kept": sum(map(sum, schedule.gates)) / (schedule.steps * len(schedule.blocks)),
     }
     engine_dir = out / f"{label}.engine"
     shutil.rmtree(engine_dir, ignore_errors=True)
     say(f"{label}: exporting")
-    scale = entry.get("latent_scale", 8)
     arguments = {
         "folder": str(folder),
         "schedule": str(schedule_file),
         "engine_dir": str(engine_dir),
-        # Without a pipeline the exporter counts eight pixels a latent pixel.
         "options": {
             **{key: options[key] for key in ("dtype", "batch", "layout", "max_variants", "check", "low_memory")},
-            "height": 8 * _latent(height, scale),
-            "width": 8 * _latent(width, scale),
+            "height": exported_pixels(entry, height),
+            "width": exported_pixels(entry, width),
         },
     }
     try:
@@ -143,7 +143,7 @@ def make_schedule(entry: Mapping[str, Any], folder: Path, options: Mapping[str, 
     """
     name = options["schedule"]
     if name == "published":
-        return _published(entry, folder)
+        return _published(entry, folder, options["steps"])
     target = schedule_target(str(folder), options["sampler"], options["steps"], options["granularity"])
     return target.schedule(_gates(name, target), name, {})
 
@@ -161,10 +161,18 @@ def _gates(name: str, target: Target) -> Any:
     return builders.random(target.steps, units, number / 100, seed=0)
 
 
-def _published(entry: Mapping[str, Any], folder: Path) -> Schedule:
+def _published(entry: Mapping[str, Any], folder: Path, steps: int) -> Schedule:
+    """The gates that were published for the model, or those of the rule that was: DeepCache or a static interval."""
     found = entry.get("published")
     if found is None:
         raise UserError(f"--schedule published: nobody published gates for {entry['name']}: give random50")
+    if "file" not in found:
+        target = schedule_target(str(folder), None, steps, found["granularity"])
+        if found["rule"] == "deepcache":
+            gates = builders.deepcache(target.steps, target.block_names, found["interval"], found["branch"])
+        else:
+            gates = builders.uniform(target.steps, len(target.blocks), found["interval"])
+        return target.schedule(gates, found["rule"], {key: found[key] for key in found if key != "rule"})
     given = Schedule.load(SCHEDULES / found["file"])
     target = schedule_target(str(folder), found["sampler"], found["steps"], found["granularity"])
     if target.block_names != tuple(block.name for block in given.blocks) or target.steps != given.steps:
@@ -198,10 +206,15 @@ def _model(
     return made
 
 
-def _latent(pixels: int, scale: int) -> int:
+def exported_pixels(entry: Mapping[str, Any], pixels: int) -> int:
+    """What the exporter is told for a picture's height or width.
+
+    Without a pipeline it counts eight pixels a latent pixel, or one where the family works on pixels.
+    """
+    scale = entry.get("latent_scale", 8)
     if pixels % scale:
         raise UserError(f"{pixels} pixels: give a multiple of {scale}")
-    return pixels // scale
+    return pixels // scale * (1 if family_for(entry["class_name"]).pixels else 8)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,8 @@ _COMMON: dict[str, Any] = {
     "scheduler": "FlowMatchEulerDiscreteScheduler",
     "pixels": 1024,
     "text_length": 512,
+    # As FORA (arXiv 2407.01425) for DiT: attention and feed-forward at every second step.
+    "published": {"rule": "interval", "interval": 2, "granularity": "layer"},
     # Changes of the configuration that leave at most 2.6e9 of 11.9e9 parameters (10.4 GB in float32, 5.2 GB in half
     # precision beside them), for a machine of 22 GB. All blocks of one kind are alike, so nothing else changes.
     "depth": {"num_layers": 4, "num_single_layers": 8},

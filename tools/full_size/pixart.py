@@ -45,6 +45,8 @@ MODELS: tuple[dict[str, Any], ...] = (
         "depth": {},
         "pixels": 1024,
         "text_length": 120,
+        # FORA (arXiv 2407.01425): attention and feed-forward at every second step.
+        "published": {"rule": "interval", "interval": 2, "granularity": "layer"},
     },
     {
         "name": "pixart-sigma-xl-2-1024",
@@ -55,5 +57,7 @@ MODELS: tuple[dict[str, Any], ...] = (
         "depth": {},
         "pixels": 1024,
         "text_length": 300,
+        # FORA (arXiv 2407.01425): attention and feed-forward at every second step.
+        "published": {"rule": "interval", "interval": 2, "granularity": "layer"},
     },
 )

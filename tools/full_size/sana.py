@@ -47,6 +47,8 @@ MODELS: tuple[dict[str, Any], ...] = (
         "pixels": 1024,
         "latent_scale": 32,
         "text_length": 300,
+        # As FORA (arXiv 2407.01425) for DiT: attention and feed-forward at every second step.
+        "published": {"rule": "interval", "interval": 2, "granularity": "layer"},
     },
     {
         "name": "sana-1.5-1600m-1024",
@@ -58,5 +60,7 @@ MODELS: tuple[dict[str, Any], ...] = (
         "pixels": 1024,
         "latent_scale": 32,
         "text_length": 300,
+        # As FORA (arXiv 2407.01425) for DiT: attention and feed-forward at every second step.
+        "published": {"rule": "interval", "interval": 2, "granularity": "layer"},
     },
 )

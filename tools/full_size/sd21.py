@@ -48,5 +48,7 @@ MODELS: tuple[dict[str, Any], ...] = (
         },
         "pixels": 768,
         "text_length": 77,
+        # DeepCache (Ma et al., CVPR 2024) with its most shallow branch.
+        "published": {"rule": "deepcache", "interval": 3, "branch": 0, "granularity": "layer"},
     },
 )

@@ -27,6 +27,8 @@ _COMMON: dict[str, Any] = {
     "scheduler_config": _SCHEDULER,
     "pixels": 1024,
     "text_length": 77 + 256,
+    # As FORA (arXiv 2407.01425) for DiT: attention and feed-forward at every second step.
+    "published": {"rule": "interval", "interval": 2, "granularity": "layer"},
 }
 
 # depth: changes of the configuration that leave at most 2.6e9 parameters (10.4 GB in float32, 5.2 GB in half

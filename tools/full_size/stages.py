@@ -9,9 +9,13 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dipgo_deploy.compare.accuracy import TensorError
+    from dipgo_deploy.compare.metrics import Agreement
 
 
 def weights(arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -31,13 +35,17 @@ def export(arguments: Mapping[str, Any]) -> dict[str, Any]:
     from dipgo_deploy.schedule.document import Schedule
 
     quiet_libraries()
+    libraries = _resident()
     clock = _Clock()
     schedule = Schedule.load(Path(arguments["schedule"]))
     planned = plan_export(arguments["folder"], schedule, ExportOptions(**arguments["options"]), clock)
-    bundle = publish(planned, Path(arguments["engine_dir"]), clock)
+    agreed: list[Agreement] = []
+    bundle = publish(planned, Path(arguments["engine_dir"]), clock, agreed.append)
     plan = bundle.manifest.plan
     return {
         "stages": clock.stop(),
+        "libraries_rss": libraries,
+        "low_memory": bool(planned.options.low_memory),
         "evaluations": plan.evaluations,
         "launches": len(plan.launches),
         "graphs": len(plan.variants),
@@ -49,41 +57,58 @@ def export(arguments: Mapping[str, Any]) -> dict[str, Any]:
         "weights_bytes": (bundle.path / "graphs/weights.bin").stat().st_size,
         # Publishing runs ONNX's full checker on every graph and, if asked, compares each with the supernet.
         "checker": "passed",
-        "compared_with_supernet": planned.options.check and planned.options.dtype != "bf16",
+        "variants": {key: _finite(value) for key, value in agreed[0]._asdict().items()} if agreed else None,
+        "tolerance": planned.source.family.tolerances[planned.options.dtype],
     }
 
 
 def compare(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The whole loop against the torch supernet, both going their own way from the same noise."""
+    """The whole loop against the torch supernet in float32, both going their own way from the same noise."""
     from dipgo_deploy.backends import create_backend
     from dipgo_deploy.bundle.directory import Bundle
     from dipgo_deploy.compare.conditions import reference_inputs
     from dipgo_deploy.compare.engine import Options, compare_engine
     from dipgo_deploy.compare.reference import load_reference
+    from dipgo_deploy.export.mapped import float32_files, give_back_after_use
     from dipgo_deploy.export.quiet import quiet_libraries
 
     quiet_libraries()
+    clock = _Clock()
+    clock("loading the model")
     bundle = Bundle.open(Path(arguments["engine_dir"]))
     manifest, latent = bundle.manifest, bundle.manifest.latent
-    reference = load_reference(bundle)
-    inputs = reference_inputs(
-        reference.source,
-        reference.conditions,
-        (manifest.batch, latent.channels, latent.height, latent.width),
-        noises=manifest.plan.noises,
-        guidance=manifest.guidance,
-        guidance_scale=manifest.guidance_scale,
-    )
-    backend = create_backend("cpu", threads=arguments["threads"])
-    report = compare_engine(bundle, reference, inputs, backend, Options(variants=False))
+    with float32_files(arguments["folder"], bundle.path.parent) as weights:
+        reference = load_reference(bundle, weights=weights)
+        give_back_after_use(reference.source.denoiser)
+        inputs = reference_inputs(
+            reference.source,
+            reference.conditions,
+            (manifest.batch, latent.channels, latent.height, latent.width),
+            noises=manifest.plan.noises,
+            guidance=manifest.guidance,
+            guidance_scale=manifest.guidance_scale,
+        )
+        backend = create_backend("cpu", threads=arguments["threads"])
+        report = compare_engine(bundle, reference, inputs, backend, Options(variants=False), clock)
     assert report.results is not None
-    (final,) = (tensor for tensor in report.results.tensors if tensor.name == "latents")
-    failure = report.first_failure()
+    final = [tensor for tensor in report.results.tensors if tensor.name == "latents"]
+    on_the_way = [tensor for step in report.loop for tensor in step.tensors]
     return {
-        "passed": failure is None,
+        "passed": report.passed,
+        "first_failure": report.first_failure(),
         "tolerance": report.tolerance.relative,
-        "latents_relative": _finite(final.relative),
-        "worst_relative": _finite(max(tensor.relative for step in report.loop for tensor in step.tensors)),
+        "stages": clock.stop(),
+        "loop": _worst(on_the_way),
+        "latents": _worst(final),
+    }
+
+
+def _worst(tensors: Sequence[TensorError]) -> dict[str, float | None]:
+    """The largest error relative to the largest value, the smallest PSNR (dB) and cosine; null where not finite."""
+    return {
+        "relative": _finite(max(tensor.relative for tensor in tensors)),
+        "psnr": _finite(min(tensor.psnr for tensor in tensors)),
+        "cosine": _finite(min(tensor.cosine for tensor in tensors)),
     }
 
 
@@ -106,6 +131,16 @@ STAGES: Mapping[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
 
 def _finite(value: float) -> float | None:
     return float(value) if math.isfinite(value) else None
+
+
+def _resident() -> int:
+    """Bytes that this process holds with every library of an export loaded, and no model."""
+    import diffusers  # noqa: F401
+    import onnxruntime  # noqa: F401
+    import onnxscript  # noqa: F401
+
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return 1024 * int(status.partition("VmRSS:")[2].split()[0])
 
 
 def folder_bytes(folder: Path) -> int:

@@ -57,8 +57,12 @@ def summary(row: Mapping[str, Any]) -> str:
         f"{export['seconds']:.0f} s, peak {export['peak_rss'] / GIB:.2f} GiB, {export['engine_dir_bytes'] / GIB:.2f} "
         f"GiB on disk; checker {export['checker']}"
     )
+    if export["variants"] is not None:
+        line += f"; largest error of variants {_number(export['variants']['relative'], '.1e')}"
     if "compare" in row:
-        line += f"; largest error of latents, of anything on the way: {_compared(row)}"
+        compared = row["compare"]
+        errors = (_number(compared[part]["relative"], ".1e") for part in ("loop", "latents"))
+        line += f"; of loop, latents {', '.join(errors)}, {'within' if compared['passed'] else 'BEYOND'} tolerance"
     if "build" in row:
         line += f"; {row['build']['engines']} engines in {row['build']['seconds']:.0f} s"
     return line
@@ -66,49 +70,92 @@ def summary(row: Mapping[str, Any]) -> str:
 
 def as_text(rows: Sequence[Mapping[str, Any]]) -> str:
     """The page."""
-    exports = (
-        "model",
-        "dtype",
-        "pixels",
-        "schedule",
-        "units",
-        "launches",
-        "graphs",
-        "parameters, M",
-        "weights, GiB",
-        "directory, GiB",
-        "export, s",
-        "of it trace, s",
-        "processor, s",
-        "peak, GiB",
-        "peak to weights",
-        "variants against supernet",
-        "loop against supernet",
-    )
-    engines = ("model", "dtype", "pixels", "graphs", "build, s", "engines, GiB", "largest, GiB", "peak, GiB")
     parts = ["# Exports at full size\n"]
     machines = (machine_line(row["machine"]).partition("; load average")[0] for row in rows)
     parts += [f"{line}.\n" for line in dict.fromkeys(machines)]
-    parts.append(
-        "Published configurations with random weights: time, memory and size do not depend on the weights' values, and "
-        "agreement is that of the graphs with the torch model of the same weights; nothing here says anything about "
-        "pictures. Each row is one process. Export: from the model's folder to the published engine directory of the "
-        "denoiser, with ONNX's full checker on every graph. Processor: time of all its threads; the machine had other "
-        "work to do. Peak: the largest resident memory, mapped weight files included. Loop: largest error of the final "
-        "latents, relative to their largest value, with the engine and the supernet each going their own way, then the "
-        "largest of all latents and predictions on the way. bf16 graphs have no kernels on ONNX Runtime's CPU provider "
-        "and are checked only. Made by `python -m tools.full_size.export NAME --collect docs/results/full-size.json` "
-        "with the options of each row.\n"
-    )
-    parts.append(table(exports, [_export_row(row) for row in rows]))
+    parts.append(_INTRODUCTION)
+    parts.append(table(_EXPORTS, [_export_row(row) for row in rows]))
+    compared = [row for row in rows if "compare" in row or row["export"]["variants"] is not None]
+    if compared:
+        parts += ["## Agreement with the supernet\n", _AGREEMENT]
+        parts.append(table(_COMPARISONS, [_compare_row(row) for row in compared]))
     built = [row for row in rows if "build" in row]
     if built:
         versions = ", ".join(sorted({row["build"]["version"] for row in built}))
-        parts.append(f"TensorRT-RTX {versions}, built without a GPU; each engine has its own copy of its weights:\n")
-        parts.append(table(engines, [_build_row(row) for row in built]))
+        parts.append("## Engines\n")
+        parts.append(f"TensorRT-RTX {versions}, built without a GPU; each engine has its own copy of its weights.\n")
+        parts.append(table(_ENGINES, [_build_row(row) for row in built]))
     reduced = {row["name"]: row["changes"] for row in rows if row["changes"]}
     parts += [f"{name} (reduced): {_settings(changes)}, all else as published.\n" for name, changes in reduced.items()]
     return "\n".join(parts)
+
+
+_INTRODUCTION = (
+    "Published configurations with random weights: time, memory and size do not depend on the weights' values, and "
+    "agreement is that of the graphs with the torch model of the same weights; nothing here says anything about "
+    "pictures. All rows: `python -m tools.full_size.all --out DIR`; one: `python -m tools.full_size.export NAME "
+    "--collect docs/results/full-size.json` with the options of the row.\n\n"
+    "Export: from the model's folder, whose files have the row's dtype, to the published engine directory of the "
+    "denoiser, with ONNX's full checker on every graph, which all passed, and the comparison of every graph with the "
+    "supernet unless the row says otherwise. Each stage is one process (an export's comparison one more). Processor: "
+    "time of all its threads; the machine had other work to do. Peak: the largest resident memory of any process, "
+    "mapped weight files included; above Python: without what Python holds with all libraries loaded and no model.\n\n"
+    "Schedules: random50 removes half of the gates; published is the kind that was published for the model: DiP-GO's "
+    "own gates (sd-1.5), DeepCache with its most shallow branch at every third step (other UNets), or attention and "
+    "feed-forward at every second step, as FORA does (transformers).\n"
+)
+_AGREEMENT = (
+    "Engine directory on ONNX Runtime's CPU provider against the torch supernet in float32: the largest error, "
+    "relative to the reference's largest value, the smallest PSNR in dB, the smallest cosine. Variants: each by "
+    "itself at export, on inputs recorded from the supernet's loop, all its outputs. Loop: all latents and "
+    "predictions on the way, with both sides going their own way from the same noise. Latents: the final ones. "
+    "Tolerance: of the model family, for the largest error. bf16 graphs have no kernels on that provider.\n"
+)
+_EXPORTS = (
+    "model",
+    "dtype",
+    "pixels",
+    "schedule",
+    "units",
+    "launches",
+    "graphs",
+    "parameters, M",
+    "weights, GiB",
+    "directory, GiB",
+    "export, s",
+    "of it trace, s",
+    "processor, s",
+    "peak, GiB",
+    "peak to weights",
+    "above Python to weights",
+)
+_COMPARISONS = (
+    "model",
+    "dtype",
+    "schedule",
+    "variants",
+    "PSNR, cosine",
+    "loop",
+    "PSNR, cosine",
+    "latents",
+    "PSNR, cosine",
+    "tolerance",
+    "loop passed",
+    "loop, s",
+    "loop's peak, GiB",
+)
+_ENGINES = (
+    "model",
+    "dtype",
+    "pixels",
+    "schedule",
+    "graphs",
+    "engines",
+    "build, s",
+    "engines, GiB",
+    "largest, GiB",
+    "peak, GiB",
+)
 
 
 def _settings(changes: Mapping[str, Any]) -> str:
@@ -119,37 +166,57 @@ def _name(row: Mapping[str, Any]) -> str:
     return f"{row['name']} (reduced)" if row["changes"] else str(row["name"])
 
 
+def _schedule(row: Mapping[str, Any]) -> str:
+    text = f"{row['schedule']}, {row['granularity']}s, {row['sampler'].removesuffix('Scheduler')} {row['steps']}"
+    forced = row.get("low_memory")
+    return text if forced is None else f"{text}, {'low memory' if forced else 'not low memory'}"
+
+
 def _export_row(row: Mapping[str, Any]) -> Sequence[str]:
     made, export = row["weights"], row["export"]
-    schedule = f"{row['schedule']}, {row['granularity']}s, {row['sampler'].removesuffix('Scheduler')} {row['steps']}"
-    schedule += ", low memory" if row.get("low_memory") else ""
+    weights = export["weights_bytes"]
     return (
         _name(row),
         row["dtype"],
         f"{row['width']}x{row['height']}",
-        schedule,
+        _schedule(row) + ("" if export["variants"] is not None else ", not compared"),
         str(row["units"]),
         f"{export['launches']} of {export['evaluations']}",
         str(export["graphs"]),
         f"{made['parameters'] / 1e6:.0f}",
-        f"{export['weights_bytes'] / GIB:.2f}",
+        f"{weights / GIB:.2f}",
         f"{export['engine_dir_bytes'] / GIB:.2f}",
         f"{export['seconds']:.0f}",
         f"{export['stages'].get('tracing the denoiser', 0):.0f}",
         f"{export['cpu_seconds']:.0f}",
         f"{export['peak_rss'] / GIB:.2f}",
-        f"{export['peak_rss'] / export['weights_bytes']:.1f}",
-        "passed" if export["compared_with_supernet"] else "not run",
-        _compared(row) if "compare" in row else "not run",
+        f"{export['peak_rss'] / weights:.2f}",
+        f"{(export['peak_rss'] - export['libraries_rss']) / weights:.2f}",
     )
 
 
-def _compared(row: Mapping[str, Any]) -> str:
-    found = row["compare"]
-    if found["latents_relative"] is None:
-        return "not finite"
-    worst = "not finite" if found["worst_relative"] is None else f"{found['worst_relative']:.1e}"
-    return f"{found['latents_relative']:.1e}, {worst}"
+def _number(value: float | None, style: str) -> str:
+    return "not finite" if value is None else format(value, style)
+
+
+def _compare_row(row: Mapping[str, Any]) -> Sequence[str]:
+    export, compared = row["export"], row.get("compare")
+    cells = []
+    for found in (export["variants"], *((compared["loop"], compared["latents"]) if compared else (None, None))):
+        if found is None:
+            cells += ["not run", ""]
+        else:
+            numbers = f"{_number(found['psnr'], '.0f')}, {_number(found['cosine'], '.7f')}"
+            cells += [_number(found["relative"], ".1e"), numbers]
+    return (
+        _name(row),
+        row["dtype"],
+        _schedule(row),
+        *cells,
+        f"{export['tolerance']:g}",
+        *(("yes" if compared["passed"] else "no", f"{compared['seconds']:.0f}") if compared else ("", "")),
+        f"{compared['peak_rss'] / GIB:.2f}" if compared else "",
+    )
 
 
 def _build_row(row: Mapping[str, Any]) -> Sequence[str]:
@@ -158,6 +225,8 @@ def _build_row(row: Mapping[str, Any]) -> Sequence[str]:
         _name(row),
         row["dtype"],
         f"{row['width']}x{row['height']}",
+        _schedule(row),
+        str(row["export"]["graphs"]),
         str(built["engines"]),
         f"{built['seconds']:.0f}",
         f"{built['bytes'] / GIB:.2f}",

@@ -1,0 +1,131 @@
+"""Weights that stay in their files, mapped: pages are read when they are used and can be given back at any time."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import json
+import math
+import mmap
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+Ranges = list[tuple[int, int]]
+
+_MADV_DONTNEED = 4
+_SUFFIX = ".safetensors"
+# Types of safetensors that are not floating point, with their bytes.
+_WHOLE_BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "I16": 2, "I32": 4, "I64": 8}
+
+
+def mapped_files() -> Ranges:
+    """Addresses (first, past the last) at which safetensors files are mapped; none outside Linux."""
+    maps = Path("/proc/self/maps")
+    if not maps.is_file():
+        return []
+    found = []
+    for line in maps.read_text().splitlines():
+        if line.endswith(_SUFFIX):
+            start, _, end = line.split(None, 1)[0].partition("-")
+            found.append((int(start, 16), int(end, 16)))
+    return found
+
+
+def give_back(tensor: torch.Tensor, mapped: Ranges) -> None:
+    """Drop the whole pages of a tensor that lies in a mapped file; they would be read again if they were needed."""
+    start = tensor.data_ptr()
+    end = start + tensor.nbytes
+    if not any(first <= start and end <= last for first, last in mapped):
+        return
+    page = mmap.PAGESIZE
+    start, end = -(-start // page) * page, end // page * page
+    if end > start:
+        _libc().madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _MADV_DONTNEED)
+
+
+def give_back_after_use(module: nn.Module) -> None:
+    """Let every submodule give back the pages of its own mapped parameters when its ``forward`` is done."""
+    mapped = mapped_files()
+
+    def done(part: nn.Module, _inputs: Any, _output: Any) -> None:
+        for parameter in part._parameters.values():
+            if parameter is not None:
+                give_back(parameter.data, mapped)
+
+    for part in module.modules():
+        if part._parameters:
+            part.register_forward_hook(done)
+
+
+@contextlib.contextmanager
+def float32_files(model: str, beside: Path) -> Iterator[str]:
+    """A folder with the denoiser of ``model`` in float32, which loads mapped; gone when the context ends.
+
+    It is ``model`` itself where nothing has to be converted. Else the copy is made in a temporary folder in ``beside``,
+    one tensor in memory at a time; it takes 4 bytes a parameter of disk.
+    """
+    import torch
+
+    from dipgo_deploy.models.location import config_folder, denoiser_config
+    from dipgo_deploy.supernet.load import WEIGHTS_FILE, stored_dtype, weight_files
+
+    if stored_dtype(model) == torch.float32:
+        yield model
+        return
+    folder = config_folder(model)
+    family, _ = denoiser_config(folder)
+    parts = ["."]
+    with tempfile.TemporaryDirectory(prefix=".float32-", dir=beside) as copy:
+        if (folder / "model_index.json").is_file():
+            shutil.copy(folder / "model_index.json", copy)
+            parts = [family.component, *family.companions]
+        for part in parts:
+            (Path(copy) / part).mkdir(exist_ok=True)
+            shutil.copy(folder / part / "config.json", Path(copy) / part)
+            _write_float32(weight_files(folder / part), Path(copy) / part / WEIGHTS_FILE)
+        yield copy
+
+
+def _write_float32(sources: Sequence[Path], target: Path) -> None:
+    """All tensors of safetensors files in one file, those of floating point in float32.
+
+    One file, because without accelerate diffusers maps the first of several only and copies the others.
+    """
+    from safetensors import safe_open
+
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for source in sources:
+        with safe_open(source, "pt") as weights:
+            for name in weights.keys():  # noqa: SIM118
+                part = weights.get_slice(name)
+                code = part.get_dtype()
+                code = code if code in _WHOLE_BYTES else "F32"
+                size = math.prod(part.get_shape()) * _WHOLE_BYTES.get(code, 4)
+                header[name] = {"dtype": code, "shape": part.get_shape(), "data_offsets": [offset, offset + size]}
+                offset += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with target.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for source in sources:
+            with safe_open(source, "pt") as weights:
+                mapped = mapped_files()
+                for name in weights.keys():  # noqa: SIM118
+                    stored = weights.get_tensor(name)
+                    wanted = stored.float() if stored.is_floating_point() else stored
+                    file.write(memoryview(wanted.contiguous().view(-1).numpy()).cast("B"))
+                    give_back(stored, mapped)
+
+
+@functools.cache
+def _libc() -> Any:
+    return ctypes.CDLL(None, use_errno=True)
