@@ -9,9 +9,10 @@ from typing import Any, Literal, Self
 import pydantic
 
 from dipgo_deploy.bundle.shapes import NAMES, Dim, SizeRanges, Sizes, evaluate, evaluate_shape
+from dipgo_deploy.bundle.stack import StackLayout
 from dipgo_deploy.errors import UserError
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MANIFEST_NAME = "manifest.json"
 SCHEDULE_NAME = "schedule.json"
 MAX_MANIFEST_BYTES = 64 * 2**20
@@ -153,7 +154,7 @@ class PlanEntry(_Frozen):
 
     The stack is float32 (slots, batch, channels, height, width): slot 0 is the initial noise, then the predictions,
     then the picture's latents where the run starts from one, then ``noises`` noise draws in the order in which the
-    sampler draws them.
+    sampler draws them. Graphs take the weights of a launch as ``bundle.stack.graph_coefficients`` makes them.
     """
 
     layout: Layout = "variants"
@@ -171,6 +172,11 @@ class PlanEntry(_Frozen):
     macs_schedule: int
     macs_run: int
     evaluations: int
+
+    @property
+    def stack(self) -> StackLayout:
+        """What the graphs know of the stack."""
+        return StackLayout(self.slots, self.slots - self.noises - (self.image_slot is not None))
 
 
 class ModelEntry(_Frozen):
@@ -258,7 +264,7 @@ class Components(_Frozen):
 class Manifest(_Frozen):
     """``manifest.json`` of an engine directory."""
 
-    format_version: Literal[2] = 2
+    format_version: Literal[3] = 3
     created_by: str
     model: ModelEntry
     schedule: str = SCHEDULE_NAME

@@ -137,7 +137,7 @@ def _facts(planned: PlannedExport, *, both_layouts: bool) -> dict[str, Any]:
     if both_layouts:
         shape = planned.traced.shape
         channels = planned.source.family.latent_channels(planned.source.config)
-        stack_bytes = 4 * planned.slots * shape.batch * channels * shape.height * shape.width
+        stack_bytes = 4 * planned.stack.slots * shape.batch * channels * shape.height * shape.width
         needs, one_copy = compare_layouts(planned.plan, segments, pieces, stack_bytes)
         facts["layouts"] = {need.layout: need.row() for need in needs}
         facts["weight_bytes"] = one_copy

@@ -18,6 +18,7 @@ from polygraphy.json import save_json
 from dipgo_deploy.backends.base import Backend
 from dipgo_deploy.bundle.directory import Bundle
 from dipgo_deploy.bundle.manifest import VariantEntry
+from dipgo_deploy.bundle.stack import graph_latent
 from dipgo_deploy.compare.accuracy import Tolerance, compare_runs, silenced
 from dipgo_deploy.compare.conditions import ReferenceInputs, as_arrays, host
 from dipgo_deploy.compare.recording import LoopRecorder, Recorder, Recording, run_until_complete
@@ -27,7 +28,7 @@ from dipgo_deploy.compare.runners import SupernetRunner, engine_runner
 from dipgo_deploy.compare.steps import StepRecorder, StepRecording, StepRunner
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.runtime.image import Decoder, Encoder
-from dipgo_deploy.runtime.loop import COEFFICIENTS, PREDICTION, STACK, DenoisingLoop, final_latent
+from dipgo_deploy.runtime.loop import COEFFICIENTS, PREDICTION, STACK, DenoisingLoop
 from dipgo_deploy.supernet.loop import Evaluation, run_loop
 
 LATENT, LATENTS, IMAGES = "latent", "latents", "images"
@@ -273,8 +274,8 @@ def _engine_loop(
         tensors = {}
         names = {spec.name for spec in loop.variant(index).graph.inputs}
         if STACK in names:
-            weights = loop.fetch(index, COEFFICIENTS)
-            tensors[LATENT] = final_latent(loop.fetch(index, STACK), weights.tolist())
+            stack, coefficients = loop.fetch(index, STACK), loop.fetch(index, COEFFICIENTS)
+            tensors[LATENT] = graph_latent(stack, coefficients, bundle.manifest.plan.stack.chain)
         if loop.launches[index].slot is not None:
             tensors[PREDICTION] = loop.fetch(index, PREDICTION)
         seen.append(tensors)

@@ -12,10 +12,11 @@ import torch
 
 from dipgo_deploy.bundle.directory import Bundle
 from dipgo_deploy.bundle.manifest import Manifest, VariantEntry
+from dipgo_deploy.bundle.stack import graph_latent
 from dipgo_deploy.compare.conditions import host
 from dipgo_deploy.compare.recording import cache_place, cache_tensor
 from dipgo_deploy.errors import UserError
-from dipgo_deploy.runtime.loop import COEFFICIENTS, GUIDANCE_SCALE, PREDICTION, STACK, TIMESTEP, final_latent
+from dipgo_deploy.runtime.loop import COEFFICIENTS, GUIDANCE_SCALE, PREDICTION, STACK, TIMESTEP
 from dipgo_deploy.supernet.gated import CacheState
 
 if TYPE_CHECKING:
@@ -112,7 +113,7 @@ class VariantReference:
         """Outputs, float32, by the variant's graph output names; ``inputs`` by its graph input names."""
         latent = np.full(self._sample_shape, np.nan, np.float32)
         if STACK in inputs:
-            latent = final_latent(inputs[STACK], inputs[COEFFICIENTS].tolist())
+            latent = graph_latent(inputs[STACK], inputs[COEFFICIENTS], self._manifest.plan.stack.chain)
         timestep = float(inputs[TIMESTEP][0]) if TIMESTEP in inputs else float("nan")
         state = self._caches(entry, inputs)
         gates = [spec.name not in state.tensors for spec in self._supernet.specs]

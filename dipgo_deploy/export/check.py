@@ -41,7 +41,7 @@ def record(planned: PlannedExport, sizes: Sizes | None = None) -> list[Recording
         for variant in planned.plan.variants
     ]
     launches = [(launch.step, launch.variant) for launch in planned.plan.launches]
-    recorder = Recorder(variants, launches, inputs.guidance_scale, planned.slots)
+    recorder = Recorder(variants, launches, inputs.guidance_scale, planned.stack.slots)
     _run_supernet(planned, recorder, inputs)
     return recorder.recordings
 
@@ -53,7 +53,7 @@ def record_steps(planned: PlannedExport, plan: PlanEntry) -> list[StepRecording]
     inputs = _inputs(planned)
     launches = [(launch.step, launch.variant) for launch in plan.launches]
     schedule = planned.schedule.with_gates(planned.plan.keep)
-    recorder = StepRecorder(plan.variants, launches, schedule, inputs.guidance_scale, planned.slots)
+    recorder = StepRecorder(plan.variants, launches, schedule, inputs.guidance_scale, planned.stack.slots)
     _run_supernet(planned, recorder, inputs)
     return recorder.recordings
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dipgo_deploy.export.dynamic import SIZES
+from dipgo_deploy.bundle.stack import StackLayout
+from dipgo_deploy.export.latent import latent_from_stack, prepend
 from dipgo_deploy.export.trace import LATENT, TracedModel
 from dipgo_deploy.plan.graph import BlockGraph
 from dipgo_deploy.plan.model import Cache, Variant
-from dipgo_deploy.runtime.loop import COEFFICIENTS, STACK
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -33,12 +33,13 @@ class _Sources:
     sums: tuple[tuple[str, str, Cache], ...]  # value, its block's input value, residual; in order of execution
 
 
-def cut_variant(traced: TracedModel, variant: Variant, slots: int) -> ir.Model:
+def cut_variant(traced: TracedModel, variant: Variant, layout: StackLayout) -> ir.Model:
     """One variant as an onnx-ir model of its own.
 
     Removed blocks are gone with their weights; a removed block's value is a graph input (output cache) or the sum of
-    the block's current input and a graph input (residual cache). The latent is the weighted sum of the ``slots``
-    entries of ``stack`` (float32 (slots, B, C, h, w)) with ``coefficients`` (float32 (slots,)).
+    the block's current input and a graph input (residual cache). The latent is a weighted sum of the
+    entries of ``stack`` (float32 (slots, B, C, h, w)) with ``coefficients`` (float32 (slots,)), which are
+    ``graph_coefficients`` of the weights.
     """
     import onnx_ir as ir
 
@@ -68,7 +69,7 @@ def cut_variant(traced: TracedModel, variant: Variant, slots: int) -> ir.Model:
         like(total.outputs[0], placeholder, f"{name}")
         placeholder.name = f"{name}/removed"
         placeholder.replace_all_uses_with(total.outputs[0])
-        _insert(part, total)
+        prepend(part, total)
         values[name] = total.outputs[0]
         cache_inputs[cache] = residual
 
@@ -93,7 +94,7 @@ def cut_variant(traced: TracedModel, variant: Variant, slots: int) -> ir.Model:
         outputs.append(node.outputs[0])
 
     return as_model(
-        traced, part, variant.name, inputs, [cache_inputs[cache] for cache in variant.reads], outputs, slots
+        traced, part, variant.name, inputs, [cache_inputs[cache] for cache in variant.reads], outputs, layout
     )
 
 
@@ -104,7 +105,7 @@ def as_model(
     inputs: list[ir.Value],
     caches: list[ir.Value],
     outputs: list[ir.Value],
-    slots: int,
+    layout: StackLayout,
 ) -> ir.Model:
     """A part of the traced graph, without inputs and outputs yet, as a model.
 
@@ -117,7 +118,7 @@ def as_model(
     latent = next((value for value in inputs if value.name == LATENT), None)
     heads = [value for value in inputs if value in used and value is not latent]
     if latent is not None and latent in used:
-        heads = [*_latent_from_stack(part, latent, slots), *heads]
+        heads = [*latent_from_stack(part, latent, layout), *heads]
     part.inputs.extend([*heads, *caches])
     part.outputs.extend(outputs)
     part.sort()
@@ -149,69 +150,8 @@ def _wanted(graph: BlockGraph, variant: Variant, sources: _Sources, given: set[s
     return sorted(wanted - given)
 
 
-def _latent_from_stack(part: ir.Graph, latent: ir.Value, slots: int) -> list[ir.Value]:
-    import numpy as np
-    import onnx_ir as ir
-
-    def constant(name: str, values: list[int]) -> ir.Value:
-        tensor = ir.tensor(np.array(values, np.int64), name=name)
-        made = ir.Value(name=name, const_value=tensor, shape=tensor.shape, type=ir.TensorType(tensor.dtype))
-        part.register_initializer(made)
-        return made
-
-    assert latent.shape is not None
-    extents = [extent if isinstance(extent, int) else str(extent.value) for extent in latent.shape]
-    static = [extent for extent in extents if isinstance(extent, int)]
-    stack = ir.val(STACK, dtype=ir.DataType.FLOAT, shape=ir.Shape([slots, *extents]))
-    coefficients = ir.val(COEFFICIENTS, dtype=ir.DataType.FLOAT, shape=ir.Shape([slots]))
-    if len(static) == len(extents):
-        size: int | None = int(np.prod(static))
-        latent_shape = constant("latent_shape", static)
-    else:
-        size = None
-        latent_shape = _sizes_from_stack(part, latent, stack, len(extents))
-        if not latent.uses():
-            return [stack]
-    flat = ir.node("Reshape", [stack, constant("stack_shape", [slots, -1])], name="latent/Flatten")
-    total = ir.node("MatMul", [coefficients, flat.outputs[0]], name="latent/WeightedSum")
-    shaped = ir.node("Reshape", [total.outputs[0], latent_shape], name="latent/Shape")
-    for node, shape in ((flat, [slots, size]), (total, [size]), (shaped, extents)):
-        node.outputs[0].dtype = ir.DataType.FLOAT
-        node.outputs[0].shape = ir.Shape(shape)
-        node.outputs[0].name = str(node.name)
-    latent.name = "latent/input"
-    latent.replace_all_uses_with(shaped.outputs[0])
-    for node in (shaped, total, flat):
-        _insert(part, node)
-    return [stack, coefficients]
-
-
-def _sizes_from_stack(part: ir.Graph, latent: ir.Value, stack: ir.Value, rank: int) -> ir.Value:
-    """The latent's shape, where it is open, read off the stack, for all who read it off the latent."""
-    import onnx_ir as ir
-
-    read = ir.node("Shape", [stack], attributes={"start": 1}, name=SIZES)
-    for node in [user for user, _ in latent.uses() if user.op_type == "Shape"]:
-        node.outputs[0].replace_all_uses_with(read.outputs[0])
-        part.remove(node, safe=True)
-    read.outputs[0].name = SIZES
-    read.outputs[0].dtype = ir.DataType.INT64
-    read.outputs[0].shape = ir.Shape([rank])
-    _insert(part, read)
-    return read.outputs[0]
-
-
 def like(value: ir.Value, other: ir.Value, name: str) -> None:
     """Give ``value`` a name, and type and shape of ``other``."""
     value.name = name
     value.dtype = other.dtype
     value.shape = other.shape
-
-
-def _insert(part: ir.Graph, node: ir.Node) -> None:
-    """Put a node in front; ``Graph.sort`` moves it to where its inputs are known."""
-    first = next(iter(part), None)
-    if first is None:
-        part.append(node)
-    else:
-        part.insert_before(first, node)

@@ -25,6 +25,7 @@ from dipgo_deploy.bundle.manifest import (
     VariantEntry,
 )
 from dipgo_deploy.bundle.shapes import Range
+from dipgo_deploy.bundle.stack import StackLayout
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.export.conditions import corners, open_conditions
 from dipgo_deploy.export.cut import cache_input, cache_output, cut_variant
@@ -105,9 +106,19 @@ class PlannedExport:
     image: ImageRun | None = None
 
     @property
-    def slots(self) -> int:
-        """Entries of the stack: initial noise, predictions, the picture's latents, noise draws."""
-        return len(self.matrix.final)
+    def columns(self) -> tuple[int, ...]:
+        """The columns of the matrix that have a slot of the stack; predictions that nobody makes have none."""
+        made = {1 + launch.prediction for launch in self.plan.launches if launch.prediction is not None}
+        chain = 1 + self.matrix.predictions
+        return tuple(
+            column for column in range(len(self.matrix.final)) if column == 0 or column >= chain or column in made
+        )
+
+    @property
+    def stack(self) -> StackLayout:
+        """The stack: initial noise, predictions, the picture's latents, noise draws."""
+        slots = len(self.columns)
+        return StackLayout(slots, slots - self.matrix.noises - self.matrix.image)
 
     @property
     def promoted(self) -> tuple[tuple[int, str], ...]:
@@ -344,7 +355,7 @@ def write_entries(planned: PlannedExport, folder: Path) -> tuple[VariantEntry, .
             for variant, graph in zip(planned.plan.variants, graphs, strict=True)
         )
     segments = planned.segments.segments
-    graphs = [cut_segment(planned.traced, segment, planned.slots) for segment in segments]
+    graphs = [cut_segment(planned.traced, segment, planned.stack) for segment in segments]
     write_graphs(graphs, folder)
     return tuple(
         VariantEntry(
@@ -361,7 +372,7 @@ def write_entries(planned: PlannedExport, folder: Path) -> tuple[VariantEntry, .
 
 def write_variants(planned: PlannedExport, folder: Path) -> list[ir.Model]:
     """Cut every variant and write the graphs into ``folder``."""
-    graphs = [cut_variant(planned.traced, variant, planned.slots) for variant in planned.plan.variants]
+    graphs = [cut_variant(planned.traced, variant, planned.stack) for variant in planned.plan.variants]
     write_graphs(graphs, folder)
     return graphs
 
@@ -450,7 +461,7 @@ def _conditions(planned: PlannedExport) -> tuple[ConditionSpec, ...]:
 
 
 def _plan_entry(planned: PlannedExport, variants: tuple[VariantEntry, ...]) -> PlanEntry:
-    plan, matrix = planned.plan, planned.matrix
+    plan, matrix, columns = planned.plan, planned.matrix, planned.columns
     laid_out = planned.segments or plan
     with_stack = {place for place, entry in enumerate(variants) if STACK in {spec.name for spec in entry.graph.inputs}}
     return PlanEntry(
@@ -461,19 +472,17 @@ def _plan_entry(planned: PlannedExport, variants: tuple[VariantEntry, ...]) -> P
                 step=launch.step,
                 variant=launch.variant,
                 timestep=float(matrix.timesteps[launch.step]),
-                coefficients=tuple(float(weight) for weight in matrix.rows[launch.step])
-                if launch.variant in with_stack
-                else (),
+                coefficients=tuple(matrix.rows[launch.step, columns].tolist()) if launch.variant in with_stack else (),
                 reads=launch.reads,
                 writes=launch.writes,
-                slot=None if launch.prediction is None else 1 + launch.prediction,
+                slot=None if launch.prediction is None else columns.index(1 + launch.prediction),
             )
             for launch in laid_out.launches
         ),
-        final=tuple(float(weight) for weight in matrix.final),
-        slots=planned.slots,
+        final=tuple(matrix.final[list(columns)].tolist()),
+        slots=len(columns),
         noises=matrix.noises,
-        image_slot=1 + matrix.predictions if matrix.image else None,
+        image_slot=planned.stack.chain if matrix.image else None,
         arena_bytes=laid_out.arena_bytes,
         lower_bound_bytes=laid_out.lower_bound_bytes,
         macs_full=plan.macs_full,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from dipgo_deploy.bundle.stack import StackLayout
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.export.cut import as_model, like
 from dipgo_deploy.export.macs import node_macs
@@ -68,7 +69,7 @@ def node_graph(traced: TracedModel) -> NodeGraph:
     return NodeGraph(tuple(nodes), tensors, weights)
 
 
-def cut_segment(traced: TracedModel, segment: Segment, slots: int) -> ir.Model:
+def cut_segment(traced: TracedModel, segment: Segment, stack: StackLayout) -> ir.Model:
     """One segment as an onnx-ir model of its own.
 
     A part takes its reads as inputs ``value.NAME`` and gives ``new_value.NAME``, ``new_residual.NAME`` and the
@@ -78,10 +79,10 @@ def cut_segment(traced: TracedModel, segment: Segment, slots: int) -> ir.Model:
     Raises:
         UserError: a tensor between two segments has a type that no graph can have as an input.
     """
-    return _cut_part(traced, segment, slots) if segment.kind == "part" else _arithmetic(traced, segment)
+    return _cut_part(traced, segment, stack) if segment.kind == "part" else _arithmetic(traced, segment)
 
 
-def _cut_part(traced: TracedModel, segment: Segment, slots: int) -> ir.Model:
+def _cut_part(traced: TracedModel, segment: Segment, stack: StackLayout) -> ir.Model:
     import onnx_ir as ir
 
     graph = traced.graph
@@ -121,7 +122,7 @@ def _cut_part(traced: TracedModel, segment: Segment, slots: int) -> ir.Model:
         like(node.outputs[0], value, segment_output(cache))
         part.append(node)
         outputs.append(node.outputs[0])
-    return as_model(traced, part, segment.name, heads, caches, outputs, slots)
+    return as_model(traced, part, segment.name, heads, caches, outputs, stack)
 
 
 def _arithmetic(traced: TracedModel, segment: Segment) -> ir.Model:

@@ -11,6 +11,7 @@ from dipgo_deploy.backends.storage import to_storage
 from dipgo_deploy.bundle.directory import Bundle
 from dipgo_deploy.bundle.manifest import Graph, LaunchEntry, Manifest, TensorSpec, VariantEntry
 from dipgo_deploy.bundle.shapes import Sizes
+from dipgo_deploy.bundle.stack import final_latent, graph_coefficients
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.runtime.component import MOST_SIZES
 
@@ -89,7 +90,9 @@ class DenoisingLoop:
         self._view = _View(manifest)  # of the last run; before the first one, of the largest sizes
         self.sample_shape = self._view.sample_shape
         self._stack = backend.allocate(self._view.stack.nbytes)
-        self._coefficients = _upload_rows(backend, [launch.coefficients for launch in plan.launches])
+        self._coefficients = _upload_rows(
+            backend, [graph_coefficients(launch.coefficients, plan.stack.chain) for launch in plan.launches]
+        )
         self._timesteps = _upload_rows(backend, [(launch.timestep,) for launch in plan.launches])
         self._guidance_scale = backend.allocate(4)
         self._conditions = {spec.name: backend.allocate(spec.nbytes) for spec in manifest.conditions}
@@ -243,16 +246,7 @@ class DenoisingLoop:
         return self._backend.download(self._view.tensors[index][name], spec)
 
 
-def final_latent(stack: np.ndarray, weights: Sequence[float]) -> np.ndarray:
-    """The weighted sum of the stack (slots, B, C, h, w), in float64, as float32 (B, C, h, w)."""
-    total = np.zeros(stack.shape[1:], np.float64)
-    for slot, weight in enumerate(weights):
-        if weight:
-            total += weight * stack[slot].astype(np.float64)
-    return total.astype(np.float32)
-
-
-def _upload_rows(backend: Backend, rows: Sequence[Sequence[float]]) -> tuple[Memory, ...]:
+def _upload_rows(backend: Backend, rows: Sequence[Sequence[float] | np.ndarray]) -> tuple[Memory, ...]:
     """One allocation for all rows (float32), each at an aligned address."""
     row_bytes = 4 * max((len(row) for row in rows), default=0)
     stride = -(-row_bytes // _ROW_ALIGNMENT) * _ROW_ALIGNMENT

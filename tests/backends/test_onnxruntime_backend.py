@@ -12,6 +12,7 @@ from dipgo_deploy.backends.externals import external_tensors
 from dipgo_deploy.backends.onnxruntime import OnnxRuntimeBackend
 from dipgo_deploy.backends.storage import from_storage, to_storage
 from dipgo_deploy.bundle.manifest import Graph, TensorSpec
+from dipgo_deploy.bundle.stack import graph_coefficients
 from dipgo_deploy.errors import UserError
 
 TOY = Toy()
@@ -62,7 +63,9 @@ def test_a_graph_runs_on_bound_addresses(backend, engine_dir):
     stack = np.random.default_rng(0).normal(size=specs["stack"].shape).astype(np.float32)
     for slot in (0, 3):  # the same binding, other data
         backend.upload(tensors["stack"], stack)
-        backend.upload(tensors["coefficients"], np.eye(TOY.slots, dtype=np.float32)[slot])
+        backend.upload(
+            tensors["coefficients"], graph_coefficients(np.eye(TOY.slots)[slot].tolist(), TOY.slots - TOY.noises)
+        )
         launch()
         got = backend.download(tensors["new_cache.a/out0"], specs["new_cache.a/out0"])
         np.testing.assert_allclose(got, np.tanh(weights()["wa"] * np.concatenate([stack[slot]] * 2)), atol=1e-6)

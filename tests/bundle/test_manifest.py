@@ -19,7 +19,7 @@ def _document() -> dict[str, Any]:
     stack = {"name": "stack", "shape": [2, 1, 4, 8, 8], "dtype": "float32"}
     prediction = {"name": "noise_pred", "shape": [1, 4, 8, 8], "dtype": "float32"}
     return {
-        "format_version": 2,
+        "format_version": 3,
         "created_by": "test",
         "model": {"class_name": "M", "name": "m", "config_hash": "0" * 64, "granularity": "block", "config": {}},
         "sampler": {"class_name": "DDIMScheduler", "config": {}, "num_inference_steps": 1},
@@ -104,7 +104,7 @@ def test_the_shipped_schema_is_the_models(tmp_path: Path) -> None:
     [
         (lambda document: "{", "not valid JSON"),
         (lambda document: [], "format_version None"),
-        (lambda document: {**document, "format_version": 1}, "format_version 1, this version reads 2"),
+        (lambda document: {**document, "format_version": 2}, "format_version 2, this version reads 3"),
         (lambda document: {**document, "batch": "many"}, "batch: .*integer"),
         (lambda document: {**document, "surprise": 1}, "surprise"),
         (lambda document: {key: value for key, value in document.items() if key != "plan"}, "plan: Field required"),

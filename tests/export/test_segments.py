@@ -119,7 +119,7 @@ def _inline_and_external(folder: Path, planned: PlannedExport) -> list[int]:
     sizes = []
     weights = node_graph(planned.traced).weights
     for variant in planned.plan.variants:
-        graph = cut_variant(planned.traced, variant, planned.slots).graph
+        graph = cut_variant(planned.traced, variant, planned.stack).graph
         sizes.append(sum(weights[name] for name in graph.initializers if name in weights))
     return sizes
 

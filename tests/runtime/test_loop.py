@@ -8,8 +8,9 @@ from toy_engine import LENGTH, ROUTE, WIDTH, C, H, Toy, W, build, manifest_of, r
 
 from dipgo_deploy.backends.onnxruntime import OnnxRuntimeBackend
 from dipgo_deploy.bundle.directory import Bundle
+from dipgo_deploy.bundle.stack import final_latent
 from dipgo_deploy.errors import UserError
-from dipgo_deploy.runtime.loop import DenoisingLoop, final_latent
+from dipgo_deploy.runtime.loop import DenoisingLoop
 
 
 def make_loop(folder: Path, toy: Toy, *, poison: bool = True, **options: bool) -> DenoisingLoop:

@@ -1,0 +1,111 @@
+"""The denoiser's latent input, made inside the graph from the stack."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dipgo_deploy.bundle.stack import StackLayout
+from dipgo_deploy.export.dynamic import SIZES
+from dipgo_deploy.runtime.loop import COEFFICIENTS, STACK
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+
+def latent_from_stack(part: ir.Graph, latent: ir.Value, layout: StackLayout) -> list[ir.Value]:
+    """Put the sum of the stack in the place of ``latent``, an input of ``part``; the inputs that it takes then.
+
+    ``stack`` float32 (slots, B, C, h, w) and ``coefficients`` float32 (slots,), see ``bundle.stack``; the first alone
+    where only the sizes of the latent are used. All in float32, whatever the dtype of the model.
+    """
+    import onnx_ir as ir
+
+    assert latent.shape is not None
+    slots = layout.slots
+    extents = [extent if isinstance(extent, int) else str(extent.value) for extent in latent.shape]
+    static = [extent for extent in extents if isinstance(extent, int)]
+    stack = ir.val(STACK, dtype=ir.DataType.FLOAT, shape=ir.Shape([slots, *extents]))
+    coefficients = ir.val(COEFFICIENTS, dtype=ir.DataType.FLOAT, shape=ir.Shape([slots]))
+    if len(static) == len(extents):
+        size: int | None = int(np.prod(static))
+        latent_shape = _constant(part, "latent_shape", static)
+    else:
+        size = None
+        latent_shape = _sizes_from_stack(part, latent, stack, len(extents))
+        if not latent.uses():
+            return [stack]
+    nodes: list[ir.Node] = []
+
+    def add(op: str, inputs: list[ir.Value], name: str, shape: list[int | str | None], **attributes: int) -> ir.Value:
+        node = ir.node(op, inputs, attributes=attributes, name=f"latent/{name}")
+        node.outputs[0].dtype = ir.DataType.FLOAT
+        node.outputs[0].shape = ir.Shape(shape)
+        node.outputs[0].name = str(node.name)
+        nodes.append(node)
+        return node.outputs[0]
+
+    flat = add("Reshape", [stack, _constant(part, "stack_shape", [slots, -1])], "Flatten", [slots, size])
+    terms = _terms(part, flat, layout, size, add)
+    total = add("MatMul", [coefficients, terms], "WeightedSum", [size])
+    shaped = add("Reshape", [total, latent_shape], "Shape", list(extents))
+    latent.name = "latent/input"
+    latent.replace_all_uses_with(shaped)
+    for node in reversed(nodes):
+        prepend(part, node)
+    return [stack, coefficients]
+
+
+def _terms(
+    part: ir.Graph, flat: ir.Value, layout: StackLayout, size: int | None, add: Callable[..., ir.Value]
+) -> ir.Value:
+    """What the coefficients belong to, (slots, size): the first slot, differences along the chain, what is behind."""
+    slots, chain = layout.slots, layout.chain
+    if chain == 1:
+        return flat
+    axis = _constant(part, "slots_axis", [0])
+    bounds = {place: _constant(part, f"slot_{place}", [place]) for place in sorted({0, 1, chain - 1, chain, slots})}
+
+    def rows(first: int, end: int) -> ir.Value:
+        return add("Slice", [flat, bounds[first], bounds[end], axis], f"Slots{first}To{end}", [end - first, size])
+
+    first = rows(0, 1)
+    earlier = first if chain == 2 else rows(0, chain - 1)
+    differences = add("Sub", [rows(1, chain), earlier], "Differences", [chain - 1, size])
+    behind = [rows(chain, slots)] if slots > chain else []
+    return add("Concat", [first, differences, *behind], "Terms", [slots, size], axis=0)
+
+
+def _constant(part: ir.Graph, name: str, values: list[int]) -> ir.Value:
+    import onnx_ir as ir
+
+    tensor = ir.tensor(np.array(values, np.int64), name=name)
+    made = ir.Value(name=name, const_value=tensor, shape=tensor.shape, type=ir.TensorType(tensor.dtype))
+    part.register_initializer(made)
+    return made
+
+
+def _sizes_from_stack(part: ir.Graph, latent: ir.Value, stack: ir.Value, rank: int) -> ir.Value:
+    """The latent's shape, where it is open, read off the stack, for all who read it off the latent."""
+    import onnx_ir as ir
+
+    read = ir.node("Shape", [stack], attributes={"start": 1}, name=SIZES)
+    for node in [user for user, _ in latent.uses() if user.op_type == "Shape"]:
+        node.outputs[0].replace_all_uses_with(read.outputs[0])
+        part.remove(node, safe=True)
+    read.outputs[0].name = SIZES
+    read.outputs[0].dtype = ir.DataType.INT64
+    read.outputs[0].shape = ir.Shape([rank])
+    prepend(part, read)
+    return read.outputs[0]
+
+
+def prepend(part: ir.Graph, node: ir.Node) -> None:
+    """Put a node in front; ``Graph.sort`` moves it to where its inputs are known."""
+    first = next(iter(part), None)
+    if first is None:
+        part.append(node)
+    else:
+        part.insert_before(first, node)
