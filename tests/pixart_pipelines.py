@@ -69,10 +69,10 @@ def save_alpha(folder: Path) -> Path:
     return folder
 
 
-def save_sigma(folder: Path) -> Path:
+def save_sigma(folder: Path, **changes: Any) -> Path:
     """PixArt-Sigma at 1024 pixels: not told."""
     torch.manual_seed(1)
-    denoiser = transformer(use_additional_conditions=False, interpolation_scale=2)
+    denoiser = transformer(use_additional_conditions=False, interpolation_scale=2, **changes)
     return _save(PixArtSigmaPipeline, folder, denoiser)
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import click
 
+from dipgo_deploy.cli.arrays import load_array, load_embeds
 from dipgo_deploy.cli.common import emit, entry_point, examples, human_console, json_option, lora_line, version_option
 from dipgo_deploy.errors import UserError
 
@@ -70,9 +71,15 @@ _DEFAULT_OUTPUT = {"pil": "output.png", "np": "output.npy", "latent": "output.np
 @click.option("--control-scale", type=float, help="Of what the ControlNet adds.  [default: 1]")
 @click.option("--latents", type=click.Path(path_type=Path), help="Initial unit noise (n, C, h, w), .npy.")
 @click.option(
-    "--prompt-embeds", type=click.Path(path_type=Path), help="Embeddings (prompts, L, D), .npy, not --prompt."
+    "--prompt-embeds",
+    multiple=True,
+    metavar="[NAME=]FILE",
+    help="Embeddings (prompts, L, D), .npy, not --prompt. A model with several text conditions takes NAME=FILE.npy for "
+    "each, or all of them by name in one .npz or .safetensors.",
 )
-@click.option("--negative-prompt-embeds", type=click.Path(path_type=Path), help="The same for the negative prompt.")
+@click.option(
+    "--negative-prompt-embeds", multiple=True, metavar="[NAME=]FILE", help="The same for the negative prompt."
+)
 @click.option(
     "--output-type",
     type=click.Choice(["pil", "np", "latent"]),
@@ -135,8 +142,8 @@ def command(
     height: int | None,
     width: int | None,
     latents: Path | None,
-    prompt_embeds: Path | None,
-    negative_prompt_embeds: Path | None,
+    prompt_embeds: tuple[str, ...],
+    negative_prompt_embeds: tuple[str, ...],
     output_type: str,
     output: Path | None,
     backend: str,
@@ -155,8 +162,8 @@ def command(
     target = check_output(output or Path(_DEFAULT_OUTPUT[output_type]), output_type)
     arrays = {
         "latents": load_array("--latents", latents),
-        "prompt_embeds": load_array("--prompt-embeds", prompt_embeds),
-        "negative_prompt_embeds": load_array("--negative-prompt-embeds", negative_prompt_embeds),
+        "prompt_embeds": load_embeds("--prompt-embeds", prompt_embeds),
+        "negative_prompt_embeds": load_embeds("--negative-prompt-embeds", negative_prompt_embeds),
     }
     pictures = [load_picture("--image", path) for path in images]
     controls = [load_picture("--control-image", path) for path in control_images]
@@ -272,27 +279,6 @@ def parse_labels(given: tuple[str, ...]) -> list[int | str]:
             raise UserError("--class-labels: an empty label; give names or ids with single commas between")
         labels.append(int(part) if part.removeprefix("-").isdecimal() else part)
     return labels
-
-
-def load_array(option: str, path: Path | None) -> np.ndarray | None:
-    """Read a .npy file; pickled objects are refused.
-
-    Raises:
-        UserError: no such file, or not an array of plain numbers.
-    """
-    if path is None:
-        return None
-    import numpy as np
-
-    if not path.is_file():
-        raise UserError(f"{option} {path}: no such file")
-    try:
-        array = np.load(path, allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
-        raise UserError(f"{option} {path}: not a .npy file of numbers ({error})") from None
-    if not isinstance(array, np.ndarray):
-        raise UserError(f"{option} {path}: holds several arrays; save one with numpy.save")
-    return array
 
 
 def load_picture(option: str, path: Path) -> Image:

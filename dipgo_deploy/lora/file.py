@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from dipgo_deploy.bundle.files import sha256_file
+from dipgo_deploy.bundle.safetensors_file import read_tensors
 from dipgo_deploy.errors import UserError
 
 # What a key says about its module: the low-rank pair, its alpha, or something that is not plain LoRA.
@@ -198,19 +199,8 @@ def _tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     try:
         with safetensors.safe_open(str(path), framework="numpy") as file:
             metadata = file.metadata() or {}
-        found = safetensors.deserialize(path.read_bytes())
-        return {name: _float32(name, entry) for name, entry in found}, metadata
+        return {name: tensor.astype(np.float32) for name, tensor in read_tensors(path).items()}, metadata
     except (safetensors.SafetensorError, OSError) as error:
         raise UserError(f"{path}: not a safetensors file ({error}); LoRA files of other formats are not read") from None
     except ValueError as error:
         raise UserError(f"{path}: {error}; not a LoRA file") from None
-
-
-def _float32(name: str, entry: Mapping[str, Any]) -> np.ndarray:
-    data, shape, dtype = entry["data"], entry["shape"], entry["dtype"]
-    if dtype == "BF16":
-        return (np.frombuffer(data, np.uint16).astype(np.uint32) << 16).view(np.float32).reshape(shape)
-    types = {"F16": np.float16, "F32": np.float32, "F64": np.float64, "I64": np.int64, "I32": np.int32}
-    if dtype not in types:
-        raise ValueError(f"{name} has type {dtype}")
-    return np.frombuffer(data, types[dtype]).reshape(shape).astype(np.float32)

@@ -244,7 +244,7 @@ def _check_embeds(name: str, given: Embeds, specs: Mapping[str, ConditionSpec]) 
     """The text conditions by name, all with as many rows; a bare array is the one condition of a model with one."""
     if not isinstance(given, Mapping):
         if len(specs) > 1:
-            raise UserError(f"{name}: this model takes {' and '.join(specs)}; give a dictionary of them")
+            raise UserError(f"{name}: this model takes {' and '.join(specs)}; give all of them by name")
         given = {next(iter(specs)): given}
     if set(given) != set(specs):
         raise UserError(f"{name}: has {', '.join(sorted(given)) or 'nothing'}, needs {', '.join(sorted(specs))}")

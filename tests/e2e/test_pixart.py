@@ -13,6 +13,9 @@ import onnx
 import pytest
 import torch
 from diffusers import PixArtAlphaPipeline, PixArtSigmaPipeline, PixArtTransformer2DModel
+from diffusers.image_processor import PixArtImageProcessor
+from diffusers.pipelines.pixart_alpha import pipeline_pixart_alpha, pipeline_pixart_sigma
+from diffusers.pipelines.sana import pipeline_sana
 from family_checks import build_with_tensorrt_rtx, check_family, plan_for, schedule_for, with_gates
 from pixart_pipelines import save_alpha, save_sigma, t5_tokenizer, transformer
 from sd_pipelines import assert_equals_supernet, psnr, relative, stock
@@ -97,6 +100,27 @@ def test_one_engine_for_many_sizes(alpha: Path, tmp_path: Path) -> None:
         want = theirs(pipeline, prompt=PROMPTS, negative_prompt=NEGATIVE, **size, output_type="latent", steps=3)
         assert relative(got, want) < 1e-4
     build_with_tensorrt_rtx(folder)
+
+
+def test_diffusers_default_call_is_ours_at_the_binned_size(tmp_path: Path) -> None:
+    """Asked for 200x312, a pipeline draws 208x304, the nearest of its sizes by aspect ratio, and then resizes."""
+    folder = save_sigma(tmp_path / "model", sample_size=32)
+    call: dict[str, Any] = {"prompt": PROMPTS, "negative_prompt": NEGATIVE, "output_type": "latent"}
+    pipeline = PixArtSigmaPipeline.from_pretrained(folder)
+    want = stock(pipeline, steps=3, height=200, width=312, guidance_scale=SCALE, **call)
+    assert want.shape == (2, 4, 26, 38)
+    planned = plan_for(folder, schedule_for(folder, steps=3), height=208, width=304, check=False)
+    assert relative(ours(publish(planned, tmp_path / "x").path, **call), want) < 1e-4
+
+
+@pytest.mark.parametrize("module", [pipeline_pixart_alpha, pipeline_pixart_sigma, pipeline_sana])
+def test_a_binned_size_stays_what_it_is(module: Any) -> None:
+    """So that the default call at one of these sizes is an engine directory's for that size."""
+    for name in (name for name in dir(module) if name.startswith("ASPECT_RATIO")):
+        sizes = getattr(module, name)
+        for size in sizes.values():
+            height, width = (int(extent) for extent in size)
+            assert PixArtImageProcessor.classify_height_width_bin(height, width, sizes) == (height, width)
 
 
 def _embeds(pipeline: Any, prompts: list[str]) -> dict[str, dict[str, np.ndarray]]:

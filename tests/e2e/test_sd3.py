@@ -8,13 +8,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from diffusers import StableDiffusion3Pipeline
 from family_checks import build_with_tensorrt_rtx, check_family, plan_for, schedule_for, with_gates
 from flow_pipelines import T5_WIDTH, save_sd3, sd3_transformer, sd35_transformer
+from safetensors.numpy import save_file
 from sd_pipelines import NEGATIVE, PROMPT, assert_equals_supernet, psnr, relative, stock
 
 from dipgo_deploy.bundle.directory import Bundle
 from dipgo_deploy.bundle.shapes import Range
+from dipgo_deploy.cli.run import command as run_command
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.export.exporter import ExportOptions, PlannedExport, plan_export, publish
 from dipgo_deploy.export.source import load_source
@@ -109,6 +112,34 @@ def test_equals_it_with_other_samplers(
     )
     call = {"prompt": PROMPT, "negative_prompt": NEGATIVE, "output_type": "latent", "guidance_scale": SCALE}
     assert relative(got, stock(own, sampler=sampler, steps=STEPS, **call)) <= 1e-4
+
+
+def test_the_command_takes_embeddings_by_name(engine: Path, own: Any, tmp_path: Path) -> None:
+    """In each form, what the prompts themselves give."""
+    with torch.no_grad():
+        states, negative, pooled, negative_pooled = own.encode_prompt(PROMPT, None, None, negative_prompt=NEGATIVE)
+    names = ("encoder_hidden_states", "pooled_projections")
+    halves = {"prompt": (states, pooled), "negative-prompt": (negative, negative_pooled)}
+    forms: dict[str, list[str]] = {"npy": [], "npz": [], "safetensors": []}
+    for half, tensors in halves.items():
+        arrays = {name: tensor.numpy().copy() for name, tensor in zip(names, tensors, strict=True)}
+        np.savez(tmp_path / f"{half}.npz", **arrays)
+        save_file(arrays, tmp_path / f"{half}.safetensors")
+        for kind in ("npz", "safetensors"):
+            forms[kind] += [f"--{half}-embeds", str(tmp_path / f"{half}.{kind}")]
+        for name, array in arrays.items():
+            np.save(tmp_path / f"{half}.{name}.npy", array)
+            forms["npy"] += [f"--{half}-embeds", f"{name}={tmp_path / f'{half}.{name}.npy'}"]
+    call = ["--engine-dir", str(engine), "--backend", "cpu", "--threads", "1", "--seed", "3", "--load", "lazy"]
+    call += ["--guidance-scale", str(SCALE), "--output-type", "latent", "-o", str(tmp_path / "out.npy")]
+    want = ours(engine, prompt=PROMPT, negative_prompt=NEGATIVE, output_type="latent")
+    for form in forms.values():
+        result = CliRunner().invoke(run_command, [*call, *form], catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+        assert relative(np.load(tmp_path / "out.npy"), want) <= 1e-5
+    refused = CliRunner().invoke(run_command, [*call, *forms["npy"][:2]])
+    assert isinstance(refused.exception, UserError)
+    assert "needs encoder_hidden_states, pooled_projections" in str(refused.exception)
 
 
 def test_dynamic_shifting_is_the_pipelines(own: Any, monkeypatch: pytest.MonkeyPatch) -> None:
