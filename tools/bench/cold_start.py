@@ -41,6 +41,7 @@ texts = {s.name: np.zeros((1, *s.shape[1:]), "int64" if s.dtype == "int64" else 
          for s in manifest.conditions if s.source == "text"}
 given = {"prompt_embeds": texts, "negative_prompt_embeds": texts if manifest.guidance else None} if texts else {}
 if any(s.source == "class" for s in manifest.conditions): given["class_labels"] = 0
+if manifest.guidance and manifest.guidance_scale is None: given["guidance_scale"] = 5.0
 try:
     pipeline(**given, output_type="latent", callback=first)
 except Stop:
