@@ -52,6 +52,8 @@ class OnnxRuntimeBackend:
         if threads is not None and threads < 1:
             raise UserError(f"threads {threads}: give at least 1, or leave it out for the default")
         self._ort = _import_onnxruntime()
+        if provider == "cpu":
+            _one_arena(self._ort)
         self.name = provider
         self._provider = CUDA if provider == "cuda" else CPU
         self._threads = threads
@@ -173,6 +175,8 @@ class OnnxRuntimeBackend:
         # Each session has a thread pool of its own. The threads of the one that just ran would go on spinning on the
         # cores that the next launch, usually of another session, needs.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        if self.name == "cpu":
+            options.add_session_config_entry("session.use_env_allocators", "1")
         if self._threads is not None:
             options.intra_op_num_threads = self._threads
         return options
@@ -290,6 +294,22 @@ class _BoundRun:
             self._run(self._binding, self._options)
         except Exception as error:  # ONNX Runtime's exceptions share no base class
             raise UserError(f"{self._executable._path}: the run failed: {_one_line(error)}") from None
+
+
+_arena_made = False
+
+
+def _one_arena(ort: Any) -> None:
+    """Let all sessions take their intermediate tensors from one arena.
+
+    By default each session keeps what its largest run needed, and a bundle has many sessions, of which one runs at a
+    time. The arena belongs to the process, so it is made once; growing by what is asked for, not by powers of two.
+    """
+    global _arena_made
+    if not _arena_made:
+        info = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
+        ort.create_and_register_allocator(info, ort.OrtArenaCfg({"arena_extend_strategy": 1}))
+        _arena_made = True
 
 
 def _onnx_type(array: np.ndarray) -> int:

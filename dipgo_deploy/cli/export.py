@@ -43,10 +43,11 @@ _PATH = click.Path(path_type=Path)
 )
 @click.option(
     "--layout",
-    type=click.Choice(["variants", "segments"]),
-    default="variants",
+    type=click.Choice(["auto", "variants", "segments"]),
+    default="auto",
     show_default=True,
-    help="A graph for each kind of evaluation, or the model cut so that each weight is in one graph.",
+    help="A graph for each kind of evaluation, or the model cut so that each weight is in one graph. auto: segments in "
+    "fp32 where variants would hold the weights more than four times.",
 )
 @click.option(
     "--strength",
@@ -78,7 +79,8 @@ def command(
     """Compile a model and a schedule: ONNX graphs, one weights file, one launch list."""
     from dipgo_deploy.bundle.files import check_target
     from dipgo_deploy.engine.budget import parse_bytes
-    from dipgo_deploy.export.exporter import ExportOptions, plan_export, publish
+    from dipgo_deploy.errors import UserError
+    from dipgo_deploy.export.exporter import ExportOptions, plan_export, publish, with_layout_for_cpu
     from dipgo_deploy.export.quiet import quiet_libraries
     from dipgo_deploy.schedule.document import Schedule
 
@@ -90,9 +92,12 @@ def command(
     for name in ("batch", "height", "width"):
         if options[name] is not None:
             options[name] = size(f"--{name}", options[name])
-    settings = ExportOptions(**options)
+    auto = options["layout"] == "auto"
+    settings = ExportOptions(**options | ({"layout": "variants"} if auto else {}))
     if engine_dir is not None:
         check_target(engine_dir, overwrite=settings.overwrite)
+    if budget is not None and any(isinstance(options[name], Range) for name in ("batch", "height", "width")):
+        raise UserError("--memory-budget: not with ranges of sizes; give plain numbers for --batch, --height, --width")
     schedule = Schedule.load(schedule_file)
     quiet_libraries()
     console = human_console(as_json)
@@ -104,12 +109,20 @@ def command(
             if not console.is_terminal:
                 console.print(stage, markup=False)
 
-        planned = plan_export(model, schedule, settings, notify)
+        planned, copies = plan_export(model, schedule, settings, notify), None
+        if auto:
+            planned, copies = with_layout_for_cpu(planned)
         if engine_dir is not None:
+<<<<<<< HEAD
             publish(planned, engine_dir, notify, agreed.append)
     facts = _facts(planned, both_layouts=plan_only)
+=======
+            publish(planned, engine_dir, notify)
+    both_layouts = plan_only and planned.traced.shape.sizes is None  # segments are of one size
+    facts = _facts(planned, both_layouts=both_layouts) | ({} if copies is None else {"weight_copies": copies})
+>>>>>>> speed
     _show(console, facts)
-    if plan_only:
+    if both_layouts:
         facts["advice"] = _show_layouts(console, facts, budget)
     for agreement in agreed:
         console.print(f"variants against the supernet: {agreement}", soft_wrap=True)
@@ -214,6 +227,10 @@ def _show(console: Any, facts: dict[str, Any]) -> None:
         f"peak arena memory {_bytes(facts['arena_bytes'])} (no allocation needs less than "
         f"{_bytes(facts['lower_bound_bytes'])})"
     )
+    if facts.get("weight_copies") is not None:
+        why = f"the graphs of variants hold the weights {facts['weight_copies']:.1f} times"
+        limit = "above four it is segments, which ONNX Runtime loads faster, in the memory of one model"
+        console.print(f"--layout auto is {facts['layout']}: {why}; {limit}")
     if facts["promoted"]:
         console.print(f"{len(facts['promoted'])} gates raised to meet --max-variants")
     if facts.get("image") is not None:

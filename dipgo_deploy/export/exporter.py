@@ -41,6 +41,7 @@ from dipgo_deploy.export.weights import save_graph, write_weights
 from dipgo_deploy.models.location import config_folder, denoiser_config
 from dipgo_deploy.models.target import nominal_set_timesteps
 from dipgo_deploy.plan.compile import compile_plan
+from dipgo_deploy.plan.layouts import MANY_COPIES, copies_in_variants
 from dipgo_deploy.plan.model import Plan
 from dipgo_deploy.plan.segments import SegmentPlan, plan_segments
 from dipgo_deploy.runtime.loop import STACK
@@ -280,6 +281,22 @@ def in_segments(planned: PlannedExport) -> SegmentPlan:
     """The same schedule in the layout ``segments``."""
     pieces = read_pieces(planned.traced)
     return plan_segments(planned.traced.graph, pieces, planned.plan.keep, prediction_used=planned.used)
+
+
+def with_layout_for_cpu(planned: PlannedExport) -> tuple[PlannedExport, float | None]:
+    """The layout that ONNX Runtime on a CPU is better off with, and how many copies of the weights ``variants`` holds.
+
+    Each session re-lays-out its weights for itself, so many variants load slowly and take the memory of as many models;
+    segments hold one copy and are as fast. ``variants`` and None where segments cannot be: open sizes, a limit on the
+    variants, low memory, half precision (which is for GPUs).
+    """
+    options = planned.options
+    if options.dtype != "fp32" or options.max_variants is not None or options.low_memory or planned.traced.shape.sizes:
+        return planned, None
+    copies = copies_in_variants(planned.plan, read_pieces(planned.traced))
+    if copies <= MANY_COPIES:
+        return planned, copies
+    return replace(planned, options=replace(options, layout="segments"), segments=in_segments(planned)), copies
 
 
 def export_bundle(

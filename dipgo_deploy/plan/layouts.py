@@ -10,6 +10,9 @@ from dipgo_deploy.plan.model import Plan
 from dipgo_deploy.plan.pieces import PieceGraph
 from dipgo_deploy.plan.segments import SegmentPlan
 
+MANY_COPIES = 4.0
+"""Copies of the weights in the graphs of ``variants`` above which ``segments`` is the better layout on a CPU."""
+
 
 @dataclass(frozen=True)
 class LayoutNeed:
@@ -38,10 +41,7 @@ def compare_layouts(
     plan: Plan, segments: SegmentPlan, pieces: PieceGraph, stack_bytes: int
 ) -> tuple[tuple[LayoutNeed, LayoutNeed], int]:
     """The needs of ``variants`` and ``segments``, and the bytes of one copy of all weights that are used."""
-    graphs = [
-        [place for place, piece in enumerate(pieces.pieces) if piece.owners & variant.computed]
-        for variant in plan.variants
-    ]
+    graphs = _pieces_of_variants(plan, pieces)
     needs = (
         LayoutNeed(
             layout="variants",
@@ -62,7 +62,25 @@ def compare_layouts(
             macs_run=segments.macs_run,
         ),
     )
-    return needs, pieces.weight_bytes(sorted({place for graph in graphs for place in graph}))
+    return needs, _one_copy(graphs, pieces)
+
+
+def copies_in_variants(plan: Plan, pieces: PieceGraph) -> float:
+    """How many times the graphs of ``variants`` hold the weights that are used; 1 for a model without weights."""
+    graphs = _pieces_of_variants(plan, pieces)
+    one = _one_copy(graphs, pieces)
+    return sum(map(pieces.weight_bytes, graphs)) / one if one else 1.0
+
+
+def _pieces_of_variants(plan: Plan, pieces: PieceGraph) -> list[list[int]]:
+    return [
+        [place for place, piece in enumerate(pieces.pieces) if piece.owners & variant.computed]
+        for variant in plan.variants
+    ]
+
+
+def _one_copy(graphs: Sequence[Sequence[int]], pieces: PieceGraph) -> int:
+    return pieces.weight_bytes(sorted({place for graph in graphs for place in graph}))
 
 
 def segments_summary(segments: SegmentPlan, plan: Plan, pieces: PieceGraph) -> dict[str, Any]:

@@ -3,8 +3,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
+from onnx import TensorProto, helper
 from toy_engine import Toy, build, manifest_of, replace_manifest, weights
 
 from dipgo_deploy.backends import create_backend
@@ -14,6 +16,7 @@ from dipgo_deploy.backends.storage import from_storage, to_storage
 from dipgo_deploy.bundle.manifest import Graph, TensorSpec
 from dipgo_deploy.bundle.stack import graph_coefficients
 from dipgo_deploy.errors import UserError
+from dipgo_deploy.runtime.memory import process_memory
 
 TOY = Toy()
 
@@ -147,6 +150,33 @@ def test_a_run_that_fails_names_the_graph(tmp_path, capfd):
     with pytest.raises(UserError, match=r"full\.onnx: the run failed: .*"):
         executable.bind(tensors)()
     assert capfd.readouterr().err == ""
+
+
+@pytest.mark.skipif(not process_memory(), reason="the kernel does not tell")
+def test_all_graphs_take_their_intermediates_from_one_arena(tmp_path, backend):
+    """Eight graphs with 16 MiB of intermediates each, run in turn: 128 MiB if every session kept its own."""
+    large = helper.make_tensor("shape", TensorProto.INT64, [1], [2**22])
+    nodes = [
+        helper.make_node("Expand", ["x", "shape"], ["wide"]),
+        helper.make_node("Sin", ["wide"], ["sine"]),
+        helper.make_node("ReduceMax", ["sine"], ["y"], keepdims=0),
+    ]
+    value = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in (("x", [1]), ("y", []))]
+    made = helper.make_graph(nodes, "wide", value[:1], value[1:], [large])
+    onnx.save(helper.make_model(made, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), tmp_path / "g.onnx")
+    entry = Graph(
+        file="g.onnx",
+        inputs=(TensorSpec(name="x", shape=(1,), dtype="float32"),),
+        outputs=(TensorSpec(name="y", shape=(), dtype="float32"),),
+    )
+    executables = [backend.load(tmp_path, entry) for _ in range(8)]
+    tensors = {"x": backend.allocate(4), "y": backend.allocate(4)}
+    backend.upload(tensors["x"], np.array([1], np.float32))
+    before = process_memory()["rss"]
+    for executable in executables:
+        executable.bind(tensors)()
+    assert process_memory()["rss"] - before < 64 * 2**20
+    assert backend.download(tensors["y"], entry.outputs[0]) == pytest.approx(np.sin(1))
 
 
 def test_shared_weights_are_one_mapping_for_all_graphs(engine_dir):

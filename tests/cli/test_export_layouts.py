@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from dipgo_deploy.cli.export import main
 from dipgo_deploy.models.target import schedule_target
 from dipgo_deploy.schedule import builders
+from dipgo_deploy.schedule.document import Schedule
 
 
 @pytest.fixture
@@ -46,3 +48,40 @@ def test_a_budget_without_plan_only_is_refused(schedule: Path, tmp_path: Path, c
     assert "--memory-budget goes with --plan-only" in capsys.readouterr().err
     assert main([*arguments[:-1], "lots", "--plan-only"]) == 2
     assert "--memory-budget lots" in capsys.readouterr().err
+
+
+def test_auto_takes_segments_where_variants_would_hold_many_copies(
+    schedule: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = Schedule.load(schedule)
+    target = schedule_target("fashion-dit", "ddim", 12, "block", None)
+    gates = builders.random(target.steps, len(target.blocks), 0.5, seed=1)
+    many = tmp_path / "many.json"
+    target.schedule(gates, "random", {}).save(many)
+
+    def planned(path: Path, *options: str) -> tuple[dict[str, Any], str]:
+        assert main(["--model", "fashion-dit", "--schedule", str(path), "--plan-only", "--json", *options]) == 0
+        shown = capsys.readouterr()
+        return json.loads(shown.out), " ".join(shown.err.split())
+
+    facts, text = planned(many)
+    needs = facts["layouts"]
+    assert facts["layout"] == "segments" and len(facts["variants"]) == needs["segments"]["graphs"]
+    copies = needs["variants"]["weight_bytes"] / facts["weight_bytes"]
+    assert copies > 4 and facts["weight_copies"] == pytest.approx(copies)
+    assert f"auto is segments: the graphs of variants hold the weights {facts['weight_copies']:.1f} times" in text
+    facts, text = planned(schedule)
+    assert given.steps == 6 and facts["layout"] == "variants" and facts["weight_copies"] <= 4
+    assert "auto is variants" in text
+    for options in (["--layout", "variants"], ["--max-variants", "9"], ["--dtype", "fp16"]):
+        facts, text = planned(many, *options)
+        assert facts["layout"] == "variants" and "weight_copies" not in facts and "auto is" not in text
+
+
+def test_open_sizes_are_planned_in_one_layout(schedule: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--model", "fashion-dit", "--schedule", str(schedule), "--plan-only", "--batch", "1:2"]
+    assert main([*arguments, "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["layout"] == "variants" and "layouts" not in facts and len(facts["launches"]) == 6
+    assert main([*arguments, "--memory-budget", "8GiB"]) == 2
+    assert "--memory-budget: not with ranges of sizes" in capsys.readouterr().err

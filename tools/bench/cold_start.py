@@ -9,17 +9,18 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
 
+from dipgo_deploy.bundle.directory import Bundle
 from dipgo_deploy.cli.common import emit, entry_point, human_console, json_option
 from dipgo_deploy.models.location import resolve_model
 from tools.bench.measure import alternate, machine, machine_line, spread
-from tools.bench.tables import table, with_quartiles, write_results
+from tools.bench.tables import table, with_quartiles
 
 # Each child prints seconds since the epoch at its stages; the parent knows when it started the child.
 _OURS = """
@@ -40,26 +41,30 @@ texts = {s.name: np.zeros((1, *s.shape[1:]), "int64" if s.dtype == "int64" else 
          for s in manifest.conditions if s.source == "text"}
 given = {"prompt_embeds": texts, "negative_prompt_embeds": texts if manifest.guidance else None} if texts else {}
 if any(s.source == "class" for s in manifest.conditions): given["class_labels"] = 0
+if manifest.guidance and manifest.guidance_scale is None: given["guidance_scale"] = 5.0
 try:
     pipeline(**given, output_type="latent", callback=first)
 except Stop:
     pass
-print(json.dumps(stages))
+print(json.dumps([stages, time.process_time()]))
 """
 _DIFFUSERS = """
 import json, sys, time
 stages = {"python": time.time()}
-import torch
-from diffusers import DiffusionPipeline
+import pathlib, torch, diffusers
+folder = pathlib.Path(sys.argv[1])
+denoiser = not (folder / "model_index.json").is_file()
+name = json.loads((folder / "config.json").read_text())["_class_name"] if denoiser else "DiffusionPipeline"
+kind = getattr(diffusers, name)
 stages["imports"] = time.time()
-pipeline = DiffusionPipeline.from_pretrained(sys.argv[1], use_safetensors=True, low_cpu_mem_usage=False)
+kind.from_pretrained(folder, use_safetensors=True, low_cpu_mem_usage=False)
 stages["loaded"] = time.time()
-print(json.dumps(stages))
+print(json.dumps([stages, time.process_time()]))
 """
 
 
 def stages_of(script: str, *arguments: str) -> dict[str, float]:
-    """Seconds from the start of a new process to each of its stages.
+    """Seconds from the start of a new process to each of its stages, and ``processor``: what it used in all.
 
     Raises:
         click.ClickException: the process failed; its last line says why.
@@ -68,18 +73,29 @@ def stages_of(script: str, *arguments: str) -> dict[str, float]:
     done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True)
     if done.returncode:
         raise click.ClickException((done.stderr.strip().splitlines() or ["the process failed"])[-1])
-    found: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])
-    return {name: moment - start for name, moment in found.items()}
+    found, used = json.loads(done.stdout.strip().splitlines()[-1])
+    return {**{name: moment - start for name, moment in found.items()}, "processor": used}
 
 
 @click.command(name="cold-start")
 @click.option("--engine-dir", type=click.Path(path_type=Path, exists=True, file_okay=False), required=True)
-@click.option("--model", help="Built-in model or folder that diffusers loads, for comparison.")
+@click.option("--model", help="Built-in model, or folder of a pipeline or denoiser, that diffusers loads to compare.")
 @click.option("--repeats", type=click.IntRange(min=1), default=5, show_default=True)
 @click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True)
-@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Results (.json, and .md beside it).")
+@click.option("--leave-out", multiple=True, help="Row that is not measured (by its name in the table).")
+@click.option(
+    "--collect", type=click.Path(path_type=Path, dir_okay=False), help="Add to this file (.json), with .md beside it."
+)
 @json_option
-def command(engine_dir: Path, model: str | None, repeats: int, threads: int, out: Path | None, as_json: bool) -> None:
+def command(
+    engine_dir: Path,
+    model: str | None,
+    repeats: int,
+    threads: int,
+    leave_out: tuple[str, ...],
+    collect: Path | None,
+    as_json: bool,
+) -> None:
     """Time new processes up to their first denoising launch, files in the page cache."""
     console = human_console(as_json)
     scripts: dict[str, tuple[str, ...]] = {
@@ -90,15 +106,19 @@ def command(engine_dir: Path, model: str | None, repeats: int, threads: int, out
     }
     if model is not None:
         scripts["diffusers, loaded"] = (_DIFFUSERS, resolve_model(model))
+    scripts = {name: script for name, script in scripts.items() if name not in leave_out}
     stages: dict[str, list[dict[str, float]]] = {name: [] for name in scripts}
 
     def run(name: str) -> float:
         stages[name].append(stages_of(*scripts[name]))
-        return max(stages[name][-1].values())
+        return max(value for key, value in stages[name][-1].items() if key != "processor")
 
     seconds = alternate({name: lambda name=name: run(name) for name in scripts}, repeats, warmup=1)  # type: ignore[misc]
     weights = sum(path.stat().st_size for path in engine_dir.rglob("weights.bin"))
+    manifest = Bundle.open(engine_dir).manifest
     facts = {
+        "model": manifest.model.name.rsplit("/", 1)[-1],
+        "graphs": len(manifest.plan.variants),
         "machine": machine(threads),
         "repeats": repeats,
         "engine_dir_weights_bytes": weights,
@@ -110,30 +130,43 @@ def command(engine_dir: Path, model: str | None, repeats: int, threads: int, out
             for name, values in seconds.items()
         },
     }
-    text = as_text(facts)
-    console.print(text, markup=False, soft_wrap=True)
-    if out is not None:
-        write_results(out, facts, text)
+    results = [facts]
+    if collect is not None:
+        known = json.loads(collect.read_text(encoding="utf-8")) if collect.is_file() else []
+        results = [row for row in known if row["model"] != facts["model"]] + [facts]
+        collect.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        collect.with_suffix(".md").write_text(as_text(results), encoding="utf-8")
+    console.print(as_text(results), markup=False, soft_wrap=True)
     emit(facts, as_json)
 
 
 main = entry_point(command)
 
 
-def as_text(facts: Mapping[str, Any]) -> str:
+def as_text(results: Sequence[Mapping[str, Any]]) -> str:
     """The results for readers."""
-    rows = [
-        (name, with_quartiles(row["stages"]["imports"], 2), with_quartiles(row["seconds"], 2))
-        for name, row in facts["rows"].items()
+    parts = [
+        "# Cold start\n",
+        "Seconds from the start of a new process until the imports are done and until the first denoising launch is "
+        "done (for diffusers: until `from_pretrained` returns), files in the page cache. Processor: what the process "
+        "used until then, which other work on the machine does not add to. Rounds in turn; median, quartiles in "
+        "brackets. Made by `python -m tools.bench.cold_start`.\n",
     ]
-    return (
-        "# Cold start\n\n"
-        f"{machine_line(facts['machine'])}.\n\n"
-        f"{facts['engine_dir_weights_bytes'] / 2**20:.0f} MiB of weights, files in the page cache. Seconds from the "
-        "start of the process until the imports are done and until the first denoising launch is done (for diffusers: "
-        f"until `from_pretrained` returns); {facts['repeats']} rounds, in turn; median, quartiles in brackets. Made by "
-        "`python -m tools.bench.cold_start`.\n\n" + table(("process", "imports", "ready"), rows)
-    )
+    for facts in results:
+        parts.append(
+            f"## {facts['model']}: {facts['engine_dir_weights_bytes'] / 2**20:.0f} MiB of weights, {facts['graphs']} "
+            f"graphs\n\n{machine_line(facts['machine'])}. {facts['repeats']} rounds.\n"
+        )
+        rows = [
+            (
+                name,
+                *(with_quartiles(row["stages"][key], 2) for key in ("imports", "processor")),
+                with_quartiles(row["seconds"], 2),
+            )
+            for name, row in facts["rows"].items()
+        ]
+        parts.append(table(("process", "imports", "processor", "ready"), rows))
+    return "\n".join(parts)
 
 
 if __name__ == "__main__":
