@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ import torch
 
 from dipgo_deploy.backends import create_backend
 from dipgo_deploy.bundle.directory import Bundle
+from dipgo_deploy.bundle.shapes import Sizes
 from dipgo_deploy.compare.conditions import reference_inputs
 from dipgo_deploy.compare.engine import Options, compare_engine
 from dipgo_deploy.compare.reference import load_reference
@@ -54,9 +57,14 @@ def plan_for(model: Path | str, schedule: Schedule, **options: Any) -> PlannedEx
     return plan_export(str(model), schedule, ExportOptions(**options))
 
 
-def loop_report(engine_dir: Path, prompt: str = "a red shoe", label: int = 1, variants: bool = True) -> Report:
-    """The whole loop of an engine directory, and every variant, against the torch supernet, on ONNX Runtime's CPU."""
-    bundle = Bundle.open(engine_dir)
+def loop_report(
+    engine_dir: Path, prompt: str = "a red shoe", label: int = 1, variants: bool = True, sizes: Sizes | None = None
+) -> Report:
+    """The whole loop of an engine directory, and every variant, against the torch supernet, on ONNX Runtime's CPU.
+
+    sizes: of those that it leaves open; the largest batch and the usual height and width by default.
+    """
+    bundle = Bundle.open(engine_dir) if sizes is None else Bundle.open(engine_dir).at(sizes)
     manifest = bundle.manifest
     reference = load_reference(bundle)
     latent = manifest.latent
@@ -69,6 +77,7 @@ def loop_report(engine_dir: Path, prompt: str = "a red shoe", label: int = 1, va
         guidance_scale=manifest.guidance_scale,
         prompts=(prompt,),
         labels=(label,),
+        begin=reference.begin,
     )
     return compare_engine(bundle, reference, inputs, create_backend("cpu", threads=1), Options(variants=variants))
 
@@ -96,6 +105,23 @@ def with_gates(planned: PlannedExport, schedule: Schedule, folder: Path, **chang
     """The trace of ``planned`` cut for another schedule, written to ``folder``."""
     again = replan(planned, schedule)
     return publish(replace(again, options=replace(again.options, **changes)), folder)
+
+
+def with_strength(planned: PlannedExport, strength: float) -> PlannedExport:
+    """The same trace for another share of the steps; for ``with_gates``."""
+    return replace(planned, options=replace(planned.options, strength=strength))
+
+
+def borrow_components(source: Path, target: Path) -> None:
+    """Give an engine directory that was exported without components those of another: they know no schedule."""
+    theirs = json.loads((source / "manifest.json").read_text())
+    ours = json.loads((target / "manifest.json").read_text())
+    for name in {file.partition("/")[0] for file in theirs["files"] if file not in ours["files"]}:
+        if name == "components" or name.startswith("tokenizer"):
+            shutil.copytree(source / name, target / name)
+    ours["components"] = theirs["components"]
+    ours["files"] = {**theirs["files"], **ours["files"]}
+    (target / "manifest.json").write_text(json.dumps(ours))
 
 
 def build_with_tensorrt_rtx(engine_dir: Path) -> int:

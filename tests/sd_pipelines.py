@@ -20,6 +20,7 @@ from family_checks import loop_report, random_weights
 from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 import dipgo_deploy
+from dipgo_deploy.bundle.shapes import Sizes
 from dipgo_deploy.sampler import make_scheduler
 
 TOKENIZER = Path(dipgo_deploy.__file__).parent / "assets/fashion-sd/tokenizer"
@@ -185,9 +186,9 @@ def psnr(got: np.ndarray, want: np.ndarray) -> float:
     return float(-10 * np.log10(np.mean((got - want) ** 2)))
 
 
-def assert_equals_supernet(engine_dir: Path, tolerance: float = 1e-4) -> None:
+def assert_equals_supernet(engine_dir: Path, tolerance: float = 1e-4, sizes: Sizes | None = None) -> None:
     """Every variant and the whole loop, caches fed forward, within ``tolerance`` of the supernet."""
-    report = loop_report(engine_dir)
+    report = loop_report(engine_dir, sizes=sizes)
     assert report.first_failure() is None
     assert report.results is not None
     for tensor in (*(tensor for step in report.loop for tensor in step.tensors), *report.results.tensors):

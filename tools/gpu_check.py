@@ -442,6 +442,7 @@ def torch_loop(
     supernet = Supernet(model, specs, [schedule.cache_kinds[spec.name] for spec in specs], family.call)
     scheduler = make_scheduler(schedule.sampler.class_name, schedule.sampler.config)
     latents = torch.from_numpy(inputs.latents).to(device)
+    steps = schedule.sampler.num_inference_steps
     conditions = {
         name: tensor.to(dtype) if tensor.is_floating_point() else tensor
         for name, tensor in ((name, torch.from_numpy(array).to(device)) for name, array in inputs.conditions.items())
@@ -455,8 +456,9 @@ def torch_loop(
                 schedule.gates,
                 latents,
                 conditions,
-                num_inference_steps=schedule.sampler.num_inference_steps,
+                num_inference_steps=steps,
                 guidance_scale=GUIDANCE_SCALE,
+                set_timesteps_kwargs=family.set_timesteps(config, scheduler.config, *latents.shape[2:], steps),
             )
         result: np.ndarray = final.float().cpu().numpy()
         return result

@@ -15,8 +15,9 @@ import numpy as np
 
 from dipgo_deploy.backends.base import ChangedWeights, Launchable, Memory
 from dipgo_deploy.backends.onnxruntime import OnnxExecutable, OnnxRuntimeBackend
+from dipgo_deploy.bench.examples import example_input
 from dipgo_deploy.bundle.directory import Bundle
-from dipgo_deploy.bundle.manifest import ConditionSpec, Graph
+from dipgo_deploy.bundle.manifest import Graph
 from dipgo_deploy.runtime.loop import DenoisingLoop
 
 OUTSIDE = "(outside the blocks)"
@@ -176,15 +177,6 @@ def _run(loop: DenoisingLoop, bundle: Bundle) -> None:
     random = np.random.default_rng(0)
     noise = random.standard_normal(loop.sample_shape, dtype=np.float32)
     noises = random.standard_normal((manifest.plan.noises, *loop.sample_shape), dtype=np.float32)
-    conditions = {spec.name: _example(spec, random) for spec in manifest.conditions}
+    conditions = {spec.name: example_input(spec, random) for spec in manifest.conditions}
     scale = manifest.guidance_scale or 1.0
     loop.run(noise, conditions, noises=noises if len(noises) else None, guidance_scale=scale)
-
-
-def _example(spec: ConditionSpec, random: np.random.Generator) -> np.ndarray:
-    if spec.values:
-        rows = np.array(spec.values).reshape(1, *spec.shape[1:])
-        return np.repeat(rows, spec.shape[0], axis=0).astype(np.int64 if spec.dtype == "int64" else np.float32)
-    if spec.dtype == "int64":
-        return np.ones(spec.shape, np.int64)
-    return random.standard_normal(spec.shape, dtype=np.float32)

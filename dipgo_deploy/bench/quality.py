@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,13 +12,14 @@ from torch import Tensor
 
 from dipgo_deploy.bench.statistics import Estimate, bootstrap, mean, share
 from dipgo_deploy.errors import UserError
+from dipgo_deploy.models.family import CacheKind
 from dipgo_deploy.models.location import BUILT_IN
 from dipgo_deploy.quality.judge import CLASS_NAMES, Judge, feature_statistics, frechet_distance
 from dipgo_deploy.runtime.image import to_uint8
 from dipgo_deploy.schedule.document import Gates, Schedule
 from dipgo_deploy.search.evaluate import images_of, sample
 from dipgo_deploy.search.losses import psnr, ssim
-from dipgo_deploy.search.problem import Pair, Problem, with_sampler
+from dipgo_deploy.search.problem import Pair, Problem, sampler_and_steps, with_cache, with_sampler
 from dipgo_deploy.search.samples import held_out
 
 # Cases whose saved shares differ by at most this cost about the same.
@@ -29,12 +30,15 @@ SAME_RATIO = 0.03
 class Case:
     """One way to make the images: gates for the reference's sampler, or for another one.
 
-    name: what it is called. solver: (sampler, steps), None for the reference's own. gates: T x N, None for all kept.
+    name: what it is called. solver: (sampler, steps), None for the reference's own. config: of that sampler, None to
+    set it up from the model's. gates: T x N, None for all kept. cache: kind of all blocks, None for the reference's.
     """
 
     name: str
     gates: Gates | None = None
     solver: tuple[str, int] | None = None
+    config: Mapping[str, Any] | None = None
+    cache: CacheKind | None = None
 
 
 @dataclass(frozen=True)
@@ -64,20 +68,32 @@ class Row:
 
 
 def schedule_cases(
-    schedules: Sequence[tuple[str, Schedule]], problem: Problem, *, any_sampler: bool = False
+    schedules: Sequence[tuple[str, Schedule]], problem: Problem, *, any_sampler: bool = False, any_cache: bool = False
 ) -> list[Case]:
     """Schedules by name as cases. any_sampler: also those for another sampler or number of steps than the reference's.
 
+    any_cache: also those with another kind of cache, the same one in all blocks.
+
     Raises:
-        UserError: a schedule for another model, or for a sampler or number of steps that it may not have.
+        UserError: a schedule for another model, or for a sampler, number of steps or caches that it may not have.
     """
     target = problem.target
     cases = []
     for name, schedule in schedules:
-        if schedule.model != target.model or schedule.blocks != target.blocks:
+        names = tuple(block.name for block in schedule.blocks)
+        if schedule.model != target.model or names != target.block_names:
             raise UserError(
                 f"{name}: was made for another model, or for other blocks of it: give schedules of one model"
             )
+        cache = None
+        if schedule.blocks != target.blocks:
+            kinds = sorted(set(schedule.cache_kinds.values()))
+            if not any_cache or len(kinds) > 1:
+                raise UserError(
+                    f"{name}: has {' and '.join(kinds)} caches, not those of the first schedule: compare like with "
+                    "like, or give --any-cache where all blocks have the same kind"
+                )
+            cache = kinds[0]
         sampler = schedule.sampler
         own = None
         if (sampler.class_name, sampler.num_inference_steps) != (
@@ -91,7 +107,8 @@ def schedule_cases(
                 f"{target.sampler.class_name} with {target.sampler.num_inference_steps}: compare like with like, or "
                 "give --any-sampler"
             )
-        cases.append(Case(name, gates=schedule.gates, solver=own))
+        config = None if own is None else sampler.config
+        cases.append(Case(name, gates=schedule.gates, solver=own, config=config, cache=cache))
     return cases
 
 
@@ -101,10 +118,8 @@ def solver_case(text: str) -> Case:
     Raises:
         UserError: it is not written so.
     """
-    name, _, steps = text.partition(":")
-    if not name or not steps.isdigit() or int(steps) < 1:
-        raise UserError(f"--solver {text}: give a sampler and its steps, as in ddim:10")
-    return Case(f"{name}, {int(steps)} steps", solver=(name, int(steps)))
+    name, steps = sampler_and_steps(text, "--solver")
+    return Case(f"{name}, {steps} steps", solver=(name, steps))
 
 
 def measure(
@@ -136,8 +151,14 @@ def measure(
     reference = _images(problem, None, pairs, batch)
     rows: list[Row] = []
     firsts: list[tuple[float, np.ndarray]] = []
+    cached: dict[CacheKind | None, Problem] = {None: problem}
     for case in cases:
-        at_work = problem if case.solver is None else with_sampler(problem, *case.solver)
+        if case.cache not in cached:
+            assert case.cache is not None
+            cached[case.cache] = with_cache(problem, case.cache)
+        at_work = cached[case.cache]
+        if case.solver is not None:
+            at_work = with_sampler(at_work, *case.solver, case.config)
         images = _images(at_work, case.gates, pairs, batch)
         similarity = ssim(images, reference).double().numpy()
         saved = 1 - at_work.costs.analyse(_gates(at_work, case.gates)).cost / problem.costs.full

@@ -44,6 +44,7 @@ def command() -> None:
 @click.option(
     "--any-sampler", is_flag=True, help="Take schedules for other samplers and steps than the full run's too."
 )
+@click.option("--any-cache", is_flag=True, help="Take schedules with another kind of cache too.")
 @click.option("--by-ratio", is_flag=True, help="Compare each case with the first one that saves about as much.")
 @click.option("--prompts", type=_PATH, help="Text file, one prompt a line. [default: those of fashion-sd]")
 @click.option("--guidance/--no-guidance", default=None, help="Classifier-free guidance. [default: the pipeline's]")
@@ -63,6 +64,7 @@ def quality(
     seed: int,
     by_ratio: bool,
     any_sampler: bool,
+    any_cache: bool,
     threads: int | None,
     out: Path | None,
     plot: Path | None,
@@ -95,7 +97,8 @@ def quality(
     console = human_console(as_json)
     with console.status("starting") as status:
         problem = load_problem(_problem_options(options, [schedule for _, schedule in schedules]), status.update)
-        cases = [*schedule_cases(schedules, problem, any_sampler=any_sampler), *solver_cases]
+        cases = schedule_cases(schedules, problem, any_sampler=any_sampler, any_cache=any_cache)
+        cases += solver_cases
         status.update("making images")
         rows = measure(
             problem,

@@ -54,11 +54,18 @@ def spread_ratios(args: Sequence[str]) -> list[str]:
         "dipgo-search --model fashion-sd --sampler ddim --prune-ratio 0.4 0.6 0.8 --checkpoint run -o schedule.json",
         "dipgo-search --model ./sd15 --prompts prompts.txt --preset paper --method dipgo --prune-ratio 0.8 -o s.json",
         "dipgo-search --model fashion-dit --method uniform --prune-ratio 0.8 -o uniform.json",
+        "dipgo-search --model fashion-sd --sampler deis --steps 16 --reference ddim:20 --method refine "
+        "--prune-ratio 0.6 -o s.json",
     ),
 )
 @click.option("--model", required=True, help="fashion-sd, fashion-dit, a folder in diffusers' format, or a hub id.")
 @click.option("--sampler", help="ddim, pndm, dpm++2m, euler, ... or a diffusers class. [default: the model's own]")
 @click.option("--steps", type=click.IntRange(min=1), default=50, show_default=True, help="Denoising steps.")
+@click.option(
+    "--reference",
+    help="Sampler and steps of the run whose images are kept and whose cost is saved of, as in ddim:50; without steps, "
+    "as many as --steps.  [default: the full run of --sampler and --steps]",
+)
 @click.option(
     _RATIO,
     "ratios",
@@ -180,14 +187,16 @@ def output_files(output: Path, ratios: Sequence[float]) -> list[Path]:
 
 
 def _problem_options(options: dict[str, Any]) -> Any:
-    from dipgo_deploy.search.problem import ProblemOptions
+    from dipgo_deploy.search.problem import ProblemOptions, sampler_and_steps
 
+    reference = options["reference"]
     names = ("model", "sampler", "steps", "granularity", "cache", "height", "width", "guidance", "guidance_scale")
     prompts = options["prompts"]
     return ProblemOptions(
         **{name: options[name] for name in names},
         prompts=None if prompts is None else str(prompts),
         class_labels=_labels(options["class_labels"]),
+        reference=None if reference is None else sampler_and_steps(reference, "--reference", options["steps"]),
         device=options["device"],
     )
 

@@ -140,8 +140,10 @@ def macs_at(model: ir.Model, sizes: Sizes) -> tuple[int, ...]:
             graph.initializer.append(ir.serde.serialize_tensor(tensor))
             graph.initializer[-1].name = str(value.name)
             continue
-        fixed = ir.Value(name=value.name, type=value.type, shape=ir.Shape(concrete(value, sizes)))
-        graph.input.append(ir.serde.serialize_value(fixed))  # only its shape counts, so weights stay where they are
+        graph.input.append(_fixed(value, sizes))  # only its shape counts, so weights stay where they are
+    # The known ones are given: shape inference does not see through every node (bf16's GroupNormalization).
+    known = [value for node in model.graph for value in node.outputs if _known(value) is not None]
+    graph.value_info.extend(_fixed(value, sizes) for value in known)
     graph.node.extend(ir.serde.serialize_node(node) for node in model.graph)
     graph.output.extend(onnx.ValueInfoProto(name=value.name) for value in model.graph.outputs)
     opsets = [onnx.OperatorSetIdProto(domain=d, version=v) for d, v in model.graph.opset_imports.items()]
@@ -149,6 +151,13 @@ def macs_at(model: ir.Model, sizes: Sizes) -> tuple[int, ...]:
     optimizer.fold_constants(shaped, onnx_shape_inference=True)
     costs = {node.name: node_macs(node) for node in shaped.graph}
     return tuple(costs.get(node.name, 0) for node in model.graph)
+
+
+def _fixed(value: ir.Value, sizes: Sizes) -> Any:
+    """The value's ``onnx.ValueInfoProto`` at ``sizes``."""
+    import onnx_ir as ir
+
+    return ir.serde.serialize_value(ir.Value(name=value.name, type=value.type, shape=ir.Shape(concrete(value, sizes))))
 
 
 def concrete(value: ir.Value, sizes: Sizes) -> tuple[int, ...]:
@@ -259,22 +268,22 @@ class _Builder:
 
     def _expression(self, text: str) -> ir.Value:
         """Of terms as ``_Term`` writes them: sums of products of whole numbers, names and ``(name//divisor)``."""
-        key = f"size/{text}"
-        if key not in self._made:
-            total: ir.Value | None = None
-            for term in text.replace("- ", "+ -").split(" + "):
-                value = self._product(term)
-                total = value if total is None else self._node("Add", [total, value], f"sum/{text}", 1)
-            assert total is not None
-            self._made[key] = total
-        return self._made[key]
+        terms = text.replace("- ", "+ -").split(" + ")
+        return self._folded("Add", " + ", [(term, self._product(term)) for term in terms])
 
     def _product(self, term: str) -> ir.Value:
-        total: ir.Value | None = None
-        for factor in term.split("*"):
-            value = self._factor(factor.strip())
-            total = value if total is None else self._node("Mul", [total, value], f"product/{term}/{factor}", 1)
-        assert total is not None
+        factors = [factor.strip() for factor in term.split("*")]
+        return self._folded("Mul", "*", [(factor, self._factor(factor)) for factor in factors])
+
+    def _folded(self, operator: str, sign: str, parts: Sequence[tuple[str, ir.Value]]) -> ir.Value:
+        """The parts from left to right under ``operator``; what several expressions begin with is one node."""
+        text, total = parts[0]
+        for part, value in parts[1:]:
+            text = f"{text}{sign}{part}"
+            key = f"size/{text}"
+            if key not in self._made:
+                self._made[key] = self._node(operator, [total, value], key, 1)
+            total = self._made[key]
         return total
 
     def _factor(self, text: str) -> ir.Value:

@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
     import torch
 
+    from dipgo_deploy.models.family import ModelFamily
     from dipgo_deploy.sampler import SamplerMatrix
 
 GRAPHS = "graphs"
@@ -161,7 +162,7 @@ def plan_export(
     guidance = source.family.guidance if options.guidance is None else options.guidance
     options = replace(options, guidance=guidance)
     shape = source.trace_shape(batch=options.batch, guidance=guidance, height=options.height, width=options.width)
-    sampling = _sampling(source, schedule, sampling, shape)
+    sampling = _sampling(source, schedule, shape, options.strength, sampling)
     if shape.sizes is not None:
         _check_open(source, sampling, shape, options, schedule.sampler.num_inference_steps)
         open_conditions(source, shape, options.dtype)  # before the trace: conditions that cannot be told are refused
@@ -182,8 +183,7 @@ def replan(planned: PlannedExport, schedule: Schedule) -> PlannedExport:
     if schedule.blocks != planned.schedule.blocks or schedule.model.granularity != planned.schedule.model.granularity:
         raise UserError("the schedules have different blocks or cache kinds; export each on its own")
     planned.source.check(schedule, allow_other_config=planned.options.allow_other_config)
-    sampling = _nominal_sampling(planned.source.name, schedule, planned.options.strength)
-    sampling = _sampling(planned.source, schedule, sampling, planned.traced.shape)
+    sampling = _sampling(planned.source, schedule, planned.traced.shape, planned.options.strength)
     return _planned(planned.source, schedule, sampling, planned.traced, planned.options)
 
 
@@ -207,19 +207,24 @@ def _nominal_sampling(model: str, schedule: Schedule, strength: float | None) ->
     from dipgo_deploy.sampler import make_scheduler
 
     family, config = denoiser_config(config_folder(model))
-    if strength is not None and not family.image_to_image:
-        raise UserError(f"--strength: {family.class_name} cannot start from a picture here; leave it out")
     scheduler = make_scheduler(schedule.sampler.class_name, schedule.sampler.config)
-    steps = schedule.sampler.num_inference_steps
-    return _with_options(schedule, scheduler, nominal_set_timesteps(family, config, scheduler, steps), strength)
+    options = nominal_set_timesteps(family, config, scheduler, schedule.sampler.num_inference_steps)
+    return _with_options(family, schedule, scheduler, options, strength)
 
 
-def _sampling(source: Source, schedule: Schedule, nominal: _Sampling, shape: TraceShape) -> _Sampling:
-    """Of the size that is exported."""
-    steps = schedule.sampler.num_inference_steps
-    options = source.set_timesteps(nominal.scheduler, shape.height, shape.width, steps)
-    same = options == nominal.set_timesteps
-    return nominal if same else _with_options(schedule, nominal.scheduler, options, nominal.strength)
+def _sampling(
+    source: Source, schedule: Schedule, shape: TraceShape, strength: float | None, nominal: _Sampling | None = None
+) -> _Sampling:
+    """Of the size that is exported; ``nominal`` where it is the same."""
+    from dipgo_deploy.sampler import make_scheduler
+
+    scheduler = (
+        make_scheduler(schedule.sampler.class_name, schedule.sampler.config) if nominal is None else nominal.scheduler
+    )
+    options = source.set_timesteps(scheduler, shape.height, shape.width, schedule.sampler.num_inference_steps)
+    if nominal is not None and options == nominal.set_timesteps:
+        return nominal
+    return _with_options(source.family, schedule, scheduler, options, strength)
 
 
 def _check_open(source: Source, sampling: _Sampling, shape: TraceShape, options: ExportOptions, steps: int) -> None:
@@ -237,12 +242,18 @@ def _check_open(source: Source, sampling: _Sampling, shape: TraceShape, options:
             )
 
 
-def _with_options(schedule: Schedule, scheduler: Any, options: Mapping[str, Any], strength: float | None) -> _Sampling:
+def _with_options(
+    family: ModelFamily, schedule: Schedule, scheduler: Any, options: Mapping[str, Any], strength: float | None
+) -> _Sampling:
     from dipgo_deploy.sampler import begin_of, evaluations, prediction_used, sampler_matrix
 
+    if strength is not None and family.image_to_image is None:
+        raise UserError(f"--strength: {family.class_name} cannot start from a picture here; leave it out")
     steps = schedule.sampler.num_inference_steps
     schedule.check_evaluations(evaluations(scheduler, steps, set_timesteps_kwargs=options))
-    begin = None if strength is None else begin_of(scheduler, steps, strength, set_timesteps_kwargs=options)
+    begin = None
+    if strength is not None and family.image_to_image is not None:
+        begin = begin_of(scheduler, steps, strength, family.image_to_image, set_timesteps_kwargs=options)
     matrix = sampler_matrix(scheduler, steps, set_timesteps_kwargs=options, begin=begin)
     return _Sampling(scheduler, options, prediction_used(matrix), strength, begin)
 
@@ -337,7 +348,9 @@ def write_bundle(
         width=shape.width,
         scale=planned.source.scale,
     )
-    components = Components()
+    # Without components too: the unconditional half of guidance needs the null class.
+    null = next((spec.null for spec in planned.traced.conditions if spec.source == "class"), None)
+    components = Components(null_class=null, classes=planned.source.config.get("num_class_embeds"))
     conditions = _conditions(planned)
     if planned.source.pipeline is not None and options.components:
         notify("exporting text encoder and VAE")

@@ -136,7 +136,7 @@ def _dynamic_shapes(shape: TraceShape, conditions: Sequence[InputSpec]) -> list[
     dimensions = Dimensions(shape.sizes)
     halves = 2 if shape.guidance else 1
     rest: list[Any] = [None] * shape.guidance + [dimensions.rows(halves) or None for _ in conditions]
-    return [dimensions.latent, None, tuple(rest)]
+    return [dimensions.latent, None, *([tuple(rest)] if rest else [])]
 
 
 def read_block_graph(

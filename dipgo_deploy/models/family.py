@@ -111,8 +111,9 @@ class ModelFamily:
     config, latent height, latent width, steps): what a pipeline gives the scheduler's ``set_timesteps`` besides the
     number of steps; ``config`` may be empty. companions: other components of the pipeline that belong to the model,
     with their classes; ``join(model, {component: module})`` makes one module of all, and their configurations are in
-    the model's under their names. ``class_name`` then has their class after a ``+``. image_to_image: whether a run can
-    start from a picture, with diffusers' ``StableDiffusionImg2ImgPipeline`` as the definition. size_multiple(config):
+    the model's under their names. ``class_name`` then has their class after a ``+``. image_to_image(steps,
+    strength): the steps that a run from a picture leaves out, of all that were asked for, as the ``get_timesteps`` of
+    diffusers' image-to-image pipeline has it; None where there is no such pipeline. size_multiple(config):
     an open latent height or width has to be a multiple of it; None where a trace is good for one size only. pixels: the
     latent is the picture itself, in [-1, 1]. float32_in_fp16: components of the pipeline that overflow in float16 and
     stay in float32 in a fp16 export. tolerances: dtype -> largest allowed relative error against the fp32 supernet,
@@ -132,7 +133,7 @@ class ModelFamily:
     set_timesteps: Callable[..., Mapping[str, Any]] = no_timestep_options
     companions: Mapping[str, str] = field(default_factory=dict)
     join: Callable[..., nn.Module] = lambda model, others: model
-    image_to_image: bool = False
+    image_to_image: Callable[[int, float], int] | None = None
     size_multiple: Callable[[Mapping[str, Any]], int] | None = None
     pixels: bool = False
     float32_in_fp16: tuple[str, ...] = ()

@@ -27,6 +27,7 @@ import numpy as np
 
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.models.family import BlockSpec, Granularity, InputSpec, ModelFamily, TextScheme, TokenizerSpec
+from dipgo_deploy.models.image_start import rounded_down
 from dipgo_deploy.models.shift import dynamic_shift
 from dipgo_deploy.models.sublayers import sublayers
 
@@ -250,5 +251,6 @@ FAMILY = ModelFamily(
     text=text,
     guidance=False,
     set_timesteps=set_timesteps,
+    image_to_image=rounded_down,
     size_multiple=lambda config: _PACK,
 )

@@ -12,7 +12,8 @@ is cached is what the three modules return, before the gate, which is always tha
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from dipgo_deploy.errors import UserError
@@ -92,7 +93,24 @@ def inputs(
 def call(model: nn.Module, latent: Tensor, timestep: Tensor, conditions: Mapping[str, Tensor]) -> Tensor:
     """The prediction (B, C, h, w); the model may want its timesteps scaled."""
     config: Any = model.config
-    return call_with_keywords(model, latent, timestep * config.timestep_scale, conditions)
+    with _any_size(model.get_submodule("patch_embed"), latent):
+        return call_with_keywords(model, latent, timestep * config.timestep_scale, conditions)
+
+
+@contextmanager
+def _any_size(patches: Any, latent: Tensor) -> Iterator[None]:
+    """Position embeddings computed at every size that a trace leaves open.
+
+    The module has those of the native size ready, and a trace that asks whether the size is that one is good for no
+    range that it is in.
+    """
+    native = patches.height, patches.width
+    if not all(isinstance(extent, int) for extent in latent.shape[2:]):
+        patches.height = patches.width = 0
+    try:
+        yield
+    finally:
+        patches.height, patches.width = native
 
 
 def text(config: Mapping[str, Any], pipeline: Any) -> TextScheme:

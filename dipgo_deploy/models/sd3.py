@@ -20,6 +20,7 @@ from typing import Any
 
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.models.family import BlockSpec, Granularity, InputSpec, ModelFamily, TextScheme, TokenizerSpec
+from dipgo_deploy.models.image_start import rounded_down
 from dipgo_deploy.models.shift import dynamic_shift
 
 CLASS_NAME = "SD3Transformer2DModel"
@@ -171,5 +172,6 @@ FAMILY = ModelFamily(
     granularities=("block", "layer"),
     text=text,
     set_timesteps=set_timesteps,
+    image_to_image=rounded_down,
     size_multiple=lambda config: int(_get(config, "patch_size")),
 )

@@ -89,7 +89,7 @@ def inputs(
             f"{CLASS_NAME}: class_embed_type = {config['class_embed_type']!r} needs an input that is not supported: "
             "use another model"
         )
-    factor = 2 ** (len(_get(config, "down_block_types")) - 1)
+    factor = size_multiple(config)
     if height % factor or width % factor:
         raise UserError(f"{CLASS_NAME}: picture of {height}x{width}: give multiples of {factor}")
     specs = [
@@ -99,6 +99,11 @@ def inputs(
     if _get(config, "num_class_embeds") is not None:
         specs.append(InputSpec("class_labels", (batch,), "int64", "condition", "class"))
     return tuple(specs)
+
+
+def size_multiple(config: Mapping[str, Any]) -> int:
+    """Every level but the last halves the picture."""
+    return 2 ** (len(_get(config, "down_block_types")) - 1)
 
 
 def call(model: nn.Module, latent: Tensor, timestep: Tensor, conditions: Mapping[str, Tensor]) -> Tensor:
@@ -129,5 +134,6 @@ FAMILY = ModelFamily(
     call=call,
     text=text,
     guidance=False,
+    size_multiple=size_multiple,
     pixels=True,
 )

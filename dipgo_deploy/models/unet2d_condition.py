@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.models.family import BlockSpec, Granularity, InputSpec, ModelFamily, TextScheme
+from dipgo_deploy.models.image_start import rounded_up
 from dipgo_deploy.models.unet_text import VAE_SCALE, one_clip, two_clips
 from dipgo_deploy.models.unet_units import unet_units
 
@@ -176,6 +177,6 @@ FAMILY = ModelFamily(
     granularities=("block", "layer"),
     call=call,
     text=text,
-    image_to_image=True,
+    image_to_image=rounded_up,
     size_multiple=size_multiple,
 )

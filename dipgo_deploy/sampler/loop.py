@@ -34,15 +34,16 @@ class LoopResult:
     final: torch.Tensor
 
 
-class _TakeOver(TorchFunctionMode):
+class GivenNoise(TorchFunctionMode):
     """Hands out given noise for ``torch.randn`` and ``torch.randn_like`` (which diffusers' ``randn_tensor`` calls too).
 
+    shape: of every draw. draw() -> the next one; it gets the device and dtype that were asked for.
     keep_double: let no float64 tensor of the latent's shape be cast down: several schedulers cast the sample to
     float32, which would round the coefficients. Their scalars (sigmas, alphas) stay in the precision the scheduler
     gives them, so that the coefficients are those that its loop uses.
     """
 
-    def __init__(self, shape: torch.Size, draw: Callable[[], torch.Tensor], keep_double: bool) -> None:
+    def __init__(self, shape: torch.Size, draw: Callable[[], torch.Tensor], keep_double: bool = False) -> None:
         super().__init__()
         self._shape, self._draw, self._keep_double = shape, draw, keep_double
 
@@ -65,7 +66,8 @@ class _TakeOver(TorchFunctionMode):
             shape = torch.Size(size)
         if shape != self._shape:
             raise ValueError(f"it draws noise of shape {tuple(shape)}, not of the latent's {tuple(self._shape)}")
-        return self._draw()
+        noise = self._draw()
+        return noise if self._keep_double else noise.to(device=kwargs.get("device"), dtype=kwargs.get("dtype"))
 
 
 def run_loop(
@@ -92,7 +94,7 @@ def run_loop(
     set_timesteps(scheduler, num_inference_steps, set_timesteps_kwargs)
     step_kwargs = {"eta": 0.0} if "eta" in inspect.signature(scheduler.step).parameters else {}
     inputs: list[torch.Tensor] = []
-    with _TakeOver(initial.shape, draw, keep_double), torch.no_grad():
+    with GivenNoise(initial.shape, draw, keep_double), torch.no_grad():
         latent, timesteps = first_latent(scheduler, initial, start)
         for index, timestep in enumerate(timesteps):
             # FlowMatchEuler and its kin have no scale_model_input: they take the latent as it is.

@@ -35,20 +35,32 @@ class Analysis:
 class Costs:
     """Costs of T x N gates of one traced model, in the unit of its graph's ``costs`` (multiply-accumulates).
 
-    full: cost of T full evaluations. gamma: per block, the share of one full evaluation that goes when the block goes
-    at one step, together with all that is then computed for nothing (DiP-GO's weight of a gate). own: per block, the
-    share of its own nodes.
+    full: cost of the full run that ratios are shares of. own_full: of T full evaluations, the same unless another run
+    is the reference. gamma: per block, the share of one full evaluation that goes when the block goes at one step,
+    together with all that is then computed for nothing (DiP-GO's weight of a gate). own: per block, the share of its
+    own nodes.
     """
 
-    def __init__(self, graph: BlockGraph, steps: int, used: Sequence[bool] | None = None) -> None:
-        """Take the graph, T, and per step whether the sampler gives its prediction any weight (default: all)."""
+    def __init__(
+        self,
+        graph: BlockGraph,
+        steps: int,
+        used: Sequence[bool] | None = None,
+        *,
+        reference_steps: int | None = None,
+    ) -> None:
+        """Take the graph, T, and per step whether the sampler gives its prediction any weight (default: all).
+
+        reference_steps: full evaluations of the run that ratios are shares of, None for T.
+        """
         self.graph, self.steps = graph, steps
         self.blocks = tuple(block.name for block in graph.blocks)
         self._index = index_graph(graph)
         self._used = tuple(used) if used is not None else (True,) * steps
         self._known: dict[tuple[int, ...], Analysis] = {}
         self.step_cost = self._index.costs.macs(self._index.gated((1 << len(self.blocks)) - 1))
-        self.full = steps * self.step_cost
+        self.own_full = steps * self.step_cost
+        self.full = self.own_full if reference_steps is None else reference_steps * self.step_cost
         if self.full <= 0:
             raise ValueError("the graph has no cost: it cannot be pruned by it")
         self.own = tuple(self._index.costs.macs(outputs) / self.step_cost for outputs in self._index.outputs)
@@ -67,7 +79,7 @@ class Costs:
         return self._known[rows]
 
     def ratio(self, gates: Sequence[Sequence[bool]]) -> float:
-        """Share of the cost of T full evaluations that ``gates`` save, 0 to 1."""
+        """Share of the cost of the reference's full run that ``gates`` save, at most 1."""
         return 1 - self.analyse(gates).cost / self.full
 
     def clean(self, gates: Sequence[Sequence[bool]]) -> Gates:

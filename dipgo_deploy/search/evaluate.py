@@ -74,7 +74,8 @@ def images_of(problem: Problem, latents: Tensor) -> Tensor:
 
 @torch.no_grad()
 def full_latents(problem: Problem, pairs: Sequence[Pair]) -> Tensor:
-    """Final latents of the full run."""
+    """Final latents of the full run that images are compared with."""
+    problem = problem.reference or problem
     return sample(problem, [[True] * len(problem.target.blocks)] * problem.steps, pairs)
 
 

@@ -16,10 +16,12 @@ from dipgo_deploy.export.trace import TracedModel, trace
 from dipgo_deploy.models.family import CacheKind, Granularity
 from dipgo_deploy.models.location import config_folder, denoiser_config
 from dipgo_deploy.models.target import schedule_target
+from dipgo_deploy.plan.graph import BlockGraph
 from dipgo_deploy.runtime.noise import TorchNoise
 from dipgo_deploy.sampler import make_scheduler, prediction_used, sampler_matrix
 from dipgo_deploy.sampler.matrix import SamplerMatrix
 from dipgo_deploy.schedule.builders import Target
+from dipgo_deploy.schedule.document import SamplerEntry
 from dipgo_deploy.search.costs import Costs
 from dipgo_deploy.search.prompts import built_in_prompts, check_labels, class_count, known_labels, read_prompts
 from dipgo_deploy.supernet import Supernet
@@ -31,7 +33,8 @@ class ProblemOptions:
 
     model, sampler, steps, granularity, cache: as for a schedule. height, width: pixels, None the model's own.
     guidance_scale: None the pipeline's own. guidance: whether there is any, None as the pipeline has it. prompts: a
-    text file; class_labels: for a class-conditioned model, None all that the model names.
+    text file; class_labels: for a class-conditioned model, None all that the model names. reference: sampler and steps
+    of the full run whose images are to be kept and whose cost is to be saved of, None for that of sampler and steps.
     """
 
     model: str
@@ -45,6 +48,7 @@ class ProblemOptions:
     guidance_scale: float | None = None
     prompts: str | None = None
     class_labels: tuple[int, ...] | None = None
+    reference: tuple[str, int] | None = None
     device: str = "cpu"
 
 
@@ -72,6 +76,8 @@ class Problem:
     target: what a schedule for it says. conditions: one set of forward inputs a prompt or class, each (G, ...), the
     unconditional row first. names: of the conditions. matrix: the sampler as a matrix. traced: the model's one trace.
     sample_shape: (C, h, w). set_timesteps: what the scheduler's ``set_timesteps`` gets besides the number of steps.
+    reference: the same model and images with the sampler of the full run that images are compared with, None for its
+    own; costs are shares of that run's.
     """
 
     options: ProblemOptions
@@ -87,6 +93,7 @@ class Problem:
     guidance_scale: float | None
     sample_shape: tuple[int, int, int]
     set_timesteps: Mapping[str, Any] = field(default_factory=dict)
+    reference: Problem | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     @property
@@ -165,7 +172,7 @@ def load_problem(options: ProblemOptions, notify: Notify = lambda stage: None) -
     for module in (source.denoiser, getattr(source.pipeline, "vae", None)):
         if module is not None:
             module.requires_grad_(False).eval().to(device)
-    return Problem(
+    problem = Problem(
         options=replace(options, device=str(device)),
         source=source,
         supernet=source.supernet(options.granularity, kinds),
@@ -181,27 +188,71 @@ def load_problem(options: ProblemOptions, notify: Notify = lambda stage: None) -
         set_timesteps=set_timesteps,
         device=device,
     )
+    return problem if options.reference is None else with_reference(problem, *options.reference)
 
 
-def with_sampler(problem: Problem, sampler: str, steps: int) -> Problem:
-    """The same model and images with another sampler, set up from the problem's own as diffusers users swap them.
+def with_sampler(problem: Problem, sampler: str, steps: int, config: Mapping[str, Any] | None = None) -> Problem:
+    """The same model and images with another sampler, whose own full run is the reference.
+
+    config: of the scheduler ``sampler``, as a schedule has it; None sets it up from the model's as diffusers users swap
+    them.
 
     Raises:
         UserError: an unknown sampler, or one whose steps are not linear.
     """
-    scheduler = make_scheduler(sampler, problem.scheduler.config)
-    target = schedule_target(problem.options.model, sampler, steps, problem.options.granularity, problem.options.cache)
+    options = replace(problem.options, sampler=sampler, steps=steps, reference=None)
+    target = schedule_target(options.model, sampler, steps, options.granularity, options.cache)
+    if config is not None:
+        entry = SamplerEntry(class_name=target.sampler.class_name, config=dict(config), num_inference_steps=steps)
+        target = replace(target, sampler=entry)
+    scheduler = make_scheduler(target.sampler.class_name, target.sampler.config)
     set_timesteps = problem.source.set_timesteps(scheduler, *problem.sample_shape[1:], steps)
     matrix = sampler_matrix(scheduler, steps, set_timesteps_kwargs=set_timesteps)
     return replace(
         problem,
-        options=replace(problem.options, sampler=sampler, steps=steps),
+        options=options,
         scheduler=scheduler,
         target=target,
         matrix=matrix,
         set_timesteps=set_timesteps,
+        reference=None,
         costs=Costs(problem.traced.graph, target.steps, prediction_used(matrix)),
     )
+
+
+def with_reference(problem: Problem, sampler: str, steps: int) -> Problem:
+    """The same problem, to keep the images of another sampler's full run and to save of its cost.
+
+    Raises:
+        UserError: an unknown sampler, or one whose steps are not linear.
+    """
+    reference = with_sampler(problem, sampler, steps)
+    return replace(
+        problem,
+        options=replace(problem.options, reference=(sampler, steps)),
+        reference=reference,
+        costs=costs_of(replace(problem, reference=reference), problem.traced.graph),
+    )
+
+
+def costs_of(problem: Problem, graph: BlockGraph) -> Costs:
+    """What gates of the problem's steps cost on this graph, as shares of the reference's full run."""
+    steps = None if problem.reference is None else problem.reference.steps
+    return Costs(graph, problem.steps, prediction_used(problem.matrix), reference_steps=steps)
+
+
+def sampler_and_steps(text: str, option: str, steps: int | None = None) -> tuple[str, int]:
+    """``ddim:10`` as a sampler's name and its steps. option: what messages call it. steps: where none are written.
+
+    Raises:
+        UserError: it is not written so.
+    """
+    name, colon, number = text.partition(":")
+    if name and not colon and steps is not None:
+        return name, steps
+    if not name or not number.isdigit() or int(number) < 1:
+        raise UserError(f"{option} {text}: give a sampler and its steps, as in ddim:10")
+    return name, int(number)
 
 
 def cache_kinds(problem: Problem) -> tuple[CacheKind, ...]:
@@ -227,7 +278,7 @@ def with_cache(problem: Problem, kind: CacheKind) -> Problem:
         supernet=source.supernet(options.granularity, kinds),
         target=target,
         traced=traced,
-        costs=Costs(traced.graph, target.steps, prediction_used(problem.matrix)),
+        costs=costs_of(problem, traced.graph),
     )
 
 

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 
 from dipgo_deploy.errors import UserError
-from dipgo_deploy.sampler import prediction_used
 from dipgo_deploy.schedule.document import Gates, Schedule
 from dipgo_deploy.search import checkpoint
 from dipgo_deploy.search.baselines import BASELINES, Task, baseline
@@ -25,7 +24,7 @@ from dipgo_deploy.search.latency import measure_latency
 from dipgo_deploy.search.loop_loss import LoopLoss
 from dipgo_deploy.search.paths import path_costs
 from dipgo_deploy.search.postprocess import TOLERANCE, check_ratio, select, unreachable
-from dipgo_deploy.search.problem import Pair, Problem, cache_kinds, with_cache
+from dipgo_deploy.search.problem import Pair, Problem, cache_kinds, costs_of, with_cache
 from dipgo_deploy.search.pruner import SIZES, Pruner, PrunerSize
 from dipgo_deploy.search.samples import SampleStream
 from dipgo_deploy.search.train import Progress, Trainer, TrainOptions, train
@@ -195,10 +194,11 @@ def _scores(
     found = {}
     for ratio in options.ratios:
         reporter.stage(f"training the pruner for {ratio:g}")
+        kept = (1 - ratio) * problem.costs.full / problem.costs.own_full
         start = replace(
             options,
             warm_start=uniform_gates(problem.costs, ratio),
-            train=replace(options.train, stop_share=max(options.train.stop_share, 1 - ratio)),
+            train=replace(options.train, stop_share=max(options.train.stop_share, kept)),
         )
         own = None if folder is None else folder / f"{ratio:g}"
         # An interrupted run has not come to the later ratios yet.
@@ -318,6 +318,9 @@ def _one(
         "prune_by": options.prune_by,
         "guidance_scale": problem.guidance_scale,
     }
+    if problem.reference is not None:
+        sampler = problem.reference.target.sampler
+        parameters["reference"] = {"sampler": sampler.class_name, "steps": problem.reference.steps}
     if limit is not None:
         parameters["max_variants"] = limit
     if loss is not None:
@@ -396,5 +399,4 @@ def _check_start(problem: Problem, gates: Gates, name: str) -> None:
 def _by_latency(problem: Problem, options: SearchOptions, reporter: Reporter) -> Problem:
     reporter.stage("measuring the latency of each block")
     table = measure_latency(problem.traced, threads=options.threads)
-    graph = latency_graph(problem.traced.graph, table)
-    return replace(problem, costs=Costs(graph, problem.steps, prediction_used(problem.matrix)))
+    return replace(problem, costs=costs_of(problem, latency_graph(problem.traced.graph, table)))

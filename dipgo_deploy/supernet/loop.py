@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import inspect
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
 
 from dipgo_deploy.errors import UserError
+from dipgo_deploy.sampler.loop import GivenNoise
 from dipgo_deploy.sampler.schedulers import fresh, set_timesteps
 from dipgo_deploy.sampler.start import ImageStart, first_latent
 from dipgo_deploy.supernet.gated import CacheState, Gate, Supernet
@@ -98,23 +97,24 @@ def run_loop(
         extra["eta"] = 0.0  # as diffusers' pipelines do; TCD's own default is another
 
     state = CacheState()
-    with ExitStack() as stack:
-        if noises is not None:
-            stack.enter_context(_given_noises(sampler, noises))
-        for step, timestep in enumerate(timesteps):
-            model_input = scale_input(sample, timestep)
-            batch = torch.cat([model_input] * halves).to(dtype)
-            times = timestep.expand(len(batch))
-            output, after = supernet.step(batch, times, conditions, gates[step], state, step)
-            raw = output[:, :channels].to(latents.dtype)  # the rest is a learned variance
-            prediction = raw
-            if guidance_scale is not None:
-                unconditional, conditional = raw.chunk(2)
-                prediction = unconditional + guidance_scale * (conditional - unconditional)
-            if record is not None:
-                record(_evaluation(step, model_input, timestep, conditions, state, after, raw, prediction))
+    given = None if noises is None else _Given(sampler, latents.shape, noises)
+    for step, timestep in enumerate(timesteps):
+        model_input = scale_input(sample, timestep)
+        batch = torch.cat([model_input] * halves).to(dtype)
+        times = timestep.expand(len(batch))
+        output, after = supernet.step(batch, times, conditions, gates[step], state, step)
+        raw = output[:, :channels].to(latents.dtype)  # the rest is a learned variance
+        prediction = raw
+        if guidance_scale is not None:
+            unconditional, conditional = raw.chunk(2)
+            prediction = unconditional + guidance_scale * (conditional - unconditional)
+        if record is not None:
+            record(_evaluation(step, model_input, timestep, conditions, state, after, raw, prediction))
+        with nullcontext() if given is None else GivenNoise(latents.shape, given.draw):
             sample = sampler.step(prediction, timestep, sample, return_dict=False, **extra)[0]
-            state = after
+        state = after
+    if given is not None:
+        given.check_all_used()
     return sample
 
 
@@ -151,28 +151,27 @@ def _detached(state: CacheState) -> CacheState:
     return CacheState(tensors, state.structures)
 
 
-@contextmanager
-def _given_noises(scheduler: Any, noises: Sequence[Tensor]) -> Iterator[None]:
-    """The scheduler's draws replaced by ``noises`` in order.
+class _Given:
+    """The noises of a loop, handed out in order as what the scheduler draws."""
 
-    diffusers schedulers draw through ``randn_tensor`` of their module and have no argument for the draws themselves.
-    """
-    module, name = sys.modules[type(scheduler).__module__], type(scheduler).__name__
-    draws, used = iter(noises), 0
+    def __init__(self, scheduler: Any, shape: torch.Size, noises: Sequence[Tensor]) -> None:
+        self._name, self._shape, self._noises = type(scheduler).__name__, shape, noises
+        self._used = 0
 
-    def draw(shape: Sequence[int], **options: Any) -> Tensor:
-        nonlocal used
-        noise = next(draws, None)
-        used += 1
-        if noise is None or noise.shape != torch.Size(shape):
+    def draw(self) -> Tensor:
+        noise = self._noises[self._used] if self._used < len(self._noises) else None
+        if noise is None or noise.shape != self._shape:
             got = "no more" if noise is None else f"one of {tuple(noise.shape)}"
             raise UserError(
-                f"{name} draws noise of {tuple(shape)}, but `noises` has {got}: give every draw of the loop in order"
+                f"{self._name} draws noise of {tuple(self._shape)}, but `noises` has {got}: "
+                "give every draw of the loop in order"
             )
-        return noise.to(device=options.get("device"), dtype=options.get("dtype"))
+        self._used += 1
+        return noise
 
-    # A deterministic scheduler may not have the name at all.
-    with mock.patch.object(module, "randn_tensor", draw, create=True):
-        yield
-    if used != len(noises):
-        raise UserError(f"{name} draws noise {used} times in this loop, but `noises` has {len(noises)}: give that many")
+    def check_all_used(self) -> None:
+        if self._used != len(self._noises):
+            raise UserError(
+                f"{self._name} draws noise {self._used} times in this loop, but `noises` has {len(self._noises)}: "
+                "give that many"
+            )

@@ -12,8 +12,9 @@ from dipgo_deploy.bench.plot import check_plot
 from dipgo_deploy.bench.quality import SAME_RATIO, Case, measure, schedule_cases, solver_case
 from dipgo_deploy.cli.bench import main
 from dipgo_deploy.errors import UserError
+from dipgo_deploy.models.family import CacheKind
 from dipgo_deploy.schedule.builders import full, uniform
-from dipgo_deploy.search.problem import Problem, ProblemOptions, load_problem, with_sampler
+from dipgo_deploy.search.problem import Problem, ProblemOptions, load_problem, with_cache, with_sampler
 
 torch.set_num_threads(1)
 
@@ -67,6 +68,32 @@ def test_gates_for_another_sampler_are_measured_against_the_same_full_run(proble
     half, measured = measure(problem, cases, 2)
     assert measured.ratio == half.ratio
     assert measured.difference.value != 0
+
+
+def test_gates_are_measured_with_the_settings_of_their_own_sampler(problem: Problem) -> None:
+    plain, karras = (with_sampler(problem, name, STEPS).target for name in ("dpm++2m", "dpm++2m-karras"))
+    assert plain.sampler.class_name == karras.sampler.class_name
+    files = [(target.sampler.class_name, target.schedule(full(STEPS, 3), "full", {})) for target in (plain, karras)]
+    solvers = [solver_case(f"{name}:{STEPS}") for name in ("dpm++2m", "dpm++2m-karras")]
+    rows = measure(problem, [*schedule_cases(files, problem, any_sampler=True), *solvers], 2)
+    assert [row.ssim.value for row in rows[:2]] == [row.ssim.value for row in rows[2:]]
+    assert rows[0].ssim.value != rows[1].ssim.value
+
+
+def test_gates_for_other_caches_are_measured_with_those(problem: Problem) -> None:
+    gates = uniform(STEPS, 3, 2)
+    kinds: tuple[CacheKind, ...] = ("residual", "output")
+    problems = [with_cache(problem, kind) for kind in kinds]
+    files = [(kind, one.target.schedule(gates, "uniform", {})) for kind, one in zip(kinds, problems, strict=True)]
+    mixed = files[0][1].model_copy(update={"blocks": (*files[0][1].blocks[:2], files[1][1].blocks[2])})
+    with pytest.raises(UserError, match="output: has output caches, not those of the first schedule.*--any-cache"):
+        schedule_cases(files, problem)
+    with pytest.raises(UserError, match="mixed: has output and residual caches"):
+        schedule_cases([("mixed", mixed)], problem, any_cache=True)
+    rows = measure(problem, schedule_cases(files, problem, any_cache=True), 2)
+    alone = [measure(one, [Case("gates", gates)], 2)[0] for one in problems]
+    assert [row.ssim.value for row in rows] == pytest.approx([row.ssim.value for row in alone], abs=1e-6)
+    assert rows[0].ssim.value != rows[1].ssim.value
 
 
 def test_what_cannot_be_compared_is_refused(problem: Problem) -> None:

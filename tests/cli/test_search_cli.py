@@ -80,6 +80,8 @@ def test_refinement_takes_schedule_files_as_starts_if_they_fit(
         (["--prune-ratio", "0.5", "--class-labels", "a,b"], "is no list of numbers"),
         (["--prune-ratio", "0.5", "-o", "nowhere/s.json"], "the folder nowhere does not exist"),
         (["--prune-ratio", "0.5", "--method", "magic"], "'magic' is not one of"),
+        (["--prune-ratio", "0.5", "--reference", "ddim:0"], "--reference ddim:0: give a sampler and its steps"),
+        (["--prune-ratio", "0.5", "--reference", "magic:9"], "sampler 'magic' is unknown"),
     ],
 )
 def test_mistakes_are_one_line(
@@ -118,3 +120,28 @@ def test_presets_and_what_overrides_them(tmp_path: Path) -> None:
     assert settings().size.width == 64
     with pytest.raises(UserError, match="none.json: no such file"):
         settings("--warm-start", str(tmp_path / "none.json"))
+
+
+def test_another_run_may_be_the_reference(dit_folder: Path, tmp_path: Path) -> None:
+    args = [
+        "--model",
+        str(dit_folder),
+        "--sampler",
+        "dpm++2m",
+        "--steps",
+        "20",
+        "--method",
+        "uniform",
+        "--threads",
+        "1",
+    ]
+    file, launches = tmp_path / "s.json", []
+    for reference, steps in (("ddim:40", 40), ("ddim", 20)):
+        assert main([*args, "--reference", reference, "--prune-ratio", "0.75", "-o", str(file)]) == 0
+        schedule = Schedule.load(file)
+        launches.append(sum(map(any, schedule.gates)))
+        parameters = schedule.provenance["parameters"]
+        assert parameters["reference"] == {"sampler": "DDIMScheduler", "steps": steps}
+        assert parameters["achieved_ratio"] == pytest.approx(0.75, abs=0.0125)
+    # A quarter of 40 evaluations, less the little that each step costs, and a quarter of 20.
+    assert launches == [9, 4]

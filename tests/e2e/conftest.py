@@ -6,9 +6,11 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from family_checks import loop_report
+from PIL import Image
 
 from dipgo_deploy.compare.report import Report
 from dipgo_deploy.export.exporter import ExportOptions, PlannedExport, plan_export
@@ -40,6 +42,13 @@ def fashion_dit() -> PlannedExport:
 def fashion_dit_output() -> PlannedExport:
     """The transformer with output caches."""
     return _traced("fashion-dit", "output")
+
+
+@pytest.fixture(scope="session")
+def picture() -> Image.Image:
+    """To start from: of no size that is exported, not square."""
+    pixels = np.random.default_rng(0).integers(0, 256, (9, 7, 3), dtype=np.uint8)
+    return Image.fromarray(pixels).resize((100, 80), Image.Resampling.BICUBIC)
 
 
 @pytest.fixture(scope="session")

@@ -66,20 +66,27 @@ def folder(unet: UNet2DConditionModel, tmp_path_factory: pytest.TempPathFactory)
 @pytest.fixture(scope="module")
 def traced(folder: Path) -> PlannedExport:
     """The one trace in layers."""
+    return _trace(folder, OPTIONS)
+
+
+def _trace(folder: Path, options: ExportOptions) -> PlannedExport:
     target = schedule_target(str(folder), "ddim", 2, "layer", None)
     full = target.schedule(builders.full(target.steps, len(target.blocks)), "full", {})
-    return plan_export(str(folder), full, OPTIONS)
+    return plan_export(str(folder), full, options)
 
 
-def _inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _inputs(unet: UNet2DConditionModel, size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Initial latent, embeddings of the negative and of the positive prompt."""
     generator = torch.Generator().manual_seed(3)
-    shapes = ((1, 4, 8, 8), (1, 77, 16), (1, 77, 16))
+    width = unet.config.cross_attention_dim
+    shapes = ((1, 4, size, size), (1, 77, width), (1, 77, width))
     latent, negative, positive = (torch.randn(shape, generator=generator) for shape in shapes)
     return latent, negative, positive
 
 
-def _by_the_package(unet: UNet2DConditionModel, scheduler: Any, interval: int, branch: int | None) -> np.ndarray:
+def _by_the_package(
+    unet: UNet2DConditionModel, scheduler: Any, steps: int, size: int, interval: int, branch: int | None
+) -> np.ndarray:
     """Final latent of the stock pipeline with DeepCache's helper; without it for a branch of None."""
     pipeline = StableDiffusionPipeline(
         vae=None,
@@ -92,9 +99,9 @@ def _by_the_package(unet: UNet2DConditionModel, scheduler: Any, interval: int, b
         requires_safety_checker=False,
     )
     pipeline.set_progress_bar_config(disable=True)
-    latent, negative, positive = _inputs()
+    latent, negative, positive = _inputs(unet, size)
     arguments: dict[str, Any] = {"prompt_embeds": positive, "negative_prompt_embeds": negative, "latents": latent}
-    arguments |= {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE, "output_type": "latent"}
+    arguments |= {"num_inference_steps": steps, "guidance_scale": GUIDANCE, "output_type": "latent"}
     if branch is None:
         return pipeline(**arguments).images.numpy()
     helper = deepcache.DeepCacheSDHelper(pipe=pipeline)
@@ -134,22 +141,48 @@ def test_same_latents_as_the_package(
     interval: int,
     branch: int,
     unet: UNet2DConditionModel,
-    folder: Path,
     traced: PlannedExport,
     tmp_path: Path,
 ) -> None:
-    target = schedule_target(str(folder), sampler, STEPS, "layer", None)
+    _hold_to_the_package(unet, traced, sampler, STEPS, 8, interval, branch, tmp_path)
+
+
+@pytest.mark.slow
+def test_same_latents_as_the_package_at_full_size(tmp_path: Path) -> None:
+    """Stable Diffusion 1.5's published UNet, random weights, 256 pixels; 4 GB of disk, 9 GB of memory."""
+    from tools.full_size import find
+    from tools.full_size.weights import write_model
+
+    entry = find("sd-1.5-512")
+    write_model(entry, entry["config"], "fp32", tmp_path / "unet")
+    make_scheduler("ddim", BETAS).save_pretrained(tmp_path / "unet" / "scheduler")
+    unet = UNet2DConditionModel.from_pretrained(tmp_path / "unet").eval().requires_grad_(False)
+    traced = _trace(tmp_path / "unet", replace(OPTIONS, height=256, width=256))
+    _hold_to_the_package(unet, traced, "ddim", 5, 32, 3, 1, tmp_path)
+
+
+def _hold_to_the_package(
+    unet: UNet2DConditionModel,
+    traced: PlannedExport,
+    sampler: str,
+    steps: int,
+    size: int,
+    interval: int,
+    branch: int,
+    tmp_path: Path,
+) -> None:
+    target = schedule_target(traced.source.name, sampler, steps, "layer", None)
     scheduler = make_scheduler(target.sampler.class_name, target.sampler.config)
-    positions = step_positions(scheduler, STEPS)
+    positions = step_positions(scheduler, steps)
     gates = builders.deepcache(target.steps, target.block_names, interval, branch, positions)
     planned = replan(traced, target.schedule(gates, "deepcache", {"interval": interval, "branch": branch}))
-    publish(replace(planned, options=OPTIONS), tmp_path / "x")
+    publish(planned, tmp_path / "x")
     assert len(planned.plan.variants) == 2
     loop = DenoisingLoop(Bundle.open(tmp_path / "x"), create_backend("cpu", threads=1), poison=True)
-    latent, negative, positive = _inputs()
+    latent, negative, positive = _inputs(unet, size)
     conditions = {"encoder_hidden_states": torch.cat([negative, positive]).numpy()}
     engine = loop.run(latent.numpy(), conditions, guidance_scale=GUIDANCE)
-    expected = _by_the_package(unet, scheduler, interval, branch)
+    expected = _by_the_package(unet, scheduler, steps, size, interval, branch)
     assert _relative(engine, expected) < 1e-4
     # The caches matter: the stock pipeline without them comes out elsewhere.
-    assert _relative(_by_the_package(unet, scheduler, interval, None), expected) > 1e-3
+    assert _relative(_by_the_package(unet, scheduler, steps, size, interval, None), expected) > 1e-3

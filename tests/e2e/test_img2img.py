@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,34 +13,22 @@ import toy_engine
 from click.testing import CliRunner
 from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionXLImg2ImgPipeline
 from diffusers.image_processor import VaeImageProcessor
-from family_checks import build_with_tensorrt_rtx, plan_for, schedule_for, with_gates
+from family_checks import borrow_components, build_with_tensorrt_rtx, plan_for, schedule_for, with_gates, with_strength
 from PIL import Image
-from sd_pipelines import PROMPT, relative, save_sd15, save_sdxl, stock
+from sd_pipelines import PROMPT, assert_equals_supernet, relative, save_sd15, save_sdxl, stock
 
-from dipgo_deploy.backends import create_backend
-from dipgo_deploy.bundle.directory import Bundle
 from dipgo_deploy.cli.compare import command as compare_command
 from dipgo_deploy.cli.export import command as export_command
 from dipgo_deploy.cli.run import command as run_command
-from dipgo_deploy.compare.conditions import reference_inputs
-from dipgo_deploy.compare.engine import Options, compare_engine
-from dipgo_deploy.compare.reference import load_reference
-from dipgo_deploy.compare.report import Report
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.export.exporter import PlannedExport, publish
+from dipgo_deploy.models.image_start import rounded_up
 from dipgo_deploy.runtime.image import to_pictures
 from dipgo_deploy.runtime.pipeline import Pipeline
 from dipgo_deploy.sampler import begin_of, make_scheduler
 
 STEPS, SIZE = 10, 64
 SAMPLERS = ("ddim", "pndm", "dpm++2m", "euler", "heun", "euler-a", "unipc")
-
-
-@pytest.fixture(scope="module")
-def picture() -> Image.Image:
-    """Not of the exported size, not square."""
-    pixels = np.random.default_rng(0).integers(0, 256, (9, 7, 3), dtype=np.uint8)
-    return Image.fromarray(pixels).resize((100, 80), Image.Resampling.BICUBIC)
 
 
 @pytest.fixture(scope="module")
@@ -74,10 +61,6 @@ def engine(planned: PlannedExport, folder: Path, tmp_path_factory: pytest.TempPa
     return target
 
 
-def at(planned: PlannedExport, strength: float) -> PlannedExport:
-    return replace(planned, options=replace(planned.options, strength=strength))
-
-
 def theirs(pipeline: Any, picture: Image.Image, **call: Any) -> np.ndarray:
     """diffusers takes the picture's own size; ours resizes to what was exported."""
     resized = picture.resize((SIZE, SIZE), Image.Resampling.LANCZOS)
@@ -97,7 +80,7 @@ def test_full_schedules_are_diffusers(
     strength: float,
 ) -> None:
     schedule = schedule_for(folder, sampler=sampler, steps=STEPS)
-    with_gates(at(planned, strength), schedule, tmp_path / "x", check=False, components=False)
+    with_gates(with_strength(planned, strength), schedule, tmp_path / "x", check=False, components=False)
     borrow_components(engine, tmp_path / "x")
     ours = Pipeline.from_engine_dir(tmp_path / "x", "cpu", threads=1, load="lazy")
     found = ours(PROMPT, image=picture, seed=3, output_type="latent")
@@ -119,14 +102,11 @@ def test_random_schedules_are_the_supernets(
     schedule = schedule_for(folder, sampler=sampler, steps=STEPS, ratio=ratio, seed=5)
     options = replace(planned.options, strength=strength, layout=layout)
     bundle = with_gates(replace(planned, options=options), schedule, tmp_path / "x", components=False)
-    report = loop_report(tmp_path / "x")
-    assert report.first_failure() is None and report.results is not None
-    for tensor in (*(tensor for step in report.loop for tensor in step.tensors), *report.results.tensors):
-        assert tensor.relative <= 1e-4, f"{tensor.name}: {tensor.relative}"
+    assert_equals_supernet(tmp_path / "x")
     # The first row that is run is whole, and what that raised is reported; all other rows are as given.
     manifest, recorded = bundle.manifest, bundle.load_schedule()
     begin = manifest.sampler.begin
-    assert begin == begin_of(make_scheduler(sampler, schedule.sampler.config), STEPS, strength)
+    assert begin == begin_of(make_scheduler(sampler, schedule.sampler.config), STEPS, strength, rounded_up)
     raised = {(begin, name) for name, kept in zip(schedule.block_names, schedule.gates[begin], strict=True) if not kept}
     assert raised and set(manifest.promoted) == raised
     assert [tuple(gate) for gate in recorded.provenance["promoted"]] == list(manifest.promoted)
@@ -135,33 +115,6 @@ def test_random_schedules_are_the_supernets(
         row for step, row in enumerate(schedule.gates) if step != begin
     ]
     assert manifest.plan.macs_run < manifest.plan.evaluations * manifest.plan.macs_full
-
-
-def loop_report(engine_dir: Path) -> Report:
-    bundle = Bundle.open(engine_dir)
-    manifest = bundle.manifest
-    reference = load_reference(bundle)
-    inputs = reference_inputs(
-        reference.source,
-        reference.conditions,
-        (manifest.batch, manifest.latent.channels, manifest.latent.height, manifest.latent.width),
-        noises=manifest.plan.noises,
-        guidance=manifest.guidance,
-        guidance_scale=manifest.guidance_scale,
-        begin=reference.begin,
-    )
-    return compare_engine(bundle, reference, inputs, create_backend("cpu", threads=1), Options())
-
-
-def borrow_components(source: Path, target: Path) -> None:
-    """Give an engine directory that was exported without components those of another: they know no schedule."""
-    theirs = json.loads((source / "manifest.json").read_text())
-    ours = json.loads((target / "manifest.json").read_text())
-    for name in ("components", "tokenizer"):
-        shutil.copytree(source / name, target / name)
-    ours["components"] = theirs["components"]
-    ours["files"] = {**theirs["files"], **ours["files"]}
-    (target / "manifest.json").write_text(json.dumps(ours))
 
 
 def test_pictures_of_several_prompts_are_diffusers(engine: Path, diffusers_pipeline: Any, picture: Image.Image) -> None:

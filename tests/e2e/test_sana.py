@@ -14,6 +14,7 @@ import torch
 from diffusers import AutoencoderDC, DPMSolverMultistepScheduler, SanaPipeline, SanaTransformer2DModel
 from family_checks import build_with_tensorrt_rtx, check_family, plan_for, random_weights, schedule_for, with_gates
 from sd_pipelines import assert_equals_supernet, psnr, relative, stock
+from tiny_denoisers import sana_transformer
 from tokenizers.processors import TemplateProcessing
 from transformers import Gemma2Config, Gemma2Model, GemmaTokenizer
 
@@ -65,23 +66,6 @@ def gemma() -> Gemma2Model:
     return random_weights(Gemma2Model(config))
 
 
-def transformer(**changes: Any) -> SanaTransformer2DModel:
-    """Two blocks; queries and keys as Sana 1.5 normalises them where ``qk_norm`` says so."""
-    settings: dict[str, Any] = {
-        "in_channels": 4,
-        "out_channels": 4,
-        "num_attention_heads": 3,
-        "attention_head_dim": 8,
-        "num_layers": 2,
-        "num_cross_attention_heads": 2,
-        "cross_attention_head_dim": 12,
-        "cross_attention_dim": 24,
-        "caption_channels": 24,
-        "sample_size": 8,
-    }
-    return random_weights(SanaTransformer2DModel(**{**settings, **changes}))
-
-
 def autoencoder() -> AutoencoderDC:
     """One level of each kind of block that DC-AE has."""
     settings: dict[str, Any] = {}
@@ -109,7 +93,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tokenizer=gemma_tokenizer(),
         text_encoder=gemma(),
         vae=autoencoder(),
-        transformer=transformer(timestep_scale=0.5),
+        transformer=sana_transformer(timestep_scale=0.5),
         scheduler=DPMSolverMultistepScheduler(**FLOW_DPM),
     ).save_pretrained(folder)
     return folder
@@ -188,7 +172,7 @@ def test_blocks_with_residuals_and_another_sampler(model: Path, planned: Planned
 def test_random_schedules_are_the_supernet(tmp_path: Path, granularity: Any, cache: Any) -> None:
     torch.manual_seed(1)
     # As Sana 1.5 normalises, and with the position embedding of the 2K and 4K models.
-    denoiser = transformer(qk_norm="rms_norm_across_heads", interpolation_scale=1.0)
+    denoiser = sana_transformer(qk_norm="rms_norm_across_heads", interpolation_scale=1.0)
     denoiser.save_pretrained(tmp_path / "model")
     DPMSolverMultistepScheduler(**FLOW_DPM).save_pretrained(tmp_path / "model" / "scheduler")
     bundle = check_family(tmp_path / "model", tmp_path / "x", granularity=granularity, cache=cache)

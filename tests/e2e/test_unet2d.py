@@ -16,11 +16,12 @@ from family_checks import (
     check_family,
     loop_report,
     plan_for,
-    random_weights,
     schedule_for,
     with_gates,
 )
 from sd_pipelines import psnr, relative
+from tiny_denoisers import UNET2D_SAMPLE as SAMPLE
+from tiny_denoisers import unet2d
 
 from dipgo_deploy.cli.run import command as run_command
 from dipgo_deploy.errors import UserError
@@ -32,9 +33,7 @@ from dipgo_deploy.search.problem import Pair, ProblemOptions, load_problem
 from dipgo_deploy.search.run import SearchOptions, search
 from dipgo_deploy.search.train import TrainOptions
 
-DOWN = ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D")
-UP = ("UpBlock2D", "AttnUpBlock2D", "UpBlock2D")
-SAMPLE, STEPS = 16, 4
+STEPS = 4
 
 # As published, without what the loader adds (google/ddpm-cat-256 and google/ddpm-cifar10-32).
 CAT_256 = {
@@ -58,26 +57,11 @@ CIFAR_32 = {
 }
 
 
-def unet(**changes: Any) -> UNet2DModel:
-    """Both kinds of published blocks, three levels."""
-    settings: dict[str, Any] = {
-        "sample_size": SAMPLE,
-        "block_out_channels": (8, 8, 16),
-        "layers_per_block": 1,
-        "norm_num_groups": 4,
-        "attention_head_dim": 4,
-        "down_block_types": DOWN,
-        "up_block_types": UP,
-    }
-    torch.manual_seed(0)
-    return random_weights(UNet2DModel(**{**settings, **changes}))
-
-
 def save(folder: Path, pipeline: type = DDPMPipeline, **changes: Any) -> Path:
     """A pipeline's folder; its scheduler clips only where ``clip_sample`` says so."""
     clip = changes.pop("clip_sample", False)
     scheduler = (DDIMScheduler if pipeline is DDIMPipeline else DDPMScheduler)(clip_sample=clip)
-    pipeline(unet=unet(**changes), scheduler=scheduler).save_pretrained(folder)
+    pipeline(unet=unet2d(**changes), scheduler=scheduler).save_pretrained(folder)
     return folder
 
 

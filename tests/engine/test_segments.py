@@ -71,3 +71,16 @@ def test_a_budget_that_only_segments_meet(both: dict[str, Path]) -> None:
     with pytest.raises(UserError, match="more than --memory-budget .*--layout segments"):
         build_engines(both["variants"], "tensorrt-rtx", budget)
     assert build_engines(both["segments"], "tensorrt-rtx", budget).need.total == needs["segments"].total
+
+
+def test_bf16_segments_build(tmp_path: Path) -> None:
+    """A chain of residual caches: sums over them, which hold no weight, are engines too."""
+    folder = save_dit_pipeline(tmp_path / "model", layers=2)
+    options = ExportOptions(dtype="bf16", layout="segments", components=False)
+    engine = write(plan_export(str(folder), schedule_for(folder), options), tmp_path / "x")
+    manifest = Bundle.open(engine).manifest
+    assert manifest.dtype == "bf16" and manifest.plan.layout == "segments"
+    caches = {spec.dtype for variant in manifest.plan.variants for spec in variant.graph.outputs}
+    assert "bfloat16" in caches
+    report = build_engines(engine, "tensorrt-rtx", ONE_GPU)
+    assert {entry.name for entry in report.built} == {variant.name for variant in manifest.plan.variants}

@@ -84,6 +84,18 @@ def test_engines_with_a_lora_lie_beside_those_without(dit, lora, module, tmp_pat
     assert fits == found[None]
 
 
+def test_segments_of_which_some_have_the_layers(dit_segments, lora, module):
+    plain = build_engines(dit_segments.path, RTX)
+    changed = build_engines(dit_segments.path, RTX, BuildOptions(lora=((lora, 0.5),)))
+    counts = {name.split("/")[-1].removesuffix(".onnx"): n for name, n in changed.loras[0].graphs.items()}
+    assert sum(counts.values()) == len(MODULES)  # each weight is in one segment
+    affected = {name for name, status in statuses(changed).items() if status == "built"}
+    assert affected == {name for name, count in counts.items() if count} and 0 < len(affected) < len(plain.engines)
+    before = {engine.name: engine.path.read_bytes() for engine in plain.engines}
+    for engine in changed.engines:
+        assert (engine.path.read_bytes() != before[engine.name]) == (engine.name in affected)
+
+
 def test_the_parsed_network_holds_the_merged_weights(dit, lora, module):
     bundle = Bundle.open(dit.path)
     file = bundle.path / bundle.manifest.plan.variants[0].graph.file

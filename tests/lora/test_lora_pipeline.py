@@ -177,7 +177,28 @@ def test_bfloat16_files_are_their_values(unet, tmp_path):
     assert relative(draw(pipeline), unet_reference(unet, (rounded, 1.0))) < 1e-4
 
 
-def test_a_transformer_with_guidance(dit, tmp_path):
+@pytest.mark.parametrize("share", [False, True])
+@pytest.mark.parametrize("load", ["eager", "lazy"])
+def test_segments_equal_the_merged_model_too(unet_segments, tmp_path, share, load):
+    updates = unet_updates(unet_segments)
+    file = save_lora(tmp_path / "a.safetensors", updates, alpha=6.0)
+    pipeline = pipeline_of(unet_segments, share_weights=share, load=load)
+    before = draw(pipeline)
+    assert relative(before, unet_reference(unet_segments)) < 1e-4
+    report = pipeline.load_lora(file, 0.7)
+    assert (report.applied, report.unmatched, report.ignored) == (len(UNET), (), ())
+    # Each weight is in one segment; several have none of them.
+    assert sum(report.graphs.values()) == len(UNET) and 0 in report.graphs.values()
+    changed = draw(pipeline)
+    assert relative(changed, unet_reference(unet_segments, (updates, 1.4))) < 1e-4
+    assert relative(changed, before) > 1e-2
+    pipeline.unload_lora()
+    np.testing.assert_array_equal(draw(pipeline), before)
+
+
+@pytest.mark.parametrize("layout", ["dit", "dit_segments"])
+def test_a_transformer_with_guidance(layout, request, tmp_path):
+    dit = request.getfixturevalue(layout)
     modules = [f"transformer_blocks.{i}.{name}" for i in (0, 1) for name in ("attn1.to_v", "ff.net.2", "norm1.linear")]
     updates = make_updates(load_denoiser(dit.model)[0], modules)
     file = save_lora(tmp_path / "a.safetensors", updates, diffusers_keys("transformer."))

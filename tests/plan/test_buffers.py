@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -55,3 +57,20 @@ def test_bound_counts_aligned_bytes_and_leaves_dead_writes_out():
     assert allocate(lives, 4)[1] == 116
     assert lower_bound([], 4) == 0
     assert allocate([], 4) == ((), 0)
+
+
+def test_another_order_is_tried_where_the_largest_first_wastes_memory():
+    """At launch 5 three tensors of 3 bytes fill all 9; with the 4 bytes of launch 3 below the first of them, 10."""
+    lives = [Lifetime(3, 3, 5), Lifetime(3, 5, 5), Lifetime(4, 3, 3), Lifetime(3, 5, 8)]
+    assert allocate(lives, 1)[1] == lower_bound(lives, 1) == 9
+
+
+def test_waste_is_small_on_random_lifetimes():
+    """The largest first alone is up to 24% above the bound on these, and above 5% on 16."""
+    source = random.Random(1)
+    for _ in range(60):
+        lives = []
+        for _ in range(source.randint(20, 80)):
+            first = source.randrange(30)
+            lives.append(Lifetime(source.choice([1, 2, 4, 8, 3, 12]), first, first + source.randint(0, 12)))
+        assert allocate(lives, 1)[1] <= 1.05 * lower_bound(lives, 1)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -180,6 +181,17 @@ def test_a_good_start_just_short_of_the_target_is_not_spoilt() -> None:
     gates = refine(refined, [start])
     assert refined.objective(gates) <= refined.objective(start)
     assert refined.costs.ratio(gates) >= ratio - 1e-9
+
+
+def test_refinement_does_not_buy_its_gain_with_a_start_that_costs_more() -> None:
+    """A start within the tolerance, but dearer than the target and the uniform interval, is brought to the target."""
+    refined = task(target=0.6, budget=10)
+    dear = baseline("uniform").search(refined)
+    heavy = max((step for step in range(STEPS) if not any(dear[step])), key=WEIGHTS.__getitem__)
+    dear = tuple((True,) * 4 if step == heavy else row for step, row in enumerate(dear))
+    wide = replace(refined, tolerance=0.11)
+    assert wide.target - wide.tolerance <= wide.costs.ratio(dear) < wide.target
+    assert wide.costs.ratio(refine(wide, [dear])) >= wide.target - 1e-9
 
 
 def test_refinement_keeps_to_the_variants() -> None:

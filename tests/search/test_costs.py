@@ -83,3 +83,12 @@ def test_latency_takes_the_place_of_the_macs() -> None:
 def test_rows_must_be_all_there() -> None:
     with pytest.raises(ValueError, match="2 rows"):
         Costs(skip_graph(), 3).analyse([[True] * 4] * 2)
+
+
+def test_ratios_may_be_shares_of_another_run() -> None:
+    """Two evaluations of 100 for a run of eight: three quarters of it saved before any gate is removed."""
+    costs = Costs(skip_graph(), 2, reference_steps=8)
+    assert (costs.full, costs.own_full) == (800, 200)
+    assert costs.ratio([[True] * 4] * 2) == pytest.approx(0.75)
+    assert costs.ratio([[True] * 4, [False] * 4]) == pytest.approx(1 - 100 / 800)
+    assert costs.gamma == Costs(skip_graph(), 2).gamma

@@ -4,14 +4,25 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from dipgo_deploy import __version__
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.models.target import check_sampler, check_schedule
 from dipgo_deploy.schedule.document import Schedule
 from dipgo_deploy.search.baselines.uniform import uniform_gates
-from dipgo_deploy.search.evaluate import image_objective
-from dipgo_deploy.search.problem import Problem, ProblemOptions, load_problem, with_cache
+from dipgo_deploy.search.evaluate import full_latents, image_objective, sample
+from dipgo_deploy.search.loop_loss import LoopLoss
+from dipgo_deploy.search.losses import LATENT_LOSSES
+from dipgo_deploy.search.problem import (
+    Pair,
+    Problem,
+    ProblemOptions,
+    load_problem,
+    with_cache,
+    with_reference,
+    with_sampler,
+)
 from dipgo_deploy.search.pruner import PrunerSize
 from dipgo_deploy.search.run import Reporter, SearchOptions, choose_cache, judged, search
 from dipgo_deploy.search.train import TrainOptions
@@ -178,3 +189,35 @@ def test_the_cache_that_loses_least_is_chosen(problem: Problem, unet_problem: Pr
     kinds = {block.cache for block in search(chosen, replace(options, tolerance=0.1))[0].schedule.blocks}
     assert kinds == {min(losses, key=losses.__getitem__)}
     assert choose_cache(unet_problem, options) is unet_problem
+
+
+def test_the_full_run_of_another_sampler_may_be_the_reference(problem: Problem) -> None:
+    """Images are compared with its images, ratios are shares of its cost, and the schedule says so."""
+    pairs = (Pair(0, 1), Pair(1, 2))
+    given = with_reference(with_sampler(problem, "dpm++2m", 4), "ddim", 8)
+    whole, wanted = ((True,) * 3,) * 4, full_latents(with_sampler(problem, "ddim", 8), pairs)
+    assert full_latents(given, pairs).equal(wanted)
+    loss = float(LATENT_LOSSES["latent-l2"](sample(given, whole, pairs), wanted).mean())
+    assert image_objective(given, pairs, "latent-l2")(whole) == pytest.approx(loss)
+    assert loss > 1e-3
+    gates = torch.ones(4, 3)
+    assert LoopLoss(given, "latent-l2")(gates, pairs).item() == pytest.approx(loss, rel=1e-4)
+    assert given.costs.ratio(whole) == pytest.approx(0.5)
+    for changed in (with_cache(given, "output"), given):
+        found = search(changed, replace(OPTIONS, method="refine", ratios=(0.7,), tolerance=0.1))[0]
+        parameters = found.schedule.provenance["parameters"]
+        assert parameters["reference"] == {"sampler": "DDIMScheduler", "steps": 8}
+        assert found.ratio == changed.costs.ratio(found.schedule.gates)
+        assert abs(found.ratio - 0.7) <= 0.1
+        assert found.schedule.sampler.class_name == "DPMSolverMultistepScheduler"
+        check_sampler(found.schedule)
+    with pytest.raises(UserError, match="--prune-ratio 0.3: cannot be reached .* 0.5000"):
+        search(given, replace(OPTIONS, method="uniform", ratios=(0.3,)))
+
+
+def test_a_reference_is_loaded_with_the_problem(dit_folder: Path, problem: Problem) -> None:
+    options = ProblemOptions(str(dit_folder), "deis", 3, guidance_scale=3.0, reference=("ddim", problem.steps))
+    loaded = load_problem(options)
+    assert full_latents(loaded, (Pair(0, 1),)).equal(full_latents(problem, (Pair(0, 1),)))
+    assert loaded.costs.ratio([[True] * 3] * 3) == pytest.approx(1 - 3 / problem.steps)
+    assert "reference" not in search(problem, replace(OPTIONS, ratios=(0.6,)))[0].schedule.provenance["parameters"]

@@ -31,3 +31,15 @@ def test_a_sweep_keeps_schedules_and_a_log_and_refines_what_it_found(
 def test_names() -> None:
     assert stem("fashion-dit", "ddim", 50, "dipgo+refine", 0.85) == "fashion-dit-ddim50-refine85"
     assert stem("fashion-sd", "ddim", 20, "dp", 0.4) == "fashion-sd-ddim20-dp40"
+    assert stem("fashion-dit", "deis", 14, "dipgo+refine", 0.85, ("ddim", 50)) == "fashion-dit-ddim50-refine85-deis14"
+
+
+def test_a_sweep_may_stand_for_the_run_of_another_sampler(tmp_path: Path) -> None:
+    model, out = str(save_dit(tmp_path / "dit")), tmp_path / "out"
+    args = ["--model", model, "--sampler", "deis", "--steps", "10", "--reference", "ddim:40", "--cache", "output"]
+    args += ["--images", "1", "--budget", "2", "--ratio", "0.85", "--method", "refine", "--out", str(out)]
+    assert main(args) == 0
+    schedule = Schedule.load(out / "dit-ddim40-refine85-deis10.json")
+    assert (schedule.sampler.class_name, len(schedule.gates)) == ("DEISMultistepScheduler", 10)
+    assert schedule.provenance["parameters"]["reference"] == {"sampler": "DDIMScheduler", "steps": 40}
+    assert schedule.provenance["parameters"]["achieved_ratio"] == pytest.approx(0.85, abs=0.0125)

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from dipgo_deploy.backends.onnxruntime import OnnxRuntimeBackend
+from dipgo_deploy.bench.examples import example_input
 from dipgo_deploy.bundle.directory import Bundle
-from dipgo_deploy.bundle.manifest import Manifest, TensorSpec
+from dipgo_deploy.bundle.manifest import Manifest
 from dipgo_deploy.runtime.loop import DenoisingLoop
 from tools.bench.measure import TimedBackend, alternate, spread
 
@@ -22,27 +23,35 @@ class MeasuredLoop:
     """The loop of an engine directory on ONNX Runtime's CPU provider, with fixed inputs.
 
     share_weights: see ``OnnxRuntimeBackend``. load_seconds: making and binding all sessions. inside: of each run, the
-    seconds spent in its launches.
+    seconds spent in its launches. clock: what runs are timed with; on one thread ``time.thread_time`` leaves out what
+    other processes take.
     """
 
-    def __init__(self, engine_dir: Path, threads: int | None, share_weights: bool = False) -> None:
+    def __init__(
+        self,
+        engine_dir: Path,
+        threads: int | None,
+        share_weights: bool = False,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
         start = time.perf_counter()
         bundle = Bundle.open(engine_dir)
-        self._backend = TimedBackend(OnnxRuntimeBackend("cpu", threads=threads, share_weights=share_weights))
+        self._clock = clock
+        self._backend = TimedBackend(OnnxRuntimeBackend("cpu", threads=threads, share_weights=share_weights), clock)
         self._loop = DenoisingLoop(bundle, self._backend)
         self.load_seconds = time.perf_counter() - start
         self.manifest = bundle.manifest
         self.inside: list[float] = []
         rng = np.random.default_rng(0)
         self._noise = rng.standard_normal(self._loop.sample_shape, dtype=np.float32)
-        self._conditions = {spec.name: _example(spec, rng) for spec in self.manifest.conditions}
+        self._conditions = {spec.name: example_input(spec, rng) for spec in self.manifest.conditions}
 
     def run(self) -> float:
         """Denoise once; seconds of the whole loop."""
         before = self._backend.seconds
-        start = time.perf_counter()
+        start = self._clock()
         self._loop.run(self._noise, self._conditions, guidance_scale=GUIDANCE_SCALE)
-        seconds = time.perf_counter() - start
+        seconds = self._clock() - start
         self.inside.append(self._backend.seconds - before)
         return seconds
 
@@ -70,7 +79,8 @@ class BareLaunches:
             )
             binding = session.io_binding()
             for spec in variant.graph.inputs:
-                binding.bind_ortvalue_input(spec.name, onnxruntime.OrtValue.ortvalue_from_numpy(_example(spec, rng)))
+                values = example_input(spec, rng).astype(spec.dtype)
+                binding.bind_ortvalue_input(spec.name, onnxruntime.OrtValue.ortvalue_from_numpy(values))
             for spec in variant.graph.outputs:
                 empty = np.zeros(spec.shape, spec.dtype)
                 binding.bind_ortvalue_output(spec.name, onnxruntime.OrtValue.ortvalue_from_numpy(empty))
@@ -134,10 +144,3 @@ def _loop_facts(loop: MeasuredLoop, seconds: np.ndarray, bare: np.ndarray | None
         facts["bare_ms"] = spread(bare * 1e3)
         facts["overhead_to_bare_us"] = spread((seconds - bare) / launches * 1e6)
     return facts
-
-
-def _example(spec: TensorSpec, rng: np.random.Generator) -> np.ndarray:
-    """An input of the right shape: normal values, class 0 for integers."""
-    if spec.dtype == "int64":
-        return np.zeros(spec.shape, np.int64)
-    return rng.standard_normal(spec.shape, dtype=np.float32).astype(spec.dtype)

@@ -21,10 +21,12 @@ PACKAGES = ("numpy", "onnxruntime", "onnx", "onnx-ir", "onnxscript", "torch", "d
 
 
 class TimedBackend:
-    """A backend that adds up the seconds its launches take (``seconds``); for backends whose launches block."""
+    """A backend that adds up the seconds its launches take (``seconds``, by ``clock``); for backends whose launches
+    block."""
 
-    def __init__(self, inner: Backend) -> None:
+    def __init__(self, inner: Backend, clock: Callable[[], float] = time.perf_counter) -> None:
         self.name = inner.name
+        self.clock = clock
         self.seconds = 0.0
         self._inner = inner
 
@@ -64,7 +66,7 @@ class _TimedExecutable:
         self._backend = backend
 
     def bind(self, tensors: Mapping[str, Memory], graph: Graph | None = None) -> Launchable:
-        call, backend, clock = self._inner.bind(tensors, graph), self._backend, time.perf_counter
+        call, backend, clock = self._inner.bind(tensors, graph), self._backend, self._backend.clock
 
         def timed() -> None:
             start = clock()

@@ -135,6 +135,7 @@ def eager_cached(given: Contest) -> Denoise:
                 given.conditions,
                 num_inference_steps=given.steps,
                 guidance_scale=GUIDANCE_SCALE,
+                set_timesteps_kwargs=given.planned.set_timesteps,
             )
         result: np.ndarray = final.numpy()
         return result
@@ -333,7 +334,7 @@ def _table(result: Mapping[str, Any]) -> str:
 
 def _scheduler(given: Contest) -> Any:
     scheduler = fresh(given.planned.scheduler)
-    set_timesteps(scheduler, given.steps)
+    set_timesteps(scheduler, given.steps, given.planned.set_timesteps)
     return scheduler
 
 

@@ -30,9 +30,13 @@ SHIPPED = ("refine", "dipgo+refine")
 LOG = "log.json"
 
 
-def stem(model: str, sampler: str, steps: int, method: str, ratio: float) -> str:
-    """Of a schedule's file."""
-    return f"{model}-{sampler}{steps}-{method.replace('dipgo+', '')}{round(ratio * 100)}"
+def stem(
+    model: str, sampler: str, steps: int, method: str, ratio: float, reference: tuple[str, int] | None = None
+) -> str:
+    """Of a schedule's file: the full run it stands for; behind it the sampler it runs with, where that is another."""
+    own = f"{sampler}{steps}"
+    run, suffix = (own, "") if reference is None else (f"{reference[0]}{reference[1]}", f"-{own}")
+    return f"{model}-{run}-{method.replace('dipgo+', '')}{round(ratio * 100)}{suffix}"
 
 
 def sweep(
@@ -51,24 +55,26 @@ def sweep(
 
     paths = measured_paths(problem, options)
     log = _Log(folder / LOG)
-    name = (Path(problem.options.model).name, problem.options.sampler or "", problem.steps)
+    chosen = problem.options
+    name = (Path(chosen.model).name, chosen.sampler or "", chosen.steps)
+    reference = chosen.reference
     pruner = folder / "pruner"
     for method in methods:
         for ratio in options.ratios:
             starts: list[tuple[str, Gates]] = []
             if method in SHIPPED:
                 for other in ("annealing", "genetic"):
-                    file = folder / f"{stem(*name, other, ratio)}.json"
+                    file = folder / f"{stem(*name, other, ratio, reference)}.json"
                     starts += [(other, Schedule.load(file).gates)] if file.is_file() else []
             budget = {"random": 1}.get(method, options.budget if method in SHIPPED else baseline_budget)
             counts = _Counts()
-            chosen = replace(options, method=method, ratios=(ratio,), budget=budget, starts=tuple(starts))
+            settings = replace(options, method=method, ratios=(ratio,), budget=budget, starts=tuple(starts))
             begin, load = time.perf_counter(), os.getloadavg()[0]
             row: dict[str, Any] = {"method": method, "ratio": ratio}
             try:
                 one: Found = search(
                     problem,
-                    chosen,
+                    settings,
                     folder=pruner,
                     resume=(pruner / checkpoint.NAME).is_file(),
                     reporter=Reporter(evaluation=counts),
@@ -77,7 +83,7 @@ def sweep(
             except UserError as error:
                 row["refused"] = str(error)
             else:
-                file = folder / f"{stem(*name, method, ratio)}.json"
+                file = folder / f"{stem(*name, method, ratio, reference)}.json"
                 one.schedule.save(file)
                 row |= {"file": file.name, "achieved": one.ratio, "loss": one.loss, "cache": problem.options.cache}
                 row |= {"start_losses": one.schedule.provenance["parameters"].get("start_losses")}
@@ -113,6 +119,7 @@ class _Log:
 @click.option("--model", default="fashion-dit", show_default=True)
 @click.option("--sampler", default="ddim", show_default=True)
 @click.option("--steps", type=click.IntRange(min=1), default=50, show_default=True)
+@click.option("--reference", help="Sampler and steps of the full run.  [default: of --sampler and --steps]")
 @click.option("--ratio", "ratios", type=float, multiple=True, default=(0.4, 0.6, 0.8, 0.85), show_default=True)
 @click.option(
     "--method", "methods", type=click.Choice(METHODS), multiple=True, default=[m for m in METHODS if m != "refine"]
@@ -129,6 +136,7 @@ def command(
     model: str,
     sampler: str,
     steps: int,
+    reference: str | None,
     ratios: tuple[float, ...],
     methods: tuple[str, ...],
     cache: Any,
@@ -144,7 +152,7 @@ def command(
     import torch
 
     from dipgo_deploy.export.quiet import quiet_libraries
-    from dipgo_deploy.search.problem import ProblemOptions, load_problem
+    from dipgo_deploy.search.problem import ProblemOptions, load_problem, sampler_and_steps
     from dipgo_deploy.search.run import SearchOptions, choose_cache
     from dipgo_deploy.search.train import PRESETS
 
@@ -154,7 +162,10 @@ def command(
     console = human_console(as_json)
     train = replace(PRESETS["small"], iterations=iterations, save_every=10)
     options = SearchOptions(ratios=ratios, budget=budget, images=images, image_batch=images, train=train, threads=1)
-    problem = load_problem(ProblemOptions(model, sampler, steps, guidance_scale=guidance_scale, cache=cache))
+    run = None if reference is None else sampler_and_steps(reference, "--reference", steps)
+    problem = load_problem(
+        ProblemOptions(model, sampler, steps, guidance_scale=guidance_scale, cache=cache, reference=run)
+    )
     if cache is None:
         problem = choose_cache(problem, options)
     ordered = [method for method in METHODS if method in methods]

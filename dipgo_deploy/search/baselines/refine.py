@@ -10,6 +10,7 @@ import numpy as np
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.schedule.document import Gates
 from dipgo_deploy.search.baselines.base import Task
+from dipgo_deploy.search.baselines.uniform import uniform_gates
 from dipgo_deploy.search.costs import Costs
 from dipgo_deploy.search.moves import Band, moved_places, propose, repair
 from dipgo_deploy.search.postprocess import unreachable
@@ -26,9 +27,10 @@ Proposals = Iterator[Gates]
 
 
 def refine(task: Task, starts: Sequence[Gates]) -> Gates:
-    """The best gates found from the best of several starts; they cost no more than the target allows, or that start.
+    """The best gates found from the best of several starts; they cost no more than the target or the uniform interval.
 
-    A start further from the target than the tolerance is brought there first; its loss is that of what it becomes.
+    A start that costs more, or is further from the target than the tolerance, is brought there first; its loss is that
+    of what it becomes. (Uniform intervals cost a little more than their target where every step costs something.)
     Three kinds of moves take turns, and a kind that helped goes on: launches move to other steps (`moved_places`); the
     gradient of the loss with respect to the gates names the kept ones that matter least and the removed ones that are
     missed most, and several of each change places, fewer and fewer; random moves (`propose`). Only what lowers the true
@@ -38,10 +40,11 @@ def refine(task: Task, starts: Sequence[Gates]) -> Gates:
         UserError: no start can be brought to the target.
     """
     source, begun = random.Random(task.seed), task.objective.evaluations
+    uniform = task.costs.ratio(uniform_gates(task.costs, task.target))
+    near = abs(uniform - task.target) <= task.tolerance
+    allowed = Band(min(task.band.low, uniform) if near else task.band.low, task.band.high)
     repaired = [
-        start
-        if abs(task.costs.ratio(start) - task.target) <= task.tolerance
-        else repair(start, task.costs, task.band, source)
+        start if allowed.holds(task.costs.ratio(start)) else repair(start, task.costs, allowed, source)
         for start in starts
     ]
     usable = [gates for gates in repaired if gates is not None and task.allows(gates)]
@@ -50,8 +53,7 @@ def refine(task: Task, starts: Sequence[Gates]) -> Gates:
         nearest = min(ratios, key=lambda ratio: abs(ratio - task.target))
         raise UserError(unreachable(task.target, nearest, task.tolerance))
     best = min(usable, key=task.objective)
-    band = Band(min(task.band.low, task.costs.ratio(best)), task.band.high)
-    kinds = _Kinds(task, band, source)
+    kinds = _Kinds(task, allowed, source)
     # Moves to gates that were tried before are free, so the number of rounds is limited too.
     for _ in range(4 * task.budget):
         if task.spent(begun):

@@ -1,0 +1,198 @@
+"""Image-to-image of SD3 and FLUX, against diffusers and against the supernet."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FluxImg2ImgPipeline, StableDiffusion3Img2ImgPipeline
+from family_checks import (
+    borrow_components,
+    build_with_tensorrt_rtx,
+    plan_for,
+    schedule_for,
+    with_gates,
+    with_strength,
+)
+from flow_pipelines import save_flux, save_sd3
+from PIL import Image
+from sd_pipelines import PROMPT, assert_equals_supernet, relative, stock
+
+from dipgo_deploy.bundle.directory import Bundle
+from dipgo_deploy.errors import UserError
+from dipgo_deploy.export.exporter import PlannedExport, publish
+from dipgo_deploy.models import FAMILIES
+from dipgo_deploy.runtime.pipeline import Pipeline
+from dipgo_deploy.sampler import make_scheduler
+
+STEPS, SCALE = 6, 3.0
+SIZE = {"height": 16, "width": 24}  # pixels; the small pipelines' VAE has scale 2
+STRENGTH = 0.75  # 4.5 of the steps: the pipelines of flow models run the broken one
+
+
+@dataclass(frozen=True)
+class Model:
+    """A family's small pipeline, its trace and an engine directory with components."""
+
+    folder: Path
+    own: Any
+    planned: PlannedExport
+    engine: Path
+
+    def theirs(self, picture: Any, *, sampler: str | None = None, **call: Any) -> np.ndarray:
+        """diffusers' result; its latents as the VAE takes them."""
+        if isinstance(picture, Image.Image):
+            picture = picture.resize((SIZE["width"], SIZE["height"]), Image.Resampling.LANCZOS)
+        call = {"prompt": PROMPT, "output_type": "latent", "guidance_scale": SCALE, **call}
+        found = stock(self.own, sampler=sampler, steps=STEPS, image=picture, **SIZE, **call)
+        if call["output_type"] == "latent" and found.ndim == 3:  # FLUX's are packed
+            found = np.asarray(self.own._unpack_latents(torch.from_numpy(found), *SIZE.values(), 2))
+        return found
+
+
+def _prepared(folder: Path, pipeline: Any, target: Path) -> Model:
+    planned = plan_for(folder, schedule_for(folder, steps=STEPS), strength=STRENGTH, **SIZE)
+    own = pipeline.from_pretrained(folder)
+    return Model(folder, own, planned, publish(planned, target).path)
+
+
+@pytest.fixture(scope="module")
+def sd3(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    folder = tmp_path_factory.mktemp("sd3")
+    return _prepared(save_sd3(folder / "model", small=True), StableDiffusion3Img2ImgPipeline, folder / "x")
+
+
+@pytest.fixture(scope="module")
+def flux(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    """FLUX.1-dev: timesteps that depend on the size, and a distilled guidance."""
+    folder = tmp_path_factory.mktemp("flux")
+    return _prepared(save_flux(folder / "model", small=True), FluxImg2ImgPipeline, folder / "x")
+
+
+@pytest.fixture
+def model(request: pytest.FixtureRequest) -> Model:
+    found: Model = request.getfixturevalue(request.param)
+    return found
+
+
+both = pytest.mark.parametrize("model", ["sd3", "flux"], indirect=True)
+
+
+def ours(engine_dir: Path, **call: Any) -> np.ndarray:
+    pipeline = Pipeline.from_engine_dir(engine_dir, "cpu", threads=1, load="lazy")
+    call = {"prompt": PROMPT, "output_type": "latent", "guidance_scale": SCALE, **call}
+    return np.asarray(pipeline(seed=3, **call).images)
+
+
+@both
+@pytest.mark.parametrize("output", ["latent", "np"])
+def test_a_full_schedule_is_diffusers(model: Model, picture: Image.Image, output: str) -> None:
+    want = model.theirs(picture, strength=STRENGTH, output_type=output)
+    assert relative(ours(model.engine, image=picture, output_type=output), want) <= 1e-4
+    sampler = Bundle.open(model.engine).manifest.sampler
+    assert (sampler.strength, sampler.begin) == (STRENGTH, 1)
+
+
+@pytest.mark.parametrize(
+    ("model", "sampler", "strength"),
+    [
+        ("sd3", "flow-euler", 0.3),
+        ("sd3", "flow-euler", 1.0),
+        ("sd3", "flow-heun", 0.75),
+        ("flux", "flow-euler", 0.3),
+        ("flux", "flow-euler", 1.0),
+    ],
+    indirect=["model"],
+)
+def test_so_are_other_strengths_and_samplers(
+    model: Model, picture: Image.Image, sampler: str, strength: float, tmp_path: Path
+) -> None:
+    schedule = schedule_for(model.folder, sampler=sampler, steps=STEPS)
+    with_gates(with_strength(model.planned, strength), schedule, tmp_path / "x", check=False, components=False)
+    borrow_components(model.engine, tmp_path / "x")
+    want = model.theirs(picture, sampler=sampler, strength=strength)
+    assert relative(ours(tmp_path / "x", image=picture), want) <= 1e-4
+
+
+@pytest.mark.parametrize(
+    ("model", "sampler"), [("sd3", "flow-unipc"), ("sd3", "flow-dpm++2m"), ("flux", "flow-unipc")], indirect=["model"]
+)
+def test_samplers_that_diffusers_pipelines_cannot_start_from_a_picture(
+    model: Model, picture: Image.Image, sampler: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They have ``add_noise`` where the pipelines call ``scale_noise``; given that name, diffusers' result is ours.
+
+    FluxImg2ImgPipeline gives them its own sigmas, FluxPipeline leaves them theirs: so do we, and the test.
+    """
+    flux = isinstance(model.own, FluxImg2ImgPipeline)
+    given = {"sigmas": np.linspace(1, 1 / 1000, STEPS + 1)[:-1]} if flux else {}
+    schedule = schedule_for(model.folder, sampler=sampler, steps=STEPS)
+    with_gates(model.planned, schedule, tmp_path / "x", check=False, components=False)
+    borrow_components(model.engine, tmp_path / "x")
+    kind = type(make_scheduler(sampler, model.own.scheduler.config))
+    monkeypatch.setattr(
+        kind, "scale_noise", lambda self, sample, at, noise: self.add_noise(sample, noise, at), raising=False
+    )
+    want = model.theirs(picture, sampler=sampler, strength=STRENGTH, **given)
+    monkeypatch.undo()
+    assert relative(ours(tmp_path / "x", image=picture), want) <= 1e-4
+
+
+@both
+def test_several_prompts_and_pictures_are_diffusers(model: Model, picture: Image.Image) -> None:
+    pictures = [picture, picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)]
+    sized = [item.resize((SIZE["width"], SIZE["height"]), Image.Resampling.LANCZOS) for item in pictures]
+    want = model.theirs(sized, strength=STRENGTH, prompt=[PROMPT, "a boot"])
+    assert relative(ours(model.engine, prompt=[PROMPT, "a boot"], image=pictures), want) <= 1e-4
+
+
+@both
+def test_latents_of_a_picture_are_taken_as_they_are(model: Model) -> None:
+    latents = np.random.default_rng(4).standard_normal((1, 4, 8, 12)).astype(np.float32)
+    want = model.theirs(torch.from_numpy(latents), strength=STRENGTH)
+    assert relative(ours(model.engine, image_latents=latents), want) <= 1e-4
+
+
+@both
+@pytest.mark.parametrize("layout", ["variants", "segments"])
+def test_random_schedules_are_the_supernets(model: Model, tmp_path: Path, layout: Any) -> None:
+    schedule = schedule_for(model.folder, steps=STEPS, ratio=0.5, seed=3)
+    planned = replace(model.planned, options=replace(model.planned.options, layout=layout))
+    bundle = with_gates(planned, schedule, tmp_path / "x", components=False)
+    begin = bundle.manifest.sampler.begin
+    missing = {(begin, name) for name, kept in zip(schedule.block_names, schedule.gates[1], strict=True) if not kept}
+    assert begin == 1 and missing and set(bundle.manifest.promoted) == missing
+    assert_equals_supernet(tmp_path / "x")
+
+
+@pytest.mark.parametrize(("model", "components"), [("sd3", 3), ("flux", 3)], indirect=["model"])
+def test_engines_are_built(model: Model, components: int) -> None:
+    assert build_with_tensorrt_rtx(model.engine) == 1 + components
+
+
+@pytest.mark.slow
+@both
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_half_precision(model: Model, picture: Image.Image, dtype: str, tmp_path: Path) -> None:
+    """fp16 against fp32: rounding to 11 bits in encoders, VAE and five steps leaves the latents' direction."""
+    schedule = schedule_for(model.folder, steps=STEPS)
+    publish(plan_for(model.folder, schedule, strength=STRENGTH, dtype=dtype, check=False, **SIZE), tmp_path / "x")
+    assert build_with_tensorrt_rtx(tmp_path / "x") == 1 + 3
+    if dtype == "fp16":  # ONNX Runtime has no bf16 kernels on the CPU
+        found, want = (ours(path, image=picture).ravel() for path in (tmp_path / "x", model.engine))
+        assert found @ want / np.linalg.norm(found) / np.linalg.norm(want) >= 0.999
+
+
+def test_families_without_an_image_to_image_pipeline_in_diffusers() -> None:
+    """Theirs are refused by name; PixArt and DiT have none there, and Sana has one for its distilled Sprint only."""
+    able = {family.class_name for family in FAMILIES.values() if family.image_to_image is not None}
+    assert able == {"UNet2DConditionModel", "SD3Transformer2DModel", "FluxTransformer2DModel"}
+
+
+def test_a_strength_out_of_range_is_refused(sd3: Model) -> None:
+    with pytest.raises(UserError, match="--strength 1.2: give a number above 0 and up to 1"):
+        plan_for(sd3.folder, schedule_for(sd3.folder, steps=STEPS), strength=1.2, **SIZE)

@@ -1,0 +1,158 @@
+"""Open batch, height and width of every family that has them: the supernet at sizes inside the ranges, and engines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from family_checks import build_with_tensorrt_rtx, plan_for, schedule_for
+from flow_pipelines import sd35_transformer
+from pixart_pipelines import transformer as pixart_transformer
+from sd_pipelines import assert_equals_supernet
+from tiny_denoisers import sana_transformer, unet2d
+
+from dipgo_deploy.bundle.directory import Bundle
+from dipgo_deploy.bundle.shapes import Range, Sizes
+from dipgo_deploy.errors import UserError
+from dipgo_deploy.export.exporter import publish
+from dipgo_deploy.models import FAMILIES
+from dipgo_deploy.runtime.pipeline import Pipeline
+
+STEPS = 3
+
+
+@dataclass(frozen=True)
+class Case:
+    """A tiny denoiser; its sides in latent pixels: the smallest, the usual, the largest, and the step between."""
+
+    make: Callable[[], Any]
+    sampler: str
+    sides: tuple[int, int, int]
+    step: int
+    scale: int = 8
+
+    @property
+    def ranges(self) -> dict[str, Range]:
+        least, usual, most = (side * self.scale for side in self.sides)
+        side = Range(min=least, opt=usual, max=most)
+        return {"batch": Range(min=1, opt=1, max=4), "height": side, "width": side}
+
+    def export(self, folder: Path, **options: Any) -> Path:
+        torch.manual_seed(0)
+        self.make().save_pretrained(folder / "model")
+        schedule = schedule_for(folder / "model", sampler=self.sampler, steps=STEPS, ratio=0.4, seed=1)
+        planned = plan_for(folder / "model", schedule, components=False, **self.ranges, **options)
+        return publish(planned, folder / "x").path
+
+
+# The native sizes lie inside the ranges: what a model keeps ready for them alone must not decide a trace.
+CASES = {
+    "sd3": Case(sd35_transformer, "flow-euler", (4, 8, 12), 2),
+    "pixart": Case(lambda: pixart_transformer(sample_size=8, use_additional_conditions=True), "euler", (4, 6, 12), 2),
+    "sana": Case(lambda: sana_transformer(sample_size=8, interpolation_scale=2.0), "flow-euler", (4, 6, 12), 1),
+    "unet2d": Case(unet2d, "euler", (8, 12, 24), 4, scale=1),
+}
+
+
+@pytest.fixture(scope="module")
+def engines(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Each exported once, when it is first asked for; the exporter compares it at the corners of its ranges."""
+    made: dict[str, Path] = {}
+
+    def engine(name: str) -> Path:
+        if name not in made:
+            made[name] = CASES[name].export(tmp_path_factory.mktemp(name))
+        return made[name]
+
+    return engine
+
+
+every = pytest.mark.parametrize("name", CASES)
+
+
+@every
+def test_sizes_between_the_corners_are_the_supernets(engines: Callable[[str], Path], name: str) -> None:
+    case = CASES[name]
+    native = 16 if name == "unet2d" else 8
+    for sizes in (Sizes(3, native, native), Sizes(2, case.sides[0] + case.step, case.sides[2] - case.step)):
+        assert_equals_supernet(engines(name), sizes=sizes)
+
+
+@every
+def test_other_sizes_are_refused_before_anything_runs(engines: Callable[[str], Path], name: str) -> None:
+    case = CASES[name]
+    pipeline = Pipeline.from_engine_dir(engines(name), "cpu", threads=1, load="lazy")
+    manifest = pipeline.bundle.manifest
+    ones = {
+        spec.name: np.ones((1, *spec.shape[1:]), np.int64 if spec.dtype == "int64" else np.float32)
+        for spec in manifest.conditions
+        if spec.source == "text"
+    }
+    text = {"prompt_embeds": ones, "negative_prompt_embeds": ones, "guidance_scale": 2.0} if ones else {}
+    least, _, most = (side * case.scale for side in case.sides)
+    step = case.step * case.scale
+    takes = f"this engine directory takes {least} to {most}" + (f" in steps of {step}" if step > 1 else "")
+    channels, usual = manifest.latent.channels, case.sides[1]
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"height": most + step}, f"height {most + step}: {takes}"),
+        ({"width": least - step}, f"width {least - step}: {takes}"),
+        ({"latents": np.zeros((1, channels, case.sides[2] + case.step, usual), np.float32)}, "latents: height"),
+        ({"latents": np.zeros((1, channels + 1, usual, usual), np.float32)}, "latents: shape"),
+        ({"latents": np.zeros((2, channels, usual, usual), np.float32)}, "latents: shape"),
+    ]
+    if step > 1:
+        wrong.append(({"width": least + 1}, f"width {least + 1}: {takes}"))
+    for call, message in wrong:
+        with pytest.raises(UserError, match=message) as caught:
+            pipeline(**text, **call, output_type="latent")
+        assert "\n" not in str(caught.value) and not pipeline.memory()["graphs_loaded"]
+    drawn = pipeline(**text, height=most, width=least, num_images_per_prompt=2, output_type="latent").latents
+    assert drawn.shape == (2, channels, case.sides[2], case.sides[0]) and np.isfinite(drawn).all()
+
+
+@every
+def test_engines_are_built(engines: Callable[[str], Path], name: str) -> None:
+    engine = engines(name)
+    assert build_with_tensorrt_rtx(engine) == len(Bundle.open(engine).manifest.plan.variants)
+
+
+def _unet() -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        layers_per_block=1,
+        norm_num_groups=4,
+        cross_attention_dim=8,
+        attention_head_dim=2,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+@pytest.mark.parametrize("case", [Case(_unet, "euler", (4, 8, 12), 2), *CASES.values()], ids=["unet", *CASES])
+def test_engines_are_built_in_half_precision(case: Case, dtype: str, tmp_path: Path) -> None:
+    engine = case.export(tmp_path, dtype=dtype)
+    assert build_with_tensorrt_rtx(engine) == len(Bundle.open(engine).manifest.plan.variants)
+
+
+def test_position_embeddings_have_an_end(tmp_path: Path) -> None:
+    case = CASES["sd3"]
+    case.make().save_pretrained(tmp_path)
+    height = Range(min=32, opt=64, max=208)
+    with pytest.raises(UserError, match="SD3.*: latent of 26x8: position embeddings end at 24") as caught:
+        plan_for(tmp_path, schedule_for(tmp_path, sampler=case.sampler, steps=STEPS), height=height, width=64)
+    assert "\n" not in str(caught.value)
+
+
+def test_families_of_one_size_only() -> None:
+    """DiT cuts its tokens into a square of the size that it was made for; a ControlNet's picture has the export's."""
+    fixed = {name for name, family in FAMILIES.items() if family.size_multiple is None}
+    assert fixed == {"DiTTransformer2DModel", "UNet2DConditionModel+ControlNetModel"}
