@@ -181,6 +181,8 @@ def run_graph(path: Path, entry: VariantEntry, inputs: dict[str, np.ndarray]) ->
     options.add_session_config_entry("session.disable_prepacking", "1")
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     options.enable_cpu_mem_arena = False
+    # The default order may convert the half-precision weights of many layers to float32 before any of them is used.
+    options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     feeds = {spec.name: inputs[spec.name].astype(spec.dtype) for spec in entry.graph.inputs}
     names = [spec.name for spec in entry.graph.outputs]

@@ -74,6 +74,7 @@ def as_text(rows: Sequence[Mapping[str, Any]]) -> str:
     machines = (machine_line(row["machine"]).partition("; load average")[0] for row in rows)
     parts += [f"{line}.\n" for line in dict.fromkeys(machines)]
     parts.append(_INTRODUCTION)
+    parts.append(_needs(rows))
     parts.append(table(_EXPORTS, [_export_row(row) for row in rows]))
     compared = [row for row in rows if "compare" in row or row["export"]["variants"] is not None]
     if compared:
@@ -88,6 +89,23 @@ def as_text(rows: Sequence[Mapping[str, Any]]) -> str:
     reduced = {row["name"]: row["changes"] for row in rows if row["changes"]}
     parts += [f"{name} (reduced): {_settings(changes)}, all else as published.\n" for name, changes in reduced.items()]
     return "\n".join(parts)
+
+
+def _needs(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What making the rows again takes."""
+    stages = [row[stage] for row in rows for stage in ("weights", "export", "compare", "build") if stage in row]
+    seconds = sum(stage["seconds"] for stage in stages)
+    # A comparison has a float32 copy of the model on disk, beside the model and the engine directory.
+    disk = max(
+        2 * row["export"]["engine_dir_bytes"]
+        + max(0 if row["dtype"] == "fp32" else 4 * row["weights"]["parameters"], row.get("build", {}).get("bytes", 0))
+        for row in rows
+    )
+    memory = max(stage["peak_rss"] for stage in stages)
+    return (
+        f"These {len(rows)} rows took {seconds / 3600:.1f} hours, up to {memory / GIB:.1f} GiB of memory and "
+        f"{disk / GIB:.0f} GiB of disk.\n"
+    )
 
 
 _INTRODUCTION = (

@@ -1,0 +1,29 @@
+"""``dipgo-export``: what it says of an export that was written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from tiny_engines import save_dit_pipeline, schedule_for
+
+from dipgo_deploy.cli.export import main
+from dipgo_deploy.export import low_memory
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_agreement_and_how_large_weights_were_held(
+    large: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(low_memory, "LARGE_BYTES", 1000 if large else 2**30)
+    model = save_dit_pipeline(tmp_path / "model", layers=2)
+    schedule_for(model).save(tmp_path / "schedule.json")
+    arguments = ["--model", str(model), "--schedule", str(tmp_path / "schedule.json"), "--no-components", "--json"]
+    assert main([*arguments, "--engine-dir", str(tmp_path / "engine")]) == 0
+    shown = capsys.readouterr()
+    agreement = json.loads(shown.out)["agreement"]
+    assert 0 < agreement["relative"] < 1e-4 and agreement["psnr"] > 80 and agreement["cosine"] > 0.999999
+    assert f"variants against the supernet: largest error {agreement['relative']:.1e}" in shown.err
+    assert ("held once, compared in a process of its own" in shown.err) == large
+    assert ("loading the model, holding its weights once" in shown.err) == large
