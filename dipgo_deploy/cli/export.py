@@ -110,17 +110,12 @@ def command(
                 console.print(stage, markup=False)
 
         planned, copies = plan_export(model, schedule, settings, notify), None
-        if auto:
+        if auto and not settings.low_memory:
             planned, copies = with_layout_for_cpu(planned)
         if engine_dir is not None:
-<<<<<<< HEAD
             publish(planned, engine_dir, notify, agreed.append)
-    facts = _facts(planned, both_layouts=plan_only)
-=======
-            publish(planned, engine_dir, notify)
     both_layouts = plan_only and planned.traced.shape.sizes is None  # segments are of one size
     facts = _facts(planned, both_layouts=both_layouts) | ({} if copies is None else {"weight_copies": copies})
->>>>>>> speed
     _show(console, facts)
     if both_layouts:
         facts["advice"] = _show_layouts(console, facts, budget)

@@ -288,15 +288,16 @@ def with_layout_for_cpu(planned: PlannedExport) -> tuple[PlannedExport, float | 
 
     Each session re-lays-out its weights for itself, so many variants load slowly and take the memory of as many models;
     segments hold one copy and are as fast. ``variants`` and None where segments cannot be: open sizes, a limit on the
-    variants, low memory, half precision (which is for GPUs).
+    variants, half precision (which is for GPUs). Segments are compared in this process, also of large weights.
     """
     options = planned.options
-    if options.dtype != "fp32" or options.max_variants is not None or options.low_memory or planned.traced.shape.sizes:
+    if options.dtype != "fp32" or options.max_variants is not None or planned.traced.shape.sizes:
         return planned, None
     copies = copies_in_variants(planned.plan, read_pieces(planned.traced))
     if copies <= MANY_COPIES:
         return planned, copies
-    return replace(planned, options=replace(options, layout="segments"), segments=in_segments(planned)), copies
+    options = replace(options, layout="segments", low_memory=False)
+    return replace(planned, options=options, segments=in_segments(planned)), copies
 
 
 def export_bundle(
