@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers import SanaTransformer2DModel, UNet2DModel
+from diffusers import SanaTransformer2DModel, UNet2DConditionModel, UNet2DModel
 from family_checks import random_weights
 
 UNET2D_SAMPLE = 16  # pixels
@@ -41,3 +41,20 @@ def unet2d(**changes: Any) -> UNet2DModel:
     }
     torch.manual_seed(0)
     return random_weights(UNet2DModel(**{**settings, **changes}))
+
+
+def two_level_unet() -> UNet2DConditionModel:
+    """A text-conditioned UNet of two levels: an open side is a multiple of 2 latent pixels."""
+    torch.manual_seed(0)
+    return random_weights(
+        UNet2DConditionModel(
+            sample_size=8,
+            block_out_channels=(8, 16),
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            layers_per_block=1,
+            norm_num_groups=4,
+            cross_attention_dim=8,
+            attention_head_dim=2,
+        )
+    )

@@ -18,6 +18,7 @@ from diffusers import (
     DiTTransformer2DModel,
     UNet2DConditionModel,
 )
+from family_checks import random_weights
 
 from dipgo_deploy.bundle.files import staged_directory
 from dipgo_deploy.export.exporter import PlannedExport, write_bundle
@@ -31,17 +32,8 @@ LABELS = {"boot": 0, "bag": 1, "coat": 2}
 STEPS = 6
 
 
-def _random_weights(model: Any) -> Any:
-    """Initial zeros and equal values would hide mistakes."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
-    return model
-
-
-def save_unet(folder: Path) -> Path:
-    """A folder that holds only a denoiser: SD-1.5's block types, small; latents (B, 4, 8, 8), text (B, 77, 16)."""
+def tiny_unet() -> UNet2DConditionModel:
+    """SD-1.5's block types, small; latents (B, 4, 8, 8), text (B, 77, 16)."""
     torch.manual_seed(0)
     model = UNet2DConditionModel(
         sample_size=8,
@@ -50,7 +42,12 @@ def save_unet(folder: Path) -> Path:
         cross_attention_dim=16,
         attention_head_dim=2,
     )
-    _random_weights(model).save_pretrained(folder)
+    return random_weights(model)
+
+
+def save_unet(folder: Path) -> Path:
+    """A folder that holds only a denoiser, ``tiny_unet``."""
+    tiny_unet().save_pretrained(folder)
     return folder
 
 
@@ -75,7 +72,7 @@ def save_dit_pipeline(folder: Path, *, layers: int = 4) -> Path:
         latent_channels=4,
         sample_size=16,
     )
-    DiTPipeline(_random_weights(transformer), vae.eval(), DDIMScheduler(**BETAS)).save_pretrained(folder)
+    DiTPipeline(random_weights(transformer), vae.eval(), DDIMScheduler(**BETAS)).save_pretrained(folder)
     index = folder / "model_index.json"  # the pipeline reads class names from there, but does not save them
     names = {str(number): name for name, number in LABELS.items()}
     index.write_text(json.dumps({**json.loads(index.read_text()), "id2label": names}))

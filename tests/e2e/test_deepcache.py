@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from tiny_engines import tiny_unet
 
 from dipgo_deploy.backends import create_backend
 from dipgo_deploy.bundle.directory import Bundle
@@ -41,18 +42,7 @@ torch.set_num_threads(1)
 @pytest.fixture(scope="module")
 def unet() -> UNet2DConditionModel:
     """SD-1.5's block types, small: 12 branches."""
-    torch.manual_seed(0)
-    model = UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(16, 16, 32, 32),
-        norm_num_groups=8,
-        cross_attention_dim=16,
-        attention_head_dim=2,
-    )
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.05 * torch.randn(parameter.shape))
-    return model.eval().requires_grad_(False)
+    return tiny_unet().requires_grad_(False)
 
 
 @pytest.fixture(scope="module")

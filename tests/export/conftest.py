@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DiTTransformer2DModel, UNet2DConditionModel
+from diffusers import DiTTransformer2DModel
+from family_checks import random_weights
+from tiny_engines import save_unet
 
 from dipgo_deploy.export.exporter import ExportOptions, PlannedExport, plan_export, replan
 from dipgo_deploy.models.family import Granularity
@@ -47,29 +49,10 @@ def schedule_for(folder: Path, *, cache: str | None = None, granularity: Granula
     )
 
 
-def _random_weights(model: torch.nn.Module) -> torch.nn.Module:
-    """Distinct values everywhere: the exporter merges initialisers that are equal."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
-    return model
-
-
 @pytest.fixture(scope="session")
 def unet_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """SD-1.5's block types, small."""
-    torch.manual_seed(0)
-    model = UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(16, 16, 32, 32),
-        norm_num_groups=8,
-        cross_attention_dim=16,
-        attention_head_dim=2,
-    )
-    folder = tmp_path_factory.mktemp("unet")
-    _random_weights(model).save_pretrained(folder)  # type: ignore[attr-defined]
-    return folder
+    return save_unet(tmp_path_factory.mktemp("unet"))
 
 
 @pytest.fixture(scope="session")
@@ -87,7 +70,7 @@ def dit_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         num_embeds_ada_norm=10,
     )
     folder = tmp_path_factory.mktemp("dit")
-    _random_weights(model).save_pretrained(folder)  # type: ignore[attr-defined]
+    random_weights(model).save_pretrained(folder)  # type: ignore[attr-defined]
     return folder
 
 

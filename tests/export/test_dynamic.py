@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
-from family_checks import random_weights
+from tiny_denoisers import two_level_unet
 from tiny_engines import schedule_for
 
 from dipgo_deploy.backends import create_backend
@@ -39,19 +38,8 @@ OPTIONS = ExportOptions(
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A UNet of two levels: an open side is a multiple of 2 latent pixels."""
-    torch.manual_seed(0)
-    model = UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(8, 16),
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        layers_per_block=1,
-        norm_num_groups=4,
-        cross_attention_dim=8,
-        attention_head_dim=2,
-    )
     path = tmp_path_factory.mktemp("model")
-    random_weights(model).save_pretrained(path)
+    two_level_unet().save_pretrained(path)
     return path
 
 

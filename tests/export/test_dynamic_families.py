@@ -10,12 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
 from family_checks import build_with_tensorrt_rtx, plan_for, schedule_for
 from flow_pipelines import sd35_transformer
 from pixart_pipelines import transformer as pixart_transformer
 from sd_pipelines import assert_equals_supernet
-from tiny_denoisers import sana_transformer, unet2d
+from tiny_denoisers import sana_transformer, two_level_unet, unet2d
 
 from dipgo_deploy.bundle.directory import Bundle
 from dipgo_deploy.bundle.shapes import Range, Sizes
@@ -94,7 +93,9 @@ def test_other_sizes_are_refused_before_anything_runs(engines: Callable[[str], P
         for spec in manifest.conditions
         if spec.source == "text"
     }
-    text = {"prompt_embeds": ones, "negative_prompt_embeds": ones, "guidance_scale": 2.0} if ones else {}
+    text: dict[str, Any] = {}
+    if ones:
+        text = {"prompt_embeds": ones, "negative_prompt_embeds": ones, "guidance_scale": 2.0}
     least, _, most = (side * case.scale for side in case.sides)
     step = case.step * case.scale
     takes = f"this engine directory takes {least} to {most}" + (f" in steps of {step}" if step > 1 else "")
@@ -122,22 +123,9 @@ def test_engines_are_built(engines: Callable[[str], Path], name: str) -> None:
     assert build_with_tensorrt_rtx(engine) == len(Bundle.open(engine).manifest.plan.variants)
 
 
-def _unet() -> UNet2DConditionModel:
-    return UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(8, 16),
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        layers_per_block=1,
-        norm_num_groups=4,
-        cross_attention_dim=8,
-        attention_head_dim=2,
-    )
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
-@pytest.mark.parametrize("case", [Case(_unet, "euler", (4, 8, 12), 2), *CASES.values()], ids=["unet", *CASES])
+@pytest.mark.parametrize("case", [Case(two_level_unet, "euler", (4, 8, 12), 2), *CASES.values()], ids=["unet", *CASES])
 def test_engines_are_built_in_half_precision(case: Case, dtype: str, tmp_path: Path) -> None:
     engine = case.export(tmp_path, dtype=dtype)
     assert build_with_tensorrt_rtx(engine) == len(Bundle.open(engine).manifest.plan.variants)
