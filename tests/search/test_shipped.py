@@ -49,6 +49,9 @@ def reference_steps(schedule: Schedule) -> int:
 def test_there_is_one_for_each_model_number_of_steps_and_ratio() -> None:
     wanted = {f"{model}-ddim{steps}-refine{r}" for model in MODELS for steps in (20, 50) for r in (40, 60, 80, 85)}
     assert wanted <= set(FILES)
+    others = [name for name in FILES if name not in wanted]
+    assert {name.rpartition("-")[0] for name in others} <= wanted  # and at most one with another sampler
+    assert len({name.rpartition("-")[0] for name in others}) == len(others)
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -77,9 +80,12 @@ def test_its_plan_saves_what_it_says_and_runs_just_its_gates(name: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("ending", ["", "-*"], ids=["ddim", "other-sampler"])
 @pytest.mark.parametrize("model", MODELS)
-def test_it_goes_through_export_and_compare(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path, folder = FILES[f"{model}-ddim20-refine85"], tmp_path / "engine"
+def test_it_goes_through_export_and_compare(
+    model: str, ending: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (path,), folder = SEARCHED.glob(f"{model}-ddim20-refine85{ending}.json"), tmp_path / "engine"
     assert export(["--model", model, "--schedule", str(path), "--engine-dir", str(folder)]) == 0
     assert compare(["--engine-dir", str(folder), "--threads", "1"]) == 0
     assert "everything is within" in capsys.readouterr().out
