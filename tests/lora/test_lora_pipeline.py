@@ -103,6 +103,19 @@ def test_the_index_tells_how_each_parameter_is_stored(unet):
     assert transposed and square
 
 
+def test_segments_take_the_same_changes(unet, tmp_path):
+    options = ExportOptions(guidance=False, layout="segments")
+    planned = plan_export(str(unet.model), Bundle.open(unet.path).load_schedule(), options)
+    updates = unet_updates(unet)
+    file = save_lora(tmp_path / "a.safetensors", updates, alpha=6.0)
+    pipeline = pipeline_of(Engine(unet.model, write(planned, tmp_path / "engine")))
+    before = draw(pipeline)
+    assert pipeline.load_lora(file, 0.7).applied == len(UNET)
+    assert relative(draw(pipeline), unet_reference(unet, (updates, 1.4))) < 1e-4
+    pipeline.unload_lora()
+    np.testing.assert_array_equal(draw(pipeline), before)
+
+
 @pytest.mark.parametrize("share", [False, True])
 @pytest.mark.parametrize("load", ["eager", "lazy"])
 def test_equals_the_merged_model_and_is_undone_bit_for_bit(unet, tmp_path, share, load):

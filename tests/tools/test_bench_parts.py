@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tools.bench import arena, launches
 from tools.bench.measure import TimedBackend, alternate, machine, machine_line, spread
 from tools.bench.solvers import frechet_with_error, wilson
 from tools.bench.tables import table, with_quartiles, write_results
@@ -74,3 +75,40 @@ def test_results_are_written_as_json_and_table(tmp_path: Path) -> None:
     write_results(tmp_path / "new" / "x.json", {"a": 1}, table(("a", "b"), [("x", "1")]))
     assert json.loads((tmp_path / "new" / "x.json").read_text()) == {"a": 1}
     assert (tmp_path / "new" / "x.md").read_text() == "| a | b |\n| --- | ---: |\n| x | 1 |\n"
+
+
+def test_launches_are_summed_by_how_often_they_run() -> None:
+    """Two graphs of half and a fifth of the multiply-accumulates, launched 3 and 1 times, as fast as these say."""
+    case = {
+        "evaluations": 8,
+        "macs_run": 3 * 50 + 20,
+        "variants": 2,
+        "launches": 4,
+        "cut": {"a": {"launches": 3, "macs": 50}, "b": {"launches": 1, "macs": 20}},
+    }
+    found = launches.summary(case, 100, {"a": np.full(3, 0.5), "b": np.full(3, 0.2)}, np.full(3, 2.0))
+    assert found["quotient"] == pytest.approx({"median": 1.0, "q1": 1.0, "q3": 1.0})
+    assert found["speedup"] == pytest.approx(800 / 170) == found["ideal_speedup"]
+    slower = launches.summary(case, 100, {"a": np.full(3, 0.6), "b": np.full(3, 0.2)}, np.full(3, 2.0))
+    assert slower["quotient"]["median"] == pytest.approx((3 * 0.5 + 0.2) / (3 * 0.6 + 0.2))
+    assert slower["speedup"] == pytest.approx(8 / (3 * 0.6 + 0.2))
+    # One of more graphs: the rest is as slow for its multiply-accumulates.
+    part = case | {"variants": 3, "launches": 6, "macs_run": 300}
+    sampled = launches.summary(part, 100, {"a": np.full(3, 0.6), "b": np.full(3, 0.2)}, np.full(3, 2.0))
+    assert sampled["speedup"] == pytest.approx(8 / 3 * slower["quotient"]["median"])
+
+
+def test_an_even_choice_of_graphs_leaves_the_full_one_out() -> None:
+    assert launches.sample([9, 5], 2) == [0, 1]
+    assert launches.sample([9, 5, 1, 7, 3, 9], 3) == [1, 2, 3]
+    assert launches.sample([9, 5, 1, 7, 3, 9], 1) == [2]
+
+
+def test_plans_above_the_bound_are_named() -> None:
+    row = {"model": "m", "granularity": "block", "layout": "variants"}
+    rows = [row | {"schedule": "good", "arena_bytes": 104, "lower_bound_bytes": 100}]
+    assert "0 of 1 plans" in arena.as_text(rows)
+    rows.append(row | {"schedule": "bad", "arena_bytes": 2048, "lower_bound_bytes": 1024})
+    text = arena.as_text(rows)
+    assert "1 of 2 plans" in text and "| m, block, variants | bad | 2 | 1 |" in text
+    assert "1.5200 | 2.0000 |" in text

@@ -270,6 +270,7 @@ def as_text(rows: Sequence[Mapping[str, Any]]) -> str:
     for row in rows:
         height, width = row["latent"]
         case = f"{row['model']}, {8 * height}x{8 * width}, {row['granularity']}, {row['case']}"
+        case += f", batch {row['batch']}" if row["batch"] > 1 else ""
         lines.append(
             (
                 case,
