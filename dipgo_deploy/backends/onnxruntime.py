@@ -198,6 +198,8 @@ class OnnxRuntimeBackend:
         """
         options.add_session_config_entry("session.disable_prepacking", "1")
         options.graph_optimization_level = self._ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+        # The default order may convert the half-precision weights of many layers to float32 before it uses any.
+        options.execution_order = self._ort.ExecutionOrder.PRIORITY_BASED
         own = {} if weights is None else self._changed.setdefault(weights, {})
         used = []
         for tensor in external_tensors(path):

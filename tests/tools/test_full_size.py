@@ -258,3 +258,8 @@ def test_a_stage_that_fails_is_one_line(tmp_path: Path, capsys: pytest.CaptureFi
     with pytest.raises(UserError, match=r"weights failed: .*num_channels") as caught:
         measure(broken, {**OPTIONS, "out": tmp_path}, lambda line: None)
     assert "\n" not in str(caught.value)
+
+
+def test_the_published_page_is_made_of_the_published_rows() -> None:
+    path = Path(__file__).parents[2] / "docs/results/full-size.json"
+    assert path.with_suffix(".md").read_text(encoding="utf-8") == as_text(read_rows(path))

@@ -26,7 +26,9 @@ def run_stage(stage: str, arguments: Mapping[str, Any], log: Path) -> dict[str, 
     command: Sequence[str] = (sys.executable, "-m", "tools.full_size.stages", stage)
     start = time.perf_counter()
     with log.open("ab") as messages:
-        child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=messages)
+        # Else glibc keeps what large layers took in one comparison, for layers to come.
+        env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**20)} if stage == "compare" else None
+        child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=messages, env=env)
         assert child.stdin is not None and child.stdout is not None
         child.stdin.write(json.dumps(arguments).encode())
         child.stdin.close()

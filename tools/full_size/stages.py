@@ -88,7 +88,7 @@ def compare(arguments: Mapping[str, Any]) -> dict[str, Any]:
             guidance=manifest.guidance,
             guidance_scale=manifest.guidance_scale,
         )
-        backend = create_backend("cpu", threads=arguments["threads"])
+        backend = create_backend("cpu", threads=arguments["threads"], share_weights=True)
         report = compare_engine(bundle, reference, inputs, backend, Options(variants=False), clock)
     assert report.results is not None
     final = [tensor for tensor in report.results.tensors if tensor.name == "latents"]
