@@ -224,7 +224,7 @@ def test_all_rows_name_models_and_options_that_are_there(capsys: pytest.CaptureF
         assert not options["reduced"] or entry["depth"]
         assert options["schedule"] != "published" or entry["published"]
         assert options["compare"] and options["build"] and options["check"] and options["batch"] == 1
-    assert all_rows(["--list", "--only", "dit"]) == 0
+    assert all_rows(["--list", "--only", "dit-xl-2-256:fp32"]) == 0
     assert capsys.readouterr().out.split() == ["dit-xl-2-256:fp32:random50", "dit-xl-2-256:fp32:published"]
 
 
@@ -244,7 +244,7 @@ def test_a_row_that_fails_does_not_stop_the_others(
     monkeypatch.setattr("tools.full_size.all.measure", fake)
     monkeypatch.setattr("tools.full_size.all.add_row", lambda path, row: added.append(row))
     monkeypatch.setattr("tools.full_size.all.summary", str)
-    assert all_rows(["--only", "dit", "--only", "ddpm", "--out", str(tmp_path)]) == 2
+    assert all_rows(["--only", "dit-xl-2-256:fp32", "--only", "ddpm", "--out", str(tmp_path)]) == 2
     assert [schedule for _, schedule in measured] == ["random50", "published"] * 2
     assert added == [{"row": "dit-xl-2-256"}, {"row": "ddpm-celebahq-256"}]
     assert not (tmp_path / "models").exists()

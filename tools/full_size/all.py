@@ -22,6 +22,7 @@ _ROWS: tuple[tuple[str, str, int, Mapping[str, Any]], ...] = tuple(
     (name, dtype, pixels, {"schedule": schedule, **options})
     for name, dtype, pixels, options in (
         ("dit-xl-2-256", "fp32", 256, {}),
+        ("dit-xl-2-256", "fp16", 256, {}),
         ("ddpm-celebahq-256", "fp32", 256, {"steps": 4}),
         ("pixart-alpha-xl-2-1024", "fp16", 256, {}),
         ("sd-1.5-512", "fp16", 256, {}),
