@@ -219,6 +219,15 @@ class CtrlC(Observer):
         self.cancelled = True
 
 
+@pytest.fixture
+def sigint():
+    """What Ctrl-C does by default; in a process that was started in the background it is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("sigint")
 def test_ctrl_c_leaves_finished_engines_and_nothing_half_written(toy_dir):
     observer = CtrlC()
     with pytest.raises(KeyboardInterrupt):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from random_plans import PRIME, compute, graph_input, naive, random_gates, random_graph, residual_source
 
@@ -154,6 +154,8 @@ def test_promotion_meets_the_limit_and_the_promoted_schedule(case, limit):
 def test_nothing_computed_is_dead(case):
     """Whatever one launch computes matters: made wrong, it changes the prediction of a used step."""
     graph, gates, used, alignment = case
+    # A block that does not read what its residual is taken from: the sum of two residuals can cancel a value exactly.
+    assume(all(origin in graph.values[output].reads for output, origin in residual_source(graph).items()))
     try:
         plan = compile_plan(graph, gates, prediction_used=used, alignment=alignment)
     except UserError:
