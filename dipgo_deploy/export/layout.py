@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,11 +17,15 @@ _META = "dipgo_deploy.layout"
 
 @dataclass(frozen=True)
 class Layout:
-    """The parameter that a tensor holds, and others of equal value that the exporter merged into it."""
+    """The parameter that a tensor holds, and others of equal value that the exporter merged into it.
+
+    rows: the tensor holds rows [first, last) of so many only, as (first, last, all).
+    """
 
     parameter: str
     transposed: bool
     equal: tuple[str, ...] = ()
+    rows: tuple[int, int, int] | None = None
 
 
 def note_layouts(model: ir.Model, module: torch.nn.Module, origins: Mapping[str, str], prefix: str) -> None:
@@ -50,6 +54,13 @@ def note_layouts(model: ir.Model, module: torch.nn.Module, origins: Mapping[str,
             if value.shape == parameter.shape and np.array_equal(_torch_bits(value), original)
         )
         tensor.meta[_META] = Layout(origin, transposed, equal)
+
+
+def note_rows(part: ir.TensorProtocol, whole: ir.TensorProtocol, first: int, last: int) -> None:
+    """Note on ``part`` that it holds these rows of ``whole``, where that holds a parameter as it is."""
+    layout = layout_of(whole)
+    if layout is not None and not layout.transposed:
+        part.meta[_META] = replace(layout, rows=(first, last, int(whole.shape[0])))
 
 
 def layout_of(tensor: ir.TensorProtocol) -> Layout | None:

@@ -65,6 +65,7 @@ def _stored(tensor: ir.TensorProtocol, external: ir.ExternalTensor) -> StoredWei
         parameter=None if layout is None else layout.parameter,
         transposed=layout is not None and layout.transposed,
         equal=() if layout is None else layout.equal,
+        rows=None if layout is None else layout.rows,
         shape=tuple(int(extent) for extent in tensor.shape),
         dtype=tensor.dtype.name.lower(),
         offset=int(external.offset or 0),
