@@ -26,6 +26,9 @@ _NUMPY_BY_ONNX = {1: np.float32, 6: np.int32, 7: np.int64, 9: np.bool_, 10: np.f
 _SESSION_TYPES = {"float32": "float", "float16": "float16", "bfloat16": "bfloat16", "int64": "int64"}
 _FLOATS = (1, 10, 11)
 _TOUCHED = 2**23  # up to here memory gets its pages when it is allocated, not in the first run
+# Of a graph's convolutions. Above it they keep their layout: ONNX Runtime's own (NCHWc) is made anew for each session,
+# in 3 s a GiB, and is worth 2 % of a launch there. In small graphs, whose images are small, it is worth up to 29 %.
+_LARGE_CONVOLUTIONS = 2**28
 _SMALLEST_SHARED = 1024  # bytes; small constants (shapes, axes) are read by ONNX Runtime itself, on the host
 
 
@@ -146,6 +149,8 @@ class OnnxRuntimeBackend:
         if not path.is_file():
             raise UserError(f"{path}: named in the manifest but missing; export the engine directory again")
         options = self._session_options()
+        if self.name == "cpu" and _convolution_bytes(path) > _LARGE_CONVOLUTIONS:
+            options.graph_optimization_level = self._ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
         changed = {} if weights is None else weights.of(path)
         values: list[Any] = []
         if changed:
@@ -324,6 +329,11 @@ def _one_arena(ort: Any) -> None:
         info = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
         ort.create_and_register_allocator(info, ort.OrtArenaCfg({"arena_extend_strategy": 1}))
         _arena_made = True
+
+
+def _convolution_bytes(path: Path) -> int:
+    """Of the weights of two-dimensional convolutions outside the ONNX file: what has four axes."""
+    return sum(tensor.length for tensor in external_tensors(path) if len(tensor.shape) == 4)
 
 
 def _onnx_type(array: np.ndarray) -> int:
