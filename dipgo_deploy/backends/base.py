@@ -74,8 +74,11 @@ class Backend(Protocol):
     def upload(self, memory: Memory, array: np.ndarray) -> None:
         """Copy a host array (C order, as stored: see ``storage.to_storage``) to the start of ``memory``."""
 
-    def download(self, memory: Memory, spec: TensorSpec) -> np.ndarray:
-        """Copy a tensor to the host (waits for pending launches); bfloat16 comes as float32."""
+    def download(self, memory: Memory, spec: TensorSpec, *, copy: bool = True) -> np.ndarray:
+        """Copy a tensor to the host (waits for pending launches); bfloat16 comes as float32.
+
+        Without ``copy`` it may be the memory itself, which holds only until the next launch or upload.
+        """
 
     def load(self, engine_dir: Path, graph: Graph, weights: ChangedWeights | None = None) -> Executable:
         """Load one graph of the engine directory, with ``weights`` in the place of those that they change."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -25,6 +25,10 @@ _ONNX_TYPES = {"float32": 1, "int64": 7, "float16": 10, "bfloat16": 16}
 _NUMPY_BY_ONNX = {1: np.float32, 6: np.int32, 7: np.int64, 9: np.bool_, 10: np.float16, 11: np.float64}
 _SESSION_TYPES = {"float32": "float", "float16": "float16", "bfloat16": "bfloat16", "int64": "int64"}
 _FLOATS = (1, 10, 11)
+_TOUCHED = 2**23  # up to here memory gets its pages when it is allocated, not in the first run
+# Of a graph's convolutions. Above it they keep their layout: ONNX Runtime's own (NCHWc) is made anew for each session,
+# in 3 s a GiB, and is worth 2 % of a launch there. In small graphs, whose images are small, it is worth up to 29 %.
+_LARGE_CONVOLUTIONS = 2**28
 _SMALLEST_SHARED = 1024  # bytes; small constants (shapes, axes) are read by ONNX Runtime itself, on the host
 
 
@@ -95,8 +99,10 @@ class OnnxRuntimeBackend:
             value.update_inplace(np.zeros(max(nbytes, 1), dtype=np.uint8))
             return Memory(value.data_ptr(), nbytes, value)
         owner = np.zeros(nbytes + ALIGNMENT, dtype=np.uint8)
-        start = -owner.ctypes.data % ALIGNMENT
-        return Memory(owner.ctypes.data + start, nbytes, owner)
+        if nbytes <= _TOUCHED:
+            owner.fill(0)
+        base = owner.ctypes.data
+        return Memory(base + -base % ALIGNMENT, nbytes, _HostBytes(owner, base))
 
     def upload(self, memory: Memory, array: np.ndarray) -> None:
         """Copy a host array to the start of ``memory``.
@@ -108,8 +114,8 @@ class OnnxRuntimeBackend:
         if data.nbytes > memory.nbytes:
             raise ValueError(f"{data.nbytes} bytes do not fit a memory of {memory.nbytes}")
         if self.name == "cpu":
-            start = memory.address - memory.owner.ctypes.data
-            memory.owner[start : start + data.nbytes] = data
+            start = memory.address - memory.owner.address
+            memory.owner.array[start : start + data.nbytes] = data
             return
         # A device OrtValue can only be replaced as a whole: what surrounds a part is read back first.
         start = memory.address - memory.owner.data_ptr()
@@ -117,17 +123,19 @@ class OnnxRuntimeBackend:
         whole[start : start + data.nbytes] = data
         memory.owner.update_inplace(whole)
 
-    def download(self, memory: Memory, spec: TensorSpec) -> np.ndarray:
-        """Copy a tensor to the host; bfloat16 comes as float32.
+    def download(self, memory: Memory, spec: TensorSpec, *, copy: bool = True) -> np.ndarray:
+        """Copy a tensor to the host; bfloat16 comes as float32. On the CPU ``copy`` may be left out.
 
         Raises:
             ValueError: the tensor is larger than the memory.
         """
         if spec.nbytes > memory.nbytes:
             raise ValueError(f"{spec.name}: {spec.nbytes} bytes are more than the memory's {memory.nbytes}")
-        base = memory.owner.ctypes.data if self.name == "cpu" else memory.owner.data_ptr()
-        raw = memory.owner if self.name == "cpu" else memory.owner.numpy()
-        return from_storage(raw[memory.address - base :], spec)
+        if self.name == "cpu":
+            raw, base = memory.owner.array, memory.owner.address
+        else:
+            raw, base = memory.owner.numpy(), memory.owner.data_ptr()
+        return from_storage(raw[memory.address - base :], spec, copy=copy)
 
     def load(self, engine_dir: Path, graph: Graph, weights: ChangedWeights | None = None) -> OnnxExecutable:
         """Make a session for one graph; its inputs and outputs must be those of the manifest.
@@ -141,6 +149,8 @@ class OnnxRuntimeBackend:
         if not path.is_file():
             raise UserError(f"{path}: named in the manifest but missing; export the engine directory again")
         options = self._session_options()
+        if self.name == "cpu" and _convolution_bytes(path) > _LARGE_CONVOLUTIONS:
+            options.graph_optimization_level = self._ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
         changed = {} if weights is None else weights.of(path)
         values: list[Any] = []
         if changed:
@@ -237,6 +247,13 @@ class OnnxRuntimeBackend:
         return used
 
 
+class _HostBytes(NamedTuple):
+    """Memory on the host, uint8, and its address, which numpy takes long to tell (40 us after a launch)."""
+
+    array: np.ndarray
+    address: int
+
+
 class OnnxExecutable:
     """A session with the graph of the manifest that it runs."""
 
@@ -312,6 +329,11 @@ def _one_arena(ort: Any) -> None:
         info = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
         ort.create_and_register_allocator(info, ort.OrtArenaCfg({"arena_extend_strategy": 1}))
         _arena_made = True
+
+
+def _convolution_bytes(path: Path) -> int:
+    """Of the weights of two-dimensional convolutions outside the ONNX file: what has four axes."""
+    return sum(tensor.length for tensor in external_tensors(path) if len(tensor.shape) == 4)
 
 
 def _onnx_type(array: np.ndarray) -> int:

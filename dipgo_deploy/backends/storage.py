@@ -18,12 +18,14 @@ def to_storage(array: np.ndarray, dtype: TensorDType) -> np.ndarray:
     return np.where(np.isnan(values), (bits >> 16) | 0x40, rounded).astype(np.uint16)
 
 
-def from_storage(raw: np.ndarray, spec: TensorSpec) -> np.ndarray:
-    """An own array from raw bytes (uint8, at least ``spec.nbytes``); bfloat16 comes as float32."""
+def from_storage(raw: np.ndarray, spec: TensorSpec, *, copy: bool = True) -> np.ndarray:
+    """An own array from raw bytes (uint8, at least ``spec.nbytes``); bfloat16 comes as float32. Without ``copy`` it may
+    be the bytes themselves."""
     raw = np.ascontiguousarray(raw[: spec.nbytes])
     if spec.dtype == "bfloat16":
         return (raw.view(np.uint16).astype(np.uint32) << 16).view(np.float32).reshape(spec.shape)
-    return raw.view(NUMPY_DTYPES[spec.dtype]).reshape(spec.shape).copy()
+    array = raw.view(NUMPY_DTYPES[spec.dtype]).reshape(spec.shape)
+    return array.copy() if copy else array
 
 
 def as_bytes(array: np.ndarray) -> np.ndarray:

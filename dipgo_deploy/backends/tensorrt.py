@@ -77,7 +77,7 @@ class TensorRTBackend:
         self._queue.flush()
         self._cuda.upload(memory, array)
 
-    def download(self, memory: Memory, spec: TensorSpec) -> np.ndarray:
+    def download(self, memory: Memory, spec: TensorSpec, *, copy: bool = True) -> np.ndarray:
         """Copy a tensor to the host after all launches; bfloat16 comes as float32.
 
         Raises:

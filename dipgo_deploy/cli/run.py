@@ -20,8 +20,11 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from dipgo_deploy.backends.tensorrt_queue import GraphMode
+    from dipgo_deploy.runtime.pipeline import LoadMode
 
 _PICTURES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+# Nothing is loaded before the arguments were checked.
+_LOAD: dict[str | None, LoadMode] = {"eager": "call", "lazy": "lazy", None: "auto"}
 _DEFAULT_OUTPUT = {"pil": "output.png", "np": "output.npy", "latent": "output.npy"}
 
 
@@ -106,9 +109,7 @@ _DEFAULT_OUTPUT = {"pil": "output.png", "np": "output.npy", "latent": "output.np
 @click.option(
     "--load",
     type=click.Choice(["eager", "lazy"]),
-    default="eager",
-    show_default=True,
-    help="Load all graphs before the first launch, or each at its own.",
+    help="Load all graphs before the first launch, or each at its own.  [default: lazy on cpu]",
 )
 @click.option(
     "--lora",
@@ -149,7 +150,7 @@ def command(
     backend: str,
     threads: int | None,
     share_weights: bool | None,
-    load: str,
+    load: str | None,
     loras: tuple[str, ...],
     cuda_graph: GraphMode,
     verify: bool,
@@ -178,7 +179,7 @@ def command(
         share_weights=share_weights,
         cuda_graph=cuda_graph,
         verify=verify,
-        load="lazy" if load == "lazy" else "call",
+        load=_LOAD[load],
         lora=choices,
     )
     with _Progress() as progress:

@@ -32,15 +32,17 @@ _POISON_PREDICTION = np.float32(1e30)
 class _View:
     """The loop at one choice of sizes: every shape is known.
 
-    sample_shape: (B, C, h, w). tensors: where each input and output of each launch lives. calls: launches, once bound.
+    sample_shape: (B, C, h, w). start: the stack before a run, on the host; of a run's own are only the slots that it
+    is given. tensors: where each input and output of each launch lives. calls: launches, once bound.
     """
 
-    def __init__(self, manifest: Manifest) -> None:
+    def __init__(self, manifest: Manifest, unwritten: np.float32) -> None:
         plan, latent = manifest.plan, manifest.latent
         self.manifest = manifest
         self.sample_shape = (manifest.batch, latent.channels, latent.height, latent.width)
         self.stack = TensorSpec(name=STACK, shape=(plan.slots, *self.sample_shape), dtype="float32")
         self.noises = TensorSpec(name="noises", shape=(plan.noises, *self.sample_shape), dtype="float32")
+        self.start = np.full(self.stack.shape, unwritten)
         self.tensors: tuple[dict[str, Memory], ...] = ()
         self.calls: list[Launchable | None] = [None] * len(plan.launches)
 
@@ -87,7 +89,8 @@ class DenoisingLoop:
         self._backend = backend
         self._poison = poison
         self.launches: tuple[LaunchEntry, ...] = plan.launches
-        self._view = _View(manifest)  # of the last run; before the first one, of the largest sizes
+        self._unwritten = _POISON_PREDICTION if poison else np.float32(0)
+        self._view = _View(manifest, self._unwritten)  # of the last run; before the first one, of the largest sizes
         self.sample_shape = self._view.sample_shape
         self._stack = backend.allocate(self._view.stack.nbytes)
         self._coefficients = _upload_rows(
@@ -143,7 +146,7 @@ class DenoisingLoop:
         batch, channels, height, width = noise.shape
         view = self._views.pop((batch, channels, height, width), None)
         if view is None:
-            view = _View(manifest.at(Sizes(batch, height, width)))
+            view = _View(manifest.at(Sizes(batch, height, width)), self._unwritten)
             self._place(view)
         while len(self._views) >= MOST_SIZES:
             del self._views[next(iter(self._views))]
@@ -210,9 +213,8 @@ class DenoisingLoop:
         view = self._at(noise)
         plan = view.manifest.plan
         noises = np.zeros(view.noises.shape, np.float32) if noises is None and not plan.noises else noises
-        stack = np.zeros(view.stack.shape, np.float32)  # zeros also clear what the run before left
+        stack = view.start  # all of it is uploaded: that also clears what the run before left
         if self._poison:
-            stack[:] = _POISON_PREDICTION
             self._backend.upload(self._arena, np.full(plan.arena_bytes, _POISON_BYTE, np.uint8))
         stack[0] = noise
         stack[plan.slots - plan.noises :] = _with_shape("noises", noises, view.noises.shape)
@@ -228,7 +230,7 @@ class DenoisingLoop:
             if on_launch is not None:
                 on_launch(index)
         self._backend.synchronize()
-        return final_latent(self._backend.download(self._stack, view.stack), plan.final)
+        return final_latent(self._backend.download(self._stack, view.stack, copy=False), plan.final)
 
     def variant(self, index: int) -> VariantEntry:
         """The variant that launch ``index`` runs."""

@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 
     from dipgo_deploy.lora.merge import LoraReport, MergedWeights
 
-LoadMode = Literal["eager", "call", "lazy"]
-LOAD_MODES: tuple[LoadMode, ...] = ("eager", "call", "lazy")
+LoadMode = Literal["eager", "call", "lazy", "auto"]
+LOAD_MODES: tuple[LoadMode, ...] = ("eager", "call", "lazy", "auto")
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,8 @@ class Pipeline:
             cuda_graph: TensorRT's launches as captured graphs: ``off``, one for each ``step``, or one ``loop``.
             verify: check the sha256 of every file first.
             load: ``eager``: all graphs now; ``call``: all at the first call, after its arguments were checked;
-                ``lazy``: each graph when it is first launched, so that what is never used takes no memory.
+                ``lazy``: each graph when it is first launched, so that the first launch comes early and what is never
+                used takes no memory; ``auto``: ``lazy`` on the CPU, ``call`` elsewhere.
             lora: LoRA files to start with, as (file, scale); see ``load_lora``.
 
         Raises:
@@ -118,7 +119,8 @@ class Pipeline:
         bundle = Bundle.open(Path(engine_dir), verify=verify)
         created = create_backend(backend, threads=threads, share_weights=share_weights, cuda_graph=cuda_graph)
         created.check(bundle.manifest)
-        pipeline = cls(bundle, created, lazy=load == "lazy")
+        lazy = load == "lazy" or (load == "auto" and created.name == "cpu")
+        pipeline = cls(bundle, created, lazy=lazy)
         if lora:
             pipeline._change_weights([(Path(file), scale) for file, scale in lora])
         if load == "eager":

@@ -6,10 +6,12 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
 from toy_engine import Toy, build, manifest_of, replace_manifest, weights
 
 from dipgo_deploy.backends import create_backend
+from dipgo_deploy.backends import onnxruntime as backend_module
 from dipgo_deploy.backends.externals import external_tensors
 from dipgo_deploy.backends.onnxruntime import OnnxRuntimeBackend
 from dipgo_deploy.backends.storage import from_storage, to_storage
@@ -264,3 +266,38 @@ def test_bfloat16_storage_is_torchs():
     np.testing.assert_array_equal(stored[finite], want.view(torch.uint16).numpy()[finite])
     back = from_storage(stored.view(np.uint8), TensorSpec(name="x", shape=values.shape, dtype="bfloat16"))
     np.testing.assert_array_equal(back, want.float().numpy())
+
+
+@pytest.mark.parametrize(("limit", "reordered"), [(0, False), (2**28, True)])
+def test_large_convolutions_keep_their_layout(tmp_path, monkeypatch, limit, reordered):
+    """ONNX Runtime's own layout is seen in the graph that a session runs: nodes that reorder."""
+    random = np.random.default_rng(0)
+    weights = [numpy_helper.from_array(random.normal(size=(16, 16, 3, 3)).astype(np.float32), f"w{i}") for i in (0, 1)]
+    nodes = [
+        helper.make_node("Conv", ["x", "w0"], ["h"], pads=[1, 1, 1, 1]),
+        helper.make_node("Conv", ["h", "w1"], ["y"], pads=[1, 1, 1, 1]),
+    ]
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, (1, 16, 8, 8)) for name in "xy"]
+    made = helper.make_graph(nodes, "convolutions", values[:1], values[1:], weights)
+    model = helper.make_model(made, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    image = random.normal(size=(1, 16, 8, 8)).astype(np.float32)
+    expected = ReferenceEvaluator(model).run(None, {"x": image})[0]
+    onnx.save(model, tmp_path / "g.onnx", save_as_external_data=True, location="weights.bin", size_threshold=0)
+    assert backend_module._convolution_bytes(tmp_path / "g.onnx") == 2 * 16 * 16 * 9 * 4
+    monkeypatch.setattr(backend_module, "_LARGE_CONVOLUTIONS", limit)
+
+    class Saving(OnnxRuntimeBackend):
+        def _session_options(self):
+            options = super()._session_options()
+            options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+            return options
+
+    specs = [TensorSpec(name=name, shape=(1, 16, 8, 8), dtype="float32") for name in "xy"]
+    backend = Saving("cpu", threads=1)
+    executable = backend.load(tmp_path, Graph(file="g.onnx", inputs=(specs[0],), outputs=(specs[1],)))
+    kinds = {node.op_type for node in onnx.load(tmp_path / "optimized.onnx", load_external_data=False).graph.node}
+    assert ("ReorderInput" in kinds) == reordered
+    tensors = {spec.name: backend.allocate(spec.nbytes) for spec in specs}
+    backend.upload(tensors["x"], image)
+    executable.bind(tensors)()
+    np.testing.assert_allclose(backend.download(tensors["y"], specs[1]), expected, rtol=1e-4, atol=1e-4)

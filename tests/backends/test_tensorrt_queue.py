@@ -67,9 +67,9 @@ class QueuedBackend(OnnxRuntimeBackend):
         self.queue.flush()
         super().upload(memory, array)
 
-    def download(self, memory: Memory, spec: TensorSpec) -> np.ndarray:
+    def download(self, memory: Memory, spec: TensorSpec, *, copy: bool = True) -> np.ndarray:
         self.queue.flush()
-        return super().download(memory, spec)
+        return super().download(memory, spec, copy=copy)
 
     def synchronize(self) -> None:
         self.queue.flush()

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 from toy_engine import Toy, build, embed
 
+from dipgo_deploy.backends.onnxruntime import OnnxRuntimeBackend
 from dipgo_deploy.cli import run
 from dipgo_deploy.cli.run import main, parse_labels
 from dipgo_deploy.errors import UserError
@@ -204,6 +205,14 @@ def test_help_shows_examples(capsys):
     printed = capsys.readouterr().out
     assert 'dipgo-run --engine-dir engines/fashion-sd --prompt "a sneaker"' in printed
     assert "--class-labels" in printed
+
+
+@pytest.mark.parametrize(("backend", "lazy"), [("cpu", True), ("cuda", False)])
+def test_graphs_are_loaded_as_they_are_launched_on_the_cpu_only(text_dir, monkeypatch, backend, lazy):
+    made = OnnxRuntimeBackend("cpu", threads=1)
+    made.name = backend
+    monkeypatch.setattr("dipgo_deploy.runtime.pipeline.create_backend", lambda *args, **options: made)
+    assert Pipeline.from_engine_dir(text_dir, backend, load="auto")._lazy == lazy
 
 
 def test_lazy_loading_draws_the_same(text_dir, tmp_path, capsys):

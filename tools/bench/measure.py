@@ -42,9 +42,9 @@ class TimedBackend:
         """As the wrapped backend."""
         self._inner.upload(memory, array)
 
-    def download(self, memory: Memory, spec: TensorSpec) -> np.ndarray:
+    def download(self, memory: Memory, spec: TensorSpec, *, copy: bool = True) -> np.ndarray:
         """As the wrapped backend."""
-        return self._inner.download(memory, spec)
+        return self._inner.download(memory, spec, copy=copy)
 
     def synchronize(self) -> None:
         """As the wrapped backend."""

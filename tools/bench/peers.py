@@ -1,15 +1,16 @@
 """The same cached loop by every means at hand, in one run: PyTorch, DeepCache, cache-dit, ONNX Runtime, and ours.
 
-Run from the repository's root: ``python -m tools.bench.peers --out docs/results/peers.json``. DeepCache and cache-dit
-are taken where they are installed (``pip install DeepCache cache-dit``), torch.compile where there is a C++ compiler;
-what is missing is named in the results.
+Run from the repository's root: ``python -m tools.bench.peers --collect docs/results/peers.json``. DeepCache and
+cache-dit are taken where they are installed (``pip install DeepCache cache-dit``), torch.compile where there is a C++
+compiler; what is missing is named in the results.
 """
 
 from __future__ import annotations
 
+import json
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +23,7 @@ import torch
 from dipgo_deploy.cli.common import emit, entry_point, human_console, json_option
 from dipgo_deploy.compare.conditions import as_arrays, reference_inputs
 from dipgo_deploy.compare.metrics import relative_error
+from dipgo_deploy.errors import UserError
 from dipgo_deploy.export.exporter import ExportOptions, PlannedExport, plan_export
 from dipgo_deploy.export.quiet import quiet_libraries
 from dipgo_deploy.models.target import schedule_target
@@ -33,10 +35,10 @@ from dipgo_deploy.supernet.load import load_denoiser
 from dipgo_deploy.supernet.loop import run_loop
 from tools.bench.measure import alternate, machine, machine_line, spread, timed
 from tools.bench.pairs import full_schedule, write_engine
-from tools.bench.tables import table, with_quartiles, write_results
+from tools.bench.tables import table, with_quartiles
 
 GUIDANCE_SCALE = 5.0
-CPU = "CPUExecutionProvider"
+_PATH = click.Path(path_type=Path)
 
 Denoise = Callable[[], np.ndarray]
 """One whole loop: the final latents (1, C, h, w)."""
@@ -78,7 +80,9 @@ def contest(model: str, steps: int, interval: int, height: int | None) -> Contes
             tuple(step % interval == 0 or index == 0 for index in range(len(names))) for step in range(target.steps)
         )
     schedule = target.schedule(gates, "bench", {"interval": interval})
-    planned = plan_export(model, schedule, ExportOptions(components=False, check=False, height=height, width=height))
+    # Not with low memory: the supernet runs on the same weights afterwards.
+    options = ExportOptions(components=False, check=False, height=height, width=height, low_memory=False)
+    planned = plan_export(model, schedule, options)
     shape = planned.traced.shape
     channels = planned.source.family.latent_channels(planned.source.config)
     inputs = reference_inputs(
@@ -187,12 +191,13 @@ def cache_dit(given: Contest) -> Denoise:
 
 
 def engine(given: Contest, schedule: Schedule, folder: Path, threads: int) -> Denoise:
-    """An engine directory of ours on ONNX Runtime's CPU provider."""
+    """An engine directory of ours on ONNX Runtime's CPU provider, exported where it is not there yet."""
     from dipgo_deploy.backends.onnxruntime import OnnxRuntimeBackend
     from dipgo_deploy.bundle.directory import Bundle
     from dipgo_deploy.export.exporter import replan
 
-    write_engine(replan(given.planned, schedule), folder)
+    if not folder.is_dir():
+        write_engine(replan(given.planned, schedule), folder)
     loop = DenoisingLoop(Bundle.open(folder), OnnxRuntimeBackend("cpu", threads=threads))
     noise, conditions = given.latents.numpy(), as_arrays(given.conditions)
     return lambda: loop.run(noise, conditions, guidance_scale=GUIDANCE_SCALE)
@@ -214,13 +219,20 @@ def rivals(given: Contest, folder: Path, threads: int) -> dict[str, Callable[[],
 FULL = ("PyTorch, full", "torch.compile, full", "ONNX Runtime, full")
 
 
-def race(given: Contest, repeats: int, threads: int, leave_out: tuple[str, ...], notify: Callable[[str], None]) -> Any:
+def race(
+    given: Contest,
+    repeats: int,
+    threads: int,
+    leave_out: tuple[str, ...],
+    notify: Callable[[str], None],
+    engines: Path | None = None,
+) -> Any:
     """Everybody in turn, ``repeats`` rounds; agreement of the final latents within the cached and the full ones."""
     torch.set_num_threads(threads)
     rows: dict[str, dict[str, Any]] = {}
     calls: dict[str, Denoise] = {}
     with tempfile.TemporaryDirectory() as folder:
-        for name, make in rivals(given, Path(folder), threads).items():
+        for name, make in rivals(given, engines or Path(folder), threads).items():
             if name in leave_out:
                 rows[name] = {"missing": "left out"}
                 continue
@@ -247,7 +259,9 @@ def race(given: Contest, repeats: int, threads: int, leave_out: tuple[str, ...],
         row.pop("latents", None)
     shape = given.planned.traced.shape
     return {
-        "model": given.model,
+        "model": Path(given.model).name,
+        "machine": machine(threads),
+        "repeats": repeats,
         "steps": given.steps,
         "interval": given.interval,
         "latent": [shape.height, shape.width],
@@ -265,7 +279,12 @@ def race(given: Contest, repeats: int, threads: int, leave_out: tuple[str, ...],
 @click.option("--repeats", type=click.IntRange(min=1), default=7, show_default=True)
 @click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True)
 @click.option("--leave-out", multiple=True, help="Contestant that does not run (by its name in the table).")
-@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Results (.json, and .md beside it).")
+@click.option(
+    "--engines",
+    type=_PATH,
+    help="Folder of our engine directories: kept there, and used again. One model, and the same steps, only.",
+)
+@click.option("--collect", type=_PATH, help="Add to this file (.json), with a table for readers beside it.")
 @json_option
 def command(
     models: tuple[str, ...],
@@ -275,40 +294,51 @@ def command(
     repeats: int,
     threads: int,
     leave_out: tuple[str, ...],
-    out: Path | None,
+    engines: Path | None,
+    collect: Path | None,
     as_json: bool,
 ) -> None:
     """Time one cached denoising loop by every means at hand, in turn."""
+    if engines is not None and len(models) != 1:
+        raise UserError("--engines: holds the engine directories of one model; give one --model")
     quiet_libraries()
     console = human_console(as_json)
-    facts: dict[str, Any] = {"machine": machine(threads), "repeats": repeats, "contests": []}
+    results = []
     for model in models or ("fashion-sd", "fashion-dit"):
         given = contest(model, steps, interval, height)
-        facts["contests"].append(race(given, repeats, threads, leave_out, lambda line: console.print(line)))
-        console.print(_table(facts["contests"][-1]), markup=False, soft_wrap=True)
-    if out is not None:
-        write_results(out, facts, as_text(facts))
-    emit(facts, as_json)
+        results.append(race(given, repeats, threads, leave_out, lambda line: console.print(line), engines))
+        console.print(_table(results[-1]), markup=False, soft_wrap=True)
+    if collect is not None:
+        known = json.loads(collect.read_text(encoding="utf-8")) if collect.is_file() else []
+        kept = [row for row in known if _key(row) not in [_key(result) for result in results]]
+        collect.write_text(json.dumps(kept + results, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        collect.with_suffix(".md").write_text(as_text(kept + results), encoding="utf-8")
+    emit({"contests": results}, as_json)
 
 
 main = entry_point(command)
 
 
-def as_text(facts: Mapping[str, Any]) -> str:
+def _key(result: Mapping[str, Any]) -> list[Any]:
+    return [result[name] for name in ("model", "latent", "steps", "interval")] + [result["machine"]["threads"]]
+
+
+def as_text(results: Sequence[Mapping[str, Any]]) -> str:
     """The results for readers."""
     parts = [
         "# Against peers\n",
-        f"{machine_line(facts['machine'])}.\n",
-        "One image with guidance, DDIM, fp32, the same noise and conditions; seconds of the denoising loop alone, "
-        f"{facts['repeats']} rounds in which every contestant runs once, in turn. Median, quartiles in brackets. "
+        "One image with guidance, DDIM, fp32, the same noise and conditions; seconds of the denoising loop alone, in "
+        "rounds in which every contestant runs once, in turn. Median, quartiles in brackets. "
         "`times ours` is round by round. `error`: of the final latents, relative to the largest value, for the cached "
         "loops against ours and for the full ones against ONNX Runtime's. Made by `python -m tools.bench.peers`.\n",
     ]
-    for result in facts["contests"]:
+    for result in results:
+        height, width = result["latent"]
         parts.append(
-            f"## {result['model']}, {result['latent'][0]}x{result['latent'][1]} latents, {result['steps']} steps, "
-            f"refreshed every {result['interval']}\n\n{result['graphs']} graphs; the full loop has "
-            f"{result['macs_full_over_run']:.2f} times the multiply-accumulates.\n"
+            f"## {result['model']}, {height}x{width} latents, {result['steps']} steps, "
+            f"refreshed every {result['interval']}\n\n{machine_line(result['machine'])}.\n\n"
+            f"{result['graphs']} graphs; the full loop has {result['macs_full_over_run']:.2f} times the "
+            f"multiply-accumulates. {result['repeats']} rounds.\n"
         )
         parts.append(_table(result))
     return "\n".join(parts)
