@@ -10,7 +10,12 @@ BACKENDS = ("auto", "cpu", "cuda", "tensorrt", "tensorrt-rtx")
 
 
 def create_backend(
-    name: str = "auto", *, threads: int | None = None, share_weights: bool | None = None, cuda_graph: GraphMode = "off"
+    name: str = "auto",
+    *,
+    threads: int | None = None,
+    share_weights: bool | None = None,
+    cuda_graph: GraphMode = "off",
+    quick_start: bool = False,
 ) -> Backend:
     """Make a backend by name.
 
@@ -20,6 +25,7 @@ def create_backend(
         threads: CPU threads of one launch; None leaves it to the backend.
         share_weights: one copy of the weights for all graphs; None: on CUDA only (see ``OnnxRuntimeBackend``).
         cuda_graph: ``off``, ``step`` or ``loop`` (see ``TensorRTBackend``); the others have no captured graphs.
+        quick_start: on the CPU graphs are loaded fast rather than run fast (see ``OnnxRuntimeBackend``).
 
     Raises:
         UserError: no such backend, or it cannot run on this machine; nothing has been created then.
@@ -39,4 +45,4 @@ def create_backend(
             return OnnxRuntimeBackend("cuda", threads=threads, share_weights=share_weights)
         except UserError:  # said by name only when CUDA was asked for
             name = "cpu"
-    return OnnxRuntimeBackend(name, threads=threads, share_weights=share_weights)
+    return OnnxRuntimeBackend(name, threads=threads, share_weights=share_weights, quick_start=quick_start)

@@ -26,8 +26,8 @@ _NUMPY_BY_ONNX = {1: np.float32, 6: np.int32, 7: np.int64, 9: np.bool_, 10: np.f
 _SESSION_TYPES = {"float32": "float", "float16": "float16", "bfloat16": "bfloat16", "int64": "int64"}
 _FLOATS = (1, 10, 11)
 _TOUCHED = 2**23  # up to here memory gets its pages when it is allocated, not in the first run
-# Of a graph's convolutions. Above it they keep their layout: ONNX Runtime's own (NCHWc) is made anew for each session,
-# in 3 s a GiB, and is worth 2 % of a launch there. In small graphs, whose images are small, it is worth up to 29 %.
+# Bytes of a graph's convolutions above which a quick start leaves their layout as it is. ONNX Runtime's own (NCHWc)
+# is made anew for each session, in 3 s a GiB, and is worth 2-7 % of a launch of SD-1.5, 29 % of one of fashion-sd.
 _LARGE_CONVOLUTIONS = 2**28
 _SMALLEST_SHARED = 1024  # bytes; small constants (shapes, axes) are read by ONNX Runtime itself, on the host
 
@@ -45,12 +45,21 @@ class OnnxRuntimeBackend:
         share_weights: all graphs use one copy of the weights: on CUDA one in its memory (the default there), on the
             CPU the memory-mapped file itself, at the price of slower matrix products (so not the default there): ONNX
             Runtime cannot re-lay-out ("prepack") weights that it does not own.
+        quick_start: on the CPU leave out what takes longer to load than it saves in a few launches: large convolutions
+            keep their layout.
 
     Raises:
         UserError: ONNX Runtime or the provider is not there, CUDA has no usable device, or ``threads`` is below 1.
     """
 
-    def __init__(self, provider: str = "cpu", *, threads: int | None = None, share_weights: bool | None = None) -> None:
+    def __init__(
+        self,
+        provider: str = "cpu",
+        *,
+        threads: int | None = None,
+        share_weights: bool | None = None,
+        quick_start: bool = False,
+    ) -> None:
         if provider not in ("cpu", "cuda"):
             raise UserError(f"backend {provider!r}: ONNX Runtime runs on cpu or cuda")
         if threads is not None and threads < 1:
@@ -61,6 +70,7 @@ class OnnxRuntimeBackend:
         self.name = provider
         self._provider = CUDA if provider == "cuda" else CPU
         self._threads = threads
+        self._quick_start = quick_start and provider == "cpu"
         self._share_weights = provider == "cuda" if share_weights is None else share_weights
         self._weights: dict[tuple[Path, int, int, tuple[int, ...]], Any] = {}
         # Of changed weights too, for as long as somebody has them: initializer of a folder -> value.
@@ -149,7 +159,7 @@ class OnnxRuntimeBackend:
         if not path.is_file():
             raise UserError(f"{path}: named in the manifest but missing; export the engine directory again")
         options = self._session_options()
-        if self.name == "cpu" and _convolution_bytes(path) > _LARGE_CONVOLUTIONS:
+        if self._quick_start and _convolution_bytes(path) > _LARGE_CONVOLUTIONS:
             options.graph_optimization_level = self._ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
         changed = {} if weights is None else weights.of(path)
         values: list[Any] = []
@@ -187,6 +197,8 @@ class OnnxRuntimeBackend:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         if self.name == "cpu":
             options.add_session_config_entry("session.use_env_allocators", "1")
+        # Weights are re-laid out by as many threads as a launch has.
+        options.add_session_config_entry("session.prepack.enable_parallel", "1")
         if self._threads is not None:
             options.intra_op_num_threads = self._threads
         return options

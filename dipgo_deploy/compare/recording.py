@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from dipgo_deploy.compare.conditions import ReferenceInputs, as_arrays, host
-from dipgo_deploy.runtime.loop import COEFFICIENTS, GUIDANCE_SCALE, PREDICTION, STACK, TIMESTEP
+from dipgo_deploy.runtime.loop import COEFFICIENTS, GUIDANCE_SCALE, PREDICTION, STACK, STACK_BEFORE, TIMESTEP
 
 if TYPE_CHECKING:
     from dipgo_deploy.supernet.gated import CacheState, Supernet
@@ -165,7 +165,9 @@ def launch_inputs(model_input: np.ndarray, timestep: float, slots: int) -> dict[
     stack[0] = model_input
     coefficients = np.zeros(slots, np.float32)
     coefficients[0] = 1.0
-    return {STACK: stack, COEFFICIENTS: coefficients, TIMESTEP: np.array([timestep], np.float32)}
+    before = np.concatenate([np.zeros_like(stack[:1]), stack[:-1]])
+    time = np.array([timestep], np.float32)
+    return {STACK: stack, STACK_BEFORE: before, COEFFICIENTS: coefficients, TIMESTEP: time}
 
 
 def cache_place(name: str) -> tuple[str, int]:

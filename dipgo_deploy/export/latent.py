@@ -9,7 +9,7 @@ import numpy as np
 
 from dipgo_deploy.bundle.stack import StackLayout
 from dipgo_deploy.export.dynamic import SIZES
-from dipgo_deploy.runtime.loop import COEFFICIENTS, STACK
+from dipgo_deploy.runtime.loop import COEFFICIENTS, STACK, STACK_BEFORE
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -19,7 +19,9 @@ def latent_from_stack(part: ir.Graph, latent: ir.Value, layout: StackLayout) -> 
     """Put the sum of the stack in the place of ``latent``, an input of ``part``; the inputs that it takes then.
 
     ``stack`` float32 (slots, B, C, h, w) and ``coefficients`` float32 (slots,), see ``bundle.stack``; the first alone
-    where only the sizes of the latent are used. All in float32, whatever the dtype of the model.
+    where only the sizes of the latent are used. Where all slots are of the chain ``stack_before``, too: the slot before
+    each, the same memory one slot earlier, so that one node makes the differences. All in float32, whatever the dtype
+    of the model.
     """
     import onnx_ir as ir
 
@@ -37,6 +39,7 @@ def latent_from_stack(part: ir.Graph, latent: ir.Value, layout: StackLayout) -> 
         latent_shape = _sizes_from_stack(part, latent, stack, len(extents))
         if not latent.uses():
             return [stack]
+    before = ir.val(STACK_BEFORE, dtype=ir.DataType.FLOAT, shape=stack.shape)
     nodes: list[ir.Node] = []
 
     def add(op: str, inputs: list[ir.Value], name: str, shape: list[int | str | None], **attributes: int) -> ir.Value:
@@ -47,15 +50,17 @@ def latent_from_stack(part: ir.Graph, latent: ir.Value, layout: StackLayout) -> 
         nodes.append(node)
         return node.outputs[0]
 
-    flat = add("Reshape", [stack, _constant(part, "stack_shape", [slots, -1])], "Flatten", [slots, size])
-    terms = _terms(part, flat, layout, size, add)
+    chained = slots == layout.chain > 1
+    rows = add("Sub", [stack, before], "Differences", [slots, *extents]) if chained else stack
+    flat = add("Reshape", [rows, _constant(part, "stack_shape", [slots, -1])], "Flatten", [slots, size])
+    terms = flat if chained else _terms(part, flat, layout, size, add)
     total = add("MatMul", [coefficients, terms], "WeightedSum", [size])
     shaped = add("Reshape", [total, latent_shape], "Shape", list(extents))
     latent.name = "latent/input"
     latent.replace_all_uses_with(shaped)
     for node in reversed(nodes):
         prepend(part, node)
-    return [stack, coefficients]
+    return [stack, before, coefficients] if chained else [stack, coefficients]
 
 
 def _terms(
@@ -74,8 +79,7 @@ def _terms(
     first = rows(0, 1)
     earlier = first if chain == 2 else rows(0, chain - 1)
     differences = add("Sub", [rows(1, chain), earlier], "Differences", [chain - 1, size])
-    behind = [rows(chain, slots)] if slots > chain else []
-    return add("Concat", [first, differences, *behind], "Terms", [slots, size], axis=0)
+    return add("Concat", [first, differences, rows(chain, slots)], "Terms", [slots, size], axis=0)
 
 
 def _constant(part: ir.Graph, name: str, values: list[int]) -> ir.Value:

@@ -16,12 +16,13 @@ from dipgo_deploy.errors import UserError
 from dipgo_deploy.runtime.component import MOST_SIZES
 
 STACK = "stack"
+STACK_BEFORE = "stack_before"
 COEFFICIENTS = "coefficients"
 TIMESTEP = "timestep"
 GUIDANCE_SCALE = "guidance_scale"
 PREDICTION = "noise_pred"
 
-# Rows of the coefficient and timestep tables start at multiples of this: TensorRT wants aligned addresses.
+# The stack and rows of the coefficient and timestep tables start at multiples of it: TensorRT wants aligned addresses.
 _ROW_ALIGNMENT = 256
 # All bits set is NaN in float32, float16 and bfloat16.
 _POISON_BYTE = 0xFF
@@ -54,9 +55,10 @@ class _View:
 class DenoisingLoop:
     """The launches of an engine directory, bound to one set of buffers on a backend; one or several an evaluation.
 
-    Buffers: the stack float32 (slots, B, C, h, w); coefficients, one row of ``slots`` float32 per launch; timesteps,
-    one float32 per launch; the guidance scale; the conditions; the cache arena. A prediction is bound to its slot of
-    the stack and a cache to its offset in the arena, so nothing is copied between launches. One run at a time.
+    Buffers: the stack float32 (slots, B, C, h, w), with zeros in front of it; coefficients, one row of ``slots``
+    float32 per launch; timesteps, one float32 per launch; the guidance scale; the conditions; the cache arena. A
+    prediction is bound to its slot of the stack and a cache to its offset in the arena, so nothing is copied between
+    launches. One run at a time.
 
     Where sizes are open the buffers are made for the largest, and each run is of the sizes of its noise: the launches
     are bound anew for sizes that were not among the last few.
@@ -92,7 +94,11 @@ class DenoisingLoop:
         self._unwritten = _POISON_PREDICTION if poison else np.float32(0)
         self._view = _View(manifest, self._unwritten)  # of the last run; before the first one, of the largest sizes
         self.sample_shape = self._view.sample_shape
-        self._stack = backend.allocate(self._view.stack.nbytes)
+        # Zeros in front of the stack: what comes before its first slot, at any sizes.
+        zeros = _aligned(self._view.stack.nbytes // plan.slots)
+        room = backend.allocate(zeros + self._view.stack.nbytes)
+        self._stack = room.at(zeros, self._view.stack.nbytes)
+        self._room, self._zeros = room, zeros
         self._coefficients = _upload_rows(
             backend, [graph_coefficients(launch.coefficients, plan.stack.chain) for launch in plan.launches]
         )
@@ -163,6 +169,7 @@ class DenoisingLoop:
         specs = {spec.name: spec for spec in (*variant.graph.inputs, *variant.graph.outputs)}
         tensors: dict[str, Memory] = {
             STACK: self._stack,
+            STACK_BEFORE: self._room.at(self._zeros - view.stack.nbytes // plan.slots, view.stack.nbytes),
             COEFFICIENTS: self._coefficients[index],
             TIMESTEP: self._timesteps[index],
             GUIDANCE_SCALE: self._guidance_scale,
@@ -248,10 +255,14 @@ class DenoisingLoop:
         return self._backend.download(self._view.tensors[index][name], spec)
 
 
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // _ROW_ALIGNMENT) * _ROW_ALIGNMENT
+
+
 def _upload_rows(backend: Backend, rows: Sequence[Sequence[float] | np.ndarray]) -> tuple[Memory, ...]:
     """One allocation for all rows (float32), each at an aligned address."""
     row_bytes = 4 * max((len(row) for row in rows), default=0)
-    stride = -(-row_bytes // _ROW_ALIGNMENT) * _ROW_ALIGNMENT
+    stride = _aligned(row_bytes)
     table = np.zeros((len(rows), stride // 4), np.float32)
     for index, row in enumerate(rows):
         table[index, : len(row)] = row

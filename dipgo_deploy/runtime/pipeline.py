@@ -117,7 +117,13 @@ class Pipeline:
         if load not in LOAD_MODES:
             raise UserError(f"load {load!r}: choose one of {', '.join(LOAD_MODES)}")
         bundle = Bundle.open(Path(engine_dir), verify=verify)
-        created = create_backend(backend, threads=threads, share_weights=share_weights, cuda_graph=cuda_graph)
+        created = create_backend(
+            backend,
+            threads=threads,
+            share_weights=share_weights,
+            cuda_graph=cuda_graph,
+            quick_start=load in ("lazy", "auto"),
+        )
         created.check(bundle.manifest)
         lazy = load == "lazy" or (load == "auto" and created.name == "cpu")
         pipeline = cls(bundle, created, lazy=lazy)

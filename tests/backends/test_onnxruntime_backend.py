@@ -293,7 +293,7 @@ def test_large_convolutions_keep_their_layout(tmp_path, monkeypatch, limit, reor
             return options
 
     specs = [TensorSpec(name=name, shape=(1, 16, 8, 8), dtype="float32") for name in "xy"]
-    backend = Saving("cpu", threads=1)
+    backend = Saving("cpu", threads=1, quick_start=True)
     executable = backend.load(tmp_path, Graph(file="g.onnx", inputs=(specs[0],), outputs=(specs[1],)))
     kinds = {node.op_type for node in onnx.load(tmp_path / "optimized.onnx", load_external_data=False).graph.node}
     assert ("ReorderInput" in kinds) == reordered

@@ -7,6 +7,7 @@ compiler; what is missing is named in the results.
 
 from __future__ import annotations
 
+import copy
 import json
 import tempfile
 import time
@@ -31,7 +32,6 @@ from dipgo_deploy.runtime.loop import DenoisingLoop
 from dipgo_deploy.sampler.schedulers import fresh, set_timesteps
 from dipgo_deploy.schedule import builders
 from dipgo_deploy.schedule.document import Granularity, Schedule
-from dipgo_deploy.supernet.load import load_denoiser
 from dipgo_deploy.supernet.loop import run_loop
 from tools.bench.measure import alternate, machine, machine_line, spread, timed
 from tools.bench.pairs import full_schedule, write_engine
@@ -113,15 +113,23 @@ def torch_loop(given: Contest, model: Any, scheduler: Any) -> np.ndarray:
     return result
 
 
+def twin(given: Contest) -> Any:
+    """The model in PyTorch, with the parameters that all contestants in PyTorch have in common: copies of a large one
+    would push mapped weights out of memory."""
+    model = given.planned.source.denoiser
+    tensors = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+
+
 def eager(given: Contest) -> Denoise:
     """diffusers' model as it is, every step in full."""
-    model = load_denoiser(given.model)[0]
+    model = twin(given)
     return lambda: torch_loop(given, model, _scheduler(given))
 
 
 def compiled(given: Contest) -> Denoise:
     """The same through ``torch.compile``; compiling is not counted."""
-    model = torch.compile(load_denoiser(given.model)[0], dynamic=False)
+    model = torch.compile(twin(given), dynamic=False)
     return lambda: torch_loop(given, model, _scheduler(given))
 
 
@@ -151,7 +159,7 @@ def deepcache(given: Contest) -> Denoise:
     """The package DeepCache, ``cache_branch_id`` 0."""
     from DeepCache import DeepCacheSDHelper
 
-    pipe = SimpleNamespace(unet=load_denoiser(given.model)[0], scheduler=None)
+    pipe = SimpleNamespace(unet=twin(given), scheduler=None)
     helper = DeepCacheSDHelper(pipe)
     helper.set_params(cache_interval=given.interval, cache_branch_id=0)
 
@@ -170,7 +178,7 @@ def cache_dit(given: Contest) -> Denoise:
     """The package cache-dit: first block computed, the others from a static mask of steps."""
     import cache_dit as package
 
-    model = load_denoiser(given.model)[0]
+    model = twin(given)
     mask = [int(step % given.interval == 0) for step in range(given.steps)]
     config = package.DBCacheConfig(
         Fn_compute_blocks=1,
