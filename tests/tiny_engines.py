@@ -22,6 +22,7 @@ from family_checks import random_weights
 
 from dipgo_deploy.bundle.files import staged_directory
 from dipgo_deploy.export.exporter import PlannedExport, write_bundle
+from dipgo_deploy.models.family import Granularity
 from dipgo_deploy.models.location import denoiser_config
 from dipgo_deploy.sampler import evaluations, make_scheduler
 from dipgo_deploy.schedule.document import Schedule, gate_rows
@@ -80,18 +81,24 @@ def save_dit_pipeline(folder: Path, *, layers: int = 4) -> Path:
 
 
 def schedule_for(
-    folder: Path, *, ratio: float = 0.5, seed: int = 0, cache: str | None = None, sampler: str = "ddim"
+    folder: Path,
+    *,
+    ratio: float = 0.5,
+    seed: int = 0,
+    cache: str | None = None,
+    sampler: str = "ddim",
+    granularity: Granularity = "block",
 ) -> Schedule:
     """``STEPS`` steps of ``sampler``; after the first evaluation each block is removed with probability ``ratio``."""
     family, config = denoiser_config(folder)
-    specs = family.blocks(config, "block")
+    specs = family.blocks(config, granularity)
     scheduler = make_scheduler(sampler, BETAS)
     count = evaluations(scheduler, STEPS)
     source = random.Random(seed)
     gates = [[step == 0 or source.random() >= ratio for _ in specs] for step in range(count)]
     return Schedule.model_validate(
         {
-            "model": {"class_name": family.class_name, "config_hash": config_hash(config), "granularity": "block"},
+            "model": {"class_name": family.class_name, "config_hash": config_hash(config), "granularity": granularity},
             "blocks": [{"name": spec.name, "cache": cache or spec.caches[0]} for spec in specs],
             "steps": count,
             "keep": gate_rows(gates),

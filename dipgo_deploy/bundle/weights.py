@@ -24,10 +24,20 @@ class StoredWeight(_Frozen):
     equal: tuple[str, ...] = pydantic.Field(
         default=(), description="parameters of equal value that the export keeps in this tensor too"
     )
+    rows: tuple[int, int, int] | None = pydantic.Field(
+        default=None, description="it holds only rows [first, last) of the parameter's, as (first, last, all)"
+    )
     shape: tuple[int, ...]
     dtype: str
     offset: int
     length: int
+
+    @property
+    def parameter_shape(self) -> tuple[int, ...]:
+        """Shape of the whole parameter."""
+        if self.transposed:
+            return tuple(reversed(self.shape))
+        return self.shape if self.rows is None else (self.rows[2], *self.shape[1:])
 
 
 class WeightsIndex(_Frozen):

@@ -61,7 +61,7 @@ _PATH = click.Path(path_type=Path)
 @click.option(
     "--low-memory/--no-low-memory",
     default=None,
-    help="Hold the weights once; compare in a process of its own. [default: for more than 256 MiB of weights]",
+    help="Hold the weights once; compare in processes of their own. [default: for more than 256 MiB of weights]",
 )
 @click.option("--allow-other-config", is_flag=True, help="Accept a schedule made for another configuration.")
 @click.option("--overwrite", is_flag=True, help="Replace an engine directory that exists.")
@@ -110,20 +110,21 @@ def command(
                 console.print(stage, markup=False)
 
         planned, copies = plan_export(model, schedule, settings, notify), None
-        if auto and not settings.low_memory:
+        if auto:
             planned, copies = with_layout_for_cpu(planned)
+        both_layouts = plan_only and planned.traced.shape.sizes is None  # segments are of one size
+        # Before the weights of the trace are released.
+        facts = _facts(planned, both_layouts=both_layouts) | ({} if copies is None else {"weight_copies": copies})
         if engine_dir is not None:
             publish(planned, engine_dir, notify, agreed.append)
-    both_layouts = plan_only and planned.traced.shape.sizes is None  # segments are of one size
-    facts = _facts(planned, both_layouts=both_layouts) | ({} if copies is None else {"weight_copies": copies})
     _show(console, facts)
     if both_layouts:
         facts["advice"] = _show_layouts(console, facts, budget)
     for agreement in agreed:
-        console.print(f"variants against the supernet: {agreement}", soft_wrap=True)
+        console.print(f"{planned.options.layout} against the supernet: {agreement}", soft_wrap=True)
         facts["agreement"] = {key: _finite(value) for key, value in agreement._asdict().items()}
     if planned.options.low_memory and settings.low_memory is None:
-        console.print("large weights: held once, compared in a process of its own; --no-low-memory goes without")
+        console.print("large weights: held once, compared in processes of their own; --no-low-memory goes without")
     if engine_dir is not None:
         console.print(f"{engine_dir}: {_size(engine_dir)}, ready for dipgo-run", markup=False, soft_wrap=True)
         facts["engine_dir"] = str(engine_dir)

@@ -72,9 +72,9 @@ class ExportOptions:
     evaluation is several launches). strength: start from a picture and run this share of the steps, as diffusers'
     image-to-image pipelines do. allow_other_config: accept a schedule made for another configuration of the same class.
     check: compare every graph with the supernet before publishing. components: export text encoder, tokenizer and VAE
-    too; without them a bundle takes embeddings and gives latents. low_memory: hold the weights once, and compare in a
-    process of its own, after they were released; a planned export can then be written once. None: for large weights
-    (``low_memory.LARGE_BYTES``) in the layout ``variants``; a planned export says what it became.
+    too; without them a bundle takes embeddings and gives latents. low_memory: hold the weights once, and compare in
+    processes of their own, after they were released; a planned export can then be written once. None: for large
+    weights (``low_memory.LARGE_BYTES``); a planned export says what it became.
     """
 
     dtype: str = "fp32"
@@ -150,13 +150,11 @@ def plan_export(
     """
     if options.layout == "segments" and options.max_variants is not None:
         raise UserError("--max-variants: not with --layout segments, where no weight is in two graphs; leave it out")
-    if options.low_memory and options.layout == "segments":
-        raise UserError("--low-memory: not with --layout segments; leave one of them out")
     # Before the model: a sampler that is refused costs no trace.
     sampling = _nominal_sampling(model, schedule, options.strength)
     dtype = torch_dtype(options.dtype)
     if options.low_memory is None:
-        options = replace(options, low_memory=options.layout == "variants" and is_large(model, dtype))
+        options = replace(options, low_memory=is_large(model, dtype))
     notify("loading the model" + (", holding its weights once" if options.low_memory else ""))
     source = load_frugally(model, dtype) if options.low_memory else load_source(model)
     source.check(schedule, allow_other_config=options.allow_other_config)
@@ -288,7 +286,7 @@ def with_layout_for_cpu(planned: PlannedExport) -> tuple[PlannedExport, float | 
 
     Each session re-lays-out its weights for itself, so many variants load slowly and take the memory of as many models;
     segments hold one copy and are as fast. ``variants`` and None where segments cannot be: open sizes, a limit on the
-    variants, half precision (which is for GPUs). Segments are compared in this process, also of large weights.
+    variants, half precision (which is for GPUs).
     """
     options = planned.options
     if options.dtype != "fp32" or options.max_variants is not None or planned.traced.shape.sizes:
@@ -296,8 +294,7 @@ def with_layout_for_cpu(planned: PlannedExport) -> tuple[PlannedExport, float | 
     copies = copies_in_variants(planned.plan, read_pieces(planned.traced))
     if copies <= MANY_COPIES:
         return planned, copies
-    options = replace(options, layout="segments", low_memory=False)
-    return replace(planned, options=options, segments=in_segments(planned)), copies
+    return replace(planned, options=replace(options, layout="segments"), segments=in_segments(planned)), copies
 
 
 def export_bundle(
@@ -358,7 +355,7 @@ def write_bundle(
         if planned.segments is None:
             agreement = check_variants(planned, variants, stage)
         else:
-            check_segments(planned, plan_entry, stage)
+            agreement = check_segments(planned, plan_entry, stage)
     shape = planned.traced.shape
     latent = LatentSpec(
         channels=planned.source.family.latent_channels(planned.source.config),

@@ -13,6 +13,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from dipgo_deploy.bundle.directory import Bundle
+    from dipgo_deploy.bundle.shapes import Sizes
     from dipgo_deploy.export.exporter import PlannedExport
     from dipgo_deploy.export.source import Source
 
@@ -87,39 +90,50 @@ def release(planned: PlannedExport) -> None:
 
 
 def check_in_process(engine_dir: Path, model: str) -> Agreement:
-    """Compare the graphs of a written engine directory with the supernet, in a process of its own; how far they agree.
+    """Compare the graphs of a written engine directory with the supernet, in two processes; how far they agree.
+
+    The first runs the supernet and records, the second runs the graphs: it has neither torch nor the torch model, the
+    first no graph. The recordings are files beside ``engine_dir`` meanwhile.
 
     Raises:
-        ToleranceError: as ``check_variants``. UserError: the process failed.
+        ToleranceError: as ``check_variants`` and ``check_segments``. UserError: a process failed.
     """
+    with tempfile.TemporaryDirectory(prefix=".recorded-", dir=engine_dir.parent) as folder:
+        _run("record", str(engine_dir), model, folder)
+        return Agreement(*json.loads(_run("compare", str(engine_dir), folder).splitlines()[-1]))
+
+
+def _run(*arguments: str) -> str:
+    """This module's own command in a process; what it prints."""
     root = str(Path(__file__).parents[2])
     path = os.pathsep.join(part for part in (root, os.environ.get("PYTHONPATH", "")) if part)
-    command = [sys.executable, "-m", __name__, str(engine_dir), model]
     # Else glibc keeps what large layers took, for layers to come.
     env = {**os.environ, "PYTHONPATH": path, "MALLOC_MMAP_THRESHOLD_": str(2**20)}
+    command = [sys.executable, "-m", __name__, *arguments]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     last = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
     if done.returncode == 1:
         raise ToleranceError(last)
     if done.returncode:
         raise UserError(f"the comparison with the supernet ended with status {done.returncode}: {last}")
-    return Agreement(*json.loads(done.stdout.splitlines()[-1]))
+    return done.stdout
 
 
-def _compare(engine_dir: Path, model: str) -> Agreement:
-    """What the process does."""
+def _record(engine_dir: Path, model: str, folder: Path) -> None:
+    """What the first process does: recordings in ``folder/0`` and, of open sizes, further folders, one for each of the
+    sizes that are compared."""
     from dipgo_deploy.bundle.directory import Bundle
     from dipgo_deploy.compare.conditions import reference_inputs
     from dipgo_deploy.compare.recording import Recorder, run_until_complete
     from dipgo_deploy.compare.reference import load_reference
-    from dipgo_deploy.export.check import compare_recordings
-    from dipgo_deploy.export.conditions import corners
+    from dipgo_deploy.compare.steps import StepRecorder
+    from dipgo_deploy.export.quiet import quiet_libraries
+    from dipgo_deploy.export.recorded import ToDisk
 
+    quiet_libraries()
     whole = Bundle.open(engine_dir)
-    ranges = whole.manifest.sizes
-    found = []
-    for sizes in (whole.manifest.usual_sizes,) if ranges is None else corners(ranges):
-        bundle = whole.at(sizes)
+    for place, sizes in enumerate(_compared_sizes(whole)):
+        bundle = whole if sizes is None else whole.at(sizes)
         manifest, plan = bundle.manifest, bundle.manifest.plan
         with float32_files(model, engine_dir.parent) as weights:
             reference = load_reference(bundle, model, weights)
@@ -133,9 +147,15 @@ def _compare(engine_dir: Path, model: str) -> Agreement:
                 begin=reference.begin,
             )
             launches = [(launch.step, launch.variant) for launch in plan.launches]
-            recorder = Recorder(plan.variants, launches, inputs.guidance_scale, plan.slots)
+            recorder: Recorder | StepRecorder
+            if plan.layout == "variants":
+                recorder = Recorder(plan.variants, launches, inputs.guidance_scale, plan.slots)
+            else:
+                recorder = StepRecorder(plan.variants, launches, reference.schedule, inputs.guidance_scale, plan.slots)
+            (folder / str(place)).mkdir()
+            written = ToDisk(recorder, folder / str(place))
             run_until_complete(
-                recorder,
+                written,
                 reference.supernet,
                 reference.scheduler,
                 reference.schedule.sampler.num_inference_steps,
@@ -143,20 +163,45 @@ def _compare(engine_dir: Path, model: str) -> Agreement:
                 inputs,
                 reference.set_timesteps,
             )
-            tolerance = reference.source.family.tolerances[manifest.dtype]
+            written.close()
             del reference
             gc.collect()  # a model's hooks refer to it
-        at = None if ranges is None else sizes
-        found.append(compare_recordings(recorder.recordings, plan.variants, engine_dir, tolerance, at))
-    return worst(found)
+
+
+def _compare(engine_dir: Path, folder: Path) -> Agreement:
+    """What the second process does. It must not load torch."""
+    from dipgo_deploy.bundle.directory import Bundle
+    from dipgo_deploy.export.check import compare_recordings, compare_steps
+    from dipgo_deploy.export.recorded import read_recordings, read_steps
+    from dipgo_deploy.models.registry import family_for
+
+    bundle = Bundle.open(engine_dir)
+    manifest, plan = bundle.manifest, bundle.manifest.plan
+    tolerance = family_for(manifest.model.class_name).tolerances[manifest.dtype]
+    half = manifest.dtype != "fp32"
+    if plan.layout == "segments":
+        return compare_steps(read_steps(folder / "0"), plan, engine_dir, tolerance, half=half, frugal=True)
+    return worst(
+        compare_recordings(read_recordings(folder / str(place)), plan.variants, engine_dir, tolerance, sizes, half=half)
+        for place, sizes in enumerate(_compared_sizes(bundle))
+    )
+
+
+def _compared_sizes(bundle: Bundle) -> tuple[Sizes | None, ...]:
+    """None where nothing is open."""
+    from dipgo_deploy.export.conditions import corners
+
+    ranges = bundle.manifest.sizes
+    return (None,) if ranges is None else corners(ranges)
 
 
 def _main() -> int:
-    from dipgo_deploy.export.quiet import quiet_libraries
-
-    quiet_libraries()
+    stage, engine_dir, *rest = sys.argv[1:]
     try:
-        print(json.dumps(_compare(Path(sys.argv[1]), sys.argv[2])))
+        if stage == "record":
+            _record(Path(engine_dir), rest[0], Path(rest[1]))
+        else:
+            print(json.dumps(_compare(Path(engine_dir), Path(rest[0]))))
     except ToleranceError as error:
         print(error, file=sys.stderr)
         return 1

@@ -27,15 +27,26 @@ _WHOLE_BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "I16": 2, "I32": 4, "I64": 8}
 
 
 def mapped_files() -> Ranges:
-    """Addresses (first, past the last) at which safetensors files are mapped; none outside Linux."""
-    maps = Path("/proc/self/maps")
+    """Addresses (first, past the last) at which safetensors files are mapped; none outside Linux.
+
+    A file of which a page was written to in memory (weights that were changed in place) is left out: that page would
+    be read from the file again.
+    """
+    maps = Path("/proc/self/smaps")
     if not maps.is_file():
         return []
-    found = []
+    found: Ranges = []
+    inside = False
     for line in maps.read_text().splitlines():
-        if line.endswith(_SUFFIX):
-            start, _, end = line.split(None, 1)[0].partition("-")
-            found.append((int(start, 16), int(end, 16)))
+        first, _, rest = line.partition(" ")
+        if not first.endswith(":"):
+            inside = line.endswith(_SUFFIX)
+            if inside:
+                start, _, end = first.partition("-")
+                found.append((int(start, 16), int(end, 16)))
+        elif inside and first == "Anonymous:" and rest.split()[0] != "0":
+            found.pop()
+            inside = False
     return found
 
 

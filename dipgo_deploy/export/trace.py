@@ -12,6 +12,7 @@ from dipgo_deploy.errors import UserError
 from dipgo_deploy.export.dynamic import Dimensions, concrete, example_sizes, macs_at, name_dimensions, shapes_from_sizes
 from dipgo_deploy.export.macs import node_macs
 from dipgo_deploy.export.program import to_onnx, torch_dtype
+from dipgo_deploy.export.projections import separate_projections
 from dipgo_deploy.models.family import BlockSpec, Granularity, InputSpec, ModelFamily
 from dipgo_deploy.models.target import NOMINAL_SIZE
 from dipgo_deploy.plan.graph import Block, BlockGraph, CacheKind, InputRole, Value
@@ -112,6 +113,7 @@ def trace(
         label=family.class_name,
         dynamic_shapes=_dynamic_shapes(shape, conditions),
     )
+    separate_projections(model)
     if shape.sizes is not None:
         name_dimensions(model, LATENT, shape.sizes)
         shapes_from_sizes(model, LATENT)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dipgo_deploy.bundle.weights import WEIGHTS_INDEX, StoredWeight, WeightsIndex
 from dipgo_deploy.export.layout import layout_of
+from dipgo_deploy.export.mapped import give_back, mapped_files
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -38,7 +39,12 @@ def write_weights(graphs: Sequence[ir.Model], folder: Path) -> int:
         zip(
             names,
             ir.external_data.convert_tensors_to_external(
-                [tensors[name] for name in names], folder, WEIGHTS_NAME, alignment=PAGE, align_threshold=PAGE
+                [tensors[name] for name in names],
+                folder,
+                WEIGHTS_NAME,
+                callback=_GiveBack(),
+                alignment=PAGE,
+                align_threshold=PAGE,
             ),
             strict=True,
         )
@@ -50,6 +56,21 @@ def write_weights(graphs: Sequence[ir.Model], folder: Path) -> int:
             if name in external:
                 value.const_value = external[name]
     return (folder / WEIGHTS_NAME).stat().st_size
+
+
+class _GiveBack:
+    """Called before each tensor is written; gives back the pages of the one before, if it is mapped."""
+
+    def __init__(self) -> None:
+        self._mapped = mapped_files()
+        self._last: Any = None
+
+    def __call__(self, tensor: ir.TensorProtocol, _info: Any) -> None:
+        import torch
+
+        if isinstance(self._last, torch.Tensor):
+            give_back(self._last, self._mapped)
+        self._last = tensor.raw
 
 
 def save_graph(model: ir.Model, path: Path) -> None:
@@ -65,6 +86,7 @@ def _stored(tensor: ir.TensorProtocol, external: ir.ExternalTensor) -> StoredWei
         parameter=None if layout is None else layout.parameter,
         transposed=layout is not None and layout.transposed,
         equal=() if layout is None else layout.equal,
+        rows=None if layout is None else layout.rows,
         shape=tuple(int(extent) for extent in tensor.shape),
         dtype=tensor.dtype.name.lower(),
         offset=int(external.offset or 0),

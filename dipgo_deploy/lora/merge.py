@@ -97,7 +97,8 @@ class MergedWeights:
             (tensor,) = (tensor for tensor in external_tensors(onnx_file) if tensor.name == name)
             values = _read(tensor.file, tensor.offset, stored)
             weight = values.T if stored.transposed else values
-            total = weight + sum(_delta(change, weight.shape) for change in self._changes[folder][name])
+            rows = slice(*(stored.rows or (None,))[:2])
+            total = weight + sum(_delta(change, weight.shape, rows) for change in self._changes[folder][name])
             placed = total.T if stored.transposed else total
             self._merged[folder, name] = to_storage(placed, _SPEC_DTYPES[stored.dtype])  # type: ignore[arg-type]
         return self._merged[folder, name]
@@ -223,7 +224,7 @@ def _check(path: Path, update: LowRank, name: str, stored: StoredWeight) -> None
         raise UserError(
             f"{path}: {update.module}: its weight {name} is {stored.dtype}; only floating-point ones change"
         )
-    shape = tuple(reversed(stored.shape)) if stored.transposed else stored.shape
+    shape = stored.parameter_shape
     wide = (update.up.shape[0], *update.down.shape[1:])
     if wide != shape and not (wide[:2] == shape[:2] and set(wide[2:] + shape[2:]) <= {1}):
         raise UserError(
@@ -232,9 +233,10 @@ def _check(path: Path, update: LowRank, name: str, stored: StoredWeight) -> None
         )
 
 
-def _delta(change: _Change, shape: tuple[int, ...]) -> np.ndarray:
+def _delta(change: _Change, shape: tuple[int, ...], rows: slice) -> np.ndarray:
+    """The update of these rows of a weight, which have ``shape``."""
     update = change.update
-    up = update.up.reshape(update.up.shape[:2])
+    up = update.up.reshape(update.up.shape[:2])[rows]
     product = up @ update.down.reshape(update.down.shape[0], -1)
     result: np.ndarray = (np.float32(change.scale * update.factor) * product).reshape(shape)
     return result

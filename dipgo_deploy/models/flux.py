@@ -143,10 +143,11 @@ def call(model: nn.Module, latent: Tensor, timestep: Tensor, conditions: Mapping
     tokens = latent.reshape(batch, channels, rows, _PACK, columns, _PACK).permute(0, 2, 4, 1, 3, 5)
     tokens = tokens.reshape(batch, rows * columns, channels * _PACK**2)
     length = conditions["encoder_hidden_states"].shape[1]
-    with _rotary_table(model, length, rows, columns):
+    timestep = timestep / _TIMESTEPS
+    with _rotary_table(model, length, rows, columns), _unrounded(model, timestep, conditions.get("guidance")):
         predicted = model(
             hidden_states=tokens,
-            timestep=timestep / _TIMESTEPS,
+            timestep=timestep,
             txt_ids=tokens.new_zeros(length, 3),
             img_ids=tokens.new_zeros(rows * columns, 3),
             return_dict=False,
@@ -154,6 +155,26 @@ def call(model: nn.Module, latent: Tensor, timestep: Tensor, conditions: Mapping
         )[0]
     predicted = predicted.reshape(batch, rows, columns, channels, _PACK, _PACK).permute(0, 3, 1, 4, 2, 5)
     return predicted.reshape(batch, channels, height, width)
+
+
+@contextmanager
+def _unrounded(model: nn.Module, timestep: Tensor, guidance: Tensor | None) -> Iterator[None]:
+    """Inside the context the embedding of timestep (and guidance) gets them in float32.
+
+    The model casts both to its own dtype before it takes their sinusoids, of 1000 times the value: in float16 that is
+    up to a quarter of a radian of the fastest one, in bfloat16 two radians.
+    """
+    numbers = [value.float() * _TIMESTEPS for value in (timestep, guidance) if value is not None]
+
+    def given(module: nn.Module, rounded: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (*numbers, *rounded[len(numbers) :])
+
+    embed: Any = model.time_text_embed
+    hook = embed.register_forward_pre_hook(given)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import nn
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.models import ModelFamily
 from dipgo_deploy.models.location import config_folder, denoiser_config, resolve_model
+from dipgo_deploy.supernet.shards import load_shards
 
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 
@@ -36,12 +38,18 @@ def load_denoiser(
 
     folder = config_folder(folder_or_id)
     family, config = denoiser_config(folder)
-    options = {"subfolder": family.component} if (folder / "model_index.json").is_file() else {}
-    model = _pretrained(getattr(diffusers, family.diffusers_class), folder_or_id, dtype, **options)
-    others = {
-        name: _pretrained(getattr(diffusers, class_name), folder_or_id, dtype, subfolder=name)
-        for name, class_name in family.companions.items()
-    }
+
+    def load(class_name: str, subfolder: str | None) -> Any:
+        owner = getattr(diffusers, class_name)
+        part = folder / (subfolder or ".")
+        files = weight_files(part)
+        several = len(files) > 1 and all(file.is_file() for file in files) and _dtypes(files) == {dtype}
+        found = load_shards(owner, part, files, dtype) if several else None
+        options = {} if subfolder is None else {"subfolder": subfolder}
+        return _pretrained(owner, folder_or_id, dtype, **options) if found is None else found
+
+    model = load(family.diffusers_class, family.component if (folder / "model_index.json").is_file() else None)
+    others = {name: load(class_name, name) for name, class_name in family.companions.items()}
     for part in (model, *others.values()):
         kept = getattr(part, "_keep_in_fp32_modules", None)
         if not kept and any(parameter.dtype != dtype for parameter in part.parameters()):
@@ -55,17 +63,22 @@ def stored_dtype(folder_or_id: str | Path) -> torch.dtype:
 
     float32 where they have several, and for what is not a folder.
     """
-    import safetensors
-
     folder = config_folder(folder_or_id)
     family, _ = denoiser_config(folder)
+    parts = (family.component, *family.companions) if (folder / "model_index.json").is_file() else (".",)
+    found = _dtypes([path for part in parts for path in weight_files(folder / part)])
+    return found.pop() if len(found) == 1 else torch.float32
+
+
+def _dtypes(files: Sequence[Path]) -> set[torch.dtype]:
+    """Of the floating-point tensors in safetensors files."""
+    import safetensors
+
     found: set[str] = set()
-    for part in (family.component, *family.companions) if (folder / "model_index.json").is_file() else (".",):
-        for path in weight_files(folder / part):
-            with safetensors.safe_open(path, "pt") as weights:
-                found.update(weights.get_slice(name).get_dtype() for name in weights.keys())  # noqa: SIM118
-    floating = found & _FLOATING.keys()
-    return _FLOATING[floating.pop()] if len(floating) == 1 else torch.float32
+    for path in files:
+        with safetensors.safe_open(path, "pt") as weights:
+            found.update(weights.get_slice(name).get_dtype() for name in weights.keys())  # noqa: SIM118
+    return {_FLOATING[name] for name in found & _FLOATING.keys()}
 
 
 def weight_files(folder: Path) -> list[Path]:

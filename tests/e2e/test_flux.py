@@ -11,7 +11,7 @@ import onnx
 import pytest
 import torch
 from diffusers import FluxPipeline
-from family_checks import build_with_tensorrt_rtx, plan_for, schedule_for, with_gates
+from family_checks import build_with_tensorrt_rtx, loop_report, plan_for, schedule_for, with_gates
 from flow_pipelines import T5_WIDTH, flux_transformer, save_flux
 from sd_pipelines import PROMPT, assert_equals_supernet, psnr, relative, stock
 
@@ -207,6 +207,27 @@ def test_the_rotary_table_is_the_models_own() -> None:
     assert "forward" not in vars(transformer.pos_embed)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_does_not_round_timestep_and_guidance(dtype: torch.dtype) -> None:
+    """Of 1000 times either, rounded, the sine would be that of another number; diffusers' own forward rounds them."""
+    timestep, scale = torch.tensor([857.3]), torch.tensor([3.3])
+    sinusoids: dict[str, list[torch.Tensor]] = {"float32": [], "half": []}
+    for name, model in {"float32": flux_transformer(), "half": flux_transformer().to(dtype)}.items():
+        model.time_text_embed.time_proj.register_forward_hook(lambda _, _in, out, n=name: sinusoids[n].append(out))
+        wanted = next(model.parameters()).dtype
+        conditions = {
+            "encoder_hidden_states": torch.randn(1, 5, T5_WIDTH).to(wanted),
+            "pooled_projections": torch.randn(1, model.config.pooled_projection_dim).to(wanted),
+            "guidance": scale,
+        }
+        with torch.no_grad():
+            FAMILY.call(model, torch.randn(1, 4, 4, 6).to(wanted), timestep, conditions)
+        assert not model.time_text_embed._forward_pre_hooks
+    assert len(sinusoids["half"]) == 2
+    for found, expected in zip(sinusoids["half"], sinusoids["float32"], strict=True):
+        assert torch.equal(found, expected)
+
+
 def test_tensorrt_rtx_builds_fp32(engine: Path) -> None:
     assert build_with_tensorrt_rtx(engine) == 3
 
@@ -217,6 +238,9 @@ def test_fp16_is_close(small: Path, tmp_path: Path) -> None:
     bundle = publish(plan_for(small, schedule_for(small, steps=STEPS), dtype="fp16", **SMALL), tmp_path / "x")
     call = {"prompt": PROMPT, "output_type": "np"}
     assert psnr(ours(bundle.path, **call), theirs(FluxPipeline.from_pretrained(small), **call)) > 40
+    # A timestep that was rounded to float16 gives 9e-3 at the second evaluation; the first one's is a whole number.
+    for evaluation in loop_report(bundle.path, variants=False).loop:
+        assert evaluation.worst.relative < 3e-3
     assert build_with_tensorrt_rtx(bundle.path) == 3
 
 

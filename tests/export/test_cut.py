@@ -10,7 +10,8 @@ import onnx
 import pytest
 
 from dipgo_deploy.bundle.manifest import VariantEntry
-from dipgo_deploy.export.check import check_variants, record, relative_error, run_graph
+from dipgo_deploy.compare.metrics import relative_error
+from dipgo_deploy.export.check import check_variants, record, run_graph
 from dipgo_deploy.export.cut import cache_input, cache_output
 from dipgo_deploy.export.exporter import PlannedExport, write_variants
 from dipgo_deploy.export.tensors import graph_entry

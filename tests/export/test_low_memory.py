@@ -1,22 +1,28 @@
 from __future__ import annotations
 
-import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_engines import corrupted, save_dit_pipeline, schedule_for
 
 from dipgo_deploy.bundle.directory import Bundle
+from dipgo_deploy.bundle.manifest import VariantEntry
+from dipgo_deploy.compare.metrics import Agreement
 from dipgo_deploy.errors import ToleranceError, UserError
 from dipgo_deploy.export import low_memory, mapped
 from dipgo_deploy.export.exporter import ExportOptions, PlannedExport, plan_export, publish
+from dipgo_deploy.export.layout import Layout, layout_of, note_layouts
+from dipgo_deploy.export.weights import write_weights
 from dipgo_deploy.supernet.load import load_denoiser, stored_dtype
 
 torch.set_num_threads(1)
@@ -78,19 +84,52 @@ def test_a_wrong_graph_is_found_by_the_process(plan: Callable[..., PlannedExport
     found = low_memory.check_in_process(engine, str(model))
     assert 0 < found.relative < 1e-4 and found.psnr > 80 and found.cosine > 0.999999
     variant = Bundle.open(engine).manifest.plan.variants[0]
-    graph = onnx.load(engine / variant.graph.file, load_external_data=False)
-    inside = [t for t in graph.graph.initializer if t.name.startswith("transformer_blocks.0.ff") and t.external_data]
-    weight = inside[0].name
+    weight = next(name for name in _stored(engine, variant) if name.startswith("transformer_blocks.0.ff"))
     wrong = corrupted(engine, tmp_path / "wrong", Path(variant.graph.file).name, weight)
     with pytest.raises(ToleranceError, match=r"variant v\d+, step \d+, .*: relative error .* against the supernet"):
         low_memory.check_in_process(wrong, str(model))
     with pytest.raises(UserError, match=r"status 2: .*no manifest\.json there"):
         low_memory.check_in_process(tmp_path / "nowhere", str(model))
+    assert not list(tmp_path.glob(".*"))
 
 
-def test_segments_are_refused(plan: Callable[..., PlannedExport]) -> None:
-    with pytest.raises(UserError, match=re.escape("--low-memory: not with --layout segments")):
-        plan(low_memory=True, layout="segments")
+def test_graphs_run_where_torch_was_never_loaded(
+    plan: Callable[..., PlannedExport], model: Path, tmp_path: Path
+) -> None:
+    """The supernet's libraries take some hundred MB, which the comparison's own process does without."""
+    engine = publish(plan(low_memory=True, check=False), tmp_path / "engine").path
+    recorded = tmp_path / "recorded"
+    recorded.mkdir()
+    low_memory._record(engine, str(model), recorded)
+    code = (
+        "import sys; from pathlib import Path; from dipgo_deploy.export import low_memory; "
+        "low_memory._compare(Path(sys.argv[1]), Path(sys.argv[2])); "
+        "print({'torch', 'diffusers', 'onnx'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, engine, recorded], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+def test_segments_are_the_same_too(plan: Callable[..., PlannedExport], model: Path, tmp_path: Path, dtype: str) -> None:
+    found: list[Agreement] = []
+    usual = publish(plan(layout="segments", dtype=dtype), tmp_path / "usual", agreed=found.append)
+    frugal = publish(plan(layout="segments", dtype=dtype, low_memory=True), tmp_path / "frugal", agreed=found.append)
+    assert frugal.manifest.plan.launches == usual.manifest.plan.launches
+    for entry, other in zip(frugal.manifest.plan.variants, usual.manifest.plan.variants, strict=True):
+        assert _content(frugal.path / entry.graph.file) == _content(usual.path / other.graph.file)
+    assert found[0].relative == pytest.approx(found[1].relative, rel=0.5)  # other optimizations of the same graphs
+    owner = {weight: entry for entry in frugal.manifest.plan.variants for weight in _stored(frugal.path, entry)}
+    weight = next(name for name in owner if name.startswith("transformer_blocks.0.ff"))
+    wrong = corrupted(frugal.path, tmp_path / "wrong", Path(owner[weight].graph.file).name, weight)
+    with pytest.raises(ToleranceError, match=r"segment \S+, step \d+, .*: relative error .* against the supernet"):
+        low_memory.check_in_process(wrong, str(model))
+
+
+def _stored(engine: Path, entry: VariantEntry) -> list[str]:
+    """Names of a graph's tensors in the weights file."""
+    graph = onnx.load(engine / entry.graph.file, load_external_data=False).graph
+    return [tensor.name for tensor in graph.initializer if tensor.external_data]
 
 
 def test_models_that_keep_some_float32_are_left_alone(model: Path) -> None:
@@ -106,7 +145,7 @@ def test_large_weights_are_held_once_by_default(
     assert plan().options.low_memory is False
     monkeypatch.setattr(low_memory, "LARGE_BYTES", 1000)
     assert plan(low_memory=False).options.low_memory is False
-    assert plan(layout="segments").options.low_memory is False
+    assert plan(layout="segments").options.low_memory is True
     planned = plan(check=False)
     assert planned.options.low_memory is True
     publish(planned, tmp_path / "engine")
@@ -170,6 +209,41 @@ def test_pages_are_given_back(tmp_path: Path) -> None:
     linear(torch.ones(1, 512))
     assert before > 1000
     assert _resident_kib("linear.safetensors") < 100
+
+
+def test_pages_that_were_written_to_are_kept(tmp_path: Path) -> None:
+    """They are not in the file: given back, a merged weight would be the file's again."""
+    save_file({"weight": torch.zeros(1024, 1024)}, tmp_path / "changed.safetensors")
+    weight = load_file(tmp_path / "changed.safetensors")["weight"]
+    assert _is_mapped(weight)
+    weight[3] = 1.0
+    assert not _is_mapped(weight)
+    mapped.give_back(weight, mapped.mapped_files())
+    assert weight.sum() == 1024
+
+
+def test_reading_all_weights_once_leaves_few_pages(tmp_path: Path) -> None:
+    """Which parameter a tensor is, and writing it: both go through all weights."""
+    layers = torch.nn.Sequential(*(torch.nn.Linear(512, 512, bias=False) for _ in range(4)))
+    for number, layer in enumerate(layers):
+        layer.weight.data.fill_(number)
+    save_file(layers.state_dict(), tmp_path / "layers.safetensors")
+    layers.load_state_dict(load_file(tmp_path / "layers.safetensors"), assign=True)
+    values = {
+        name: ir.Value(name=name, const_value=ir.tensor(weight.data, name=name))
+        for name, weight in layers.named_parameters()
+    }
+    model = ir.Model(ir.Graph([], [], nodes=[], initializers=list(values.values())), ir_version=10)
+    note_layouts(model, layers, {name: name for name in values}, "")
+    assert layout_of(values["2.weight"].const_value) == Layout("2.weight", transposed=False)
+    assert _resident_kib("layers.safetensors") < 100
+    size = write_weights([model], tmp_path)
+    assert size >= 4 * 2**20
+    assert _resident_kib("layers.safetensors") <= 1024 + 100  # the last one
+
+
+def _is_mapped(tensor: torch.Tensor) -> bool:
+    return any(first <= tensor.data_ptr() < last for first, last in mapped.mapped_files())
 
 
 def _resident_kib(name: str) -> int:

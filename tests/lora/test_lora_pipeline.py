@@ -95,6 +95,7 @@ def test_the_index_tells_how_each_parameter_is_stored(unet):
             continue
         values = np.frombuffer(data, np.float32, stored.length // 4, stored.offset).reshape(stored.shape)
         want = parameters[stored.parameter].detach().numpy()
+        assert stored.parameter_shape == want.shape
         np.testing.assert_array_equal(values.T if stored.transposed else values, want)
         seen.add(stored.parameter)
         transposed += stored.transposed
@@ -134,6 +135,32 @@ def test_equals_the_merged_model_and_is_undone_bit_for_bit(unet, tmp_path, share
     pipeline.unload_lora()
     assert pipeline.loras == ()
     np.testing.assert_array_equal(draw(pipeline), before)
+
+
+@pytest.mark.parametrize("layout", ["variants", "segments"])
+def test_a_weight_that_is_stored_in_parts(dit, tmp_path, layout):
+    linear = "transformer_blocks.0.norm1.linear"
+    schedule = schedule_for(dit.model, granularity="layer")
+    planned = plan_export(str(dit.model), schedule, ExportOptions(layout=layout, components=False))
+    engine = Engine(dit.model, write(planned, tmp_path / "engine"))
+    parts = [w for w in WeightsIndex.load(engine.path / "graphs").tensors.values() if w.parameter == f"{linear}.weight"]
+    assert len(parts) == 4
+    updates = make_updates(load_denoiser(dit.model)[0], [linear])
+    file = save_lora(tmp_path / "a.safetensors", updates, alpha=3.0)
+    pipeline = pipeline_of(engine)
+    latents, _ = inputs()
+
+    def drawn():
+        return pipeline(class_labels=[1], latents=latents, guidance_scale=2.0, output_type="latent").latents
+
+    before = drawn()
+    assert pipeline.load_lora(file, 0.7).applied == 1
+    labels = torch.tensor([10, 1])
+    want = reference(engine, latents, {"class_labels": labels}, 2.0, (updates, 0.7))
+    assert relative(drawn(), want) < 1e-4
+    assert relative(before, want) > 1e-3
+    pipeline.unload_lora()
+    np.testing.assert_array_equal(drawn(), before)
 
 
 def test_variants_without_a_layer_are_reported(unet, tmp_path):

@@ -24,7 +24,7 @@ import click
 from dipgo_deploy.cli.common import emit, entry_point, human_console, json_option
 from tools.bench.measure import machine
 from tools.bench.tables import write_results
-from tools.gpu_check import MODELS, make_model
+from tools.gpu.models import MODELS, make_model
 
 MIB = 2**20
 

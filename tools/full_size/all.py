@@ -30,6 +30,7 @@ _ROWS: tuple[tuple[str, str, int, Mapping[str, Any]], ...] = tuple(
         ("sd-2.1-768", "fp16", 256, {}),
         ("sana-1600m-1024", "fp16", 256, {}),
         ("sd3-medium-1024", "fp16", 256, {}),
+        ("sd3.5-medium-1024", "fp16", 256, {}),
         ("sdxl-base-1024", "fp16", 256, {}),
         ("flux.1-dev-1024", "fp16", 256, {"reduced": True}),
         ("pixart-sigma-xl-2-1024", "fp16", 256, {}),

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from unittest import mock
 
 if TYPE_CHECKING:
     import torch
@@ -27,9 +25,11 @@ def write_model(entry: Mapping[str, Any], config: Mapping[str, Any], dtype: str,
     import torch
     from safetensors.torch import save_file
 
+    from dipgo_deploy.supernet.shards import parameters_on_meta
+
     wanted = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
     settings = {key: value for key, value in config.items() if not key.startswith("_")}
-    with _parameters_on_meta():
+    with parameters_on_meta():
         model = getattr(diffusers, entry["class_name"])(**settings)
     parameters = {id(parameter) for parameter in model.parameters()}
     generator = torch.Generator().manual_seed(seed)
@@ -87,20 +87,3 @@ def _index(folder: Path, shards: list[list[str]]) -> None:
         size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
         document = {"metadata": {"total_size": size}, "weight_map": weight_map}
         (folder / f"{_STEM}.safetensors.index.json").write_text(json.dumps(document), encoding="utf-8")
-
-
-@contextmanager
-def _parameters_on_meta() -> Iterator[None]:
-    """Modules made inside have no memory for their parameters; their buffers (position tables) are real."""
-    import torch
-    from torch import nn
-
-    register = nn.Module.register_parameter
-
-    def on_meta(self: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        if parameter is not None:
-            parameter = nn.Parameter(parameter.to(torch.device("meta")), requires_grad=parameter.requires_grad)
-        register(self, name, parameter)
-
-    with mock.patch.object(nn.Module, "register_parameter", on_meta):
-        yield
