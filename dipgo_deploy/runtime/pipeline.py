@@ -108,7 +108,8 @@ class Pipeline:
             verify: check the sha256 of every file first.
             load: ``eager``: all graphs now; ``call``: all at the first call, after its arguments were checked;
                 ``lazy``: each graph when it is first launched, so that the first launch comes early and what is never
-                used takes no memory; ``auto``: ``lazy`` on the CPU, ``call`` elsewhere.
+                used takes no memory (on the CPU without what makes loading slow, see ``quick_start`` of
+                ``OnnxRuntimeBackend``); ``auto``: ``lazy`` on the CPU, ``call`` elsewhere.
             lora: LoRA files to start with, as (file, scale); see ``load_lora``.
 
         Raises:
