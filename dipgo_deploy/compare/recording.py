@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -123,8 +123,9 @@ def run_until_complete(
     gates: Sequence[Sequence[bool]],
     inputs: ReferenceInputs,
     set_timesteps_kwargs: Mapping[str, Any] | None = None,
+    keep: Callable[[int], Collection[str]] | None = None,
 ) -> None:
-    """Run the supernet's loop for as long as ``recorder`` is not complete."""
+    """Run the supernet's loop for as long as ``recorder`` is not complete; ``keep`` as ``run_loop`` has it."""
     import torch
 
     from dipgo_deploy.supernet.loop import run_loop
@@ -147,6 +148,7 @@ def run_until_complete(
             set_timesteps_kwargs=set_timesteps_kwargs,
             start=inputs.start,
             record=record,
+            keep=keep,
         )
 
 

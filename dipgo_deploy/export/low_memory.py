@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,9 +27,11 @@ if TYPE_CHECKING:
     from torch import nn
 
     from dipgo_deploy.bundle.directory import Bundle
+    from dipgo_deploy.bundle.manifest import PlanEntry
     from dipgo_deploy.bundle.shapes import Sizes
     from dipgo_deploy.export.exporter import PlannedExport
     from dipgo_deploy.export.source import Source
+    from dipgo_deploy.schedule.document import Schedule
 
 # Of the exported weights; smaller ones are not worth a process.
 LARGE_BYTES = 256 * 2**20
@@ -162,10 +165,33 @@ def _record(engine_dir: Path, model: str, folder: Path) -> None:
                 reference.schedule.gates,
                 inputs,
                 reference.set_timesteps,
+                _caches_read(reference.schedule, plan),
             )
             written.close()
             del reference
             gc.collect()  # a model's hooks refer to it
+
+
+def _caches_read(schedule: Schedule, plan: PlanEntry) -> Callable[[int], set[str]]:
+    """For each evaluation, the blocks whose caches the next one reads: those removed there, and what its launch reads
+    of blocks that are kept but have the same value again. All others are made anew before they are read."""
+    from dipgo_deploy.compare.recording import cache_place
+
+    names = [block.name for block in schedule.blocks]
+    reads: dict[int, set[str]] = {}
+    if plan.layout == "variants":
+        for launch in plan.launches:
+            entry = plan.variants[launch.variant]
+            reads.setdefault(launch.step, set()).update(cache_place(name)[0] for name in entry.reads)
+
+    def keep(step: int) -> set[str]:
+        following = step + 1
+        if following == len(schedule.gates):
+            return set()
+        removed = {name for name, kept in zip(names, schedule.gates[following], strict=True) if not kept}
+        return removed | reads.get(following, set())
+
+    return keep
 
 
 def _compare(engine_dir: Path, folder: Path) -> Agreement:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -52,6 +52,7 @@ def run_loop(
     set_timesteps_kwargs: Mapping[str, Any] | None = None,
     start: ImageStart | None = None,
     record: Callable[[Evaluation], None] | None = None,
+    keep: Callable[[int], Collection[str]] | None = None,
 ) -> Tensor:
     """Denoise ``latents`` with one row of gates an evaluation.
 
@@ -69,6 +70,7 @@ def run_loop(
         set_timesteps_kwargs: what the scheduler's ``set_timesteps`` is given besides the number of steps.
         start: begin later, from a picture that ``latents`` are added to as noise.
         record: called with each `Evaluation`.
+        keep: evaluation -> blocks whose caches are kept after it; all by default. What is still read must be kept.
 
     Returns:
         The final latents, (B, C, h, w), dtype of ``latents``.
@@ -112,7 +114,8 @@ def run_loop(
             record(_evaluation(step, model_input, timestep, conditions, state, after, raw, prediction))
         with nullcontext() if given is None else GivenNoise(latents.shape, given.draw):
             sample = sampler.step(prediction, timestep, sample, return_dict=False, **extra)[0]
-        state = after
+        # One name for it: the caches that are not kept are gone while the next evaluation runs.
+        state = after = after if keep is None else _only(after, keep(step))
     if given is not None:
         given.check_all_used()
     return sample
@@ -149,6 +152,11 @@ def _evaluation(
 def _detached(state: CacheState) -> CacheState:
     tensors = {name: [tensor.detach() for tensor in values] for name, values in state.tensors.items()}
     return CacheState(tensors, state.structures)
+
+
+def _only(state: CacheState, blocks: Collection[str]) -> CacheState:
+    tensors = {name: values for name, values in state.tensors.items() if name in blocks}
+    return CacheState(tensors, {name: state.structures[name] for name in tensors})
 
 
 class _Given:

@@ -65,6 +65,38 @@ def run_sd_pipeline(unet, scheduler, steps, latents, conditions, scale) -> Tenso
     ).images
 
 
+def test_caches_that_are_not_kept_are_gone_and_nothing_else_changes(unet) -> None:
+    supernet = supernet_of(unet)
+    blocks = [spec.name for spec in supernet.specs]
+    gates = full(4, len(blocks))
+    gates[2][1] = gates[3][1] = gates[3][2] = False
+    latents, conditions = torch.randn(1, 4, 16, 16), text(1, False)
+
+    def read_next(step: int) -> set[str]:
+        return {name for name, kept in zip(blocks, gates[min(step + 1, 3)], strict=True) if not kept}
+
+    def run(keep) -> tuple[Tensor, list[set[str]]]:
+        held: list[set[str]] = []
+        with torch.no_grad():
+            return run_loop(
+                supernet,
+                DDIM,
+                gates,
+                latents,
+                conditions,
+                num_inference_steps=4,
+                record=lambda evaluation: held.append(set(evaluation.before.tensors)),
+                keep=keep,
+            ), held
+
+    (expected, everything), (found, held) = run(None), run(read_next)
+    assert torch.equal(found, expected)
+    assert everything == [set(), set(blocks), set(blocks), set(blocks)]
+    assert held == [set(), set(), {blocks[1]}, {blocks[1], blocks[2]}]
+    with pytest.raises(UserError, match="its cache was never written"):
+        run(lambda step: set())
+
+
 @pytest.mark.parametrize("scale", [None, 7.5])
 @pytest.mark.parametrize(
     ("scheduler", "evaluations"),
