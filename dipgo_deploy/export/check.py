@@ -170,7 +170,7 @@ def compare_steps(
 ) -> Agreement:
     """Run recorded evaluations with the graphs below ``stage``; raises ToleranceError as ``check_segments``.
 
-    frugal: no copies of weights, as ``run_graph``, for some more time.
+    frugal: no copies of weights, as ``run_graph``, and only those of one segment at a time; takes some more time.
     """
     import onnxruntime
 
@@ -181,11 +181,13 @@ def compare_steps(
 
     def run(segment: int, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         graph = plan.variants[segment].graph
-        if segment not in sessions:
-            path = stage / graph.file
-            sessions[segment] = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        session = sessions.get(segment) or onnxruntime.InferenceSession(
+            stage / graph.file, options, providers=["CPUExecutionProvider"]
+        )
+        if not frugal:
+            sessions[segment] = session
         names = [spec.name for spec in graph.outputs]
-        return dict(zip(names, sessions[segment].run(names, feeds), strict=True))
+        return dict(zip(names, session.run(names, feeds), strict=True))
 
     found = []
     evaluate = StepRunner(plan, run)
