@@ -129,7 +129,7 @@ def _compute(graph: ir.Graph, found: _Projection, places: Sequence[int]) -> None
 
 
 def _rows(graph: ir.Graph, value: ir.Value, first: int, last: int) -> ir.Value:
-    """Rows of an initializer as one of their own, which are read when they are written."""
+    """Rows of an initializer as one of their own, in the same memory."""
     import onnx_ir as ir
 
     whole = value.const_value
@@ -137,12 +137,10 @@ def _rows(graph: ir.Graph, value: ir.Value, first: int, last: int) -> ir.Value:
     name = f"{value.name}.rows{first}-{last}"
     if name in graph.initializers:
         return graph.initializers[name]
-    shape = ir.Shape([last - first, *(int(extent) for extent in list(whole.shape)[1:])])
-    part = ir.LazyTensor(
-        lambda: ir.Tensor(whole.numpy()[first:last], dtype=whole.dtype), dtype=whole.dtype, shape=shape, name=name
-    )
+    # A view of what the model holds, so that writing it gives back its pages as of any other weight.
+    part = ir.tensor(whole.raw[first:last], name=name)
     note_rows(part, whole, first, last)
     made = ir.Value(name=name, const_value=part)
-    made.dtype, made.shape = whole.dtype, shape
+    made.dtype, made.shape = part.dtype, ir.Shape(part.shape)
     graph.register_initializer(made)
     return made
