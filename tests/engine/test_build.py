@@ -10,11 +10,11 @@ from pathlib import Path
 
 import onnx
 import pytest
+from devices import no_gpu
 from onnx import helper as oh
 from toy_engine import Toy, build, manifest_of, replace_manifest
 
 from dipgo_deploy.backends.externals import external_tensors
-from dipgo_deploy.backends.tensorrt_cuda import NoDeviceError, find_device
 from dipgo_deploy.backends.tensorrt_plans import BuildFlags
 from dipgo_deploy.bundle.directory import Bundle
 from dipgo_deploy.bundle.manifest import TensorSpec
@@ -40,14 +40,6 @@ def built_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def built_dir(built_once: Path, tmp_path: Path) -> Path:
     """A toy engine directory of one's own with its engines."""
     return shutil.copytree(built_once, tmp_path / "built")
-
-
-def no_gpu() -> bool:
-    try:
-        find_device()
-    except NoDeviceError:
-        return True
-    return False
 
 
 def built(report: BuildReport) -> dict[str, str]:

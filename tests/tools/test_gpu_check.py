@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from devices import no_gpu
 
 from dipgo_deploy.backends.onnxruntime import OnnxRuntimeBackend
-from dipgo_deploy.backends.tensorrt_cuda import Device, NoDeviceError, find_device
+from dipgo_deploy.backends.tensorrt_cuda import Device
 from dipgo_deploy.runtime.loop import DenoisingLoop
 from tools import gpu_check
 from tools.gpu import measure, models, peers, report
@@ -21,14 +22,6 @@ TINY = models.Model(
     models.DDIM,
     {"full": models.every(1.0), "half": models.every(0.5)},
 )
-
-
-def no_gpu() -> bool:
-    try:
-        find_device()
-    except NoDeviceError:
-        return True
-    return False
 
 
 @pytest.mark.skipif(not no_gpu(), reason="a GPU is there")
