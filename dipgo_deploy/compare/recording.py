@@ -75,6 +75,11 @@ class Recorder:
         """Whether every variant that is launched at all was seen."""
         return len(self.recordings) == len(self._variant_at)
 
+    def stored(self, step: int) -> set[str]:
+        """Blocks whose caches are recorded after evaluation ``step``."""
+        index = self._variant_at.get(step)
+        return set() if index is None else {cache_place(name)[0] for name in self._variants[index].writes}
+
     def __call__(self, evaluation: Evaluation) -> None:
         """Take one evaluation of the loop."""
         index = self._variant_at.get(evaluation.step)

@@ -69,6 +69,11 @@ class StepRecorder:
         """Whether all evaluations that are wanted were seen."""
         return len(self.recordings) == len(self._wanted)
 
+    def stored(self, step: int) -> set[str]:
+        """Blocks whose caches are recorded after evaluation ``step``."""
+        known = {self._known(name) for name in self._writes}
+        return {block for block in self._kept[step] if block in known}
+
     def __call__(self, evaluation: Evaluation) -> None:
         """Take one evaluation of the loop."""
         if self.complete or evaluation.step != self._wanted[len(self.recordings)]:

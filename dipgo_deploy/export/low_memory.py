@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from dipgo_deploy.compare.metrics import Agreement, worst
 from dipgo_deploy.errors import ToleranceError, UserError
-from dipgo_deploy.export.mapped import float32_files, give_back, give_back_after_use, mapped_files
+from dipgo_deploy.export.mapped import MappedCaches, float32_files, give_back, give_back_after_use, mapped_files
 
 if TYPE_CHECKING:
     import torch
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from dipgo_deploy.bundle.directory import Bundle
     from dipgo_deploy.bundle.manifest import PlanEntry
     from dipgo_deploy.bundle.shapes import Sizes
+    from dipgo_deploy.compare.recording import Recorder
+    from dipgo_deploy.compare.steps import StepRecorder
     from dipgo_deploy.export.exporter import PlannedExport
     from dipgo_deploy.export.source import Source
     from dipgo_deploy.schedule.document import Schedule
@@ -141,6 +143,7 @@ def _record(engine_dir: Path, model: str, folder: Path) -> None:
         with float32_files(model, engine_dir.parent) as weights:
             reference = load_reference(bundle, model, weights)
             give_back_after_use(reference.source.denoiser)
+            caches = reference.supernet.store = MappedCaches(folder)
             inputs = reference_inputs(
                 reference.source,
                 reference.conditions,
@@ -156,7 +159,7 @@ def _record(engine_dir: Path, model: str, folder: Path) -> None:
             else:
                 recorder = StepRecorder(plan.variants, launches, reference.schedule, inputs.guidance_scale, plan.slots)
             (folder / str(place)).mkdir()
-            written = ToDisk(recorder, folder / str(place))
+            written = ToDisk(recorder, folder / str(place), caches)
             run_until_complete(
                 written,
                 reference.supernet,
@@ -165,16 +168,17 @@ def _record(engine_dir: Path, model: str, folder: Path) -> None:
                 reference.schedule.gates,
                 inputs,
                 reference.set_timesteps,
-                _caches_read(reference.schedule, plan),
+                _caches_kept(reference.schedule, plan, recorder),
             )
             written.close()
             del reference
             gc.collect()  # a model's hooks refer to it
 
 
-def _caches_read(schedule: Schedule, plan: PlanEntry) -> Callable[[int], set[str]]:
-    """For each evaluation, the blocks whose caches the next one reads: those removed there, and what its launch reads
-    of blocks that are kept but have the same value again. All others are made anew before they are read."""
+def _caches_kept(schedule: Schedule, plan: PlanEntry, recorder: Recorder | StepRecorder) -> Callable[[int], set[str]]:
+    """For each evaluation, the blocks whose caches are recorded or that the next one reads: those removed there, and
+    what its launch reads of blocks that are kept but have the same value again. All others are made anew before they
+    are read."""
     from dipgo_deploy.compare.recording import cache_place
 
     names = [block.name for block in schedule.blocks]
@@ -187,9 +191,9 @@ def _caches_read(schedule: Schedule, plan: PlanEntry) -> Callable[[int], set[str
     def keep(step: int) -> set[str]:
         following = step + 1
         if following == len(schedule.gates):
-            return set()
+            return recorder.stored(step)
         removed = {name for name, kept in zip(names, schedule.gates[following], strict=True) if not kept}
-        return removed | reads.get(following, set())
+        return removed | reads.get(following, set()) | recorder.stored(step)
 
     return keep
 

@@ -76,6 +76,39 @@ def give_back_after_use(module: nn.Module) -> None:
             part.register_forward_hook(done)
 
 
+class MappedCaches:
+    """A supernet's caches in files in ``folder``, mapped, so that they take memory only while they are read.
+
+    A ``supernet.gated.CacheStore``; tensors that need gradients do not go into it. The files have no names: they are
+    gone with the tensors.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def put(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Write ``tensor``; the mapped copy of it."""
+        import numpy as np
+        import torch
+
+        with tempfile.TemporaryFile(dir=self._folder) as file:
+            array = tensor.contiguous().numpy()
+            file.write(array.data)
+            file.flush()
+            return torch.from_numpy(np.memmap(file, array.dtype, "c", shape=array.shape))
+
+    def get(self, held: torch.Tensor) -> torch.Tensor:
+        """A copy in memory of what ``put`` gave."""
+        copy = held.clone()
+        self.give_back(held)
+        return copy
+
+    @staticmethod
+    def give_back(held: torch.Tensor) -> None:
+        """Drop the pages of what ``put`` gave; they are read again if they are needed."""
+        give_back(held, [(held.data_ptr(), held.data_ptr() + held.nbytes)])
+
+
 @contextlib.contextmanager
 def float32_files(model: str, beside: Path) -> Iterator[str]:
     """A folder with the denoiser of ``model`` in float32, which loads mapped; gone when the context ends.

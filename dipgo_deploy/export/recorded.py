@@ -18,17 +18,22 @@ from dipgo_deploy.compare.recording import Recorder, Recording
 from dipgo_deploy.compare.steps import StepRecorder, StepRecording
 
 if TYPE_CHECKING:
+    from dipgo_deploy.export.mapped import MappedCaches
     from dipgo_deploy.supernet.loop import Evaluation
 
 _INDEX = "recordings.json"
 
 
 class ToDisk:
-    """A recorder whose recordings go to ``folder`` at once; in memory they stay without tensors."""
+    """A recorder whose recordings go to ``folder`` at once; in memory they stay without tensors.
 
-    def __init__(self, recorder: Recorder | StepRecorder, folder: Path) -> None:
+    caches: where the supernet's lie.
+    """
+
+    def __init__(self, recorder: Recorder | StepRecorder, folder: Path, caches: MappedCaches) -> None:
         self._recorder = recorder
         self._folder = folder
+        self._caches = caches
         self._rows: list[dict[str, Any]] = []
 
     @property
@@ -43,6 +48,10 @@ class ToDisk:
         for place in range(len(self._rows), len(recordings)):
             self._rows.append(self._written(place, recordings[place]))
             recordings[place] = replace(recordings[place], inputs={}, outputs={})
+        for state in (evaluation.before, evaluation.after):
+            for tensors in state.tensors.values():
+                for tensor in tensors:
+                    self._caches.give_back(tensor)
 
     def close(self) -> None:
         """Write the index, when the loop is done."""

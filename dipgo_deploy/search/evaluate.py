@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,12 +37,13 @@ class LaunchedSupernet(Supernet):
         gates: Sequence[Gate] | Tensor,
         state: CacheState,
         step: int,
+        keep: Collection[str] | None = None,
     ) -> tuple[Tensor, CacheState]:
         """See `Supernet.step`."""
         wanted = self._analysis.source[step]
         if step not in self._analysis.launches:
             return self._made[wanted], state
-        prediction, state = super().step(latent, timestep, conditions, gates, state, step)
+        prediction, state = super().step(latent, timestep, conditions, gates, state, step, keep)
         if step in self._number:
             self._made[self._number[step]] = prediction
         return self._made.get(wanted, prediction), state

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -37,6 +37,7 @@ class CheckpointedSupernet(Supernet):
         gates: Sequence[Gate] | Tensor,
         state: CacheState,
         step: int,
+        keep: Collection[str] | None = None,
     ) -> tuple[Tensor, CacheState]:
         """See `Supernet.step`."""
         names = list(state.tensors)
@@ -52,7 +53,8 @@ class CheckpointedSupernet(Supernet):
                 {name: [next(rest) for _ in range(count)] for name, count in zip(names, counts, strict=True)},
                 state.structures,
             )
-            prediction, after = super(CheckpointedSupernet, self).step(sample, timestep, conditions, row, before, step)
+            evaluate = super(CheckpointedSupernet, self).step
+            prediction, after = evaluate(sample, timestep, conditions, row, before, step, keep)
             structures.update(after.structures)
             written[:] = [(name, len(tensors)) for name, tensors in after.tensors.items()]
             return prediction, *(tensor for tensors in after.tensors.values() for tensor in tensors)

@@ -36,22 +36,24 @@ def flatten(output: object) -> tuple[list[Tensor], Structure]:
         TypeError: the output holds something that is no tensor, tuple or None.
     """
     tensors: list[Tensor] = []
-
-    def index(item: object) -> Structure:
-        if item is None:
-            return None
-        if isinstance(item, Tensor):
-            for position, seen in enumerate(tensors):
-                if seen is item:
-                    return position
-            tensors.append(item)
-            return len(tensors) - 1
-        if type(item) is tuple:
-            return tuple([index(part) for part in item])
-        raise TypeError(f"a block returned a {type(item).__name__}; only tensors, tuples and None can be cut")
-
-    structure = index(output)
+    structure = _indexed(output, tensors)
     return tensors, structure
+
+
+def _indexed(item: object, tensors: list[Tensor]) -> Structure:
+    """The structure of ``item``, whose tensors join ``tensors``."""
+    # Not a closure that calls itself: such a cycle holds the tensors until the garbage collector comes.
+    if item is None:
+        return None
+    if isinstance(item, Tensor):
+        for position, seen in enumerate(tensors):
+            if seen is item:
+                return position
+        tensors.append(item)
+        return len(tensors) - 1
+    if type(item) is tuple:
+        return tuple([_indexed(part, tensors) for part in item])
+    raise TypeError(f"a block returned a {type(item).__name__}; only tensors, tuples and None can be cut")
 
 
 def unflatten(tensors: Sequence[Tensor], structure: Structure) -> Any:

@@ -6,10 +6,10 @@ cache they read the block's current input plus its last computed ``output - inpu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -33,11 +33,27 @@ class CacheState:
     structures: Mapping[str, Structure] = field(default_factory=dict)
 
 
+class CacheStore(Protocol):
+    """Where caches lie between two evaluations."""
+
+    def put(self, tensor: Tensor) -> Tensor:
+        """What a ``CacheState`` holds for ``tensor``: the same values, shape and dtype."""
+        ...
+
+    def get(self, held: Tensor) -> Tensor:
+        """What the model reads for what ``put`` gave."""
+        ...
+
+
 class Supernet:
     """A denoiser whose blocks can be removed at each step. Holds no state between calls; the caches are passed.
 
     The model's own forward runs, with hooks on the modules named by the specs; it is left as it was found.
+
+    store: where the caches of bool gates lie; None: the tensors themselves, in memory.
     """
+
+    store: CacheStore | None = None
 
     def __init__(
         self,
@@ -74,6 +90,7 @@ class Supernet:
         gates: Sequence[Gate] | Tensor,
         state: CacheState,
         step: int,
+        keep: Collection[str] | None = None,
     ) -> tuple[Tensor, CacheState]:
         """Evaluate the model once.
 
@@ -88,6 +105,8 @@ class Supernet:
             gates: one a block, in the order of the specs.
             state: caches after the previous evaluation, ``CacheState()`` before the first.
             step: index of the evaluation, for messages.
+            keep: blocks whose caches are stored or carried on; all by default. Of the others none is
+                held; soft gates store all the same.
 
         Returns:
             The model's prediction (B, C', h, w) and the caches after this evaluation.
@@ -98,7 +117,8 @@ class Supernet:
         """
         if len(gates) != len(self.specs):
             raise UserError(f"step {step}: {len(gates)} gates for {len(self.specs)} blocks: give one a block")
-        tensors, structures = dict(state.tensors), dict(state.structures)
+        tensors = {name: values for name, values in state.tensors.items() if keep is None or name in keep}
+        structures = {name: state.structures[name] for name in tensors}
         with ExitStack() as stack:
             for spec, kind, raw in zip(self.specs, self.cache_kinds, gates, strict=True):
                 gate = _checked(raw, spec, step)
@@ -113,10 +133,10 @@ class Supernet:
                     gate = True
                 if gate is False:
                     assert stored is not None
-                    reader = _reader(spec, kind, stored, state.structures[spec.name])
+                    reader = _reader(spec, kind, stored, state.structures[spec.name], self.store)
                     stack.enter_context(_replaced_forward(module, reader))
-                else:
-                    hook = _gate_hook(spec, kind, gate, stored, tensors, structures)
+                elif gate is not True or keep is None or spec.name in keep:
+                    hook = _gate_hook(spec, kind, gate, stored, tensors, structures, self.store)
                     stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
             prediction = self.call(self.model, latent, timestep, conditions)
         return prediction, CacheState(tensors, structures)
@@ -143,11 +163,14 @@ def _base(spec: BlockSpec, kind: CacheKind, args: tuple[Any, ...], kwargs: Mappi
     return residual_inputs(spec, args, kwargs) if kind == "residual" else None
 
 
-def _reader(spec: BlockSpec, kind: CacheKind, stored: Sequence[Tensor], structure: Structure) -> Any:
+def _reader(
+    spec: BlockSpec, kind: CacheKind, stored: Sequence[Tensor], structure: Structure, store: CacheStore | None
+) -> Any:
     """A forward for the module of a removed block: no computation, only the cache."""
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        return unflatten(_read(stored, _base(spec, kind, args, kwargs)), structure)
+        found = stored if store is None else [store.get(tensor) for tensor in stored]
+        return unflatten(_read(found, _base(spec, kind, args, kwargs)), structure)
 
     return forward
 
@@ -159,6 +182,7 @@ def _gate_hook(
     stored: Sequence[Tensor] | None,
     tensors: dict[str, list[Tensor]],
     structures: dict[str, Structure],
+    store: CacheStore | None,
 ) -> Any:
     """A forward hook for a block that is computed: stores, and for a soft gate replaces the output by the mix."""
 
@@ -168,7 +192,7 @@ def _gate_hook(
         fresh = current if base is None else [new - old for new, old in zip(current, base, strict=True)]
         structures[spec.name] = structure
         if isinstance(gate, bool):
-            tensors[spec.name] = fresh
+            tensors[spec.name] = fresh if store is None else [store.put(tensor) for tensor in fresh]
             return output
         assert stored is not None
         # Stored and returned mixes are made apart: (input + residual) - input would not be the residual exactly.

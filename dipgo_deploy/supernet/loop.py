@@ -70,7 +70,8 @@ def run_loop(
         set_timesteps_kwargs: what the scheduler's ``set_timesteps`` is given besides the number of steps.
         start: begin later, from a picture that ``latents`` are added to as noise.
         record: called with each `Evaluation`.
-        keep: evaluation -> blocks whose caches are kept after it; all by default. What is still read must be kept.
+        keep: evaluation -> blocks whose caches are kept after it, see `Supernet.step`; all by default. What is still
+            read, by an evaluation or by ``record``, must be kept.
 
     Returns:
         The final latents, (B, C, h, w), dtype of ``latents``.
@@ -104,7 +105,8 @@ def run_loop(
         model_input = scale_input(sample, timestep)
         batch = torch.cat([model_input] * halves).to(dtype)
         times = timestep.expand(len(batch))
-        output, after = supernet.step(batch, times, conditions, gates[step], state, step)
+        kept = None if keep is None else keep(step)
+        output, after = supernet.step(batch, times, conditions, gates[step], state, step, kept)
         raw = output[:, :channels].to(latents.dtype)  # the rest is a learned variance
         prediction = raw
         if guidance_scale is not None:
@@ -114,8 +116,7 @@ def run_loop(
             record(_evaluation(step, model_input, timestep, conditions, state, after, raw, prediction))
         with nullcontext() if given is None else GivenNoise(latents.shape, given.draw):
             sample = sampler.step(prediction, timestep, sample, return_dict=False, **extra)[0]
-        # One name for it: the caches that are not kept are gone while the next evaluation runs.
-        state = after = after if keep is None else _only(after, keep(step))
+        state = after
     if given is not None:
         given.check_all_used()
     return sample
@@ -152,11 +153,6 @@ def _evaluation(
 def _detached(state: CacheState) -> CacheState:
     tensors = {name: [tensor.detach() for tensor in values] for name, values in state.tensors.items()}
     return CacheState(tensors, state.structures)
-
-
-def _only(state: CacheState, blocks: Collection[str]) -> CacheState:
-    tensors = {name: values for name, values in state.tensors.items() if name in blocks}
-    return CacheState(tensors, {name: state.structures[name] for name in tensors})
 
 
 class _Given:

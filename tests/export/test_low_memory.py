@@ -17,11 +17,16 @@ from tiny_engines import corrupted, save_dit_pipeline, schedule_for
 
 from dipgo_deploy.bundle.directory import Bundle
 from dipgo_deploy.bundle.manifest import VariantEntry
+from dipgo_deploy.compare.conditions import reference_inputs
 from dipgo_deploy.compare.metrics import Agreement
+from dipgo_deploy.compare.recording import Recorder, Recording, run_until_complete
+from dipgo_deploy.compare.reference import load_reference
+from dipgo_deploy.compare.steps import StepRecorder, StepRecording
 from dipgo_deploy.errors import ToleranceError, UserError
 from dipgo_deploy.export import low_memory, mapped
 from dipgo_deploy.export.exporter import ExportOptions, PlannedExport, plan_export, publish
 from dipgo_deploy.export.layout import Layout, layout_of, note_layouts
+from dipgo_deploy.export.recorded import read_recordings, read_steps
 from dipgo_deploy.export.weights import write_weights
 from dipgo_deploy.supernet.load import load_denoiser, stored_dtype
 
@@ -108,6 +113,42 @@ def test_graphs_run_where_torch_was_never_loaded(
     )
     done = subprocess.run([sys.executable, "-c", code, engine, recorded], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize("layout", ["variants", "segments"])
+def test_recordings_are_those_of_a_loop_that_keeps_all_caches_in_memory(
+    plan: Callable[..., PlannedExport], model: Path, tmp_path: Path, layout: str
+) -> None:
+    bundle = publish(plan(layout=layout, low_memory=True, check=False), tmp_path / "engine")
+    folder = tmp_path / "recorded"
+    folder.mkdir()
+    low_memory._record(bundle.path, str(model), folder)
+    assert [part.name for part in folder.iterdir()] == ["0"]  # the caches' files are gone
+
+    reference, manifest, entries = load_reference(bundle), bundle.manifest, bundle.manifest.plan
+    launches = [(launch.step, launch.variant) for launch in entries.launches]
+    shape = (manifest.batch, manifest.latent.channels, manifest.latent.height, manifest.latent.width)
+    given = reference_inputs(
+        reference.source, reference.conditions, shape, noises=entries.noises, guidance=manifest.guidance
+    )
+    recorder: Recorder | StepRecorder
+    found: list[Recording] | list[StepRecording]
+    if layout == "variants":
+        recorder = Recorder(entries.variants, launches, given.guidance_scale, entries.slots)
+        found = list(read_recordings(folder / "0"))
+    else:
+        recorder = StepRecorder(entries.variants, launches, reference.schedule, given.guidance_scale, entries.slots)
+        found = list(read_steps(folder / "0"))
+    steps = reference.schedule.sampler.num_inference_steps
+    run_until_complete(recorder, reference.supernet, reference.scheduler, steps, reference.schedule.gates, given)
+    assert len(found) == len(recorder.recordings) > 1
+    for mine, kept in zip(found, recorder.recordings, strict=True):
+        assert mine.step == kept.step
+        for side in ("inputs", "outputs"):
+            one, other = getattr(mine, side), getattr(kept, side)
+            assert one.keys() == other.keys()
+            for name in one:
+                np.testing.assert_array_equal(one[name], other[name], err_msg=name)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
@@ -211,6 +252,22 @@ def test_pages_are_given_back(tmp_path: Path) -> None:
     assert _resident_kib("linear.safetensors") < 100
 
 
+def test_caches_lie_in_files_without_names(tmp_path: Path) -> None:
+    caches = mapped.MappedCaches(tmp_path)
+    large = torch.randn(512, 1024).T  # not in C order
+    held = caches.put(large)
+    assert _resident_kib(str(tmp_path)) < 100
+    for _ in range(2):
+        assert torch.equal(caches.get(held), large)
+        assert _resident_kib(str(tmp_path)) < 100
+    assert torch.equal(held, large)
+    assert _resident_kib(str(tmp_path)) > 1000
+    caches.give_back(held)
+    assert _resident_kib(str(tmp_path)) < 100
+    assert torch.equal(caches.get(caches.put(torch.tensor(3.5))), torch.tensor(3.5))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_pages_that_were_written_to_are_kept(tmp_path: Path) -> None:
     """They are not in the file: given back, a merged weight would be the file's again."""
     save_file({"weight": torch.zeros(1024, 1024)}, tmp_path / "changed.safetensors")
@@ -252,7 +309,7 @@ def _resident_kib(name: str) -> int:
     total = 0
     for line in lines:
         if "-" in line.split()[0]:
-            inside = line.endswith(name)
+            inside = name in line  # of a file without a name only the folder is known
         elif inside and line.startswith("Rss:"):
             total += int(line.split()[1])
     return total

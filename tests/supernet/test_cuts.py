@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 
@@ -22,6 +25,21 @@ def test_flatten_gives_each_tensor_one_index_by_identity() -> None:
     assert structure == (0, (1, None, 0))
     again = unflatten([b, a], structure)
     assert again[0] is b and again[1][0] is a and again[1][1] is None and again[1][2] is b
+
+
+def test_flattened_tensors_go_when_nobody_has_them() -> None:
+    """Not when the garbage collector comes: they are a model's activations."""
+    gc.disable()
+    try:
+        tensor = torch.zeros(2)
+        gone = weakref.ref(tensor)
+        flattened = flatten((tensor, (tensor, None)))
+        del tensor
+        assert gone() is not None
+        del flattened
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_flatten_refuses_what_it_cannot_rebuild() -> None:

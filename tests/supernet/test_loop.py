@@ -75,8 +75,8 @@ def test_caches_that_are_not_kept_are_gone_and_nothing_else_changes(unet) -> Non
     def read_next(step: int) -> set[str]:
         return {name for name, kept in zip(blocks, gates[min(step + 1, 3)], strict=True) if not kept}
 
-    def run(keep) -> tuple[Tensor, list[set[str]]]:
-        held: list[set[str]] = []
+    def run(keep) -> tuple[Tensor, list[tuple[set[str], set[str]]]]:
+        held: list[tuple[set[str], set[str]]] = []
         with torch.no_grad():
             return run_loop(
                 supernet,
@@ -85,14 +85,15 @@ def test_caches_that_are_not_kept_are_gone_and_nothing_else_changes(unet) -> Non
                 latents,
                 conditions,
                 num_inference_steps=4,
-                record=lambda evaluation: held.append(set(evaluation.before.tensors)),
+                record=lambda evaluation: held.append((set(evaluation.before.tensors), set(evaluation.after.tensors))),
                 keep=keep,
             ), held
 
     (expected, everything), (found, held) = run(None), run(read_next)
     assert torch.equal(found, expected)
-    assert everything == [set(), set(blocks), set(blocks), set(blocks)]
-    assert held == [set(), set(), {blocks[1]}, {blocks[1], blocks[2]}]
+    everywhere, one, two = set(blocks), {blocks[1]}, {blocks[1], blocks[2]}
+    assert everything == [(set(), everywhere), *[(everywhere, everywhere)] * 3]
+    assert held == [(set(), set()), (set(), one), (one, two), (two, two)]
     with pytest.raises(UserError, match="its cache was never written"):
         run(lambda step: set())
 
