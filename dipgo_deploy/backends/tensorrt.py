@@ -28,8 +28,13 @@ from dipgo_deploy.bundle.files import sha256_file
 from dipgo_deploy.bundle.manifest import Graph, Manifest, TensorSpec
 from dipgo_deploy.errors import UserError
 
+# TensorRT wants every tensor at a multiple of it. The slots of latents of odd sizes are not.
+ALIGNMENT = 256
 # What TensorRT calls the types of a manifest.
 DTYPE_NAMES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT64": "int64"}
+
+
+_Copy = tuple[Memory, Memory, int]
 
 
 class TensorRTBackend:
@@ -141,6 +146,10 @@ class TensorRTBackend:
         self._loaded[executable] = record.weights_bytes
         return executable
 
+    def copy(self, target: Memory, source: Memory, nbytes: int) -> None:
+        """Enqueue a copy on the device."""
+        self._cuda.copy(target, source, nbytes)
+
     def keep_kernels(self, kernels: KernelCache) -> None:
         """Save a cache after the next synchronisation: a new context is about to be run for the first time."""
         self._unsaved.append(kernels)
@@ -211,18 +220,27 @@ class TensorRTExecutable:
             ValueError: a memory is smaller than its tensor.
             UserError: the device has no memory for another context.
         """
-        kept: dict[str, Memory] = {}
         shaped = graph or self.graph
         for spec in (*shaped.inputs, *shaped.outputs):
-            memory = tensors[spec.name]
-            if memory.nbytes < spec.nbytes:
-                raise ValueError(f"{spec.name}: needs {spec.nbytes} bytes, its memory has {memory.nbytes}")
-            kept[spec.name] = memory
+            if tensors[spec.name].nbytes < spec.nbytes:
+                held = tensors[spec.name].nbytes
+                raise ValueError(f"{spec.name}: needs {spec.nbytes} bytes, its memory has {held}")
         context = self._context
         if context is None or not self._backend.one_context:
             self._context = context = _Context(self._backend, self._engine, self._path, self._kernels)
+        kept = {spec.name: tensors[spec.name] for spec in (*shaped.inputs, *shaped.outputs)}
+        odd = {name: memory for name, memory in kept.items() if memory.address % ALIGNMENT}
+        before, after = [], []
+        for spec in shaped.inputs:
+            if spec.name in odd:
+                kept[spec.name] = context.aligned(spec)
+                before.append((kept[spec.name], odd[spec.name], spec.nbytes))
+        for spec in shaped.outputs:
+            if spec.name in odd:
+                kept[spec.name] = context.aligned(spec)
+                after.append((odd[spec.name], kept[spec.name], spec.nbytes))
         shapes = {spec.name: spec.shape for spec in shaped.inputs if spec.dims is not None}
-        return self._backend.bound(_Run(context, kept, shapes))
+        return self._backend.bound(_Run(context, kept, shapes, before, after))
 
 
 class _Context:
@@ -250,6 +268,14 @@ class _Context:
         self._addresses: dict[str, int] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._scratch: Memory | None = None
+        self._aligned: dict[str, Memory] = {}
+
+    def aligned(self, spec: TensorSpec) -> Memory:
+        """A place for a tensor whose own is not aligned. Launches follow each other, so all can have the same one."""
+        memory = self._aligned.get(spec.name)
+        if memory is None or memory.nbytes < spec.nbytes:
+            memory = self._aligned[spec.name] = self.backend.allocate(spec.nbytes)
+        return memory
 
     def enqueue(self, tensors: Mapping[str, Memory], shapes: Mapping[str, tuple[int, ...]]) -> None:
         scratch = self.backend.scratch
@@ -275,17 +301,32 @@ class _Context:
 
 
 class _Run:
-    """A launch: a context, the memory of each tensor, which it keeps alive, and the shapes of open inputs."""
+    """A launch: a context, the memory of each tensor, which it keeps alive, and the shapes of open inputs.
 
-    __slots__ = ("_shapes", "_tensors", "context")
+    before, after: copies (to, from, bytes) on the device around it.
+    """
 
-    def __init__(self, context: _Context, tensors: Mapping[str, Memory], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    __slots__ = ("_after", "_before", "_shapes", "_tensors", "context")
+
+    def __init__(
+        self,
+        context: _Context,
+        tensors: Mapping[str, Memory],
+        shapes: Mapping[str, tuple[int, ...]],
+        before: Sequence[_Copy],
+        after: Sequence[_Copy],
+    ) -> None:
         self.context = context
         self._tensors = tensors
         self._shapes = shapes
+        self._before, self._after = before, after
 
     def __call__(self) -> None:
+        for copy in self._before:
+            self.context.backend.copy(*copy)
         self.context.enqueue(self._tensors, self._shapes)
+        for copy in self._after:
+            self.context.backend.copy(*copy)
 
 
 class _Queued:

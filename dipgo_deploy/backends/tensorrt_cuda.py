@@ -108,6 +108,11 @@ class Cuda:
         self.synchronize()
         return data
 
+    def copy(self, target: Memory, source: Memory, nbytes: int) -> None:
+        """Copy bytes on the device, after everything that was enqueued before; a graph can capture it."""
+        kind = self._cudart.cudaMemcpyKind.cudaMemcpyDeviceToDevice
+        self._call("cudaMemcpyAsync", target.address, source.address, nbytes, kind, self.stream)
+
     def synchronize(self) -> None:
         """Wait for everything that was enqueued."""
         self._call("cudaStreamSynchronize", self.stream)

@@ -1,4 +1,4 @@
-"""What only a GPU can show: refitted engines, kept kernels, and one device copy of the weights. Skipped without one."""
+"""Refitted engines and kept kernels, on a simulated GPU and on a real one; shared weights on CUDA there only."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
+from devices import no_gpu  # noqa: E402
 from lora_files import make_updates, save_lora  # noqa: E402
 
-from dipgo_deploy.backends.tensorrt_cuda import NoDeviceError, find_device  # noqa: E402
-from dipgo_deploy.backends.tensorrt_flavour import FLAVOURS, import_flavour  # noqa: E402
+from dipgo_deploy.backends.tensorrt_flavour import FLAVOURS  # noqa: E402
 from dipgo_deploy.backends.tensorrt_plans import BuildFlags  # noqa: E402
 from dipgo_deploy.engine.build import BuildOptions, build_engines  # noqa: E402
 from dipgo_deploy.errors import UserError  # noqa: E402
@@ -17,24 +17,9 @@ from dipgo_deploy.runtime.pipeline import Pipeline  # noqa: E402
 from dipgo_deploy.supernet.load import load_denoiser  # noqa: E402
 
 
-def why_not() -> str:
-    try:
-        find_device()
-    except NoDeviceError as error:
-        return str(error)
-    return ""
-
-
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(bool(why_not()), reason=why_not())]
-
-
-@pytest.fixture(params=list(FLAVOURS))
-def name(request: pytest.FixtureRequest) -> str:
-    try:
-        import_flavour(FLAVOURS[request.param])
-    except UserError as error:
-        pytest.skip(str(error))
-    return request.param
+@pytest.fixture
+def name(tensorrt_backend: str) -> str:
+    return tensorrt_backend
 
 
 @pytest.fixture
@@ -84,6 +69,8 @@ def test_compiled_kernels_are_kept_and_used(dit, name):
     assert kept == {path: path.stat().st_mtime_ns for path in dit.path.glob("plans/*/*.kernels")}
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(no_gpu(), reason="no GPU")
 def test_onnx_runtimes_sessions_share_one_device_copy(dit, lora):
     try:
         pipeline = Pipeline.from_engine_dir(dit.path, "cuda", lora=[(lora, 1.0)])

@@ -1,4 +1,4 @@
-"""What only a GPU can show: engines that run. Skipped by name where there is none."""
+"""Engines that run: on a simulated GPU everywhere, and on the GPU where there is one."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from simulated_gpu import NAME as SIMULATED
 from toy_engine import LENGTH, WIDTH, C, H, Toy, W, build, reference
 
 from dipgo_deploy.backends.tensorrt import TensorRTBackend
-from dipgo_deploy.backends.tensorrt_cuda import NoDeviceError, find_device
-from dipgo_deploy.backends.tensorrt_flavour import FLAVOURS, import_flavour
+from dipgo_deploy.backends.tensorrt_flavour import FLAVOURS
 from dipgo_deploy.backends.tensorrt_plans import BuildFlags
 from dipgo_deploy.bundle.directory import Bundle
 from dipgo_deploy.bundle.manifest import TensorSpec
@@ -19,26 +19,12 @@ from dipgo_deploy.engine.build import BuildOptions, build_engines
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.runtime.loop import DenoisingLoop
 
-
-def why_not() -> str:
-    try:
-        find_device()
-    except NoDeviceError as error:
-        return str(error)
-    return ""
-
-
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(bool(why_not()), reason=why_not())]
 TOYS = {"fp32": Toy(), "fp16": Toy(dtype="fp16")}
 
 
-@pytest.fixture(params=list(FLAVOURS))
-def name(request: pytest.FixtureRequest) -> str:
-    try:
-        import_flavour(FLAVOURS[request.param])
-    except UserError as error:
-        pytest.skip(str(error))
-    return request.param
+@pytest.fixture
+def name(tensorrt_backend: str) -> str:
+    return tensorrt_backend
 
 
 def options(name: str, **flags: object) -> BuildOptions:
@@ -137,7 +123,7 @@ def test_more_memory_than_there_is_is_said(name):
 
 
 def test_timing_cache_is_shared(tmp_path, name):
-    if not FLAVOURS[name].timing_cache:
+    if not FLAVOURS[name].timing_cache or TensorRTBackend(name).device.name == SIMULATED:
         pytest.skip("this TensorRT keeps no timings")
     toy_dir = build(tmp_path / "engine", Toy())
     cache = tmp_path / "timing.cache"

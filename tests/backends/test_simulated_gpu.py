@@ -1,0 +1,322 @@
+"""Whole engine directories on a simulated GPU: what is called, when, and at which addresses; and the simulation."""
+
+from __future__ import annotations
+
+import gc
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import simulated_gpu.tensorrt as simulated_tensorrt
+from simulated_gpu import install
+from simulated_gpu.cuda import CaptureMode, Cudart, MemcpyKind
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("diffusers")
+from diffusers import DiTTransformer2DModel  # noqa: E402
+from family_checks import random_weights  # noqa: E402
+from lora_files import make_updates, save_lora  # noqa: E402
+from tiny_engines import save_dit_pipeline, save_unet, schedule_for, write  # noqa: E402
+
+from dipgo_deploy.backends.onnxruntime import OnnxRuntimeBackend  # noqa: E402
+from dipgo_deploy.backends.tensorrt import TensorRTBackend  # noqa: E402
+from dipgo_deploy.backends.tensorrt_cuda import Cuda  # noqa: E402
+from dipgo_deploy.backends.tensorrt_plans import BuildFlags  # noqa: E402
+from dipgo_deploy.backends.tensorrt_queue import GRAPH_MODES, GraphMode  # noqa: E402
+from dipgo_deploy.bundle.directory import Bundle  # noqa: E402
+from dipgo_deploy.bundle.shapes import Range  # noqa: E402
+from dipgo_deploy.engine.build import BuildOptions, build_engines  # noqa: E402
+from dipgo_deploy.errors import UserError  # noqa: E402
+from dipgo_deploy.export.exporter import ExportOptions, PlannedExport, in_segments, plan_export  # noqa: E402
+from dipgo_deploy.runtime.loop import DenoisingLoop  # noqa: E402
+from dipgo_deploy.runtime.pipeline import Pipeline  # noqa: E402
+from dipgo_deploy.supernet.load import load_denoiser  # noqa: E402
+
+torch.set_num_threads(1)
+RTX = "tensorrt-rtx"
+
+
+@pytest.fixture
+def cudart(monkeypatch: pytest.MonkeyPatch) -> Cudart:
+    return install(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_dit_pipeline(tmp_path_factory.mktemp("dit") / "model")
+
+
+def engine_dir(planned: PlannedExport, folder: Path, **flags: Any) -> Path:
+    """Written, and with engines for the simulated GPU."""
+    written = write(planned, folder)
+    build_engines(written, RTX, BuildOptions(flags=BuildFlags(**flags)))
+    return written
+
+
+@pytest.fixture(scope="module")
+def dit(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    with pytest.MonkeyPatch.context() as patch:
+        install(patch)
+        planned = plan_export(str(model), schedule_for(model), ExportOptions())
+        return engine_dir(planned, tmp_path_factory.mktemp("dit") / "engine")
+
+
+@pytest.fixture(scope="module")
+def open_unet(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """For 1 or 2 images, 64 to 128 pixels high."""
+    model = save_unet(tmp_path_factory.mktemp("unet") / "model")
+    options = ExportOptions(batch=Range(min=1, opt=1, max=2), height=Range(min=64, opt=64, max=128))
+    planned = plan_export(str(model), schedule_for(model), options)
+    with pytest.MonkeyPatch.context() as patch:
+        install(patch)
+        return engine_dir(planned, tmp_path_factory.mktemp("unet") / "engine")
+
+
+def draw(pipeline: Pipeline, seed: int = 1, **options: Any) -> np.ndarray:
+    return pipeline(class_labels=1, seed=seed, guidance_scale=3.0, output_type="latent", **options).latents
+
+
+def assert_close(found: np.ndarray, wanted: np.ndarray) -> None:
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-4 * np.abs(wanted).max())
+
+
+class Calls:
+    """What is called while it is entered, by name; copies by their direction."""
+
+    def __init__(self, cudart: Cudart, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.counts: Counter[str] = Counter()
+        for name in dir(cudart):
+            if (
+                name.startswith("cuda")
+                and callable(getattr(cudart, name))
+                and not isinstance(getattr(cudart, name), type)
+            ):
+                monkeypatch.setattr(cudart, name, self._counting(name, getattr(cudart, name)), raising=True)
+
+    def _counting(self, name: str, call: Any) -> Any:
+        def counted(*arguments: Any) -> Any:
+            kind = next((argument for argument in arguments if isinstance(argument, MemcpyKind)), None)
+            self.counts[name if kind is None else kind.name] += 1
+            return call(*arguments)
+
+        return counted
+
+
+@pytest.mark.parametrize("mode", GRAPH_MODES)
+def test_a_loop_uploads_launches_and_downloads_once(dit, cudart, monkeypatch, mode):
+    """Nothing is allocated or copied between launches, and the host waits once, for the result."""
+    calls = Calls(cudart, monkeypatch)
+    pipeline = Pipeline.from_engine_dir(dit, RTX, cuda_graph=mode)
+    for _ in range(3):
+        draw(pipeline)
+    bundle = Bundle.open(dit)
+    launches = len(bundle.manifest.plan.launches)
+    before, counts = cudart.launched_graphs, calls.counts
+    counts.clear()
+    draw(pipeline)
+    conditions = len(bundle.manifest.conditions)
+    assert counts.pop("cudaMemcpyHostToDevice") == 2 + conditions  # stack, guidance scale
+    assert counts.pop("cudaMemcpyDeviceToHost") == 1
+    assert counts.pop("cudaStreamSynchronize") == 2  # of the launches, and of the copy to the host
+    graphs = {"off": 0, "step": launches, "loop": 1}[mode]
+    assert counts.pop("cudaGraphLaunch", 0) == graphs == cudart.launched_graphs - before
+    assert not counts
+
+
+@pytest.mark.parametrize("load", ["eager", "call", "lazy"])
+@pytest.mark.parametrize("mode", GRAPH_MODES)
+def test_pictures_are_those_of_the_cpu_and_the_same_in_every_mode(dit, cudart, mode, load):
+    wanted = [draw(Pipeline.from_engine_dir(dit, "cpu", threads=1), seed) for seed in (1, 2)]
+    plain = [draw(Pipeline.from_engine_dir(dit, RTX), seed) for seed in (1, 2)]
+    pipeline = Pipeline.from_engine_dir(dit, RTX, cuda_graph=mode, load=load)
+    for seed in (1, 2, 1, 2):
+        found = draw(pipeline, seed)
+        np.testing.assert_array_equal(found, plain[seed - 1])
+        assert_close(found, wanted[seed - 1])
+    images = pipeline(class_labels=1, seed=1, guidance_scale=3.0, output_type="np").images
+    assert np.shape(images)[-1] == 3 and np.isfinite(images).all()
+
+
+@pytest.mark.parametrize("mode", GRAPH_MODES)
+def test_segments_and_two_pipelines_on_one_directory(model, cudart, tmp_path, mode):
+    options = ExportOptions(layout="segments", components=False)
+    planned = plan_export(str(model), schedule_for(model), options)
+    folder = engine_dir(replace(planned, segments=in_segments(planned)), tmp_path / "engine")
+    wanted = [draw(Pipeline.from_engine_dir(folder, "cpu", threads=1), seed) for seed in (1, 2)]
+    first, second = (Pipeline.from_engine_dir(folder, RTX, cuda_graph=mode) for _ in range(2))
+    for _ in range(3):
+        assert_close(draw(first, 1), wanted[0])
+        assert_close(draw(second, 2), wanted[1])
+
+
+def compared(bundle: Bundle, mode: GraphMode, sizes: Sequence[tuple[int, int]]) -> None:
+    """Runs of (batch, latent height) in one loop, on poisoned buffers, equal ONNX Runtime's."""
+    latent = bundle.manifest.latent
+    random = np.random.default_rng(0)
+    loops = [
+        DenoisingLoop(bundle, backend, poison=True)
+        for backend in (TensorRTBackend(RTX, cuda_graph=mode), OnnxRuntimeBackend("cpu", threads=1))
+    ]
+    for batch, height in sizes:
+        noise = random.normal(size=(batch, latent.channels, height, latent.width)).astype(np.float32)
+        conditions = {
+            spec.name: np.full(2 * batch, 3)
+            if spec.dtype == "int64"
+            else random.normal(size=(2 * batch, *spec.shape[1:])).astype(np.float32)
+            for spec in bundle.manifest.conditions
+        }
+        found, wanted = (loop.run(noise, conditions, guidance_scale=2.0) for loop in loops)
+        assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("mode", GRAPH_MODES)
+def test_latents_whose_slots_are_not_aligned(cudart, tmp_path, monkeypatch, mode):
+    """Of 4 x 6 x 6 floats: every slot but the first is off TensorRT's alignment, and so is what comes before it."""
+    torch.manual_seed(0)
+    model = DiTTransformer2DModel(2, 8, 4, 8, num_layers=3, sample_size=6, patch_size=2, num_embeds_ada_norm=10)
+    random_weights(model).save_pretrained(tmp_path / "model")
+    options = ExportOptions(components=False, guidance=True)
+    planned = plan_export(str(tmp_path / "model"), schedule_for(tmp_path / "model"), options)
+    bundle = Bundle.open(engine_dir(planned, tmp_path / "engine"))
+    assert bundle.manifest.latent.height * bundle.manifest.latent.width * 4 * 4 % 256
+    calls = Calls(cudart, monkeypatch)
+    compared(bundle, mode, [(1, 6)] * 4)
+    assert calls.counts["cudaMemcpyDeviceToDevice"] > 0
+
+
+@pytest.mark.parametrize("mode", GRAPH_MODES)
+def test_open_sizes_are_bound_anew(open_unet, cudart, mode):
+    compared(Bundle.open(open_unet), mode, [(1, 8), (2, 16), (1, 8), (1, 8), (2, 16), (2, 16), (1, 16)])
+
+
+@pytest.mark.parametrize("mode", GRAPH_MODES)
+def test_a_lora_comes_and_goes_between_captured_runs(model, cudart, tmp_path, mode):
+    planned = plan_export(str(model), schedule_for(model), ExportOptions(components=False))
+    folder = engine_dir(planned, tmp_path / "engine", refit=True)
+    lora = save_lora(
+        tmp_path / "a.safetensors", make_updates(load_denoiser(model)[0], ["transformer_blocks.0.attn1.to_q"])
+    )
+    wanted = draw(Pipeline.from_engine_dir(folder, "cpu", threads=1, lora=[(lora, 1.0)]))
+    pipeline = Pipeline.from_engine_dir(folder, RTX, cuda_graph=mode)
+    before = [draw(pipeline) for _ in range(3)]
+    pipeline.load_lora(lora)
+    for _ in range(3):
+        assert_close(draw(pipeline), wanted)
+    pipeline.unload_lora()
+    for _ in range(3):
+        np.testing.assert_array_equal(draw(pipeline), before[0])
+    assert np.abs(before[0] - wanted).max() > 1e-3
+
+
+def test_memory_goes_with_the_pipeline(dit, cudart):
+    at_rest = cudart.allocated_bytes
+    pipeline = Pipeline.from_engine_dir(dit, RTX, cuda_graph="loop")
+    for _ in range(3):
+        draw(pipeline)
+    device = pipeline.memory()["device"]
+    assert device["total"] - device["free"] == cudart.allocated_bytes > device["scratch"] > 0
+    del pipeline
+    gc.collect()
+    assert cudart.allocated_bytes == at_rest
+
+
+def test_an_engine_that_does_not_deserialize_says_why(dit, cudart, tmp_path, monkeypatch):
+    monkeypatch.setattr(simulated_tensorrt.zlib, "crc32", lambda data: 0)
+    with pytest.raises(
+        UserError, match=r"TensorRT-RTX refuses it: the magic tag does not match; malformed engine; it has"
+    ):
+        Pipeline.from_engine_dir(dit, RTX)
+
+
+# The simulation: it must be able to fail, and must not offer what is not there.
+
+
+def test_freed_memory_is_no_memory(cudart):
+    cuda = Cuda(RTX)
+    memory = cuda.allocate(1000)
+    address = memory.address
+    del memory
+    with pytest.raises(AssertionError, match="not, or no longer, allocated|no device memory"):
+        cudart.view(address, 4)
+
+
+def test_work_waits_for_the_synchronisation(cudart):
+    cuda = Cuda(RTX)
+    memory = cuda.allocate(4)
+    cuda.upload(memory, np.array([7], np.int32))
+    assert cudart.view(memory.address, 4).view(np.int32)[0] != 7
+    cuda.synchronize()
+    assert cudart.view(memory.address, 4).view(np.int32)[0] == 7
+
+
+def test_copies_from_the_host_cannot_be_captured(cudart):
+    cuda = Cuda(RTX)
+    memory = cuda.allocate(4)
+    with pytest.raises(UserError, match="cudaMemcpyAsync failed: simulated error 900"):
+        cuda.capture([lambda: cuda.upload(memory, np.zeros(1, np.float32))])
+    cuda.synchronize()  # the capture has ended
+
+
+def test_graphs_of_contexts_that_ran_elsewhere_are_noticed(dit, cudart):
+    backend = TensorRTBackend(RTX)
+    bundle = Bundle.open(dit)
+    launch = bundle.manifest.plan.launches[0]
+    executable = backend.load(bundle.path, bundle.manifest.plan.variants[launch.variant].graph)
+    memory = {
+        spec.name: backend.allocate(spec.nbytes) for spec in (*executable.graph.inputs, *executable.graph.outputs)
+    }
+    run = executable.bind(memory)
+    with pytest.raises(AssertionError, match="first run of a context"):
+        backend._cuda.capture([run])
+    run()
+    graph = backend._cuda.capture([run])
+    graph()
+    run()
+    with pytest.raises(AssertionError, match="has run elsewhere since"):
+        graph()
+
+
+def test_a_stripped_engine_does_not_run_unrefitted(model, cudart, tmp_path, monkeypatch):
+    planned = plan_export(str(model), schedule_for(model), ExportOptions(components=False))
+    folder = engine_dir(planned, tmp_path / "engine", strip=True)
+    monkeypatch.setattr(TensorRTBackend, "_refit", lambda *arguments: None)
+    with pytest.raises(AssertionError, match="before it was refitted"):
+        draw(Pipeline.from_engine_dir(folder, RTX))
+
+
+def test_the_cuda_runtime_has_what_is_simulated():
+    runtime = pytest.importorskip("cuda.bindings.runtime")
+    for name in dir(Cudart):
+        assert not name.startswith("cuda") or hasattr(runtime, name), name
+    for simulated, real in ((MemcpyKind, runtime.cudaMemcpyKind), (CaptureMode, runtime.cudaStreamCaptureMode)):
+        for member in simulated:
+            assert int(getattr(real, member.name)) == member.value, member
+    assert runtime.cudaStreamNonBlocking == Cudart.cudaStreamNonBlocking
+
+
+REAL_NAMES = {
+    "Runtime": "Runtime",
+    "CudaEngine": "ICudaEngine",
+    "RuntimeConfig": "IRuntimeConfig",
+    "RuntimeCache": "IRuntimeCache",
+    "ExecutionContext": "IExecutionContext",
+    "Refitter": "Refitter",
+    "OnnxParserRefitter": "OnnxParserRefitter",
+    "ILogger": "ILogger",
+}
+OURS = {"cudart", "file", "inputs", "outputs", "session", "refittable", "take_weights", "runs", "engine", "changed"}
+
+
+def test_tensorrt_has_what_is_simulated():
+    real = pytest.importorskip("tensorrt_rtx")
+    for name, theirs in REAL_NAMES.items():
+        for member in vars(getattr(simulated_tensorrt, name)):
+            if not member.startswith("_") and member not in OURS:
+                assert hasattr(getattr(real, theirs), member), (name, member)
+    for enum in ("ExecutionContextAllocationStrategy", "EngineInvalidityDiagnostics", "DataType", "TensorIOMode"):
+        for member in getattr(simulated_tensorrt, enum).__members__:
+            assert hasattr(getattr(real, enum), member), (enum, member)
