@@ -12,12 +12,12 @@ import numpy as np
 from dipgo_deploy.backends.base import ChangedWeights, Launchable, Memory
 from dipgo_deploy.backends.externals import external_tensors
 from dipgo_deploy.backends.install import check_onnxruntime_installation
+from dipgo_deploy.backends.onnxruntime_cuda import CUDA, require_cuda
 from dipgo_deploy.backends.storage import as_bytes, from_storage
 from dipgo_deploy.bundle.manifest import Graph, Manifest, TensorSpec
 from dipgo_deploy.errors import UserError
 
 ALIGNMENT = 256
-CUDA = "CUDAExecutionProvider"
 CPU = "CPUExecutionProvider"
 _FATAL = 4  # log level: what goes wrong is raised, not also printed
 _ONNX_TYPES = {"float32": 1, "int64": 7, "float16": 10, "bfloat16": 16}
@@ -76,19 +76,7 @@ class OnnxRuntimeBackend:
         # Of changed weights too, for as long as somebody has them: initializer of a folder -> value.
         self._changed: WeakKeyDictionary[ChangedWeights, dict[tuple[Path, str], Any]] = WeakKeyDictionary()
         if provider == "cuda":
-            self._require_cuda()
-
-    def _require_cuda(self) -> None:
-        available = self._ort.get_available_providers()
-        if CUDA not in available:
-            raise UserError(
-                "backend cuda: this ONNX Runtime has no CUDA provider; install the extra 'gpu' instead of 'cpu',"
-                " or use --backend cpu"
-            )
-        try:
-            self._ort.OrtValue.ortvalue_from_shape_and_type([1], np.uint8, "cuda", 0)
-        except Exception as error:  # ONNX Runtime's exceptions share no base class
-            raise UserError(f"backend cuda: no usable CUDA device ({_one_line(error)}); use --backend cpu") from None
+            require_cuda(self._ort)
 
     def check(self, manifest: Manifest) -> None:
         """Refuse an engine directory that this backend cannot run, before anything is loaded.
