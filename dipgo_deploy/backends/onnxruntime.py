@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -13,6 +12,7 @@ from dipgo_deploy.backends.base import ChangedWeights, Launchable, Memory
 from dipgo_deploy.backends.externals import external_tensors
 from dipgo_deploy.backends.install import check_onnxruntime_installation
 from dipgo_deploy.backends.onnxruntime_cuda import CUDA, require_cuda
+from dipgo_deploy.backends.onnxruntime_weights import SharedWeights
 from dipgo_deploy.backends.storage import as_bytes, from_storage
 from dipgo_deploy.bundle.manifest import Graph, Manifest, TensorSpec
 from dipgo_deploy.errors import UserError
@@ -21,15 +21,11 @@ ALIGNMENT = 256
 CPU = "CPUExecutionProvider"
 _FATAL = 4  # log level: what goes wrong is raised, not also printed
 _ONNX_TYPES = {"float32": 1, "int64": 7, "float16": 10, "bfloat16": 16}
-# bfloat16 is not here: numpy has no such type, so those weights stay with each session.
-_NUMPY_BY_ONNX = {1: np.float32, 6: np.int32, 7: np.int64, 9: np.bool_, 10: np.float16, 11: np.float64}
 _SESSION_TYPES = {"float32": "float", "float16": "float16", "bfloat16": "bfloat16", "int64": "int64"}
-_FLOATS = (1, 10, 11)
 _TOUCHED = 2**23  # up to here memory gets its pages when it is allocated, not in the first run
 # Bytes of a graph's convolutions above which a quick start leaves their layout as it is. ONNX Runtime's own (NCHWc)
 # is made anew for each session, in 3 s a GiB, and is worth 2-7 % of a launch of SD-1.5, 29 % of one of fashion-sd.
 _LARGE_CONVOLUTIONS = 2**28
-_SMALLEST_SHARED = 1024  # bytes; small constants (shapes, axes) are read by ONNX Runtime itself, on the host
 
 
 def _one_line(error: Exception) -> str:
@@ -72,9 +68,7 @@ class OnnxRuntimeBackend:
         self._threads = threads
         self._quick_start = quick_start and provider == "cpu"
         self._share_weights = provider == "cuda" if share_weights is None else share_weights
-        self._weights: dict[tuple[Path, int, int, tuple[int, ...]], Any] = {}
-        # Of changed weights too, for as long as somebody has them: initializer of a folder -> value.
-        self._changed: WeakKeyDictionary[ChangedWeights, dict[tuple[Path, str], Any]] = WeakKeyDictionary()
+        self.shared_weights = SharedWeights(self._ort, provider)
         if provider == "cuda":
             require_cuda(self._ort)
 
@@ -157,7 +151,7 @@ class OnnxRuntimeBackend:
             values = [self._ort.OrtValue.ortvalue_from_numpy_with_onnx_type(a, _onnx_type(a)) for a in changed.values()]
             options.add_external_initializers(list(changed), values)
         if self._share_weights:
-            values += self._add_shared_weights(options, path, weights, changed)
+            values += self.shared_weights.add_to(options, path, weights, changed)
         # TF32, on by default there, rounds fp32 products to 10 bits: beyond any fp32 tolerance.
         providers = [(CUDA, {"use_tf32": "0"}), CPU] if self.name == "cuda" else [CPU]
         try:
@@ -198,53 +192,6 @@ class OnnxRuntimeBackend:
         from dipgo_deploy.backends.tensorrt_cuda import memory_of_device
 
         return memory_of_device()
-
-    def _add_shared_weights(
-        self, options: Any, path: Path, weights: ChangedWeights | None, changed: Mapping[str, np.ndarray]
-    ) -> list[Any]:
-        """Hand in the external initializers as values that all sessions share; those of ``changed`` are returned.
-
-        Without prepacking and without the NCHWc layout pass (above EXTENDED) sessions make no copies of their own.
-        """
-        options.add_session_config_entry("session.disable_prepacking", "1")
-        options.graph_optimization_level = self._ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
-        # The default order may convert the half-precision weights of many layers to float32 before it uses any.
-        options.execution_order = self._ort.ExecutionOrder.PRIORITY_BASED
-        own = {} if weights is None else self._changed.setdefault(weights, {})
-        used = []
-        for tensor in external_tensors(path):
-            if tensor.length < _SMALLEST_SHARED or tensor.dtype not in _NUMPY_BY_ONNX:
-                continue
-            if self.name == "cuda" and tensor.dtype not in _FLOATS:
-                continue  # integers may feed nodes that ONNX Runtime leaves on the host
-            if tensor.name in changed:
-                place = (path.parent, tensor.name)
-                if place not in own:
-                    own[place] = self._ort.OrtValue.ortvalue_from_numpy(changed[tensor.name], self.name, 0)
-                options.add_initializer(tensor.name, own[place])
-                used.append(own[place])
-                continue
-            key = (tensor.file.resolve(), tensor.offset, tensor.dtype, tensor.shape)
-            if key not in self._weights:
-                if not tensor.file.resolve().is_relative_to(path.parent.resolve()):
-                    raise UserError(f"{path}: tensor {tensor.name} lies outside its folder ({tensor.file}); not loaded")
-                try:
-                    mapped = np.memmap(
-                        tensor.file,
-                        dtype=_NUMPY_BY_ONNX[tensor.dtype],
-                        mode="c",
-                        offset=tensor.offset,
-                        shape=tensor.shape,
-                    )
-                except (OSError, ValueError) as error:
-                    raise UserError(
-                        f"{tensor.file}: tensor {tensor.name} of {path.name} cannot be read ({error});"
-                        " export the engine directory again"
-                    ) from None
-                # On the CPU the value refers to the mapping and keeps it alive; on CUDA it is the one device copy.
-                self._weights[key] = self._ort.OrtValue.ortvalue_from_numpy(mapped, self.name, 0)
-            options.add_initializer(tensor.name, self._weights[key])
-        return used
 
 
 class _HostBytes(NamedTuple):

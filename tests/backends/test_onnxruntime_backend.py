@@ -10,7 +10,7 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 from toy_engine import Toy, build, manifest_of, replace_manifest, weights
 
-from dipgo_deploy.backends import create_backend
+from dipgo_deploy.backends import create_backend, onnxruntime_weights
 from dipgo_deploy.backends import onnxruntime as backend_module
 from dipgo_deploy.backends.externals import external_tensors
 from dipgo_deploy.backends.onnxruntime import OnnxRuntimeBackend
@@ -185,7 +185,7 @@ def test_shared_weights_are_one_mapping_for_all_graphs(engine_dir):
     backend = OnnxRuntimeBackend("cpu", threads=1, share_weights=True)
     for name in ("full", "mixed", "refresh"):
         backend.load(engine_dir, graph(name))
-    assert len(backend._weights) == 2  # wa and wb, once each
+    assert len(backend.shared_weights.values) == 2  # wa and wb, once each
 
 
 def test_shared_weights_outside_the_folder_are_refused(engine_dir):
@@ -301,3 +301,10 @@ def test_large_convolutions_keep_their_layout(tmp_path, monkeypatch, limit, reor
     backend.upload(tensors["x"], image)
     executable.bind(tensors)()
     np.testing.assert_allclose(backend.download(tensors["y"], specs[1]), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_model_behind_values_on_a_device_is_an_identity():
+    model = onnx.load_from_string(onnxruntime_weights._IDENTITY)
+    onnx.checker.check_model(model, full_check=True)
+    (node,) = model.graph.node
+    assert (node.op_type, list(node.input), list(node.output)) == ("Identity", ["x"], ["y"])

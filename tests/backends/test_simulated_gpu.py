@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import simulated_gpu.tensorrt as simulated_tensorrt
-from simulated_gpu import install
+from simulated_gpu import install, install_onnxruntime
 from simulated_gpu.cuda import CaptureMode, Cudart, MemcpyKind
 
 torch = pytest.importorskip("torch")
@@ -22,11 +22,12 @@ from family_checks import random_weights  # noqa: E402
 from lora_files import make_updates, save_lora  # noqa: E402
 from tiny_engines import save_dit_pipeline, save_unet, schedule_for, write  # noqa: E402
 
+from dipgo_deploy.backends.base import Backend  # noqa: E402
 from dipgo_deploy.backends.onnxruntime import OnnxRuntimeBackend  # noqa: E402
 from dipgo_deploy.backends.tensorrt import TensorRTBackend  # noqa: E402
 from dipgo_deploy.backends.tensorrt_cuda import Cuda  # noqa: E402
 from dipgo_deploy.backends.tensorrt_plans import BuildFlags  # noqa: E402
-from dipgo_deploy.backends.tensorrt_queue import GRAPH_MODES, GraphMode  # noqa: E402
+from dipgo_deploy.backends.tensorrt_queue import GRAPH_MODES  # noqa: E402
 from dipgo_deploy.bundle.directory import Bundle  # noqa: E402
 from dipgo_deploy.bundle.shapes import Range  # noqa: E402
 from dipgo_deploy.engine.build import BuildOptions, build_engines  # noqa: E402
@@ -153,14 +154,15 @@ def test_segments_and_two_pipelines_on_one_directory(model, cudart, tmp_path, mo
         assert_close(draw(second, 2), wanted[1])
 
 
-def compared(bundle: Bundle, mode: GraphMode, sizes: Sequence[tuple[int, int]]) -> None:
-    """Runs of (batch, latent height) in one loop, on poisoned buffers, equal ONNX Runtime's."""
+def compared(
+    bundle: Bundle, backend: Backend, sizes: Sequence[tuple[int, int]], reference: Backend | None = None
+) -> None:
+    """Runs of (batch, latent height) in one loop, on poisoned buffers, equal those of ``reference``, by default ONNX
+    Runtime's on the CPU."""
     latent = bundle.manifest.latent
     random = np.random.default_rng(0)
-    loops = [
-        DenoisingLoop(bundle, backend, poison=True)
-        for backend in (TensorRTBackend(RTX, cuda_graph=mode), OnnxRuntimeBackend("cpu", threads=1))
-    ]
+    both = (backend, reference or OnnxRuntimeBackend("cpu", threads=1))
+    loops = [DenoisingLoop(bundle, one, poison=True) for one in both]
     for batch, height in sizes:
         noise = random.normal(size=(batch, latent.channels, height, latent.width)).astype(np.float32)
         conditions = {
@@ -184,13 +186,14 @@ def test_latents_whose_slots_are_not_aligned(cudart, tmp_path, monkeypatch, mode
     bundle = Bundle.open(engine_dir(planned, tmp_path / "engine"))
     assert bundle.manifest.latent.height * bundle.manifest.latent.width * 4 * 4 % 256
     calls = Calls(cudart, monkeypatch)
-    compared(bundle, mode, [(1, 6)] * 4)
+    compared(bundle, TensorRTBackend(RTX, cuda_graph=mode), [(1, 6)] * 4)
     assert calls.counts["cudaMemcpyDeviceToDevice"] > 0
 
 
 @pytest.mark.parametrize("mode", GRAPH_MODES)
 def test_open_sizes_are_bound_anew(open_unet, cudart, mode):
-    compared(Bundle.open(open_unet), mode, [(1, 8), (2, 16), (1, 8), (1, 8), (2, 16), (2, 16), (1, 16)])
+    sizes = [(1, 8), (2, 16), (1, 8), (1, 8), (2, 16), (2, 16), (1, 16)]
+    compared(Bundle.open(open_unet), TensorRTBackend(RTX, cuda_graph=mode), sizes)
 
 
 @pytest.mark.parametrize("mode", GRAPH_MODES)
@@ -210,6 +213,42 @@ def test_a_lora_comes_and_goes_between_captured_runs(model, cudart, tmp_path, mo
     for _ in range(3):
         np.testing.assert_array_equal(draw(pipeline), before[0])
     assert np.abs(before[0] - wanted).max() > 1e-3
+
+
+@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("load", ["eager", "lazy"])
+def test_onnx_runtime_on_cuda_draws_the_same(dit, monkeypatch, share, load):
+    wanted = [draw(Pipeline.from_engine_dir(dit, "cpu", threads=1), seed) for seed in (1, 2)]
+    install_onnxruntime(monkeypatch)
+    pipeline = Pipeline.from_engine_dir(dit, "cuda", share_weights=share, load=load)
+    for seed in (1, 2, 1):
+        assert_close(draw(pipeline, seed), wanted[seed - 1])
+    images = pipeline(class_labels=1, seed=1, guidance_scale=3.0, output_type="np").images
+    assert np.isfinite(images).all()
+    assert bool(pipeline.backend.shared_weights.values) == share
+
+
+def test_open_sizes_on_onnx_runtime_on_cuda(open_unet, monkeypatch):
+    bundle = Bundle.open(open_unet)
+    reference = OnnxRuntimeBackend("cpu", threads=1)
+    install_onnxruntime(monkeypatch)
+    compared(bundle, OnnxRuntimeBackend("cuda"), [(1, 8), (2, 16), (1, 8), (2, 16), (1, 16)], reference)
+
+
+def test_a_lora_on_onnx_runtime_on_cuda(model, monkeypatch, tmp_path):
+    planned = plan_export(str(model), schedule_for(model), ExportOptions(components=False))
+    folder = write(planned, tmp_path / "engine")
+    lora = save_lora(
+        tmp_path / "a.safetensors", make_updates(load_denoiser(model)[0], ["transformer_blocks.0.attn1.to_q"])
+    )
+    wanted = draw(Pipeline.from_engine_dir(folder, "cpu", threads=1, lora=[(lora, 1.0)]))
+    install_onnxruntime(monkeypatch)
+    pipeline = Pipeline.from_engine_dir(folder, "cuda")
+    before = draw(pipeline)
+    pipeline.load_lora(lora)
+    assert_close(draw(pipeline), wanted)
+    pipeline.unload_lora()
+    np.testing.assert_array_equal(draw(pipeline), before)
 
 
 def test_memory_goes_with_the_pipeline(dit, cudart):

@@ -312,7 +312,7 @@ def test_lazy_loads_what_is_launched_and_memory_is_told(unet):
 def test_sessions_share_one_copy_of_changed_weights_for_as_long_as_they_are_used(unet, tmp_path):
     pipeline = pipeline_of(unet, share_weights=True)
     pipeline.load_lora(save_lora(tmp_path / "a.safetensors", unet_updates(unet)))
-    changed = pipeline.backend._changed
+    changed = pipeline.backend.shared_weights._changed
     (values,) = changed.values()
     assert len(values) == len(
         merge_loras(pipeline.bundle, [(tmp_path / "a.safetensors", 1)])._changes[unet.path / "graphs"]

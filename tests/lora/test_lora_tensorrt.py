@@ -76,8 +76,8 @@ def test_onnx_runtimes_sessions_share_one_device_copy(dit, lora):
         pipeline = Pipeline.from_engine_dir(dit.path, "cuda", lora=[(lora, 1.0)])
     except UserError as error:
         pytest.skip(str(error))
-    assert pipeline.backend._weights  # shared by default
-    assert all(value.device_name() == "cuda" for value in pipeline.backend._weights.values())
+    assert pipeline.backend.shared_weights.values  # by default
+    assert all(value.device_name() == "cuda" for value in pipeline.backend.shared_weights.values)
     want = draw(Pipeline.from_engine_dir(dit.path, "cpu", lora=[(lora, 1.0)]))
     np.testing.assert_allclose(draw(pipeline), want, atol=1e-3 * np.abs(want).max())
     assert pipeline.memory()["device"]["total"] > 0

@@ -11,9 +11,10 @@ from __future__ import annotations
 import pytest
 
 from simulated_gpu.cuda import CAPABILITY, NAME, Cudart
+from simulated_gpu.onnxruntime import Module as OnnxRuntime
 from simulated_gpu.tensorrt import Module, build_plan
 
-__all__ = ["CAPABILITY", "NAME", "install"]
+__all__ = ["CAPABILITY", "NAME", "install", "install_onnxruntime"]
 
 
 def install(monkeypatch: pytest.MonkeyPatch) -> Cudart:
@@ -25,3 +26,9 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Cudart:
         monkeypatch.setattr(f"{user}.import_flavour", lambda flavour: module)
     monkeypatch.setattr("dipgo_deploy.engine.build.build_plan", build_plan)
     return cudart
+
+
+def install_onnxruntime(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put ONNX Runtime with a simulated CUDA provider in the place of the one that is there; it has no other device."""
+    monkeypatch.setattr("dipgo_deploy.backends.onnxruntime._import_onnxruntime", OnnxRuntime)
+    monkeypatch.setattr("dipgo_deploy.backends.onnxruntime.require_cuda", lambda ort: None)

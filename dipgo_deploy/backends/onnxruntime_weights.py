@@ -1,0 +1,113 @@
+"""One copy of the weights for all sessions: mapped from its file on the CPU, in device memory on CUDA."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import numpy as np
+
+from dipgo_deploy.backends.base import ChangedWeights
+from dipgo_deploy.backends.externals import ExternalTensor, external_tensors
+from dipgo_deploy.errors import UserError
+
+_SMALLEST = 1024  # bytes; small constants (shapes, axes) are read by ONNX Runtime itself, on the host
+# By ONNX's numbers. Of bfloat16 numpy makes no value; integers may feed nodes that are left on the host.
+_NUMPY_TYPES = {1: np.float32, 6: np.int32, 7: np.int64, 9: np.bool_, 10: np.float16, 11: np.float64}
+_ON_CUDA = (1, 10, 11, 16)
+# An ONNX model, the identity of one float ``x`` as ``y``: a session whose output can be bound to any memory.
+_IDENTITY = bytes.fromhex(
+    "08083a370a100a017812017922084964656e746974791201675a0f0a0178120a0a08080112040a02080162"
+    "0f0a0179120a0a08080112040a02080142040a00100d"
+)
+
+
+class Shared(NamedTuple):
+    """An OrtValue that refers to memory which is not its own, and what keeps that memory."""
+
+    value: Any
+    owner: Any
+
+
+class SharedWeights:
+    """The external initializers of graphs as values that all sessions share.
+
+    Args:
+        ort: the module ``onnxruntime``.
+        device: ``cpu`` or ``cuda``.
+    """
+
+    def __init__(self, ort: Any, device: str) -> None:
+        self._ort = ort
+        self._device = device
+        self._identity: Any = None
+        self._stored: dict[tuple[Path, int, int, tuple[int, ...]], Shared] = {}
+        # Of changed weights too, for as long as somebody has them: initializer of a folder -> value.
+        self._changed: WeakKeyDictionary[ChangedWeights, dict[tuple[Path, str], Shared]] = WeakKeyDictionary()
+
+    @property
+    def values(self) -> tuple[Any, ...]:
+        """The values made of files so far."""
+        return tuple(shared.value for shared in self._stored.values())
+
+    def add_to(
+        self, options: Any, path: Path, weights: ChangedWeights | None, changed: Mapping[str, np.ndarray]
+    ) -> list[Shared]:
+        """Hand in the initializers of the graph ``path``; those of ``changed`` are returned, for the session to keep.
+
+        Without prepacking and without the NCHWc layout pass (above EXTENDED) sessions make no copies of their own.
+
+        Raises:
+            UserError: a weights file is missing, cut short, or outside the graph's folder.
+        """
+        options.add_session_config_entry("session.disable_prepacking", "1")
+        options.graph_optimization_level = self._ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+        # The default order may convert the half-precision weights of many layers to float32 before it uses any.
+        options.execution_order = self._ort.ExecutionOrder.PRIORITY_BASED
+        own = {} if weights is None else self._changed.setdefault(weights, {})
+        used = []
+        for tensor in external_tensors(path):
+            if tensor.length < _SMALLEST or tensor.dtype not in (_ON_CUDA if self._device == "cuda" else _NUMPY_TYPES):
+                continue
+            if tensor.name in changed:
+                place = (path.parent, tensor.name)
+                if place not in own:
+                    own[place] = self._share(changed[tensor.name], tensor)
+                used.append(own[place])
+                options.add_initializer(tensor.name, own[place].value)
+                continue
+            key = (tensor.file.resolve(), tensor.offset, tensor.dtype, tensor.shape)
+            if key not in self._stored:
+                self._stored[key] = self._share(_mapped(path, tensor), tensor)
+            options.add_initializer(tensor.name, self._stored[key].value)
+        return used
+
+    def _share(self, array: np.ndarray, tensor: ExternalTensor) -> Shared:
+        """The bytes of ``array`` as the tensor that they are."""
+        if self._device == "cpu":
+            whole: np.ndarray = np.ascontiguousarray(array).view(_NUMPY_TYPES[tensor.dtype]).reshape(tensor.shape)
+            return Shared(self._ort.OrtValue.ortvalue_from_numpy(whole, "cpu", 0), whole)
+        # ONNX Runtime refuses initializers whose memory is a value's own, as it is of all that it puts on a device. Its
+        # public way to a value of memory that is there already is the output of a binding.
+        flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        owner = self._ort.OrtValue.ortvalue_from_numpy(flat, self._device, 0)
+        if self._identity is None:
+            self._identity = self._ort.InferenceSession(_IDENTITY, providers=["CPUExecutionProvider"])
+        binding = self._identity.io_binding()
+        binding.bind_output("y", self._device, 0, tensor.dtype, tensor.shape, owner.data_ptr())
+        return Shared(binding.get_outputs()[0], owner)
+
+
+def _mapped(path: Path, tensor: ExternalTensor) -> np.ndarray:
+    """The tensor's bytes in its file."""
+    if not tensor.file.resolve().is_relative_to(path.parent.resolve()):
+        raise UserError(f"{path}: tensor {tensor.name} lies outside its folder ({tensor.file}); not loaded")
+    try:
+        return np.memmap(tensor.file, dtype=np.uint8, mode="c", offset=tensor.offset, shape=(tensor.length,))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{tensor.file}: tensor {tensor.name} of {path.name} cannot be read ({error});"
+            " export the engine directory again"
+        ) from None
