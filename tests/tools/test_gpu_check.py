@@ -7,10 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import simulated_gpu
 from devices import no_gpu
 
 from dipgo_deploy.backends.onnxruntime import OnnxRuntimeBackend
 from dipgo_deploy.backends.tensorrt_cuda import Device
+from dipgo_deploy.backends.tensorrt_flavour import FLAVOURS
+from dipgo_deploy.backends.tensorrt_queue import GRAPH_MODES
 from dipgo_deploy.runtime.loop import DenoisingLoop
 from tools import gpu_check
 from tools.gpu import measure, models, peers, report
@@ -47,6 +50,27 @@ def test_the_loop_that_is_timed_is_the_reference_s(tmp_path, monkeypatch):
     assert [case["case"] for case in document["cases"]] == ["full", "half"]
     # a launch without blocks still has the head, a visible part of so small a model
     assert 1.7 < document["cases"][1]["mac_ratio"] < 2.0 and document["cases"][0]["mac_ratio"] == 1.0
+
+
+def test_what_is_timed_runs_on_a_simulated_gpu(tmp_path, monkeypatch):
+    """All but the clock and torch's part: exporting, building, loading, and the loops in every graph mode."""
+    torch = pytest.importorskip("torch")
+    torch.set_num_threads(1)
+    monkeypatch.setattr(gpu_check, "STEPS", 6)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: "current")
+    monkeypatch.setattr(torch.cuda, "ExternalStream", lambda stream: stream)
+    simulated_gpu.install(monkeypatch)
+    simulated_gpu.install_onnxruntime(monkeypatch)
+    document = {"cases": [], "roof": {"flops": 1e12, "bytes_per_second": 1e9}}
+    weights, cases = gpu_check.exported(TINY, tmp_path, document)
+    for case in cases:
+        want = peers.torch_loop(weights, case.schedule, case.inputs, torch.float32, device="cpu")()
+        for backend, mode in [("cuda", "off"), *((name, mode) for name in FLAVOURS for mode in GRAPH_MODES)]:
+            runner = gpu_check.on_backend(backend, mode, None)(case)
+            for _ in range(3):
+                assert np.abs(runner.call() - want).max() / np.abs(want).max() < gpu_check.TOLERANCE
+            assert (runner.stream == "current") == (backend == "cuda")
+            assert backend == "cuda" or {"build_seconds", "plan_bytes", "memory"} == set(runner.facts)
 
 
 def fake_cases(*names: str) -> list[gpu_check.Case]:
