@@ -11,14 +11,13 @@ import numpy as np
 from dipgo_deploy.backends.base import ChangedWeights, Launchable, Memory
 from dipgo_deploy.backends.externals import external_tensors
 from dipgo_deploy.backends.install import check_onnxruntime_installation
-from dipgo_deploy.backends.onnxruntime_cuda import CUDA, require_cuda
+from dipgo_deploy.backends.onnxruntime_cuda import CPU, CUDA, PROVIDERS, require_cuda
 from dipgo_deploy.backends.onnxruntime_weights import SharedWeights
 from dipgo_deploy.backends.storage import as_bytes, from_storage
 from dipgo_deploy.bundle.manifest import Graph, Manifest, TensorSpec
 from dipgo_deploy.errors import UserError
 
 ALIGNMENT = 256
-CPU = "CPUExecutionProvider"
 _FATAL = 4  # log level: what goes wrong is raised, not also printed
 _ONNX_TYPES = {"float32": 1, "int64": 7, "float16": 10, "bfloat16": 16}
 _SESSION_TYPES = {"float32": "float", "float16": "float16", "bfloat16": "bfloat16", "int64": "int64"}
@@ -152,10 +151,10 @@ class OnnxRuntimeBackend:
             options.add_external_initializers(list(changed), values)
         if self._share_weights:
             values += self.shared_weights.add_to(options, path, weights, changed)
-        # TF32, on by default there, rounds fp32 products to 10 bits: beyond any fp32 tolerance.
-        providers = [(CUDA, {"use_tf32": "0"}), CPU] if self.name == "cuda" else [CPU]
         try:
-            session = self._ort.InferenceSession(str(path), options, providers=providers, enable_fallback=False)
+            session = self._ort.InferenceSession(
+                str(path), options, providers=PROVIDERS[self.name], enable_fallback=False
+            )
         except Exception as error:  # ONNX Runtime's exceptions share no base class
             raise UserError(f"{path}: ONNX Runtime cannot load it on {self.name}: {_one_line(error)}") from None
         if self._provider not in session.get_providers():

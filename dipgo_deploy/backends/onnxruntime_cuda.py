@@ -1,4 +1,4 @@
-"""Whether ONNX Runtime can use CUDA here, and if not, why not."""
+"""ONNX Runtime's providers; whether it can use CUDA here, and if not, why not."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ import numpy as np
 
 from dipgo_deploy.errors import UserError
 
-CUDA = "CUDAExecutionProvider"
+CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
+# TF32, on by default there, rounds fp32 products to 10 bits: beyond any fp32 tolerance.
+PROVIDERS: dict[str, list[Any]] = {"cpu": [CPU], "cuda": [(CUDA, {"use_tf32": "0"}), CPU]}
 _DRIVER, _PROVIDER = "libcuda.so.1", "libonnxruntime_providers_cuda.so"
 # Log levels: what goes wrong is raised, not also printed; and ONNX Runtime's own default.
 _FATAL, _WARNING = 4, 2

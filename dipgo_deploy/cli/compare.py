@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from dipgo_deploy.backends import BACKENDS
 from dipgo_deploy.bundle.shapes import Range, Sizes
 from dipgo_deploy.cli.common import emit, entry_point, examples, human_console, json_option, version_option
 from dipgo_deploy.cli.run import parse_labels
@@ -31,6 +32,7 @@ _PATH = click.Path(path_type=Path)
         "dipgo-compare --engine-dir engines/fashion-sd",
         'dipgo-compare --engine-dir engines/fashion-sd --prompt "a sneaker" --seed 7 --json',
         "dipgo-compare --engine-dir engines/sd15 --model ./sd15 --backend cuda --loop-only",
+        "dipgo-compare --engine-dir engines/sd15 --model ./sd15 --backend tensorrt-rtx  # engines of dipgo-build",
         "dipgo-compare --engine-dir engines/fashion-dit --variants-only --save-inputs inputs",
     ),
 )
@@ -43,7 +45,7 @@ _PATH = click.Path(path_type=Path)
 @click.option("--batch", type=click.IntRange(min=1), help="Of ranges that were exported.  [default: the usual one]")
 @click.option("--height", type=click.IntRange(min=1), help="The same, in pixels.")
 @click.option("--width", type=click.IntRange(min=1), help="The same, in pixels.")
-@click.option("--backend", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+@click.option("--backend", type=click.Choice(BACKENDS[1:]), default="cpu", show_default=True)
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: the physical cores]")
 @click.option("--variants-only", is_flag=True, help="Compare each variant by itself, not the loop.")
 @click.option("--loop-only", is_flag=True, help="Compare the whole loop, not each variant.")

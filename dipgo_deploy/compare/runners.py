@@ -14,6 +14,7 @@ from polygraphy.backend.onnxrt import OnnxrtRunner
 from polygraphy.common import TensorMetadata
 
 from dipgo_deploy.backends.base import Backend
+from dipgo_deploy.backends.onnxruntime_cuda import PROVIDERS
 from dipgo_deploy.bundle.directory import Bundle
 from dipgo_deploy.bundle.manifest import Graph, VariantEntry
 from dipgo_deploy.compare.reference import VariantReference
@@ -41,7 +42,8 @@ class SupernetRunner(BaseRunner):
 
 
 class BackendRunner(BaseRunner):
-    """Runs a graph through the runtime's own backend: for what polygraphy's runners cannot feed (bfloat16)."""
+    """Runs a graph through the runtime's own backend: for what polygraphy's runners cannot feed (bfloat16), and for
+    engines, whose addresses, scratch and copies are then those of a run."""
 
     def __init__(self, engine_dir: Path, graph: Graph, backend: Backend, name: str | None = None) -> None:
         super().__init__(name=name, prefix="backend-runner")
@@ -72,11 +74,11 @@ class BackendRunner(BaseRunner):
 
 
 def engine_runner(bundle: Bundle, entry: VariantEntry, backend: Backend, threads: int | None = None) -> BaseRunner:
-    """The runner for a variant's graph: polygraphy's own for ONNX Runtime, except for bfloat16.
+    """The runner for a variant's graph: polygraphy's own for ONNX Runtime, else, and for bfloat16, the backend.
 
     threads: CPU threads of a run; None: ONNX Runtime's default.
     """
-    if bundle.manifest.dtype == "bf16":
+    if bundle.manifest.dtype == "bf16" or backend.name not in PROVIDERS:
         return BackendRunner(bundle.path, entry.graph, backend, name=backend.name)
 
     def session() -> Any:
@@ -85,8 +87,8 @@ def engine_runner(bundle: Bundle, entry: VariantEntry, backend: Backend, threads
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4  # what goes wrong is raised, not also printed
         options.intra_op_num_threads = threads or 0
-        providers = ["CUDAExecutionProvider"] * (backend.name == "cuda") + ["CPUExecutionProvider"]
-        return onnxruntime.InferenceSession(str(bundle.path / entry.graph.file), options, providers=providers)
+        file = str(bundle.path / entry.graph.file)
+        return onnxruntime.InferenceSession(file, options, providers=PROVIDERS[backend.name])
 
     return OnnxrtRunner(session, name=f"onnxruntime-{backend.name}")
 

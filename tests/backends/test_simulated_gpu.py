@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import simulated_gpu.tensorrt as simulated_tensorrt
 from simulated_gpu import install, install_onnxruntime
@@ -20,16 +22,18 @@ pytest.importorskip("diffusers")
 from diffusers import DiTTransformer2DModel  # noqa: E402
 from family_checks import random_weights  # noqa: E402
 from lora_files import make_updates, save_lora  # noqa: E402
-from tiny_engines import save_dit_pipeline, save_unet, schedule_for, write  # noqa: E402
+from tiny_engines import corrupted, save_dit_pipeline, save_unet, schedule_for, write  # noqa: E402
 
 from dipgo_deploy.backends.base import Backend  # noqa: E402
 from dipgo_deploy.backends.onnxruntime import OnnxRuntimeBackend  # noqa: E402
 from dipgo_deploy.backends.tensorrt import TensorRTBackend  # noqa: E402
 from dipgo_deploy.backends.tensorrt_cuda import Cuda  # noqa: E402
+from dipgo_deploy.backends.tensorrt_flavour import FLAVOURS  # noqa: E402
 from dipgo_deploy.backends.tensorrt_plans import BuildFlags  # noqa: E402
 from dipgo_deploy.backends.tensorrt_queue import GRAPH_MODES  # noqa: E402
 from dipgo_deploy.bundle.directory import Bundle  # noqa: E402
 from dipgo_deploy.bundle.shapes import Range  # noqa: E402
+from dipgo_deploy.cli.compare import main as compare  # noqa: E402
 from dipgo_deploy.engine.build import BuildOptions, build_engines  # noqa: E402
 from dipgo_deploy.errors import UserError  # noqa: E402
 from dipgo_deploy.export.exporter import ExportOptions, PlannedExport, in_segments, plan_export  # noqa: E402
@@ -249,6 +253,29 @@ def test_a_lora_on_onnx_runtime_on_cuda(model, monkeypatch, tmp_path):
     assert_close(draw(pipeline), wanted)
     pipeline.unload_lora()
     np.testing.assert_array_equal(draw(pipeline), before)
+
+
+@pytest.mark.parametrize("layout", ["variants", "segments"])
+@pytest.mark.parametrize("backend", FLAVOURS)
+def test_engines_are_compared_with_the_supernet(model, cudart, tmp_path, capsys, backend, layout):
+    planned = plan_export(str(model), schedule_for(model), ExportOptions(layout=layout))
+    if layout == "segments":
+        planned = replace(planned, segments=in_segments(planned))
+    folder = write(planned, tmp_path / "engine")
+    arguments = ["--threads", "1", "--backend", backend, "--json", "--engine-dir"]
+    assert compare([*arguments, str(folder)]) == 2
+    assert "build them first" in capsys.readouterr().err
+    build_engines(folder, backend)
+    assert compare([*arguments, str(folder)]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["passed"] and report["backend"] == backend and report["variants"] and report["loop"]
+    file = Bundle.open(folder).manifest.plan.variants[0].graph.file
+    stored = onnx.load(folder / file, load_external_data=False).graph.initializer
+    weight = next(tensor.name for tensor in stored if tensor.external_data and tensor.name.endswith("weight"))
+    wrong = corrupted(folder, tmp_path / "wrong", Path(file).name, weight)
+    build_engines(wrong, backend)
+    assert compare([*arguments, str(wrong)]) == 1
+    assert "step 0" in capsys.readouterr().err
 
 
 def test_memory_goes_with_the_pipeline(dit, cudart):
