@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -23,7 +23,7 @@ from dipgo_deploy.backends.tensorrt_plans import (
     profile_of,
     stored_plans,
 )
-from dipgo_deploy.backends.tensorrt_queue import GRAPH_MODES, GraphMode, LaunchQueue
+from dipgo_deploy.backends.tensorrt_queue import GRAPH_MODES, GraphMode, LaunchQueue, Run
 from dipgo_deploy.bundle.files import sha256_file
 from dipgo_deploy.bundle.manifest import Graph, Manifest, TensorSpec
 from dipgo_deploy.errors import UserError
@@ -61,7 +61,7 @@ class TensorRTBackend:
         self._runtime = self.module.Runtime(self.logger)
         self._hashes = WeightHashes()
         self._one_context = cuda_graph != "step"
-        self._queue = LaunchQueue(cuda_graph, self._cuda.capture)
+        self._queue = LaunchQueue(cuda_graph, self._capture)
         self._scratch = self._cuda.allocate(0)
         self._loaded: WeakKeyDictionary[TensorRTExecutable, int] = WeakKeyDictionary()
         self._unsaved: list[KernelCache] = []
@@ -168,6 +168,12 @@ class TensorRTBackend:
         """Whether all launches of an engine share one context (a captured launch needs one of its own)."""
         return self._one_context
 
+    def _capture(self, runs: Sequence[Run]) -> Callable[[], None]:
+        for context in {run.context for run in runs}:
+            assert isinstance(context, _Context)
+            context.require_capturable()
+        return self._cuda.capture(runs)
+
     def _grow_scratch(self, nbytes: int) -> None:
         if nbytes <= self._scratch.nbytes:
             return
@@ -254,6 +260,11 @@ class _Context:
         else:
             config = engine.create_runtime_config()
             config.set_execution_context_allocation_strategy(strategy)
+            # Else the first runs at open sizes use slower kernels, which a captured graph would keep, and results
+            # change when the right ones have been compiled.
+            config.dynamic_shapes_kernel_specialization_strategy = (
+                backend.module.DynamicShapesKernelSpecializationStrategy.EAGER
+            )
             kernels.attach(config)
             self.context = engine.create_execution_context(config)
             backend.keep_kernels(kernels)
@@ -276,6 +287,15 @@ class _Context:
         if memory is None or memory.nbytes < spec.nbytes:
             memory = self._aligned[spec.name] = self.backend.allocate(spec.nbytes)
         return memory
+
+    def require_capturable(self) -> None:
+        """Raise a UserError where launches of this context cannot be part of a captured graph."""
+        ask = getattr(self.context, "is_stream_capturable", None)
+        if ask is not None and not ask(self.backend.stream):
+            raise UserError(
+                f"{self.path}: its launches cannot be captured as a CUDA graph (it takes memory while it runs); use "
+                "--cuda-graph off"
+            )
 
     def enqueue(self, tensors: Mapping[str, Memory], shapes: Mapping[str, tuple[int, ...]]) -> None:
         scratch = self.backend.scratch

@@ -17,7 +17,8 @@ class Flavour:
     builds_without_device: engines can be built where no GPU is. compute_capabilities: one engine can be built for a
     choice of GPU generations, whatever the GPU at hand. timing_cache, version_compatible, hardware_compatible: these
     build options have an effect. validity: the runtime can tell why it refuses an engine.
-    runtime_cache: kernels are compiled at run time, and can be kept.
+    runtime_cache: kernels are compiled at run time, and can be kept. user_allocation: only engines that were built for
+    it leave all memory to their caller, which captured launches need.
     """
 
     backend: str
@@ -30,6 +31,7 @@ class Flavour:
     hardware_compatible: bool
     validity: bool
     runtime_cache: bool
+    user_allocation: bool
 
 
 FLAVOURS: dict[str, Flavour] = {
@@ -46,6 +48,7 @@ FLAVOURS: dict[str, Flavour] = {
             hardware_compatible=True,
             validity=False,
             runtime_cache=False,
+            user_allocation=False,
         ),
         Flavour(
             backend="tensorrt-rtx",
@@ -58,6 +61,7 @@ FLAVOURS: dict[str, Flavour] = {
             hardware_compatible=False,
             validity=True,
             runtime_cache=True,
+            user_allocation=True,
         ),
     )
 }

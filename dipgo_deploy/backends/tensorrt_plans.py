@@ -32,7 +32,8 @@ class BuildFlags(_Frozen):
     workspace: bytes of scratch a tactic may use, None for the builder's default. opt_level: 0 to 5, None for the
     builder's default. max_aux_streams: streams that an engine may use beside its own. tf32: float32 products may be
     rounded to TF32. strip: the weights are left out and come from the graph's weights file when the engine is loaded.
-    refit: other weights can be put in when the engine is loaded, which may cost speed.
+    refit: other weights can be put in when the engine is loaded, which may cost speed. user_allocation: no memory is
+    taken at run time but what the caller gives, where the builder knows the option (``Flavour.user_allocation``).
     """
 
     workspace: int | None = None
@@ -43,6 +44,7 @@ class BuildFlags(_Frozen):
     strip: bool = False
     refit: bool = False
     tf32: bool = False
+    user_allocation: bool = True
 
 
 class Target(_Frozen):

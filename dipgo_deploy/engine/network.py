@@ -108,6 +108,8 @@ def _configure(flavour: Flavour, module: Any, builder: Any, network: Any, config
     if flags.opt_level is not None:
         config.builder_optimization_level = flags.opt_level
     config.max_aux_streams = flags.max_aux_streams
+    if flags.user_allocation and flavour.user_allocation:
+        config.set_flag(enum.REQUIRE_USER_ALLOCATION)
     if flags.version_compatible:
         config.set_flag(enum.VERSION_COMPATIBLE)
     if flags.hardware_compatible:

@@ -278,6 +278,16 @@ def test_engines_are_compared_with_the_supernet(model, cudart, tmp_path, capsys,
     assert "step 0" in capsys.readouterr().err
 
 
+def test_engines_that_take_memory_while_they_run_are_not_captured(model, cudart, tmp_path):
+    planned = plan_export(str(model), schedule_for(model), ExportOptions(components=False))
+    folder = engine_dir(planned, tmp_path / "engine", user_allocation=False)
+    draw(Pipeline.from_engine_dir(folder, RTX))
+    pipeline = Pipeline.from_engine_dir(folder, RTX, cuda_graph="loop")
+    draw(pipeline)  # the first run is not captured
+    with pytest.raises(UserError, match=r"cannot be captured as a CUDA graph .*; use --cuda-graph off"):
+        draw(pipeline)
+
+
 def test_memory_goes_with_the_pipeline(dit, cudart):
     at_rest = cudart.allocated_bytes
     pipeline = Pipeline.from_engine_dir(dit, RTX, cuda_graph="loop")
@@ -374,7 +384,19 @@ REAL_NAMES = {
     "OnnxParserRefitter": "OnnxParserRefitter",
     "ILogger": "ILogger",
 }
-OURS = {"cudart", "file", "inputs", "outputs", "session", "refittable", "take_weights", "runs", "engine", "changed"}
+OURS = {
+    "cudart",
+    "file",
+    "inputs",
+    "outputs",
+    "session",
+    "refittable",
+    "capturable",
+    "take_weights",
+    "runs",
+    "engine",
+    "changed",
+}
 
 
 def test_tensorrt_has_what_is_simulated():
@@ -383,6 +405,12 @@ def test_tensorrt_has_what_is_simulated():
         for member in vars(getattr(simulated_tensorrt, name)):
             if not member.startswith("_") and member not in OURS:
                 assert hasattr(getattr(real, theirs), member), (name, member)
-    for enum in ("ExecutionContextAllocationStrategy", "EngineInvalidityDiagnostics", "DataType", "TensorIOMode"):
+    for enum in (
+        "ExecutionContextAllocationStrategy",
+        "EngineInvalidityDiagnostics",
+        "DynamicShapesKernelSpecializationStrategy",
+        "DataType",
+        "TensorIOMode",
+    ):
         for member in getattr(simulated_tensorrt, enum).__members__:
             assert hasattr(getattr(real, enum), member), (enum, member)

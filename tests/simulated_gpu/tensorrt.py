@@ -60,6 +60,14 @@ class ComputeCapability(Enum):
     SM89 = 89
 
 
+class DynamicShapesKernelSpecializationStrategy(Enum):
+    """As TensorRT-RTX names them."""
+
+    LAZY = 0
+    EAGER = 1
+    NONE = 2
+
+
 class Module:
     """Stands for ``tensorrt`` and ``tensorrt_rtx``."""
 
@@ -68,6 +76,7 @@ class Module:
     ExecutionContextAllocationStrategy = ExecutionContextAllocationStrategy
     EngineInvalidityDiagnostics = EngineInvalidityDiagnostics
     ComputeCapability = ComputeCapability
+    DynamicShapesKernelSpecializationStrategy = DynamicShapesKernelSpecializationStrategy
 
     def __init__(self, cudart: Cudart) -> None:
         self.cudart = cudart
@@ -91,6 +100,7 @@ def build_plan(flavour: Any, module: Module, work: Any, **_: Any) -> bytes:
         "changed": {name: _packed(array) for name, array in changed.items()},
         "strip": flags.strip,
         "refit": flags.refit or flags.strip,
+        "capturable": flags.user_allocation or not flavour.user_allocation,
     }
     data = json.dumps(document).encode()
     return data + zlib.crc32(data).to_bytes(4, "big")
@@ -119,6 +129,7 @@ class CudaEngine:
     def __init__(self, cudart: Cudart, document: Mapping[str, Any]) -> None:
         self.cudart = cudart
         self.refittable = bool(document["refit"])
+        self.capturable = bool(document["capturable"])
         self.file = Path(document["onnx"])
         model = onnx.load(self.file, load_external_data=False)
         self.inputs = {value.name: value.type.tensor_type for value in model.graph.input}
@@ -163,6 +174,8 @@ class CudaEngine:
     def create_execution_context(self, how: Any) -> ExecutionContext:
         cache = None
         if isinstance(how, RuntimeConfig):
+            eager = DynamicShapesKernelSpecializationStrategy.EAGER
+            assert how.dynamic_shapes_kernel_specialization_strategy is eager, "kernels change after some runs"
             how, cache = how.strategy, how.cache
         assert how is ExecutionContextAllocationStrategy.USER_MANAGED
         return ExecutionContext(self, cache)
@@ -177,6 +190,7 @@ class RuntimeConfig:
     def __init__(self, engine: CudaEngine) -> None:
         self.strategy: ExecutionContextAllocationStrategy | None = None
         self.cache: RuntimeCache | None = None
+        self.dynamic_shapes_kernel_specialization_strategy = DynamicShapesKernelSpecializationStrategy.LAZY
 
     def set_execution_context_allocation_strategy(self, strategy: ExecutionContextAllocationStrategy) -> None:
         self.strategy = strategy
@@ -234,6 +248,9 @@ class ExecutionContext:
             self._addresses[name] = address
         return known
 
+    def is_stream_capturable(self, stream: int) -> bool:
+        return self._engine.capturable
+
     def execute_async_v3(self, stream: int) -> bool:
         engine, cudart = self._engine, self._engine.cudart
         shapes = {name: self._shapes.get(name, engine.get_tensor_shape(name)) for name in engine.inputs}
@@ -243,6 +260,7 @@ class ExecutionContext:
         assert addresses.keys() == engine.inputs.keys() | engine.outputs.keys(), "a tensor has no address"
         graph = cudart.capturing(stream)
         if graph is not None:
+            assert engine.capturable, "the engine takes memory while it runs, which must not be captured"
             assert self.runs, "the first run of a context may allocate, which must not be captured"
             graph.used[self] = 0
         self.runs += 1
