@@ -12,7 +12,7 @@ import numpy as np
 from dipgo_deploy.backends.base import ChangedWeights, Launchable, Memory
 from dipgo_deploy.backends.storage import from_storage
 from dipgo_deploy.backends.tensorrt_cuda import Cuda, Device, require_device
-from dipgo_deploy.backends.tensorrt_flavour import Flavour, flavour_of, import_flavour
+from dipgo_deploy.backends.tensorrt_flavour import Flavour, flavour_of, import_flavour, known_capabilities
 from dipgo_deploy.backends.tensorrt_kernels import KernelCache
 from dipgo_deploy.backends.tensorrt_plans import (
     KeyInputs,
@@ -188,6 +188,13 @@ class TensorRTBackend:
             _, diagnostics = self._runtime.get_engine_validity(data)
             members = self.module.EngineInvalidityDiagnostics.__members__.items()
             reasons += [name.lower().replace("_", " ") for name, member in members if int(diagnostics) & int(member)]
+        if self.flavour.compute_capabilities:
+            known = known_capabilities(self.module)
+            if self.device.capability not in known:
+                reasons.append(
+                    f"it is made for compute capability {', '.join(known)}, and {self.device.name} has "
+                    f"{self.device.capability}: try --backend tensorrt"
+                )
         free, total = self._cuda.free_bytes()
         return (
             f"{'; '.join(reasons) or 'no reason given'}; it has {len(data) / 2**20:.0f} MiB, and {free / 2**20:.0f} of "

@@ -74,6 +74,12 @@ def flavour_of(backend: str) -> Flavour:
     return FLAVOURS[backend]
 
 
+def known_capabilities(module: Any) -> tuple[str, ...]:
+    """Compute capabilities (``8.9``) that a module with a choice of them builds for, in its own order."""
+    names = [name for name in module.ComputeCapability.__members__ if name.startswith("SM")]
+    return tuple(f"{name[2:-1]}.{name[-1]}" for name in names)
+
+
 def import_flavour(flavour: Flavour) -> Any:
     """The module, imported. Importing touches no device; its Builder and Runtime do.
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dipgo_deploy.backends.tensorrt_cuda import Device, NoDeviceError, find_device, require_device
-from dipgo_deploy.backends.tensorrt_flavour import Flavour, flavour_of, import_flavour
+from dipgo_deploy.backends.tensorrt_flavour import Flavour, flavour_of, import_flavour, known_capabilities
 from dipgo_deploy.backends.tensorrt_plans import (
     RECORD_SUFFIX,
     BuildFlags,
@@ -245,12 +245,11 @@ def _device(flavour: Flavour, options: BuildOptions) -> Device | None:
 def _check_capabilities(module: Any, flavour: Flavour, options: BuildOptions) -> None:
     if not flavour.compute_capabilities:
         return
-    known = [name for name in module.ComputeCapability.__members__ if name.startswith("SM")]
-    by_number = {f"{name[2:-1]}.{name[-1]}": name for name in known}
+    known = known_capabilities(module)
     for wanted in options.compute_capabilities:
-        if wanted != CURRENT and wanted not in by_number:
+        if wanted != CURRENT and wanted not in known:
             raise UserError(
-                f"--compute-capability {wanted}: {flavour.title} {module.__version__} knows {', '.join(by_number)}, "
+                f"--compute-capability {wanted}: {flavour.title} {module.__version__} knows {', '.join(known)}, "
                 f"and {CURRENT} for the GPU at hand"
             )
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+import simulated_gpu.cuda
 import simulated_gpu.tensorrt as simulated_tensorrt
 from simulated_gpu import install, install_onnxruntime
 from simulated_gpu.cuda import CaptureMode, Cudart, MemcpyKind
@@ -305,6 +306,14 @@ def test_an_engine_that_does_not_deserialize_says_why(dit, cudart, tmp_path, mon
     with pytest.raises(
         UserError, match=r"TensorRT-RTX refuses it: the magic tag does not match; malformed engine; it has"
     ):
+        Pipeline.from_engine_dir(dit, RTX)
+
+
+def test_a_gpu_that_tensorrt_rtx_is_not_made_for_is_named(dit, cudart, monkeypatch):
+    monkeypatch.setattr(simulated_gpu.cuda, "CAPABILITY", (9, 0))
+    monkeypatch.setattr(simulated_tensorrt.Runtime, "deserialize_cuda_engine", lambda *arguments: None)
+    message = r"made for compute capability 8\.6, 8\.9, and Simulated GPU has 9\.0: try --backend tensorrt"
+    with pytest.raises(UserError, match=message):
         Pipeline.from_engine_dir(dit, RTX)
 
 
