@@ -12,3 +12,8 @@ class UserError(Exception):
 
 class ToleranceError(Exception):
     """A comparison went beyond its tolerance: shown as one line, exit status 1."""
+
+
+def one_line(error: Exception) -> str:
+    """The message of a library's error for a UserError's: on one line, at most 400 characters."""
+    return " ".join(str(error).split())[:400]

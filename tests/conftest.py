@@ -3,30 +3,29 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
-from devices import FLAVOUR_NAMES, no_gpu  # noqa: E402
+from devices import no_gpu  # noqa: E402
+
+from dipgo_deploy.backends.tensorrt_flavour import FLAVOURS, import_flavour  # noqa: E402
+from dipgo_deploy.errors import UserError  # noqa: E402
 
 
 @pytest.fixture(
     params=[
-        *(pytest.param((name, True), id=f"{name}-simulated") for name in FLAVOUR_NAMES),
+        *(pytest.param((name, True), id=f"{name}-simulated") for name in FLAVOURS),
         *(
             pytest.param((name, False), id=name, marks=[pytest.mark.gpu, pytest.mark.skipif(no_gpu(), reason="no GPU")])
-            for name in FLAVOUR_NAMES
+            for name in FLAVOURS
         ),
     ]
 )
-def tensorrt_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def tensorrt_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Name of a TensorRT backend that can be created: on the GPU that is here, and on a simulated one everywhere."""
-    from dipgo_deploy.backends.tensorrt_flavour import FLAVOURS, import_flavour
-    from dipgo_deploy.errors import UserError
-
     name, simulated = request.param
     if simulated:
         from simulated_gpu import install
@@ -37,4 +36,4 @@ def tensorrt_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyP
             import_flavour(FLAVOURS[name])
         except UserError as error:
             pytest.skip(str(error))
-    yield name
+    return name

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 from dipgo_deploy.backends.tensorrt_cuda import NoDeviceError, find_device
-from dipgo_deploy.backends.tensorrt_flavour import FLAVOURS
-
-FLAVOUR_NAMES = tuple(FLAVOURS)
 
 
 def no_gpu() -> bool:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from dipgo_deploy.backends.base import Backend
-from dipgo_deploy.backends.tensorrt_queue import GraphMode
+from typing import TYPE_CHECKING
+
 from dipgo_deploy.errors import UserError
+
+if TYPE_CHECKING:
+    from dipgo_deploy.backends.base import Backend
+    from dipgo_deploy.backends.tensorrt_queue import GraphMode
 
 BACKENDS = ("auto", "cpu", "cuda", "tensorrt", "tensorrt-rtx")
 

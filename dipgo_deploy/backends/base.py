@@ -11,6 +11,9 @@ import numpy as np
 
 from dipgo_deploy.bundle.manifest import Graph, Manifest, TensorSpec
 
+# Bytes. TensorRT wants every tensor at a multiple of it, CUDA allocates at such, and plans place caches so.
+ALIGNMENT = 256
+
 
 @dataclass(frozen=True)
 class Memory:
@@ -69,7 +72,7 @@ class Backend(Protocol):
         """Refuse an engine directory it cannot run (UserError), before anything is loaded."""
 
     def allocate(self, nbytes: int) -> Memory:
-        """Zero-filled memory, aligned to at least 256 bytes."""
+        """Zero-filled memory, aligned to at least ``ALIGNMENT``."""
 
     def upload(self, memory: Memory, array: np.ndarray) -> None:
         """Copy a host array (C order, as stored: see ``storage.to_storage``) to the start of ``memory``."""

@@ -8,27 +8,21 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dipgo_deploy.backends.base import ChangedWeights, Launchable, Memory
+from dipgo_deploy.backends.base import ALIGNMENT, ChangedWeights, Launchable, Memory
 from dipgo_deploy.backends.externals import external_tensors
 from dipgo_deploy.backends.install import check_onnxruntime_installation
-from dipgo_deploy.backends.onnxruntime_cuda import CPU, CUDA, PROVIDERS, require_cuda
+from dipgo_deploy.backends.onnxruntime_cuda import CPU, CUDA, FATAL, PROVIDERS, require_cuda
 from dipgo_deploy.backends.onnxruntime_weights import SharedWeights
 from dipgo_deploy.backends.storage import as_bytes, from_storage
 from dipgo_deploy.bundle.manifest import Graph, Manifest, TensorSpec
-from dipgo_deploy.errors import UserError
+from dipgo_deploy.errors import UserError, one_line
 
-ALIGNMENT = 256
-_FATAL = 4  # log level: what goes wrong is raised, not also printed
 _ONNX_TYPES = {"float32": 1, "int64": 7, "float16": 10, "bfloat16": 16}
 _SESSION_TYPES = {"float32": "float", "float16": "float16", "bfloat16": "bfloat16", "int64": "int64"}
 _TOUCHED = 2**23  # up to here memory gets its pages when it is allocated, not in the first run
 # Bytes of a graph's convolutions above which a quick start leaves their layout as it is. ONNX Runtime's own (NCHWc)
 # is made anew for each session, in 3 s a GiB, and is worth 2-7 % of a launch of SD-1.5, 29 % of one of fashion-sd.
 _LARGE_CONVOLUTIONS = 2**28
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:400]
 
 
 class OnnxRuntimeBackend:
@@ -156,7 +150,7 @@ class OnnxRuntimeBackend:
                 str(path), options, providers=PROVIDERS[self.name], enable_fallback=False
             )
         except Exception as error:  # ONNX Runtime's exceptions share no base class
-            raise UserError(f"{path}: ONNX Runtime cannot load it on {self.name}: {_one_line(error)}") from None
+            raise UserError(f"{path}: ONNX Runtime cannot load it on {self.name}: {one_line(error)}") from None
         if self._provider not in session.get_providers():
             raise UserError(f"{path}: ONNX Runtime fell back to the CPU although cuda was asked for; use --backend cpu")
         _check_interface(path, "input", session.get_inputs(), graph.inputs)
@@ -172,7 +166,7 @@ class OnnxRuntimeBackend:
 
     def _session_options(self) -> Any:
         options = self._ort.SessionOptions()
-        options.log_severity_level = _FATAL
+        options.log_severity_level = FATAL
         # Each session has a thread pool of its own. The threads of the one that just ran would go on spinning on the
         # cores that the next launch, usually of another session, needs.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
@@ -212,7 +206,7 @@ class OnnxExecutable:
         self._path = path
         self._device = device
         self._run_options = ort.RunOptions()
-        self._run_options.log_severity_level = _FATAL
+        self._run_options.log_severity_level = FATAL
         # Each run looks this option up; where it is not set, that raises and catches an exception: 30 us a launch.
         # -1, "no graph capture", is what happens anyway.
         self._run_options.add_run_config_entry("gpu_graph_id", "-1")
@@ -258,7 +252,7 @@ class _BoundRun:
         try:
             self._run(self._binding, self._options)
         except Exception as error:  # ONNX Runtime's exceptions share no base class
-            raise UserError(f"{self._executable._path}: the run failed: {_one_line(error)}") from None
+            raise UserError(f"{self._executable._path}: the run failed: {one_line(error)}") from None
 
 
 _arena_made = False

@@ -11,14 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from dipgo_deploy.errors import UserError
+from dipgo_deploy.errors import UserError, one_line
 
 CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
 # TF32, on by default there, rounds fp32 products to 10 bits: beyond any fp32 tolerance.
 PROVIDERS: dict[str, list[Any]] = {"cpu": [CPU], "cuda": [(CUDA, {"use_tf32": "0"}), CPU]}
 _DRIVER, _PROVIDER = "libcuda.so.1", "libonnxruntime_providers_cuda.so"
-# Log levels: what goes wrong is raised, not also printed; and ONNX Runtime's own default.
-_FATAL, _WARNING = 4, 2
+FATAL = 4  # log level: what goes wrong is raised, not also printed
+_WARNING = 2  # ONNX Runtime's own default
 
 
 def require_cuda(ort: Any) -> None:
@@ -41,7 +41,7 @@ def require_cuda(ort: Any) -> None:
     # CUDA's libraries that came as Python packages are on no path of the system's; the call prints what it misses.
     with contextlib.redirect_stdout(io.StringIO()):
         ort.preload_dlls()
-    ort.set_default_logger_severity(_FATAL)
+    ort.set_default_logger_severity(FATAL)
     try:
         ort.OrtValue.ortvalue_from_shape_and_type([1], np.uint8, "cuda", 0)
     except Exception as error:  # ONNX Runtime's exceptions share no base class
@@ -55,7 +55,7 @@ def _reason(ort: Any, error: Exception) -> str:
     missing = _unloadable(str(Path(ort.__file__).parent / "capi" / _PROVIDER))
     if missing is not None and missing.startswith("lib"):  # not the provider itself, which is named by its path
         return f"a library of CUDA is missing ({missing}); pip install 'onnxruntime-gpu[cuda,cudnn]'"
-    return f"no usable CUDA device ({' '.join(str(error).split())[:400]}); check the driver with nvidia-smi"
+    return f"no usable CUDA device ({one_line(error)}); check the driver with nvidia-smi"
 
 
 def _unloadable(library: str) -> str | None:

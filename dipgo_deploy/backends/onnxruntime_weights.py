@@ -11,12 +11,14 @@ import numpy as np
 
 from dipgo_deploy.backends.base import ChangedWeights
 from dipgo_deploy.backends.externals import ExternalTensor, external_tensors
+from dipgo_deploy.backends.onnxruntime_cuda import PROVIDERS
 from dipgo_deploy.errors import UserError
 
 _SMALLEST = 1024  # bytes; small constants (shapes, axes) are read by ONNX Runtime itself, on the host
-# By ONNX's numbers. Of bfloat16 numpy makes no value; integers may feed nodes that are left on the host.
-_NUMPY_TYPES = {1: np.float32, 6: np.int32, 7: np.int64, 9: np.bool_, 10: np.float16, 11: np.float64}
-_ON_CUDA = (1, 10, 11, 16)
+# By ONNX's numbers; numpy has no bfloat16, so that is bits.
+_STORED_AS = {1: np.float32, 6: np.int32, 7: np.int64, 9: np.bool_, 10: np.float16, 11: np.float64, 16: np.uint16}
+# A value on the host is of its array's type; integers may feed nodes that ONNX Runtime leaves on the host.
+_SHARED = {"cpu": (1, 6, 7, 9, 10, 11), "cuda": (1, 10, 11, 16)}
 # An ONNX model, the identity of one float ``x`` as ``y``: a session whose output can be bound to any memory.
 _IDENTITY = bytes.fromhex(
     "08083a370a100a017812017922084964656e746974791201675a0f0a0178120a0a08080112040a02080162"
@@ -69,43 +71,44 @@ class SharedWeights:
         own = {} if weights is None else self._changed.setdefault(weights, {})
         used = []
         for tensor in external_tensors(path):
-            if tensor.length < _SMALLEST or tensor.dtype not in (_ON_CUDA if self._device == "cuda" else _NUMPY_TYPES):
+            if tensor.length < _SMALLEST or tensor.dtype not in _SHARED[self._device]:
                 continue
             if tensor.name in changed:
                 place = (path.parent, tensor.name)
                 if place not in own:
-                    own[place] = self._share(changed[tensor.name], tensor)
+                    own[place] = self._share(changed[tensor.name], tensor.dtype)
                 used.append(own[place])
                 options.add_initializer(tensor.name, own[place].value)
                 continue
             key = (tensor.file.resolve(), tensor.offset, tensor.dtype, tensor.shape)
             if key not in self._stored:
-                self._stored[key] = self._share(_mapped(path, tensor), tensor)
+                self._stored[key] = self._share(_mapped(path, tensor), tensor.dtype)
             options.add_initializer(tensor.name, self._stored[key].value)
         return used
 
-    def _share(self, array: np.ndarray, tensor: ExternalTensor) -> Shared:
-        """The bytes of ``array`` as the tensor that they are."""
+    def _share(self, array: np.ndarray, dtype: int) -> Shared:
+        """The value of ``array``, which holds ONNX's type ``dtype``."""
         if self._device == "cpu":
-            whole: np.ndarray = np.ascontiguousarray(array).view(_NUMPY_TYPES[tensor.dtype]).reshape(tensor.shape)
-            return Shared(self._ort.OrtValue.ortvalue_from_numpy(whole, "cpu", 0), whole)
+            return Shared(self._ort.OrtValue.ortvalue_from_numpy(array, "cpu", 0), array)
         # ONNX Runtime refuses initializers whose memory is a value's own, as it is of all that it puts on a device. Its
         # public way to a value of memory that is there already is the output of a binding.
         flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
         owner = self._ort.OrtValue.ortvalue_from_numpy(flat, self._device, 0)
         if self._identity is None:
-            self._identity = self._ort.InferenceSession(_IDENTITY, providers=["CPUExecutionProvider"])
+            self._identity = self._ort.InferenceSession(_IDENTITY, providers=PROVIDERS["cpu"])
         binding = self._identity.io_binding()
-        binding.bind_output("y", self._device, 0, tensor.dtype, tensor.shape, owner.data_ptr())
+        binding.bind_output("y", self._device, 0, dtype, array.shape, owner.data_ptr())
         return Shared(binding.get_outputs()[0], owner)
 
 
 def _mapped(path: Path, tensor: ExternalTensor) -> np.ndarray:
-    """The tensor's bytes in its file."""
+    """The tensor in its file."""
     if not tensor.file.resolve().is_relative_to(path.parent.resolve()):
         raise UserError(f"{path}: tensor {tensor.name} lies outside its folder ({tensor.file}); not loaded")
     try:
-        return np.memmap(tensor.file, dtype=np.uint8, mode="c", offset=tensor.offset, shape=(tensor.length,))
+        return np.memmap(
+            tensor.file, dtype=_STORED_AS[tensor.dtype], mode="c", offset=tensor.offset, shape=tensor.shape
+        )
     except (OSError, ValueError) as error:
         raise UserError(
             f"{tensor.file}: tensor {tensor.name} of {path.name} cannot be read ({error});"

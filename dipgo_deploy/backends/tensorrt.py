@@ -9,10 +9,10 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from dipgo_deploy.backends.base import ChangedWeights, Launchable, Memory
+from dipgo_deploy.backends.base import ALIGNMENT, ChangedWeights, Launchable, Memory
 from dipgo_deploy.backends.storage import from_storage
 from dipgo_deploy.backends.tensorrt_cuda import Cuda, Device, require_device
-from dipgo_deploy.backends.tensorrt_flavour import Flavour, flavour_of, import_flavour, known_capabilities
+from dipgo_deploy.backends.tensorrt_flavour import Flavour, flavour_of, import_flavour, unsuited
 from dipgo_deploy.backends.tensorrt_kernels import KernelCache
 from dipgo_deploy.backends.tensorrt_plans import (
     KeyInputs,
@@ -28,8 +28,6 @@ from dipgo_deploy.bundle.files import sha256_file
 from dipgo_deploy.bundle.manifest import Graph, Manifest, TensorSpec
 from dipgo_deploy.errors import UserError
 
-# TensorRT wants every tensor at a multiple of it. The slots of latents of odd sizes are not.
-ALIGNMENT = 256
 # What TensorRT calls the types of a manifest.
 DTYPE_NAMES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT64": "int64"}
 
@@ -188,13 +186,7 @@ class TensorRTBackend:
             _, diagnostics = self._runtime.get_engine_validity(data)
             members = self.module.EngineInvalidityDiagnostics.__members__.items()
             reasons += [name.lower().replace("_", " ") for name, member in members if int(diagnostics) & int(member)]
-        if self.flavour.compute_capabilities:
-            known = known_capabilities(self.module)
-            if self.device.capability not in known:
-                reasons.append(
-                    f"it is made for compute capability {', '.join(known)}, and {self.device.name} has "
-                    f"{self.device.capability}: try --backend tensorrt"
-                )
+        reasons += unsuited(self.flavour, self.module, self.device.name, self.device.capability)
         free, total = self._cuda.free_bytes()
         return (
             f"{'; '.join(reasons) or 'no reason given'}; it has {len(data) / 2**20:.0f} MiB, and {free / 2**20:.0f} of "
@@ -233,27 +225,24 @@ class TensorRTExecutable:
             ValueError: a memory is smaller than its tensor.
             UserError: the device has no memory for another context.
         """
+        kept: dict[str, Memory] = {}
         shaped = graph or self.graph
         for spec in (*shaped.inputs, *shaped.outputs):
-            if tensors[spec.name].nbytes < spec.nbytes:
-                held = tensors[spec.name].nbytes
-                raise ValueError(f"{spec.name}: needs {spec.nbytes} bytes, its memory has {held}")
+            memory = tensors[spec.name]
+            if memory.nbytes < spec.nbytes:
+                raise ValueError(f"{spec.name}: needs {spec.nbytes} bytes, its memory has {memory.nbytes}")
+            kept[spec.name] = memory
         context = self._context
         if context is None or not self._backend.one_context:
             self._context = context = _Context(self._backend, self._engine, self._path, self._kernels)
-        kept = {spec.name: tensors[spec.name] for spec in (*shaped.inputs, *shaped.outputs)}
-        odd = {name: memory for name, memory in kept.items() if memory.address % ALIGNMENT}
-        before, after = [], []
-        for spec in shaped.inputs:
-            if spec.name in odd:
-                kept[spec.name] = context.aligned(spec)
-                before.append((kept[spec.name], odd[spec.name], spec.nbytes))
-        for spec in shaped.outputs:
-            if spec.name in odd:
-                kept[spec.name] = context.aligned(spec)
-                after.append((odd[spec.name], kept[spec.name], spec.nbytes))
+        # The slots of latents of odd sizes are not aligned.
+        odd = {name for name, memory in kept.items() if memory.address % ALIGNMENT}
+        inputs, outputs = ([s for s in specs if s.name in odd] for specs in (shaped.inputs, shaped.outputs))
+        before = [(context.aligned(spec), kept[spec.name], spec.nbytes) for spec in inputs]
+        after = [(kept[spec.name], context.aligned(spec), spec.nbytes) for spec in outputs]
+        bound = kept | {spec.name: context.aligned(spec) for spec in (*inputs, *outputs)}
         shapes = {spec.name: spec.shape for spec in shaped.inputs if spec.dims is not None}
-        return self._backend.bound(_Run(context, kept, shapes, before, after))
+        return self._backend.bound(_Run(context, bound, shapes, before, after))
 
 
 class _Context:

@@ -80,6 +80,15 @@ def known_capabilities(module: Any) -> tuple[str, ...]:
     return tuple(f"{name[2:-1]}.{name[-1]}" for name in names)
 
 
+def unsuited(flavour: Flavour, module: Any, gpu: str, capability: str) -> list[str]:
+    """A reason why engines may not be for this GPU: its generation is not among those that can be chosen."""
+    known = known_capabilities(module) if flavour.compute_capabilities else (capability,)
+    if capability in known:
+        return []
+    made_for = ", ".join(known)
+    return [f"it is made for compute capability {made_for}, and {gpu} has {capability}: try --backend tensorrt"]
+
+
 def import_flavour(flavour: Flavour) -> Any:
     """The module, imported. Importing touches no device; its Builder and Runtime do.
 

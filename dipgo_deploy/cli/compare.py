@@ -45,7 +45,9 @@ _PATH = click.Path(path_type=Path)
 @click.option("--batch", type=click.IntRange(min=1), help="Of ranges that were exported.  [default: the usual one]")
 @click.option("--height", type=click.IntRange(min=1), help="The same, in pixels.")
 @click.option("--width", type=click.IntRange(min=1), help="The same, in pixels.")
-@click.option("--backend", type=click.Choice(BACKENDS[1:]), default="cpu", show_default=True)
+@click.option(
+    "--backend", type=click.Choice([name for name in BACKENDS if name != "auto"]), default="cpu", show_default=True
+)
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: the physical cores]")
 @click.option("--variants-only", is_flag=True, help="Compare each variant by itself, not the loop.")
 @click.option("--loop-only", is_flag=True, help="Compare the whole loop, not each variant.")

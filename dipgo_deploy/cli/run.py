@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import click
 
+from dipgo_deploy.backends import BACKENDS
 from dipgo_deploy.cli.arrays import load_array, load_embeds
 from dipgo_deploy.cli.common import emit, entry_point, examples, human_console, json_option, lora_line, version_option
 from dipgo_deploy.errors import UserError
@@ -95,7 +96,7 @@ _DEFAULT_OUTPUT = {"pil": "output.png", "np": "output.npy", "latent": "output.np
 )
 @click.option(
     "--backend",
-    type=click.Choice(["auto", "cpu", "cuda", "tensorrt", "tensorrt-rtx"]),
+    type=click.Choice(BACKENDS),
     default="auto",
     show_default=True,
     help="ONNX Runtime on cpu or cuda, or engines made by dipgo-build; auto: cuda where it works, else cpu.",

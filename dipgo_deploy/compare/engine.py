@@ -21,12 +21,12 @@ from dipgo_deploy.bundle.manifest import VariantEntry
 from dipgo_deploy.bundle.stack import graph_latent
 from dipgo_deploy.compare.accuracy import Tolerance, compare_runs, silenced
 from dipgo_deploy.compare.conditions import ReferenceInputs, as_arrays, host
-from dipgo_deploy.compare.recording import LoopRecorder, Recorder, Recording, run_until_complete
+from dipgo_deploy.compare.recording import LoopRecorder, Recording, run_until_complete
 from dipgo_deploy.compare.reference import Reference, VariantReference
 from dipgo_deploy.compare.report import Checked, Report
 from dipgo_deploy.compare.runners import SupernetRunner, engine_runner
-from dipgo_deploy.compare.steps import StepRecorder, StepRecording, StepRunner
-from dipgo_deploy.errors import UserError
+from dipgo_deploy.compare.steps import StepRecorder, StepRecording, StepRunner, recorder_for
+from dipgo_deploy.errors import UserError, one_line
 from dipgo_deploy.runtime.image import Decoder, Encoder
 from dipgo_deploy.runtime.loop import COEFFICIENTS, PREDICTION, STACK, DenoisingLoop
 from dipgo_deploy.supernet.loop import Evaluation, run_loop
@@ -76,12 +76,7 @@ def compare_engine(
     relative = reference.source.family.tolerances[manifest.dtype] if options.tolerance is None else options.tolerance
     tolerance = Tolerance(relative, options.absolute)
     plan = manifest.plan
-    launches = [(launch.step, launch.variant) for launch in plan.launches]
-    recorder: Recorder | StepRecorder
-    if plan.layout == "variants":
-        recorder = Recorder(plan.variants, launches, inputs.guidance_scale, plan.slots)
-    else:
-        recorder = StepRecorder(plan.variants, launches, reference.schedule, inputs.guidance_scale, plan.slots)
+    recorder = recorder_for(plan, reference.schedule, inputs.guidance_scale)
     evaluations: list[_Evaluated] = []
     notify("running the supernet's loop")
     if options.loop:
@@ -232,8 +227,8 @@ def _failures_named(bundle: Bundle, entry: VariantEntry, backend: Backend) -> It
     except UserError:
         raise
     except Exception as error:  # ONNX Runtime's exceptions share no base class
-        reason = " ".join(str(error).split())[:400]
-        raise UserError(f"{bundle.path / entry.graph.file}: cannot be run on {backend.name}: {reason}") from error
+        file = bundle.path / entry.graph.file
+        raise UserError(f"{file}: cannot be run on {backend.name}: {one_line(error)}") from error
 
 
 def save_inputs(bundle: Bundle, recordings: Sequence[Recording], folder: Path) -> None:

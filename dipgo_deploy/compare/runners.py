@@ -14,7 +14,7 @@ from polygraphy.backend.onnxrt import OnnxrtRunner
 from polygraphy.common import TensorMetadata
 
 from dipgo_deploy.backends.base import Backend
-from dipgo_deploy.backends.onnxruntime_cuda import PROVIDERS
+from dipgo_deploy.backends.onnxruntime_cuda import FATAL, PROVIDERS
 from dipgo_deploy.bundle.directory import Bundle
 from dipgo_deploy.bundle.manifest import Graph, VariantEntry
 from dipgo_deploy.compare.reference import VariantReference
@@ -85,7 +85,7 @@ def engine_runner(bundle: Bundle, entry: VariantEntry, backend: Backend, threads
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
-        options.log_severity_level = 4  # what goes wrong is raised, not also printed
+        options.log_severity_level = FATAL
         options.intra_op_num_threads = threads or 0
         file = str(bundle.path / entry.graph.file)
         return onnxruntime.InferenceSession(file, options, providers=PROVIDERS[backend.name])

@@ -16,7 +16,7 @@ import numpy as np
 from dipgo_deploy.backends.storage import as_bytes, from_storage, to_storage
 from dipgo_deploy.bundle.manifest import PlanEntry, VariantEntry
 from dipgo_deploy.compare.conditions import host
-from dipgo_deploy.compare.recording import cache_place, cache_tensor, evaluation_inputs
+from dipgo_deploy.compare.recording import Recorder, cache_place, cache_tensor, evaluation_inputs
 from dipgo_deploy.runtime.loop import PREDICTION
 
 if TYPE_CHECKING:
@@ -94,6 +94,14 @@ class StepRecorder:
             return None
         stored = "residual" if name.startswith("new_residual.") else "output"
         return block if self._kinds.get(block) == stored else None
+
+
+def recorder_for(plan: PlanEntry, schedule: Schedule, guidance_scale: float | None) -> Recorder | StepRecorder:
+    """The recorder of a plan's layout; ``schedule`` after promotion."""
+    launches = [(launch.step, launch.variant) for launch in plan.launches]
+    if plan.layout == "variants":
+        return Recorder(plan.variants, launches, guidance_scale, plan.slots)
+    return StepRecorder(plan.variants, launches, schedule, guidance_scale, plan.slots)
 
 
 @dataclass(frozen=True)

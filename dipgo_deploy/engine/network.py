@@ -10,7 +10,7 @@ from typing import Any
 
 from dipgo_deploy.backends.base import ChangedWeights
 from dipgo_deploy.backends.tensorrt import collecting_logger, compare_interface, describe, feed_model
-from dipgo_deploy.backends.tensorrt_flavour import Flavour, known_capabilities
+from dipgo_deploy.backends.tensorrt_flavour import Flavour, unsuited
 from dipgo_deploy.backends.tensorrt_plans import KeyInputs
 from dipgo_deploy.bundle.manifest import Graph
 from dipgo_deploy.engine import timing_cache
@@ -74,10 +74,11 @@ def build_plan(
     if cancelled.is_set():
         raise CancelledError
     if plan is None:
-        reason = "; ".join(logger.messages[-2:]) or "no reason given"
-        if work.for_device and work.inputs.target.capabilities[0] not in known_capabilities(module):
-            reason += f"; it knows compute capability {', '.join(known_capabilities(module))}: try --backend tensorrt"
-        raise UserError(f"{work.onnx_file}: {flavour.title} cannot build it: {reason}")
+        reasons = logger.messages[-2:]
+        target = work.inputs.target
+        if target.gpu is not None:
+            reasons += unsuited(flavour, module, target.gpu, target.capabilities[0])
+        raise UserError(f"{work.onnx_file}: {flavour.title} cannot build it: {'; '.join(reasons) or 'no reason given'}")
     if work.timing_cache is not None:
         timing_cache.merge(config, work.timing_cache)
     return plan

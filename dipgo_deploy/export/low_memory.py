@@ -129,9 +129,9 @@ def _record(engine_dir: Path, model: str, folder: Path) -> None:
     sizes that are compared."""
     from dipgo_deploy.bundle.directory import Bundle
     from dipgo_deploy.compare.conditions import reference_inputs
-    from dipgo_deploy.compare.recording import Recorder, run_until_complete
+    from dipgo_deploy.compare.recording import run_until_complete
     from dipgo_deploy.compare.reference import load_reference
-    from dipgo_deploy.compare.steps import StepRecorder
+    from dipgo_deploy.compare.steps import recorder_for
     from dipgo_deploy.export.quiet import quiet_libraries
     from dipgo_deploy.export.recorded import ToDisk
 
@@ -152,12 +152,7 @@ def _record(engine_dir: Path, model: str, folder: Path) -> None:
                 guidance=manifest.guidance,
                 begin=reference.begin,
             )
-            launches = [(launch.step, launch.variant) for launch in plan.launches]
-            recorder: Recorder | StepRecorder
-            if plan.layout == "variants":
-                recorder = Recorder(plan.variants, launches, inputs.guidance_scale, plan.slots)
-            else:
-                recorder = StepRecorder(plan.variants, launches, reference.schedule, inputs.guidance_scale, plan.slots)
+            recorder = recorder_for(plan, reference.schedule, inputs.guidance_scale)
             (folder / str(place)).mkdir()
             written = ToDisk(recorder, folder / str(place), caches)
             run_until_complete(

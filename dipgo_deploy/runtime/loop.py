@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from dipgo_deploy.backends.base import Backend, ChangedWeights, Executable, Launchable, Memory
+from dipgo_deploy.backends.base import ALIGNMENT, Backend, ChangedWeights, Executable, Launchable, Memory
 from dipgo_deploy.backends.storage import to_storage
 from dipgo_deploy.bundle.directory import Bundle
 from dipgo_deploy.bundle.manifest import Graph, LaunchEntry, Manifest, TensorSpec, VariantEntry
@@ -22,8 +22,6 @@ TIMESTEP = "timestep"
 GUIDANCE_SCALE = "guidance_scale"
 PREDICTION = "noise_pred"
 
-# The stack and rows of the coefficient and timestep tables start at multiples of it: TensorRT wants aligned addresses.
-_ROW_ALIGNMENT = 256
 # All bits set is NaN in float32, float16 and bfloat16.
 _POISON_BYTE = 0xFF
 # Not NaN: the weighted sum multiplies unwritten slots by zero, which must stay zero.
@@ -256,7 +254,8 @@ class DenoisingLoop:
 
 
 def _aligned(nbytes: int) -> int:
-    return -(-nbytes // _ROW_ALIGNMENT) * _ROW_ALIGNMENT
+    """Room for what starts at an aligned address with aligned memory behind it."""
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
 def _upload_rows(backend: Backend, rows: Sequence[Sequence[float] | np.ndarray]) -> tuple[Memory, ...]:

@@ -196,6 +196,17 @@ def test_shared_weights_outside_the_folder_are_refused(engine_dir):
         OnnxRuntimeBackend("cpu", share_weights=True).load(engine_dir, graph("full"))
 
 
+def test_shared_weights_that_their_file_does_not_hold_are_refused(engine_dir):
+    path = engine_dir / "graphs/full.onnx"
+    model = onnx.load(path, load_external_data=False)
+    for tensor in model.graph.initializer:
+        if tensor.name == "wa":
+            tensor.dims[0] = 1000
+    onnx.save(model, path)
+    with pytest.raises(UserError, match=r"weights\.bin: tensor wa of full\.onnx cannot be read"):
+        OnnxRuntimeBackend("cpu", share_weights=True).load(engine_dir, graph("full"))
+
+
 def test_external_tensors_are_those_onnx_sees(engine_dir):
     onnx = pytest.importorskip("onnx")
     path = engine_dir / "graphs/full.onnx"

@@ -64,10 +64,30 @@ def engine_dir(planned: PlannedExport, folder: Path, **flags: Any) -> Path:
 
 
 @pytest.fixture(scope="module")
-def dit(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def planned(model: Path) -> PlannedExport:
+    return plan_export(str(model), schedule_for(model), ExportOptions())
+
+
+@pytest.fixture(scope="module")
+def bare(planned: PlannedExport) -> PlannedExport:
+    """Without components."""
+    return replace(planned, options=replace(planned.options, components=False))
+
+
+def as_segments(planned: PlannedExport) -> PlannedExport:
+    return replace(planned, options=replace(planned.options, layout="segments"), segments=in_segments(planned))
+
+
+@pytest.fixture
+def lora(model: Path, tmp_path: Path) -> Path:
+    updates = make_updates(load_denoiser(model)[0], ["transformer_blocks.0.attn1.to_q"])
+    return save_lora(tmp_path / "a.safetensors", updates)
+
+
+@pytest.fixture(scope="module")
+def dit(planned: PlannedExport, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         install(patch)
-        planned = plan_export(str(model), schedule_for(model), ExportOptions())
         return engine_dir(planned, tmp_path_factory.mktemp("dit") / "engine")
 
 
@@ -91,17 +111,14 @@ def assert_close(found: np.ndarray, wanted: np.ndarray) -> None:
 
 
 class Calls:
-    """What is called while it is entered, by name; copies by their direction."""
+    """What is called from now on, by name; copies by their direction."""
 
     def __init__(self, cudart: Cudart, monkeypatch: pytest.MonkeyPatch) -> None:
         self.counts: Counter[str] = Counter()
         for name in dir(cudart):
-            if (
-                name.startswith("cuda")
-                and callable(getattr(cudart, name))
-                and not isinstance(getattr(cudart, name), type)
-            ):
-                monkeypatch.setattr(cudart, name, self._counting(name, getattr(cudart, name)), raising=True)
+            call = getattr(cudart, name)
+            if name.startswith("cuda") and callable(call) and not isinstance(call, type):
+                monkeypatch.setattr(cudart, name, self._counting(name, call))
 
     def _counting(self, name: str, call: Any) -> Any:
         def counted(*arguments: Any) -> Any:
@@ -148,10 +165,8 @@ def test_pictures_are_those_of_the_cpu_and_the_same_in_every_mode(dit, cudart, m
 
 
 @pytest.mark.parametrize("mode", GRAPH_MODES)
-def test_segments_and_two_pipelines_on_one_directory(model, cudart, tmp_path, mode):
-    options = ExportOptions(layout="segments", components=False)
-    planned = plan_export(str(model), schedule_for(model), options)
-    folder = engine_dir(replace(planned, segments=in_segments(planned)), tmp_path / "engine")
+def test_segments_and_two_pipelines_on_one_directory(bare, cudart, tmp_path, mode):
+    folder = engine_dir(as_segments(bare), tmp_path / "engine")
     wanted = [draw(Pipeline.from_engine_dir(folder, "cpu", threads=1), seed) for seed in (1, 2)]
     first, second = (Pipeline.from_engine_dir(folder, RTX, cuda_graph=mode) for _ in range(2))
     for _ in range(3):
@@ -202,12 +217,8 @@ def test_open_sizes_are_bound_anew(open_unet, cudart, mode):
 
 
 @pytest.mark.parametrize("mode", GRAPH_MODES)
-def test_a_lora_comes_and_goes_between_captured_runs(model, cudart, tmp_path, mode):
-    planned = plan_export(str(model), schedule_for(model), ExportOptions(components=False))
-    folder = engine_dir(planned, tmp_path / "engine", refit=True)
-    lora = save_lora(
-        tmp_path / "a.safetensors", make_updates(load_denoiser(model)[0], ["transformer_blocks.0.attn1.to_q"])
-    )
+def test_a_lora_comes_and_goes_between_captured_runs(bare, lora, cudart, tmp_path, mode):
+    folder = engine_dir(bare, tmp_path / "engine", refit=True)
     wanted = draw(Pipeline.from_engine_dir(folder, "cpu", threads=1, lora=[(lora, 1.0)]))
     pipeline = Pipeline.from_engine_dir(folder, RTX, cuda_graph=mode)
     before = [draw(pipeline) for _ in range(3)]
@@ -240,12 +251,8 @@ def test_open_sizes_on_onnx_runtime_on_cuda(open_unet, monkeypatch):
     compared(bundle, OnnxRuntimeBackend("cuda"), [(1, 8), (2, 16), (1, 8), (2, 16), (1, 16)], reference)
 
 
-def test_a_lora_on_onnx_runtime_on_cuda(model, monkeypatch, tmp_path):
-    planned = plan_export(str(model), schedule_for(model), ExportOptions(components=False))
-    folder = write(planned, tmp_path / "engine")
-    lora = save_lora(
-        tmp_path / "a.safetensors", make_updates(load_denoiser(model)[0], ["transformer_blocks.0.attn1.to_q"])
-    )
+def test_a_lora_on_onnx_runtime_on_cuda(bare, lora, monkeypatch, tmp_path):
+    folder = write(bare, tmp_path / "engine")
     wanted = draw(Pipeline.from_engine_dir(folder, "cpu", threads=1, lora=[(lora, 1.0)]))
     install_onnxruntime(monkeypatch)
     pipeline = Pipeline.from_engine_dir(folder, "cuda")
@@ -258,11 +265,8 @@ def test_a_lora_on_onnx_runtime_on_cuda(model, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("layout", ["variants", "segments"])
 @pytest.mark.parametrize("backend", FLAVOURS)
-def test_engines_are_compared_with_the_supernet(model, cudart, tmp_path, capsys, backend, layout):
-    planned = plan_export(str(model), schedule_for(model), ExportOptions(layout=layout))
-    if layout == "segments":
-        planned = replace(planned, segments=in_segments(planned))
-    folder = write(planned, tmp_path / "engine")
+def test_engines_are_compared_with_the_supernet(planned, cudart, tmp_path, capsys, backend, layout):
+    folder = write(as_segments(planned) if layout == "segments" else planned, tmp_path / "engine")
     arguments = ["--threads", "1", "--backend", backend, "--json", "--engine-dir"]
     assert compare([*arguments, str(folder)]) == 2
     assert "build them first" in capsys.readouterr().err
@@ -279,9 +283,8 @@ def test_engines_are_compared_with_the_supernet(model, cudart, tmp_path, capsys,
     assert "step 0" in capsys.readouterr().err
 
 
-def test_engines_that_take_memory_while_they_run_are_not_captured(model, cudart, tmp_path):
-    planned = plan_export(str(model), schedule_for(model), ExportOptions(components=False))
-    folder = engine_dir(planned, tmp_path / "engine", user_allocation=False)
+def test_engines_that_take_memory_while_they_run_are_not_captured(bare, cudart, tmp_path):
+    folder = engine_dir(bare, tmp_path / "engine", user_allocation=False)
     draw(Pipeline.from_engine_dir(folder, RTX))
     pipeline = Pipeline.from_engine_dir(folder, RTX, cuda_graph="loop")
     draw(pipeline)  # the first run is not captured
@@ -365,9 +368,8 @@ def test_graphs_of_contexts_that_ran_elsewhere_are_noticed(dit, cudart):
         graph()
 
 
-def test_a_stripped_engine_does_not_run_unrefitted(model, cudart, tmp_path, monkeypatch):
-    planned = plan_export(str(model), schedule_for(model), ExportOptions(components=False))
-    folder = engine_dir(planned, tmp_path / "engine", strip=True)
+def test_a_stripped_engine_does_not_run_unrefitted(bare, cudart, tmp_path, monkeypatch):
+    folder = engine_dir(bare, tmp_path / "engine", strip=True)
     monkeypatch.setattr(TensorRTBackend, "_refit", lambda *arguments: None)
     with pytest.raises(AssertionError, match="before it was refitted"):
         draw(Pipeline.from_engine_dir(folder, RTX))

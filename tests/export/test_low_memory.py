@@ -19,9 +19,9 @@ from dipgo_deploy.bundle.directory import Bundle
 from dipgo_deploy.bundle.manifest import VariantEntry
 from dipgo_deploy.compare.conditions import reference_inputs
 from dipgo_deploy.compare.metrics import Agreement
-from dipgo_deploy.compare.recording import Recorder, Recording, run_until_complete
+from dipgo_deploy.compare.recording import run_until_complete
 from dipgo_deploy.compare.reference import load_reference
-from dipgo_deploy.compare.steps import StepRecorder, StepRecording
+from dipgo_deploy.compare.steps import recorder_for
 from dipgo_deploy.errors import ToleranceError, UserError
 from dipgo_deploy.export import low_memory, mapped
 from dipgo_deploy.export.exporter import ExportOptions, PlannedExport, plan_export, publish
@@ -126,19 +126,12 @@ def test_recordings_are_those_of_a_loop_that_keeps_all_caches_in_memory(
     assert [part.name for part in folder.iterdir()] == ["0"]  # the caches' files are gone
 
     reference, manifest, entries = load_reference(bundle), bundle.manifest, bundle.manifest.plan
-    launches = [(launch.step, launch.variant) for launch in entries.launches]
     shape = (manifest.batch, manifest.latent.channels, manifest.latent.height, manifest.latent.width)
     given = reference_inputs(
         reference.source, reference.conditions, shape, noises=entries.noises, guidance=manifest.guidance
     )
-    recorder: Recorder | StepRecorder
-    found: list[Recording] | list[StepRecording]
-    if layout == "variants":
-        recorder = Recorder(entries.variants, launches, given.guidance_scale, entries.slots)
-        found = list(read_recordings(folder / "0"))
-    else:
-        recorder = StepRecorder(entries.variants, launches, reference.schedule, given.guidance_scale, entries.slots)
-        found = list(read_steps(folder / "0"))
+    recorder = recorder_for(entries, reference.schedule, given.guidance_scale)
+    found = list((read_recordings if layout == "variants" else read_steps)(folder / "0"))
     steps = reference.schedule.sampler.num_inference_steps
     run_until_complete(recorder, reference.supernet, reference.scheduler, steps, reference.schedule.gates, given)
     assert len(found) == len(recorder.recordings) > 1

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import pytest
 
-from simulated_gpu.cuda import CAPABILITY, NAME, Cudart
+from simulated_gpu.cuda import NAME, Cudart
 from simulated_gpu.onnxruntime import Module as OnnxRuntime
 from simulated_gpu.tensorrt import Module, build_plan
 
-__all__ = ["CAPABILITY", "NAME", "install", "install_onnxruntime"]
+__all__ = ["NAME", "install", "install_onnxruntime"]
 
 
 def install(monkeypatch: pytest.MonkeyPatch) -> Cudart:

@@ -46,7 +46,6 @@ class Graph:
 
     work: list[Work] = field(default_factory=list)
     used: dict[Any, int] = field(default_factory=dict)
-    alive: bool = True
 
 
 @dataclass

@@ -319,14 +319,12 @@ class OnnxParserRefitter:
     def __init__(self, refitter: Refitter, logger: ILogger) -> None:
         self._refitter = refitter
         self._changed: dict[str, tuple[int, int]] = {}
-        self.file: Path | None = None
 
     def refit_from_file(self, file: str) -> bool:
         return self.load_model_proto(Path(file).read_bytes(), file) and self.refit_model_proto()
 
     def load_model_proto(self, data: bytes, path: str) -> bool:
-        self.file = Path(path)
-        return self.file == self._refitter.engine.file
+        return Path(path) == self._refitter.engine.file
 
     def load_initializer(self, name: str, address: int, nbytes: int) -> bool:
         self._changed[name] = (address, nbytes)
