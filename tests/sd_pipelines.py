@@ -9,9 +9,11 @@ import numpy as np
 import torch
 from diffusers import (
     AutoencoderKL,
+    ControlNetModel,
     DDIMScheduler,
     EulerDiscreteScheduler,
     PNDMScheduler,
+    StableDiffusionControlNetPipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
@@ -158,6 +160,23 @@ def save_sdxl(folder: Path, *, zeros: bool = True, **vae_changes: Any) -> Path:
         force_zeros_for_empty_prompt=zeros,
         add_watermarker=False,
     ).save_pretrained(folder)
+    return folder
+
+
+def with_controlnet(
+    folder: Path,
+    plain: Any = StableDiffusionPipeline,
+    pipeline: Any = StableDiffusionControlNetPipeline,
+    **changes: Any,
+) -> Path:
+    """The pipeline in ``folder`` with a ControlNet for its UNet, whose zero convolutions are not zero."""
+    loaded = plain.from_pretrained(folder)
+    torch.manual_seed(7)
+    net = ControlNetModel.from_unet(loaded.unet, conditioning_embedding_out_channels=(8, 8, 16, 16))
+    for key, value in changes.items():
+        net.register_to_config(**{key: value})
+    parts = {name: part for name, part in loaded.components.items()}
+    pipeline(**parts, controlnet=random_weights(net, scale=0.3)).save_pretrained(folder)
     return folder
 
 

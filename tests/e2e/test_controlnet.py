@@ -8,18 +8,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from click.testing import CliRunner
 from diffusers import (
-    ControlNetModel,
     StableDiffusionControlNetPipeline,
-    StableDiffusionPipeline,
     StableDiffusionXLControlNetPipeline,
     StableDiffusionXLPipeline,
 )
-from family_checks import build_with_tensorrt_rtx, check_family, plan_for, random_weights, schedule_for
+from family_checks import build_with_tensorrt_rtx, check_family, plan_for, schedule_for
 from PIL import Image
-from sd_pipelines import PROMPT, relative, save_sd15, save_sdxl, stock
+from sd_pipelines import PROMPT, relative, save_sd15, save_sdxl, stock, with_controlnet
 
 from dipgo_deploy.cli.compare import command as compare_command
 from dipgo_deploy.cli.run import command as run_command
@@ -40,24 +37,12 @@ SD15 = {
 }
 
 
-def with_controlnet(folder: Path, plain: Any, pipeline: Any, **changes: Any) -> Path:
-    """The pipeline in ``folder`` with a ControlNet for its UNet, whose zero convolutions are not zero."""
-    loaded = plain.from_pretrained(folder)
-    torch.manual_seed(7)
-    net = ControlNetModel.from_unet(loaded.unet, conditioning_embedding_out_channels=(8, 8, 16, 16))
-    for key, value in changes.items():
-        net.register_to_config(**{key: value})
-    parts = {name: part for name, part in loaded.components.items()}
-    pipeline(**parts, controlnet=random_weights(net, scale=0.3)).save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = save_sd15(tmp_path_factory.mktemp("controlled"))
     path = target / "scheduler/scheduler_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "clip_sample": False}))
-    return with_controlnet(target, StableDiffusionPipeline, StableDiffusionControlNetPipeline)
+    return with_controlnet(target)
 
 
 @pytest.fixture(scope="module")
