@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import re
+import ast
+import operator
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -16,7 +17,7 @@ NAMES = (BATCH, HEIGHT, WIDTH)
 # A dimension: an int, or an expression over the names.
 Dim = int | str
 
-_TOKEN = re.compile(r"\s*(?:(\d{1,18})|([A-Za-z_]\w*)|(//|[-+*()]))")
+_OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.FloorDiv: operator.floordiv}
 _LONGEST = 200
 
 
@@ -109,7 +110,31 @@ def evaluate(expression: str, values: Mapping[str, int]) -> int:
     Raises:
         ValueError: another character, an unknown name, a division by zero, or something left over.
     """
-    return _Parser(expression, values).value()
+    if len(expression) > _LONGEST:
+        raise ValueError(f"an expression of {len(expression)} characters is too long")
+    try:
+        tree = ast.parse(expression.strip(), mode="eval").body
+    except (SyntaxError, ValueError, RecursionError, MemoryError):  # what the parser raises for text it cannot read
+        raise ValueError(f"expression {expression!r} cannot be read") from None
+    return _value(tree, expression, values)
+
+
+def _value(node: ast.expr, expression: str, values: Mapping[str, int]) -> int:
+    match node:
+        case ast.Constant(value=int(value)) if type(value) is int:
+            return value
+        case ast.Name(id=name):
+            if name not in values:
+                raise ValueError(f"expression {expression!r}: {name!r} is not one of {', '.join(values)}")
+            return values[name]
+        case ast.UnaryOp(op=ast.USub(), operand=operand):
+            return -_value(operand, expression, values)
+        case ast.BinOp(left=left, op=kind, right=right) if type(kind) in _OPERATORS:
+            try:
+                return _OPERATORS[type(kind)](_value(left, expression, values), _value(right, expression, values))
+            except ZeroDivisionError:
+                raise ValueError(f"expression {expression!r}: division by zero") from None
+    raise ValueError(f"expression {expression!r}: only whole numbers, names, +, -, *, // and parentheses")
 
 
 def evaluate_shape(dims: tuple[Dim, ...], sizes: Sizes) -> tuple[int, ...]:
@@ -123,68 +148,6 @@ def evaluate_shape(dims: tuple[Dim, ...], sizes: Sizes) -> tuple[int, ...]:
     if any(extent < 1 for extent in shape):
         raise ValueError(f"shape {dims} is {shape} at {values}")
     return shape
-
-
-class _Parser:
-    """Recursive descent; the nesting is bounded by the length of an expression."""
-
-    def __init__(self, expression: str, values: Mapping[str, int]) -> None:
-        if len(expression) > _LONGEST:
-            raise ValueError(f"an expression of {len(expression)} characters is too long")
-        self._expression = expression
-        self._values = values
-        self._tokens: list[str] = []
-        place = 0
-        while expression[place:].strip():
-            match = _TOKEN.match(expression, place)
-            if match is None:
-                raise ValueError(f"expression {expression!r}: cannot be read at {expression[place:].strip()[:20]!r}")
-            self._tokens.append(match.group(match.lastindex or 0))
-            place = match.end()
-
-    def value(self) -> int:
-        total = self._sum()
-        if self._tokens:
-            raise ValueError(f"expression {self._expression!r}: {self._tokens[0]!r} is left over")
-        return total
-
-    def _sum(self) -> int:
-        total = self._product()
-        while self._next("+", "-"):
-            sign = 1 if self._tokens.pop(0) == "+" else -1
-            total += sign * self._product()
-        return total
-
-    def _product(self) -> int:
-        total = self._atom()
-        while self._next("*", "//"):
-            if self._tokens.pop(0) == "*":
-                total *= self._atom()
-                continue
-            divisor = self._atom()
-            if divisor == 0:
-                raise ValueError(f"expression {self._expression!r}: division by zero")
-            total //= divisor
-        return total
-
-    def _atom(self) -> int:
-        token = self._tokens.pop(0) if self._tokens else ""
-        if token == "(":
-            total = self._sum()
-            if not self._next(")"):
-                raise ValueError(f"expression {self._expression!r}: a parenthesis is not closed")
-            self._tokens.pop(0)
-            return total
-        if token == "-":
-            return -self._atom()
-        if token.isdecimal():
-            return int(token)
-        if token not in self._values:
-            raise ValueError(f"expression {self._expression!r}: {token!r} is not one of {', '.join(self._values)}")
-        return self._values[token]
-
-    def _next(self, *tokens: str) -> bool:
-        return bool(self._tokens) and self._tokens[0] in tokens
 
 
 def parse_range(option: str, text: str) -> Range:

@@ -31,14 +31,16 @@ def test_expressions_mean_what_python_means(expression: str, value: int) -> None
     ("expression", "message"),
     [
         ("depth", "'depth' is not one of batch, height, width"),
-        ("2**batch", r"'\*' is not one of"),
-        ("batch/2", "cannot be read at '/2'"),
-        ("(batch", "not closed"),
-        ("batch)", r"'\)' is left over"),
-        ("batch 2", "'2' is left over"),
+        ("2**batch", "only whole numbers"),
+        ("batch/2", "only whole numbers"),
+        ("(batch", "cannot be read"),
+        ("batch)", "cannot be read"),
+        ("batch 2", "cannot be read"),
         ("height//(batch - 3)", "division by zero"),
-        ("__import__('os')", r"cannot be read at|is not one of"),
-        ("", "'' is not one of"),
+        ("__import__('os')", "only whole numbers"),
+        ("", "cannot be read"),
+        ("True", "only whole numbers"),
+        ("2.5", "only whole numbers"),
         ("+".join(["1"] * 200), "too long"),
         ("(" * 201, "too long"),
     ],
@@ -60,7 +62,7 @@ def test_shapes_and_values_at_sizes() -> None:
     assert TensorSpec(name="x", shape=(2,), dtype="int64").at(sizes).shape == (2,)
     with pytest.raises(ValueError, match=r"is \(-1,\)"):
         evaluate_shape(("batch - 4",), sizes)
-    with pytest.raises(ValidationError, match="cannot be read at '.system'"):
+    with pytest.raises(ValidationError, match="only whole numbers"):
         TensorSpec(name="x", shape=(1,), dims=("os.system",), dtype="int64")
 
 
