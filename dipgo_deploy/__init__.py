@@ -5,12 +5,17 @@ The names below are loaded on first use, so that ``import dipgo_deploy`` itself 
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dipgo_deploy.runtime.pipeline import Pipeline
     from dipgo_deploy.schedule.document import Schedule
+
+# ONNX Runtime since 1.29 writes a device id below the home folder and sends usage data, unless it is told not to before
+# it is imported. Every use of this package comes through here first, and processes that it starts inherit it.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 __version__ = "0.1.0"
 __all__ = ["Pipeline", "Schedule", "__version__"]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from dipgo_deploy import arguments
+from dipgo_deploy.backends.tensorrt_queue import GRAPH_MODES
 from dipgo_deploy.errors import UserError
 
 if TYPE_CHECKING:
@@ -34,8 +36,12 @@ def create_backend(
     Raises:
         UserError: no such backend, or it cannot run on this machine; nothing has been created then.
     """
-    if name not in BACKENDS:
-        raise UserError(f"backend {name!r}: unknown; choose one of {', '.join(BACKENDS)}")
+    arguments.choice("backend", name, BACKENDS)
+    if threads is not None:
+        arguments.whole("threads", threads, least=1)
+    if share_weights is not None:
+        arguments.flag("share_weights", share_weights)
+    arguments.choice("--cuda-graph", cuda_graph, GRAPH_MODES)
     if name in ("tensorrt", "tensorrt-rtx"):
         from dipgo_deploy.backends.tensorrt import TensorRTBackend
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from dipgo_deploy import arguments
 from dipgo_deploy.backends.base import ALIGNMENT, ChangedWeights, Launchable, Memory
 from dipgo_deploy.backends.externals import external_tensors
 from dipgo_deploy.backends.install import check_onnxruntime_installation
@@ -51,8 +53,10 @@ class OnnxRuntimeBackend:
     ) -> None:
         if provider not in ("cpu", "cuda"):
             raise UserError(f"backend {provider!r}: ONNX Runtime runs on cpu or cuda")
-        if threads is not None and threads < 1:
-            raise UserError(f"threads {threads}: give at least 1, or leave it out for the default")
+        if threads is not None:
+            arguments.whole("threads", threads, least=1)
+        if share_weights is not None:
+            arguments.flag("share_weights", share_weights)
         self._ort = _import_onnxruntime()
         if provider == "cpu":
             _one_arena(self._ort)
@@ -256,6 +260,7 @@ class _BoundRun:
 
 
 _arena_made = False
+_arena_lock = threading.Lock()
 
 
 def _one_arena(ort: Any) -> None:
@@ -265,10 +270,11 @@ def _one_arena(ort: Any) -> None:
     time. The arena belongs to the process, so it is made once; growing by what is asked for, not by powers of two.
     """
     global _arena_made
-    if not _arena_made:
-        info = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
-        ort.create_and_register_allocator(info, ort.OrtArenaCfg({"arena_extend_strategy": 1}))
-        _arena_made = True
+    with _arena_lock:
+        if not _arena_made:
+            info = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
+            ort.create_and_register_allocator(info, ort.OrtArenaCfg({"arena_extend_strategy": 1}))
+            _arena_made = True
 
 
 def _convolution_bytes(path: Path) -> int:

@@ -18,6 +18,19 @@ def to_storage(array: np.ndarray, dtype: TensorDType) -> np.ndarray:
     return np.where(np.isnan(values), (bits >> 16) | 0x40, rounded).astype(np.uint16)
 
 
+def fits(array: np.ndarray, dtype: TensorDType) -> bool:
+    """Are all values finite, as they are and as ``to_storage`` makes them (float16 ends at 65504)?"""
+    if array.dtype.kind not in "fc":
+        return True
+    if dtype == "int64":
+        return bool(np.isfinite(array).all())
+    with np.errstate(over="ignore", invalid="ignore"):
+        stored = to_storage(array, dtype)
+    if dtype == "bfloat16":
+        return not bool(((stored & 0x7F80) == 0x7F80).any())  # an exponent of ones
+    return bool(np.isfinite(stored).all())
+
+
 def from_storage(raw: np.ndarray, spec: TensorSpec, *, copy: bool = True) -> np.ndarray:
     """An own array from raw bytes (uint8, at least ``spec.nbytes``); bfloat16 comes as float32. Without ``copy`` it may
     be the bytes themselves."""

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from dipgo_deploy import __version__
-from dipgo_deploy.errors import ToleranceError, UserError
+from dipgo_deploy.errors import NotFiniteError, ToleranceError, UserError, one_line
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -46,45 +50,91 @@ def missing_extra(error: ModuleNotFoundError) -> str | None:
     return f"this needs the package {module}, which is not installed: {installs}"
 
 
-def _one_line(text: object) -> str:
-    return " ".join(str(text).split())
-
-
 def entry_point(command: click.Command) -> Callable[[Sequence[str] | None], int]:
     """Turn a click command into the ``main`` of a console script.
 
     ``main(argv=None)`` runs the command (``argv`` without the program's name; None takes ``sys.argv``) and returns the
-    exit status: 0 done; 1 a comparison beyond tolerance, or a status the command asked for with ``ctx.exit``; 2 a
-    user's mistake or a missing optional package, said in one line on stderr; 130 interrupted.
+    exit status: 0 done; 1 a comparison beyond tolerance, values that are not finite, output that could not be written,
+    no memory left, or a status the command asked for with ``ctx.exit``; 2 a user's mistake, a file that cannot be read,
+    or a missing optional package; 130 interrupted. All are said in one line on stderr, but a closed pipe, which ends
+    the command quietly with status 1.
     """
 
     def main(argv: Sequence[str] | None = None) -> int:
-        try:
-            result = command.main(args=None if argv is None else list(argv), standalone_mode=False)
-        except UserError as error:
-            return _fail(error, 2)
-        except ToleranceError as error:
-            return _fail(error, 1)
-        except click.exceptions.NoArgsIsHelpError as error:
-            error.show()
-            return 2
-        except click.ClickException as error:
-            return _fail(error.format_message(), 2)
-        except (click.Abort, KeyboardInterrupt):
-            return _fail("interrupted", 130)
-        except ModuleNotFoundError as error:
-            line = missing_extra(error)
-            if line is None:
-                raise
-            return _fail(line, 2)
-        # Without standalone mode click hands ``ctx.exit(n)`` back as the result.
-        return result if isinstance(result, int) else 0
+        for stream in (sys.stdout, sys.stderr):
+            _write_anything(stream)
+        status = _outcome(command, argv)
+        unwritten = _unwritten()
+        return status if unwritten is None else _fail_to_write(unwritten, status)
 
     return main
 
 
+def _outcome(command: click.Command, argv: Sequence[str] | None) -> int:
+    """Run the command; its exit status, errors said."""
+    try:
+        result = command.main(args=None if argv is None else list(argv), standalone_mode=False)
+    except UserError as error:
+        return _fail(error, 2)
+    except (ToleranceError, NotFiniteError) as error:
+        return _fail(error, 1)
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        return 2
+    except click.ClickException as error:
+        return _fail(error.format_message(), 2)
+    except (click.Abort, KeyboardInterrupt):
+        return _fail("interrupted", 130)
+    except MemoryError:
+        return _fail("not enough memory; use a machine with more, or ask for less at once", 1)
+    except ModuleNotFoundError as error:
+        line = missing_extra(error)
+        if line is None:
+            raise
+        return _fail(line, 2)
+    except OSError as error:
+        unwritten = _unwritten()
+        if unwritten is not None:
+            return _fail_to_write(unwritten, 1)
+        if error.filename is None:
+            if error.errno not in (errno.ENOSPC, errno.EPIPE):
+                raise
+            return 1 if error.errno == errno.EPIPE else _fail(f"output cannot be written: {error.strerror}", 1)
+        return _fail(f"{os.fsdecode(error.filename)}: {error.strerror or error}", 2)
+    # Without standalone mode click hands ``ctx.exit(n)`` back as the result.
+    return result if isinstance(result, int) else 0
+
+
+def _write_anything(stream: object) -> None:
+    """Let a stream write what its encoding lacks as ``\\u2588``: no output ends in a traceback."""
+    if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+        with suppress(OSError, ValueError):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _unwritten() -> OSError | None:
+    """Why what was printed cannot be written to stdout; None where it can. What is left is then thrown away."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        # Python writes it once more when it ends.
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return error
+    except (AttributeError, ValueError):  # no stdout, or a closed one
+        return None
+    return None
+
+
+def _fail_to_write(error: OSError, status: int) -> int:
+    if error.errno == errno.EPIPE:  # whoever read it has enough
+        return status or 1
+    return _fail(f"standard output cannot be written: {error.strerror or error}", status or 1)
+
+
 def _fail(message: object, status: int) -> int:
-    print(f"error: {_one_line(message)}", file=sys.stderr)
+    with suppress(OSError, ValueError, AttributeError):  # the status says it, too
+        print(f"error: {one_line(message, 1000)}", file=sys.stderr, flush=True)
     return status
 
 
@@ -108,6 +158,15 @@ def human_console(as_json: bool) -> Console:
     return Console(stderr=as_json, highlight=False)
 
 
+def drawable(console: Console, wanted: str, plain: str) -> str:
+    """The characters that are wanted, or plain ones where the console's encoding lacks any of them."""
+    try:
+        wanted.encode(console.encoding)
+    except (UnicodeEncodeError, LookupError):
+        return plain
+    return wanted
+
+
 def emit(result: dict[str, Any], as_json: bool) -> None:
     """Print the machine-readable result on stdout when ``--json`` was given; otherwise nothing."""
     if as_json:
@@ -129,4 +188,4 @@ def lora_line(report: LoraReport) -> str:
         line += f"; {len(report.unmatched)} not in this model, skipped (first: {report.unmatched[0]})"
     if report.ignored:
         line += f"; {len(report.ignored)} other keys ignored (first: {report.ignored[0]})"
-    return line
+    return one_line(line, 1000)

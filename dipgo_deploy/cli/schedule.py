@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import click
 
-from dipgo_deploy.cli.common import emit, entry_point, examples, human_console, json_option, version_option
+from dipgo_deploy.cli.common import drawable, emit, entry_point, examples, human_console, json_option, version_option
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -376,6 +376,7 @@ def _print_grid(schedule: Schedule, console: Console) -> None:
     """One line a block; a dot is a removed gate. Steps that do not fit the width follow below."""
     from rich.text import Text
 
+    kept, removed = tuple(drawable(console, "█·", "#."))
     margin = max(len(name) for name in schedule.block_names) + 2
     width = max(10, (console.width - margin) // 10 * 10)
     for start in range(0, schedule.steps, width):
@@ -385,7 +386,7 @@ def _print_grid(schedule: Schedule, console: Console) -> None:
         for column, name in enumerate(schedule.block_names):
             line = Text(f"{name:<{margin}}")
             for row in schedule.gates[start:stop]:
-                line.append("█" if row[column] else "·", style="green" if row[column] else "dim")
+                line.append(kept if row[column] else removed, style="green" if row[column] else "dim")
             console.print(line, soft_wrap=True)
         console.print()
 

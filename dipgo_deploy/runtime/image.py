@@ -12,7 +12,7 @@ import numpy as np
 from dipgo_deploy.backends.base import Backend
 from dipgo_deploy.bundle.manifest import Graph
 from dipgo_deploy.bundle.shapes import SizeRanges, Sizes
-from dipgo_deploy.errors import UserError
+from dipgo_deploy.errors import NotFiniteError, UserError
 from dipgo_deploy.runtime.component import Component
 
 if TYPE_CHECKING:
@@ -115,8 +115,14 @@ def pad_batch(array: np.ndarray, batch: int) -> np.ndarray:
 
 
 def to_uint8(images: np.ndarray) -> np.ndarray:
-    """Float images in [0, 1] to uint8, rounded as diffusers does; what is not a number becomes 0."""
-    return np.nan_to_num(np.clip(images, 0.0, 1.0) * 255.0).round().astype(np.uint8)
+    """Float images in [0, 1] to uint8, rounded as diffusers does.
+
+    Raises:
+        NotFiniteError: NaN or infinity among the values.
+    """
+    if not np.isfinite(images).all():
+        raise NotFiniteError("picture: values that are not finite (NaN or infinity) have no colour")
+    return (np.clip(images, 0.0, 1.0) * 255.0).round().astype(np.uint8)
 
 
 def to_pil(images: np.ndarray) -> list[Image]:

@@ -237,6 +237,16 @@ class DenoisingLoop:
         self._backend.synchronize()
         return final_latent(self._backend.download(self._stack, view.stack, copy=False), plan.final)
 
+    def not_finite(self) -> str | None:
+        """The first launch of the last run whose prediction was not finite, in words; None where all were."""
+        plan = self._view.manifest.plan
+        stack = self._backend.download(self._stack, self._view.stack, copy=False)
+        for index, launch in enumerate(self.launches):
+            if launch.slot is not None and not np.isfinite(stack[launch.slot]).all():
+                name = plan.variants[launch.variant].name
+                return f"launch {index + 1} of {len(self.launches)} (evaluation {launch.step}, graph {name})"
+        return None
+
     def variant(self, index: int) -> VariantEntry:
         """The variant that launch ``index`` runs."""
         return self._bundle.manifest.plan.variants[self.launches[index].variant]

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from dipgo_deploy import arguments
 from dipgo_deploy.backends import create_backend
 from dipgo_deploy.backends.base import Backend
+from dipgo_deploy.backends.storage import fits
 from dipgo_deploy.backends.tensorrt_queue import GraphMode
 from dipgo_deploy.bundle.directory import Bundle
-from dipgo_deploy.errors import UserError
+from dipgo_deploy.errors import NotFiniteError, UserError
 from dipgo_deploy.runtime.image import Decoder, Encoder, Picture, batch_for, pad_batch, to_pil
 from dipgo_deploy.runtime.loop import DenoisingLoop
 from dipgo_deploy.runtime.memory import process_memory
@@ -27,6 +31,7 @@ from dipgo_deploy.runtime.requests import (
     TextRequest,
     check_request,
     class_condition,
+    text_conditions,
 )
 from dipgo_deploy.runtime.text import TextEncoder
 
@@ -66,7 +71,10 @@ class PipelineOutput:
 
 
 class Pipeline:
-    """An engine directory ready to draw. Not for two threads at once; make one pipeline for each.
+    """An engine directory ready to draw.
+
+    Threads may share it: there is one set of buffers, so calls (and ``load``, ``load_lora``, ``unload_lora``) wait for
+    each other and run one at a time. Pipelines of their own run at the same time.
 
     Nothing is loaded before the first picture: call ``load`` to pay for it ahead of that. With ``lazy`` each graph is
     loaded when it is first launched.
@@ -76,6 +84,8 @@ class Pipeline:
         self.bundle = bundle
         self.backend = backend
         self._lazy = lazy
+        self._lock = threading.RLock()
+        self._busy = False
         self._loras: list[tuple[Path, float]] = []
         self._weights: MergedWeights | None = None
         self._loop: DenoisingLoop | None = None
@@ -115,9 +125,9 @@ class Pipeline:
         Raises:
             UserError: the directory is wrong or damaged, or the backend cannot run it here.
         """
-        if load not in LOAD_MODES:
-            raise UserError(f"load {load!r}: choose one of {', '.join(LOAD_MODES)}")
-        bundle = Bundle.open(Path(engine_dir), verify=verify)
+        arguments.choice("load", load, LOAD_MODES)
+        choices = _lora_choices(lora)
+        bundle = Bundle.open(arguments.path("engine_dir", engine_dir), verify=arguments.flag("verify", verify))
         created = create_backend(
             backend,
             threads=threads,
@@ -128,8 +138,8 @@ class Pipeline:
         created.check(bundle.manifest)
         lazy = load == "lazy" or (load == "auto" and created.name == "cpu")
         pipeline = cls(bundle, created, lazy=lazy)
-        if lora:
-            pipeline._change_weights([(Path(file), scale) for file, scale in lora])
+        if choices:
+            pipeline._change_weights(choices)
         if load == "eager":
             pipeline.load()
         return pipeline
@@ -140,6 +150,22 @@ class Pipeline:
         Raises:
             UserError: a graph cannot be loaded.
         """
+        with self._alone("load"):
+            self._load()
+
+    @contextmanager
+    def _alone(self, what: str) -> Iterator[None]:
+        """Only one thread at a time is inside; a callback of a call that is running must not come in, either."""
+        with self._lock:
+            if self._busy:
+                raise UserError(f"{what}: called by the callback of a call of the same pipeline; use another pipeline")
+            self._busy = True
+            try:
+                yield
+            finally:
+                self._busy = False
+
+    def _load(self) -> None:
         components = self.bundle.manifest.components
         self._ready_loop(lazy=False).load()
         if components.text_encoder is not None:
@@ -189,11 +215,14 @@ class Pipeline:
             UserError: the file cannot be read or does not fit this model, or the backend cannot change weights here;
                 the pipeline is then as it was.
         """
-        return self._change_weights([*self._loras, (Path(file), scale)])[-1]
+        (choice,) = _lora_choices([(file, scale)])
+        with self._alone("load_lora"):
+            return self._change_weights([*self._loras, choice])[-1]
 
     def unload_lora(self) -> None:
         """Undo every ``load_lora``: the weights are again, bit for bit, those of the engine directory."""
-        self._change_weights([])
+        with self._alone("unload_lora"):
+            self._change_weights([])
 
     @property
     def loras(self) -> tuple[LoraReport, ...]:
@@ -290,6 +319,8 @@ class Pipeline:
 
         Raises:
             UserError: an argument does not fit the engine directory (checked before anything runs), or a run failed.
+            NotFiniteError: prompt, prediction or picture came out as NaN or infinity (too large a LoRA or guidance
+                scale, an overflow of float16, damaged weights); the message names the first launch or component.
         """
         start = time.perf_counter()
         asked = Asked(
@@ -312,10 +343,18 @@ class Pipeline:
             output_type=output_type,
         )
         request = check_request(self.bundle.manifest, asked)
-        stream = TorchNoise(seed)
+        stream = TorchNoise(arguments.whole("seed", seed))
+        if callback is not None:
+            arguments.function("callback", callback)
+        with self._alone("call"):
+            return self._draw(request, stream, callback, start)
+
+    def _draw(
+        self, request: Request, stream: TorchNoise, callback: Callable[[int, int], Any] | None, start: float
+    ) -> PipelineOutput:
         loading = time.perf_counter()
         if not self._lazy:
-            self.load()
+            self._load()
         encoding = time.perf_counter()
         given = self._conditions(request)
         picture = self._picture(request, stream)
@@ -359,13 +398,19 @@ class Pipeline:
     def _encode(self, prompts: tuple[str, ...] | None, *, negative: bool = False) -> dict[str, np.ndarray] | None:
         if prompts is None:
             return None
-        return self._ready_text()(prompts, negative=negative)
+        encoded = self._ready_text()(prompts, negative=negative)
+        for name, spec in text_conditions(self.bundle.manifest).items():
+            if not fits(encoded[name], spec.dtype):
+                raise self._not_finite(f"text encoder, output {name}")
+        return encoded
 
     def _picture(self, request: Request, stream: TorchNoise) -> np.ndarray | None:
         """Latents of the pictures to start from (images, C, h, w), drawn from the encoder's distribution."""
         latents = request.image_latents
         if request.image is not None:
             encoded = self._ready_encoder()(request.image)
+            if not all(np.isfinite(rows).all() for rows in encoded.values()):
+                raise self._not_finite("VAE encoder")
             latents = encoded["mean"]
             if "std" in encoded:
                 latents = latents + encoded["std"] * stream.randn(latents.shape)
@@ -404,14 +449,17 @@ class Pipeline:
                 name: np.concatenate([pad_batch(half[rows], batch) for half in halves if half is not None])
                 for name, halves in conditions.items()
             }
-            denoised = loop.run(
-                pad_batch(latents[rows], batch),
-                inputs,
-                noises=np.stack([pad_batch(noise[rows], batch) for noise in noises]) if noises else None,
-                image=None if picture is None else pad_batch(picture[rows], batch),
-                guidance_scale=request.guidance_scale,
-                on_launch=None if callback is None else launched,
-            )
+            with np.errstate(over="ignore", invalid="ignore"):  # said below
+                denoised = loop.run(
+                    pad_batch(latents[rows], batch),
+                    inputs,
+                    noises=np.stack([pad_batch(noise[rows], batch) for noise in noises]) if noises else None,
+                    image=None if picture is None else pad_batch(picture[rows], batch),
+                    guidance_scale=request.guidance_scale,
+                    on_launch=None if callback is None else launched,
+                )
+            if not np.isfinite(denoised).all():
+                raise self._not_finite(loop.not_finite() or "the last sum of all predictions")
             parts.append(denoised[: request.images - start])
         return np.concatenate(parts), total
 
@@ -419,4 +467,27 @@ class Pipeline:
         if request.output_type == "latent":
             return latents
         images = self._ready_decoder()(latents)
+        if not np.isfinite(images).all():
+            raise self._not_finite("VAE decoder")
         return to_pil(images) if request.output_type == "pil" else images
+
+    def _not_finite(self, first: str) -> NotFiniteError:
+        """The error for a run whose first values that are not finite came from ``first``."""
+        dtype = self.bundle.manifest.dtype
+        helps = ["a smaller LoRA scale"] if self._loras else []
+        helps += ["a smaller guidance scale"] if self.bundle.manifest.guidance and not first.startswith("text") else []
+        helps += ["an export with --dtype fp32 or bf16"] if dtype == "fp16" else []
+        helps += ["dipgo-run --verify, which finds damaged weights"]
+        return NotFiniteError(
+            f"{self.bundle.path}: {first}: the first output that is not finite (NaN or infinity), so there is no"
+            f" picture; what may help: {', '.join(helps)}"
+        )
+
+
+def _lora_choices(given: Sequence[tuple[Path | str, float]]) -> list[tuple[Path, float]]:
+    found = []
+    for pair in arguments.items("lora", given, "pairs of a file and a scale"):
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+            raise arguments.wrong("lora", pair, "pairs of a file and a scale")
+        found.append((arguments.path("lora file", pair[0]), arguments.number("lora scale", pair[1])))
+    return found

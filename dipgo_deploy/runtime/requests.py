@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
-from dipgo_deploy.bundle.manifest import ConditionSpec, Manifest
+from dipgo_deploy import arguments
+from dipgo_deploy.backends.storage import fits
+from dipgo_deploy.bundle.manifest import ConditionSpec, Manifest, TensorDType
 from dipgo_deploy.bundle.shapes import Range, Sizes
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.runtime.image import Picture, to_pictures
+from dipgo_deploy.runtime.memory import machine_memory
 
 # The condition that scales what a ControlNet adds, by the name that diffusers' pipelines give it.
 CONTROL_SCALE = "controlnet_conditioning_scale"
+
+# Characters; a prompt is cut to a few hundred tokens anyway, and more would take its tokenizer long to find.
+MOST_CHARACTERS = 100_000
 
 OutputType = Literal["pil", "np", "latent"]
 OUTPUT_TYPES: tuple[OutputType, ...] = ("pil", "np", "latent")
@@ -92,12 +97,9 @@ def check_request(manifest: Manifest, asked: Asked) -> Request:
     Raises:
         UserError: anything that does not fit; the message names the argument.
     """
+    per_prompt = arguments.whole("number of images", asked.num_images_per_prompt, least=1)
+    arguments.choice("output type", asked.output_type, OUTPUT_TYPES)
     manifest = _at_size(manifest, asked)
-    per_prompt = asked.num_images_per_prompt
-    if per_prompt < 1:
-        raise UserError(f"number of images {per_prompt}: must be at least 1")
-    if asked.output_type not in OUTPUT_TYPES:
-        raise UserError(f"output type {asked.output_type!r}: choose one of {', '.join(OUTPUT_TYPES)}")
     if asked.output_type != "latent" and manifest.components.vae_decoder is None:
         raise UserError(
             f"output type {asked.output_type!r}: this engine directory has no VAE decoder; use output type 'latent'"
@@ -112,6 +114,7 @@ def check_request(manifest: Manifest, asked: Asked) -> Request:
             raise UserError(f"class_labels: {len(classes)} given for {rows} prompts; give one for each prompt")
         rows = len(classes)
     images = rows * per_prompt
+    _check_memory(manifest, images)
     scale = _check_guidance(manifest, asked.guidance_scale)
     _check_strength(manifest, asked)
     return Request(
@@ -137,7 +140,8 @@ def _at_size(manifest: Manifest, asked: Asked) -> Manifest:
     there = given.shape[2:] if isinstance(given, np.ndarray) and given.ndim == 4 and ranges is not None else None
     usual = manifest.usual_sizes[1:]
     found = []
-    for place, (option, pixels) in enumerate((("height", asked.height), ("width", asked.width))):
+    for place, (option, given_pixels) in enumerate((("height", asked.height), ("width", asked.width))):
+        pixels = None if given_pixels is None else arguments.whole(option, given_pixels, least=1)
         extent = usual[place] if there is None else int(there[place])
         allowed = Range.static(usual[place]) if ranges is None else getattr(ranges, option)
         if pixels is not None:
@@ -153,6 +157,20 @@ def _at_size(manifest: Manifest, asked: Asked) -> Manifest:
             raise UserError(f"latents: {option} {extent}, this engine directory takes {allowed.describe()}")
         found.append(extent)
     return manifest if ranges is None else manifest.at(Sizes(ranges.batch.max, *found))
+
+
+def _check_memory(manifest: Manifest, images: int) -> None:
+    """Refuse so many pictures that what is made for each at the start would not fit the machine's memory."""
+    latent = manifest.latent
+    values = latent.channels * latent.height * latent.width
+    each = 4 * values * (2 + manifest.plan.noises)  # initial latents, noise, results
+    each += sum(spec.nbytes // max(spec.shape[0], 1) for spec in manifest.conditions)
+    there = machine_memory()
+    if there is not None and images * each > there:
+        raise UserError(
+            f"number of images {images}: {images * each / 2**30:,.1f} GiB for latents and conditions are more than this"
+            f" machine's {there / 2**30:,.1f} GiB; ask for fewer at once"
+        )
 
 
 def text_conditions(manifest: Manifest) -> dict[str, ConditionSpec]:
@@ -178,15 +196,40 @@ def _check_fixed(
     for name, spec in specs.items():
         shape, dtype = spec.shape[1:], np.int64 if spec.dtype == "int64" else np.float32
         if name in given:
-            rows = np.asarray(given[name])
+            rows = _numbers(f"conditions: {name}", given[name], spec)
             if rows.shape[1:] != shape or len(rows) not in (1, images):
                 sizes = "".join(f", {extent}" for extent in shape)
                 raise UserError(f"conditions: {name}: shape {rows.shape}, needs (1 or {images}{sizes})")
         else:
             values = spec.values if spec.source == "fixed" else (guidance_scale,)
             rows = np.array(values).reshape(1, *shape)
+        if not fits(rows, spec.dtype):
+            raise _beyond(f"conditions: {name}", rows, spec.dtype)
         found[name] = np.repeat(rows, images // len(rows), axis=0).astype(dtype)
     return found
+
+
+def _numbers(label: str, given: object, spec: ConditionSpec) -> np.ndarray:
+    """An array of numbers of the kind that a condition takes, from whatever numpy makes an array of."""
+    try:
+        rows = np.asarray(given)
+    except (ValueError, TypeError, OverflowError):  # ragged lists, foreign objects
+        raise arguments.wrong(label, given, "an array of numbers") from None
+    if rows.dtype.kind not in ("iub" if spec.dtype == "int64" else "iuf"):
+        kind = "whole numbers" if spec.dtype == "int64" else "numbers"
+        raise UserError(f"{label}: an array of type {rows.dtype}, needs {kind}")
+    if not rows.ndim:
+        raise UserError(f"{label}: one number, needs an array (1 or images, ...)")
+    return rows
+
+
+def _beyond(label: str, rows: np.ndarray, dtype: TensorDType) -> UserError:
+    if not np.isfinite(rows).all():
+        return UserError(f"{label}: holds NaN or infinity")
+    return UserError(
+        f"{label}: the largest value, {np.abs(rows).max():.3g}, is beyond {dtype}, which this engine directory takes; "
+        "give smaller ones, or export it with another --dtype"
+    )
 
 
 def _check_text(manifest: Manifest, asked: Asked) -> TextRequest | None:
@@ -231,12 +274,12 @@ def _check_text(manifest: Manifest, asked: Asked) -> TextRequest | None:
 
 
 def _strings(name: str, given: str | Sequence[str]) -> tuple[str, ...]:
-    strings = (given,) if isinstance(given, str) else tuple(given)
+    strings = tuple(arguments.items(name, given, "text, or a list of texts"))
     if not strings:
         raise UserError(f"{name}: an empty list; give at least one")
     for string in strings:
-        if not isinstance(string, str):
-            raise UserError(f"{name}: {string!r} is not text")
+        if len(arguments.text(name, string)) > MOST_CHARACTERS:
+            raise UserError(f"{name}: {len(string)} characters; give at most {MOST_CHARACTERS}")
     return strings
 
 
@@ -246,7 +289,7 @@ def _check_embeds(name: str, given: Embeds, specs: Mapping[str, ConditionSpec]) 
         if len(specs) > 1:
             raise UserError(f"{name}: this model takes {' and '.join(specs)}; give all of them by name")
         given = {next(iter(specs)): given}
-    if set(given) != set(specs):
+    if set(arguments.mapping(name, given)) != set(specs):
         raise UserError(f"{name}: has {', '.join(sorted(given)) or 'nothing'}, needs {', '.join(sorted(specs))}")
     found = {}
     for key, spec in specs.items():
@@ -260,6 +303,8 @@ def _check_embeds(name: str, given: Embeds, specs: Mapping[str, ConditionSpec]) 
         if rows.ndim != len(spec.shape) or rows.shape[1:] != spec.shape[1:] or not len(rows):
             sizes = ", ".join(map(str, spec.shape[1:]))
             raise UserError(f"{label}: shape {rows.shape}, needs (prompts, {sizes}) as this model was exported")
+        if not fits(rows, spec.dtype):
+            raise _beyond(label, rows, spec.dtype)
         found[key] = rows.astype(np.int64 if spec.dtype == "int64" else np.float32)
     if len({len(rows) for rows in found.values()}) > 1:
         raise UserError(f"{name}: {', '.join(f'{key} has {len(rows)} rows' for key, rows in found.items())}")
@@ -276,8 +321,6 @@ def _check_floats(name: str, array: np.ndarray) -> None:
     if not isinstance(array, np.ndarray) or array.dtype not in (np.float16, np.float32, np.float64):
         kind = array.dtype if isinstance(array, np.ndarray) else type(array).__name__
         raise UserError(f"{name}: {kind}, needs a float16, float32 or float64 array")
-    if not np.isfinite(array).all():
-        raise UserError(f"{name}: holds NaN or infinity")
 
 
 def _check_classes(manifest: Manifest, takes_classes: bool, asked: Asked) -> np.ndarray | None:
@@ -290,7 +333,7 @@ def _check_classes(manifest: Manifest, takes_classes: bool, asked: Asked) -> np.
         raise UserError("class_labels: the manifest has guidance but no null class; export the engine directory again")
     if given is None:
         raise UserError("class_labels: missing; give class ids or names" + _some_names(manifest))
-    labels = list(given) if isinstance(given, Iterable) and not isinstance(given, str) else [given]
+    labels = arguments.items("class_labels", given, "class ids or names")
     if not labels:
         raise UserError("class_labels: an empty list; give at least one")
     return np.array([_class_id(manifest, label) for label in labels], np.int64)
@@ -332,12 +375,12 @@ def _check_guidance(manifest: Manifest, given: float | None) -> float:
         if given is not None:
             raise UserError("guidance_scale: this engine directory was exported without guidance; leave it out")
         return 1.0
-    scale = manifest.guidance_scale if given is None else given
+    scale = manifest.guidance_scale if given is None else arguments.number("guidance_scale", given)
     if scale is None:
         raise UserError("guidance_scale: missing, and the engine directory has no default; give one")
     # Below 1 diffusers turns guidance off, which is what 1 gives here: refuse what would not do the same.
     least = 1 if manifest.guidance else 0
-    if not math.isfinite(scale) or scale < least:
+    if scale < least:
         what = "1 (no guidance)" if manifest.guidance else "0"
         raise UserError(f"guidance_scale: {scale}, must be {what} or more")
     return float(scale)
@@ -350,19 +393,19 @@ def _check_latents(manifest: Manifest, latents: np.ndarray | None, images: int) 
     wanted = (images, manifest.latent.channels, manifest.latent.height, manifest.latent.width)
     if latents.shape != wanted:
         raise UserError(f"latents: shape {latents.shape}, needs {wanted} (one of unit noise for each image)")
+    if not fits(latents, "float32"):
+        raise _beyond("latents", latents, "float32")
     return latents.astype(np.float32)
 
 
 def _with_control_scale(manifest: Manifest, asked: Asked) -> Mapping[str, np.ndarray]:
     """The given conditions and, with a ControlNet, its scale."""
-    given = dict(asked.conditions or {})
+    given = {} if asked.conditions is None else dict(arguments.mapping("conditions", asked.conditions))
     if asked.control_scale is None:
         return given
     if CONTROL_SCALE not in {spec.name for spec in manifest.conditions}:
         raise UserError("control_scale: this engine directory has no ControlNet; leave it out")
-    if not math.isfinite(asked.control_scale):
-        raise UserError(f"control_scale: {asked.control_scale}, must be a finite number")
-    return given | {CONTROL_SCALE: np.array([asked.control_scale], np.float32)}
+    return given | {CONTROL_SCALE: np.array([arguments.number("control_scale", asked.control_scale)])}
 
 
 def _check_control_image(
@@ -399,7 +442,7 @@ def _check_strength(manifest: Manifest, asked: Asked) -> None:
         raise UserError("image and image_latents: give one of them, not both")
     if asked.image is None and asked.image_latents is None:
         raise UserError(f"image: missing; this engine directory starts from a picture (strength {strength:g})")
-    if asked.strength is not None and asked.strength != strength:
+    if asked.strength is not None and arguments.number("strength", asked.strength) != strength:
         raise UserError(
             f"strength: {asked.strength:g}, but this engine directory was exported for {strength:g}; "
             "leave it out or export another one"
@@ -427,6 +470,8 @@ def _check_image_latents(manifest: Manifest, latents: np.ndarray | None, rows: i
     if latents.shape[1:] != wanted or len(latents) not in (1, rows):
         sizes = ", ".join(map(str, wanted))
         raise UserError(f"image_latents: shape {latents.shape}, needs (1 or {rows}, {sizes})")
+    if not fits(latents, "float32"):
+        raise _beyond("image_latents", latents, "float32")
     return latents.astype(np.float32)
 
 

@@ -256,7 +256,7 @@ class FallingBack:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"name": "quantum"}, "backend 'quantum': unknown"),
+        ({"name": "quantum"}, "backend 'quantum': choose one of"),
         ({"name": "cpu", "threads": 0}, "threads 0"),
     ],
 )

@@ -1,14 +1,22 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
 
 import click
 import pytest
 
+import dipgo_deploy
 from dipgo_deploy import __version__
 from dipgo_deploy.cli import common
 from dipgo_deploy.cli.main import main as dipgo
-from dipgo_deploy.errors import ToleranceError, UserError
+from dipgo_deploy.errors import NotFiniteError, ToleranceError, UserError, one_line
+
+ASSETS = Path(dipgo_deploy.__file__).parent / "assets"
 
 
 def run_raising(error: BaseException) -> int:
@@ -24,6 +32,12 @@ def run_raising(error: BaseException) -> int:
     [
         (UserError("s.json: keep: step 3\nis wrong"), 2, "error: s.json: keep: step 3 is wrong\n"),
         (ToleranceError("step 3 is off"), 1, "error: step 3 is off\n"),
+        (NotFiniteError("launch 3 is off"), 1, "error: launch 3 is off\n"),
+        (UserError("a\x1b[2Jb\udce9\u202e"), 2, "error: a\\x1b[2Jb\\udce9\\u202e\n"),
+        (PermissionError(13, "Permission denied", "x.json"), 2, "error: x.json: Permission denied\n"),
+        (IsADirectoryError(21, "Is a directory", b"x"), 2, "error: x: Is a directory\n"),
+        (OSError(28, "No space left on device"), 1, "error: output cannot be written: No space left on device\n"),
+        (MemoryError(), 1, "error: not enough memory; use a machine with more, or ask for less at once\n"),
         (click.UsageError("no such option"), 2, "error: no such option\n"),
         (
             ModuleNotFoundError("No module named 'torch'", name="torch"),
@@ -47,12 +61,70 @@ def test_a_mistake_is_one_line_and_a_status(
     assert captured.err == line
 
 
+def test_a_long_message_keeps_its_ends():
+    message = str(UserError("file: " + "x" * 10_000_000 + ": do this"))
+    assert len(message) == 1000
+    assert message.startswith("file: xxx") and message.endswith("xxx: do this") and "xx ... xx" in message
+    assert one_line("a\n\tb " * 10, 20) == "a b a b a  ... b a b"
+    assert one_line("\x00" * 10_000_000, 100).startswith("\\x00\\x00")
+
+
+def run_process(*arguments: str, **options: Any) -> subprocess.Popen[bytes]:
+    code = "import sys; from dipgo_deploy.cli.main import main; sys.exit(main(sys.argv[1:]))"
+    return subprocess.Popen([sys.executable, "-c", code, *arguments], stderr=subprocess.PIPE, **options)
+
+
+SHOW = ("schedule", "show", str(ASSETS / "schedules/fashion-sd-ddim50.json"))
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+@pytest.mark.parametrize("arguments", [SHOW, (*SHOW, "--json"), ("--version",), ("--help",)])
+def test_output_that_cannot_be_written_is_said(arguments):
+    with open("/dev/full", "wb") as full:
+        process = run_process(*arguments, stdout=full)
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 1
+    lines = said.decode().splitlines()
+    # With --json what is for people goes to stderr, too.
+    assert [line for line in lines if "error" in line] == lines[-1:]
+    assert "cannot be written: No space left on device" in lines[-1]
+    with open("/dev/full", "wb") as full:
+        options: dict[str, Any] = {"stdout": subprocess.DEVNULL}
+        code = "import sys; from dipgo_deploy.cli.main import main; sys.exit(main(['schedule', 'show', 'none.json']))"
+        assert subprocess.run([sys.executable, "-c", code], stderr=full, timeout=60, **options).returncode == 2
+
+
+def test_a_reader_that_goes_away_ends_it_quietly():
+    read, write = os.pipe()
+    os.close(read)
+    process = run_process(*SHOW, stdout=write)
+    os.close(write)
+    _, said = process.communicate(timeout=60)
+    assert (process.returncode, said) == (1, b"")
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "ascii"])
+def test_a_terminal_that_is_not_utf8_gets_what_it_can_show(encoding):
+    process = run_process(*SHOW, stdout=subprocess.PIPE, env={**os.environ, "PYTHONIOENCODING": encoding})
+    shown, said = process.communicate(timeout=60)
+    assert (process.returncode, said) == (0, b"")
+    assert "down_blocks.0  #......#" in shown.decode(encoding)
+
+
+def test_a_name_that_is_not_utf8_is_escaped():
+    process = run_process("schedule", "show", os.fsdecode(b"caf\xe9.json"), stdout=subprocess.PIPE)
+    shown, said = process.communicate(timeout=60)
+    assert (process.returncode, shown, said) == (2, b"", b"error: caf\\udce9.json: no such file\n")
+
+
 def test_an_interruption_is_130(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_raising(KeyboardInterrupt()) == 130
     assert capsys.readouterr().err.strip() == "error: interrupted"
 
 
-@pytest.mark.parametrize("error", [RuntimeError("bug"), ModuleNotFoundError("No module named 'x'", name="x")])
+@pytest.mark.parametrize(
+    "error", [RuntimeError("bug"), OSError("bug"), ModuleNotFoundError("No module named 'x'", name="x")]
+)
 def test_our_own_bugs_keep_their_traceback(error: Exception) -> None:
     with pytest.raises(type(error)):
         run_raising(error)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from toy_engine import CLASSES, NULL_CLASS, ROUTE, C, H, Toy, W, build, embed, reference
 
-from dipgo_deploy.errors import UserError
+from dipgo_deploy.errors import NotFiniteError, UserError
 from dipgo_deploy.runtime.image import grid, to_pil, to_uint8
 from dipgo_deploy.runtime.noise import TorchNoise
 from dipgo_deploy.runtime.pipeline import Pipeline
@@ -131,7 +131,7 @@ def test_fp16_conditions_are_converted(tmp_path):
 
 def test_pixels_and_grid():
     images = np.zeros((3, 2, 4, 3), np.float32)
-    images[1], images[2] = 0.5, [2.0, -1.0, np.nan]
+    images[1], images[2] = 0.5, [2.0, -1.0, 0.0]
     np.testing.assert_array_equal(to_uint8(images)[:, 0, 0], [[0, 0, 0], [128, 128, 128], [255, 0, 0]])
     sheet = grid(to_pil(images))
     assert sheet.size == (8, 4)
@@ -139,6 +139,8 @@ def test_pixels_and_grid():
     assert sheet.getpixel((0, 2)) == (255, 0, 0)
     assert sheet.getpixel((4, 2)) == (0, 0, 0)
     assert grid(to_pil(images[:1])).size == (4, 2)
+    with pytest.raises(NotFiniteError, match="not finite"):
+        to_uint8(np.array([0.5, np.nan]))
 
 
 TEXT, CLASS = Toy(batch=1), Toy(kind="class", batch=1)
@@ -147,7 +149,7 @@ NOISE = np.zeros((1, C, H, W), np.float32)
 ERRORS = [
     (TEXT, {}, "prompt: missing"),
     (TEXT, {"prompt": []}, "prompt: an empty list"),
-    (TEXT, {"prompt": ["a", 3]}, "prompt: 3 is not text"),
+    (TEXT, {"prompt": ["a", 3]}, "prompt: 3 of type int, needs text"),
     (TEXT, {"prompt": "a", "class_labels": 1}, "takes no class labels"),
     (TEXT, {"prompt": "a", "prompt_embeds": EMBEDS}, "not both"),
     (TEXT, {"prompt": "a", "negative_prompt": "b", "negative_prompt_embeds": EMBEDS}, "not both"),
@@ -157,6 +159,17 @@ ERRORS = [
     (TEXT, {"prompt": "a", "output_type": "gif"}, "output type 'gif'"),
     (TEXT, {"prompt": "a", "guidance_scale": 0.5}, "guidance_scale: 0.5"),
     (TEXT, {"prompt": "a", "guidance_scale": float("nan")}, "guidance_scale: nan"),
+    (TEXT, {"prompt": "a", "guidance_scale": float("inf")}, "guidance_scale: inf"),
+    (TEXT, {"prompt": "a", "guidance_scale": 1e39}, "guidance_scale: 1e.39, must be .* float32 can hold"),
+    (TEXT, {"prompt": "un caf\udce9"}, "prompt: not UTF-8 text .byte 0xe9 at character 6"),
+    (TEXT, {"prompt": "a", "negative_prompt": "\ud800"}, "negative_prompt: not UTF-8 text"),
+    (TEXT, {"prompt": "x" * 10_000_000}, "prompt: 10000000 characters; give at most"),
+    (TEXT, {"prompt": "a", "num_images_per_prompt": 10**9}, "number of images 1000000000: .* GiB .* ask for fewer"),
+    (TEXT, {"prompt": "a", "latents": NOISE.astype(np.float64) + 1e300}, "latents: the largest value, 1e.300"),
+    (TEXT, {"prompt_embeds": EMBEDS + np.inf}, "prompt_embeds: holds NaN or infinity"),
+    (Toy(dtype="fp16"), {"prompt_embeds": EMBEDS + 1e5}, "prompt_embeds: the largest value, 1e.05, is beyond float16"),
+    (CLASS, {"class_labels": "x" * 10_000_000}, "class_labels: no class is named 'xxx.* the names are boot"),
+    (CLASS, {"class_labels": "\x1b[31mred\n"}, r"no class is named '\\x1b\[31mred"),
     (TEXT, {"prompt": "a", "seed": 2**64}, "seed"),
     (TEXT, {"prompt": "a", "latents": NOISE[0]}, r"latents: shape \(4, 8, 8\), needs \(1, 4, 8, 8\)"),
     (TEXT, {"prompt": "a", "latents": NOISE, "num_images_per_prompt": 2}, r"needs \(2, 4, 8, 8\)"),
@@ -193,7 +206,7 @@ ERRORS = [
 @pytest.mark.parametrize(("toy", "arguments", "message"), ERRORS)
 def test_what_does_not_fit_is_refused_before_anything_runs(tmp_path, toy, arguments, message):
     pipeline = Pipeline.from_engine_dir(build(tmp_path, toy), "cpu", threads=1, load="call")
-    pipeline.load = None  # type: ignore[method-assign,assignment]  # running would fail on this
+    pipeline._load = None  # type: ignore[method-assign,assignment]  # running would fail on this
     with pytest.raises(UserError, match=message) as caught:
         pipeline(**arguments)
     assert "\n" not in str(caught.value)
@@ -249,3 +262,85 @@ print(sorted(heavy & {"torch", "diffusers", "transformers", "onnx", "onnx_ir", "
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
     assert (tmp_path / "x.png").stat().st_size > 0
+
+
+def test_threads_share_a_pipeline_one_call_at_a_time(tmp_path):
+    """Bit for bit what the same calls give one after the other."""
+    toy = Toy(batch=2)
+    folder = build(tmp_path, toy)
+    serial, shared = (Pipeline.from_engine_dir(folder, "cpu", threads=1, load="lazy") for _ in range(2))
+    calls = [(thread, call) for thread in range(8) for call in range(20)]
+
+    def draw(pipeline: Pipeline, thread: int, call: int) -> np.ndarray:
+        prompt = ["a boot", "a bag", "a red coat", "big"][thread % 4]
+        images = pipeline(prompt, seed=100 * thread + call, num_images_per_prompt=1 + call % 3, output_type="np")
+        return np.concatenate([images.latents.ravel(), images.images.ravel()])
+
+    alone = {pair: draw(serial, *pair) for pair in calls}
+    with ThreadPoolExecutor(8) as pool:
+        together = {
+            thread: pool.submit(lambda t: [draw(shared, t, c) for c in range(20)], thread) for thread in range(8)
+        }
+        for thread, found in together.items():
+            for call, drawn in enumerate(found.result()):
+                np.testing.assert_array_equal(drawn, alone[thread, call])
+
+
+def test_a_callback_cannot_call_its_own_pipeline(tmp_path):
+    pipeline = make(tmp_path, Toy(batch=1))
+    want = pipeline("a bag", seed=1).latents
+    for inner in (lambda: pipeline("a boot"), pipeline.load, pipeline.unload_lora):
+        with pytest.raises(UserError, match="called by the callback"):
+            pipeline("a bag", callback=lambda done, total, inner=inner: inner())
+    np.testing.assert_array_equal(pipeline("a bag", seed=1).latents, want)
+
+
+def test_a_prediction_that_is_not_finite_is_named(tmp_path, recwarn):
+    pipeline = make(tmp_path, Toy(batch=2))
+    want = pipeline("a bag", seed=1).latents
+    with pytest.raises(
+        NotFiniteError, match=r"launch 1 of 6 \(evaluation 0, graph full\): .* a smaller guidance scale"
+    ):
+        pipeline(prompt_embeds=embed("") + 9, negative_prompt_embeds=embed("") - 9, guidance_scale=3.3e38)
+    assert not recwarn.list
+    # What one run leaves behind is not seen by the next.
+    np.testing.assert_array_equal(pipeline("a bag", seed=1).latents, want)
+
+
+def test_a_later_launch_that_is_not_finite_is_named(tmp_path):
+    pipeline = make(tmp_path, Toy(batch=1))
+    loop = pipeline._ready_loop(lazy=False)
+    inner = loop.run
+
+    def run(*args, **options):
+        result = inner(*args, **options)
+        stack = loop._backend.download(loop._stack, loop._view.stack)
+        stack[loop.launches[2].slot, 0, 1, 2, 3] = np.inf
+        loop._backend.upload(loop._stack, stack)
+        return result * np.nan
+
+    loop.run = run  # type: ignore[method-assign]
+    with pytest.raises(NotFiniteError, match=r"launch 3 of 6 \(evaluation 2, graph mixed\)"):
+        pipeline("a bag")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "value", "refused"), [("fp32", 1e5, False), ("fp32", np.nan, True), ("fp16", 1e5, True)]
+)
+def test_a_text_encoder_that_gives_what_the_denoiser_cannot_take_is_named(tmp_path, dtype, value, refused):
+    pipeline = make(tmp_path, Toy(batch=1, dtype=dtype))
+    pipeline._text = lambda prompts, negative: {"encoder_hidden_states": embed("a bag") + value}  # type: ignore
+    if not refused:
+        assert pipeline("a bag").launches == len(ROUTE)
+        return
+    with pytest.raises(NotFiniteError, match="text encoder, output encoder_hidden_states"):
+        pipeline("a bag")
+
+
+def test_a_picture_that_is_not_finite_is_no_picture(tmp_path):
+    pipeline = make(tmp_path, Toy(batch=1))
+    pipeline._decoder = lambda latents: np.full((1, H, W, 3), np.nan, np.float32)  # type: ignore
+    for output_type in ("pil", "np"):
+        with pytest.raises(NotFiniteError, match="VAE decoder: the first output that is not finite"):
+            pipeline("a bag", output_type=output_type)
+    assert np.isfinite(pipeline("a bag", output_type="latent").images).all()
