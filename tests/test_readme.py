@@ -1,10 +1,18 @@
-"""What the README and its companions say can be typed, and what they link to is there."""
+"""What the README and the documentation say can be typed, and what they link to is there.
+
+Every command line of every page is parsed. Those of blocks without a mark are run, in one folder, page by page. A mark
+is a comment in a block's first line that tells the reader what it needs (``MARK``). ``docs/results`` is a record of
+what was run, not something to type.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import re
 import shlex
 from collections.abc import Iterator
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
@@ -12,18 +20,63 @@ import click
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-PAGES = [ROOT / "README.md", ROOT / "engines" / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+README = ROOT / "README.md"
+QUICKSTART = ROOT / "docs" / "quickstart.md"
+RESULTS = ROOT / "docs" / "results"
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "engines/README.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
 LINK = re.compile(r"\[[^\]]*\]\(([^)#]+)\)")
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", flags=re.DOTALL | re.MULTILINE)
+MARK = re.compile(r"# (?:needs|takes|part of) .+")
+RTX = "# needs the extra tensorrt-rtx"
+
+# Lines that are no command of ours, and what runs them.
+ELSEWHERE = {
+    "tools/demo.sh": "tests/tools/test_demo.py",
+    "tools/test.sh": ".ci/run",
+    "pip install -c constraints.txt -e '.[cpu,export]'": "tools/setup.sh",
+}
 
 
-def blocks(language: str, text: str = README) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
+@dataclass(frozen=True)
+class Block:
+    """A fenced block of a page."""
+
+    page: Path
+    language: str
+    text: str
+
+    @property
+    def mark(self) -> str | None:
+        """What it needs that a test does not have."""
+        first = self.text.partition("\n")[0]
+        return first if MARK.fullmatch(first) else None
+
+    @property
+    def lines(self) -> list[str]:
+        """Its lines without comments and empty ones."""
+        return [line for line in map(_without_comment, self.text.splitlines()) if line]
 
 
-def command_lines() -> list[list[str]]:
-    lines = "".join(blocks("bash")).splitlines()
-    return [shlex.split(line, comments=True) for line in lines if line.startswith("dipgo-")]
+def _without_comment(line: str) -> str:
+    return re.sub(r"(^|\s)#.*", "", line).strip()
+
+
+def named(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+def blocks(page: Path) -> list[Block]:
+    return [Block(page, language, text) for language, text in FENCE.findall(page.read_text(encoding="utf-8"))]
+
+
+BLOCKS = [block for page in PAGES if RESULTS not in page.parents for block in blocks(page)]
+COMMANDS = [(block, line) for block in BLOCKS if block.language == "bash" for line in block.lines]
+OURS = sorted({line for _, line in COMMANDS if line.startswith("dipgo-")})
+TO_RUN = [block for block in BLOCKS if block.mark is None and block.language in ("bash", "python")]
+PAGES_TO_RUN = list(dict.fromkeys(block.page for block in TO_RUN if block.page not in (README, QUICKSTART)))
 
 
 def click_command(name: str) -> click.Command:
@@ -41,20 +94,36 @@ def leaf(arguments: list[str]) -> tuple[click.Command, list[str]]:
 
 
 def test_there_are_commands_to_check() -> None:
-    assert {line[0] for line in command_lines()} == {
-        f"dipgo-{verb}" for verb in ("schedule", "export", "run", "compare", "build")
-    }
+    verbs = ("schedule", "search", "export", "run", "compare", "build", "bench")
+    assert {line.split()[0] for line in OURS} == {f"dipgo-{verb}" for verb in verbs}
+    assert {named(page) for page in PAGES_TO_RUN} >= {"docs/howto/own-mask.md", "docs/howto/dit.md", "docs/howto/ci.md"}
 
 
-@pytest.mark.parametrize("line", command_lines(), ids=shlex.join)
-def test_every_option_exists(line: list[str]) -> None:
-    command, rest = leaf(line)
+@pytest.mark.parametrize("page", PAGES, ids=named)
+def test_commands_stand_in_blocks_for_the_shell(page: Path) -> None:
+    if RESULTS in page.parents:
+        return
+    rest = FENCE.sub(lambda fence: "" if fence[1] == "bash" else fence[0], page.read_text(encoding="utf-8"))
+    assert not re.findall(r"^(?:    )?(?:dipgo|python -m) ?.*", rest, flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("line", OURS, ids=str)
+def test_every_option_exists(line: str) -> None:
+    arguments = shlex.split(line)
+    command, rest = leaf(arguments)
     # Only parses: files that a line names need not be there, the commands check that themselves.
-    context = command.make_context(line[0], list(rest))
+    context = command.make_context(arguments[0], list(rest))
     assert not context.args
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_other_lines_are_run_elsewhere() -> None:
+    others = {line for block, line in COMMANDS if not line.startswith("dipgo-") and block.mark is None}
+    assert others == set(ELSEWHERE)
+    for name in ELSEWHERE.values():
+        assert (ROOT / name).is_file(), name
+
+
+@pytest.mark.parametrize("page", PAGES, ids=named)
 def test_links_lead_to_files(page: Path) -> None:
     for target in LINK.findall(page.read_text(encoding="utf-8")):
         if "://" not in target:
@@ -62,47 +131,73 @@ def test_links_lead_to_files(page: Path) -> None:
 
 
 def test_scripts_and_schedules_named_are_there() -> None:
-    named = re.findall(r"(?:tools|dipgo_deploy/assets)/[\w./-]+\.(?:sh|json)", README)
-    assert named
-    for name in named:
+    text = "".join(page.read_text(encoding="utf-8") for page in PAGES if RESULTS not in page.parents)
+    names = re.findall(r"(?:tools|dipgo_deploy/assets)/[\w./-]+\.(?:sh|json|py)", text)
+    assert names
+    for name in names:
         assert (ROOT / name).is_file(), name
 
 
-def schedule_lines() -> Iterator[list[str]]:
-    """The schedule commands that need no file of the reader's."""
-    for line in command_lines():
-        if line[0] == "dipgo-schedule" and line[1] != "import":
-            yield line
+class Folder:
+    """Where the lines of the pages are run: each once, whichever pages it stands on."""
+
+    def __init__(self) -> None:
+        self.done: set[str] = set()
+        self.printed = ""
+
+    def run(self, page: Path) -> None:
+        for block in TO_RUN:
+            if block.page == page:
+                self.run_block(block)
+
+    def run_block(self, block: Block) -> None:
+        for piece in block.lines if block.language == "bash" else [block.text]:
+            if piece in self.done or piece in ELSEWHERE:
+                continue
+            self.done.add(piece)
+            with contextlib.redirect_stdout(io.StringIO()) as out:
+                if block.language == "bash":
+                    name, *arguments = shlex.split(piece)
+                    # `diff` says with its status that the two differ.
+                    expected = 1 if arguments[0] == "diff" else 0
+                    status = import_module(f"dipgo_deploy.cli.{name.removeprefix('dipgo-')}").main(arguments)
+                    assert status == expected, f"{named(block.page)}: {piece}"
+                else:
+                    exec(compile(piece, named(block.page), "exec"), {})
+            self.printed += out.getvalue()
 
 
-def test_the_schedule_commands_do_what_is_said(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from dipgo_deploy.cli.schedule import main
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Folder]:
+    """A folder in which the README and the quickstart, which the other pages build on, were run."""
+    path = tmp_path_factory.mktemp("reader")
+    (path / "dipgo_deploy").symlink_to(ROOT / "dipgo_deploy")
+    with contextlib.chdir(path):
+        reader = Folder()
+        reader.run(README)
+        reader.run(QUICKSTART)
+        yield reader
 
-    (tmp_path / "dipgo_deploy").symlink_to(ROOT / "dipgo_deploy")
-    monkeypatch.chdir(tmp_path)
-    for line in schedule_lines():
-        # `diff` says with its status that the two differ.
-        assert main(line[1:]) == (1 if line[1] == "diff" else 0), shlex.join(line)
-    shown = next(text for text in blocks("text") if "down_blocks.0" in text)
-    printed = capsys.readouterr().out
-    for row in shown.splitlines():
-        assert row.strip() in printed, row
+
+def test_the_quickstart_runs_from_a_schedule_to_pictures(folder: Folder) -> None:
+    for name in ("sneaker.png", "grid.png", "classes.png"):
+        assert Path(name).stat().st_size > 0
+
+
+def test_what_show_prints_is_shown(folder: Folder) -> None:
+    shown = [block.text for block in BLOCKS if block.language == "text" and "down_blocks.0  █" in block.text]
+    assert shown
+    for row in "".join(shown).splitlines():
+        assert row.strip() in folder.printed, row
+
+
+@pytest.mark.parametrize("page", PAGES_TO_RUN, ids=named)
+def test_the_page_does_what_it_says(page: Path, folder: Folder) -> None:
+    folder.run(page)
 
 
 @pytest.mark.slow
-def test_the_tutorial_runs_from_export_to_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "dipgo_deploy").symlink_to(ROOT / "dipgo_deploy")
-    monkeypatch.chdir(tmp_path)
-    for line in command_lines():
-        if line[0] == "dipgo-build" or line[1] in ("import", "diff", "show"):
-            continue
-        main = import_module(f"dipgo_deploy.cli.{line[0].removeprefix('dipgo-')}").main
-        assert main(line[1:]) == 0, shlex.join(line)
-    for name in ("sneaker.png", "grid.png", "classes.png"):
-        assert (tmp_path / name).stat().st_size > 0
-    (tmp_path / "sneaker.png").unlink()
-    for snippet in blocks("python"):
-        exec(compile(snippet, "README.md", "exec"), {})
-    assert (tmp_path / "sneaker.png").is_file()
+@pytest.mark.parametrize("block", [block for block in BLOCKS if block.mark == RTX], ids=lambda block: named(block.page))
+def test_engines_are_built_where_the_extra_is_installed(block: Block, folder: Folder) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    folder.run_block(block)
