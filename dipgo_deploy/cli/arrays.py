@@ -1,40 +1,55 @@
-"""Arrays from files that a command is given."""
+"""Arrays and pictures from files that a command is given: sizes are checked before anything of that size is made."""
 
 from __future__ import annotations
 
+import io
+import logging
+import math
+import struct
 import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dipgo_deploy.errors import UserError
+from dipgo_deploy.errors import UserError, one_line
+from dipgo_deploy.schedule.files import read_bytes
+
+_log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     import numpy as np
+    from PIL.Image import Image
 
     from dipgo_deploy.runtime.requests import Embeds
 
-_NAMED = (".npz", ".safetensors")
+# Of one file, as it is and unpacked: embeddings of a prompt are 0.3 MB (SD 1.5) to 8 MB (FLUX).
+MOST_BYTES = 384 * 2**20
+MOST_PIXELS = 2**26
+_MOST_ARRAYS = 64
+_MOST_AXES = 8
+_NPY_VERSIONS = ((1, 0), (2, 0))
+# Of a zip archive: end record, locator of the one for archives beyond 4 GiB, header in front of each entry.
+_ZIP_END, _ZIP64_LOCATOR, _ZIP_COMMENT = b"PK\x05\x06", b"PK\x06\x07", 2**16
+_ZIP_END_BYTES, _ZIP64_LOCATOR_BYTES, _ZIP_ENTRY_BYTES = 22, 20, 30
+_MOST_LISTED = 2**16  # bytes of the list of entries
+# Of what Pillow reads: no format that starts another program, none for measurements.
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")
 
 
 def load_array(option: str, path: Path | None) -> np.ndarray | None:
     """Read a .npy file; pickled objects are refused.
 
     Raises:
-        UserError: no such file, or not an array of plain numbers.
+        UserError: no such file, not an array of plain numbers, or more than 384 MiB.
     """
     if path is None:
         return None
-    import numpy as np
-
-    if not path.is_file():
-        raise UserError(f"{option} {path}: no such file")
-    try:
-        array = np.load(path, allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
-        raise UserError(f"{option} {path}: not a .npy file of numbers ({error})") from None
-    if not isinstance(array, np.ndarray):
+    data = _content(option, path)
+    if data[:4] == b"PK\x03\x04":
         raise UserError(f"{option} {path}: holds several arrays; save one with numpy.save")
-    return array
+    try:
+        return _npy(data)
+    except ValueError as error:
+        raise UserError(f"{option} {path}: not a .npy file of numbers ({one_line(error)})") from None
 
 
 def load_embeds(option: str, given: tuple[str, ...]) -> Embeds | None:
@@ -62,6 +77,39 @@ def load_embeds(option: str, given: tuple[str, ...]) -> Embeds | None:
     return found
 
 
+def load_picture(option: str, path: Path) -> Image:
+    """Read a picture file as RGB, upright as its camera says; 16 bits of grey become 8.
+
+    Raises:
+        UserError: no such file, not a picture that Pillow reads, more than 64 million pixels, or values that are no
+            8 or 16 bits.
+    """
+    import warnings
+
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    from dipgo_deploy.runtime.image import as_8_bit
+
+    data = _content(option, path)
+    try:
+        with warnings.catch_warnings(record=True) as doubts, Image.open(io.BytesIO(data), formats=_FORMATS) as picture:
+            if picture.width * picture.height > MOST_PIXELS:
+                extents = f"{picture.width} x {picture.height} pixels"
+                raise UserError(f"{option} {path}: {extents}, more than {MOST_PIXELS}; give a smaller one")
+            upright = ImageOps.exif_transpose(picture)
+            upright.format = picture.format
+            found = as_8_bit(upright, f"{option} {path}").convert("RGB")
+    except UserError:
+        raise
+    except Exception as error:  # Pillow's readers raise whatever a broken file leads them to
+        unknown = isinstance(error, UnidentifiedImageError)
+        reason = "none of " + ", ".join(_FORMATS) if unknown else one_line(error) or type(error).__name__
+        raise UserError(f"{option} {path}: not a picture that can be read ({reason})") from None
+    if doubts:
+        _log.warning("%s %s: read, but: %s", option, path, one_line(doubts[0].message))
+    return found
+
+
 def _name_and_file(text: str) -> tuple[str | None, Path]:
     name, sign, file = text.partition("=")
     # A file whose own name has the sign in it is that file.
@@ -69,19 +117,113 @@ def _name_and_file(text: str) -> tuple[str | None, Path]:
 
 
 def _load_named(option: str, path: Path) -> dict[str, np.ndarray]:
-    import numpy as np
+    suffix = path.suffix.lower()
+    try:
+        return _NAMED[suffix](option, path)
+    except ValueError as error:
+        raise UserError(f"{option} {path}: not a {suffix} file of arrays ({one_line(error)})") from None
+
+
+def _content(option: str, path: Path) -> bytes:
+    try:
+        return read_bytes(path, MOST_BYTES, "file of arrays or picture")
+    except UserError as error:
+        raise UserError(f"{option} {error}") from None
+
+
+def _safetensors(option: str, path: Path) -> dict[str, np.ndarray]:
     import safetensors
 
     from dipgo_deploy.bundle.safetensors_file import read_tensors
 
+    _content_size(option, path)
+    try:
+        return read_tensors(path)
+    except safetensors.SafetensorError as error:
+        raise ValueError(error) from None
+    except OSError as error:
+        raise UserError(f"{option} {path}: cannot be read: {error.strerror or error}") from None
+
+
+def _content_size(option: str, path: Path) -> None:
     if not path.is_file():
         raise UserError(f"{option} {path}: no such file")
+    if path.stat().st_size > MOST_BYTES:
+        raise UserError(f"{option} {path}: larger than {MOST_BYTES // 2**20} MiB; give the embeddings of fewer prompts")
+
+
+def _npz(option: str, path: Path) -> dict[str, np.ndarray]:
+    data = _content(option, path)
+    _check_listing(data)
     try:
-        if path.suffix.lower() == ".safetensors":
-            return read_tensors(path)
-        with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
-    except (ValueError, OSError, EOFError, AttributeError, zipfile.BadZipFile, safetensors.SafetensorError) as error:
-        raise UserError(
-            f"{option} {path}: not a {path.suffix.lower()} file of arrays ({' '.join(str(error).split())})"
-        ) from None
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            entries = archive.infolist()
+            _check_entries(entries, len(data))
+            return {entry.filename.removesuffix(".npy"): _npy(archive.read(entry)) for entry in entries}
+    except ValueError:
+        raise
+    except Exception as error:  # zipfile and zlib raise whatever a broken archive leads them to
+        raise ValueError(one_line(error) or type(error).__name__) from None
+
+
+_NAMED = {".npz": _npz, ".safetensors": _safetensors}
+
+
+def _check_listing(data: bytes) -> None:
+    """Refuse an archive whose list of entries is so long that reading it alone would take much memory."""
+    end = data.rfind(_ZIP_END, -_ZIP_END_BYTES - _ZIP_COMMENT)
+    if end < 0 or len(data) < end + _ZIP_END_BYTES:
+        raise ValueError("no zip archive, or cut short")
+    if data[end - _ZIP64_LOCATOR_BYTES : end].startswith(_ZIP64_LOCATOR):
+        raise ValueError("a zip archive for more than 4 GiB")
+    (listed,) = struct.unpack_from("<I", data, end + 12)
+    if listed > _MOST_LISTED:
+        raise ValueError(f"{listed} bytes of names, more than {_MOST_LISTED}")
+
+
+def _check_entries(entries: list[zipfile.ZipInfo], size: int) -> None:
+    """Refuse too many entries, too large ones, and ones that share their bytes, before any is unpacked."""
+    if len(entries) > _MOST_ARRAYS:
+        raise ValueError(f"{len(entries)} arrays, more than {_MOST_ARRAYS}")
+    if len({entry.filename for entry in entries}) < len(entries):
+        raise ValueError("two arrays of one name")
+    unpacked = sum(entry.file_size for entry in entries)
+    if unpacked > MOST_BYTES:
+        raise ValueError(f"{unpacked} bytes when unpacked, more than {MOST_BYTES}")
+    end = 0
+    for entry in sorted(entries, key=lambda entry: entry.header_offset):
+        if entry.header_offset < end:
+            raise ValueError(f"{entry.filename} overlaps another entry")
+        end = (
+            entry.header_offset
+            + _ZIP_ENTRY_BYTES
+            + len(entry.filename.encode("utf-8", "replace"))
+            + entry.compress_size
+        )
+    if end > size:
+        raise ValueError("cut short")
+
+
+def _npy(data: bytes) -> np.ndarray:
+    """The array of a .npy file; ValueError for anything else, before memory is taken for what its header claims."""
+    import numpy as np
+    from numpy.lib import format as npy
+
+    file = io.BytesIO(data)
+    try:
+        version = npy.read_magic(file)
+        if version not in _NPY_VERSIONS:
+            raise ValueError(f"format version {version}")
+        read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+        shape, by_columns, dtype = read(file)
+    except Exception as error:  # numpy parses the header as Python, which fails in many ways
+        raise ValueError(one_line(error) or type(error).__name__) from None
+    if dtype.kind not in "biuf":
+        raise ValueError(f"values of type {one_line(dtype, 40)}, needs numbers")
+    if len(shape) > _MOST_AXES or any(isinstance(extent, bool) or extent < 0 for extent in shape):
+        raise ValueError(f"shape {one_line(shape, 80)}")
+    claimed, there = math.prod(shape) * dtype.itemsize, len(data) - file.tell()
+    if claimed != there:
+        raise ValueError(f"its header claims {one_line(claimed, 40)} bytes of values, {there} are there")
+    array = np.frombuffer(data, dtype, offset=file.tell()).reshape(shape, order="F" if by_columns else "C")
+    return array.astype(dtype.newbyteorder("="), copy=False)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import click
 
 from dipgo_deploy.backends import BACKENDS
-from dipgo_deploy.cli.arrays import load_array, load_embeds
+from dipgo_deploy.cli.arrays import load_array, load_embeds, load_picture
 from dipgo_deploy.cli.common import emit, entry_point, examples, human_console, json_option, lora_line, version_option
 from dipgo_deploy.errors import UserError
 
@@ -281,23 +281,6 @@ def parse_labels(given: tuple[str, ...]) -> list[int | str]:
             raise UserError("--class-labels: an empty label; give names or ids with single commas between")
         labels.append(int(part) if part.removeprefix("-").isdecimal() else part)
     return labels
-
-
-def load_picture(option: str, path: Path) -> Image:
-    """Read a picture file as RGB, upright as its camera says.
-
-    Raises:
-        UserError: no such file, or not a picture that Pillow reads.
-    """
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
-    if not path.is_file():
-        raise UserError(f"{option} {path}: no such file")
-    try:
-        with Image.open(path) as picture:
-            return ImageOps.exif_transpose(picture).convert("RGB")
-    except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{option} {path}: not a picture that can be read ({error})") from None
 
 
 def check_output(path: Path, output_type: str) -> Path:

@@ -89,7 +89,7 @@ def _picture(item: object, height: int, width: int, name: str) -> np.ndarray:
 
     if isinstance(item, Image.Image):
         # In this order: diffusers resizes the picture in its own mode.
-        resized = item.resize((width, height), resample=Image.Resampling.LANCZOS).convert("RGB")
+        resized = as_8_bit(item, name).resize((width, height), resample=Image.Resampling.LANCZOS).convert("RGB")
         return np.array(resized)[None].astype(np.float32) / np.float32(255)
     if not isinstance(item, np.ndarray):
         raise UserError(f"{name}: {type(item).__name__}, needs a PIL picture or a numpy array")
@@ -101,6 +101,27 @@ def _picture(item: object, height: int, width: int, name: str) -> np.ndarray:
     if array.dtype not in (np.float16, np.float32, np.float64) or not ((array >= 0) & (array <= 1)).all():
         raise UserError(f"{name}: {array.dtype} array, needs floats from 0 to 1, or uint8")
     return array.astype(np.float32)
+
+
+def as_8_bit(picture: Image, name: str) -> Image:
+    """A picture as it is, or of 16 bits of grey as 8 ("L"): Pillow's own conversion would cut all above 255 to white.
+
+    Raises:
+        UserError: 32-bit values, whose range nothing tells.
+    """
+    from PIL import Image
+
+    # Pillow before 11 opens a 16-bit PNG as "I".
+    if picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format == "PNG"):
+        values = np.asarray(picture).astype(np.uint32)
+        return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
+    if picture.mode in ("I", "F"):
+        kind = "whole numbers" if picture.mode == "I" else "floats"
+        raise UserError(
+            f"{name}: a picture of 32-bit {kind}, which say nothing of what is black and white; save it with 8 or 16"
+            " bits (in Python: give an array of floats from 0 to 1)"
+        )
+    return picture
 
 
 def batch_for(images: int, most: int, sizes: SizeRanges | None) -> int:

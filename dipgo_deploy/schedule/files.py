@@ -12,8 +12,11 @@ from dipgo_deploy.errors import UserError
 MAX_BYTES = 16 * 2**20
 
 
-def read_bytes(path: str | Path, limit: int = MAX_BYTES) -> bytes:
-    """The content of a regular file of at most ``limit`` bytes; otherwise a UserError that names the file."""
+def read_bytes(path: str | Path, limit: int = MAX_BYTES, what: str = "schedule") -> bytes:
+    """The content of a regular file of at most ``limit`` bytes; otherwise a UserError that names the file.
+
+    what: it should hold, for the message.
+    """
     path = Path(path)
     try:
         if not path.exists():
@@ -21,11 +24,11 @@ def read_bytes(path: str | Path, limit: int = MAX_BYTES) -> bytes:
         if not path.is_file():
             raise UserError(f"{path}: not a regular file")
         with path.open("rb") as file:
-            data = file.read(limit + 1)
+            data = file.read(min(limit, os.fstat(file.fileno()).st_size) + 1)  # takes memory for all that it may read
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
     if len(data) > limit:
-        raise UserError(f"{path}: larger than {limit / 2**20:g} MiB, which no schedule is: give another file")
+        raise UserError(f"{path}: larger than {limit / 2**20:g} MiB, which no {what} is: give another file")
     return data
 
 

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from toy_engine import CLASSES, NULL_CLASS, ROUTE, C, H, Toy, W, build, embed, reference
 
 from dipgo_deploy.errors import NotFiniteError, UserError
-from dipgo_deploy.runtime.image import grid, to_pil, to_uint8
+from dipgo_deploy.runtime.image import grid, to_pictures, to_pil, to_uint8
 from dipgo_deploy.runtime.noise import TorchNoise
 from dipgo_deploy.runtime.pipeline import Pipeline
 
@@ -141,6 +142,17 @@ def test_pixels_and_grid():
     assert grid(to_pil(images[:1])).size == (4, 2)
     with pytest.raises(NotFiniteError, match="not finite"):
         to_uint8(np.array([0.5, np.nan]))
+
+
+def test_pictures_of_16_bits_and_of_floats():
+    grey = np.arange(0, 65536, 1024, np.uint16).reshape(8, 8)
+    found = to_pictures(Image.fromarray(grey), 8, 8)
+    np.testing.assert_allclose(found[0, ..., 0], grey / 65535, atol=0.002)
+    with pytest.raises(UserError, match="image: a picture of 32-bit floats"):
+        to_pictures(Image.fromarray(grey.astype(np.float32)), 8, 8)
+    for values in (grey.astype(np.float32), np.full((8, 8, 3), np.nan, np.float32), grey):
+        with pytest.raises(UserError, match="image: "):
+            to_pictures(np.broadcast_to(values[..., :1, None] if values.ndim == 2 else values, (8, 8, 3)), 8, 8)
 
 
 TEXT, CLASS = Toy(batch=1), Toy(kind="class", batch=1)
