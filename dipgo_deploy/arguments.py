@@ -26,6 +26,11 @@ def wrong(name: str, value: object, needs: str) -> UserError:
 
 def path(name: str, value: object) -> Path:
     """A path from ``str`` or ``os.PathLike``."""
+    return Path(path_text(name, value))
+
+
+def path_text(name: str, value: object) -> str:
+    """The text of ``str`` or ``os.PathLike`` as it was given, with a ``./`` in front."""
     try:
         text = os.fspath(value)  # type: ignore[call-overload]
     except TypeError:
@@ -34,7 +39,7 @@ def path(name: str, value: object) -> Path:
         raise wrong(name, value, "a path (str or os.PathLike)")
     if "\0" in text:
         raise UserError(f"{name}: {text!r} has a zero byte, which no path can have")
-    return Path(text)
+    return text
 
 
 def whole(name: str, value: object, *, least: int | None = None) -> int:
@@ -105,7 +110,7 @@ def items(name: str, value: object, needs: str) -> list[Any]:
     return [value]
 
 
-def instance(name: str, value: object, of: type, needs: str) -> None:
+def instance(name: str, value: object, of: type | tuple[type, ...], needs: str) -> None:
     """Refuse what is no instance of ``of``."""
     if not isinstance(value, of):
         raise wrong(name, value, needs)

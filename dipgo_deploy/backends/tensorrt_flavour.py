@@ -69,7 +69,7 @@ FLAVOURS: dict[str, Flavour] = {
 
 def flavour_of(backend: str) -> Flavour:
     """The flavour of a backend's name; otherwise a UserError that lists the names."""
-    if backend not in FLAVOURS:
+    if not isinstance(backend, str) or backend not in FLAVOURS:
         raise UserError(f"--backend {backend}: has no engines to build; choose one of {', '.join(FLAVOURS)}")
     return FLAVOURS[backend]
 

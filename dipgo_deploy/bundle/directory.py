@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from dipgo_deploy import arguments
 from dipgo_deploy.bundle.files import sha256_file
 from dipgo_deploy.bundle.manifest import Manifest
 from dipgo_deploy.bundle.shapes import Sizes
@@ -20,7 +22,7 @@ class Bundle:
     manifest: Manifest
 
     @classmethod
-    def open(cls, engine_dir: Path | str, *, verify: bool = False) -> Bundle:
+    def open(cls, engine_dir: str | os.PathLike[str], *, verify: bool = False) -> Bundle:
         """Open an engine directory.
 
         All files the manifest lists must be there, and every graph it names must be listed; with ``verify`` their
@@ -29,7 +31,8 @@ class Bundle:
         Raises:
             UserError: not an engine directory, a missing file, or (with ``verify``) a file that was changed.
         """
-        path = Path(engine_dir)
+        path = arguments.path("engine_dir", engine_dir)
+        arguments.flag("verify", verify)
         manifest = Manifest.load(path)
         for name, digest in manifest.files.items():
             if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 import signal
 import threading
 import time
@@ -118,7 +119,7 @@ class _Job:
 
 
 def build_engines(
-    engine_dir: Path | str,
+    engine_dir: str | os.PathLike[str],
     backend: str,
     options: BuildOptions | None = None,
     observer: Observer | None = None,

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dipgo_deploy import arguments
 from dipgo_deploy.bundle.directory import Bundle
 from dipgo_deploy.bundle.files import check_target, hash_tree, staged_directory
 from dipgo_deploy.bundle.manifest import (
@@ -141,13 +143,14 @@ class PlannedExport:
 
 
 def plan_export(
-    model: str, schedule: Schedule, options: ExportOptions, notify: Notify = lambda stage: None
+    model: str | os.PathLike[str], schedule: Schedule, options: ExportOptions, notify: Notify = lambda stage: None
 ) -> PlannedExport:
     """Load the model, trace it once and compile the schedule.
 
     Raises:
         UserError: model or schedule cannot be used, see the message.
     """
+    options, model = _checked(model, schedule, options), arguments.path_text("model", model)
     if options.layout == "segments" and options.max_variants is not None:
         raise UserError("--max-variants: not with --layout segments, where no weight is in two graphs; leave it out")
     # Before the model: a sampler that is refused costs no trace.
@@ -297,10 +300,33 @@ def with_layout_for_cpu(planned: PlannedExport) -> tuple[PlannedExport, float | 
     return replace(planned, options=replace(options, layout="segments"), segments=in_segments(planned)), copies
 
 
+def _checked(model: object, schedule: object, options: ExportOptions) -> ExportOptions:
+    """The options, if all types are right; a UserError names the argument that is of another."""
+    arguments.path_text("model", model)
+    arguments.instance("schedule", schedule, Schedule, "a Schedule (Schedule.load reads one)")
+    arguments.instance("options", options, ExportOptions, "ExportOptions")
+    arguments.choice("dtype", options.dtype, ("fp32", "fp16", "bf16"))
+    arguments.choice("layout", options.layout, ("variants", "segments"))
+    for name in ("batch", "height", "width"):
+        value = getattr(options, name)
+        if not isinstance(value, Range) and not (value is None and name != "batch"):
+            arguments.whole(name, value, least=1)
+    if options.max_variants is not None:
+        arguments.whole("max_variants", options.max_variants, least=1)
+    if options.strength is not None:
+        arguments.number("strength", options.strength)
+    for name in ("allow_other_config", "check", "components", "overwrite"):
+        arguments.flag(name, getattr(options, name))
+    for name in ("guidance", "low_memory"):
+        if getattr(options, name) is not None:
+            arguments.flag(name, getattr(options, name))
+    return options
+
+
 def export_bundle(
-    model: str,
+    model: str | os.PathLike[str],
     schedule: Schedule,
-    engine_dir: Path,
+    engine_dir: str | os.PathLike[str],
     options: ExportOptions | None = None,
     notify: Notify = lambda stage: None,
 ) -> Bundle:
@@ -310,7 +336,8 @@ def export_bundle(
         UserError: bad input, an existing target, or a model that cannot be exported.
         ToleranceError: a variant differs from the supernet beyond the family's tolerance.
     """
-    options = options or ExportOptions()
+    options = _checked(model, schedule, options or ExportOptions())
+    engine_dir = arguments.path("engine_dir", engine_dir)
     check_target(engine_dir, overwrite=options.overwrite)
     return publish(plan_export(model, schedule, options, notify), engine_dir, notify)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -96,7 +97,7 @@ class Pipeline:
     @classmethod
     def from_engine_dir(
         cls,
-        engine_dir: Path | str,
+        engine_dir: str | os.PathLike[str],
         backend: str = "auto",
         *,
         threads: int | None = None,
@@ -104,7 +105,7 @@ class Pipeline:
         cuda_graph: GraphMode = "off",
         verify: bool = False,
         load: LoadMode = "eager",
-        lora: Sequence[tuple[Path | str, float]] = (),
+        lora: Sequence[tuple[str | os.PathLike[str], float]] = (),
     ) -> Pipeline:
         """Open an engine directory made by ``dipgo-export``.
 
@@ -127,7 +128,7 @@ class Pipeline:
         """
         arguments.choice("load", load, LOAD_MODES)
         choices = _lora_choices(lora)
-        bundle = Bundle.open(arguments.path("engine_dir", engine_dir), verify=arguments.flag("verify", verify))
+        bundle = Bundle.open(engine_dir, verify=verify)
         created = create_backend(
             backend,
             threads=threads,
@@ -201,7 +202,7 @@ class Pipeline:
             self._encoder = Encoder(self.bundle.path, graph, self.backend)
         return self._encoder
 
-    def load_lora(self, file: Path | str, scale: float = 1.0) -> LoraReport:
+    def load_lora(self, file: str | os.PathLike[str], scale: float = 1.0) -> LoraReport:
         """Add a LoRA to the weights of the denoiser, all variants alike, and of the text encoder.
 
         Several add up, each with its scale. Graphs that were loaded are loaded again with the merged weights; those of
@@ -484,7 +485,7 @@ class Pipeline:
         )
 
 
-def _lora_choices(given: Sequence[tuple[Path | str, float]]) -> list[tuple[Path, float]]:
+def _lora_choices(given: Sequence[tuple[str | os.PathLike[str], float]]) -> list[tuple[Path, float]]:
     found = []
     for pair in arguments.items("lora", given, "pairs of a file and a scale"):
         if not isinstance(pair, (tuple, list)) or len(pair) != 2:

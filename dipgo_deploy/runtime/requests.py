@@ -348,7 +348,7 @@ def _class_id(manifest: Manifest, label: int | str) -> int:
             raise UserError(f"class_labels: no class is named {label!r}" + _some_names(manifest))
         return found
     if isinstance(label, bool) or not isinstance(label, (int, np.integer)):
-        raise UserError(f"class_labels: {label!r} is neither a class id nor a name")
+        raise arguments.wrong("class_labels", label, "a class id or a name")
     null = manifest.components.null_class
     allowed = set(names.values()) if names else None
     if allowed is not None and label not in allowed and label != null:

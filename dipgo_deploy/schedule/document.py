@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -23,6 +23,7 @@ from pydantic import (
     model_validator,
 )
 
+from dipgo_deploy import arguments
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.schedule import validation
 from dipgo_deploy.schedule.files import read_bytes, write_text
@@ -185,6 +186,7 @@ class Schedule(_Part):
 
     def diff(self, other: Schedule) -> ScheduleDiff:
         """What differs from this schedule to ``other``."""
+        arguments.instance("other", other, Schedule, "a Schedule")
         before, after = _leaves(self), _leaves(other)
         fields = {
             name: (before.get(name), after.get(name))
@@ -216,6 +218,7 @@ class Schedule(_Part):
     @classmethod
     def from_json(cls, text: str | bytes) -> Schedule:
         """Read JSON text; raises UserError for text that is cut off, no JSON, or no valid schedule."""
+        arguments.instance("text", text, (str, bytes), "JSON text (str or bytes)")
         try:
             decoded = text.decode("utf-8") if isinstance(text, bytes) else text
         except UnicodeDecodeError as error:
@@ -235,7 +238,7 @@ class Schedule(_Part):
         return cls.model_validate(document)
 
     @classmethod
-    def load(cls, path: str | Path) -> Schedule:
+    def load(cls, path: str | os.PathLike[str]) -> Schedule:
         """Read a schedule file (at most 16 MiB); a UserError names the file, the field and what is wrong."""
         data = read_bytes(path)
         try:
@@ -243,7 +246,7 @@ class Schedule(_Part):
         except UserError as error:
             raise UserError(f"{path}: {error}") from error
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: str | os.PathLike[str]) -> None:
         """Write the document; the file appears under its name only when it is complete."""
         write_text(path, self.to_json())
 

@@ -5,19 +5,19 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-from pathlib import Path
 
+from dipgo_deploy import arguments
 from dipgo_deploy.errors import UserError
 
 MAX_BYTES = 16 * 2**20
 
 
-def read_bytes(path: str | Path, limit: int = MAX_BYTES, what: str = "schedule") -> bytes:
+def read_bytes(path: str | os.PathLike[str], limit: int = MAX_BYTES, what: str = "schedule") -> bytes:
     """The content of a regular file of at most ``limit`` bytes; otherwise a UserError that names the file.
 
     what: it should hold, for the message.
     """
-    path = Path(path)
+    path = arguments.path("path", path)
     try:
         if not path.exists():
             raise UserError(f"{path}: no such file")
@@ -32,9 +32,9 @@ def read_bytes(path: str | Path, limit: int = MAX_BYTES, what: str = "schedule")
     return data
 
 
-def write_text(path: str | Path, text: str) -> None:
+def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write a UTF-8 file under its final name only once it is complete (written aside, synced, renamed)."""
-    path = Path(path)
+    path = arguments.path("path", path)
     try:
         handle, aside = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         try:

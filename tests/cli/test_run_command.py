@@ -143,7 +143,7 @@ ERRORS = [
     ("text", "--prompt a -o {tmp}/missing/out.png", "does not exist"),
     ("text", "--prompt a -o {tmp}/folder.png", "is a folder"),
     ("text", "--prompt a --latents {tmp}/none.npy", "no such file"),
-    ("text", "--prompt a --latents {tmp}", "no such file"),
+    ("text", "--prompt a --latents {tmp}", "not a regular file"),
     ("text", "--prompt a --latents {tmp}/pickle.npy", "not a .npy file of numbers"),
     ("text", "--prompt a --latents {tmp}/raw_pickle.npy", "not a .npy file of numbers"),
     ("text", "--prompt a --latents {tmp}/text.npy", "not a .npy file of numbers"),

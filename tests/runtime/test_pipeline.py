@@ -197,8 +197,8 @@ ERRORS = [
     (CLASS, {"class_labels": "hat"}, "no class is named 'hat'; the names are boot, bag, coat"),
     (CLASS, {"class_labels": [0, 9]}, "no class has id 9"),
     (CLASS, {"class_labels": -1}, "no class has id -1"),
-    (CLASS, {"class_labels": 1.5}, "1.5 is neither a class id nor a name"),
-    (CLASS, {"class_labels": [1.5]}, "1.5 is neither a class id nor a name"),
+    (CLASS, {"class_labels": 1.5}, "1.5 of type float, needs a class id or a name"),
+    (CLASS, {"class_labels": [1.5]}, "1.5 of type float, needs a class id or a name"),
     (CLASS, {"class_labels": 1, "prompt": "a bag"}, "prompt: this engine directory takes class labels"),
     (
         CLASS,
