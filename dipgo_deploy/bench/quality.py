@@ -19,7 +19,7 @@ from dipgo_deploy.runtime.image import to_uint8
 from dipgo_deploy.schedule.document import Gates, Schedule
 from dipgo_deploy.search.evaluate import images_of, sample
 from dipgo_deploy.search.losses import psnr, ssim
-from dipgo_deploy.search.problem import Pair, Problem, sampler_and_steps, with_cache, with_sampler
+from dipgo_deploy.search.problem import Pair, Problem, sampler_and_steps, with_cache, with_sampler, with_schedule
 from dipgo_deploy.search.samples import held_out
 
 # Cases whose saved shares differ by at most this cost about the same.
@@ -32,6 +32,7 @@ class Case:
 
     name: what it is called. solver: (sampler, steps), None for the reference's own. config: of that sampler, None to
     set it up from the model's. gates: T x N, None for all kept. cache: kind of all blocks, None for the reference's.
+    fitted: a schedule with a solver of its own, which says all of that.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Case:
     solver: tuple[str, int] | None = None
     config: Mapping[str, Any] | None = None
     cache: CacheKind | None = None
+    fitted: Schedule | None = None
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,9 @@ def schedule_cases(
             raise UserError(
                 f"{name}: was made for another model, or for other blocks of it: give schedules of one model"
             )
+        if schedule.solver is not None:
+            cases.append(Case(name, gates=schedule.gates, fitted=schedule))
+            continue
         cache = None
         if schedule.blocks != target.blocks:
             kinds = sorted(set(schedule.cache_kinds.values()))
@@ -157,7 +162,9 @@ def measure(
             assert case.cache is not None
             cached[case.cache] = with_cache(problem, case.cache)
         at_work = cached[case.cache]
-        if case.solver is not None:
+        if case.fitted is not None:
+            at_work = with_schedule(at_work, case.fitted)
+        elif case.solver is not None:
             at_work = with_sampler(at_work, *case.solver, case.config)
         images = _images(at_work, case.gates, pairs, batch)
         similarity = ssim(images, reference).double().numpy()

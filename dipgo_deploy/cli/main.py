@@ -13,6 +13,7 @@ from dipgo_deploy.cli.common import entry_point, examples, version_option
 _VERBS = {
     "schedule": ("dipgo_deploy.cli.schedule", "Make, import, check and show schedules."),
     "search": ("dipgo_deploy.cli.search", "Find schedules: the DiP-GO pruner and its baselines."),
+    "calibrate": ("dipgo_deploy.cli.calibrate", "Fit a solver of its own to a schedule."),
     "export": ("dipgo_deploy.cli.export", "Compile a model and a schedule into an engine directory."),
     "build": ("dipgo_deploy.cli.build", "Build TensorRT engines for an engine directory."),
     "run": ("dipgo_deploy.cli.run", "Generate images from an engine directory."),

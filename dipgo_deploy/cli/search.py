@@ -195,13 +195,14 @@ def _problem_options(options: dict[str, Any]) -> Any:
     return ProblemOptions(
         **{name: options[name] for name in names},
         prompts=None if prompts is None else str(prompts),
-        class_labels=_labels(options["class_labels"]),
+        class_labels=class_label_numbers(options["class_labels"]),
         reference=None if reference is None else sampler_and_steps(reference, "--reference", options["steps"]),
         device=options["device"],
     )
 
 
-def _labels(text: str | None) -> tuple[int, ...] | None:
+def class_label_numbers(text: str | None) -> tuple[int, ...] | None:
+    """``0,1,2`` as numbers; raises UserError for anything else."""
     from dipgo_deploy.errors import UserError
 
     if text is None:

@@ -54,7 +54,7 @@ def load_reference(bundle: Bundle, model: str | None = None, weights: str | None
     """
     from dipgo_deploy.export.image import run_from
     from dipgo_deploy.export.source import load_source
-    from dipgo_deploy.sampler import evaluations, make_scheduler
+    from dipgo_deploy.sampler import evaluations, scheduler_of
 
     manifest = bundle.manifest
     name = manifest.model.name if model is None else model
@@ -71,7 +71,7 @@ def load_reference(bundle: Bundle, model: str | None = None, weights: str | None
         )
     schedule = bundle.load_schedule()
     source.check(schedule, allow_other_config=True)  # the manifest's configuration was checked above
-    scheduler = make_scheduler(schedule.sampler.class_name, schedule.sampler.config)
+    scheduler = scheduler_of(schedule)
     steps, options = schedule.sampler.num_inference_steps, manifest.sampler.set_timesteps
     schedule.check_evaluations(evaluations(scheduler, steps, set_timesteps_kwargs=options))
     supernet = source.supernet(schedule.model.granularity, schedule.cache_kinds)

@@ -48,6 +48,7 @@ from dipgo_deploy.plan.model import Plan
 from dipgo_deploy.plan.segments import SegmentPlan, plan_segments
 from dipgo_deploy.runtime.loop import STACK
 from dipgo_deploy.schedule.document import Schedule
+from dipgo_deploy.schedule.frozen import to_json
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -206,10 +207,10 @@ class _Sampling:
 
 def _nominal_sampling(model: str, schedule: Schedule, strength: float | None) -> _Sampling:
     """Of the model's native size; reads its configuration only."""
-    from dipgo_deploy.sampler import make_scheduler
+    from dipgo_deploy.sampler import scheduler_of
 
     family, config = denoiser_config(config_folder(model))
-    scheduler = make_scheduler(schedule.sampler.class_name, schedule.sampler.config)
+    scheduler = scheduler_of(schedule)
     options = nominal_set_timesteps(family, config, scheduler, schedule.sampler.num_inference_steps)
     return _with_options(family, schedule, scheduler, options, strength)
 
@@ -218,11 +219,9 @@ def _sampling(
     source: Source, schedule: Schedule, shape: TraceShape, strength: float | None, nominal: _Sampling | None = None
 ) -> _Sampling:
     """Of the size that is exported; ``nominal`` where it is the same."""
-    from dipgo_deploy.sampler import make_scheduler
+    from dipgo_deploy.sampler import scheduler_of
 
-    scheduler = (
-        make_scheduler(schedule.sampler.class_name, schedule.sampler.config) if nominal is None else nominal.scheduler
-    )
+    scheduler = scheduler_of(schedule) if nominal is None else nominal.scheduler
     options = source.set_timesteps(scheduler, shape.height, shape.width, schedule.sampler.num_inference_steps)
     if nominal is not None and options == nominal.set_timesteps:
         return nominal
@@ -251,6 +250,8 @@ def _with_options(
 
     if strength is not None and family.image_to_image is None:
         raise UserError(f"--strength: {family.class_name} cannot start from a picture here; leave it out")
+    if strength is not None and schedule.solver is not None and not schedule.solver.picture:
+        raise UserError("--strength: the schedule's solver was fitted to runs from noise alone; leave it out")
     steps = schedule.sampler.num_inference_steps
     schedule.check_evaluations(evaluations(scheduler, steps, set_timesteps_kwargs=options))
     begin = None
@@ -514,8 +515,8 @@ def _manifest(
         ),
         promoted=planned.promoted,
         sampler=SamplerEntry(
-            class_name=planned.matrix.class_name,
-            config=dict(planned.matrix.config),
+            class_name=planned.matrix.class_name if schedule.solver is None else schedule.sampler.class_name,
+            config=dict(planned.matrix.config) if schedule.solver is None else to_json(schedule.sampler.config),
             num_inference_steps=planned.matrix.num_inference_steps,
             set_timesteps=dict(planned.set_timesteps),
             strength=None if planned.image is None else planned.image.strength,

@@ -76,9 +76,9 @@ def check_schedule(schedule: Schedule, model: str, *, allow_other_config: bool =
 
 def check_sampler(schedule: Schedule) -> None:
     """Refuse (UserError) a schedule whose T is not its sampler's number of evaluations. Needs the extra ``export``."""
-    from dipgo_deploy.sampler import evaluations, make_scheduler
+    from dipgo_deploy.sampler import evaluations, scheduler_of
 
-    scheduler = make_scheduler(schedule.sampler.class_name, schedule.sampler.config)
+    scheduler = scheduler_of(schedule)
     steps = schedule.sampler.num_inference_steps
     options = nominal_set_timesteps(family_for(schedule.model.class_name), {}, scheduler, steps)
     schedule.check_evaluations(evaluations(scheduler, steps, set_timesteps_kwargs=options))

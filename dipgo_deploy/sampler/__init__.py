@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 from dipgo_deploy.sampler.matrix import SamplerMatrix, check_linear, prediction_used, sampler_matrix
-from dipgo_deploy.sampler.schedulers import SAMPLERS, evaluations, make_scheduler, scheduler_from_folder, step_positions
+from dipgo_deploy.sampler.schedulers import (
+    SAMPLERS,
+    evaluations,
+    make_scheduler,
+    scheduler_from_folder,
+    scheduler_of,
+    step_positions,
+)
 from dipgo_deploy.sampler.start import ImageStart, begin_of
 
 __all__ = [
@@ -17,5 +24,6 @@ __all__ = [
     "prediction_used",
     "sampler_matrix",
     "scheduler_from_folder",
+    "scheduler_of",
     "step_positions",
 ]

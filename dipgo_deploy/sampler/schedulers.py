@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from dipgo_deploy.errors import UserError
+from dipgo_deploy.schedule.document import Schedule
 
 SAMPLERS: Mapping[str, tuple[str, Mapping[str, Any]]] = MappingProxyType(
     {
@@ -82,6 +83,15 @@ def make_scheduler(name: str, base_config: Mapping[str, Any]) -> Any:
         ) from error
     except Exception as error:  # diffusers raises anything from ValueError to NotImplementedError here
         raise UserError(f"sampler {name}: {class_name} refuses this scheduler config: {_line(error)}") from error
+
+
+def scheduler_of(schedule: Schedule) -> Any:
+    """The fitted solver of a schedule that carries one, else its sampler; raises UserError as ``make_scheduler``."""
+    if schedule.solver is None:
+        return make_scheduler(schedule.sampler.class_name, schedule.sampler.config)
+    from dipgo_deploy.sampler.fitted import FittedSolver
+
+    return FittedSolver(schedule.solver.model_dump())
 
 
 def scheduler_from_folder(folder: str | Path) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,8 +29,10 @@ from dipgo_deploy.errors import UserError
 from dipgo_deploy.schedule import validation
 from dipgo_deploy.schedule.files import read_bytes, write_text
 from dipgo_deploy.schedule.frozen import freeze, freeze_config, to_json
+from dipgo_deploy.schedule.solver import FrozenJson, Solver
 
-FORMAT_VERSION = 1
+# 2: with a solver.
+FORMAT_VERSION = 2
 
 Granularity = Literal["block", "layer"]
 CacheKind = Literal["output", "residual"]
@@ -37,8 +40,9 @@ Gates = tuple[tuple[bool, ...], ...]
 Name = Annotated[StrictStr, Field(min_length=1)]
 Positive = Annotated[StrictInt, Field(ge=1)]
 # Frozen before (plain Python in, JSON-like data checked) and after (pydantic makes a plain dictionary of it).
-FrozenJson = Annotated[dict[str, Any], BeforeValidator(freeze), AfterValidator(freeze)]
 FrozenConfig = Annotated[dict[str, Any], BeforeValidator(freeze_config), AfterValidator(freeze)]
+# A list of numbers, which `json.dumps` writes one a line.
+_NUMBERS = re.compile(r"\[[-+.,\deE\s]+\]")
 Row = Annotated[StrictStr, WithJsonSchema({"type": "string", "pattern": "^[01]+$"})]
 
 
@@ -67,6 +71,10 @@ class SamplerEntry(_Part):
     class_name: Name
     config: FrozenConfig
     num_inference_steps: Positive
+
+
+def _is_none(value: object) -> bool:
+    return value is None
 
 
 @dataclass(frozen=True)
@@ -99,6 +107,7 @@ class Schedule(_Part):
 
     blocks: N blocks in order of execution. steps: T, the number of EVALUATIONS of the denoiser (PNDM evaluates more
     often than it steps). keep: T strings of N characters, ``1`` = the block is computed, ``0`` = its cache is read.
+    solver: the fitted solver that is run in place of ``sampler``; T is then its number of evaluations.
     provenance: how it was made (``method``, ``parameters``, ``tool_version``).
 
     Whatever is wrong with a document raises UserError with one line that names field, step and block.
@@ -106,21 +115,22 @@ class Schedule(_Part):
 
     model_config = ConfigDict(frozen=True, extra="forbid", title="dipgo_deploy schedule")
 
-    format_version: Literal[1] = 1
+    format_version: Literal[1, 2] = 1
     model: ModelIdentity
     blocks: tuple[BlockEntry, ...]
     steps: Positive
     keep: tuple[Row, ...]
     sampler: SamplerEntry
+    solver: Solver | None = Field(default=None, exclude_if=_is_none)
     provenance: FrozenJson = Field(default_factory=dict, validate_default=True)
 
     @model_validator(mode="wrap")
     @classmethod
     def _checked(cls, data: Any, handler: ValidatorFunctionWrapHandler) -> Schedule:
         # Raised here, a UserError passes through pydantic unchanged: every way to make a Schedule says one line.
-        if isinstance(data, Mapping) and data.get("format_version", FORMAT_VERSION) != FORMAT_VERSION:
+        if isinstance(data, Mapping) and data.get("format_version", 1) not in (1, FORMAT_VERSION):
             raise UserError(
-                f"format_version: {repr(data['format_version'])[:60]} is not known, only {FORMAT_VERSION}: "
+                f"format_version: {repr(data['format_version'])[:60]} is not known, only 1 to {FORMAT_VERSION}: "
                 f"use the version of dipgo-deploy that wrote it"
             )
         try:
@@ -131,6 +141,11 @@ class Schedule(_Part):
         validation.check_names(names)
         validation.check_rows(schedule.keep, names, schedule.steps)
         validation.check_caches_written(schedule.gates, names)
+        if schedule.solver is None:
+            return schedule
+        if schedule.format_version == 1:
+            raise UserError("format_version: 1 has no solver: give 2")
+        schedule.solver.check(schedule.steps)
         return schedule
 
     @property
@@ -180,7 +195,10 @@ class Schedule(_Part):
         validation.check_config_hash(self.model.config_hash, config_hash, allow_other=allow_other_config)
 
     def check_evaluations(self, evaluations: int) -> None:
-        """Refuse (UserError) a number of rows that is not the sampler's number of evaluations."""
+        """Refuse (UserError) a number of rows that is not the sampler's number of evaluations; a fitted solver's is
+        checked with the document."""
+        if self.solver is not None:
+            return
         sampler = self.sampler
         validation.check_steps(self.steps, evaluations, sampler.class_name, sampler.num_inference_steps)
 
@@ -212,8 +230,16 @@ class Schedule(_Part):
                 text = f"[\n{items}\n  ]"
             else:
                 text = json.dumps(value, indent=2, allow_nan=False).replace("\n", "\n  ")
+            if name == "solver":
+                text = _NUMBERS.sub(lambda match: " ".join(match[0].split()), text)
             parts.append(f"  {json.dumps(name)}: {text}")
         return "{\n" + ",\n".join(parts) + "\n}\n"
+
+    def with_solver(self, solver: Solver | None) -> Schedule:
+        """The same document with this solver in place of its sampler, or with none."""
+        version = 1 if solver is None else FORMAT_VERSION
+        fields = {name: getattr(self, name) for name in Schedule.model_fields}
+        return Schedule.model_validate({**fields, "format_version": version, "solver": solver})
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Schedule:

@@ -18,10 +18,10 @@ from dipgo_deploy.models.location import config_folder, denoiser_config
 from dipgo_deploy.models.target import schedule_target
 from dipgo_deploy.plan.graph import BlockGraph
 from dipgo_deploy.runtime.noise import TorchNoise
-from dipgo_deploy.sampler import make_scheduler, prediction_used, sampler_matrix
+from dipgo_deploy.sampler import make_scheduler, prediction_used, sampler_matrix, scheduler_of
 from dipgo_deploy.sampler.matrix import SamplerMatrix
 from dipgo_deploy.schedule.builders import Target
-from dipgo_deploy.schedule.document import SamplerEntry
+from dipgo_deploy.schedule.document import BlockEntry, SamplerEntry, Schedule
 from dipgo_deploy.search.costs import Costs
 from dipgo_deploy.search.prompts import built_in_prompts, check_labels, class_count, known_labels, read_prompts
 from dipgo_deploy.supernet import Supernet
@@ -102,6 +102,11 @@ class Problem:
         return self.target.steps
 
     @property
+    def cache_kinds(self) -> dict[str, CacheKind]:
+        """Block name -> kind of cache."""
+        return {block.name: block.cache for block in self.target.blocks}
+
+    @property
     def can_decode(self) -> bool:
         """Whether there is a VAE, or a model on pixels, so that losses on images are possible."""
         return self.source.family.pixels or getattr(self.source.pipeline, "vae", None) is not None
@@ -163,12 +168,7 @@ def load_problem(options: ProblemOptions, notify: Notify = lambda stage: None) -
     set_timesteps = source.set_timesteps(scheduler, shape.height, shape.width, options.steps)
     matrix = sampler_matrix(scheduler, options.steps, set_timesteps_kwargs=set_timesteps)
     scale = options.guidance_scale if options.guidance_scale is not None else source.default_guidance_scale()
-    conditions = tuple(
-        reference_conditions(
-            source, traced.conditions, guidance=guidance, prompts=(name,), labels=(label,), guidance_scale=scale
-        )
-        for name, label in zip(names, labels, strict=True)
-    )
+    conditions = _encoded(source, traced, guidance, names, labels, scale)
     for module in (source.denoiser, getattr(source.pipeline, "vae", None)):
         if module is not None:
             module.requires_grad_(False).eval().to(device)
@@ -261,11 +261,52 @@ def cache_kinds(problem: Problem) -> tuple[CacheKind, ...]:
     return tuple(kind for kind in specs[0].caches if all(kind in spec.caches for spec in specs))
 
 
+def with_schedule(problem: Problem, schedule: Schedule) -> Problem:
+    """The same model and images with a schedule's own sampler or fitted solver, and its kinds of cache.
+
+    Raises:
+        UserError: a sampler whose steps are not linear, or a schedule for other blocks.
+    """
+    if schedule.blocks != problem.target.blocks:
+        problem = _with_blocks(problem, schedule.blocks)
+    scheduler = scheduler_of(schedule)
+    steps = schedule.sampler.num_inference_steps
+    set_timesteps = problem.source.set_timesteps(scheduler, *problem.sample_shape[1:], steps)
+    matrix = sampler_matrix(scheduler, steps, set_timesteps_kwargs=set_timesteps)
+    return replace(
+        problem,
+        options=replace(problem.options, sampler=schedule.sampler.class_name, steps=steps, reference=None),
+        scheduler=scheduler,
+        target=replace(problem.target, sampler=schedule.sampler, steps=len(matrix.timesteps)),
+        matrix=matrix,
+        set_timesteps=set_timesteps,
+        reference=None,
+        costs=Costs(problem.traced.graph, len(matrix.timesteps), prediction_used(matrix)),
+    )
+
+
+def with_guidance_scale(problem: Problem, scale: float) -> Problem:
+    """The same problem, and its reference, at another guidance scale."""
+    source, options = problem.source, replace(problem.options, guidance_scale=scale)
+    names, labels = _names_and_labels(options, source, problem.names if _takes_text(source) else None)
+    conditions = _encoded(source, problem.traced, bool(options.guidance), names, labels, scale)
+    reference = None if problem.reference is None else with_guidance_scale(problem.reference, scale)
+    guided = scale if problem.guidance_scale is not None else None
+    return replace(problem, options=options, conditions=conditions, guidance_scale=guided, reference=reference)
+
+
 def with_cache(problem: Problem, kind: CacheKind) -> Problem:
     """The same model and images with another kind of cache for every block; the denoiser is traced again."""
-    options, source = replace(problem.options, cache=kind), problem.source
+    options = replace(problem.options, cache=kind)
     target = schedule_target(options.model, options.sampler, options.steps, options.granularity, kind)
-    kinds = {block.name: block.cache for block in target.blocks}
+    return _with_blocks(replace(problem, options=options), target.blocks)
+
+
+def _with_blocks(problem: Problem, blocks: tuple[BlockEntry, ...]) -> Problem:
+    """The same model with other kinds of cache, traced again."""
+    options, source = problem.options, problem.source
+    target = replace(problem.target, blocks=blocks)
+    kinds = {block.name: block.cache for block in blocks}
     shape = source.trace_shape(batch=1, guidance=bool(options.guidance), height=options.height, width=options.width)
     specs = source.family.blocks(source.config, options.granularity)
     # Tracing is done where the model is on loading: on the CPU.
@@ -279,6 +320,23 @@ def with_cache(problem: Problem, kind: CacheKind) -> Problem:
         target=target,
         traced=traced,
         costs=costs_of(problem, traced.graph),
+    )
+
+
+def _encoded(
+    source: Source,
+    traced: TracedModel,
+    guidance: bool,
+    names: Sequence[str],
+    labels: Sequence[int],
+    scale: float | None,
+) -> tuple[dict[str, Tensor], ...]:
+    """One set of forward inputs a prompt or class."""
+    return tuple(
+        reference_conditions(
+            source, traced.conditions, guidance=guidance, prompts=(name,), labels=(label,), guidance_scale=scale
+        )
+        for name, label in zip(names, labels, strict=True)
     )
 
 

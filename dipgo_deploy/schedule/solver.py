@@ -1,0 +1,80 @@
+"""The solver that a schedule may carry: rows of a sampler matrix that were fitted to the schedule."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StrictFloat, StrictInt
+
+from dipgo_deploy.errors import UserError
+from dipgo_deploy.schedule.frozen import freeze
+
+# No sampler's weights come near it, and float32 has no digits left for the latent beyond it.
+MOST_WEIGHT = 1e5
+MOST_TIMESTEP = 1e6
+
+Number = Annotated[StrictFloat | StrictInt, AfterValidator(float)]
+Numbers = tuple[Number, ...]
+FrozenJson = Annotated[dict[str, Any], BeforeValidator(freeze), AfterValidator(freeze)]
+
+
+class Solver(BaseModel):
+    """A fitted solver: the latent of evaluation j is ``rows[j]`` times the history, the final one ``final`` times it.
+
+    The history has 1 + L columns and those of the picture and the noises: unit initial noise, the L evaluations'
+    predictions (guided), the picture's latents where ``picture`` says so, and ``noises`` draws in the order in which
+    the sampler that it stands for draws them.
+
+    timesteps: what the denoiser is told at each of the L evaluations, any real numbers.
+    rows: L rows of weights; a row has zeros for the predictions from its own on.
+    final: weights of the final latent.
+    noises: how many noise draws there are.
+    picture: whether the loop starts from a picture.
+    provenance: what it was fitted to, and on what.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    timesteps: Numbers
+    rows: tuple[Numbers, ...]
+    final: Numbers
+    noises: Annotated[StrictInt, Field(ge=0)] = 0
+    picture: bool = False
+    provenance: FrozenJson = Field(default_factory=dict, validate_default=True)
+
+    @property
+    def columns(self) -> int:
+        """Columns of the history."""
+        return 1 + len(self.timesteps) + self.picture + self.noises
+
+    def check(self, evaluations: int) -> None:
+        """Refuse (UserError) a solver that does not fit a schedule of so many evaluations, or that cannot be run."""
+        if len(self.timesteps) != evaluations:
+            raise UserError(
+                f"solver.timesteps: {len(self.timesteps)} for {evaluations} evaluations: give one for each row of keep"
+            )
+        if len(self.rows) != evaluations:
+            raise UserError(f"solver.rows: {len(self.rows)} rows for {evaluations} evaluations: give one for each")
+        for place, timestep in enumerate(self.timesteps):
+            if not (math.isfinite(timestep) and 0 <= timestep <= MOST_TIMESTEP):
+                raise UserError(f"solver.timesteps: {timestep:g} at evaluation {place} is no timestep: fit it again")
+        for place, row in enumerate(self.rows):
+            self._check_weights(f"solver.rows: evaluation {place}", row)
+            early = next((later for later in range(place, evaluations) if row[1 + later]), None)
+            if early is not None:
+                raise UserError(
+                    f"solver.rows: evaluation {place} reads the prediction of evaluation {early}, which does not exist "
+                    "yet: fit it again"
+                )
+        self._check_weights("solver.final", self.final)
+        if not self.rows[0][0]:
+            raise UserError("solver.rows: evaluation 0 has no weight for the initial noise: fit it again")
+
+    def _check_weights(self, where: str, weights: Sequence[float]) -> None:
+        if len(weights) != self.columns:
+            raise UserError(f"{where}: {len(weights)} weights for {self.columns} columns of the history: fit it again")
+        absurd = next((weight for weight in weights if not abs(weight) <= MOST_WEIGHT), None)
+        if absurd is not None:
+            raise UserError(f"{where}: the weight {absurd:g} is not finite or beyond {MOST_WEIGHT:g}: fit it again")

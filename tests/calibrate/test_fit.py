@@ -1,0 +1,128 @@
+"""Calibration: a full schedule gets its sampler's rows back, a pruned one comes closer to the full run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from dipgo_deploy.calibrate.fit import CalibrationOptions, calibrate
+from dipgo_deploy.errors import UserError
+from dipgo_deploy.export.exporter import ExportOptions, export_bundle
+from dipgo_deploy.schedule import builders
+from dipgo_deploy.schedule.document import Gates, Schedule
+from dipgo_deploy.search.evaluate import full_latents, sample
+from dipgo_deploy.search.problem import Pair, Problem, with_reference, with_sampler, with_schedule
+
+SMALL = CalibrationOptions(images=8, held_aside=0.25, batch=3)
+FRESH = [Pair(place % 2, 77_000 + place) for place in range(6)]
+
+
+def schedule_of(problem: Problem, gates: Gates) -> Schedule:
+    return problem.target.schedule(gates, "by hand", {})
+
+
+def uniform(problem: Problem, interval: int) -> Schedule:
+    return schedule_of(problem, builders.uniform(problem.steps, len(problem.target.blocks), interval))
+
+
+def error(problem: Problem, schedule: Schedule) -> float:
+    """Relative error of the final latents of fresh images to the full run's."""
+    wanted = full_latents(problem, FRESH)
+    got = sample(with_schedule(problem, schedule), schedule.gates, FRESH)
+    return float((got - wanted).norm() / wanted.norm())
+
+
+def test_a_full_schedule_gets_its_samplers_rows_back(problem: Problem) -> None:
+    schedule = uniform(problem, 1)
+    fitted = calibrate(problem, schedule, SMALL)
+    assert fitted.solver is not None and fitted.gates == schedule.gates
+    np.testing.assert_allclose(fitted.solver.timesteps, problem.matrix.timesteps)
+    assert max(fitted.solver.provenance["residuals"]) < 1e-4
+    assert error(problem, fitted) < 1e-4
+
+
+def test_a_pruned_schedule_comes_closer_on_other_images(unet_problem: Problem) -> None:
+    schedule = uniform(unet_problem, 2)
+    fitted = calibrate(unet_problem, schedule, SMALL)
+    assert fitted.keep == ("1" * 9,) * 3  # evaluations in which no block runs are gone
+    assert error(unet_problem, fitted) < 0.7 * error(unet_problem, schedule)
+
+
+def test_blocks_that_are_removed_are_read_from_caches(problem: Problem) -> None:
+    schedule = schedule_of(problem, ((True,) * 3, (True, False, True), (False,) * 3, (False, False, True), (True,) * 3))
+    fitted = calibrate(problem, schedule, SMALL)
+    assert fitted.keep == ("111", "101", "001", "111")
+    assert error(problem, fitted) < error(problem, schedule)
+
+
+def test_it_is_the_same_again_and_after_an_interruption(problem: Problem, tmp_path: Path) -> None:
+    schedule = uniform(problem, 2)
+    whole = calibrate(problem, schedule, SMALL)
+
+    class Stop(Exception):
+        pass
+
+    def stop(stage: str, done: int, total: int) -> None:
+        if stage == "full runs" and 0 < done < total:
+            raise Stop
+
+    with pytest.raises(Stop):
+        calibrate(problem, schedule, SMALL, folder=tmp_path, report=stop)
+    with pytest.raises(UserError, match="give --resume"):
+        calibrate(problem, schedule, SMALL, folder=tmp_path)
+    with pytest.raises(UserError, match="was begun with seed 0, now it is 5"):
+        other = CalibrationOptions(images=8, held_aside=0.25, batch=3, seed=5)
+        calibrate(problem, schedule, other, folder=tmp_path, resume=True)
+    stages: list[tuple[str, int]] = []
+    again = calibrate(
+        problem,
+        schedule,
+        SMALL,
+        folder=tmp_path,
+        resume=True,
+        report=lambda stage, done, _: stages.append((stage, done)),
+    )
+    assert again == whole
+    assert stages[0] == ("full runs", 3)  # the images that were done are not made again
+
+
+def test_several_guidance_scales_are_fitted_together(problem: Problem) -> None:
+    options = CalibrationOptions(images=8, held_aside=0.25, guidance_scales=(1.5, 3.0))
+    fitted = calibrate(problem, uniform(problem, 2), options)
+    assert fitted.solver is not None and fitted.solver.provenance["guidance_scales"] == (1.5, 3.0)
+
+
+def test_noise_that_the_sampler_draws_is_a_column(problem: Problem) -> None:
+    stochastic = with_sampler(problem, "euler-a", 4)
+    fitted = calibrate(stochastic, uniform(stochastic, 1), SMALL)
+    assert fitted.solver is not None and fitted.solver.noises == stochastic.matrix.noises > 0
+    assert error(stochastic, fitted) < 1e-4
+
+
+def test_a_finer_run_may_be_the_reference(problem: Problem) -> None:
+    fitted = calibrate(with_reference(problem, "ddim", 20), uniform(problem, 2), SMALL)
+    assert fitted.solver is not None
+    assert fitted.solver.provenance["reference"]["num_inference_steps"] == 20
+
+
+def test_too_few_images_are_refused(problem: Problem) -> None:
+    with pytest.raises(UserError, match="--images 2"):
+        calibrate(problem, uniform(problem, 2), CalibrationOptions(images=2))
+
+
+@pytest.mark.parametrize("layout", ["variants", "segments"])
+def test_an_export_of_it_is_its_supernets_loop(problem: Problem, dit_folder: Path, tmp_path: Path, layout: Any) -> None:
+    from family_checks import loop_report
+
+    schedule = schedule_of(problem, ((True,) * 3, (True, False, True), (False,) * 3, (False, False, True), (True,) * 3))
+    fitted = calibrate(problem, schedule, SMALL)
+    bundle = export_bundle(str(dit_folder), fitted, tmp_path / "engine", ExportOptions(layout=layout))
+    assert bundle.manifest.plan.evaluations == 4
+    report = loop_report(tmp_path / "engine")
+    assert report.first_failure() is None and report.results is not None
+    with torch.no_grad(), pytest.raises(UserError, match="--strength"):
+        export_bundle(str(dit_folder), fitted, tmp_path / "other", ExportOptions(strength=0.5))
