@@ -160,7 +160,7 @@ class Schedule(_Part):
 
     @cached_property
     def gates(self) -> Gates:
-        """T x N booleans: True = computed."""
+        """T x N booleans, True where the block is computed."""
         return tuple(tuple(cell == "1" for cell in row) for row in self.keep)
 
     @property
