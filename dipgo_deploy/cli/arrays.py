@@ -132,15 +132,11 @@ def _content(option: str, path: Path) -> bytes:
 
 
 def _safetensors(option: str, path: Path) -> dict[str, np.ndarray]:
-    import safetensors
-
     from dipgo_deploy.bundle.safetensors_file import read_tensors
 
     _content_size(option, path)
     try:
         return read_tensors(path)
-    except safetensors.SafetensorError as error:
-        raise ValueError(error) from None
     except OSError as error:
         raise UserError(f"{option} {path}: cannot be read: {error.strerror or error}") from None
 

@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING
 
 import click
 
-from dipgo_deploy.cli.common import emit, entry_point, examples, human_console, json_option, lora_line, version_option
+from dipgo_deploy.cli.common import (
+    emit,
+    entry_point,
+    examples,
+    human_console,
+    json_option,
+    lora_line,
+    lora_partial_option,
+    version_option,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -55,8 +64,9 @@ if TYPE_CHECKING:
     "loras",
     multiple=True,
     metavar="FILE[:SCALE]",
-    help="Safetensors with LoRA weights to build into engines of their own; can be given several times.",
+    help="LoRA file or folder (safetensors) to build into engines of their own; can be given several times.",
 )
+@lora_partial_option
 @click.option("--version-compatible", is_flag=True, help="TensorRT: engines run on later versions too.")
 @click.option("--hardware-compatible", is_flag=True, help="TensorRT: engines run on Ampere and newer GPUs.")
 @click.option("--timing-cache", type=click.Path(path_type=Path), help="TensorRT: file that builds share and extend.")
@@ -76,6 +86,7 @@ def command(
     strip: bool,
     refit: bool,
     loras: tuple[str, ...],
+    lora_partial: bool,
     version_compatible: bool,
     hardware_compatible: bool,
     timing_cache: Path | None,
@@ -113,6 +124,7 @@ def command(
         memory_budget=None if memory_budget is None else parse_bytes("--memory-budget", memory_budget),
         build=not no_build,
         lora=tuple(parse_choice(text) for text in loras),
+        lora_partial=lora_partial,
     )
     console = human_console(as_json)
     if timing_cache is not None and not FLAVOURS[backend].timing_cache:

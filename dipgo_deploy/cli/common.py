@@ -179,13 +179,27 @@ def examples(*lines: str) -> str:
 
 
 def lora_line(report: LoraReport) -> str:
-    """One line about a LoRA that was applied, with what was skipped."""
-    line = f"{report.file}: scale {report.scale:g}, {report.applied} layers changed"
+    """One line about a LoRA that was applied, with what was left out."""
+    shares = [f"{part.applied} of {part.layers} layers of the {part.component}" for part in report.components]
+    line = f"{report.file}: scale {report.scale:g}, applied {', '.join(shares)}"
+    for part in report.components:
+        if part.not_computed:
+            line += f"; nothing here depends on {_first(part.not_computed)} of the {part.component}"
+        if part.not_applied:
+            line += f"; left out, as this model has no such layers: {_first(part.not_applied)} of the {part.component}"
+    if report.left_out:
+        line += f"; left out, as not supported: {_first(report.left_out)}"
     without = [name for name, count in report.graphs.items() if not count]
     if without:
-        line += f"; without any of them: {', '.join(without)}"
-    if report.unmatched:
-        line += f"; {len(report.unmatched)} not in this model, skipped (first: {report.unmatched[0]})"
-    if report.ignored:
-        line += f"; {len(report.ignored)} other keys ignored (first: {report.ignored[0]})"
+        line += f"; graphs without any of them: {', '.join(without)}"
     return one_line(line, 1000)
+
+
+def _first(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+
+
+def lora_partial_option(function: F) -> F:
+    """Add ``--lora-partial``."""
+    text = "Apply what fits of a LoRA file and say what was left out; else a file that does not fit whole is refused."
+    return click.option("--lora-partial", is_flag=True, help=text)(function)

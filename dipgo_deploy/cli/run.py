@@ -13,7 +13,16 @@ import click
 
 from dipgo_deploy.backends import BACKENDS
 from dipgo_deploy.cli.arrays import load_array, load_embeds, load_picture
-from dipgo_deploy.cli.common import emit, entry_point, examples, human_console, json_option, lora_line, version_option
+from dipgo_deploy.cli.common import (
+    emit,
+    entry_point,
+    examples,
+    human_console,
+    json_option,
+    lora_line,
+    lora_partial_option,
+    version_option,
+)
 from dipgo_deploy.errors import UserError
 
 if TYPE_CHECKING:
@@ -117,8 +126,9 @@ _DEFAULT_OUTPUT = {"pil": "output.png", "np": "output.npy", "latent": "output.np
     "loras",
     multiple=True,
     metavar="FILE[:SCALE]",
-    help="Safetensors with LoRA weights to add, to all variants; can be given several times.",
+    help="LoRA file or folder (safetensors) to add, to all variants; can be given several times.",
 )
+@lora_partial_option
 @click.option(
     "--cuda-graph",
     type=click.Choice(["off", "step", "loop"]),
@@ -153,6 +163,7 @@ def command(
     share_weights: bool | None,
     load: str | None,
     loras: tuple[str, ...],
+    lora_partial: bool,
     cuda_graph: GraphMode,
     verify: bool,
     as_json: bool,
@@ -182,6 +193,7 @@ def command(
         verify=verify,
         load=_LOAD[load],
         lora=choices,
+        lora_partial=lora_partial,
     )
     with _Progress() as progress:
         result = pipeline(

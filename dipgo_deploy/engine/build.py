@@ -34,6 +34,7 @@ from dipgo_deploy.engine.budget import MemoryNeed, check_budget, memory_need
 from dipgo_deploy.engine.files import sole_writer
 from dipgo_deploy.engine.network import CURRENT, Work, build_plan
 from dipgo_deploy.errors import UserError
+from dipgo_deploy.lora.file import LoraChoice
 from dipgo_deploy.lora.merge import LoraReport, MergedWeights, merge_loras
 
 _POLL_SECONDS = 0.1
@@ -47,6 +48,7 @@ class BuildOptions:
     TensorRT-RTX; none builds for all that it supports by default. timing_cache: a file shared by builds.
     memory_budget: bytes that a run may use, the GPU's memory where None. build: whether missing engines are built, or
     refused. lora: LoRA files merged into the weights, as (file, scale); engines with them lie beside those without.
+    lora_partial: leave out what cannot be applied of them.
     """
 
     flags: BuildFlags = field(default_factory=BuildFlags)
@@ -55,6 +57,7 @@ class BuildOptions:
     memory_budget: int | None = None
     build: bool = True
     lora: tuple[tuple[Path, float], ...] = ()
+    lora_partial: bool = False
 
 
 class Observer:
@@ -152,7 +155,8 @@ def build_engines(
     bundle = Bundle.open(engine_dir, verify=verify)
     target = _target(flavour, options, device)
     folder = plans_folder(bundle.path, backend, module.__version__, target)
-    merged = merge_loras(bundle, options.lora) if options.lora else None
+    choices = [LoraChoice(file, scale, options.lora_partial) for file, scale in options.lora]
+    merged = merge_loras(bundle, choices) if choices else None
     jobs = _jobs(bundle, flavour, module.__version__, target, folder, options, merged)
     need = memory_need(bundle.manifest, {job.name: job.weights_bytes for job in jobs})
     observer.needed(need)

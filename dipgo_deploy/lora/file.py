@@ -1,80 +1,161 @@
-"""Reading LoRA files: the spellings of diffusers, PEFT and kohya, as one list of low-rank updates."""
+"""Reading LoRA files: every spelling of diffusers, PEFT, kohya, XLabs and ComfyUI as one list of changes.
+
+Only the header and the alphas are read when a file is opened; matrices are read when they are used.
+"""
 
 from __future__ import annotations
 
-import json
+import hashlib
 import math
-import re
-from collections.abc import Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Literal, NamedTuple
 
 import numpy as np
 
 from dipgo_deploy.bundle.files import sha256_file
-from dipgo_deploy.bundle.safetensors_file import read_tensors
+from dipgo_deploy.bundle.safetensors_file import StoredTensor, TensorFile
 from dipgo_deploy.errors import UserError
+from dipgo_deploy.lora.keys import Layer, Role, kind_of_key, layer_of, split_key, written_by_peft
+from dipgo_deploy.lora.peft_config import ADAPTER_CONFIG, PeftConfig, config_beside, configs_within
 
-# What a key says about its module: the low-rank pair, its alpha, or something that is not plain LoRA.
-_DOWN = re.compile(r"(?:\.lora_linear_layer|\.lora)?\.(?:lora_A(?:\.\w+)?|lora_down|down)\.weight$")
-_UP = re.compile(r"(?:\.lora_linear_layer|\.lora)?\.(?:lora_B(?:\.\w+)?|lora_up|up)\.weight$")
-_ALPHA = re.compile(r"\.alpha$")
-_OTHER_KINDS = {
-    "DoRA": re.compile(r"\.(lora_magnitude_vector(\.\w+)?(\.weight)?|dora_scale)$"),
-    "LoHa": re.compile(r"\.hada_\w+$"),
-    "LoKr": re.compile(r"\.lokr_\w+$"),
-    "LoCon with a middle matrix": re.compile(r"\.lora_mid\.weight$"),
-    "LoRA with biases": re.compile(r"\.lora_B(\.\w+)?\.bias$"),
-}
-# diffusers' attention processors: `attn1.processor.to_out_lora` is the update of `attn1.to_out.0`.
-_PROCESSOR = re.compile(r"\.processor\.to_(q|k|v|out)_lora$")
-_PEFT_PREFIX = "base_model.model."
-_PREFIXES = {  # longest first where one is another's beginning
-    "denoiser": ("unet.", "transformer.", "lora_unet_", "lora_transformer_"),
-    "text_encoder": ("text_encoder.", "lora_te1_", "lora_te_"),
-    "text_encoder_2": ("text_encoder_2.", "lora_te2_"),
-    "text_encoder_3": ("text_encoder_3.", "lora_te3_"),
-}
-_ADAPTER_CONFIG = "adapter_config.json"
-_METADATA = "lora_adapter_metadata"
+# What a folder of a LoRA holds, as PEFT and as diffusers write it.
+_FOLDER_FILES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
+# Trainers use one rank for all layers, also for those that are smaller.
+_ANY_RANK = 256
+_LARGEST = float(np.finfo(np.float32).max)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LowRank:
-    """One update: W + scale * factor * up @ down.
+    """One update of a weight: W + scale * factor * up @ down.
 
-    component: ``denoiser``, ``text_encoder``, ``text_encoder_2`` or ``text_encoder_3``. module: dotted path as the file
-    has it; kohya's has underscores instead of dots. down: float32 (rank, in[, kh, kw]). up: float32
-    (out, rank[, 1, 1]). factor: alpha / rank.
+    down: (rank, in[, kh, kw]). up: (out, rank[, 1, 1]). factor: alpha / rank.
     """
 
-    component: str
-    module: str
-    flat: bool
-    down: np.ndarray
-    up: np.ndarray
+    layer: Layer
+    down: StoredTensor
+    up: StoredTensor
     factor: float
+    parameter: Literal["weight", "bias"] = "weight"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight."""
+        return (self.up.shape[0], *self.down.shape[1:])
+
+    @property
+    def tensors(self) -> tuple[StoredTensor, ...]:
+        """What it is made of."""
+        return self.down, self.up
+
+    @property
+    def key(self) -> str:
+        """One of its keys in the file."""
+        return self.down.name
+
+    def rows(self, rows: np.ndarray) -> np.ndarray:
+        """These rows of up @ down: float32 (rows, the product of the other extents)."""
+        up, down = (_float32(tensor) for tensor in (self.up, self.down))
+        product: np.ndarray = up.reshape(up.shape[0], -1)[rows] @ down.reshape(down.shape[0], -1)
+        return product
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
+class Difference:
+    """A difference that is added to a weight or bias as it is: W + scale * factor * values."""
+
+    layer: Layer
+    values: StoredTensor
+    factor: float
+    parameter: Literal["weight", "bias"]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the parameter."""
+        return self.values.shape
+
+    @property
+    def tensors(self) -> tuple[StoredTensor, ...]:
+        """What it is made of."""
+        return (self.values,)
+
+    @property
+    def key(self) -> str:
+        """Its key in the file."""
+        return self.values.name
+
+    def rows(self, rows: np.ndarray) -> np.ndarray:
+        """These rows: float32 (rows, the product of the other extents)."""
+        values = _float32(self.values)
+        flat: np.ndarray = values.reshape(values.shape[0], -1)[rows]
+        return flat
+
+
+Change = LowRank | Difference
+
+
+@dataclass(frozen=True, eq=False)
 class LoraFile:
-    """A LoRA file: its sha256 and updates. ``ignored``: keys that are neither an update nor an alpha."""
+    """An open LoRA file.
+
+    sha256: of the file, together with PEFT's configuration beside it where that counts. changes: what is understood.
+    others: keys that are not, with their kinds; a layer that has one of them has no changes.
+    """
 
     path: Path
-    sha256: str
-    updates: tuple[LowRank, ...]
-    ignored: tuple[str, ...]
+    config: Path | None
+    changes: tuple[Change, ...]
+    others: tuple[tuple[str, str], ...]
+
+    def sha256(self) -> str:
+        """Hash of the file, and of the configuration beside it that decides on its factors."""
+        digests = [sha256_file(path) for path in (self.path, self.config) if path is not None]
+        return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+
+    def check_values(self, change: Change) -> None:
+        """Read a change's values once.
+
+        Raises:
+            UserError: some are not finite, or the file cannot be read.
+        """
+        for tensor in change.tensors:
+            if not all(np.isfinite(chunk).all() for chunk in self._chunks(tensor)):
+                raise UserError(f"{self.path}: {tensor.name}: holds NaN or infinity; train or download it again")
+
+    def is_zero(self, change: Change) -> bool:
+        """Whether a change adds nothing.
+
+        Raises:
+            UserError: the file cannot be read.
+        """
+        return any(not any(chunk.any() for chunk in self._chunks(tensor)) for tensor in change.tensors)
+
+    def _chunks(self, tensor: StoredTensor) -> Iterator[np.ndarray]:
+        try:
+            yield from tensor.chunks()
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be read ({error})") from None
+
+
+class LoraChoice(NamedTuple):
+    """A LoRA to apply: a file or folder, its scale, and whether what does not fit is left out (else refused)."""
+
+    file: Path
+    scale: float = 1.0
+    partial: bool = False
 
 
 def parse_choice(text: str) -> tuple[Path, float]:
     """``FILE`` or ``FILE:SCALE`` as (file, scale); the scale is 1 where none is given.
 
     Raises:
-        UserError: what follows the last colon is not a finite number, and no such file exists.
+        UserError: what follows the last colon is not a finite number, and no such file or folder exists.
     """
     name, colon, scale = text.rpartition(":")
-    if not colon or Path(text).is_file():
+    if not colon or Path(text).exists():
         return Path(text), 1.0
     try:
         value = float(scale)
@@ -84,123 +165,130 @@ def parse_choice(text: str) -> tuple[Path, float]:
 
 
 def check_scale(scale: float) -> float:
-    """The scale, if it is a finite number; otherwise a UserError."""
-    if not math.isfinite(scale):
-        raise UserError(f"--lora: scale {scale}: give a finite number, such as 0.8")
+    """The scale, if it is a number that float32 can hold; otherwise a UserError."""
+    if isinstance(scale, bool) or not isinstance(scale, int | float | np.number):
+        raise UserError(f"--lora: scale {ascii(scale)[:40]}: give a number, such as 0.8")
+    if not abs(float(scale)) <= _LARGEST:
+        raise UserError(f"--lora: scale {scale:g}: give a finite number, such as 0.8")
     return float(scale)
 
 
 def read_lora(path: Path) -> LoraFile:
-    """Read a safetensors file of LoRA weights; nothing in it is executed.
+    """Open a safetensors file of LoRA weights, or a folder that holds one; nothing in it is executed.
 
     Raises:
-        UserError: no such file, not safetensors, another kind of adapter, an unpaired or misshapen matrix, values that
-            are not finite, or no LoRA in it.
+        UserError: no such file, not safetensors, an unpaired or misshapen matrix, a configuration that does not fit,
+            or no LoRA in it.
     """
-    tensors, metadata = _tensors(path)
-    for key in tensors:
-        for kind, pattern in _OTHER_KINDS.items():
-            if pattern.search(key):
-                raise UserError(f"{path}: {key}: {kind} is not supported, only LoRA; merge it into the model instead")
-    downs: dict[str, np.ndarray] = {}
-    ups: dict[str, np.ndarray] = {}
-    alphas: dict[str, np.ndarray] = {}
-    ignored = []
-    for key, tensor in tensors.items():
-        for pattern, found in ((_DOWN, downs), (_UP, ups), (_ALPHA, alphas)):
-            match = pattern.search(key)
-            if match is not None:
-                found[key[: match.start()]] = tensor
-                break
-        else:
-            ignored.append(key)
-    unpaired = sorted(downs.keys() ^ ups.keys())
-    if unpaired:
-        raise UserError(f"{path}: {unpaired[0]}: only one of its two matrices is there; the file is not whole")
-    if not downs:
-        raise UserError(f"{path}: no LoRA weights in it (first key: {next(iter(tensors), 'none')}); give a LoRA file")
-    configs = _configs(path, metadata, downs)
-    updates = tuple(_update(path, module, downs[module], ups[module], alphas, configs) for module in downs)
-    return LoraFile(path, sha256_file(path), updates, tuple(ignored))
-
-
-def _update(
-    path: Path,
-    key: str,
-    down: np.ndarray,
-    up: np.ndarray,
-    alphas: Mapping[str, np.ndarray],
-    configs: Mapping[str, Mapping[str, Any]],
-) -> LowRank:
-    if down.ndim not in (2, 4) or up.ndim not in (2, 4) or up.shape[2:] not in ((), (1, 1)):
-        raise UserError(f"{path}: {key}: shapes {down.shape} and {up.shape} are of no linear or 2-d convolution layer")
-    rank = down.shape[0]
-    if rank == 0 or up.shape[1] != rank:
-        raise UserError(f"{path}: {key}: its matrices have ranks {rank} and {up.shape[1]}; the file is not whole")
-    if not (np.isfinite(down).all() and np.isfinite(up).all()):
-        raise UserError(f"{path}: {key}: holds NaN or infinity; train or download it again")
-    component, module, flat = _place(key)
-    config = configs.get(component, {})
-    factor = float(alphas[key].reshape(-1)[0]) / rank if key in alphas else _factor(config, module, rank)
-    if not math.isfinite(factor):
-        raise UserError(f"{path}: {key}: its alpha is not a finite number; train or download it again")
-    return LowRank(component, module, flat, down, up, factor)
-
-
-def _place(key: str) -> tuple[str, str, bool]:
-    """Component, module path, and whether the path has underscores for dots."""
-    key = key.removeprefix(_PEFT_PREFIX)
-    for component, prefixes in _PREFIXES.items():
-        for prefix in prefixes:
-            if key.startswith(prefix):
-                module = key.removeprefix(prefix)
-                return component, _processor_module(module), prefix.endswith("_")
-    return "denoiser", _processor_module(key), False
-
-
-def _processor_module(module: str) -> str:
-    return _PROCESSOR.sub(lambda match: ".to_out.0" if match[1] == "out" else f".to_{match[1]}", module)
-
-
-def _factor(config: Mapping[str, Any], module: str, rank: int) -> float:
-    """alpha / rank of PEFT's configuration; 1 where there is none (alpha is the rank, as diffusers takes it)."""
-    alpha = config.get("lora_alpha")
-    for pattern, value in (config.get("alpha_pattern") or {}).items():
-        if re.fullmatch(rf"(.*\.)?{pattern}", module):
-            alpha = value
-            break
-    if not isinstance(alpha, int | float):
-        return 1.0
-    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-
-
-def _configs(path: Path, metadata: Mapping[str, str], modules: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """PEFT's configuration of each component: in the file's metadata, or in the file that PEFT writes beside it."""
-    beside = path.with_name(_ADAPTER_CONFIG)
+    path = _file(path)
     try:
-        if any(module.startswith(_PEFT_PREFIX) for module in modules) and beside.is_file():
-            return {"denoiser": dict(json.loads(beside.read_bytes()))}
-        flat = dict(json.loads(metadata.get(_METADATA, "{}")))
-    except (ValueError, TypeError, OSError) as error:
-        raise UserError(f"{path}: its PEFT configuration is not JSON ({error}); correct or remove it") from None
-    found: dict[str, dict[str, Any]] = {}
-    for name, value in flat.items():
-        component, field, _ = _place(name)
-        found.setdefault(component, {})[field] = value
-    return found
+        file = TensorFile(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: {error}; LoRA files of other formats are not read") from None
+    layers, others = _layers(file)
+    config = config_beside(path) if any(map(written_by_peft, file.tensors)) else None
+    within = configs_within(str(path), file.metadata)
+    changes: list[Change] = []
+    for name, parts in layers.items():
+        layer = layer_of(name)
+        own = config if written_by_peft(name) else within.get(layer.components[0])
+        changes.extend(_changes(path, name, layer, parts, own))
+    if not changes and not others:
+        raise UserError(f"{path}: no LoRA weights in it; give a LoRA file")
+    return LoraFile(path, path.with_name(ADAPTER_CONFIG) if config is not None else None, tuple(changes), others)
 
 
-def _tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """All tensors as float32, and the file's metadata."""
-    import safetensors
-
+def _file(path: Path) -> Path:
+    if path.is_dir():
+        found = next((path / name for name in _FOLDER_FILES if (path / name).is_file()), None)
+        if found is None:
+            raise UserError(f"--lora {path}: neither {' nor '.join(_FOLDER_FILES)} in this folder; give a file")
+        return found
     if not path.is_file():
-        raise UserError(f"--lora {path}: no such file")
+        raise UserError(f"--lora {path}: no such file" + (", not a regular one" if path.exists() else ""))
+    return path
+
+
+def _layers(file: TensorFile) -> tuple[dict[str, dict[Role, StoredTensor]], tuple[tuple[str, str], ...]]:
+    """The parts of each layer, and the keys that are not understood with their kinds; their layers are left out."""
+    layers: dict[str, dict[Role, StoredTensor]] = defaultdict(dict)
+    others: dict[str, list[str]] = defaultdict(list)
+    for key, tensor in file.tensors.items():
+        name, role = split_key(key)
+        if role is None:
+            others[name].append(key)
+        elif role in layers[name]:
+            raise UserError(f"{file.path}: {key}: another key of this layer says the same; leave one of them out")
+        else:
+            layers[name][role] = tensor
+    for name in [name for name, parts in layers.items() if parts.keys() == {"alpha"}]:
+        others[name].append(f"{name}.alpha")
+    for name in others:
+        layers.pop(name, None)
+    return layers, tuple((key, kind_of_key(key)) for keys in others.values() for key in keys)
+
+
+def _changes(
+    path: Path, name: str, layer: Layer, parts: Mapping[Role, StoredTensor], config: PeftConfig | None
+) -> list[Change]:
+    for tensor in parts.values():
+        if not tensor.is_float and tensor is not parts.get("alpha"):
+            raise UserError(f"{path}: {tensor.name} has type {tensor.dtype}; a LoRA has floating-point ones")
+    changes: list[Change] = []
+    for role in ("weight", "bias"):
+        if role in parts:
+            if not parts[role].items:
+                raise UserError(f"{path}: {parts[role].name}: is empty; the file is not whole")
+            changes.append(Difference(layer, parts[role], 1.0, role))
+    if ("down" in parts) != ("up" in parts) or ("up_bias" in parts and "up" not in parts):
+        raise UserError(f"{path}: {name}: only one of its two matrices is there; the file is not whole")
+    if "up" in parts:
+        down, up = parts["down"], parts["up"]
+        factor = _factor(path, name, layer, _rank(path, name, down, up), parts.get("alpha"), config)
+        changes.append(LowRank(layer, down, up, factor))
+        if "up_bias" in parts:
+            changes.append(Difference(layer, parts["up_bias"], factor, "bias"))
+    return changes
+
+
+def _rank(path: Path, name: str, down: StoredTensor, up: StoredTensor) -> int:
+    """The rank of two matrices, if they are of a layer."""
+    if len(down.shape) not in (2, 4) or len(up.shape) not in (2, 4) or up.shape[2:] not in ((), (1, 1)):
+        raise UserError(f"{path}: {name}: shapes {down.shape} and {up.shape} are of no linear or 2-d convolution layer")
+    rank = down.shape[0]
+    if not down.items or not up.items or up.shape[1] != rank:
+        raise UserError(f"{path}: {name}: its matrices have ranks {rank} and {up.shape[1]}; the file is not whole")
+    largest = max(_ANY_RANK, up.shape[0], down.items // rank)
+    if rank > largest:
+        raise UserError(f"{path}: {name}: rank {rank}, where the layer has at most {largest}; it is not a LoRA")
+    return rank
+
+
+def _factor(
+    path: Path, name: str, layer: Layer, rank: int, alpha: StoredTensor | None, config: PeftConfig | None
+) -> float:
+    """alpha / rank; 1 where the file does not say (alpha is the rank, as diffusers takes it)."""
+    configured = None if config is None else config.factor(layer.module, rank)
+    if alpha is None:
+        return 1.0 if configured is None else configured
+    if alpha.items != 1:
+        raise UserError(f"{path}: {alpha.name}: an alpha is one number; train or download it again")
     try:
-        with safetensors.safe_open(str(path), framework="numpy") as file:
-            metadata = file.metadata() or {}
-        return {name: tensor.astype(np.float32) for name, tensor in read_tensors(path).items()}, metadata
-    except (safetensors.SafetensorError, OSError) as error:
-        raise UserError(f"{path}: not a safetensors file ({error}); LoRA files of other formats are not read") from None
-    except ValueError as error:
+        factor = float(alpha.read().reshape(-1)[0]) / rank
+    except (OSError, ValueError) as error:
         raise UserError(f"{path}: {error}; not a LoRA file") from None
+    if not math.isfinite(factor):
+        raise UserError(f"{path}: {alpha.name}: is not a finite number; train or download it again")
+    if configured is not None and not math.isclose(factor, configured, rel_tol=1e-5):
+        raise UserError(
+            f"{path}: {name}: its alpha gives a factor of {factor:g}, PEFT's configuration one of {configured:g};"
+            " correct or remove one of them"
+        )
+    return factor
+
+
+def _float32(tensor: StoredTensor) -> np.ndarray:
+    try:
+        return tensor.read().astype(np.float32)
+    except OSError as error:
+        raise UserError(f"{tensor.file.path}: cannot be read ({error})") from None

@@ -5,6 +5,7 @@ A merged weight is W + the sum of scale * alpha / rank * up @ down over its upda
 
 from __future__ import annotations
 
+import math
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,36 +20,89 @@ from dipgo_deploy.bundle.directory import Bundle
 from dipgo_deploy.bundle.manifest import Graph
 from dipgo_deploy.bundle.weights import StoredWeight, WeightsIndex
 from dipgo_deploy.errors import UserError
-from dipgo_deploy.lora.file import LoraFile, LowRank, check_scale, read_lora
+from dipgo_deploy.lora.file import Change, LoraChoice, LoraFile, check_scale, read_lora
+from dipgo_deploy.lora.keys import Layer
+from dipgo_deploy.lora.originals import kind_of_model, original_layer
 from dipgo_deploy.lora.sgm import diffusers_module
 
 _STORAGE = {"float": np.float32, "float16": np.float16, "bfloat16": np.uint16}
 _SPEC_DTYPES = {"float": "float32", "float16": "float16", "bfloat16": "bfloat16"}
 # text encoders lost this level of their names in later versions of transformers
-_OPTIONAL_LEVEL = "text_model"
+_OPTIONAL_LEVEL = "text_model_"
+# A layer with its number, `encoder_layers_` `11` `_mlp_fc1` or T5's `encoder_block_` `0` `_layer_0_...`.
+_NUMBERED = re.compile(r"(.*?(?:layers|block)_)(\d+)(_.*)")
+_KIND_OF_CLASS = {
+    "FluxTransformer2DModel": "FLUX",
+    "SD3Transformer2DModel": "Stable Diffusion 3",
+    "UNet2DConditionModel": "a UNet",
+    "UNet2DModel": "a UNet",
+}
 # The weights of several text encoders are in one graph, which has the encoder in front of their names.
 _ENCODER = re.compile(r"(text_encoder(?:_\d+)?)\.(.+)")
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """What became of a file's layers of one component.
+
+    applied: layers of which every change was made. not_applied: names of the others. not_computed: names of those that
+    no output of this export depends on, such as the last layer of a text encoder of which an earlier one is read.
+    """
+
+    component: str
+    applied: int
+    not_applied: tuple[str, ...]
+    not_computed: tuple[str, ...]
+
+    @property
+    def layers(self) -> int:
+        """All of the file's layers of the component."""
+        return self.applied + len(self.not_applied) + len(self.not_computed)
 
 
 @dataclass(frozen=True)
 class LoraReport:
     """What became of one LoRA file.
 
-    applied: layers that were changed. unmatched: modules of the file that no graph has a weight of. ignored: keys that
-    are no LoRA weights. graphs: changed tensors by graph; graphs that lack the layers have fewer, or none.
+    applied: layers that were changed, of all components. left_out: keys of changes that are not supported.
+    graphs: changed tensors by graph; graphs that lack the layers have fewer, or none.
     """
 
     file: str
     scale: float
     applied: int
-    unmatched: tuple[str, ...]
-    ignored: tuple[str, ...]
+    components: tuple[Coverage, ...]
+    left_out: tuple[str, ...]
     graphs: Mapping[str, int]
 
 
 @dataclass(frozen=True)
+class _Rows:
+    """Which rows of a change a parameter takes: ``count`` from ``first`` on, the two halves exchanged or not."""
+
+    first: int
+    count: int
+    exchanged: bool = False
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        numbers = np.arange(self.count)[rows]
+        return self.first + ((numbers + self.count // 2) % self.count if self.exchanged else numbers)
+
+
+@dataclass(frozen=True)
+class _Target:
+    """A stored tensor that a change is added to."""
+
+    change: Change
+    rows: _Rows
+    folder: Path
+    name: str
+
+
+@dataclass(frozen=True)
 class _Change:
-    update: LowRank
+    change: Change
+    rows: _Rows
     scale: float
 
 
@@ -100,55 +154,141 @@ class MergedWeights:
             rows = slice(*(stored.rows or (None,))[:2])
             total = weight + sum(_delta(change, weight.shape, rows) for change in self._changes[folder][name])
             placed = total.T if stored.transposed else total
-            self._merged[folder, name] = to_storage(placed, _SPEC_DTYPES[stored.dtype])  # type: ignore[arg-type]
+            with np.errstate(over="ignore"):  # which is looked for below
+                placed = to_storage(placed, _SPEC_DTYPES[stored.dtype])  # type: ignore[arg-type]
+            if not _finite(placed, stored.dtype):
+                raise UserError(
+                    f"--lora: the weight {name} is too large for {stored.dtype} with the LoRA; take a smaller scale"
+                )
+            self._merged[folder, name] = placed
         return self._merged[folder, name]
 
 
-def merge_loras(bundle: Bundle, choices: Sequence[tuple[Path, float]]) -> MergedWeights:
+def merge_loras(bundle: Bundle, choices: Sequence[LoraChoice]) -> MergedWeights:
     """Match LoRA files with the weights of an engine directory; nothing is merged yet.
 
-    Several files add up. A scale of 0 changes nothing. The updates of a file that fit no weight of any graph are
-    skipped and reported.
+    Several files add up. A scale of 0 changes nothing.
 
     Args:
         bundle: the engine directory.
-        choices: (file, scale), in order.
+        choices: the files, in order; what a partial one leaves out is in its report.
 
     Raises:
-        UserError: a file that cannot be read or fits nothing here, a shape that differs from the weight's, or an
-            engine directory that does not say how it stores its weights.
+        UserError: a file that cannot be read or fits nothing here, values that are not finite, a shape that differs
+            from the weight's, or an engine directory that does not say how it stores its weights. Of one that is not
+            partial also: a component of which no layer fits, a layer that the model does not have, or a change of
+            another kind than low-rank updates and differences.
     """
-    loras = [(read_lora(Path(path)), check_scale(scale)) for path, scale in choices]
-    folders = _folders(bundle)
-    layers = bundle.manifest.model.config.get("layers_per_block")
-    index = {folder: WeightsIndex.load(folder) for folder in folders.values()}
-    changes: dict[Path, dict[str, list[_Change]]] = {folder: defaultdict(list) for folder in index}
+    loras = [(read_lora(choice.file), check_scale(choice.scale), choice.partial) for choice in choices]
+    weights = _Weights(bundle)
+    changes: dict[Path, dict[str, list[_Change]]] = {folder: defaultdict(list) for folder in weights.index}
     reports, identity = [], []
-    for lora, scale in loras:
-        targets, unmatched = _match(lora, folders, index, layers if isinstance(layers, int) else None)
-        if not targets:
-            raise UserError(
-                f"{lora.path}: none of its {len(lora.updates)} layers is in {bundle.path}"
-                f" (first: {lora.updates[0].module}); it was made for another model"
-            )
+    for lora, scale, partial in loras:
+        targets, components = _match(lora, weights)
+        _check_coverage(lora, components, weights, partial)
         used: dict[Path, set[str]] = defaultdict(set)
-        for update, folder, name in targets:
-            used[folder].add(name)
+        for change in {id(target.change): target.change for target in targets}.values():
+            lora.check_values(change)
+            if not abs(scale * change.factor) <= float(np.finfo(np.float32).max):
+                raise UserError(f"{lora.path}: {change.layer.name}: scale times alpha / rank is no finite number")
+        for target in targets:
+            used[target.folder].add(target.name)
             if scale:
-                changes[folder][name].append(_Change(update, scale))
+                changes[target.folder][target.name].append(_Change(target.change, target.rows, scale))
         if scale:
-            identity.append((lora.sha256, scale))
+            identity.append((lora.sha256(), scale))
         reports.append(
             LoraReport(
                 file=str(lora.path),
                 scale=scale,
-                applied=len(lora.updates) - len(unmatched),
-                unmatched=unmatched,
-                ignored=lora.ignored,
+                applied=sum(coverage.applied for coverage in components),
+                components=components,
+                left_out=tuple(key for key, _ in lora.others),
                 graphs=_count(bundle, used),
             )
         )
-    return MergedWeights(tuple(identity), tuple(reports), changes, index)
+    return MergedWeights(tuple(identity), tuple(reports), changes, weights.index)
+
+
+class _Weights:
+    """The parameters of an engine directory, to be found by the names that LoRA files have for them."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        self.path = bundle.path
+        self.class_name = bundle.manifest.model.class_name
+        layers = bundle.manifest.model.config.get("layers_per_block")
+        self._layers_per_block = layers if isinstance(layers, int) else None
+        folders = _folders(bundle)
+        self.index = {folder: WeightsIndex.load(folder) for folder in folders.values()}
+        # by component, path with underscores for dots, and weight or bias: every tensor that holds (part of) it
+        self._tensors: dict[tuple[str, str, str], list[tuple[Path, str]]] = defaultdict(list)
+        for graphs, folder in folders.items():
+            for name, stored in self.index[folder].tensors.items():
+                for parameter in (stored.parameter, *stored.equal):
+                    module, _, kind = (parameter or "").rpartition(".")
+                    if kind in ("weight", "bias"):
+                        component, path = _owner(graphs, module)
+                        self._tensors[component, path.replace(".", "_"), kind].append((folder, name))
+        self.components = {component for component, _, _ in self._tensors}
+        self._highest: dict[tuple[str, str, str], int] = {}
+        for component, path, _ in self._tensors:
+            if match := _NUMBERED.fullmatch(path):
+                key = component, match[1], match[3]
+                self._highest[key] = max(int(match[2]), self._highest.get(key, 0))
+
+    def component_of(self, layer: Layer) -> str:
+        """What a layer is of: the first of its components that is here, else the first."""
+        return next((name for name in layer.components if name in self.components), layer.components[0])
+
+    def places(self, change: Change) -> list[tuple[_Rows, list[tuple[Path, str]]]] | None:
+        """The parts of a change, each with the tensors that take it; None where a part has none.
+
+        Raises:
+            UserError: the parts together have another number of rows than the change.
+        """
+        component, module = self.component_of(change.layer), change.layer.module.replace(".", "_")
+        for spelling in self._spellings(component, module):
+            if found := self._tensors.get((component, spelling, change.parameter)):
+                return [(_Rows(0, self._shape(found)[0]), found)]
+        original = original_layer(module) if component == "denoiser" else None
+        if original is None:
+            return None
+        parts, first = [], 0
+        for path in original.modules:
+            found = self._tensors.get((component, path.replace(".", "_"), change.parameter))
+            if not found:
+                return None
+            shape = self._shape(found)
+            exchanged = original.modulation and shape[0] == 2 * self._width(component, path)
+            parts.append((_Rows(first, shape[0], exchanged), found))
+            first += shape[0]
+        return parts
+
+    def unused(self, layer: Layer) -> bool:
+        """Whether it is a text encoder's layer above the highest of the same path here, which no output depends on."""
+        component, module = self.component_of(layer), layer.module.replace(".", "_")
+        for spelling in self._spellings(component, module) if component != "denoiser" else ():
+            match = _NUMBERED.fullmatch(spelling)
+            if match is not None and int(match[2]) > self._highest.get((component, match[1], match[3]), math.inf):
+                return True
+        return False
+
+    def stored(self, place: tuple[Path, str]) -> StoredWeight:
+        """What the index says of a tensor."""
+        return self.index[place[0]].tensors[place[1]]
+
+    def _shape(self, places: Sequence[tuple[Path, str]]) -> tuple[int, ...]:
+        return self.stored(places[0]).parameter_shape
+
+    def _width(self, component: str, path: str) -> int:
+        found = self._tensors.get((component, path.replace(".", "_"), "weight"))
+        return self._shape(found)[1] if found else 0
+
+    def _spellings(self, component: str, module: str) -> tuple[str, ...]:
+        if component == "denoiser":
+            sgm = self._layers_per_block and diffusers_module(module, self._layers_per_block)
+            return (module, *((sgm,) if sgm else ()))
+        return module, module.removeprefix(_OPTIONAL_LEVEL), f"{_OPTIONAL_LEVEL}{module}"
 
 
 def _folders(bundle: Bundle) -> dict[str, Path]:
@@ -171,32 +311,82 @@ def _count(bundle: Bundle, used: Mapping[Path, set[str]]) -> dict[str, int]:
     }
 
 
-def _match(
-    lora: LoraFile, folders: Mapping[str, Path], index: Mapping[Path, WeightsIndex], layers_per_block: int | None
-) -> tuple[list[tuple[LowRank, Path, str]], tuple[str, ...]]:
-    """(update, folder, initializer) of each update that has a weight, and the modules of those that have none."""
-    modules: dict[tuple[str, str, bool], list[tuple[Path, str]]] = defaultdict(list)
-    for graphs, folder in folders.items():
-        for name, stored in index[folder].tensors.items():
-            for parameter in (stored.parameter, *stored.equal):
-                module = (parameter or "").removesuffix(".weight")
-                if parameter is not None and module != parameter:
-                    component, path = _owner(graphs, module)
-                    modules[component, path, False].append((folder, name))
-                    modules[component, path.replace(".", "_"), True].append((folder, name))
-    targets, unmatched = [], []
-    for update in lora.updates:
-        spellings = _spellings(update, layers_per_block)
-        places = next(
-            (found for module in spellings if (found := modules.get((update.component, module, update.flat)))), None
-        )
-        if places is None:
-            unmatched.append(f"{update.component}: {update.module}")
+def _match(lora: LoraFile, weights: _Weights) -> tuple[list[_Target], tuple[Coverage, ...]]:
+    """What each change is added to, and what became of the layers of each component.
+
+    Raises:
+        UserError: a shape that differs from the weight's, or two layers of the file that change one weight.
+    """
+    targets: list[_Target] = []
+    missing: set[Layer] = set()
+    owners: dict[tuple[Path, str, type], Change] = {}
+    for change in lora.changes:
+        parts = weights.places(change)
+        if parts is None:
+            if not lora.is_zero(change):
+                missing.add(change.layer)
             continue
-        for folder, name in places:
-            _check(lora.path, update, name, index[folder].tensors[name])
-            targets.append((update, folder, name))
-    return targets, tuple(unmatched)
+        _check_shape(lora.path, change, [weights.stored(places[0]).parameter_shape for _, places in parts])
+        for rows, places in parts:
+            for folder, name in places:
+                _check_stored(lora.path, change, name, weights.stored((folder, name)))
+                other = owners.setdefault((folder, name, type(change)), change)
+                if other is not change:
+                    raise UserError(f"{lora.path}: {change.key} and {other.key} change the same weight; leave one out")
+                targets.append(_Target(change, rows, folder, name))
+    return targets, _coverage([target.change.layer for target in targets], missing, weights)
+
+
+def _coverage(matched: Sequence[Layer], missing: set[Layer], weights: _Weights) -> tuple[Coverage, ...]:
+    """Layers that fit nothing here and change nothing either, being zero, are in neither of the two."""
+    found: dict[str, dict[str, dict[Layer, None]]] = defaultdict(lambda: defaultdict(dict))
+    for layer in [*matched, *sorted(missing, key=lambda layer: layer.module)]:
+        fate = "applied" if layer not in missing else "unused" if weights.unused(layer) else "missing"
+        found[weights.component_of(layer)][fate][layer] = None
+    return tuple(
+        Coverage(
+            component,
+            len(fates["applied"]),
+            tuple(layer.module for layer in fates["missing"]),
+            tuple(layer.module for layer in fates["unused"]),
+        )
+        for component, fates in found.items()
+    )
+
+
+def _check_coverage(lora: LoraFile, components: Sequence[Coverage], weights: _Weights, partial: bool) -> None:
+    """Refuse a file that is not applied as a whole, unless ``partial``; always one of which nothing is applied."""
+    problems = []
+    if lora.others:
+        key, kind = lora.others[0]
+        problems.append(f"{len(lora.others)} keys change the model in a way that is not supported ({kind}: {key})")
+    for coverage in components:
+        if coverage.component not in weights.components:
+            problems.append(f"there is no {coverage.component} here for its {len(coverage.not_applied)} layers")
+        elif coverage.not_applied:
+            share = f"{len(coverage.not_applied)} of its {coverage.layers}"
+            first = coverage.not_applied[0]
+            problems.append(f"{share} layers of the {coverage.component} are none of this model's (first: {first})")
+        elif not coverage.applied:
+            problems.append(f"no output here depends on any of its layers of the {coverage.component}")
+    nothing = not any(coverage.applied for coverage in components)
+    if nothing and not problems:
+        problems.append("none of its layers is one of this model's")
+    if not problems or (partial and not nothing):
+        return
+    model = _made_for(components)
+    if model is not None and model != _KIND_OF_CLASS.get(weights.class_name):
+        problems.append(f"it was made for another model: {model}, where this is {weights.class_name}")
+    advice = "nothing of it can be applied" if nothing else "--lora-partial (partial=True) applies the rest"
+    raise UserError(f"{lora.path}: in {weights.path}: {'; '.join(problems)}; {advice}")
+
+
+def _made_for(components: Sequence[Coverage]) -> str | None:
+    """The kind of model that a denoiser's layers are of, where none of them fits and their names tell."""
+    for coverage in components:
+        if coverage.component == "denoiser" and not coverage.applied:
+            return next(filter(None, (kind_of_model(name.replace(".", "_")) for name in coverage.not_applied)), None)
+    return None
 
 
 def _owner(graphs: str, module: str) -> tuple[str, str]:
@@ -205,41 +395,44 @@ def _owner(graphs: str, module: str) -> tuple[str, str]:
     return (graphs, module) if encoder is None else (encoder[1], encoder[2])
 
 
-def _spellings(update: LowRank, layers_per_block: int | None) -> tuple[str, ...]:
-    if update.component == "denoiser":
-        sgm = layers_per_block and update.flat and diffusers_module(update.module, layers_per_block)
-        return (update.module, *((sgm,) if sgm else ()))
-    dot = "_" if update.flat else "."
-    level = f"{_OPTIONAL_LEVEL}{dot}"
-    return (update.module, update.module.removeprefix(level), f"{level}{update.module}")
-
-
-def _check(path: Path, update: LowRank, name: str, stored: StoredWeight) -> None:
-    if stored.equal:
+def _check_shape(path: Path, change: Change, shapes: Sequence[tuple[int, ...]]) -> None:
+    """Whether a change has the shape of the parameters that its rows are for, one after the other."""
+    wide = change.shape
+    shape = (sum(shape[0] for shape in shapes), *shapes[0][1:])
+    same = wide == shape or (
+        len(wide) > 1 and len(shape) > 1 and wide[:2] == shape[:2] and set(wide[2:] + shape[2:]) <= {1}
+    )
+    if not same:
         raise UserError(
-            f"{path}: {update.module}: its weight is stored as one with {', '.join(stored.equal)}, which has equal"
-            " values; it cannot be changed alone"
-        )
-    if stored.dtype not in _STORAGE:
-        raise UserError(
-            f"{path}: {update.module}: its weight {name} is {stored.dtype}; only floating-point ones change"
-        )
-    shape = stored.parameter_shape
-    wide = (update.up.shape[0], *update.down.shape[1:])
-    if wide != shape and not (wide[:2] == shape[:2] and set(wide[2:] + shape[2:]) <= {1}):
-        raise UserError(
-            f"{path}: {update.module}: it changes a weight of shape {wide}, the model's is {shape};"
+            f"{path}: {change.layer.name}: it changes a {change.parameter} of shape {wide}, the model's is {shape};"
             " it was made for another model"
         )
 
 
+def _check_stored(path: Path, change: Change, name: str, stored: StoredWeight) -> None:
+    if stored.equal:
+        raise UserError(
+            f"{path}: {change.layer.module}: its {change.parameter} is stored as one with {', '.join(stored.equal)},"
+            " which has equal values; it cannot be changed alone"
+        )
+    if stored.dtype not in _STORAGE:
+        raise UserError(
+            f"{path}: {change.layer.module}: its {change.parameter} {name} is {stored.dtype}; only floating-point ones"
+            " change"
+        )
+
+
 def _delta(change: _Change, shape: tuple[int, ...], rows: slice) -> np.ndarray:
-    """The update of these rows of a weight, which have ``shape``."""
-    update = change.update
-    up = update.up.reshape(update.up.shape[:2])[rows]
-    product = up @ update.down.reshape(update.down.shape[0], -1)
-    result: np.ndarray = (np.float32(change.scale * update.factor) * product).reshape(shape)
+    """The update of these rows of a parameter, which have ``shape``."""
+    factor = np.float32(change.scale * change.change.factor)
+    result: np.ndarray = (factor * change.change.rows(change.rows[rows])).reshape(shape)
     return result
+
+
+def _finite(stored: np.ndarray, dtype: str) -> bool:
+    if dtype == "bfloat16":
+        return bool((stored & 0x7F80 != 0x7F80).all())
+    return bool(np.isfinite(stored).all())
 
 
 def _read(file: Path, offset: int, stored: StoredWeight) -> np.ndarray:

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -20,6 +19,7 @@ from dipgo_deploy.backends.storage import fits
 from dipgo_deploy.backends.tensorrt_queue import GraphMode
 from dipgo_deploy.bundle.directory import Bundle
 from dipgo_deploy.errors import NotFiniteError, UserError
+from dipgo_deploy.lora.file import LoraChoice
 from dipgo_deploy.runtime.image import Decoder, Encoder, Picture, batch_for, pad_batch, to_pil
 from dipgo_deploy.runtime.loop import DenoisingLoop
 from dipgo_deploy.runtime.memory import process_memory
@@ -87,7 +87,7 @@ class Pipeline:
         self._lazy = lazy
         self._lock = threading.RLock()
         self._busy = False
-        self._loras: list[tuple[Path, float]] = []
+        self._loras: list[LoraChoice] = []
         self._weights: MergedWeights | None = None
         self._loop: DenoisingLoop | None = None
         self._text: TextEncoder | None = None
@@ -106,6 +106,7 @@ class Pipeline:
         verify: bool = False,
         load: LoadMode = "eager",
         lora: Sequence[tuple[str | os.PathLike[str], float]] = (),
+        lora_partial: bool = False,
     ) -> Pipeline:
         """Open an engine directory made by ``dipgo-export``.
 
@@ -122,12 +123,13 @@ class Pipeline:
                 used takes no memory (on the CPU without what makes loading slow, see ``quick_start`` of
                 ``OnnxRuntimeBackend``); ``auto``: ``lazy`` on the CPU, ``call`` elsewhere.
             lora: LoRA files to start with, as (file, scale); see ``load_lora``.
+            lora_partial: ``partial`` for each of them.
 
         Raises:
             UserError: the directory is wrong or damaged, or the backend cannot run it here.
         """
         arguments.choice("load", load, LOAD_MODES)
-        choices = _lora_choices(lora)
+        choices = _lora_choices(lora, arguments.flag("lora_partial", lora_partial))
         bundle = Bundle.open(engine_dir, verify=verify)
         created = create_backend(
             backend,
@@ -202,21 +204,22 @@ class Pipeline:
             self._encoder = Encoder(self.bundle.path, graph, self.backend)
         return self._encoder
 
-    def load_lora(self, file: str | os.PathLike[str], scale: float = 1.0) -> LoraReport:
-        """Add a LoRA to the weights of the denoiser, all variants alike, and of the text encoder.
+    def load_lora(self, file: str | os.PathLike[str], scale: float = 1.0, *, partial: bool = False) -> LoraReport:
+        """Add a LoRA to the weights of the denoiser, all variants alike, and of the text encoders.
 
         Several add up, each with its scale. Graphs that were loaded are loaded again with the merged weights; those of
         a variant that lacks a layer just do not change.
 
         Args:
-            file: safetensors, in the spelling of diffusers, PEFT or kohya.
+            file: safetensors, in the spelling of diffusers, PEFT, kohya, XLabs or ComfyUI, or a folder of it.
             scale: of the update; 0 changes nothing.
+            partial: leave out what cannot be applied; the result says what.
 
         Raises:
-            UserError: the file cannot be read or does not fit this model, or the backend cannot change weights here;
-                the pipeline is then as it was.
+            UserError: the file cannot be read, does not fit this model, or (without ``partial``) not as a whole, or
+                the backend cannot change weights here; the pipeline is then as it was.
         """
-        (choice,) = _lora_choices([(file, scale)])
+        (choice,) = _lora_choices([(file, scale)], arguments.flag("partial", partial))
         with self._alone("load_lora"):
             return self._change_weights([*self._loras, choice])[-1]
 
@@ -241,7 +244,7 @@ class Pipeline:
             "graphs": len(variants),
         }
 
-    def _change_weights(self, loras: list[tuple[Path, float]]) -> tuple[LoraReport, ...]:
+    def _change_weights(self, loras: list[LoraChoice]) -> tuple[LoraReport, ...]:
         """Drop what is loaded, and load as much again with other weights; on an error all stays as it was."""
         weights = None
         if loras:
@@ -485,10 +488,11 @@ class Pipeline:
         )
 
 
-def _lora_choices(given: Sequence[tuple[str | os.PathLike[str], float]]) -> list[tuple[Path, float]]:
+def _lora_choices(given: Sequence[tuple[str | os.PathLike[str], float]], partial: bool) -> list[LoraChoice]:
     found = []
     for pair in arguments.items("lora", given, "pairs of a file and a scale"):
         if not isinstance(pair, (tuple, list)) or len(pair) != 2:
             raise arguments.wrong("lora", pair, "pairs of a file and a scale")
-        found.append((arguments.path("lora file", pair[0]), arguments.number("lora scale", pair[1])))
+        file, scale = arguments.path("lora file", pair[0]), arguments.number("lora scale", pair[1])
+        found.append(LoraChoice(file, scale, partial))
     return found

@@ -28,11 +28,17 @@ def test_run_with_a_lora_and_what_it_reports(dit, tmp_path, capsys):
         "latent",
     ]
     options += ["--backend", "cpu", "--threads", "1", "--lora", f"{lora}:0.5", "-o", str(target), "--json"]
-    assert main(options) == 0
+    assert main(options) == 2
+    assert "1 of its 2 layers of the denoiser are none of this model's (first: elsewhere)" in capsys.readouterr().err
+    assert not target.exists()
+    assert main([*options, "--lora-partial"]) == 0
     printed = capsys.readouterr()
     (report,) = json.loads(printed.out)["loras"]
-    assert (report["applied"], report["scale"], report["unmatched"]) == (1, 0.5, ["denoiser: elsewhere"])
-    assert "scale 0.5, 1 layers changed" in printed.err and "1 not in this model, skipped" in printed.err
-    pipeline = Pipeline.from_engine_dir(dit.path, "cpu", threads=1, lora=[(lora, 0.5)])
+    assert (report["applied"], report["scale"], report["left_out"]) == (1, 0.5, [])
+    (part,) = report["components"]
+    assert part == {"component": "denoiser", "applied": 1, "not_applied": ["elsewhere"], "not_computed": []}
+    assert "scale 0.5, applied 1 of 2 layers of the denoiser" in printed.err
+    assert "left out, as this model has no such layers: elsewhere of the denoiser" in printed.err
+    pipeline = Pipeline.from_engine_dir(dit.path, "cpu", threads=1, lora=[(lora, 0.5)], lora_partial=True)
     want = pipeline(class_labels="bag", guidance_scale=2.0, output_type="latent").latents
     np.testing.assert_array_equal(np.load(target), want)

@@ -17,6 +17,7 @@ from dipgo_deploy.backends.tensorrt_plans import BuildFlags, PlanRecord, WeightH
 from dipgo_deploy.bundle.directory import Bundle  # noqa: E402
 from dipgo_deploy.engine.build import BuildOptions, build_engines  # noqa: E402
 from dipgo_deploy.errors import UserError  # noqa: E402
+from dipgo_deploy.lora.file import LoraChoice  # noqa: E402
 from dipgo_deploy.lora.merge import merge_loras  # noqa: E402
 from dipgo_deploy.supernet.load import load_denoiser  # noqa: E402
 
@@ -64,13 +65,17 @@ def test_engines_with_a_lora_lie_beside_those_without(dit, lora, module, tmp_pat
     graph = bundle.manifest.plan.variants[0].graph
     found = {}
     for scale in (None, 0.5, 0.75):
-        identity = () if scale is None else merge_loras(bundle, [(lora, scale)]).identity_of(bundle.path / graph.file)
+        identity = (
+            ()
+            if scale is None
+            else merge_loras(bundle, [LoraChoice(lora, scale)]).identity_of(bundle.path / graph.file)
+        )
         found[scale], record = find_plan(
             bundle.path, graph, FLAVOURS[RTX], module.__version__, HERE, WeightHashes(), lora=identity
         )
         assert record.inputs.lora == identity and len(identity) == (scale is not None)
     assert len(set(found.values())) == 3
-    unknown = merge_loras(bundle, [(lora, 2.0)]).identity_of(bundle.path / graph.file)
+    unknown = merge_loras(bundle, [LoraChoice(lora, 2.0)]).identity_of(bundle.path / graph.file)
     with pytest.raises(UserError, match="built without this LoRA .*--lora.* and without --refit"):
         find_plan(bundle.path, graph, FLAVOURS[RTX], module.__version__, HERE, WeightHashes(), lora=unknown)
 
@@ -99,7 +104,7 @@ def test_segments_of_which_some_have_the_layers(dit_segments, lora, module):
 def test_the_parsed_network_holds_the_merged_weights(dit, lora, module):
     bundle = Bundle.open(dit.path)
     file = bundle.path / bundle.manifest.plan.variants[0].graph.file
-    changed = merge_loras(bundle, [(lora, 1.0)]).of(file)
+    changed = merge_loras(bundle, [LoraChoice(lora, 1.0)]).of(file)
     logger = collecting_logger(module)
     builder = module.Builder(logger)
     network = builder.create_network(1 << int(module.NetworkDefinitionCreationFlag.STRONGLY_TYPED))

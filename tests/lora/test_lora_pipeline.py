@@ -17,7 +17,8 @@ from dipgo_deploy.bundle.directory import Bundle  # noqa: E402
 from dipgo_deploy.bundle.weights import WeightsIndex  # noqa: E402
 from dipgo_deploy.errors import UserError  # noqa: E402
 from dipgo_deploy.export.exporter import ExportOptions, plan_export  # noqa: E402
-from dipgo_deploy.lora.merge import merge_loras  # noqa: E402
+from dipgo_deploy.lora.file import LoraChoice  # noqa: E402
+from dipgo_deploy.lora.merge import Coverage, merge_loras  # noqa: E402
 from dipgo_deploy.runtime.pipeline import Pipeline  # noqa: E402
 from dipgo_deploy.sampler import make_scheduler  # noqa: E402
 from dipgo_deploy.supernet.gated import Supernet  # noqa: E402
@@ -81,6 +82,10 @@ def unet_updates(unet, seed=0):
     return make_updates(load_denoiser(unet.model)[0], UNET, seed)
 
 
+def whole(layers):
+    return (Coverage("denoiser", layers, (), ()),)
+
+
 def pipeline_of(engine, **options):
     return Pipeline.from_engine_dir(engine.path, "cpu", threads=1, **options)
 
@@ -127,7 +132,7 @@ def test_equals_the_merged_model_and_is_undone_bit_for_bit(unet, tmp_path, share
     assert relative(before, unet_reference(unet)) < 1e-4
 
     report = pipeline.load_lora(file, 0.7)
-    assert (report.applied, report.unmatched, report.ignored) == (len(UNET), (), ())
+    assert (report.applied, report.components, report.left_out) == (len(UNET), whole(len(UNET)), ())
     changed = draw(pipeline)
     assert relative(changed, unet_reference(unet, (updates, 1.4))) < 1e-4
     assert relative(changed, before) > 1e-2
@@ -203,7 +208,7 @@ def test_every_spelling_gives_the_same_weights(unet, tmp_path, keys):
     first = save_lora(tmp_path / "a.safetensors", updates, alpha=1.0)
     second = save_lora(tmp_path / "b.safetensors", updates, keys, alpha=1.0)
     graph = bundle.path / bundle.manifest.plan.variants[0].graph.file
-    mine, theirs = (merge_loras(bundle, [(file, 1.0)]).of(graph) for file in (first, second))
+    mine, theirs = (merge_loras(bundle, [LoraChoice(file)]).of(graph) for file in (first, second))
     assert mine.keys() == theirs.keys() and len(mine) >= len(UNET)
     for name, array in mine.items():
         np.testing.assert_array_equal(array, theirs[name])
@@ -226,7 +231,7 @@ def test_segments_equal_the_merged_model_too(unet_segments, tmp_path, share, loa
     before = draw(pipeline)
     assert relative(before, unet_reference(unet_segments)) < 1e-4
     report = pipeline.load_lora(file, 0.7)
-    assert (report.applied, report.unmatched, report.ignored) == (len(UNET), (), ())
+    assert (report.applied, report.components, report.left_out) == (len(UNET), whole(len(UNET)), ())
     # Each weight is in one segment; several have none of them.
     assert sum(report.graphs.values()) == len(UNET) and 0 in report.graphs.values()
     changed = draw(pipeline)
@@ -252,7 +257,10 @@ def test_a_transformer_with_guidance(layout, request, tmp_path):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda u: {"elsewhere.to_q": next(iter(u.values()))}, "none of its 1 layers is in .*another model"),
+        (
+            lambda u: {"elsewhere.to_q": next(iter(u.values()))},
+            "first: elsewhere.to_q.; nothing of it can be",
+        ),
         (lambda u: {f"{ATTENTION}.attn1.to_q": u["time_embedding.linear_1"]}, "it changes a weight of shape"),
     ],
 )
@@ -267,13 +275,66 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(unet, tmp_path, spoil,
     np.testing.assert_array_equal(draw(pipeline), before)
 
 
-def test_layers_that_the_model_lacks_are_skipped_and_named(unet, tmp_path):
+def test_what_does_not_fit_is_refused_and_with_partial_left_out_and_named(unet, tmp_path):
     updates = unet_updates(unet)
     more = {**updates, "elsewhere.to_q": next(iter(updates.values()))}
-    text = {"text_encoder.x.lora_A.weight": torch.ones(1, 2), "text_encoder.x.lora_B.weight": torch.ones(2, 1)}
-    report = pipeline_of(unet, load="call").load_lora(save_lora(tmp_path / "a.safetensors", more, extra=text))
-    assert report.applied == len(UNET)
-    assert set(report.unmatched) == {"denoiser: elsewhere.to_q", "text_encoder: x"}
+    extra = {"text_encoder.x.lora_A.weight": torch.ones(1, 2), "text_encoder.x.lora_B.weight": torch.ones(2, 1)}
+    file = save_lora(tmp_path / "a.safetensors", more, extra=extra | {"unet.y.hada_w1_a": torch.ones(2, 2)})
+    pipeline = pipeline_of(unet, load="call")
+    with pytest.raises(UserError) as caught:
+        pipeline.load_lora(file)
+    message = str(caught.value)
+    assert "1 of its 10 layers of the denoiser are none of this model's (first: elsewhere.to_q)" in message
+    assert "there is no text_encoder here for its 1 layers" in message
+    assert "1 keys change the model in a way that is not supported (LoHa: unet.y.hada_w1_a)" in message
+    assert "--lora-partial" in message and "made for another model" not in message
+    assert pipeline.loras == ()
+    report = pipeline.load_lora(file, partial=True)
+    assert report.applied == len(UNET) and report.left_out == ("unet.y.hada_w1_a",)
+    denoiser = Coverage("denoiser", len(UNET), ("elsewhere.to_q",), ())
+    assert set(report.components) == {denoiser, Coverage("text_encoder", 0, ("x",), ())}
+    assert relative(draw(pipeline), unet_reference(unet, (updates, 1.0))) < 1e-4
+
+
+def test_differences_of_weights_and_biases_are_added(unet, tmp_path):
+    module, random = "mid_block.resnets.0.conv1", torch.Generator().manual_seed(5)
+    model, family, config = load_denoiser(unet.model)
+    layer = model.get_submodule(module)
+    diff, diff_b = (torch.randn(p.shape, generator=random) * 0.1 for p in (layer.weight, layer.bias))
+    flat = f"lora_unet_{module.replace('.', '_')}"
+    file = save_lora(tmp_path / "a.safetensors", {}, extra={f"{flat}.diff": diff})
+    graph = unet.path / Bundle.open(unet.path).manifest.plan.variants[0].graph.file
+    (array,) = merge_loras(Bundle.open(unet.path), [LoraChoice(file, 0.5)]).of(graph).values()
+    np.testing.assert_allclose(array, (layer.weight + 0.5 * diff).detach().numpy(), rtol=1e-6, atol=1e-7)
+    both = save_lora(tmp_path / "b.safetensors", {}, extra={f"{flat}.diff": diff, f"{flat}.diff_b": diff_b})
+    # 128 bytes of bias stay within the graphs, where they cannot be changed.
+    with pytest.raises(UserError, match="1 of its 1 layers of the denoiser are none of this model's"):
+        pipeline_of(unet, load="call").load_lora(both)
+
+
+def test_values_that_are_not_finite_are_refused(unet, dit, tmp_path):
+    updates = unet_updates(unet)
+    bad = {**updates, UNET[0]: tuple(matrix * float("inf") for matrix in updates[UNET[0]])}
+    pipeline = pipeline_of(unet, load="call")
+    with pytest.raises(UserError, match=f"{UNET[0]}.*holds NaN or infinity"):
+        pipeline.load_lora(save_lora(tmp_path / "a.safetensors", bad))
+    good = save_lora(tmp_path / "b.safetensors", updates, alpha=1e30)
+    with pytest.raises(UserError, match="scale times alpha / rank is no finite number"):
+        pipeline.load_lora(good, 1e30)
+    for scale in (float("nan"), float("inf"), 1e300):
+        with pytest.raises(UserError, match="finite"):
+            pipeline.load_lora(good, scale)
+    half = Engine(
+        dit.model,
+        write(plan_export(str(dit.model), schedule_for(dit.model), ExportOptions(dtype="fp16")), tmp_path / "engine"),
+    )
+    module = "transformer_blocks.0.attn1.to_q"
+    file = save_lora(tmp_path / "c.safetensors", make_updates(load_denoiser(dit.model)[0], [module]))
+    pipeline = pipeline_of(half)
+    with pytest.raises(UserError, match="too large for float16 with the LoRA; take a smaller scale"):
+        pipeline.load_lora(file, 1e9)
+        pipeline.load()
+    assert pipeline.loras == ()
 
 
 def test_weights_stored_as_one_are_not_changed_alone(unet, tmp_path):
@@ -287,7 +348,7 @@ def test_weights_stored_as_one_are_not_changed_alone(unet, tmp_path):
         Pipeline.from_engine_dir(folder, "cpu", lora=[(file, 1.0)], load="call")
     path.unlink()
     with pytest.raises(UserError, match=r"weights\.json: missing"):
-        merge_loras(Bundle(folder, Bundle.open(unet.path).manifest), [(file, 1.0)])
+        merge_loras(Bundle(folder, Bundle.open(unet.path).manifest), [LoraChoice(file)])
 
 
 def test_lazy_loads_what_is_launched_and_memory_is_told(unet):
@@ -315,7 +376,7 @@ def test_sessions_share_one_copy_of_changed_weights_for_as_long_as_they_are_used
     changed = pipeline.backend.shared_weights._changed
     (values,) = changed.values()
     assert len(values) == len(
-        merge_loras(pipeline.bundle, [(tmp_path / "a.safetensors", 1)])._changes[unet.path / "graphs"]
+        merge_loras(pipeline.bundle, [LoraChoice(tmp_path / "a.safetensors")])._changes[unet.path / "graphs"]
     )
     pipeline.unload_lora()
     gc.collect()
@@ -338,7 +399,7 @@ def test_merged_in_float32_and_rounded_once_to_the_export_s_dtype(dit, tmp_path,
     want = weight.detach().to(wanted).view(torch.int16).numpy()
 
     bundle = Bundle.open(engine.path)
-    merged = merge_loras(bundle, [(file, 1.0)]).of(bundle.path / bundle.manifest.plan.variants[0].graph.file)
+    merged = merge_loras(bundle, [LoraChoice(file)]).of(bundle.path / bundle.manifest.plan.variants[0].graph.file)
     (array,) = merged.values()
     stored = WeightsIndex.load(engine.path / "graphs").tensors[next(iter(merged))]
     bits = array.view(np.int16)

@@ -144,13 +144,13 @@ class Loras:
             tensors = safetensors.read_strictly(content)
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             return Verdict.SILENT, f"accepted, but not a right file: {error!r}"
-        usual = f"{len(_LAYERS)} layers changed"
+        usual = f"applied {len(_LAYERS)} of {len(_LAYERS)} layers of the denoiser"
         lines = [line for line in (ran.out + ran.err).splitlines() if "given.safetensors" in line]
         pairs = {key.rsplit(".lora", 1)[0] for key in tensors if ".lora" in key}
-        complete = any(f"{len(pairs)} layers changed" in line for line in lines)
+        complete = any(f"applied {len(pairs)} of {len(pairs)} layers of the denoiser" in line for line in lines)
         if usual in "".join(lines) and tensors.keys() == _known(tensors) and len(pairs) == len(_LAYERS):
             return (Verdict.VALID if complete else Verdict.SAID), lines[0]
-        told = any(word in line for line in lines for word in ("skipped", "ignored", "not in this model", "partial"))
+        told = any(word in line for line in lines for word in ("left out", "nothing here depends"))
         if told:
             return Verdict.SAID, lines[0]
         if complete and tensors.keys() == _known(tensors):
