@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sized
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -30,6 +31,10 @@ class _Frozen(pydantic.BaseModel):
 
 def _is_none(value: object) -> bool:
     return value is None
+
+
+def _is_empty(value: Sized) -> bool:
+    return not len(value)
 
 
 class TensorSpec(_Frozen):
@@ -216,6 +221,11 @@ class TokenizerEntry(_Frozen):
     pad_id: int
     ids: str = pydantic.Field(description="input of the text encoder's graph that takes the token ids")
     mask: str | None = pydantic.Field(default=None, description="input that takes 1 for tokens and 0 for padding")
+    expansions: dict[str, str] = pydantic.Field(
+        default_factory=dict,
+        exclude_if=_is_empty,
+        description="token of a textual inversion with several vectors -> what stands in its place in a prompt",
+    )
 
 
 class TextEncoderEntry(_Frozen):

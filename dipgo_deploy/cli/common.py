@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import io
 import json
 import os
@@ -144,6 +145,29 @@ def json_option(function: F) -> F:
         "--json", "as_json", is_flag=True, help="Print the result as JSON on stdout; human output goes to stderr."
     )
     return option(function)
+
+
+def reading_options(function: F) -> F:
+    """Add ``--variant`` and ``--pipeline``, which become part of the parameter ``model``, a model's name."""
+
+    @functools.wraps(function)
+    def with_name(*args: Any, model: str, variant: str | None, pipeline: str | None, **given: Any) -> Any:
+        from dipgo_deploy.models.location import with_options
+
+        return function(*args, model=with_options(model, variant=variant, pipeline=pipeline), **given)
+
+    options = (
+        click.option(
+            "--variant", help="Of the weight files, such as fp16.  [default: without, else the only one that there is]"
+        ),
+        click.option(
+            "--pipeline", help="Take the parts of this diffusers class from a folder whose pipeline does more."
+        ),
+    )
+    wrapped: Any = with_name
+    for option in reversed(options):
+        wrapped = option(wrapped)
+    return wrapped
 
 
 def version_option(function: F) -> F:

@@ -136,10 +136,10 @@ def command(
             save_inputs=save_inputs,
         )
         report = compare_engine(bundle, reference, inputs, created, options, status.update)
-    _show(console, report, manifest)
+    _show(console, report, reference.source.name)
     facts = {
         "engine_dir": str(engine_dir),
-        "model": manifest.model.name,
+        "model": reference.source.name,
         "dtype": manifest.dtype,
         "backend": created.name,
         "seed": seed,
@@ -213,16 +213,16 @@ def class_ids(
     return () if request.classes is None else tuple(int(label) for label in request.classes)
 
 
-def _show(console: Console, report: Report, manifest: Manifest) -> None:
+def _show(console: Console, report: Report, model: str) -> None:
     if report.variants:
-        table = _table(f"{manifest.model.name}: variants by themselves", "variant", "step", "tensors", "worst tensor")
+        table = _table(f"{model}: variants by themselves", "variant", "step", "tensors", "worst tensor")
         for checked in report.variants:
             worst = checked.worst
             cells = [str(checked.variant), str(checked.step), str(len(checked.tensors)), worst.name]
             table.add_row(*cells, *_numbers(worst))
         console.print(table)
     if report.loop:
-        table = _table(f"{manifest.model.name}: the whole loop", "step", "variant", "tensor")
+        table = _table(f"{model}: the whole loop", "step", "variant", "tensor")
         for checked in report.loop:
             for tensor in checked.tensors:
                 variant = "" if checked.variant is None else checked.variant

@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dipgo_deploy.bundle.shapes import Range, parse_range
-from dipgo_deploy.cli.common import emit, entry_point, examples, human_console, json_option, version_option
+from dipgo_deploy.cli.common import (
+    emit,
+    entry_point,
+    examples,
+    human_console,
+    json_option,
+    reading_options,
+    version_option,
+)
 
 if TYPE_CHECKING:
     from dipgo_deploy.compare.metrics import Agreement
@@ -65,6 +73,7 @@ _PATH = click.Path(path_type=Path)
 )
 @click.option("--allow-other-config", is_flag=True, help="Accept a schedule made for another configuration.")
 @click.option("--overwrite", is_flag=True, help="Replace an engine directory that exists.")
+@reading_options
 @json_option
 @version_option
 def command(

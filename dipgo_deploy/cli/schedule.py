@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import click
 
-from dipgo_deploy.cli.common import drawable, emit, entry_point, examples, human_console, json_option, version_option
+from dipgo_deploy.cli.common import (
+    drawable,
+    emit,
+    entry_point,
+    examples,
+    human_console,
+    json_option,
+    reading_options,
+    version_option,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -51,6 +60,7 @@ def _target_options(function: F, granularity: Literal["block", "layer"] = "block
         click.option("--granularity", type=click.Choice(["block", "layer"]), default=granularity, show_default=True),
         click.option("--cache", type=click.Choice(["output", "residual"]), help="[default: the model family's]"),
         click.option("-o", "--output", type=_PATH, required=True, help="The schedule file to write."),
+        reading_options,
         json_option,
     )
     for option in reversed(options):
@@ -334,10 +344,9 @@ def _planned(schedule: Schedule, model: str) -> dict[str, Any]:
     """What the compiler makes of the schedule on this model, traced at its native size."""
     from dipgo_deploy.export.trace import trace_blocks
     from dipgo_deploy.models import family_for
-    from dipgo_deploy.models.location import resolve_model
     from dipgo_deploy.plan.compile import compile_plan
 
-    graph = trace_blocks(resolve_model(model), schedule.model.granularity, schedule.cache_kinds)
+    graph = trace_blocks(model, schedule.model.granularity, schedule.cache_kinds)
     plan = compile_plan(graph, schedule.gates)
     full_macs = plan.macs_full * schedule.steps
     return {

@@ -145,11 +145,14 @@ def _encode(
             else torch.from_numpy(stream.randn((1, *spec.shape[1:])))
             for spec in wanted
         }
+    from dipgo_deploy.export.components import as_tokenized
+
+    plain = text.strip().lower() if scheme.lowercase else text
     tokens: dict[str, torch.Tensor] = {}
     for entry in scheme.tokenizers:
         tokenizer = getattr(source.pipeline, entry.attribute)
         batch = tokenizer(
-            ("" if negative else scheme.prefix) + (text.strip().lower() if scheme.lowercase else text),
+            ("" if negative else scheme.prefix) + as_tokenized(source.pipeline, tokenizer, plain),
             padding="max_length",
             max_length=entry.length,
             # As the runtime and the pipelines do, whatever side the tokenizer's own files say (Gemma's: left).

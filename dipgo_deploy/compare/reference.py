@@ -64,7 +64,7 @@ def load_reference(bundle: Bundle, model: str | None = None, weights: str | None
         hint = f" (the model that {bundle.path} names; --model gives another place)" if model is None else ""
         raise UserError(f"{error}{hint}") from None
     family = source.family
-    if family.class_name != manifest.model.class_name or source.config_hash != manifest.model.config_hash:
+    if family.class_name != manifest.model.class_name or manifest.model.config_hash not in source.config_hashes:
         raise UserError(
             f"{name}: {family.class_name} with configuration {source.config_hash[:12]}, but {bundle.path} was exported "
             f"from {manifest.model.class_name} with {manifest.model.config_hash[:12]}; give that model with --model"

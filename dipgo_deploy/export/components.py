@@ -123,7 +123,12 @@ def _text_encoder(
         _save_tokenizer(tokenizer, stage / file)
         entries.append(
             TokenizerEntry(
-                file=file, length=spec.length, pad_id=int(tokenizer.pad_token_id), ids=spec.ids, mask=spec.mask
+                file=file,
+                length=spec.length,
+                pad_id=int(tokenizer.pad_token_id),
+                ids=spec.ids,
+                mask=spec.mask,
+                expansions=_expansions(pipeline, tokenizer),
             )
         )
     return TextEncoderEntry(
@@ -133,6 +138,22 @@ def _text_encoder(
         lowercase=scheme.lowercase,
         prefix=scheme.prefix,
     )
+
+
+def as_tokenized(pipeline: Any, tokenizer: Any, prompt: str) -> str:
+    """What the pipeline gives its tokenizer: a textual inversion's token stands for all of its vectors."""
+    from diffusers.loaders import TextualInversionLoaderMixin
+
+    if not isinstance(pipeline, TextualInversionLoaderMixin):
+        return prompt
+    return str(pipeline.maybe_convert_prompt(prompt, tokenizer))
+
+
+def _expansions(pipeline: Any, tokenizer: Any) -> dict[str, str]:
+    """Tokens of textual inversions with several vectors, and what stands in the place of each in a prompt."""
+    added = sorted(tokenizer.added_tokens_encoder)
+    expanded = {token: as_tokenized(pipeline, tokenizer, token) for token in added}
+    return {token: text for token, text in expanded.items() if text != token}
 
 
 def _convert(module: torch.nn.Module, dtype: str) -> None:

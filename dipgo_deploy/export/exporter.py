@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import logging
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -36,12 +37,14 @@ from dipgo_deploy.export.image import ImageRun, image_run
 from dipgo_deploy.export.low_memory import check_in_process, convert_in_place, is_large, load_frugally, release
 from dipgo_deploy.export.program import torch_dtype
 from dipgo_deploy.export.segments import cut_segment, read_pieces, reads_of, writes_of
-from dipgo_deploy.export.source import Source, load_source
+from dipgo_deploy.export.source import Source, load_source, unloaded_source
 from dipgo_deploy.export.tensors import graph_entry
-from dipgo_deploy.export.trace import TracedModel, TraceShape, trace
+from dipgo_deploy.export.trace import TracedModel, TraceShape, condition_specs, trace
 from dipgo_deploy.export.weights import save_graph, write_weights
-from dipgo_deploy.models.location import config_folder, denoiser_config
-from dipgo_deploy.models.target import nominal_set_timesteps
+from dipgo_deploy.models.files import check_weights, left_out_parts
+from dipgo_deploy.models.location import denoiser_config
+from dipgo_deploy.models.stock import stock_configuration
+from dipgo_deploy.models.target import check_schedule, nominal_set_timesteps
 from dipgo_deploy.plan.compile import compile_plan
 from dipgo_deploy.plan.layouts import MANY_COPIES, copies_in_variants
 from dipgo_deploy.plan.model import Plan
@@ -56,6 +59,8 @@ if TYPE_CHECKING:
 
     from dipgo_deploy.models.family import ModelFamily
     from dipgo_deploy.sampler import SamplerMatrix
+
+_log = logging.getLogger(__name__)
 
 GRAPHS = "graphs"
 _TOOLS = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnx-ir", "numpy")
@@ -154,7 +159,15 @@ def plan_export(
     options, model = _checked(model, schedule, options), arguments.path_text("model", model)
     if options.layout == "segments" and options.max_variants is not None:
         raise UserError("--max-variants: not with --layout segments, where no weight is in two graphs; leave it out")
-    # Before the model: a sampler that is refused costs no trace.
+    # Before the model: what its configuration and its files alone decide costs no weights and no trace.
+    check_schedule(schedule, model, allow_other_config=options.allow_other_config)
+    check_weights(model)
+    stock = stock_configuration(model)
+    stock.check(schedule.sampler)
+    if options.components and (left_out := left_out_parts(model)):
+        unchecked = "; nothing checks the pictures" if "safety_checker" in left_out else ""
+        _log.warning("%s: the engine directory has no %s%s", model, ", ".join(left_out), unchecked)
+    _check_shape(unloaded_source(model, stock), options)
     sampling = _nominal_sampling(model, schedule, options.strength)
     dtype = torch_dtype(options.dtype)
     if options.low_memory is None:
@@ -190,6 +203,13 @@ def replan(planned: PlannedExport, schedule: Schedule) -> PlannedExport:
     return _planned(planned.source, schedule, sampling, planned.traced, planned.options)
 
 
+def _check_shape(source: Source, options: ExportOptions) -> None:
+    """Refuse (UserError) sizes that the model does not take; before anything is loaded."""
+    guidance = source.family.guidance if options.guidance is None else options.guidance
+    shape = source.trace_shape(batch=options.batch, guidance=guidance, height=options.height, width=options.width)
+    condition_specs(source.family, source.config, shape)
+
+
 @dataclass(frozen=True)
 class _Sampling:
     """A schedule's scheduler with what its ``set_timesteps`` is given besides the number of steps.
@@ -209,7 +229,7 @@ def _nominal_sampling(model: str, schedule: Schedule, strength: float | None) ->
     """Of the model's native size; reads its configuration only."""
     from dipgo_deploy.sampler import scheduler_of
 
-    family, config = denoiser_config(config_folder(model))
+    family, config = denoiser_config(model)
     scheduler = scheduler_of(schedule)
     options = nominal_set_timesteps(family, config, scheduler, schedule.sampler.num_inference_steps)
     return _with_options(family, schedule, scheduler, options, strength)

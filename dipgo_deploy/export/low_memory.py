@@ -41,16 +41,11 @@ LARGE_BYTES = 256 * 2**20
 
 def is_large(model: str, dtype: torch.dtype) -> bool:
     """Whether the denoiser takes more than ``LARGE_BYTES`` in ``dtype``; False where its files are not here."""
-    from dipgo_deploy.models.location import config_folder, denoiser_config
-    from dipgo_deploy.supernet.load import stored_dtype, weight_files
+    from dipgo_deploy.models.files import denoiser_weights
+    from dipgo_deploy.supernet.load import stored_dtype
 
-    folder = config_folder(model)
-    whole = (folder / "model_index.json").is_file()
-    stored = sum(
-        path.stat().st_size
-        for part in (denoiser_config(folder)[0].component if whole else ".",)
-        for path in weight_files(folder / part)
-    )
+    files = [file for weights in denoiser_weights(model).values() for file in weights.files]
+    stored = sum(path.stat().st_size for path in files)
     return stored * dtype.itemsize / stored_dtype(model).itemsize > LARGE_BYTES
 
 

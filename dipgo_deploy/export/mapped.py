@@ -118,23 +118,22 @@ def float32_files(model: str, beside: Path) -> Iterator[str]:
     """
     import torch
 
-    from dipgo_deploy.models.location import config_folder, denoiser_config
-    from dipgo_deploy.supernet.load import WEIGHTS_FILE, stored_dtype, weight_files
+    from dipgo_deploy.models.files import STEMS, denoiser_weights
+    from dipgo_deploy.models.location import INDEX, config_folder, pipeline_index
+    from dipgo_deploy.supernet.load import stored_dtype
 
     if stored_dtype(model) == torch.float32:
         yield model
         return
     folder = config_folder(model)
-    family, _ = denoiser_config(folder)
-    parts = ["."]
     with tempfile.TemporaryDirectory(prefix=".float32-", dir=beside) as copy:
-        if (folder / "model_index.json").is_file():
-            shutil.copy(folder / "model_index.json", copy)
-            parts = [family.component, *family.companions]
-        for part in parts:
+        if index := pipeline_index(model):
+            # Of the parts only the denoiser is copied; the pipeline's class is the one that the model is read as.
+            (Path(copy) / INDEX).write_text(json.dumps(index), encoding="utf-8")
+        for part, weights in denoiser_weights(model).items():
             (Path(copy) / part).mkdir(exist_ok=True)
             shutil.copy(folder / part / "config.json", Path(copy) / part)
-            _write_float32(weight_files(folder / part), Path(copy) / part / WEIGHTS_FILE)
+            _write_float32(weights.files, Path(copy) / part / f"{STEMS['diffusers']}.safetensors")
         yield copy
 
 

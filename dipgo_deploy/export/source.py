@@ -11,12 +11,14 @@ from dipgo_deploy.bundle.shapes import Range, SizeRanges
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.export.trace import TraceShape
 from dipgo_deploy.models.family import BlockSpec, CacheKind, Granularity, InputSpec, ModelFamily, TextScheme
+from dipgo_deploy.models.location import INDEX, config_folder, denoiser_config, lasting_name, native_size
 from dipgo_deploy.schedule.document import Schedule
-from dipgo_deploy.schedule.identity import config_hash
+from dipgo_deploy.schedule.identity import accepted_hashes, config_hash
 
 if TYPE_CHECKING:
     import torch
 
+    from dipgo_deploy.models.stock import Stock
     from dipgo_deploy.supernet.gated import Supernet
 
 # Latent pixels; the kinds of a model's inputs do not depend on its size.
@@ -25,18 +27,30 @@ _ANY_SIZE = 128
 
 @dataclass(frozen=True)
 class Source:
-    """A loaded model. ``pipeline`` is None for a folder that holds only a denoiser."""
+    """A loaded model, or (``unloaded_source``) what its configuration says of it.
+
+    name: as a manifest has it, good in any working directory. denoiser: None where nothing is loaded. pipeline: None
+    for a folder that holds only a denoiser. native: latent height and width that the stock pipeline draws. scale:
+    pixels of the picture to one of the latent.
+    """
 
     name: str
-    denoiser: torch.nn.Module
+    denoiser: Any
     family: ModelFamily
     config: Mapping[str, Any]
     pipeline: Any | None
+    native: tuple[int, int] | None
+    scale: int
 
     @property
     def config_hash(self) -> str:
         """Hash that a schedule records."""
         return config_hash(self.config)
+
+    @property
+    def config_hashes(self) -> tuple[str, ...]:
+        """All that are accepted for this configuration, that one first."""
+        return accepted_hashes(self.config)
 
     def specs(self, schedule: Schedule) -> tuple[BlockSpec, ...]:
         """The schedule's blocks."""
@@ -45,7 +59,7 @@ class Source:
     def check(self, schedule: Schedule, *, allow_other_config: bool = False) -> None:
         """Refuse (UserError) a schedule that was not made for this model."""
         caches = {spec.name: spec.caches for spec in self.specs(schedule)}
-        schedule.check_model(self.family.class_name, self.config_hash, caches, allow_other_config=allow_other_config)
+        schedule.check_model(self.family.class_name, self.config_hashes, caches, allow_other_config=allow_other_config)
 
     def trace_shape(
         self, *, batch: int | Range, guidance: bool, height: int | Range | None, width: int | Range | None
@@ -67,9 +81,7 @@ class Source:
         if guidance and not self.can_guide:
             reason = "takes the scale as an input" if self._distilled else "takes no prompt and has no null class"
             raise UserError(f"--guidance: {self.name} {reason}; leave it out")
-        # Some transformers do not say for what size they were trained, but their pipelines do.
-        native = self.config.get("sample_size") or getattr(self.pipeline, "default_sample_size", None)
-        native_height, native_width = (native, native) if native is None or isinstance(native, int) else native
+        native_height, native_width = self.native or (None, None)
         latent_height = self._latent_extent("--height", height, native_height)
         latent_width = self._latent_extent("--width", width, native_width)
         scheme = self.text
@@ -96,8 +108,7 @@ class Source:
     @property
     def _inputs(self) -> tuple[InputSpec, ...]:
         """At the native size, or any."""
-        native = self.config.get("sample_size") or _ANY_SIZE
-        height, width = (native, native) if isinstance(native, int) else native
+        height, width = self.native or (_ANY_SIZE, _ANY_SIZE)
         return self.family.inputs(self.config, batch=1, height=height, width=width, text_length=1)
 
     @property
@@ -146,11 +157,6 @@ class Source:
             found[option] = Range(min=least, opt=usual, max=most, multiple=multiple)
         return None if all(allowed.is_static for allowed in found.values()) else SizeRanges(**found)
 
-    @property
-    def scale(self) -> int:
-        """Pixels of the picture to one of the latent."""
-        return 1 if self.family.pixels else int(getattr(self.pipeline, "vae_scale_factor", 0) or 8)
-
     def _latent_extent(self, option: str, pixels: int | None, native: int | None) -> int:
         if pixels is None:
             if native is None:
@@ -162,6 +168,12 @@ class Source:
         return pixels // scale
 
 
+def unloaded_source(name: str, stock: Stock) -> Source:
+    """What a model's configuration says of it, nothing loaded: for refusals that need no weights."""
+    family, config = denoiser_config(name)
+    return Source(lasting_name(name), None, family, config, None, stock.native, stock.scale)
+
+
 def load_source(name: str, dtype: torch.dtype | None = None, weights: str | None = None) -> Source:
     """Load a built-in model, a folder in diffusers' format, or a hub id.
 
@@ -169,15 +181,18 @@ def load_source(name: str, dtype: torch.dtype | None = None, weights: str | None
     default from the model itself.
 
     Raises:
-        UserError: no such model, or one that cannot be read.
+        UserError: no such model, or one that cannot be read or is not whole.
     """
-    from dipgo_deploy.models.location import config_folder
+    from dipgo_deploy.models.files import check_weights, say_variants
+    from dipgo_deploy.models.stock import native_of, scale_of
     from dipgo_deploy.supernet.load import load_denoiser, load_pipeline
 
+    say_variants(name, check_weights(name))
     given = () if dtype is None else (dtype,)
     denoiser, family, config = load_denoiser(weights or name, *given)
-    pipeline = None
-    if (config_folder(name) / "model_index.json").is_file():
+    pipeline, native = None, native_size(config)
+    if (config_folder(name) / INDEX).is_file():
         components: dict[str, Any] = {family.component: denoiser}
         pipeline = load_pipeline(name, **components)
-    return Source(name=name, denoiser=denoiser, family=family, config=config, pipeline=pipeline)
+        native = native_of(pipeline, family)
+    return Source(lasting_name(name), denoiser, family, config, pipeline, native, scale_of(pipeline, family))

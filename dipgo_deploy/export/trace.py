@@ -176,18 +176,19 @@ def read_block_graph(
 def trace_blocks(
     model: str, granularity: Granularity, cache_kinds: Mapping[str, CacheKind] | None = None
 ) -> BlockGraph:
-    """Block graph of a model folder or hub id at its native size, batch 1, guidance as its pipeline has it: for MACs
-    and cache sizes.
+    """Block graph of a model (built-in name, folder or hub id) at its native size, batch 1, guidance as its pipeline
+    has it: for MACs and cache sizes.
 
     ``cache_kinds``: cache kind by block name; the family's default where it says nothing.
     """
+    from dipgo_deploy.models.stock import stock_configuration
     from dipgo_deploy.supernet.load import load_denoiser
 
+    native = stock_configuration(model).native
     denoiser, family, config = load_denoiser(model)
     specs = family.blocks(config, granularity)
     kinds = {spec.name: (cache_kinds or {}).get(spec.name, spec.caches[0]) for spec in specs}
-    extent = config.get("sample_size") or NOMINAL_SIZE
-    height, width = (extent, extent) if isinstance(extent, int) else extent
+    height, width = native or (NOMINAL_SIZE, NOMINAL_SIZE)
     scheme = family.text(config, None)
     length = 0 if scheme is None else scheme.length
     shape = TraceShape(height=height, width=width, text_length=length, guidance=family.guidance)

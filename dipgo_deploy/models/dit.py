@@ -19,13 +19,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from dipgo_deploy.errors import UserError
+from dipgo_deploy.models.defaults import class_defaults
 from dipgo_deploy.models.family import BlockSpec, Granularity, InputSpec, ModelFamily
 from dipgo_deploy.models.sublayers import sublayers
 
 CLASS_NAME = "DiTTransformer2DModel"
 
-# A configuration file may leave out what has diffusers' default value.
-_DEFAULTS: Mapping[str, int] = {"in_channels": 4, "num_layers": 28, "patch_size": 2, "num_embeds_ada_norm": 1000}
+_DEFAULTS = class_defaults(CLASS_NAME)
 
 
 def _get(config: Mapping[str, Any], key: str) -> int:

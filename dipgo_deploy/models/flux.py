@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dipgo_deploy.errors import UserError
+from dipgo_deploy.models.defaults import class_defaults
 from dipgo_deploy.models.family import BlockSpec, Granularity, InputSpec, ModelFamily, TextScheme, TokenizerSpec
 from dipgo_deploy.models.image_start import rounded_down
 from dipgo_deploy.models.shift import dynamic_shift
@@ -36,16 +37,7 @@ if TYPE_CHECKING:
 
 CLASS_NAME = "FluxTransformer2DModel"
 
-# A configuration file may leave out what has diffusers' default value.
-_DEFAULTS: Mapping[str, Any] = {
-    "patch_size": 1,
-    "in_channels": 64,
-    "num_layers": 19,
-    "num_single_layers": 38,
-    "joint_attention_dim": 4096,
-    "pooled_projection_dim": 768,
-    "guidance_embeds": False,
-}
+_DEFAULTS = class_defaults(CLASS_NAME)
 
 _DOUBLE, _SINGLE = "transformer_blocks", "single_transformer_blocks"
 # Two by two latent pixels are a token.

@@ -1,18 +1,27 @@
-"""Where a model is: built-in name, folder in diffusers' format, or hub id. Reads configurations without torch."""
+"""Where a model is: built-in name, folder in diffusers' format, or hub id. Reads configurations without torch.
+
+A model's name may say how it is read: ``NAME?variant=fp16&pipeline=StableDiffusionPipeline`` takes weights of that
+variant where a part has them, and the parts of that pipeline where the folder names one that does more.
+"""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qsl, urlencode
 
 from dipgo_deploy.errors import UserError
+from dipgo_deploy.models.defaults import with_defaults
 from dipgo_deploy.models.family import ModelFamily
 from dipgo_deploy.models.registry import FAMILIES, family_for
+from dipgo_deploy.schedule.identity import FILE_HASH, file_hash
 
 BUILT_IN = ("fashion-sd", "fashion-dit")
+INDEX = "model_index.json"
 
 _ASSETS = Path(__file__).resolve().parent.parent / "assets"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -21,19 +30,65 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _SPLIT_CLASS = "Transformer2DModel"
 _BY_NORM = {"ada_norm_zero": "DiTTransformer2DModel", "ada_norm_single": "PixArtTransformer2DModel"}
 
+# Tokenizers whose length is the text encoder's, and what transformers takes for one that is not said (10^30).
+_SIZED_TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
+_NO_LENGTH = 10**6
+# Layers, or latent pixels of a side.
+_MOST = 2**16
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """How a model is read. variant: of its weight files. pipeline: diffusers class instead of the one it names."""
+
+    variant: str | None = None
+    pipeline: str | None = None
+
+
+def with_options(model: str, *, variant: str | None = None, pipeline: str | None = None) -> str:
+    """The name of a model that says how it is read; what is None stays as ``model`` has it."""
+    name, options = _split(model)
+    chosen = {"variant": variant or options.variant, "pipeline": pipeline or options.pipeline}
+    query = urlencode({key: value for key, value in chosen.items() if value is not None})
+    return f"{name}?{query}" if query else name
+
+
+def read_options(model: str | Path) -> ReadOptions:
+    """How a model's name says that it is read. Raises UserError for options that do not exist."""
+    return _split(model)[1]
+
+
+def lasting_name(model: str) -> str:
+    """A name that is good in any working directory: a folder's absolute path; built-in names and hub ids stay."""
+    name, options = _split(model)
+    if name not in BUILT_IN and _is_dir(Path(name)):
+        name = str(Path(name).absolute())
+    return with_options(name, variant=options.variant, pipeline=options.pipeline)
+
+
+def _split(model: str | Path) -> tuple[str, ReadOptions]:
+    name, mark, query = str(model).rpartition("?")
+    if not mark or _is_dir(Path(model)):
+        return str(model), ReadOptions()
+    options = dict(parse_qsl(query, keep_blank_values=True))
+    if not options or not options.keys() <= {"variant", "pipeline"} or not all(options.values()):
+        raise UserError(f"{model}: after the ? there may be variant=NAME and pipeline=CLASS, joined by &")
+    return name, ReadOptions(**options)
+
 
 def resolve_model(name_or_path: str | Path) -> str:
     """The folder of a built-in name or of an existing folder; an ``owner/name`` that is no folder stays as it is.
 
-    Raises UserError for anything else, and for a built-in model whose files were not installed.
+    How the model is read is left out. Raises UserError for anything else, and for a built-in model whose files were not
+    installed.
     """
-    name = str(name_or_path)
+    name, _ = _split(name_or_path)
     if name in BUILT_IN:
         folder = _ASSETS / name
-        if not (folder / "model_index.json").is_file():
+        if not (folder / INDEX).is_file():
             raise UserError(f"{name}: the built-in model is missing from this installation: install dipgo-deploy again")
         return str(folder)
-    if name and Path(name).is_dir():
+    if name and _is_dir(Path(name)):
         return name
     if name and Path(name).exists():
         raise UserError(f"{name}: is a file: give the model's folder")
@@ -48,7 +103,7 @@ def config_folder(name_or_path: str | Path) -> Path:
     Raises UserError when the hub does not give them; ModuleNotFoundError without the extra ``export``.
     """
     model = resolve_model(name_or_path)
-    if Path(model).is_dir():
+    if _is_dir(Path(model)):
         return Path(model)
     from huggingface_hub import snapshot_download
 
@@ -59,45 +114,144 @@ def config_folder(name_or_path: str | Path) -> Path:
         raise UserError(f"{model}: no folder of that name, and the hub does not give it: {reason}") from error
 
 
-def denoiser_config(folder: str | Path) -> tuple[ModelFamily, dict[str, Any]]:
-    """Family and ``config.json`` of the denoiser in a pipeline's folder, or in a denoiser's own.
+def denoiser_config(model: str | Path) -> tuple[ModelFamily, dict[str, Any]]:
+    """Family of a model and the configuration of its denoiser, with the defaults of its class filled in.
 
-    Raises UserError for a folder without configuration, with one that cannot be read, or of an unsupported class.
+    model: as for ``resolve_model``; a pipeline's folder, or a denoiser's own. Everything that configuration files alone
+    decide is refused here, before anything is loaded.
+
+    Raises:
+        UserError: a folder without configuration or with one that cannot be read; a denoiser, pipeline or setting that
+            is not supported.
     """
-    folder = Path(folder)
-    if (folder / "model_index.json").is_file():
-        index = _read_json(folder / "model_index.json")
+    folder = config_folder(model)
+    pipeline = read_options(model).pipeline
+    if _is_file(folder / INDEX):
+        index = _read_json(folder / INDEX)
         if _class_in(index, "transformer") == _SPLIT_CLASS:
             actual = _class_of(_read_json(folder / "transformer" / "config.json"))
             index = {**index, "transformer": ["diffusers", actual]}
-        family = _family_of_pipeline(folder, index)
+        family = _family_of_pipeline(folder, index, pipeline)
         config = _read_json(folder / family.component / "config.json")
         others = {name: _read_json(folder / name / "config.json") for name in family.companions}
-        return family, {**config, **others}
-    if (folder / "config.json").is_file():
+        whole = _filled(family, config, others)
+        _check_settings(folder, family, whole)
+        _check_pipeline(folder, family, pipeline or index.get("_class_name"))
+        _check_tokenizers(folder, index)
+        return family, whole
+    if pipeline is not None:
+        raise UserError(f"{folder}: no {INDEX}: there is no pipeline to be read as {pipeline}")
+    if _is_file(folder / "config.json"):
         config = _read_json(folder / "config.json")
-        return family_for(_class_of(config)), config
-    raise UserError(f"{folder}: no model_index.json or config.json: give a folder in diffusers' format")
+        family = family_for(_class_of(config))
+        whole = _filled(family, config, {})
+        _check_settings(folder, family, whole)
+        return family, whole
+    raise UserError(f"{folder}: no {INDEX} or config.json: give a folder in diffusers' format")
 
 
 def scheduler_config(folder: str | Path) -> dict[str, Any] | None:
     """The scheduler's configuration in a pipeline's folder (with its ``_class_name``), None where there is none."""
     path = Path(folder) / "scheduler" / "scheduler_config.json"
-    return _read_json(path) if path.is_file() else None
+    return _read_json(path) if _is_file(path) else None
 
 
-def _family_of_pipeline(folder: Path, index: Mapping[str, Any]) -> ModelFamily:
+def pipeline_index(model: str | Path) -> dict[str, Any]:
+    """``model_index.json`` with the pipeline's class that the model is read as; empty where there is none."""
+    path = config_folder(model) / INDEX
+    if not _is_file(path):
+        return {}
+    chosen = read_options(model).pipeline
+    return {**_read_json(path), **({} if chosen is None else {"_class_name": chosen})}
+
+
+def component_config(folder: str | Path, name: str) -> dict[str, Any] | None:
+    """``config.json`` of a pipeline's part, None where there is none."""
+    path = Path(folder) / name / "config.json"
+    return _read_json(path) if _is_file(path) else None
+
+
+def native_size(config: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Height and width of the latent that a denoiser was made for, None where its configuration does not say."""
+    match config.get("sample_size"):
+        case int(side) if side > 0:
+            return side, side
+        case [int(height), int(width)] if height > 0 and width > 0:
+            return height, width
+    return None
+
+
+def _filled(family: ModelFamily, config: Mapping[str, Any], others: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """A denoiser's configuration, and its companions' in it, with the defaults of their classes."""
+    companions = {name: with_defaults(family.companions[name], other) for name, other in others.items()}
+    hashed = file_hash({**config, **others})
+    return {**with_defaults(family.diffusers_class, config), **companions, FILE_HASH: hashed}
+
+
+def _check_settings(folder: Path, family: ModelFamily, config: Mapping[str, Any]) -> None:
+    """Refuse what the family refuses at any size, and counts that no model has."""
+    for key in ("num_layers", "num_single_layers", "layers_per_block", "sample_size"):
+        if isinstance(config.get(key), int) and not 0 <= config[key] <= _MOST:
+            raise UserError(f"{folder / family.component}: {key} = {config[key]}: is at most {_MOST}")
+    try:
+        family.blocks(config, family.granularities[0])
+        family.latent_channels(config)
+        # The least size that the family's own check of sizes lets through.
+        side = native_size(config) if family.size_multiple is None else (family.size_multiple(config),) * 2
+        height, width = side or (64, 64)
+        family.inputs(config, batch=1, height=height, width=width, text_length=1)
+    except UserError as error:
+        raise UserError(f"{folder}: {error}") from None
+    except (TypeError, ValueError, KeyError, AttributeError, ZeroDivisionError) as error:
+        raise UserError(
+            f"{folder / family.component}: a setting of its config.json has another type than {family.diffusers_class} "
+            f"takes ({type(error).__name__}: {error})"
+        ) from error
+
+
+def _check_pipeline(folder: Path, family: ModelFamily, name: Any) -> None:
+    """Refuse a pipeline that may do more than prompt, denoiser and VAE: what it does beyond them would be dropped."""
+    if name in family.pipelines:
+        return
+    offered = " or ".join(family.pipelines)
+    first = family.pipelines[0]
+    raise UserError(
+        f"{folder}: {name} is not supported, only {offered}; --pipeline {first} (or the model as "
+        f"{folder}?pipeline={first}) takes the parts of that one and leaves out what else the folder's does"
+    )
+
+
+def _check_tokenizers(folder: Path, index: Mapping[str, Any]) -> None:
+    """Refuse tokenizers that do not say how many tokens their encoder takes."""
+    for name in index:
+        path = folder / name / "tokenizer_config.json"
+        if not name.startswith("tokenizer") or _class_in(index, name) not in _SIZED_TOKENIZERS or not _is_file(path):
+            continue
+        length = _read_json(path).get("model_max_length")
+        if not isinstance(length, int) or not 2 <= length <= _NO_LENGTH:
+            raise UserError(
+                f"{path}: model_max_length is {'missing' if length is None else length}: "
+                "write the number of tokens that the text encoder takes there (77 for CLIP)"
+            )
+
+
+def _family_of_pipeline(folder: Path, index: Mapping[str, Any], pipeline: str | None) -> ModelFamily:
+    """pipeline: the class that the folder is read as, where it is not the one that its index names."""
+    allowed = [family for family in FAMILIES.values() if pipeline is None or pipeline in family.pipelines]
+    if not allowed:
+        known = ", ".join(sorted({name for family in FAMILIES.values() for name in family.pipelines}))
+        raise UserError(f"--pipeline {pipeline}: is not supported: use one of {known}")
     # What has more of its components there comes first: a UNet with a ControlNet is not a UNet alone.
-    for family in sorted(FAMILIES.values(), key=lambda family: -len(family.companions)):
+    for family in sorted(allowed, key=lambda family: -len(family.companions)):
         wanted = {family.component: family.diffusers_class, **family.companions}
         if all(_class_in(index, name) == class_name for name, class_name in wanted.items()):
             control = _class_in(index, "controlnet")
-            if control is not None and "controlnet" not in wanted:
+            if control is not None and "controlnet" not in wanted and pipeline is None:
                 raise UserError(f"{folder}: {control} is not supported: use a pipeline with one ControlNetModel")
             return family
     raise UserError(
-        f"{folder}: {index.get('_class_name')} has no supported denoiser: "
-        f"use a pipeline with one of {', '.join(sorted(FAMILIES))}"
+        f"{folder}: {pipeline or index.get('_class_name')} has no supported denoiser: "
+        f"use a pipeline with one of {', '.join(sorted(family.class_name for family in allowed))}"
     )
 
 
@@ -112,6 +266,23 @@ def _class_in(index: Mapping[str, Any], component: str) -> str | None:
         case [_, str(class_name)]:
             return class_name
     return None
+
+
+def _is_file(path: Path) -> bool:
+    """``Path.is_file``, but what cannot be looked at is a user's mistake."""
+    return _looked_at(path, path.is_file)
+
+
+def _is_dir(path: Path) -> bool:
+    """The same of ``Path.is_dir``."""
+    return _looked_at(path, path.is_dir)
+
+
+def _looked_at(path: Path, look: Callable[[], bool]) -> bool:
+    try:
+        return look()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from dipgo_deploy.errors import UserError
+from dipgo_deploy.models.defaults import class_defaults
 from dipgo_deploy.models.family import BlockSpec, Granularity, InputSpec, ModelFamily, TextScheme, TokenizerSpec
 from dipgo_deploy.models.sublayers import sublayers
 
@@ -25,17 +26,7 @@ if TYPE_CHECKING:
 
 CLASS_NAME = "PixArtTransformer2DModel"
 
-# A configuration file may leave out what has diffusers' default value.
-_DEFAULTS: Mapping[str, Any] = {
-    "in_channels": 4,
-    "num_layers": 28,
-    "patch_size": 2,
-    "sample_size": 128,
-    "num_attention_heads": 16,
-    "attention_head_dim": 72,
-    "use_additional_conditions": None,
-    "caption_channels": None,
-}
+_DEFAULTS = class_defaults(CLASS_NAME)
 
 # The default `max_sequence_length` of PixArtAlphaPipeline and PixArtSigmaPipeline.
 _ALPHA_LENGTH, _SIGMA_LENGTH = 120, 300

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from dipgo_deploy.errors import UserError
+from dipgo_deploy.models.defaults import class_defaults
 from dipgo_deploy.models.family import (
     BlockSpec,
     Granularity,
@@ -33,8 +34,7 @@ if TYPE_CHECKING:
 
 CLASS_NAME = "SanaTransformer2DModel"
 
-# A configuration file may leave out what has diffusers' default value.
-_DEFAULTS: Mapping[str, int] = {"in_channels": 32, "num_layers": 20, "patch_size": 1, "caption_channels": 2304}
+_DEFAULTS = class_defaults(CLASS_NAME)
 
 # The default `max_sequence_length` of SanaPipeline.
 _TEXT_LENGTH = 300

@@ -19,22 +19,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from dipgo_deploy.errors import UserError
+from dipgo_deploy.models.defaults import class_defaults
 from dipgo_deploy.models.family import BlockSpec, Granularity, InputSpec, ModelFamily, TextScheme, TokenizerSpec
 from dipgo_deploy.models.image_start import rounded_down
 from dipgo_deploy.models.shift import dynamic_shift
 
 CLASS_NAME = "SD3Transformer2DModel"
 
-# A configuration file may leave out what has diffusers' default value.
-_DEFAULTS: Mapping[str, Any] = {
-    "patch_size": 2,
-    "in_channels": 16,
-    "num_layers": 18,
-    "joint_attention_dim": 4096,
-    "pooled_projection_dim": 2048,
-    "pos_embed_max_size": 96,
-    "dual_attention_layers": (),
-}
+_DEFAULTS = class_defaults(CLASS_NAME)
 
 _CLIP_TOKENS = 77
 # `max_sequence_length` of the pipeline.

@@ -7,11 +7,11 @@ from typing import Any
 
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.models.family import BlockSpec, CacheKind, Granularity, ModelFamily
-from dipgo_deploy.models.location import config_folder, denoiser_config, scheduler_config
+from dipgo_deploy.models.location import config_folder, denoiser_config, native_size, scheduler_config
 from dipgo_deploy.models.registry import family_for
 from dipgo_deploy.schedule.builders import Target
 from dipgo_deploy.schedule.document import BlockEntry, ModelIdentity, SamplerEntry, Schedule
-from dipgo_deploy.schedule.identity import config_hash
+from dipgo_deploy.schedule.identity import accepted_hashes, config_hash
 
 # Latent pixels of a model whose configuration does not say its size; the number of evaluations does not depend on it.
 NOMINAL_SIZE = 128
@@ -32,18 +32,25 @@ def schedule_target(
 
     Raises UserError for an unknown model, sampler or granularity, and a cache kind that a block does not support.
     """
-    from dipgo_deploy.sampler import evaluations, make_scheduler
+    if sampler is not None:
+        from dipgo_deploy.sampler.schedulers import check_sampler_name
 
-    folder = config_folder(model)
-    family, config = denoiser_config(folder)
-    base = scheduler_config(folder)
-    if sampler is None and base is None:
+        check_sampler_name(sampler)
+    family, config = denoiser_config(model)
+    if sampler is None and scheduler_config(config_folder(model)) is None:
         raise UserError(f"{model}: has no scheduler/scheduler_config.json: name a sampler")
     if granularity not in family.granularities:
         raise UserError(
             f"granularity: {family.class_name} has {' and '.join(family.granularities)}, not {granularity!r}"
         )
-    scheduler = make_scheduler(sampler or str((base or {}).get("_class_name")), base or {})
+    # Above everything that needs diffusers, which takes seconds to import.
+    from dipgo_deploy.models.stock import stock_configuration
+    from dipgo_deploy.sampler import evaluations, make_scheduler
+
+    scheduler = stock_configuration(model).scheduler
+    if sampler is not None:
+        scheduler = make_scheduler(sampler, {} if scheduler is None else scheduler.config)
+    assert scheduler is not None  # without a sampler the model has one
     options = nominal_set_timesteps(family, config, scheduler, num_inference_steps)
     return Target(
         model=ModelIdentity(class_name=family.class_name, config_hash=config_hash(config), granularity=granularity),
@@ -59,19 +66,18 @@ def schedule_target(
 
 def nominal_set_timesteps(family: ModelFamily, config: Mapping[str, Any], scheduler: Any, steps: int) -> dict[str, Any]:
     """What a pipeline gives ``set_timesteps`` besides the number of steps, at the model's native size."""
-    native = config.get("sample_size") or NOMINAL_SIZE
-    height, width = (native, native) if isinstance(native, int) else native
+    height, width = native_size(config) or (NOMINAL_SIZE, NOMINAL_SIZE)
     return dict(family.set_timesteps(config, scheduler.config, height, width, steps))
 
 
 def check_schedule(schedule: Schedule, model: str, *, allow_other_config: bool = False) -> None:
     """Refuse (UserError) a schedule that was not made for this model: class, blocks, cache kinds, configuration."""
-    family, config = denoiser_config(config_folder(model))
+    family, config = denoiser_config(model)
     granularity = schedule.model.granularity
     caches: dict[str, tuple[str, ...]] = {}
     if schedule.model.class_name == family.class_name:
         caches = {spec.name: spec.caches for spec in family.blocks(config, granularity)}
-    schedule.check_model(family.class_name, config_hash(config), caches, allow_other_config=allow_other_config)
+    schedule.check_model(family.class_name, accepted_hashes(config), caches, allow_other_config=allow_other_config)
 
 
 def check_sampler(schedule: Schedule) -> None:

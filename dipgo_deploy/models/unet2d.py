@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from dipgo_deploy.errors import UserError
+from dipgo_deploy.models.defaults import class_defaults
 from dipgo_deploy.models.family import BlockSpec, Granularity, InputSpec, ModelFamily
 from dipgo_deploy.models.unet_units import unet_units
 
@@ -23,17 +24,7 @@ if TYPE_CHECKING:
 CLASS_NAME = "UNet2DModel"
 PIPELINES = ("DDPMPipeline", "DDIMPipeline")
 
-# A configuration file may leave out what has diffusers' default value.
-_DEFAULTS: Mapping[str, Any] = {
-    "in_channels": 3,
-    "out_channels": 3,
-    "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
-    "mid_block_type": "UNetMidBlock2D",
-    "up_block_types": ("AttnUpBlock2D", "AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-    "layers_per_block": 2,
-    "class_embed_type": None,
-    "num_class_embeds": None,
-}
+_DEFAULTS = class_defaults(CLASS_NAME)
 
 # Block types whose inside is known to `layer`, and whether they have attentions.
 _ATTENTIONS: Mapping[str, bool] = {

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from dipgo_deploy.errors import UserError
+from dipgo_deploy.models.defaults import class_defaults
 from dipgo_deploy.models.family import BlockSpec, Granularity, InputSpec, ModelFamily, TextScheme
 from dipgo_deploy.models.image_start import rounded_up
 from dipgo_deploy.models.unet_text import VAE_SCALE, one_clip, two_clips
@@ -25,16 +26,7 @@ if TYPE_CHECKING:
 
 CLASS_NAME = "UNet2DConditionModel"
 
-# A configuration file may leave out what has diffusers' default value.
-_DEFAULTS: Mapping[str, Any] = {
-    "in_channels": 4,
-    "out_channels": 4,
-    "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
-    "mid_block_type": "UNetMidBlock2DCrossAttn",
-    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-    "layers_per_block": 2,
-    "cross_attention_dim": 1280,
-}
+_DEFAULTS = class_defaults(CLASS_NAME)
 
 # Block types whose inside is known to `layer`, and whether they have attentions.
 _ATTENTIONS: Mapping[str, bool] = {
@@ -48,6 +40,7 @@ _ATTENTIONS: Mapping[str, bool] = {
 _EXTRA_INPUTS = (
     "class_embed_type",
     "num_class_embeds",
+    "encoder_hid_dim",
     "encoder_hid_dim_type",
     "time_cond_proj_dim",
 )

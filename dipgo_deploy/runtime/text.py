@@ -45,8 +45,9 @@ class PromptTokenizer:
         length = self._entry.length
         ids = np.full((len(prompts), length), self._entry.pad_id, np.int64)
         mask = np.zeros_like(ids)
-        for row, used, prompt in zip(ids, mask, prompts, strict=True):
+        for row, used, given in zip(ids, mask, prompts, strict=True):
             self._tokenizer.no_truncation()
+            prompt = self._expanded(given)
             whole = self._tokenizer.encode(prompt).ids
             if len(whole) > length:
                 _log.warning("prompt cut from %d to %d tokens: %r", len(whole), length, prompt)
@@ -55,6 +56,16 @@ class PromptTokenizer:
             row[: len(whole)] = whole
             used[: len(whole)] = 1
         return {self._entry.ids: ids} | ({} if self._entry.mask is None else {self._entry.mask: mask})
+
+    def _expanded(self, prompt: str) -> str:
+        """With all tokens of a textual inversion in the place of its first one."""
+        if not self._entry.expansions:
+            return prompt
+        used = set(self._tokenizer.encode(prompt, add_special_tokens=False).tokens)
+        for token, text in self._entry.expansions.items():
+            if token in used:
+                prompt = prompt.replace(token, text)
+        return prompt
 
 
 class TextEncoder:

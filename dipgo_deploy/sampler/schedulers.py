@@ -94,6 +94,12 @@ def scheduler_of(schedule: Schedule) -> Any:
     return FittedSolver(schedule.solver.model_dump())
 
 
+def check_sampler_name(name: str) -> None:
+    """Refuse (UserError) what is neither a sampler's name nor looks like a scheduler class; imports nothing."""
+    if name.lower() not in SAMPLERS and not name.endswith("Scheduler"):
+        raise UserError(f"sampler {name!r} is unknown; use {', '.join(SAMPLERS)} or a diffusers scheduler class")
+
+
 def scheduler_from_folder(folder: str | Path) -> Any:
     """The scheduler a diffusers model folder was saved with.
 
@@ -174,14 +180,14 @@ def step_positions(
 
 
 def _scheduler_class(class_name: str) -> Any:
+    check_sampler_name(class_name)
     try:
         import diffusers
     except ImportError as error:
         raise UserError("samplers are built with diffusers; install the extra: dipgo-deploy[export]") from error
     found = getattr(diffusers, class_name, None)
     # Classes whose packages are missing are placeholders without SchedulerMixin; from_config then says what is missing.
-    usable = isinstance(found, type) and class_name.endswith("Scheduler") and hasattr(found, "from_config")
-    if not usable:
+    if not isinstance(found, type) or not hasattr(found, "from_config"):
         raise UserError(f"sampler {class_name!r} is unknown; use {', '.join(SAMPLERS)} or a diffusers scheduler class")
     return found
 

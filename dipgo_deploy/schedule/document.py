@@ -178,13 +178,14 @@ class Schedule(_Part):
     def check_model(
         self,
         class_name: str,
-        config_hash: str,
+        config_hash: str | Sequence[str],
         caches: Mapping[str, Sequence[str]],
         *,
         allow_other_config: bool = False,
     ) -> None:
         """Refuse (UserError) a model that this schedule was not made for.
 
+        config_hash: the hash of its configuration, or all that are accepted for it, the one that is recorded first.
         caches: block name -> cache kinds it supports, in order of execution, at this schedule's granularity.
         allow_other_config: accept another configuration of the same class, as long as the blocks are the same.
         """
@@ -192,7 +193,8 @@ class Schedule(_Part):
             raise UserError(f"model.class_name: made for {self.model.class_name}, this model is {class_name}")
         validation.check_block_names(self.block_names, tuple(caches))
         validation.check_cache_kinds(self.cache_kinds, caches)
-        validation.check_config_hash(self.model.config_hash, config_hash, allow_other=allow_other_config)
+        hashes = (config_hash,) if isinstance(config_hash, str) else config_hash
+        validation.check_config_hash(self.model.config_hash, hashes, allow_other=allow_other_config)
 
     def check_evaluations(self, evaluations: int) -> None:
         """Refuse (UserError) a number of rows that is not the sampler's number of evaluations; a fitted solver's is

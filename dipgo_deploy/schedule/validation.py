@@ -80,12 +80,12 @@ def check_cache_kinds(kinds: Mapping[str, str], supported: Mapping[str, Sequence
             raise UserError(f"blocks: {name} cannot have a cache of kind {kind!r}, only {' or '.join(supported[name])}")
 
 
-def check_config_hash(given: str, model_hash: str, *, allow_other: bool = False) -> None:
+def check_config_hash(given: str, accepted: Sequence[str], *, allow_other: bool = False) -> None:
     """Refuse a schedule that was made for another model's configuration, unless ``allow_other``."""
-    if given != model_hash and not allow_other:
+    if given not in accepted and not allow_other:
         raise UserError(
             f"model.config_hash: made for the configuration {given[:_SHOWN_HASH_DIGITS]}..., this model has "
-            f"{model_hash[:_SHOWN_HASH_DIGITS]}...: make a schedule for it, or allow another configuration"
+            f"{accepted[0][:_SHOWN_HASH_DIGITS]}...: make a schedule for it, or allow another configuration"
         )
 
 

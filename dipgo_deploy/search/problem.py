@@ -14,7 +14,7 @@ from dipgo_deploy.errors import UserError
 from dipgo_deploy.export.source import Source, load_source
 from dipgo_deploy.export.trace import TracedModel, trace
 from dipgo_deploy.models.family import CacheKind, Granularity
-from dipgo_deploy.models.location import config_folder, denoiser_config
+from dipgo_deploy.models.location import denoiser_config
 from dipgo_deploy.models.target import schedule_target
 from dipgo_deploy.plan.graph import BlockGraph
 from dipgo_deploy.runtime.noise import TorchNoise
@@ -345,7 +345,7 @@ def _prompts(options: ProblemOptions) -> tuple[str, ...] | None:
     if options.prompts is not None:
         return read_prompts(options.prompts)
     built_in = built_in_prompts(options.model)
-    family, config = denoiser_config(config_folder(options.model))
+    family, config = denoiser_config(options.model)
     if built_in is None and family.text(config, None) is not None:
         raise UserError(f"{options.model}: is guided by text: give --prompts, a text file with one prompt a line")
     return built_in

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import importlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,24 @@ from torch import nn
 
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.models import ModelFamily
-from dipgo_deploy.models.location import config_folder, denoiser_config, resolve_model
+from dipgo_deploy.models.files import (
+    STEMS,
+    Weights,
+    denoiser_weights,
+    describe_keys,
+    dtypes,
+    loaded_parts,
+    weights_of,
+)
+from dipgo_deploy.models.location import (
+    INDEX,
+    config_folder,
+    denoiser_config,
+    pipeline_index,
+    read_options,
+    resolve_model,
+)
 from dipgo_deploy.supernet.shards import load_shards
-
-WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 
 _FLOATING = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -34,21 +48,14 @@ def load_denoiser(
     Raises:
         UserError: no such model, no supported denoiser in it, or files that cannot be read.
     """
-    import diffusers
-
     folder = config_folder(folder_or_id)
-    family, config = denoiser_config(folder)
+    family, config = denoiser_config(folder_or_id)
+    weights = denoiser_weights(folder_or_id)
 
-    def load(class_name: str, subfolder: str | None) -> Any:
-        owner = getattr(diffusers, class_name)
-        part = folder / (subfolder or ".")
-        files = weight_files(part)
-        several = len(files) > 1 and all(file.is_file() for file in files) and _dtypes(files) == {dtype}
-        found = load_shards(owner, part, files, dtype) if several else None
-        options = {} if subfolder is None else {"subfolder": subfolder}
-        return _pretrained(owner, folder_or_id, dtype, **options) if found is None else found
+    def load(class_name: str, name: str) -> Any:
+        return _load_part(folder_or_id, name, "diffusers", class_name, weights.get(name), dtype)
 
-    model = load(family.diffusers_class, family.component if (folder / "model_index.json").is_file() else None)
+    model = load(family.diffusers_class, family.component if (folder / INDEX).is_file() else ".")
     others = {name: load(class_name, name) for name, class_name in family.companions.items()}
     for part in (model, *others.values()):
         kept = getattr(part, "_keep_in_fp32_modules", None)
@@ -63,58 +70,98 @@ def stored_dtype(folder_or_id: str | Path) -> torch.dtype:
 
     float32 where they have several, and for what is not a folder.
     """
-    folder = config_folder(folder_or_id)
-    family, _ = denoiser_config(folder)
-    parts = (family.component, *family.companions) if (folder / "model_index.json").is_file() else (".",)
-    found = _dtypes([path for part in parts for path in weight_files(folder / part)])
+    found = _floating([file for weights in denoiser_weights(folder_or_id).values() for file in weights.files])
     return found.pop() if len(found) == 1 else torch.float32
 
 
-def _dtypes(files: Sequence[Path]) -> set[torch.dtype]:
+def _floating(files: Sequence[Path]) -> set[torch.dtype]:
     """Of the floating-point tensors in safetensors files."""
-    import safetensors
-
-    found: set[str] = set()
-    for path in files:
-        with safetensors.safe_open(path, "pt") as weights:
-            found.update(weights.get_slice(name).get_dtype() for name in weights.keys())  # noqa: SIM118
-    return {_FLOATING[name] for name in found & _FLOATING.keys()}
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that diffusers reads from a denoiser's own folder; none where there are none."""
-    if (folder / WEIGHTS_FILE).is_file():
-        return [folder / WEIGHTS_FILE]
-    index = folder / f"{WEIGHTS_FILE}.index.json"
-    if not index.is_file():
-        return []
-    return [folder / name for name in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))]
+    return {_FLOATING[name] for name in dtypes(files) & _FLOATING.keys()}
 
 
 def load_pipeline(folder_or_id: str | Path, dtype: torch.dtype = torch.float32, **components: Any) -> Any:
     """The stock diffusers pipeline of a model, safetensors only; ``components`` are used instead of loaded.
 
-    What its ``model_index.json`` has no class for is None, also where diffusers wants that said (SD3 without T5).
+    What an export does not use (a safety checker) is not loaded and None, as is what ``model_index.json`` has no class
+    for.
 
     Raises:
-        UserError: no such model, or a file of it cannot be read.
+        UserError: no such model, a file of it that cannot be read, or weights that are not those of its classes.
     """
     import diffusers
 
-    path = config_folder(folder_or_id) / "model_index.json"
-    index = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    absent = {name: None for name, classes in index.items() if classes == [None, None]}
-    return _pretrained(diffusers.DiffusionPipeline, folder_or_id, dtype, **{**absent, **components})
+    index = pipeline_index(folder_or_id)
+    denoiser_config(folder_or_id)
+    if not index:
+        raise UserError(f"{folder_or_id}: has no {INDEX}: give the folder of a pipeline")
+    source = resolve_model(folder_or_id)
+    parts = loaded_parts(folder_or_id)
+    absent = {name: None for name, value in index.items() if isinstance(value, list) and name not in parts}
+    loaded = {}
+    for name, (library, class_name) in parts.items():
+        if library not in STEMS:
+            raise UserError(
+                f"{source}: {name} is of {library}.{class_name}: only diffusers and transformers are loaded"
+            )
+        if name not in components and name != "scheduler" and not name.startswith("tokenizer"):
+            loaded[name] = _load_part(folder_or_id, name, library, class_name, None, dtype)
+    owner = getattr(diffusers, str(index["_class_name"]))
+    given = {**absent, **loaded, **components}
+    try:
+        return owner.from_pretrained(source, dtype=dtype, use_safetensors=True, low_cpu_mem_usage=_frugal(), **given)
+    except Exception as error:  # diffusers, transformers and the hub's client each raise their own
+        raise UserError(f"{source}: {owner.__name__} cannot be loaded: {_reason(error)}") from error
 
 
-def _pretrained(owner: Any, folder_or_id: str | Path, dtype: torch.dtype, **options: Any) -> Any:
+def _load_part(
+    model: str | Path, name: str, library: str, class_name: str, weights: Weights | None, dtype: torch.dtype
+) -> Any:
+    """A model of a pipeline, every weight from its files. name: its folder there, ``.`` for the model's own.
+
+    Raises:
+        UserError: a class that does not exist, files that cannot be read, names or shapes of weights that are others.
+    """
+    source = resolve_model(model)
+    what = source if name == "." else f"{source}/{name}"
+    owner = getattr(importlib.import_module(library), class_name, None)
+    if owner is None:
+        raise UserError(f"{what}: {library} has no class {class_name}: update it, or use another model")
+    if weights is None and Path(source).is_dir():
+        weights = weights_of(Path(source) / name, library, read_options(model).variant)
+    several = weights is not None and library == "diffusers" and len(weights.files) > 1
+    if weights is not None and several and _floating(weights.files) == {dtype}:
+        shards = load_shards(owner, Path(source) / name, weights.files, dtype)
+        if shards is not None:
+            return shards
+    options: dict[str, Any] = {} if name == "." else {"subfolder": name}
+    variant = read_options(model).variant if weights is None else weights.variant
+    if variant is not None:
+        options["variant"] = variant
+    if library == "diffusers":
+        options["low_cpu_mem_usage"] = _frugal()
+    try:
+        loaded, info = owner.from_pretrained(
+            source,
+            dtype=dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # else the first stops the loading; all are refused below
+            **options,
+        )
+    except Exception as error:  # diffusers, transformers, the hub's client and safetensors each raise their own
+        raise UserError(f"{what}: {class_name} cannot be loaded: {_reason(error)}") from error
+    wrong = describe_keys(info, {key for key, _ in loaded.named_buffers()})
+    if wrong is not None:
+        raise UserError(f"{what}: not the weights of {class_name} as its config.json has it: {wrong}")
+    return loaded
+
+
+def _frugal() -> bool:
+    """Asked for without accelerate, the frugal way of loading only gives a warning."""
     from diffusers.utils import is_accelerate_available
 
-    source = resolve_model(folder_or_id)
-    # Asked for without accelerate, the frugal way of loading only gives a warning.
-    frugal = is_accelerate_available()
-    try:
-        return owner.from_pretrained(source, dtype=dtype, use_safetensors=True, low_cpu_mem_usage=frugal, **options)
-    except Exception as error:  # diffusers, transformers, the hub's client and safetensors each raise their own
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{source}: {owner.__name__} cannot be loaded: {reason}") from error
+    return bool(is_accelerate_available())
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -10,6 +10,7 @@ import pytest
 
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.models import location
+from dipgo_deploy.schedule.identity import accepted_hashes, config_hash, file_hash
 
 
 def write(path: Path, content: Any) -> None:
@@ -98,11 +99,16 @@ def test_a_hub_id_gets_configurations_only(tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize(
-    ("norm", "class_name"),
-    [("ada_norm_zero", "DiTTransformer2DModel"), ("ada_norm_single", "PixArtTransformer2DModel")],
+    ("pipeline", "norm", "class_name"),
+    [
+        ("DiTPipeline", "ada_norm_zero", "DiTTransformer2DModel"),
+        ("PixArtAlphaPipeline", "ada_norm_single", "PixArtTransformer2DModel"),
+    ],
 )
-def test_published_folders_name_the_class_that_was_split(tmp_path: Path, norm: str, class_name: str) -> None:
-    index = {"_class_name": "SomePipeline", "transformer": ["diffusers", "Transformer2DModel"]}
+def test_published_folders_name_the_class_that_was_split(
+    tmp_path: Path, pipeline: str, norm: str, class_name: str
+) -> None:
+    index = {"_class_name": pipeline, "transformer": ["diffusers", "Transformer2DModel"]}
     write(tmp_path / "model_index.json", index)
     write(tmp_path / "transformer" / "config.json", {"_class_name": "Transformer2DModel", "norm_type": norm})
     for folder in (tmp_path, tmp_path / "transformer"):
@@ -110,3 +116,108 @@ def test_published_folders_name_the_class_that_was_split(tmp_path: Path, norm: s
     write(tmp_path / "transformer" / "config.json", {"_class_name": "Transformer2DModel", "norm_type": "layer_norm"})
     with pytest.raises(UserError, match="has no supported denoiser"):
         location.denoiser_config(tmp_path)
+
+
+def test_a_name_says_how_a_model_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = location.with_options("./sd", variant="fp16", pipeline="StableDiffusionPipeline")
+    assert location.read_options(name) == location.ReadOptions("fp16", "StableDiffusionPipeline")
+    assert location.read_options(location.with_options(name, variant="ema")).variant == "ema"
+    assert location.with_options("fashion-sd") == "fashion-sd"
+    for wrong in ("fashion-sd?", "fashion-sd?variant", "fashion-sd?variant=", "fashion-sd?colour=red"):
+        with pytest.raises(UserError, match="after the . there may be variant=NAME and pipeline=CLASS"):
+            location.read_options(wrong)
+    odd = tmp_path / "what?variant=x"  # a folder may be called anything
+    odd.mkdir()
+    assert location.resolve_model(odd) == str(odd)
+    assert location.read_options(odd) == location.ReadOptions()
+
+
+def test_lasting_names_hold_in_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "model").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert location.lasting_name("model?variant=fp16") == f"{tmp_path / 'model'}?variant=fp16"
+    assert location.lasting_name("fashion-sd") == "fashion-sd"
+    assert location.lasting_name("owner/name") == "owner/name"
+
+
+def test_defaults_written_or_left_out_are_one_configuration(tmp_path: Path) -> None:
+    short, long = pipeline_folder(tmp_path / "short"), pipeline_folder(tmp_path / "long")
+    file = long / "unet" / "config.json"
+    written = {**json.loads(file.read_text()), "layers_per_block": 2, "mid_block_scale_factor": 1.0, "later": None}
+    write(file, written)
+    one, other = (location.denoiser_config(folder)[1] for folder in (short, long))
+    assert config_hash(one) == config_hash(other)
+    # What schedules of version 0.1 recorded stays accepted, for the file that it was recorded of.
+    assert accepted_hashes(other) == (config_hash(other), file_hash(written))
+    write(file, {**written, "layers_per_block": 3})
+    assert config_hash(location.denoiser_config(long)[1]) != config_hash(one)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"in_channels": 9}, "in_channels 9, out_channels 4: only models whose input is the latent work"),
+        ({"in_channels": 7, "num_class_embeds": 1000}, "in_channels 7"),
+        ({"time_cond_proj_dim": 256}, "time_cond_proj_dim = 256 needs an input that is not supported"),
+        ({"encoder_hid_dim": 768}, "encoder_hid_dim = 768 needs an input"),
+        ({"addition_embed_type": "text_time", "addition_time_embed_dim": 256}, "leave no room for a text embedding"),
+        ({"down_block_types": 4}, "unet: a setting of its config.json has another type"),
+        ({"layers_per_block": 10**9}, "layers_per_block = 1000000000: is at most 65536"),
+    ],
+)
+def test_settings_that_no_family_has_are_refused_by_the_configuration(
+    tmp_path: Path, settings: dict[str, Any], message: str
+) -> None:
+    folder = pipeline_folder(tmp_path)
+    write(folder / "unet" / "config.json", {"_class_name": "UNet2DConditionModel", **settings})
+    for place in (folder, folder / "unet"):
+        with pytest.raises(UserError, match=message.replace("unet: ", "")):
+            location.denoiser_config(place)
+
+
+def test_a_pipeline_that_does_more_is_named_with_what_is_offered(tmp_path: Path) -> None:
+    folder = pipeline_folder(tmp_path)
+    index = json.loads((folder / "model_index.json").read_text())
+    adapter = {**index, "_class_name": "StableDiffusionAdapterPipeline", "adapter": ["diffusers", "T2IAdapter"]}
+    write(folder / "model_index.json", adapter)
+    offered = (
+        "StableDiffusionAdapterPipeline is not supported, only StableDiffusionPipeline or StableDiffusionXLPipeline"
+    )
+    with pytest.raises(UserError, match=f"{offered}; --pipeline StableDiffusionPipeline .or the model as"):
+        location.denoiser_config(folder)
+    chosen = location.with_options(str(folder), pipeline="StableDiffusionPipeline")
+    assert location.denoiser_config(chosen)[0].class_name == "UNet2DConditionModel"
+    assert location.pipeline_index(chosen)["_class_name"] == "StableDiffusionPipeline"
+    with pytest.raises(
+        UserError, match="--pipeline NoPipeline: is not supported: use one of DDIMPipeline, DDPMPipeline"
+    ):
+        location.denoiser_config(f"{folder}?pipeline=NoPipeline")
+    with pytest.raises(UserError, match="StableDiffusionControlNetPipeline has no supported denoiser"):
+        location.denoiser_config(f"{folder}?pipeline=StableDiffusionControlNetPipeline")
+    write(folder / "model_index.json", {**index, "controlnet": ["diffusers", "MultiControlNetModel"]})
+    with pytest.raises(UserError, match="MultiControlNetModel is not supported"):
+        location.denoiser_config(folder)
+    assert location.denoiser_config(chosen)[0].class_name == "UNet2DConditionModel"
+
+
+@pytest.mark.parametrize("length", [None, 10**30, "77"])
+def test_a_tokenizer_says_how_long_its_texts_are(tmp_path: Path, length: Any) -> None:
+    folder = pipeline_folder(tmp_path)
+    index = json.loads((folder / "model_index.json").read_text())
+    write(folder / "model_index.json", {**index, "tokenizer": ["transformers", "CLIPTokenizer"]})
+    write(folder / "tokenizer" / "tokenizer_config.json", {} if length is None else {"model_max_length": length})
+    with pytest.raises(UserError, match="tokenizer_config.json: model_max_length is .*: write the number of tokens"):
+        location.denoiser_config(folder)
+    write(folder / "tokenizer" / "tokenizer_config.json", {"model_max_length": 77})
+    location.denoiser_config(folder)
+
+
+def test_folders_that_cannot_be_looked_at_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = pipeline_folder(tmp_path)
+
+    def refused(self: Path) -> bool:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "is_file", refused)
+    with pytest.raises(UserError, match="model_index.json: cannot be read: Permission denied"):
+        location.denoiser_config(folder)

@@ -35,3 +35,29 @@ def test_ids_are_those_of_the_models_own_tokenizer():
     assert set(got) == {"input_ids", "attention_mask"}
     for name, array in got.items():
         np.testing.assert_array_equal(array, want[name])
+
+
+def test_a_token_with_several_vectors_is_expanded_as_diffusers_does(tmp_path: Path) -> None:
+    """Textual inversion: tokens of three and two vectors, one of one, in prompts that use them, or none, or twice."""
+    transformers = pytest.importorskip("transformers")
+    loaders = pytest.importorskip("diffusers.loaders")
+    from dipgo_deploy.export.components import _expansions
+
+    folder = Path(dipgo_deploy.__file__).parent / "assets/fashion-sd/tokenizer"
+    own = transformers.AutoTokenizer.from_pretrained(folder)
+    own.add_tokens(["<my-cat>", "<my-cat>_1", "<my-cat>_2", "<dog>", "<dog>_1", "<bird>", "hat", "hat_1"])
+    own.save_pretrained(tmp_path)
+
+    class Stock(loaders.TextualInversionLoaderMixin):
+        pass
+
+    expansions = _expansions(Stock(), own)
+    assert expansions == {"<dog>": "<dog> <dog>_1", "<my-cat>": "<my-cat> <my-cat>_1 <my-cat>_2", "hat": "hat hat_1"}
+    assert _expansions(object(), own) == {}
+    length, pad_id = own.model_max_length, own.pad_token_id
+    entry = TokenizerEntry(file="tokenizer.json", length=length, pad_id=pad_id, ids="input_ids", expansions=expansions)
+    prompts = ["a <my-cat>", "<dog> and <my-cat>", "<bird>, <bird>", "<my-cat><my-cat>", "a hat, a HAT", "", "a coat"]
+    want = own(Stock().maybe_convert_prompt(prompts, own), padding="max_length", max_length=length, truncation=True)
+    got = PromptTokenizer(tmp_path, entry)(prompts)["input_ids"]
+    np.testing.assert_array_equal(got, want.input_ids)
+    assert got[0].tolist()[:5].count(own.convert_tokens_to_ids("<my-cat>_2")) == 1

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from dipgo_deploy.errors import UserError
+from dipgo_deploy.models.location import resolve_model
 from dipgo_deploy.supernet import Supernet, load_denoiser, load_pipeline, run_loop
 
 
@@ -31,7 +36,8 @@ def test_bare_and_pipeline_folders_give_the_same_model(dit_folder, dit) -> None:
             model, family, config = load_denoiser(folder)
             assert family.class_name == "DiTTransformer2DModel" and not model.training
             assert torch.equal(model(latent, timestep, labels).sample, expected)
-            assert config == json.loads((dit_folder / "transformer" / "config.json").read_text())
+            written = json.loads((dit_folder / "transformer" / "config.json").read_text())
+            assert {**config, **written} == config
     half, _, _ = load_denoiser(dit_folder, torch.float16)
     assert {parameter.dtype for parameter in half.parameters()} == {torch.float16}
 
@@ -42,7 +48,7 @@ def test_refusals_name_the_folder(dit_folder, tmp_path) -> None:
         load_denoiser(tmp_path / "nowhere")
     with pytest.raises(UserError, match="empty: no model_index.json or config.json"):
         load_denoiser(tmp_path / "empty")
-    with pytest.raises(UserError, match="empty: DiffusionPipeline cannot be loaded"):
+    with pytest.raises(UserError, match="empty: no model_index.json"):
         load_pipeline(tmp_path / "empty")
     index = {"_class_name": "OtherPipeline", "transformer": ["diffusers", "OtherModel"]}
     (tmp_path / "empty" / "model_index.json").write_text(json.dumps(index))
@@ -50,7 +56,7 @@ def test_refusals_name_the_folder(dit_folder, tmp_path) -> None:
         load_denoiser(tmp_path / "empty")
     weights = dit_folder / "transformer" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:100])
-    with pytest.raises(UserError, match="pipeline: DiTTransformer2DModel cannot be loaded") as error:
+    with pytest.raises(UserError, match="safetensors: is not a whole safetensors file") as error:
         load_denoiser(dit_folder)
     assert "\n" not in str(error.value)
     (dit_folder / "transformer" / "config.json").write_text("{")
@@ -62,7 +68,7 @@ def test_pickled_weights_are_not_read(dit_folder, dit) -> None:
     folder = dit_folder / "transformer"
     (folder / "diffusion_pytorch_model.safetensors").unlink()
     torch.save(dit.state_dict(), folder / "diffusion_pytorch_model.bin")
-    with pytest.raises(UserError, match="DiTTransformer2DModel cannot be loaded"):
+    with pytest.raises(UserError, match="its .bin files are pickled and never read"):
         load_denoiser(dit_folder)
 
 
@@ -112,3 +118,81 @@ def test_default_class_model_full_schedule_is_its_stock_pipeline() -> None:
     got = (decoded / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
     # The stock pipeline has the conditional half first, which only changes the rounding.
     assert abs(got - images).max() < 1e-3
+
+
+@pytest.fixture
+def text_model(tmp_path: Path) -> Path:
+    """A copy of the built-in text model."""
+    return Path(shutil.copytree(resolve_model("fashion-sd"), tmp_path / "model"))
+
+
+def change(path: Path, edit: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> None:
+    save_file(edit(load_file(path)), path, {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("part", "file", "edit", "message"),
+    [
+        (
+            "text_encoder",
+            "model.safetensors",
+            lambda tensors: {key: value for key, value in tensors.items() if "layers.1." not in key},
+            r"text_encoder: not the weights of CLIPTextModel .*: 16 weights are missing \(.*layers.1.layer_norm1.bias",
+        ),
+        (
+            "text_encoder",
+            "model.safetensors",
+            lambda tensors: {f"_orig_mod.{key}": value for key, value in tensors.items()},
+            "text_encoder: .*_orig_mod",
+        ),
+        (
+            "vae",
+            "diffusion_pytorch_model.safetensors",
+            lambda tensors: {**tensors, "stray.weight": torch.zeros(1)},
+            r"vae: not the weights of AutoencoderKL .*: 1 weights are not the model's \(stray.weight\)",
+        ),
+        (
+            "vae",
+            "diffusion_pytorch_model.safetensors",
+            lambda tensors: {**tensors, "decoder.conv_in.bias": torch.zeros(1)},
+            r"vae: .*: 1 weights have another shape \(decoder.conv_in.bias\)",
+        ),
+    ],
+)
+def test_weights_of_every_part_are_its_own(
+    text_model: Path, part: str, file: str, edit: Callable[..., Any], message: str
+) -> None:
+    change(text_model / part / file, edit)
+    with pytest.raises(UserError, match=message) as error:
+        load_pipeline(text_model)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda tensors: {f"_orig_mod.{key}": value for key, value in tensors.items()}, "begin with _orig_mod. "),
+        (lambda tensors: {key: value for key, value in tensors.items() if "blocks.1." not in key}, "are missing"),
+    ],
+)
+def test_weights_of_the_denoiser_are_its_own(dit_folder: Path, edit: Callable[..., Any], message: str) -> None:
+    change(dit_folder / "transformer" / "diffusion_pytorch_model.safetensors", edit)
+    with pytest.raises(UserError, match=f"transformer: .*{message}"):
+        load_denoiser(dit_folder)
+
+
+def test_parts_that_are_not_exported_are_not_loaded(text_model: Path) -> None:
+    """A safety checker without files, half precision under another name: neither stops a pipeline."""
+    index = json.loads((text_model / "model_index.json").read_text())
+    index["safety_checker"] = ["stable_diffusion", "StableDiffusionSafetyChecker"]
+    index["feature_extractor"] = ["transformers", "CLIPImageProcessor"]
+    index["image_encoder"] = ["transformers", "CLIPVisionModelWithProjection"]
+    (text_model / "model_index.json").write_text(json.dumps(index))
+    for path in text_model.rglob("*.safetensors"):
+        path.rename(path.with_name(path.name.replace(".safetensors", ".fp16.safetensors")))
+    pipeline = load_pipeline(text_model)
+    assert (pipeline.safety_checker, pipeline.feature_extractor, pipeline.image_encoder) == (None, None, None)
+    own = load_pipeline("fashion-sd")
+    for name in ("unet", "vae", "text_encoder"):
+        expected, found = getattr(own, name).state_dict(), getattr(pipeline, name).state_dict()
+        assert all(torch.equal(found[key], value) for key, value in expected.items())

@@ -16,12 +16,13 @@ from tiny_denoisers import sana_transformer, two_level_unet, unet2d
 
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.export.mapped import mapped_files
-from dipgo_deploy.supernet.load import load_denoiser, weight_files
+from dipgo_deploy.models.files import weights_of
+from dipgo_deploy.supernet.load import load_denoiser
 
 
 def _sharded(model: Any, folder: Path, dtype: torch.dtype) -> Path:
     model.to(dtype).save_pretrained(folder, max_shard_size="10KB")
-    assert len(weight_files(folder)) > 2
+    assert len(weights_of(folder, "diffusers").files) > 2
     return folder
 
 
@@ -54,27 +55,28 @@ def test_all_files_are_mapped_and_the_model_is_that_of_one_file(
 def test_another_dtype_than_the_files_is_converted(tmp_path: Path) -> None:
     folder = _sharded(unet2d(), tmp_path / "model", torch.float16)
     model, _, _ = load_denoiser(folder)
-    stored = {name: value for file in weight_files(folder) for name, value in load_file(file).items()}
+    stored = {name: value for file in weights_of(folder, "diffusers").files for name, value in load_file(file).items()}
     for name, value in model.named_parameters():
         assert value.dtype == torch.float32
         assert torch.equal(value, stored[name].float())
 
 
-def test_what_is_not_the_models_own_is_left_to_diffusers(tmp_path: Path) -> None:
-    """A missing weight, an unreadable file: never a model with weights that nobody gave it."""
+def test_missing_weights_are_refused(tmp_path: Path) -> None:
+    """Never a model with weights that nobody gave it."""
     folder = _sharded(unet2d(), tmp_path / "model", torch.float32)
-    first = weight_files(folder)[0]
+    first = weights_of(folder, "diffusers").files[0]
     tensors = load_file(first)
     name = next(iter(tensors))
     spare = {key: value.clone() for key, value in tensors.items() if key != name}
     save_file(spare, first, {"format": "pt"})
+    with pytest.raises(UserError, match=f"has other tensors than its index says .first: {name}."):
+        load_denoiser(folder)
     index = folder / "diffusion_pytorch_model.safetensors.index.json"
     document = json.loads(index.read_text())
     del document["weight_map"][name]
     index.write_text(json.dumps(document))
-    model, _, _ = load_denoiser(folder)  # as diffusers has it: a warning, and its own initial values
-    assert not _mapped(model)
-    assert all(not value.is_meta for value in model.parameters())
+    with pytest.raises(UserError, match=f"not the weights of UNet2DModel .*: 1 weights are missing .{name}."):
+        load_denoiser(folder)
     first.unlink()
-    with pytest.raises(UserError, match="cannot be loaded"):
+    with pytest.raises(UserError, match=f"{first.name}: is missing"):
         load_denoiser(folder)

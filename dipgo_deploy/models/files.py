@@ -1,0 +1,259 @@
+"""The weight files of a model's parts: which ones are read, and whether they can be."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dipgo_deploy.errors import UserError
+from dipgo_deploy.models.location import (
+    INDEX,
+    config_folder,
+    denoiser_config,
+    pipeline_index,
+    read_options,
+    resolve_model,
+)
+
+# What diffusers and transformers call them.
+STEMS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
+_SUFFIX = ".safetensors"
+_LFS = b"version https://git-lfs"
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The safetensors files of one part (folder) of a model, and the variant in their names (``fp16``)."""
+
+    files: tuple[Path, ...]
+    variant: str | None = None
+
+
+def weights_of(part: Path, library: str, variant: str | None = None) -> Weights:
+    """The files that a part is loaded from: those of ``variant`` where it has them, else those without a variant,
+    else those of the one variant that there is.
+
+    library: ``diffusers`` or ``transformers``. Every file was opened, and has the tensors that its index says.
+
+    Raises:
+        UserError: no such files, several variants to choose from, or one that is not whole.
+    """
+    stem = STEMS[library]
+    found = _by_variant(part, stem)
+    chosen = variant if variant in found else None if None in found else next(iter(found), None)
+    if not found:
+        raise UserError(f"{part}: {_why_none(part, stem)}")
+    if chosen not in (variant, None) and len(found) > 1:
+        raise UserError(
+            f"{part}: has weights of the variants {', '.join(sorted(map(str, found)))}: choose with --variant"
+        )
+    first = found[chosen]
+    files = _of_index(first) if first.suffix == ".json" else {first: None}
+    for file, names in files.items():
+        _check(file, names)
+    return Weights(tuple(files), chosen)
+
+
+def denoiser_weights(model: str | Path) -> dict[str, Weights]:
+    """Of the denoiser and its companions, by folder name (``.`` for a folder that is a denoiser's own); a part whose
+    files are not here (of a hub id, before it is loaded) is left out. Raises as ``weights_of``."""
+    folder = config_folder(model)
+    family, _ = denoiser_config(model)
+    parts = (family.component, *family.companions) if (folder / INDEX).is_file() else (".",)
+    return {name: weights_of(folder / name, "diffusers", read_options(model).variant) for name in parts if _here(model)}
+
+
+def check_weights(model: str | Path) -> dict[str, Weights]:
+    """The files of every part that an export loads; none where they are not here (of a hub id).
+
+    Raises:
+        UserError: as ``weights_of``; a variant that no part has.
+    """
+    if not _here(model):
+        return {}
+    folder, wanted = config_folder(model), read_options(model).variant
+    found = denoiser_weights(model)
+    for name, (library, _) in loaded_parts(model).items():
+        if library in STEMS and name not in found and not name.startswith(("tokenizer", "scheduler")):
+            found[name] = weights_of(folder / name, library, wanted)
+    if wanted is not None and all(weights.variant != wanted for weights in found.values()):
+        raise UserError(f"{folder}: no part has weights of the variant {wanted}: leave out --variant")
+    return found
+
+
+def say_variants(model: str | Path, found: Mapping[str, Weights]) -> None:
+    """One line in the log for each variant that is taken although nobody asked for it."""
+    wanted = read_options(model).variant
+    for variant in sorted({weights.variant for weights in found.values() if weights.variant not in (None, wanted)}):
+        names = [name for name, weights in found.items() if weights.variant == variant]
+        _log.warning("%s: has weights of the variant %s only (%s): they are taken", model, variant, ", ".join(names))
+
+
+def loaded_parts(model: str | Path) -> dict[str, tuple[str, str]]:
+    """What an export loads of a pipeline: name -> library and class; a safety checker and the like are not in it."""
+    index = pipeline_index(model)
+    if not index:
+        return {}
+    family, _ = denoiser_config(model)
+    kept = (family.component, *family.companions, "vae", "scheduler")
+    return {
+        name: (value[0], value[1])
+        for name, value in index.items()
+        if _names_a_class(value) and (name in kept or name.startswith(("text_encoder", "tokenizer")))
+    }
+
+
+def left_out_parts(model: str | Path) -> dict[str, str]:
+    """What a pipeline has beside that: name -> class."""
+    loaded = loaded_parts(model)
+    return {
+        name: value[1]
+        for name, value in pipeline_index(model).items()
+        if _names_a_class(value) and name not in loaded and name[:1] != "_"
+    }
+
+
+def _names_a_class(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(isinstance(part, str) for part in value)
+
+
+def _here(model: str | Path) -> bool:
+    """Whether a model is a folder here: a hub id's files are fetched when it is loaded."""
+    return Path(resolve_model(model)).is_dir()
+
+
+def _by_variant(part: Path, stem: str) -> dict[str | None, Path]:
+    """Variant (None: without) -> its one file, or the index of its files."""
+    found: dict[str | None, Path] = {}
+    pattern = re.compile(
+        rf"{re.escape(stem)}(?:\.(?P<one>[^.]+))?{re.escape(_SUFFIX)}(?P<index>\.index(?:\.(?P<many>[^.]+))?\.json)?"
+    )
+    try:
+        names = sorted(path.name for path in part.iterdir()) if part.is_dir() else []
+    except OSError as error:
+        raise UserError(f"{part}: cannot be read: {error.strerror or error}") from error
+    for name in names:
+        match = pattern.fullmatch(name)
+        if match is None or re.fullmatch(r".*-\d+-of-\d+", match["one"] or ""):
+            continue  # one of several files: their index names it
+        # One file is preferred to several, as diffusers and transformers do.
+        if match["index"] is None or (match["many"] or match["one"]) not in found:
+            found[match["many"] or match["one"]] = part / name
+    return found
+
+
+def _why_none(part: Path, stem: str) -> str:
+    if not part.is_dir():
+        return "is missing: the model is not whole"
+    if any(part.glob("*.bin")):
+        return f"has no {stem}{_SUFFIX}; its .bin files are pickled and never read: save it with safe_serialization"
+    return f"has no {stem}{_SUFFIX}: the model is not whole"
+
+
+def _of_index(path: Path) -> dict[Path, set[str] | None]:
+    """The files that an index names, and the tensors that each has to have."""
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: {_unfit(path) or f'not JSON ({error})'}") from error
+    names = document.get("weight_map") if isinstance(document, dict) else None
+    if not isinstance(names, dict) or not names or not all(isinstance(file, str) for file in names.values()):
+        raise UserError(f"{path}: has no weight_map of tensors and files: the model is not whole")
+    files: dict[Path, set[str] | None] = {}
+    for file in sorted(set(names.values())):
+        if file != Path(file).name:
+            raise UserError(f"{path}: names {file!r}, which is not a file beside it")
+        files[path.parent / file] = {name for name, place in names.items() if place == file}
+    return files
+
+
+def _check(path: Path, names: set[str] | None) -> None:
+    """Refuse a file that is not whole, or has other tensors than ``names``."""
+    import safetensors
+
+    try:
+        unfit = _unfit(path)
+        if unfit is not None:
+            raise UserError(f"{path}: {unfit}")
+        with safetensors.safe_open(path, "np") as weights:
+            stored = set(weights.keys())
+    except FileNotFoundError:
+        raise UserError(f"{path}: is missing: the model is not whole") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except safetensors.SafetensorError as error:
+        raise UserError(f"{path}: is not a whole safetensors file ({error}): fetch it again") from error
+    if names is not None and stored != names:
+        raise UserError(
+            f"{path}: has other tensors than its index says (first: {min(stored ^ names)}): fetch both again"
+        )
+
+
+def _unfit(path: Path) -> str | None:
+    """What a file is instead of weights."""
+    with path.open("rb") as file:
+        start = file.read(len(_LFS))
+    if not start:
+        return "is empty: fetch it again"
+    return "is a pointer of Git LFS, not the file itself: run `git lfs pull`" if start == _LFS else None
+
+
+def dtypes(files: Sequence[Path]) -> set[str]:
+    """Names of the tensors' types (``F16``) in safetensors files."""
+    import safetensors
+
+    found: set[str] = set()
+    for path in files:
+        with safetensors.safe_open(path, "np") as weights:
+            found.update(weights.get_slice(name).get_dtype() for name in weights.keys())  # noqa: SIM118
+    return found
+
+
+def describe_keys(info: Mapping[str, Sequence[Any]], buffers: set[str]) -> str | None:
+    """What is wrong with the names of a loaded part's weights; None where nothing is.
+
+    info: ``missing_keys``, ``unexpected_keys``, ``mismatched_keys`` and ``error_msgs`` of diffusers or transformers,
+    which leave out what the class itself does not need. buffers: of the model, which it computes where they are not
+    stored.
+    """
+    mismatched = sorted(str(key if isinstance(key, str) else key[0]) for key in info.get("mismatched_keys", ()))
+    missing = sorted(set(info.get("missing_keys", ())) - set(mismatched))
+    unexpected = sorted(set(info.get("unexpected_keys", ())) - buffers)
+    prefix = _common_prefix(missing, unexpected)
+    if prefix is not None:
+        return (
+            f"the names of its weights begin with {prefix} ({unexpected[0]}), as of a model that was wrapped or "
+            "compiled when it was saved: take that off"
+        )
+    parts = [
+        f"{len(keys)} weights {what} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
+        for what, keys in (
+            ("are missing", missing),
+            ("are not the model's", unexpected),
+            ("have another shape", mismatched),
+        )
+        if keys
+    ]
+    errors = [str(error).splitlines()[0] for error in info.get("error_msgs", ()) if str(error).strip()]
+    return "; ".join(parts or errors[:1]) or None
+
+
+def _common_prefix(missing: Sequence[str], unexpected: Sequence[str]) -> str | None:
+    """What the weights that are not the model's have before the names of those that are missing."""
+    wanted = set(missing)
+    for name in unexpected[:1]:
+        dots = [place + 1 for place, letter in enumerate(name) if letter == "."]
+        for place in dots:
+            prefix = name[:place]
+            if all(key.startswith(prefix) and key[place:] in wanted for key in unexpected):
+                return prefix
+    return None

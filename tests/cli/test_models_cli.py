@@ -1,0 +1,86 @@
+"""Models whose folders say more than an export takes: what is refused, what an option takes, what is recorded."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from dipgo_deploy.bundle.directory import Bundle
+from dipgo_deploy.cli.export import main as export
+from dipgo_deploy.cli.schedule import main as schedule
+from dipgo_deploy.compare.reference import load_reference
+from dipgo_deploy.models.location import resolve_model
+
+
+@pytest.fixture
+def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The built-in text model as another pipeline's, in half-precision files' names, with a safety checker."""
+    monkeypatch.chdir(tmp_path)
+    folder = Path(shutil.copytree(resolve_model("fashion-sd"), tmp_path / "model"))
+    index = json.loads((folder / "model_index.json").read_text())
+    index["_class_name"] = "StableDiffusionImg2ImgPipeline"
+    index["safety_checker"] = ["stable_diffusion", "StableDiffusionSafetyChecker"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    for path in folder.rglob("*.safetensors"):
+        path.rename(path.with_name(path.name.replace(".safetensors", ".fp16.safetensors")))
+    return folder
+
+
+def test_the_parts_of_another_pipeline_by_an_option(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    made = ["uniform", "--model", "model", "--steps", "2", "--interval", "1", "-o", "s.json"]
+    assert schedule(made) == 2
+    assert "StableDiffusionImg2ImgPipeline is not supported, only StableDiffusionPipeline or" in capsys.readouterr().err
+    pipeline = ["--pipeline", "StableDiffusionPipeline"]
+    assert schedule([*made, *pipeline]) == 0
+    files = ["--schedule", "s.json", "--engine-dir", "engine"]
+    arguments = ["--model", "model", *files, "--variant", "fp16", "--no-check"]
+    assert export(arguments) == 2
+    caplog.clear()
+    assert export([*arguments, *pipeline]) == 0
+    ours = [record.getMessage() for record in caplog.records if record.name.startswith("dipgo_deploy")]
+    named = "model?variant=fp16&pipeline=StableDiffusionPipeline"
+    assert ours == [f"{named}: the engine directory has no safety_checker; nothing checks the pictures"]
+    # The manifest names the model for any working directory, and how it was read.
+    bundle = Bundle.open(tmp_path / "engine")
+    assert bundle.manifest.model.name == f"{tmp_path}/{named}"
+    (tmp_path / "elsewhere").mkdir()
+    shutil.move(tmp_path / "s.json", tmp_path / "elsewhere")
+    assert load_reference(bundle).source.name == bundle.manifest.model.name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "fashion-dit"], "made for UNet2DConditionModel, this model is DiTTransformer2DModel"),
+        (["--model", "fashion-sd", "--height", "30"], "--height 30: give a multiple of 4 pixels"),
+        (["--model", "fashion-dit", "--allow-other-config"], "made for UNet2DConditionModel"),
+    ],
+)
+def test_what_configurations_decide_is_refused_before_anything_is_loaded(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path = str(tmp_path / "s.json")
+    assert schedule(["full", "--model", "fashion-sd", "--sampler", "ddim", "--steps", "2", "-o", path]) == 0
+    monkeypatch.setattr("dipgo_deploy.export.exporter.load_source", None)  # would raise when called
+    assert export([*arguments, "--schedule", path, "--engine-dir", str(tmp_path / "engine")]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "engine").exists()
+
+
+def test_an_unknown_sampler_is_refused_before_diffusers_is_imported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "diffusers", None)  # importing it raises
+    made = ["full", "--model", "fashion-sd", "--sampler", "dimm", "-o", str(tmp_path / "s.json")]
+    assert schedule(made) == 2
+    assert "sampler 'dimm' is unknown; use ddim, pndm," in capsys.readouterr().err
