@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import re
@@ -83,9 +84,28 @@ def check_weights(model: str | Path) -> dict[str, Weights]:
     for name, (library, _) in loaded_parts(model).items():
         if library in STEMS and name not in found and not name.startswith(("tokenizer", "scheduler")):
             found[name] = weights_of(folder / name, library, wanted)
+    for name in loaded_parts(model):
+        if name.startswith("tokenizer"):
+            _check_tokenizer(folder / name)
     if wanted is not None and all(weights.variant != wanted for weights in found.values()):
         raise UserError(f"{folder}: no part has weights of the variant {wanted}: leave out --variant")
     return found
+
+
+def _check_tokenizer(part: Path) -> None:
+    """Refuse a tokenizer that only the package sentencepiece can read where that is missing or does not fit."""
+    files = [part / name for name in ("spiece.model", "tokenizer.model", "sentencepiece.bpe.model")]
+    found = next((path for path in files if path.is_file()), None)
+    if found is None or (part / "tokenizer.json").is_file():
+        return
+    try:
+        importlib.import_module("sentencepiece.sentencepiece_model_pb2")
+    except Exception as error:  # not there, or made for another protobuf, which has an error of its own
+        reason = "is not installed" if isinstance(error, ModuleNotFoundError) else "does not fit the protobuf here"
+        raise UserError(
+            f"{found}: is read with the package sentencepiece, which {reason}: "
+            "pip install 'dipgo-deploy[sentencepiece]'"
+        ) from error
 
 
 def say_variants(model: str | Path, found: Mapping[str, Weights]) -> None:

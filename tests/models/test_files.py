@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -160,3 +161,28 @@ def test_names_of_weights_in_one_line() -> None:
     )
     wrapped = {"missing_keys": ["a.w", "b"], "unexpected_keys": ["_orig_mod.a.w", "_orig_mod.b"]}
     assert "begin with _orig_mod. (_orig_mod.a.w)" in str(describe_keys(wrapped, set()))
+
+
+def test_what_sentencepiece_reads_needs_that_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = model(tmp_path)
+    (folder / "tokenizer").mkdir()
+    (folder / "tokenizer" / "spiece.model").write_bytes(b"x")
+    monkeypatch.setitem(sys.modules, "sentencepiece.sentencepiece_model_pb2", None)
+    hint = "tokenizer/spiece.model: is read with the package sentencepiece, which is not installed: pip install"
+    with pytest.raises(UserError, match=hint):
+        check_weights(folder)
+    (folder / "tokenizer" / "tokenizer.json").write_text("{}")
+    check_weights(folder)
+
+
+def test_another_sentencepiece_than_protobuf_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = model(tmp_path)
+    (folder / "tokenizer").mkdir()
+    (folder / "tokenizer" / "spiece.model").write_bytes(b"x")
+
+    def other(name: str) -> None:
+        raise TypeError("gencode 7, runtime 6")
+
+    monkeypatch.setattr("dipgo_deploy.models.files.importlib.import_module", other)
+    with pytest.raises(UserError, match="sentencepiece, which does not fit the protobuf here"):
+        check_weights(folder)
