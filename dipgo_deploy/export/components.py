@@ -185,9 +185,19 @@ def _latents(batch: int, latent: LatentSpec, sizes: SizeRanges | None) -> list[t
     return [torch.randn(example.batch, latent.channels, example.height, example.width)]
 
 
+def _scaling_and_shift(vae: Any) -> tuple[float, float]:
+    """How the pipelines make latents of what the VAE gives. Raises UserError for a VAE that has no such factor."""
+    factor = vae.config.get("scaling_factor")
+    if not isinstance(factor, float | int) or not factor:
+        raise UserError(
+            f"vae: {type(vae).__name__} has no scaling_factor, which these pipelines divide latents by: use another "
+            "VAE, or --no-components"
+        )
+    return float(factor), float(vae.config.get("shift_factor") or 0.0)
+
+
 def _vae_decoder(vae: Any, stage: Path, latent: LatentSpec, batch: int, sizes: SizeRanges | None, dtype: str) -> Graph:
-    scaling = float(vae.config.scaling_factor)
-    shift = float(getattr(vae.config, "shift_factor", None) or 0.0)
+    scaling, shift = _scaling_and_shift(vae)
     wanted = torch_dtype(dtype)
 
     class Decoder(torch.nn.Module):
@@ -206,8 +216,7 @@ def _vae_decoder(vae: Any, stage: Path, latent: LatentSpec, batch: int, sizes: S
 
 def _vae_encoder(vae: Any, stage: Path, decoder: Graph, dtype: str) -> Graph:
     """For pictures of the decoder's size. A VAE without a distribution (a tiny one) has no standard deviation."""
-    scaling = float(vae.config.scaling_factor)
-    shift = float(getattr(vae.config, "shift_factor", None) or 0.0)
+    scaling, shift = _scaling_and_shift(vae)
     wanted = torch_dtype(dtype)
     outputs: list[str] = []
 

@@ -38,6 +38,9 @@ if TYPE_CHECKING:
 # Of the exported weights; smaller ones are not worth a process.
 LARGE_BYTES = 256 * 2**20
 
+# Exit status of a comparison beyond tolerance; 1 is that of any Python that ends in a traceback.
+_BEYOND = 3
+
 
 def is_large(model: str, dtype: torch.dtype) -> bool:
     """Whether the denoiser takes more than ``LARGE_BYTES`` in ``dtype``; False where its files are not here."""
@@ -112,7 +115,7 @@ def _run(*arguments: str) -> str:
     command = [sys.executable, "-m", __name__, *arguments]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     last = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
-    if done.returncode == 1:
+    if done.returncode == _BEYOND:
         raise ToleranceError(last)
     if done.returncode:
         raise UserError(f"the comparison with the supernet ended with status {done.returncode}: {last}")
@@ -224,7 +227,7 @@ def _main() -> int:
             print(json.dumps(_compare(Path(engine_dir), Path(rest[0]))))
     except ToleranceError as error:
         print(error, file=sys.stderr)
-        return 1
+        return _BEYOND
     except UserError as error:
         print(error, file=sys.stderr)
         return 2

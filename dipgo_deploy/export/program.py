@@ -49,7 +49,8 @@ def to_onnx(
     model in errors. Initialisers stay in memory, shared with the module where the exporter does not fold them.
 
     Raises:
-        UserError: the exporter refuses the module, or two outputs are one tensor in the exported graph.
+        UserError: the module does not fit its inputs, torch cannot trace or export it, or two outputs are one tensor in
+            the exported graph.
     """
     import torch
 
@@ -70,12 +71,13 @@ def to_onnx(
                 verbose=False,
             )
         except torch.onnx.errors.OnnxExporterError as error:
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise UserError(f"{label}: torch.onnx.export failed: {first}") from error
-        except _dynamic_errors() as error:
-            if dynamic_shapes is None:
-                raise
-            raise UserError(f"{label}: {_why_static(error)}; give plain numbers for these sizes") from error
+            raise UserError(f"{label}: torch.onnx.export failed: {_first_line(error)}") from error
+        except MemoryError:
+            raise
+        except Exception as error:  # a module that does not fit its inputs, or that torch cannot trace: any kind
+            if dynamic_shapes is not None and isinstance(error, _dynamic_errors()):
+                raise UserError(f"{label}: {_why_static(error)}; give plain numbers for these sizes") from error
+            raise UserError(f"{label}: torch.export cannot trace it: {_first_line(error)}") from error
     assert exported is not None
     model = exported.model
     einsums_to_transposes(model)
@@ -105,7 +107,11 @@ def _why_static(error: Exception) -> str:
     found = sorted(set(re.findall(r"Constraints violated \(([^)]*)\)", text)))
     if found:
         return f"the model does not work for every {' and '.join(found).replace(', ', ' and ')} of the range"
-    return "cannot be traced with open sizes: " + (text.strip().splitlines() or [type(error).__name__])[0]
+    return f"cannot be traced with open sizes: {_first_line(error)}"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 @contextlib.contextmanager

@@ -138,6 +138,7 @@ def denoiser_config(model: str | Path) -> tuple[ModelFamily, dict[str, Any]]:
         _check_settings(folder, family, whole)
         _check_pipeline(folder, family, pipeline or index.get("_class_name"))
         _check_tokenizers(folder, index)
+        _check_vae(folder, family.latent_channels(whole))
         return family, whole
     if pipeline is not None:
         raise UserError(f"{folder}: no {INDEX}: there is no pipeline to be read as {pipeline}")
@@ -233,6 +234,13 @@ def _check_tokenizers(folder: Path, index: Mapping[str, Any]) -> None:
                 f"{path}: model_max_length is {'missing' if length is None else length}: "
                 "write the number of tokens that the text encoder takes there (77 for CLIP)"
             )
+
+
+def _check_vae(folder: Path, channels: int) -> None:
+    """Refuse a VAE whose latents are not those of the denoiser."""
+    made = (component_config(folder, "vae") or {}).get("latent_channels")
+    if isinstance(made, int) and made != channels:
+        raise UserError(f"{folder}: its VAE makes latents of {made} channels, its denoiser takes {channels}")
 
 
 def _family_of_pipeline(folder: Path, index: Mapping[str, Any], pipeline: str | None) -> ModelFamily:

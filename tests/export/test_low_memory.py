@@ -306,3 +306,14 @@ def _resident_kib(name: str) -> int:
         elif inside and line.startswith("Rss:"):
             total += int(line.split()[1])
     return total
+
+
+@pytest.mark.parametrize(("status", "kind"), [(3, ToleranceError), (1, UserError), (2, UserError), (-9, UserError)])
+def test_only_a_comparison_beyond_tolerance_is_one(
+    status: int, kind: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that ends in a traceback (a full disk) has status 1."""
+    done = subprocess.CompletedProcess([], status, stdout="", stderr="OSError: no space left on device")
+    monkeypatch.setattr(low_memory.subprocess, "run", lambda *arguments, **options: done)
+    with pytest.raises(kind, match="no space left on device"):
+        low_memory._run("record")

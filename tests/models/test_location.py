@@ -221,3 +221,12 @@ def test_folders_that_cannot_be_looked_at_are_named(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(Path, "is_file", refused)
     with pytest.raises(UserError, match="model_index.json: cannot be read: Permission denied"):
         location.denoiser_config(folder)
+
+
+def test_a_vae_of_another_model_is_refused(tmp_path: Path) -> None:
+    folder = pipeline_folder(tmp_path)
+    write(folder / "vae" / "config.json", {"latent_channels": 16})
+    with pytest.raises(UserError, match="its VAE makes latents of 16 channels, its denoiser takes 4"):
+        location.denoiser_config(folder)
+    write(folder / "vae" / "config.json", {"latent_channels": 4})
+    location.denoiser_config(folder)
