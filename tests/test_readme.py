@@ -19,6 +19,8 @@ from pathlib import Path
 import click
 import pytest
 
+from dipgo_deploy.cli import main
+
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 QUICKSTART = ROOT / "docs" / "quickstart.md"
@@ -94,8 +96,11 @@ def leaf(arguments: list[str]) -> tuple[click.Command, list[str]]:
 
 
 def test_there_are_commands_to_check() -> None:
-    verbs = ("schedule", "search", "export", "run", "compare", "build", "bench")
+    verbs = main.command.list_commands(click.Context(main.command))
     assert {line.split()[0] for line in OURS} == {f"dipgo-{verb}" for verb in verbs}
+    reference = (ROOT / "docs" / "reference" / "commands.md").read_text(encoding="utf-8")
+    for verb in verbs:
+        assert f".. click:: dipgo_deploy.cli.{verb}:command\n   :prog: dipgo-{verb}\n" in reference
     assert {named(page) for page in PAGES_TO_RUN} >= {"docs/howto/own-mask.md", "docs/howto/dit.md", "docs/howto/ci.md"}
 
 
