@@ -151,8 +151,12 @@ def _facts(planned: PlannedExport, *, both_layouts: bool) -> dict[str, Any]:
     from dipgo_deploy.export.segments import read_pieces
     from dipgo_deploy.plan.explain import plan_summary
     from dipgo_deploy.plan.layouts import compare_layouts, segments_summary
+    from dipgo_deploy.schedule.worth import worth_of
 
+    launched = {launch.step for launch in planned.plan.launches}
+    repeated = [step for step in range(planned.schedule.steps) if step not in launched]
     facts: dict[str, Any] = {"model": planned.source.name, "layout": planned.options.layout}
+    facts["worth"] = worth_of(planned.schedule, repeated).facts()
     if planned.image is not None:
         start = planned.image
         facts["image"] = {
@@ -228,6 +232,7 @@ def _show(console: Any, facts: dict[str, Any]) -> None:
         f"({facts['steps_without_launch']} need none); "
         f"{facts['macs_run'] / 1e9:,.2f} of {facts['macs_full_run'] / 1e9:,.2f} GMACs, ideal speed-up {ideal:.2f}x"
     )
+    console.print(facts["worth"]["line"], markup=False, soft_wrap=True)
     console.print(
         f"peak arena memory {_bytes(facts['arena_bytes'])} (no allocation needs less than "
         f"{_bytes(facts['lower_bound_bytes'])})"

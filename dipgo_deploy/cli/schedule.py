@@ -89,6 +89,7 @@ def _write(schedule: Schedule, output: Path, as_json: bool) -> None:
     schedule.save(output)
     console = human_console(as_json)
     console.print(f"{output}: {_summary(schedule)}", markup=False, soft_wrap=True)
+    console.print(_facts(schedule)["worth"]["line"], markup=False, soft_wrap=True)
     emit({"file": str(output), **_facts(schedule)}, as_json)
 
 
@@ -259,6 +260,7 @@ def validate(file: Path, model: str | None, allow_other_config: bool, as_json: b
             checked.append("model")
     console = human_console(as_json)
     console.print(f"{file}: valid ({', '.join(checked)}): {_summary(schedule)}", markup=False, soft_wrap=True)
+    console.print(_facts(schedule)["worth"]["line"], markup=False, soft_wrap=True)
     if "sampler" not in checked:
         console.print("number of rows for the sampler not checked: pip install 'dipgo-deploy[export]'", markup=False)
     emit({"file": str(file), "valid": True, "checked": checked, **_facts(schedule)}, as_json)
@@ -361,8 +363,10 @@ def _planned(schedule: Schedule, model: str) -> dict[str, Any]:
 
 def _facts(schedule: Schedule) -> dict[str, Any]:
     from dipgo_deploy.schedule.frozen import to_json
+    from dipgo_deploy.schedule.worth import worth_of
 
     return {
+        "worth": worth_of(schedule).facts(),
         "model": schedule.model.model_dump(),
         "blocks": len(schedule.blocks),
         "steps": schedule.steps,
@@ -407,6 +411,7 @@ def _print_facts(facts: Mapping[str, Any], console: Console) -> None:
         "sampler": f"{facts['sampler']}, {facts['num_inference_steps']} steps, {facts['steps']} evaluations",
         "made by": str(provenance.get("method", "not said")),
         "kept gates": f"{facts['kept_gates']:.1%}",
+        "worth": facts["worth"]["line"].removeprefix("worth: "),
     }
     if "variants" in facts:
         lines["kept MACs"] = f"{facts['kept_macs']:.1%} ({facts['launched_macs']:.1%} launched)"

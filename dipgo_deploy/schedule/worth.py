@@ -1,0 +1,71 @@
+"""What a schedule is worth: how many plain steps of its sampler, run in full, are the same or cost as much."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+from dipgo_deploy.schedule.document import Schedule
+
+# Samplers whose step is the last prediction times a number: with that prediction again, two steps are one longer step.
+_FIRST_ORDER = frozenset({"DDIMScheduler", "EulerDiscreteScheduler", "FlowMatchEulerDiscreteScheduler"})
+
+
+@dataclass(frozen=True)
+class Worth:
+    """What a schedule is worth.
+
+    plain_steps: the number of plain steps of the same sampler that give the same result, None where there is none.
+    evaluations: the evaluations of the full model that have as many gates. line: one line for a reader.
+    """
+
+    plain_steps: int | None
+    evaluations: float
+    line: str
+
+    def facts(self) -> dict[str, Any]:
+        """The same as JSON values."""
+        return {"plain_steps": self.plain_steps, "evaluations": self.evaluations, "line": self.line}
+
+
+def worth_of(schedule: Schedule, without_launch: Collection[int] | None = None) -> Worth:
+    """What ``schedule`` is worth.
+
+    without_launch: the evaluations whose prediction is the last one, unchanged, where a plan tells; None: those of a
+    UNet that run no block (what a transformer's head makes of cached blocks changes with the timestep).
+    """
+    steps, sampler = schedule.steps, schedule.sampler.class_name.removesuffix("Scheduler")
+    evaluations = schedule.kept_share * steps
+    if without_launch is None:
+        unet = schedule.model.class_name.startswith("UNet2D") and set(schedule.cache_kinds.values()) == {"output"}
+        without_launch = [step for step, row in enumerate(schedule.gates) if unet and not any(row)]
+    repeated = set(without_launch)
+    whole = all(all(row) for step, row in enumerate(schedule.gates) if step not in repeated)
+    run = steps - len(repeated)
+    if whole and run == steps:
+        return Worth(None, evaluations, "worth: the full run, nothing is saved")
+    if whole and _is_first_order(schedule):
+        plural = "step" if run == 1 else "steps"
+        line = (
+            f"worth: equals {run} plain {sampler} {plural} on {run} of these {steps} timesteps; "
+            f"the other {steps - run} evaluations repeat the last prediction"
+        )
+        return Worth(run, evaluations, line)
+    cost = f"{run}" if whole else f"about {evaluations:.1f}"
+    why = f" ({sampler} makes something else of repeated predictions than of fewer steps)" if whole else ""
+    line = (
+        f"worth: costs what {cost} of {steps} plain evaluations cost{why}; what that does to the pictures is to be "
+        f"measured beside a plain run of as many (dipgo-bench quality)"
+    )
+    return Worth(None, evaluations, line)
+
+
+def _is_first_order(schedule: Schedule) -> bool:
+    """Whether a step adds a multiple of the prediction to a multiple of the latent, and so do two with the same one."""
+    config = schedule.sampler.config
+    return (
+        schedule.sampler.class_name in _FIRST_ORDER
+        and config.get("prediction_type", "epsilon") == "epsilon"
+        and not config.get("stochastic_sampling")
+    )
