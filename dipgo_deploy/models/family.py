@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from dipgo_deploy.sampler.kinds import Kind
+
 Granularity = Literal["block", "layer"]
 CacheKind = Literal["output", "residual"]
 ConditionSource = Literal["text", "class", "guidance", "image", "fixed"]
@@ -115,9 +117,10 @@ class ModelFamily:
     strength): the steps that a run from a picture leaves out, of all that were asked for, as the ``get_timesteps`` of
     diffusers' image-to-image pipeline has it; None where there is no such pipeline. size_multiple(config):
     an open latent height or width has to be a multiple of it; None where a trace is good for one size only. pixels: the
-    latent is the picture itself, in [-1, 1]. float32_in_fp16: components of the pipeline that overflow in float16 and
-    stay in float32 in a fp16 export. tolerances: dtype -> largest allowed relative error against the fp32 supernet,
-    with the reason in ``tolerance_reason``.
+    latent is the picture itself, in [-1, 1]. kind: of the samplers it is for, where its folder has none that tells.
+    float32_in_fp16: components of the pipeline that overflow in float16 and stay in float32 in a fp16 export.
+    tolerances: dtype -> largest allowed relative error against the fp32 supernet, with the reason in
+    ``tolerance_reason``.
     """
 
     class_name: str
@@ -136,6 +139,7 @@ class ModelFamily:
     image_to_image: Callable[[int, float], int] | None = None
     size_multiple: Callable[[Mapping[str, Any]], int] | None = None
     pixels: bool = False
+    kind: Kind = "diffusion"
     float32_in_fp16: tuple[str, ...] = ()
     tolerances: Mapping[str, float] = field(default_factory=lambda: {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1})
     tolerance_reason: str = (

@@ -260,6 +260,7 @@ FAMILY = ModelFamily(
     inputs=inputs,
     latent_channels=latent_channels,
     granularities=("block", "layer"),
+    kind="flow",
     call=call,
     text=text,
     guidance=False,

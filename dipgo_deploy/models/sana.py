@@ -160,6 +160,7 @@ FAMILY = ModelFamily(
     inputs=inputs,
     latent_channels=latent_channels,
     granularities=("block", "layer"),
+    kind="flow",
     call=call,
     text=text,
     # Gemma 2 and DC-AE are run in bfloat16 by those who run the rest in float16.

@@ -162,6 +162,7 @@ FAMILY = ModelFamily(
     inputs=inputs,
     latent_channels=latent_channels,
     granularities=("block", "layer"),
+    kind="flow",
     text=text,
     set_timesteps=set_timesteps,
     image_to_image=rounded_down,

@@ -9,6 +9,7 @@ from dipgo_deploy.errors import UserError
 from dipgo_deploy.models.family import BlockSpec, CacheKind, Granularity, ModelFamily
 from dipgo_deploy.models.location import config_folder, denoiser_config, native_size, scheduler_config
 from dipgo_deploy.models.registry import family_for
+from dipgo_deploy.sampler.kinds import check_kind, kind_of
 from dipgo_deploy.schedule.builders import Target
 from dipgo_deploy.schedule.document import BlockEntry, ModelIdentity, SamplerEntry, Schedule
 from dipgo_deploy.schedule.identity import accepted_hashes, config_hash
@@ -33,7 +34,7 @@ def schedule_target(
     Raises UserError for an unknown model, sampler or granularity, and a cache kind that a block does not support.
     """
     if sampler is not None:
-        from dipgo_deploy.sampler.schedulers import check_sampler_name
+        from dipgo_deploy.sampler.schedulers import SAMPLERS, check_sampler_name
 
         check_sampler_name(sampler)
     family, config = denoiser_config(model)
@@ -43,9 +44,12 @@ def schedule_target(
         raise UserError(
             f"granularity: {family.class_name} has {' and '.join(family.granularities)}, not {granularity!r}"
         )
+    if sampler is not None:
+        class_name, settings = SAMPLERS.get(sampler.lower(), (sampler, {}))
+        check_sampler_kind(model, class_name, {**(scheduler_config(config_folder(model)) or {}), **settings})
     # Above everything that needs diffusers, which takes seconds to import.
     from dipgo_deploy.models.stock import stock_configuration
-    from dipgo_deploy.sampler import evaluations, make_scheduler
+    from dipgo_deploy.sampler import evaluations, make_scheduler, plain_config
 
     scheduler = stock_configuration(model).scheduler
     if sampler is not None:
@@ -57,7 +61,7 @@ def schedule_target(
         blocks=tuple(_entry(spec, cache) for spec in family.blocks(config, granularity)),
         sampler=SamplerEntry(
             class_name=type(scheduler).__name__,
-            config=_plain(scheduler.config),
+            config=plain_config(scheduler),
             num_inference_steps=num_inference_steps,
         ),
         steps=evaluations(scheduler, num_inference_steps, set_timesteps_kwargs=options),
@@ -70,6 +74,17 @@ def nominal_set_timesteps(family: ModelFamily, config: Mapping[str, Any], schedu
     return dict(family.set_timesteps(config, scheduler.config, height, width, steps))
 
 
+def check_sampler_kind(model: str, class_name: str, config: Mapping[str, Any]) -> None:
+    """Refuse (UserError) a diffusers scheduler of another kind than the model's: flow matching for a diffusion model.
+
+    The model's kind is that of the scheduler in its folder, or its family's where the folder has none.
+    """
+    family, _ = denoiser_config(model)
+    own = scheduler_config(config_folder(model))
+    expected = family.kind if own is None else kind_of(str(own.get("_class_name")), own)
+    check_kind(class_name, config, expected)
+
+
 def check_schedule(schedule: Schedule, model: str, *, allow_other_config: bool = False) -> None:
     """Refuse (UserError) a schedule that was not made for this model: class, blocks, cache kinds, configuration."""
     family, config = denoiser_config(model)
@@ -78,6 +93,7 @@ def check_schedule(schedule: Schedule, model: str, *, allow_other_config: bool =
     if schedule.model.class_name == family.class_name:
         caches = {spec.name: spec.caches for spec in family.blocks(config, granularity)}
     schedule.check_model(family.class_name, accepted_hashes(config), caches, allow_other_config=allow_other_config)
+    check_sampler_kind(model, schedule.sampler.class_name, schedule.sampler.config)
 
 
 def check_sampler(schedule: Schedule) -> None:
@@ -94,12 +110,3 @@ def _entry(spec: BlockSpec, cache: CacheKind | None) -> BlockEntry:
     if cache is not None and cache not in spec.caches:
         raise UserError(f"cache: {spec.name} cannot have a cache of kind {cache!r}, only {' or '.join(spec.caches)}")
     return BlockEntry(name=spec.name, cache=cache or spec.caches[0])
-
-
-def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A scheduler's configuration as plain data: arrays as lists, without diffusers' own ``_`` keys."""
-    return {
-        key: value.tolist() if hasattr(value, "tolist") else value
-        for key, value in config.items()
-        if not key.startswith("_")
-    }

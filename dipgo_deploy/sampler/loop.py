@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,7 +76,7 @@ def run_loop(
     num_inference_steps: int,
     initial: torch.Tensor,
     predict: Callable[[int, torch.Tensor, float], torch.Tensor],
-    draw: Callable[[], torch.Tensor],
+    draw: Callable[[], torch.Tensor] | None,
     *,
     set_timesteps_kwargs: Mapping[str, Any] | None = None,
     start: ImageStart | None = None,
@@ -85,8 +86,9 @@ def run_loop(
 
     initial: unit noise (B, C, h, w), multiplied by ``init_noise_sigma`` here where the scheduler has one.
     predict(index, model input, timestep) -> prediction of the same shape and dtype. draw() -> the noise for the next
-    draw, same shape. start: begin with a picture that the initial noise is added to. ``eta`` is 0 where ``step`` takes
-    it, the default of diffusers' pipelines. keep_double: for float64 input, keep it all the way.
+    draw, same shape; None leaves drawing to the scheduler, from torch's default generator. start: begin with a picture
+    that the initial noise is added to. ``eta`` is 0 where ``step`` takes it, the default of diffusers' pipelines.
+    keep_double: for float64 input, keep it all the way (with ``draw`` only).
 
     Exceptions of the scheduler pass through, except that a refusal by ``set_timesteps`` is a UserError.
     """
@@ -94,7 +96,8 @@ def run_loop(
     set_timesteps(scheduler, num_inference_steps, set_timesteps_kwargs)
     step_kwargs = {"eta": 0.0} if "eta" in inspect.signature(scheduler.step).parameters else {}
     inputs: list[torch.Tensor] = []
-    with GivenNoise(initial.shape, draw, keep_double), torch.no_grad():
+    noise = nullcontext() if draw is None else GivenNoise(initial.shape, draw, keep_double)
+    with noise, torch.no_grad():
         latent, timesteps = first_latent(scheduler, initial, start)
         for index, timestep in enumerate(timesteps):
             # FlowMatchEuler and its kin have no scale_model_input: they take the latent as it is.

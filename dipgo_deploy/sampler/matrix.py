@@ -6,7 +6,6 @@ run once on coefficient vectors in place of images, and out come the weights: no
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -15,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dipgo_deploy.errors import UserError
-from dipgo_deploy.sampler.schedulers import evaluations, own_config
+from dipgo_deploy.sampler.schedulers import evaluations, own_config, plain_config
 from dipgo_deploy.sampler.start import ImageStart
 
 if TYPE_CHECKING:
@@ -25,15 +24,29 @@ TOLERANCE = 1e-4
 """Largest relative disagreement between matrix and scheduler on random data; a linear scheduler stays far below."""
 
 _CHECK_SHAPE = (2, 3, 8, 8)
+# Real draws for the covariance: its estimate from n values is off by sqrt(2 / n) of itself (one standard deviation).
+_DRAWN_SHAPE = (2, 4, 64, 64)
+_DRAWN_SHAPE_OF_MANY_STEPS = (1, 1, 64, 64)
+_MANY_STEPS = 100
+_DEVIATIONS = 7.0
 # Settings that make a step depend on its data other than linearly, for the message of a refusal.
 _SUSPECTS = ("clip_sample", "thresholding")
+# Settings that may help a scheduler that divides by zero, and what has to be so for each.
+_REMEDIES: tuple[tuple[Mapping[str, Any], str], ...] = (
+    ({"final_sigmas_type": "zero"}, ""),
+    ({"final_sigmas_type": "sigma_min"}, ""),
+    ({"lower_order_final": True}, ""),
+    ({"prediction_type": "v_prediction"}, " if the model predicts v"),
+    ({"rescale_betas_zero_snr": False}, ""),
+)
 
 
 @dataclass(frozen=True, eq=False)
 class SamplerMatrix:
     """The weights of a sampler's latents over the stack [x_T, prediction 0 .. P-1, picture, noise 0 .. M-1].
 
-    class_name, config (JSON values, the settings of this class only), num_inference_steps: the diffusers scheduler.
+    class_name, config (JSON values, those of the config it was made from included), num_inference_steps: the diffusers
+    scheduler.
     timesteps (T,) float64: one for each evaluation of the denoiser. rows (T, columns) float64: the model input of each
     evaluation, after ``scale_model_input``. final (columns,) float64: the latent after the last step. predictions: P.
     image: whether the loop starts from a picture; without one there is no column for it.
@@ -82,11 +95,57 @@ def sampler_matrix(
     Raises UserError naming the scheduler if it is not linear or cannot be run this way; ValueError for a ``source``
     that does not fit the evaluations.
     """
+    _refuse_learned_variance(scheduler)
+    matrix, slots = _walked(scheduler, num_inference_steps, source, set_timesteps_kwargs, begin)
+    if not _is_finite(matrix):
+        helps = _against_infinity(scheduler, num_inference_steps, source, set_timesteps_kwargs, begin)
+        raise UserError(f"sampler {matrix.class_name}: infinite weights at {num_inference_steps} steps; {helps}")
+    if check:
+        _check(matrix, scheduler, slots, set_timesteps_kwargs, begin)
+    return matrix
+
+
+def check_linear(
+    scheduler: Any,
+    num_inference_steps: int,
+    source: Sequence[int] | None = None,
+    *,
+    set_timesteps_kwargs: Mapping[str, Any] | None = None,
+    begin: int | None = None,
+) -> float:
+    """Compare the matrix with the scheduler's own loop on random latents, predictions and noises.
+
+    Arguments as for ``sampler_matrix``. Returns the largest relative error (Euclidean norm) over all model inputs and
+    the final latent. Several images of several pixels are used, so a step that looks at other pixels or images is found
+    too. In float64, so that a scheduler's rounding (1e-4 in float32 with zero terminal SNR) is not taken for a bend.
+    Where the scheduler draws noise, also the covariance of all model inputs and the final latent over draws of its own:
+    draws that are not independent (a Brownian tree's) are no columns of the matrix. Raises UserError naming the
+    scheduler, and the setting to blame where one is known, beyond ``TOLERANCE`` or the statistical one.
+    """
+    matrix = sampler_matrix(
+        scheduler, num_inference_steps, source, set_timesteps_kwargs=set_timesteps_kwargs, begin=begin, check=False
+    )
+    return _check(matrix, scheduler, _slots(source, len(matrix.timesteps)), set_timesteps_kwargs, begin)
+
+
+def prediction_used(matrix: SamplerMatrix) -> tuple[bool, ...]:
+    """For each prediction slot, whether any model input or the final latent has a weight for it."""
+    weights = np.vstack([matrix.rows, matrix.final])[:, 1 : 1 + matrix.predictions]
+    return tuple(bool(used) for used in (weights != 0).any(axis=0))
+
+
+def _walked(
+    scheduler: Any,
+    num_inference_steps: int,
+    source: Sequence[int] | None,
+    set_timesteps_kwargs: Mapping[str, Any] | None,
+    begin: int | None,
+) -> tuple[SamplerMatrix, tuple[int, ...]]:
+    """The matrix, finite or not, and the prediction slot of each evaluation."""
     import torch
 
     from dipgo_deploy.sampler.loop import run_loop
 
-    _refuse_learned_variance(scheduler)
     count = evaluations(scheduler, num_inference_steps, set_timesteps_kwargs=set_timesteps_kwargs) - (begin or 0)
     slots = _slots(source, count)
     predictions = max(slots) + 1
@@ -125,9 +184,9 @@ def sampler_matrix(
     if noises:
         result, _ = walk(noises)
     rows = torch.stack([row.reshape(-1) for row in result.inputs]).numpy()
-    matrix = SamplerMatrix(
+    made = SamplerMatrix(
         class_name=type(scheduler).__name__,
-        config=_plain_config(scheduler),
+        config=plain_config(scheduler),
         num_inference_steps=num_inference_steps,
         timesteps=np.asarray(result.timesteps, dtype=np.float64),
         rows=np.ascontiguousarray(rows, dtype=np.float64),
@@ -136,40 +195,11 @@ def sampler_matrix(
         predictions=predictions,
         image=image,
     )
-    if not (np.isfinite(matrix.rows).all() and np.isfinite(matrix.final).all()):
-        raise UserError(
-            f"sampler {matrix.class_name}: infinite weights at {num_inference_steps} steps; use other steps"
-        )
-    if check:
-        _check(matrix, scheduler, slots, set_timesteps_kwargs, begin)
-    return matrix
+    return made, slots
 
 
-def check_linear(
-    scheduler: Any,
-    num_inference_steps: int,
-    source: Sequence[int] | None = None,
-    *,
-    set_timesteps_kwargs: Mapping[str, Any] | None = None,
-    begin: int | None = None,
-) -> float:
-    """Compare the matrix with the scheduler's own loop on random latents, predictions and noises.
-
-    Arguments as for ``sampler_matrix``. Returns the largest relative error (Euclidean norm) over all model inputs and
-    the final latent. Several images of several pixels are used, so a step that looks at other pixels or images is found
-    too. In float64, so that a scheduler's rounding (1e-4 in float32 with zero terminal SNR) is not taken for a bend.
-    Raises UserError naming the scheduler, and the setting to blame where one is known, beyond ``TOLERANCE``.
-    """
-    matrix = sampler_matrix(
-        scheduler, num_inference_steps, source, set_timesteps_kwargs=set_timesteps_kwargs, begin=begin, check=False
-    )
-    return _check(matrix, scheduler, _slots(source, len(matrix.timesteps)), set_timesteps_kwargs, begin)
-
-
-def prediction_used(matrix: SamplerMatrix) -> tuple[bool, ...]:
-    """For each prediction slot, whether any model input or the final latent has a weight for it."""
-    weights = np.vstack([matrix.rows, matrix.final])[:, 1 : 1 + matrix.predictions]
-    return tuple(bool(used) for used in (weights != 0).any(axis=0))
+def _is_finite(matrix: SamplerMatrix) -> bool:
+    return bool(np.isfinite(matrix.rows).all() and np.isfinite(matrix.final).all())
 
 
 def _check(
@@ -207,8 +237,73 @@ def _check(
     difference = np.sqrt(np.square(actual - expected).sum(axes))
     error = float((difference / np.maximum(np.sqrt(np.square(expected).sum(axes)), 1e-12)).max())
     if not error <= TOLERANCE:
-        raise UserError(f"sampler {matrix.class_name}: {_reason(matrix.config)} (relative error {error:.2g})")
+        reason = _reason(own_config(scheduler))
+        raise UserError(f"sampler {matrix.class_name}: {reason} (relative error {error:.2g})")
+    if matrix.noises:
+        _check_draws(matrix, scheduler, set_timesteps_kwargs, begin)
     return error
+
+
+def _check_draws(
+    matrix: SamplerMatrix, scheduler: Any, set_timesteps_kwargs: Mapping[str, Any] | None, begin: int | None
+) -> None:
+    """Refuse noise whose covariance over the loop is not that of independent draws."""
+    import torch
+
+    from dipgo_deploy.sampler.loop import run_loop
+
+    shape = _DRAWN_SHAPE if len(matrix.timesteps) <= _MANY_STEPS else _DRAWN_SHAPE_OF_MANY_STEPS
+    nothing = torch.zeros(shape, dtype=torch.float64)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        result = _scheduler_at_work(
+            scheduler,
+            lambda: run_loop(
+                scheduler,
+                matrix.num_inference_steps,
+                nothing,
+                lambda index, _input, _timestep: nothing,
+                None,
+                set_timesteps_kwargs=set_timesteps_kwargs,
+                start=None if begin is None else ImageStart(begin, nothing),
+            ),
+        )
+    drawn = torch.stack([part.reshape(-1).double() for part in (*result.inputs, result.final)]).numpy()
+    weights = np.vstack([matrix.rows, matrix.final])[:, len(matrix.final) - matrix.noises :]
+    expected, actual = weights @ weights.T, drawn @ drawn.T / drawn.shape[1]
+    spread = np.sqrt(np.diag(expected))
+    allowed = _DEVIATIONS * np.sqrt(2 / drawn.shape[1]) * np.outer(spread, spread)
+    # What has no noise in it must have none: rounding of the schedulers' float32 is far below this.
+    if not (np.abs(actual - expected) <= allowed + 1e-8 * max(float(expected.max()), 1.0)).all():
+        deviation = np.sqrt(np.diag(actual))[-1]
+        raise UserError(
+            f"sampler {matrix.class_name}: its noise is not drawn independently (the final latent's standard deviation "
+            f"is {deviation:.4g}, not {spread[-1]:.4g}); use another sampler (dpm++2m-sde, euler-a)"
+        )
+
+
+def _against_infinity(
+    scheduler: Any,
+    num_inference_steps: int,
+    source: Sequence[int] | None,
+    set_timesteps_kwargs: Mapping[str, Any] | None,
+    begin: int | None,
+) -> str:
+    """What helps where a scheduler divides by zero: the first change that was tried and gives finite weights."""
+    own = own_config(scheduler)
+    for change, meaning in _REMEDIES:
+        if any(key not in own or own[key] == value for key, value in change.items()):
+            continue
+        try:
+            changed = type(scheduler).from_config({**own, **change})
+            helped = _is_finite(_walked(changed, num_inference_steps, source, set_timesteps_kwargs, begin)[0])
+        except Exception:  # a class refuses in its own way; then this is no help
+            continue
+        if not helped:
+            continue
+        settings = " and ".join(f"{key} to {str(value).lower()}" for key, value in change.items())
+        return f"set {settings} in the model's scheduler/scheduler_config.json{meaning}, or use another sampler"
+    return "use another sampler, or check betas and sigmas in the model's scheduler/scheduler_config.json"
 
 
 def _reason(config: Mapping[str, Any]) -> str:
@@ -255,13 +350,3 @@ def _slots(source: Sequence[int] | None, count: int) -> tuple[int, ...]:
             raise ValueError(f"source[{index}] is {slot}, but only slots 0 to {filled - 1} are filled by then")
         filled = max(filled, slot + 1)
     return slots
-
-
-def _plain_config(scheduler: Any) -> dict[str, Any]:
-    try:
-        plain: dict[str, Any] = json.loads(json.dumps(own_config(scheduler), default=lambda value: value.tolist()))
-    except (AttributeError, TypeError, ValueError) as error:
-        raise UserError(
-            f"sampler {type(scheduler).__name__}: its config holds more than plain values: {error}"
-        ) from error
-    return plain

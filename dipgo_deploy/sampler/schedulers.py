@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -11,8 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from dipgo_deploy.errors import UserError
+from dipgo_deploy.errors import UserError, one_line
 from dipgo_deploy.schedule.document import Schedule
+
+MAX_STEPS = 2000
+"""Most inference steps of a run: the matrix grows with their square."""
+MAX_SETTING = 100_000
+"""Largest number in a scheduler's configuration: tables as long as ``num_train_timesteps`` and others are made."""
 
 SAMPLERS: Mapping[str, tuple[str, Mapping[str, Any]]] = MappingProxyType(
     {
@@ -66,11 +72,13 @@ def make_scheduler(name: str, base_config: Mapping[str, Any]) -> Any:
 
     name: a key of ``SAMPLERS`` (any case) or a diffusers scheduler class, taken with no settings of its own.
     base_config: the model folder's scheduler config, or the ``config`` of a ``SamplerMatrix`` with its ``class_name``.
-    Equals ``Class.from_config(base_config, **settings)``: what the new class does not know is left out. A sampler with
-    flow sigmas takes the static ``shift`` of a flow-matching config, which diffusers names ``flow_shift`` there. Raises
-    UserError for an unknown name, a missing package, or a config the class refuses.
+    Equals ``Class.from_config(base_config, **settings)``: what the new class does not know has no effect, unless it
+    hands its whole configuration on (LTXEulerAncestralRFScheduler does). A sampler with flow sigmas takes the static
+    ``shift`` of a flow-matching config, which diffusers names ``flow_shift`` there. Raises UserError for an unknown
+    name, a missing package, a config the class refuses, or one that asks for tables beyond ``MAX_SETTING``.
     """
     class_name, settings = SAMPLERS.get(name.lower(), (name, {}))
+    _check_sizes(name, base_config)
     scheduler_class = _scheduler_class(class_name)
     base = dict(base_config)
     if settings.get("use_flow_sigmas") and "shift" in base:
@@ -122,8 +130,11 @@ def scheduler_from_folder(folder: str | Path) -> Any:
 
 def fresh(scheduler: Any) -> Any:
     """A new scheduler with the same config and none of the history that schedulers keep between steps."""
-    # Only its own settings: diffusers warns of the others each time.
-    return type(scheduler).from_config(own_config(scheduler))
+    own = own_config(scheduler)
+    copy = type(scheduler).from_config(own)
+    # The other settings are there for schedulers that hand them on; given to from_config, they are warned of each time.
+    copy.register_to_config(**{key: value for key, value in whole_config(scheduler).items() if key not in own})
+    return copy
 
 
 def own_config(scheduler: Any) -> dict[str, Any]:
@@ -132,11 +143,30 @@ def own_config(scheduler: Any) -> dict[str, Any]:
     return {key: value for key, value in scheduler.config.items() if key in parameters}
 
 
+def whole_config(scheduler: Any) -> dict[str, Any]:
+    """All settings, those of the config it was made from included, without diffusers' own ``_`` keys."""
+    return {key: value for key, value in scheduler.config.items() if not key.startswith("_")}
+
+
+def plain_config(scheduler: Any) -> dict[str, Any]:
+    """``whole_config`` as JSON values, arrays as lists; UserError for a setting that has no such form."""
+    try:
+        text = json.dumps(whole_config(scheduler), default=lambda value: value.tolist())
+    except (AttributeError, TypeError, ValueError) as error:
+        raise UserError(
+            f"sampler {type(scheduler).__name__}: its config holds more than plain values: {one_line(error)}"
+        ) from error
+    plain: dict[str, Any] = json.loads(text)
+    return plain
+
+
 def set_timesteps(scheduler: Any, num_inference_steps: int, kwargs: Mapping[str, Any] | None = None) -> None:
     """Call the scheduler's ``set_timesteps``; what it refuses becomes a UserError that names the scheduler."""
     name = type(scheduler).__name__
     if num_inference_steps < 1:
         raise UserError(f"sampler {name}: {num_inference_steps} inference steps; at least 1 is needed")
+    if num_inference_steps > MAX_STEPS:
+        raise UserError(f"sampler {name}: {num_inference_steps} inference steps; at most {MAX_STEPS} are supported")
     trained = scheduler.config.get("num_train_timesteps")
     if isinstance(trained, int) and num_inference_steps > trained:
         # Left alone, some classes fail much later and PNDM stays at one timestep.
@@ -192,5 +222,17 @@ def _scheduler_class(class_name: str) -> Any:
     return found
 
 
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+def _check_sizes(name: str, config: Mapping[str, Any]) -> None:
+    """Refuse settings that would make a scheduler allocate without bound, before it is made."""
+    for key, value in config.items():
+        listed = isinstance(value, (list, tuple))
+        number = len(value) if listed else value
+        if not isinstance(number, (int, float)) or number in (math.inf, -math.inf) or "seed" in key:
+            continue
+        if abs(number) > MAX_SETTING:
+            what = "has more entries than" if listed else "is larger than"
+            raise UserError(f"sampler {name}: {key[:60]} of the scheduler config {what} the supported {MAX_SETTING}")
+
+
+def _line(error: Exception) -> str:
+    return one_line(error) or type(error).__name__

@@ -8,7 +8,7 @@ import pytest
 
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.models.location import resolve_model
-from dipgo_deploy.models.target import check_sampler, check_schedule, schedule_target
+from dipgo_deploy.models.target import check_sampler, check_sampler_kind, check_schedule, schedule_target
 from dipgo_deploy.schedule import builders
 from dipgo_deploy.schedule.document import Schedule
 from dipgo_deploy.schedule.identity import config_hash
@@ -96,3 +96,21 @@ def test_check_sampler_counts_evaluations() -> None:
     short = Schedule(**{**schedule.model_dump(), "steps": 4, "keep": schedule.keep[:4]})
     with pytest.raises(UserError, match="4 rows, but PNDMScheduler with 4 steps evaluates the denoiser 5 times"):
         check_sampler(short)
+
+
+def test_a_sampler_of_another_kind_is_refused_from_the_configuration_alone() -> None:
+    with pytest.raises(UserError, match="FlowMatchEulerDiscreteScheduler: is for flow matching, but this model is for"):
+        schedule_target("fashion-sd", "flow-euler", 4)
+    # A document that names such a sampler, for this very model.
+    schedule = full_schedule(model="fashion-sd", sampler="ddim", num_inference_steps=4)
+    sampler = schedule.sampler.model_copy(update={"class_name": "FlowMatchEulerDiscreteScheduler"})
+    with pytest.raises(UserError, match="is for flow matching"):
+        check_schedule(schedule.model_copy(update={"sampler": sampler}), "fashion-sd")
+
+
+def test_without_a_scheduler_the_family_says_the_kind(tmp_path: Path) -> None:
+    config = {"_class_name": "SD3Transformer2DModel", "num_layers": 2, "sample_size": 8}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="EulerDiscreteScheduler: is for diffusion models.*use flow-euler"):
+        check_sampler_kind(str(tmp_path), "EulerDiscreteScheduler", {})
+    check_sampler_kind(str(tmp_path), "FlowMatchHeunDiscreteScheduler", {})
