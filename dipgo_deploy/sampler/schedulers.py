@@ -133,7 +133,8 @@ def fresh(scheduler: Any) -> Any:
     own = own_config(scheduler)
     copy = type(scheduler).from_config(own)
     # The other settings are there for schedulers that hand them on; given to from_config, they are warned of each time.
-    copy.register_to_config(**{key: value for key, value in whole_config(scheduler).items() if key not in own})
+    if others := {key: value for key, value in whole_config(scheduler).items() if key not in own}:
+        copy.register_to_config(**others)
     return copy
 
 

@@ -53,11 +53,9 @@ def worth_of(schedule: Schedule, without_launch: Collection[int] | None = None) 
         )
         return Worth(run, evaluations, line)
     cost = f"{run}" if whole else f"about {evaluations:.1f}"
-    why = f" ({sampler} makes something else of repeated predictions than of fewer steps)" if whole else ""
-    line = (
-        f"worth: costs what {cost} of {steps} plain evaluations cost{why}; what that does to the pictures is to be "
-        f"measured beside a plain run of as many (dipgo-bench quality)"
-    )
+    other = sampler if schedule.solver is None else "its fitted solver"
+    why = f" ({other} makes something else of repeated predictions than of fewer steps)" if whole else ""
+    line = f"worth: costs what {cost} of {steps} plain evaluations cost{why}; compare pictures with as many plain ones"
     return Worth(None, evaluations, line)
 
 
@@ -65,7 +63,8 @@ def _is_first_order(schedule: Schedule) -> bool:
     """Whether a step adds a multiple of the prediction to a multiple of the latent, and so do two with the same one."""
     config = schedule.sampler.config
     return (
-        schedule.sampler.class_name in _FIRST_ORDER
+        schedule.solver is None
+        and schedule.sampler.class_name in _FIRST_ORDER
         and config.get("prediction_type", "epsilon") == "epsilon"
         and not config.get("stochastic_sampling")
     )

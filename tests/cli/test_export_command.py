@@ -22,7 +22,9 @@ def test_agreement_and_how_large_weights_were_held(
     arguments = ["--model", str(model), "--schedule", str(tmp_path / "schedule.json"), "--no-components", "--json"]
     assert main([*arguments, "--engine-dir", str(tmp_path / "engine")]) == 0
     shown = capsys.readouterr()
-    agreement = json.loads(shown.out)["agreement"]
+    facts = json.loads(shown.out)
+    assert facts["worth"]["line"].startswith("worth: ") and facts["worth"]["line"] in shown.err
+    agreement = facts["agreement"]
     assert 0 < agreement["relative"] < 1e-4 and agreement["psnr"] > 80 and agreement["cosine"] > 0.999999
     assert f"variants against the supernet: largest error {agreement['relative']:.1e}" in shown.err
     assert ("held once, compared in processes of their own" in shown.err) == large

@@ -45,6 +45,18 @@ def test_help_shows_examples(capsys: pytest.CaptureFixture[str], verb: tuple[str
     assert " ".join(("dipgo-schedule", *verb)) in text
 
 
+def test_what_a_schedule_is_worth_is_said(capsys: pytest.CaptureFixture[str], made: Path) -> None:
+    line = "equals 2 plain DDIM steps on 2 of these 6 timesteps"
+    assert line in capsys.readouterr().out  # as it was made
+    for verb in ("show", "validate"):
+        assert main([verb, str(made)]) == 0
+        assert line in capsys.readouterr().out
+        assert main([verb, str(made), "--json"]) == 0
+        worth = json.loads(capsys.readouterr().out)["worth"]
+        assert (worth["plain_steps"], worth["evaluations"]) == (2, 2)
+        assert line in worth["line"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "method", "keep"),
     [

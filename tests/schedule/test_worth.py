@@ -55,7 +55,7 @@ def test_that_is_what_the_sampler_does(sampler: str) -> None:
         ("fashion-sd", "pndm", "costs what 11 of 51 plain evaluations cost (PNDM makes something else"),
         ("fashion-sd", "dpm++2m", "costs what 10 of 50 plain evaluations cost (DPMSolverMultistep makes"),
         # The head of a transformer sees the timestep: an evaluation without a block is no repetition.
-        ("fashion-dit", "ddim", "costs what about 10.0 of 50 plain evaluations cost; what that does to the pictures"),
+        ("fashion-dit", "ddim", "costs what about 10.0 of 50 plain evaluations cost; compare pictures"),
     ],
 )
 def test_other_schedules_are_no_fewer_steps(model: str, sampler: str, words: str) -> None:
