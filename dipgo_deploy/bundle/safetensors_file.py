@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Iterator, Mapping
@@ -11,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from dipgo_deploy.schedule.files import strict_json
 
 # Far above what trainers write: some thousands of tensors, and metadata of a few MiB.
 HEADER_BYTES = 16 * 2**20
@@ -140,7 +141,7 @@ class TensorFile:
         try:
             with safetensors.safe_open(str(self.path), framework="numpy"):
                 pass  # types, shapes and offsets agree with each other and with the file's length
-            header = json.loads(self.read_at(8, length).tobytes())
+            header = strict_json(self.read_at(8, length).tobytes())
         except safetensors.SafetensorError as error:
             raise ValueError(f"not a safetensors file ({str(error)[:200]})") from None
         if len(header) > TENSORS:

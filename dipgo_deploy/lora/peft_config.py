@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.lora.keys import layer_of
 from dipgo_deploy.lora.patterns import PatternError, Patterns
+from dipgo_deploy.schedule.files import read_bytes, strict_json
 
 ADAPTER_CONFIG = "adapter_config.json"
 METADATA = "lora_adapter_metadata"
@@ -99,14 +99,9 @@ def config_beside(file: Path) -> PeftConfig | None:
         UserError: it cannot be read, or see ``PeftConfig``.
     """
     path = file.with_name(ADAPTER_CONFIG)
-    if not path.is_file():
+    if not path.exists():
         return None
-    try:
-        if path.stat().st_size > _CONFIG_BYTES:
-            raise UserError(f"{path}: larger than {_CONFIG_BYTES} bytes, no configuration of PEFT's; remove it")
-        data = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    data = read_bytes(path, _CONFIG_BYTES, "configuration of PEFT's")
     return PeftConfig(str(path), _document(str(path), data))
 
 
@@ -125,7 +120,7 @@ def configs_within(where: str, metadata: Mapping[str, str]) -> dict[str, PeftCon
 
 def _document(where: str, text: str | bytes) -> dict[str, Any]:
     try:
-        document = json.loads(text)
+        document = strict_json(text)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: not JSON ({str(error)[:100]}); correct or remove it") from None
     if not isinstance(document, dict):

@@ -27,7 +27,7 @@ from pydantic import (
 from dipgo_deploy import arguments
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.schedule import validation
-from dipgo_deploy.schedule.files import read_bytes, write_text
+from dipgo_deploy.schedule.files import read_bytes, strict_json, write_text
 from dipgo_deploy.schedule.frozen import freeze, freeze_config, to_json
 from dipgo_deploy.schedule.solver import FrozenJson, Solver
 
@@ -252,7 +252,7 @@ class Schedule(_Part):
         except UnicodeDecodeError as error:
             raise UserError(f"byte {error.start} is not UTF-8 text: not a schedule") from error
         try:
-            document = json.loads(decoded, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
+            document = strict_json(decoded)
         except json.JSONDecodeError as error:
             content = decoded.rstrip()
             what = "the file is cut off" if error.pos >= len(content) or content[-1] != "}" else "not JSON"
@@ -313,16 +313,3 @@ def _leaves(schedule: Schedule) -> dict[str, Any]:
         else:
             leaves[name] = value
     return leaves
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    document = dict(pairs)
-    if len(document) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {twice!r} stands twice in one object")
-    return document
-
-
-def _refuse_constant(token: str) -> Any:
-    raise ValueError(f"{token} is no JSON number")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import tempfile
+from typing import Any
 
 from dipgo_deploy import arguments
 from dipgo_deploy.errors import UserError
@@ -30,6 +32,29 @@ def read_bytes(path: str | os.PathLike[str], limit: int = MAX_BYTES, what: str =
     if len(data) > limit:
         raise UserError(f"{path}: larger than {limit / 2**20:g} MiB, which no {what} is: give another file")
     return data
+
+
+def strict_json(text: str | bytes) -> Any:
+    """The document of a JSON text, without what Python's reader takes beside JSON: NaN, infinity and repeated keys.
+
+    Raises:
+        ValueError: it is none (``json.JSONDecodeError`` where the place is known).
+        RecursionError: it is too deep.
+    """
+    return json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    document: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in document:
+            raise ValueError(f"the key {name[:60]!r} stands twice in one object")
+        document[name] = value
+    return document
+
+
+def _refuse_constant(token: str) -> Any:
+    raise ValueError(f"{token} is no JSON number")
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

@@ -15,6 +15,9 @@ def write(path, header, data=b"", length=None):
     return path
 
 
+TWICE = b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
+
+
 def entry(dtype, shape, first, last):
     return {"dtype": dtype, "shape": shape, "data_offsets": [first, last]}
 
@@ -69,6 +72,7 @@ def test_an_open_file_stays_the_same_file(tmp_path):
         ({"a": entry("F32", [1], -4, 0)}, b"1234", "not a safetensors file"),
         ({"a": entry("F32", [1], 0, 4)}, b"12345678", "not a safetensors file"),
         ({"a": [1]}, b"", "not a safetensors file"),
+        (TWICE, b"1234", "the key 'a' stands twice"),
         (b"[" * 100_000, b"", "not a safetensors file"),
         (b"\xff" * 20, b"", "not a safetensors file"),
         ({"a\n": entry("F32", [1], 0, 4)}, b"1234", "a tensor's name is not a name"),
