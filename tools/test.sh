@@ -22,6 +22,18 @@ echo "== pytest"
 # By file: what a file's tests share is made once.
 python -m pytest -q --numprocesses=logical --maxprocesses=4 --dist=loadfile -m "not slow and not gpu"
 
+echo "== lowest versions of the base dependencies"
+lowest=.venv/lowest
+if .venv/bin/python -c 'import sys; sys.exit(sys.version_info >= (3, 13))'; then
+    PYTHON=.venv/bin/python tools/setup.sh cpu,test-base "$lowest" constraints-lowest.txt
+    "$lowest/bin/python" -m pytest -q -m "not slow and not gpu" tests/bundle tests/cli/test_arrays.py \
+        tests/cli/test_common.py tests/cli/test_run_command.py tests/runtime/test_loop.py tests/runtime/test_pipeline.py \
+        tests/schedule/test_document.py tests/test_argument_types.py
+else
+    lowest=
+    echo "not tested: they are not made for this Python, only for 3.11 and 3.12"
+fi
+
 compare() {
     echo "== compare $1 with $2"
     dipgo-export --model "$1" --schedule "dipgo_deploy/assets/schedules/$2.json" --engine-dir "$work/$2"
@@ -29,3 +41,8 @@ compare() {
 }
 compare fashion-sd fashion-sd-ddim50
 compare fashion-dit fashion-dit-uniform5
+if [ -n "$lowest" ]; then
+    echo "== run with the lowest versions"
+    "$lowest/bin/dipgo" run --engine-dir "$work/fashion-sd-ddim50" --prompt "a sneaker" -o "$work/lowest.png"
+    "$lowest/bin/dipgo" schedule show "$work/fashion-sd-ddim50/schedule.json"
+fi

@@ -256,6 +256,8 @@ class _Progress:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         console = Console(stderr=True)
+        # Rich before 13.8 ends a bar that is not shown with an empty line, so that is not even started.
+        self._shown = console.is_terminal
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -263,14 +265,16 @@ class _Progress:
             TimeRemainingColumn(),
             console=console,
             transient=True,
-            disable=not console.is_terminal,
+            disable=not self._shown,
         )
         task = self._bar.add_task("denoising", total=None)
-        self._bar.start()
+        if self._shown:
+            self._bar.start()
         return lambda done, total: self._bar.update(task, completed=done, total=total)
 
     def __exit__(self, *_: object) -> None:
-        self._bar.stop()
+        if self._shown:
+            self._bar.stop()
 
 
 def memory_line(memory: Mapping[str, Any]) -> str:

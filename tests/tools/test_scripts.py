@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -28,9 +29,9 @@ def checkout(folder: Path) -> Path:
     return folder
 
 
-def set_up(folder: Path, extras: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def set_up(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        ["bash", str(folder / "tools" / "setup.sh"), extras],
+        ["bash", str(folder / "tools" / "setup.sh"), *arguments],
         env={"PATH": os.environ["PATH"], **environment},
         capture_output=True,
         text=True,
@@ -83,3 +84,24 @@ def test_a_failed_installation_is_tried_again(tmp_path: Path) -> None:
     fake(python, "exit 0")
     result = set_up(folder, "cpu")
     assert result.returncode == 0 and "installing" in result.stdout
+
+
+def test_another_environment_takes_its_own_constraints(tmp_path: Path) -> None:
+    folder = checkout(tmp_path)
+    log = tmp_path / "log"
+    (folder / "lowest.txt").write_text("click==1\n")
+    fake(folder / ".venv" / "lowest" / "bin" / "python", f'case "$1" in -m) echo "$@" >> {log};; esac')
+    for _ in range(2):
+        assert set_up(folder, "cpu", ".venv/lowest", "lowest.txt").returncode == 0
+    assert log.read_text().count("\n") == 1 and "-c lowest.txt -e .[cpu]" in log.read_text()
+
+
+def test_the_lowest_versions_are_those_that_are_declared() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    declared = {}
+    for requirement in (*project["dependencies"], *project["optional-dependencies"]["cpu"]):
+        name, _, version = requirement.partition(",")[0].partition(">=")
+        declared[name] = version
+    lines = (ROOT / "constraints-lowest.txt").read_text().splitlines()
+    lowest = dict(line.split("==") for line in lines if not line.startswith("#"))
+    assert {name: lowest.get(name) for name in declared} == declared
