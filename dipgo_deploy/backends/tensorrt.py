@@ -26,7 +26,7 @@ from dipgo_deploy.backends.tensorrt_plans import (
 from dipgo_deploy.backends.tensorrt_queue import GRAPH_MODES, GraphMode, LaunchQueue, Run
 from dipgo_deploy.bundle.files import sha256_file
 from dipgo_deploy.bundle.manifest import Graph, Manifest, TensorSpec
-from dipgo_deploy.errors import UserError
+from dipgo_deploy.errors import UserError, one_line
 
 # What TensorRT calls the types of a manifest.
 DTYPE_NAMES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT64": "int64"}
@@ -501,6 +501,6 @@ def collecting_logger(module: Any) -> Any:
 
         def log(self, severity: Any, message: str) -> None:
             if severity in (module.ILogger.INTERNAL_ERROR, module.ILogger.ERROR):
-                self.messages.append(" ".join(message.split())[:300])
+                self.messages.append(one_line(message, 300))
 
     return Collector()

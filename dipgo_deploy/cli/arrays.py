@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 # Of one file, as it is and unpacked: embeddings of a prompt are 0.3 MB (SD 1.5) to 8 MB (FLUX).
 MOST_BYTES = 384 * 2**20
-MOST_PIXELS = 2**26
+MOST_PIXELS = 2**25  # above 7680 x 4320
 _MOST_ARRAYS = 64
 _MOST_AXES = 8
 _NPY_VERSIONS = ((1, 0), (2, 0))
@@ -81,7 +81,7 @@ def load_picture(option: str, path: Path) -> Image:
     """Read a picture file as RGB, upright as its camera says; 16 bits of grey become 8.
 
     Raises:
-        UserError: no such file, not a picture that Pillow reads, more than 64 million pixels, or values that are no
+        UserError: no such file, not a picture that Pillow reads, more than 33 million pixels, or values that are no
             8 or 16 bits.
     """
     import warnings
@@ -96,9 +96,8 @@ def load_picture(option: str, path: Path) -> Image:
             if picture.width * picture.height > MOST_PIXELS:
                 extents = f"{picture.width} x {picture.height} pixels"
                 raise UserError(f"{option} {path}: {extents}, more than {MOST_PIXELS}; give a smaller one")
-            upright = ImageOps.exif_transpose(picture)
-            upright.format = picture.format
-            found = as_8_bit(upright, f"{option} {path}").convert("RGB")
+            ImageOps.exif_transpose(picture, in_place=True)
+            found = as_8_bit(picture, f"{option} {path}").convert("RGB")
     except UserError:
         raise
     except Exception as error:  # Pillow's readers raise whatever a broken file leads them to
@@ -132,11 +131,17 @@ def _content(option: str, path: Path) -> bytes:
 
 
 def _safetensors(option: str, path: Path) -> dict[str, np.ndarray]:
-    from dipgo_deploy.bundle.safetensors_file import read_tensors
+    from dipgo_deploy.bundle.safetensors_file import TensorFile
 
     _content_size(option, path)
     try:
-        return read_tensors(path)
+        tensors = TensorFile(path).tensors
+        widened = 4 * sum(tensor.items for tensor in tensors.values())  # bfloat16 and float8 become float32
+        if widened > MOST_BYTES:
+            raise ValueError(f"{widened} bytes of values, more than {MOST_BYTES}")
+        return {name: tensor.read() for name, tensor in tensors.items()}
+    except OverflowError as error:  # an extent beyond 64 bits, beside one of 0
+        raise ValueError(error) from None
     except OSError as error:
         raise UserError(f"{option} {path}: cannot be read: {error.strerror or error}") from None
 

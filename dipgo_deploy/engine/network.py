@@ -15,7 +15,7 @@ from dipgo_deploy.backends.tensorrt_plans import KeyInputs
 from dipgo_deploy.bundle.manifest import Graph
 from dipgo_deploy.engine import timing_cache
 from dipgo_deploy.engine.phases import Phases
-from dipgo_deploy.errors import UserError
+from dipgo_deploy.errors import UserError, one_line
 
 CURRENT = "current"
 
@@ -149,7 +149,7 @@ def _parser_errors(parser: Any) -> str:
     found = []
     for index in range(min(parser.num_errors, 3)):
         error = parser.get_error(index)
-        found.append(f"node {error.node_name()} ({error.node_operator()}): {' '.join(error.desc().split())[:300]}")
+        found.append(f"node {error.node_name()} ({error.node_operator()}): {one_line(error.desc(), 300)}")
     return "; ".join(found) or "no reason given"
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from dipgo_deploy.backends.base import Backend, ChangedWeights
 from dipgo_deploy.bundle.manifest import TextEncoderEntry, TokenizerEntry
-from dipgo_deploy.errors import UserError
+from dipgo_deploy.errors import UserError, one_line
 from dipgo_deploy.runtime.component import Component
 
 _log = logging.getLogger(__name__)
@@ -50,7 +50,7 @@ class PromptTokenizer:
             prompt = self._expanded(given)
             whole = self._tokenizer.encode(prompt).ids
             if len(whole) > length:
-                _log.warning("prompt cut from %d to %d tokens: %r", len(whole), length, prompt)
+                _log.warning("prompt cut from %d to %d tokens: %s", len(whole), length, one_line(prompt))
                 self._tokenizer.enable_truncation(length)  # keeps the closing special token
                 whole = self._tokenizer.encode(prompt).ids
             row[: len(whole)] = whole

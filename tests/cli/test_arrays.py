@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import random
 import tracemalloc
 import zipfile
@@ -142,8 +143,19 @@ HOSTILE = {
     "no array": (".npz", lambda: npz(a=np.array("text")), "needs numbers"),
     "lie inside": (".npz", lambda: archive_of(claims("(1000000, 1000000)")), "claims 4000000000000 bytes of values"),
     "cut archive": (".npz", lambda: npz(states=STATES)[:-30], "no zip archive, or cut short"),
+    "many floats of a byte": (
+        ".safetensors",
+        lambda: bytes_of_float8(100 * 2**20),
+        "419430400 bytes of values, more than",
+    ),
+    "lie of safetensors": (".safetensors", lambda: save({"states": STATES})[:-1], "not a .safetensors file of arrays"),
     "long list": (".npz", lambda: archive_of(npy(STATES), name="n" * 65535), "bytes of names"),
 }
+
+
+def bytes_of_float8(count: int) -> bytes:
+    header = json.dumps({"states": {"dtype": "F8_E4M3", "shape": [count], "data_offsets": [0, count]}}).encode()
+    return len(header).to_bytes(8, "little") + header + bytes(count)
 
 
 def archive_of(content: bytes, name: str = "states.npy") -> bytes:
@@ -238,7 +250,7 @@ def test_other_pictures_are_what_diffusers_makes_of_them(tmp_path: Path) -> None
 
 def test_a_picture_of_too_many_pixels_is_refused(tmp_path: Path) -> None:
     Image.new("1", (9000, 9000)).save(tmp_path / "a.png")
-    with pytest.raises(UserError, match="9000 x 9000 pixels, more than 67108864"):
+    with pytest.raises(UserError, match="9000 x 9000 pixels, more than 33554432"):
         load_picture("--image", tmp_path / "a.png")
 
 
