@@ -295,7 +295,8 @@ def parse_labels(given: tuple[str, ...]) -> list[int | str]:
     for part in (part.strip() for text in given for part in text.split(",")):
         if not part:
             raise UserError("--class-labels: an empty label; give names or ids with single commas between")
-        labels.append(int(part) if part.removeprefix("-").isdecimal() else part)
+        # No class has a number of so many digits; Python refuses to read those of thousands.
+        labels.append(int(part) if part.removeprefix("-").isdecimal() and len(part) < 20 else part)
     return labels
 
 

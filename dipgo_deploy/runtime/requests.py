@@ -355,8 +355,8 @@ def _class_id(manifest: Manifest, label: int | str) -> int:
         raise UserError(f"class_labels: no class has id {label}" + _some_names(manifest))
     classes = manifest.components.classes
     last = null if null is not None or classes is None else classes - 1
-    if label < 0 or (last is not None and label > last):
-        upper = f"0 to {last}" if last is not None else "0 or more"
+    if not 0 <= label <= (np.iinfo(np.int64).max if last is None else last):
+        upper = f"0 to {last}" if last is not None else "0 or more, in 64 bits"
         raise UserError(f"class_labels: id {label} is out of range ({upper})")
     return int(label)
 

@@ -127,6 +127,7 @@ ERRORS = [
     ("class", "", "class_labels: missing"),
     ("class", "--class-labels hat", "no class is named 'hat'"),
     ("class", "--class-labels 0,,1", "an empty label"),
+    ("class", f"--class-labels {'9' * 5000}", "no class is named '999"),
     ("class", "--class-labels 99", "no class has id 99"),
     ("text", "--prompt a --num-images 0", "--num-images"),
     ("text", "--prompt a --num-images -1", "--num-images"),
