@@ -184,7 +184,8 @@ def test_documents_are_the_same_for_the_same_seed(tmp_path: Path) -> None:
 def test_every_document_is_made(tmp_path: Path) -> None:
     material = Material(tmp_path)
     assets = Path(__file__).parents[2] / "dipgo_deploy" / "assets"
-    shutil.copy(assets / "schedules" / "fashion-dit-uniform5.json", material.class_schedule)
+    for path in (material.class_schedule, material.fitted_schedule):
+        shutil.copy(assets / "schedules" / "fashion-dit-uniform5.json", path)
     for index in range(50):
         folder = tmp_path / str(index)
         folder.mkdir()

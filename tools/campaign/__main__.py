@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -46,7 +47,7 @@ FULL: dict[Callable[[Material], Kind], int] = {
     Configurations: 500,
     Folders: 40,
 }
-KILLS = {"export": 25, "export --overwrite": 25, "build": 30, "search": 20}
+KILLS = {"export": 20, "export --overwrite": 20, "build": 25, "search": 15, "calibrate": 20}
 LIMIT = 30.0
 
 
@@ -102,14 +103,15 @@ def command(
     with _folder(work) as folder:
         material = make(folder / "material")
         commands = [each for each in kills.commands(material) if with_kills and (not only or each.row in only)]
-        beside = Beside(lambda: killed(commands, folder / "kills", seed, share), folder / "kills.jsonl")
-        for make_kind, full in FULL.items():
-            kind = make_kind(material)
-            if not only or kind.name in only:
+        with Beside(lambda: killed(commands, folder / "kills", seed, share), folder / "kills.jsonl") as beside:
+            for make_kind, full in FULL.items():
+                kind = make_kind(material)
+                if only and kind.name not in only:
+                    continue
                 count, place = max(1, round(full * share)), folder / "documents"
                 results = try_all(kind, count, seed=seed, folder=place, workers=workers, limit=LIMIT)
                 show(Counts(kind.name, results))
-        stopped = list(beside.results())
+            stopped = list(beside.results())
         for each in commands:
             show(Counts(each.row, (result for result in stopped if result.kind == each.row)))
     facts["seconds"] = round(time.monotonic() - start, 1)
@@ -129,18 +131,27 @@ class Beside:
     """Results that a forked process makes meanwhile; they go through a file."""
 
     def __init__(self, make_results: Callable[[], Iterator[Result]], path: Path) -> None:
-        self._path = path
-        path.write_bytes(b"")
+        self._make, self._path = make_results, path
+        self._pid: int | None = None
+
+    def __enter__(self) -> Beside:
+        self._path.write_bytes(b"")
         self._pid = os.fork()
         if self._pid == 0:
             status = 1
             try:
-                with path.open("w") as file:
-                    for result in make_results():
+                with self._path.open("w") as file:
+                    for result in self._make():
                         file.write(json.dumps(result.row()) + "\n")
                 status = 0
             finally:
                 os._exit(status)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._pid is not None:
+            os.kill(self._pid, signal.SIGKILL)
+            os.waitpid(self._pid, 0)
 
     def results(self) -> Iterator[Result]:
         """Wait for all of them.
@@ -148,7 +159,10 @@ class Beside:
         Raises:
             RuntimeError: the process failed, its own message is on stderr.
         """
-        if os.waitpid(self._pid, 0)[1]:
+        assert self._pid is not None  # entered
+        status = os.waitpid(self._pid, 0)[1]
+        self._pid = None
+        if status:
             raise RuntimeError("the kills did not run to their end: see above")
         for text in self._path.read_text().splitlines():
             yield Result.of_row(json.loads(text))

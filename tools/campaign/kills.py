@@ -69,6 +69,9 @@ def commands(material: Material) -> list[Command]:
     search += ("--iterations", "4", "--images", "1", "--budget", "2", "--save-every", "1", "--threads", "1")
     search += ("--checkpoint", "state", "-o", "out.json")
 
+    calibrate: tuple[str, ...] = ("calibrate", *model, "--schedule", str(material.class_schedule), "-o", "out.json")
+    calibrate += ("--images", "8", "--batch", "2", "--threads", "1", "--checkpoint", "state")
+
     def no_engine(folder: Path) -> None:
         shutil.rmtree(folder / "engine", ignore_errors=True)
 
@@ -105,6 +108,7 @@ def commands(material: Material) -> list[Command]:
         Command("export --overwrite", (*export, "--overwrite", "--no-check"), an_engine, engine, ("engine",)),
         Command("build", build, no_plans, engine, ("engine",)),
         Command("search", search, no_schedule, schedule_or_none, ("out.json", "state")),
+        Command("calibrate", calibrate, no_schedule, schedule_or_none, ("out.json", "state")),
     ]
 
 

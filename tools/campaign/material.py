@@ -44,6 +44,11 @@ class Material:
         return self.root / "class.json"
 
     @property
+    def fitted_schedule(self) -> Path:
+        """The same with a solver of its own."""
+        return self.root / "fitted.json"
+
+    @property
     def class_engine(self) -> Path:
         """Engine directory of the class model."""
         return self.root / "engines" / "class"
@@ -132,6 +137,8 @@ def _make(material: Material) -> None:
         export = ("--model", model, "--schedule", f"{name}.json", "--engine-dir", engine_dir, "--layout", "variants")
         _run("export", *export, *options)
         _run(*run_arguments(engine_dir, arguments, f"{name}.npy"))
+    fit = ("--model", str(material.class_model), "--schedule", "class.json", "-o", "fitted.json")
+    _run("calibrate", *fit, "--images", "4", "--batch", "2", "--threads", "1")
 
 
 def _run(*argv: str) -> None:

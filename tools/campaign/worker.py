@@ -41,7 +41,7 @@ PRELOADED = (
     "tokenizers",
     "PIL.Image",
     "rich.console",
-    *(f"dipgo_deploy.cli.{verb}" for verb in ("schedule", "search", "export", "build", "run", "compare")),
+    *(f"dipgo_deploy.cli.{verb}" for verb in ("schedule", "search", "calibrate", "export", "build", "run", "compare")),
     "dipgo_deploy.runtime.pipeline",
     "dipgo_deploy.export.exporter",
     "dipgo_deploy.models.target",

@@ -26,13 +26,14 @@ class Schedules:
     name: str = "schedules"
 
     def trial(self, random: np.random.Generator, folder: Path) -> Trial:
-        """A schedule of the class model (three of four) or one that comes with the package."""
-        path = self.material.class_schedule if random.random() < 0.75 else pick(random, sorted(_SHIPPED.glob("*.json")))
+        """A schedule of the class model (three of four), half of these with a solver, or one of the package's."""
+        own = pick(random, (self.material.class_schedule, self.material.fitted_schedule))
+        path = own if random.random() < 0.75 else pick(random, sorted(_SHIPPED.glob("*.json")))
         original = path.read_bytes()
         label, text = change_json(json.loads(original), random)
         (folder / "schedule.json").write_bytes(text)
         argv = ["schedule", "validate", "schedule.json"]
-        if path == self.material.class_schedule and random.random() < 0.7:
+        if path == own and random.random() < 0.7:
             argv += ["--model", str(self.material.class_model)]
         return Trial(label, [argv], lambda ran: as_written(text, original, ran))
 
@@ -69,9 +70,9 @@ def strict_json(text: bytes) -> Any:
 
 
 def typed(value: Any) -> Any:
-    """A form in which 1, 1.0 and True differ, and the order of keys does not matter."""
+    """A form in which 1 and True differ, 1 and 1.0 do not, and the order of keys does not matter."""
     if isinstance(value, dict):
         return {key: typed(item) for key, item in value.items()}
     if isinstance(value, list):
         return [typed(item) for item in value]
-    return type(value).__name__, repr(value)
+    return isinstance(value, bool), value
