@@ -75,6 +75,11 @@ def sleep(argv: Sequence[str]) -> int:
     return 0
 
 
+def spin(argv: Sequence[str]) -> int:
+    while True:
+        pass
+
+
 def die(argv: Sequence[str]) -> int:
     os.kill(os.getpid(), signal.SIGKILL)
     return 0
@@ -94,6 +99,7 @@ def accept(argv: Sequence[str]) -> int:
         (trip, Verdict.TRACEBACK),
         (trip_elsewhere, Verdict.TRACEBACK),
         (sleep, Verdict.HANG),
+        (spin, Verdict.HANG),
         (die, Verdict.DIED),
         (accept, Verdict.SILENT),
     ],
@@ -101,7 +107,7 @@ def accept(argv: Sequence[str]) -> int:
 def test_what_is_planted_is_counted(
     main: Main, verdict: Verdict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (result,) = planted(tmp_path, monkeypatch, main, limit=1.5 if main is sleep else 60)
+    (result,) = planted(tmp_path, monkeypatch, main, limit=1.5 if main in (sleep, spin) else 60)
     assert result.verdict is verdict, result.detail
     assert result.fault == (verdict is not Verdict.REFUSED)
     assert not result.left

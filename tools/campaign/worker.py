@@ -148,7 +148,11 @@ def try_document(
 def try_all(
     kind: Kind, count: int, *, seed: int, folder: Path, workers: int = 1, limit: float = 30.0
 ) -> Iterator[Result]:
-    """The results of documents 0 to ``count`` - 1, in any order; ``limit``: seconds until one hangs."""
+    """The results of documents 0 to ``count`` - 1, in any order.
+
+    limit: one hangs that takes so many seconds of processor time, or takes none for so many seconds: so a machine with
+    other work makes no hangs.
+    """
     waiting = deque(list(range(start, min(start + BATCH, count))) for start in range(0, count, BATCH))
     selector = selectors.DefaultSelector()
     active: list[_Process] = []
@@ -162,7 +166,7 @@ def try_all(
             for key, _ in selector.select(timeout=0.2):
                 yield from key.data.read()
             for process in list(active):
-                if not process.ended and time.monotonic() - process.since <= limit:
+                if not process.ended and not process.hangs(limit):
                     continue
                 selector.unregister(process.pipe)
                 active.remove(process)
@@ -181,7 +185,6 @@ class _Process:
     def __init__(self, kind: Kind, indices: list[int], seed: int, folder: Path, slot: int) -> None:
         self.kind, self.slot = kind.name, slot
         self.left = list(indices)
-        self.since = time.monotonic()
         self.ended = False
         self._current: tuple[int, str] | None = None
         self._text = b""
@@ -198,6 +201,23 @@ class _Process:
             finally:
                 os._exit(status)
         os.close(write)
+        self._begin = self._used = 0.0
+        self._moved = time.monotonic()
+
+    def hangs(self, limit: float) -> bool:
+        """Whether the document that it is at takes too long."""
+        used = self._processor()
+        if used != self._used:
+            self._used, self._moved = used, time.monotonic()
+        return used - self._begin > limit or time.monotonic() - self._moved > limit
+
+    def _processor(self) -> float:
+        """Seconds that it has used, with those of its children that have ended."""
+        try:
+            fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            return 0.0
+        return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
 
     def read(self) -> list[Result]:
         """Results that have come."""
@@ -207,7 +227,7 @@ class _Process:
         found = []
         for line in lines:
             event = json.loads(line)
-            self.since = time.monotonic()
+            self._begin = self._used = self._processor()
             if "start" in event:
                 self._current = event["start"], event["label"]
                 continue
@@ -230,7 +250,16 @@ class _Process:
         index, label = self._current
         self.left.remove(index)
         if hung:
-            return [Result(self.kind, index, label, Verdict.HANG, f"no end within {limit:g} s", limit)]
+            return [
+                Result(
+                    self.kind,
+                    index,
+                    label,
+                    Verdict.HANG,
+                    f"nothing done for, or no end within, {limit:g} s of processor time",
+                    limit,
+                )
+            ]
         signalled = f"signal {os.WTERMSIG(status)}" if os.WIFSIGNALED(status) else f"exit status {status >> 8}"
         return [Result(self.kind, index, label, Verdict.DIED, signalled)]
 
@@ -293,7 +322,7 @@ def print_into(out: Path, err: Path) -> None:
 
 
 def _processor_seconds() -> float:
-    """Of this process and those it started: other work on the machine does not add to it."""
+    """Of this process and those it started, which other work on the machine does not change."""
     return sum(os.times()[:4])
 
 
