@@ -194,5 +194,15 @@ def load_source(name: str, dtype: torch.dtype | None = None, weights: str | None
     if (config_folder(name) / INDEX).is_file():
         components: dict[str, Any] = {family.component: denoiser}
         pipeline = load_pipeline(name, **components)
+        _check_tokenizers(name, pipeline, family.text(config, pipeline))
         native = native_of(pipeline, family)
     return Source(lasting_name(name), denoiser, family, config, pipeline, native, scale_of(pipeline, family))
+
+
+def _check_tokenizers(name: str, pipeline: Any, scheme: TextScheme | None) -> None:
+    """Refuse a pipeline with text encoders and without what turns a prompt into their ids."""
+    if scheme is None or any(getattr(pipeline, encoder, None) is None for encoder in scheme.encoders):
+        return
+    for spec in scheme.tokenizers:
+        if getattr(pipeline, spec.attribute, None) is None:
+            raise UserError(f"{name}: has a text encoder, but no {spec.attribute}: its {INDEX} has to name one")

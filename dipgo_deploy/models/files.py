@@ -6,7 +6,7 @@ import importlib
 import json
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,7 +80,9 @@ def check_weights(model: str | Path) -> dict[str, Weights]:
     if not _here(model):
         return {}
     folder, wanted = config_folder(model), read_options(model).variant
+    _check_regular(folder, loaded_parts(model) or (".",))
     found = denoiser_weights(model)
+    _check_units(model, found)
     for name, (library, _) in loaded_parts(model).items():
         if library in STEMS and name not in found and not name.startswith(("tokenizer", "scheduler")):
             found[name] = weights_of(folder / name, library, wanted)
@@ -90,6 +92,44 @@ def check_weights(model: str | Path) -> dict[str, Weights]:
     if wanted is not None and all(weights.variant != wanted for weights in found.values()):
         raise UserError(f"{folder}: no part has weights of the variant {wanted}: leave out --variant")
     return found
+
+
+def _check_regular(folder: Path, parts: Iterable[str]) -> None:
+    """Refuse what is neither a file nor a folder: the libraries would wait for a pipe for ever."""
+    for part in parts:
+        try:
+            wrong = [
+                path for path in (folder / part).glob("*") if path.exists() and not (path.is_file() or path.is_dir())
+            ]
+        except OSError as error:
+            raise UserError(f"{folder / part}: cannot be read: {error.strerror or error}") from error
+        if wrong:
+            raise UserError(f"{wrong[0]}: not a regular file: fetch it again")
+
+
+def _check_units(model: str | Path, found: Mapping[str, Weights]) -> None:
+    """Refuse a configuration with more blocks than there are weights for, before all of them are made."""
+    family, config = denoiser_config(model)
+    name = family.component if family.component in found else "."
+    if name not in found:
+        return
+    stored = {tensor for path in found[name].files for tensor in _names_in(path)}
+    stems = {tensor[:place] for tensor in stored for place, letter in enumerate(tensor) if letter == "."}
+    units = [spec.name for spec in family.blocks(config, "block")]
+    without = [unit for unit in units if unit not in stems]
+    # With none at all it is the names that are others, which is said when they are loaded.
+    if without and len(without) < len(units):
+        raise UserError(
+            f"{config_folder(model) / name}: its config.json says {len(units)} blocks, its weights have none for "
+            f"{len(without)} of them (first: {without[0]}): fetch both again"
+        )
+
+
+def _names_in(path: Path) -> list[str]:
+    import safetensors
+
+    with safetensors.safe_open(path, "np") as weights:
+        return list(weights.keys())
 
 
 def _check_tokenizer(part: Path) -> None:
@@ -204,8 +244,7 @@ def _check(path: Path, names: set[str] | None) -> None:
         unfit = _unfit(path)
         if unfit is not None:
             raise UserError(f"{path}: {unfit}")
-        with safetensors.safe_open(path, "np") as weights:
-            stored = set(weights.keys())
+        stored = set(_names_in(path))
     except FileNotFoundError:
         raise UserError(f"{path}: is missing: the model is not whole") from None
     except OSError as error:

@@ -6,7 +6,6 @@ variant where a part has them, and the parts of that pipeline where the folder n
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from dipgo_deploy.errors import UserError
 from dipgo_deploy.models.defaults import with_defaults
 from dipgo_deploy.models.family import ModelFamily
 from dipgo_deploy.models.registry import FAMILIES, family_for
+from dipgo_deploy.schedule.files import read_bytes, strict_json
 from dipgo_deploy.schedule.identity import FILE_HASH, file_hash
 
 BUILT_IN = ("fashion-sd", "fashion-dit")
@@ -294,10 +294,9 @@ def _looked_at(path: Path, look: Callable[[], bool]) -> bool:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
+    data = read_bytes(path, what="configuration")
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
+        document = strict_json(data.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON ({error})") from error
     if not isinstance(document, dict):

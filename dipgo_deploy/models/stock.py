@@ -121,7 +121,6 @@ def _without_weights(name: str, scheduler: Any, configs: Mapping[str, Mapping[st
     with _quiet():
         pipeline_class = getattr(diffusers, name)
     parameters = inspect.signature(pipeline_class.__init__).parameters
-    given = {key: stand_in(config) for key, config in configs.items() if config is not None and key in parameters}
     arguments: dict[str, Any] = {
         key: _WITHOUT.get(key)
         for key, parameter in parameters.items()
@@ -129,8 +128,11 @@ def _without_weights(name: str, scheduler: Any, configs: Mapping[str, Mapping[st
     }
     with _quiet():
         try:
+            given = {
+                key: stand_in(config) for key, config in configs.items() if config is not None and key in parameters
+            }
             return pipeline_class(**{**arguments, **given, "scheduler": scheduler})
-        except Exception as error:  # a pipeline's class may refuse a scheduler with any kind of error
+        except Exception as error:  # a pipeline's class may refuse a configuration with any kind of error
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise UserError(f"{name}: cannot be made of this model's configuration: {reason}") from error
 

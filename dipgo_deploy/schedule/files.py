@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import tempfile
 from typing import Any
@@ -35,13 +36,14 @@ def read_bytes(path: str | os.PathLike[str], limit: int = MAX_BYTES, what: str =
 
 
 def strict_json(text: str | bytes) -> Any:
-    """The document of a JSON text, without what Python's reader takes beside JSON: NaN, infinity and repeated keys.
+    """The document of a JSON text, without what Python's reader takes beside JSON: NaN, infinity (as a word, or as a
+    number that is too large for one) and repeated keys.
 
     Raises:
         ValueError: it is none (``json.JSONDecodeError`` where the place is known).
         RecursionError: it is too deep.
     """
-    return json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
+    return json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant, parse_float=_finite)
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -51,6 +53,13 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             raise ValueError(f"the key {name[:60]!r} stands twice in one object")
         document[name] = value
     return document
+
+
+def _finite(token: str) -> float:
+    value = float(token)
+    if math.isinf(value):
+        raise ValueError(f"{token[:60]} is too large a number")
+    return value
 
 
 def _refuse_constant(token: str) -> Any:

@@ -84,3 +84,18 @@ def test_an_unknown_sampler_is_refused_before_diffusers_is_imported(
     made = ["full", "--model", "fashion-sd", "--sampler", "dimm", "-o", str(tmp_path / "s.json")]
     assert schedule(made) == 2
     assert "sampler 'dimm' is unknown; use ddim, pndm," in capsys.readouterr().err
+
+
+def test_a_text_encoder_without_a_tokenizer_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = Path(shutil.copytree(resolve_model("fashion-sd"), tmp_path / "model"))
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**index, "tokenizer": [None, None]}))
+    assert schedule(["full", "--model", "model", "--steps", "2", "-o", "s.json"]) == 0
+    capsys.readouterr()
+    assert export(["--model", "model", "--schedule", "s.json", "--engine-dir", "engine"]) == 2
+    assert capsys.readouterr().err == (
+        "error: model: has a text encoder, but no tokenizer: its model_index.json has to name one\n"
+    )

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -186,3 +187,25 @@ def test_another_sentencepiece_than_protobuf_takes(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr("dipgo_deploy.models.files.importlib.import_module", other)
     with pytest.raises(UserError, match="sentencepiece, which does not fit the protobuf here"):
         check_weights(folder)
+
+
+def test_a_pipe_in_the_place_of_a_file_is_refused(tmp_path: Path) -> None:
+    folder = model(tmp_path)
+    path = folder / "vae" / f"{STEM}.safetensors"
+    path.unlink()
+    os.mkfifo(path)  # what opened it would wait for ever
+    with pytest.raises(UserError, match=f"vae/{STEM}.safetensors: not a regular file"):
+        check_weights(folder)
+
+
+def test_more_blocks_than_weights_are_refused_before_they_are_made(tmp_path: Path) -> None:
+    def dit(layers: int, *stored: int) -> Path:
+        weights(tmp_path, f"{STEM}.safetensors", *(f"transformer_blocks.{number}.ff.weight" for number in stored), "x")
+        config = {"_class_name": "DiTTransformer2DModel", "num_layers": layers}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        return tmp_path
+
+    check_weights(dit(2, 0, 1))
+    check_weights(dit(2))  # other names altogether: said when they are loaded
+    with pytest.raises(UserError, match=r"says 4098 blocks, .* none for 4096 of them .first: transformer_blocks.2."):
+        check_weights(dit(4098, 0, 1))

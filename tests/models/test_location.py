@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -71,7 +72,7 @@ def test_bad_folders_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="unet/config.json: not a JSON object"):
         location.denoiser_config(folder)
     (folder / "unet" / "config.json").unlink()
-    with pytest.raises(UserError, match="unet/config.json: cannot be read: No such file"):
+    with pytest.raises(UserError, match="unet/config.json: no such file"):
         location.denoiser_config(folder)
     write(folder / "model_index.json", {"_class_name": "OtherPipeline", "unet": ["diffusers", "OtherModel"]})
     with pytest.raises(UserError, match="OtherPipeline has no supported denoiser"):
@@ -230,3 +231,25 @@ def test_a_vae_of_another_model_is_refused(tmp_path: Path) -> None:
         location.denoiser_config(folder)
     write(folder / "vae" / "config.json", {"latent_channels": 4})
     location.denoiser_config(folder)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"num_layers": 1e400}', "not JSON .1e400 is too large a number"),
+        ('{"num_layers": NaN}', "not JSON .NaN is no JSON number"),
+        ('{"num_layers": 1, "num_layers": 2}', "not JSON .the key 'num_layers' stands twice"),
+        ("[" * 100_000, "not JSON"),
+        (None, "not a regular file"),
+    ],
+)
+def test_configurations_that_are_no_plain_json_are_refused(tmp_path: Path, text: str | None, message: str) -> None:
+    folder = pipeline_folder(tmp_path)
+    path = folder / "unet" / "config.json"
+    path.unlink()
+    if text is None:
+        os.mkfifo(path)  # what opened it would wait for ever
+    else:
+        path.write_text(text)
+    with pytest.raises(UserError, match=f"unet/config.json: {message}"):
+        location.denoiser_config(folder)

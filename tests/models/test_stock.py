@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from dipgo_deploy.errors import UserError
 from dipgo_deploy.models.location import resolve_model
 from dipgo_deploy.models.stock import stock_configuration
 from dipgo_deploy.models.target import schedule_target
@@ -84,3 +85,9 @@ def test_ddim_runs_its_own_scheduler(tmp_path: Path, caplog: pytest.LogCaptureFi
     assert type(stock.scheduler).__name__ == "DDIMScheduler"
     assert lines(caplog) == [f"{tmp_path}: DDIMPipeline runs DDIMScheduler instead of DDPMScheduler"]
     assert stock.scale == 1
+
+
+def test_a_setting_that_no_configuration_can_have_is_refused(tmp_path: Path) -> None:
+    model = folder(tmp_path, scheduler={}, **{"__class__": 2})
+    with pytest.raises(UserError, match="cannot be made of this model's configuration: __class__ must be"):
+        stock_configuration(model)
