@@ -15,6 +15,7 @@ from dipgo_deploy.bundle.directory import Bundle
 from dipgo_deploy.bundle.shapes import Sizes
 from dipgo_deploy.compare.conditions import reference_inputs
 from dipgo_deploy.compare.engine import Options, compare_engine
+from dipgo_deploy.compare.pictures import cases
 from dipgo_deploy.compare.reference import load_reference
 from dipgo_deploy.compare.report import Report
 from dipgo_deploy.export.exporter import ExportOptions, PlannedExport, plan_export, publish, replan
@@ -58,11 +59,17 @@ def plan_for(model: Path | str, schedule: Schedule, **options: Any) -> PlannedEx
 
 
 def loop_report(
-    engine_dir: Path, prompt: str = "a red shoe", label: int = 1, variants: bool = True, sizes: Sizes | None = None
+    engine_dir: Path,
+    prompt: str = "a red shoe",
+    label: int = 1,
+    variants: bool = True,
+    sizes: Sizes | None = None,
+    pictures: bool = False,
 ) -> Report:
     """The whole loop of an engine directory, and every variant, against the torch supernet, on ONNX Runtime's CPU.
 
-    sizes: of those that it leaves open; the largest batch and the usual height and width by default.
+    sizes: of those that it leaves open; the largest batch and the usual height and width by default. pictures: also
+    tokens, conditions and pictures of the cases that the comparison makes, against the stock pipeline.
     """
     bundle = Bundle.open(engine_dir) if sizes is None else Bundle.open(engine_dir).at(sizes)
     manifest = bundle.manifest
@@ -79,7 +86,25 @@ def loop_report(
         labels=(label,),
         begin=reference.begin,
     )
-    return compare_engine(bundle, reference, inputs, create_backend("cpu", threads=1), Options(variants=variants))
+    chosen = tuple(cases(manifest)) if pictures else ()
+    options = Options(variants=variants, pictures=pictures, cases=chosen)
+    return compare_engine(bundle, reference, inputs, create_backend("cpu", threads=1), options)
+
+
+def assert_pictures_equal_stock(engine_dir: Path, components: Path | None = None, sizes: Sizes | None = None) -> None:
+    """Tokens, conditions, loop and pictures are those of the stock pipeline with the supernet as its denoiser.
+
+    components: an engine directory to take them from, for one that was exported without.
+    """
+    if components is not None:
+        borrow_components(components, engine_dir)
+    report = loop_report(engine_dir, variants=False, sizes=sizes, pictures=True)
+    failure = report.first_failure()
+    assert failure is None, failure
+    assert report.pictures and report.skipped == ()
+    for part in report.pictures:
+        for tensor in part.tensors:
+            assert tensor.relative <= 1e-4, f"{part.place}, {tensor.name}: {tensor.relative}"
 
 
 def check_family(

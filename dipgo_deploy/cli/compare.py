@@ -1,4 +1,4 @@
-"""``dipgo-compare``: an engine directory against the torch supernet."""
+"""``dipgo-compare``: an engine directory against the model that it was exported from."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
     from dipgo_deploy.bundle.directory import Bundle
     from dipgo_deploy.bundle.manifest import Manifest
-    from dipgo_deploy.compare.accuracy import TensorError
-    from dipgo_deploy.compare.report import Report
+    from dipgo_deploy.compare.metrics import TensorError
+    from dipgo_deploy.compare.report import Part, Report
 
 _PATH = click.Path(path_type=Path)
 
@@ -38,7 +38,12 @@ _PATH = click.Path(path_type=Path)
 )
 @click.option("--engine-dir", type=_PATH, required=True, help="Made by dipgo-export.")
 @click.option("--model", help="The model it was exported from.  [default: the one that the manifest names]")
-@click.option("--prompt", "prompts", multiple=True, help="One for all images of a launch, or one each.")
+@click.option(
+    "--prompt",
+    "prompts",
+    multiple=True,
+    help="One for all images of a launch, or one each.  [default: a plain one, and long, empty and unusual ones]",
+)
 @click.option("--class-labels", multiple=True, help="Class names or ids: one for all images of a launch, or one each.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the initial noise, as in dipgo-run.")
 @click.option("--guidance-scale", type=float, help="1 is no guidance.  [default: the engine directory's]")
@@ -49,8 +54,9 @@ _PATH = click.Path(path_type=Path)
     "--backend", type=click.Choice([name for name in BACKENDS if name != "auto"]), default="cpu", show_default=True
 )
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: the physical cores]")
-@click.option("--variants-only", is_flag=True, help="Compare each variant by itself, not the loop.")
-@click.option("--loop-only", is_flag=True, help="Compare the whole loop, not each variant.")
+@click.option("--variants-only", is_flag=True, help="Compare each variant by itself only.")
+@click.option("--loop-only", is_flag=True, help="Compare the whole loop only.")
+@click.option("--no-pictures", is_flag=True, help="Leave out the runs from prompt to picture, which take longest.")
 @click.option(
     "--tolerance",
     type=float,
@@ -76,15 +82,19 @@ def command(
     threads: int | None,
     variants_only: bool,
     loop_only: bool,
+    no_pictures: bool,
     tolerance: float | None,
     atol: float,
     save_inputs: Path | None,
     as_json: bool,
 ) -> None:
-    """Compare an engine directory with the torch supernet that defines its schedule.
+    """Compare an engine directory with the model that it was exported from.
 
-    Each variant runs by itself on inputs recorded from a real loop; then the whole loop runs on both sides with every
-    cache fed forward. Exit status 1 beyond tolerance, with the first bad step, variant and tensor named.
+    In the order of a run: the launch list against the sampler, the weights against the model's, tokens and encoded
+    prompts against diffusers' own pipeline, the VAE; each variant by itself on inputs recorded from a real loop; the
+    whole loop with every cache fed forward; and from prompt to picture, against diffusers' own pipeline under the same
+    seed. Where the schedule removes blocks, that pipeline runs with the torch supernet in place of its denoiser. Exit
+    status 1 beyond tolerance, with the first bad step, variant and tensor named.
     """
     if variants_only and loop_only:
         raise click.UsageError("give --variants-only or --loop-only, not both")
@@ -102,7 +112,9 @@ def command(
     created.check(bundle.manifest)
     from dipgo_deploy.compare.conditions import LABEL, PROMPT, reference_inputs
     from dipgo_deploy.compare.engine import Options, compare_engine
+    from dipgo_deploy.compare.pictures import cases
     from dipgo_deploy.compare.reference import load_reference
+    from dipgo_deploy.compare.runners import graphs_on
     from dipgo_deploy.export.quiet import quiet_libraries
 
     quiet_libraries()
@@ -127,12 +139,16 @@ def command(
             seed=seed,
             begin=reference.begin,
         )
+        whole = not (variants_only or loop_only)
         options = Options(
             variants=not loop_only,
             loop=not variants_only,
+            components=whole,
+            pictures=whole and not no_pictures,
+            cases=tuple(cases(manifest, prompts, labels, guidance_scale=guidance_scale, seed=seed)) if whole else (),
             tolerance=tolerance,
             absolute=atol,
-            threads=threads,
+            open_graph=graphs_on(created, threads),
             save_inputs=save_inputs,
         )
         report = compare_engine(bundle, reference, inputs, created, options, status.update)
@@ -214,6 +230,8 @@ def class_ids(
 
 
 def _show(console: Console, report: Report, model: str) -> None:
+    for part in report.parts:
+        _show_part(console, part)
     if report.variants:
         table = _table(f"{model}: variants by themselves", "variant", "step", "tensors", "worst tensor")
         for checked in report.variants:
@@ -236,8 +254,23 @@ def _show(console: Console, report: Report, model: str) -> None:
             markup=False,
             soft_wrap=True,
         )
+    for part in report.pictures:
+        _show_part(console, part)
+    for line in report.skipped:
+        console.print(line, markup=False, soft_wrap=True)
     if report.passed:
         console.print(f"everything is within {report.tolerance.relative:g} of the supernet", markup=False)
+
+
+def _show_part(console: Console, part: Part) -> None:
+    """One line; what is wrong with it is in the error at the end."""
+    where = f"{part.name}, {part.place}" if part.place else part.name
+    if part.passed and part.tensors:
+        worst = max(part.tensors, key=lambda tensor: tensor.relative)
+        found = f"{worst.name} within {worst.relative:.2e}" if worst.relative else "equal"
+    else:
+        found = "equal" if part.passed else "DIFFERENT"
+    console.print(f"{where}: {found} ({part.reference})", markup=False, soft_wrap=True)
 
 
 def _table(title: str, *headings: str) -> Table:

@@ -111,6 +111,7 @@ def command(
     quiet_libraries()
     console = human_console(as_json)
     agreed: list[Agreement] = []
+    notes: list[str] = []
     with console.status("starting") as status:
 
         def notify(stage: str) -> None:
@@ -125,13 +126,17 @@ def command(
         # Before the weights of the trace are released.
         facts = _facts(planned, both_layouts=both_layouts) | ({} if copies is None else {"weight_copies": copies})
         if engine_dir is not None:
-            publish(planned, engine_dir, notify, agreed.append)
+            publish(planned, engine_dir, notify, agreed.append, notes.append)
     _show(console, facts)
     if both_layouts:
         facts["advice"] = _show_layouts(console, facts, budget)
     for agreement in agreed:
         console.print(f"{planned.options.layout} against the supernet: {agreement}", soft_wrap=True)
         facts["agreement"] = {key: _finite(value) for key, value in agreement._asdict().items()}
+    for note in notes:
+        console.print(note, markup=False, soft_wrap=True)
+    if notes:
+        facts["not_compared"] = notes
     if planned.options.low_memory and settings.low_memory is None:
         console.print("large weights: held once, compared in processes of their own; --no-low-memory goes without")
     if engine_dir is not None:

@@ -1,37 +1,35 @@
-"""An engine directory against the torch supernet: each variant (or segment) by itself, and the whole loop."""
+"""An engine directory against the model, in the order of a run: launch list, weights, components, each variant (or
+segment) by itself, the whole loop, and from prompt to picture."""
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from polygraphy.backend.base import BaseRunner
-from polygraphy.comparator import Comparator, RunResults
-from polygraphy.json import save_json
 
 from dipgo_deploy.backends.base import Backend
 from dipgo_deploy.bundle.directory import Bundle
-from dipgo_deploy.bundle.manifest import VariantEntry
-from dipgo_deploy.bundle.stack import graph_latent
-from dipgo_deploy.compare.accuracy import Tolerance, compare_runs, silenced
-from dipgo_deploy.compare.conditions import ReferenceInputs, as_arrays, host
-from dipgo_deploy.compare.recording import LoopRecorder, Recording, run_until_complete
-from dipgo_deploy.compare.reference import Reference, VariantReference
-from dipgo_deploy.compare.report import Checked, Report
-from dipgo_deploy.compare.runners import SupernetRunner, engine_runner
-from dipgo_deploy.compare.steps import StepRecorder, StepRecording, StepRunner, recorder_for
-from dipgo_deploy.errors import UserError, one_line
+from dipgo_deploy.compare.conditions import ReferenceInputs, host
+from dipgo_deploy.compare.facts import check_facts
+from dipgo_deploy.compare.graphs import OpenGraph, compare_segments, compare_variants, frugal_session
+from dipgo_deploy.compare.launch_list import check_launch_list
+from dipgo_deploy.compare.loop import LoopResult, compare_loop
+from dipgo_deploy.compare.metrics import Tolerance, tensor_error
+from dipgo_deploy.compare.pictures import Pictures
+from dipgo_deploy.compare.recording import Recording, run_until_complete
+from dipgo_deploy.compare.reference import Reference
+from dipgo_deploy.compare.report import IMAGES, LATENTS, Checked, Part, Report
+from dipgo_deploy.compare.steps import StepRecorder, recorder_for
+from dipgo_deploy.compare.stock import Case, StockFailure, StockPipeline
+from dipgo_deploy.compare.weights import check_weights
+from dipgo_deploy.errors import UserError
 from dipgo_deploy.runtime.image import Decoder, Encoder
-from dipgo_deploy.runtime.loop import COEFFICIENTS, PREDICTION, STACK, DenoisingLoop
-from dipgo_deploy.supernet.loop import Evaluation, run_loop
-
-LATENT, LATENTS, IMAGES = "latent", "latents", "images"
+from dipgo_deploy.runtime.pipeline import Pipeline
 
 Notify = Callable[[str], None]
 
@@ -40,15 +38,19 @@ Notify = Callable[[str], None]
 class Options:
     """What is compared, and when it passes.
 
-    tolerance: None for the model family's own, by dtype. threads: CPU threads of a variant's own run; None: ONNX
-    Runtime's default. save_inputs: folder for each variant's recorded inputs, as polygraphy's JSON.
+    components: manifest, launch list, weights, tokens, conditions and VAE. pictures: from prompt to picture. Both at
+    ``cases``. tolerance: None for the model family's own, by dtype. open_graph: how a variant's graph is run by itself.
+    save_inputs: folder for each variant's recorded inputs, as polygraphy's JSON.
     """
 
     variants: bool = True
     loop: bool = True
+    components: bool = True
+    pictures: bool = False
+    cases: tuple[Case, ...] = ()
     tolerance: float | None = None
     absolute: float = 0.0
-    threads: int | None = None
+    open_graph: OpenGraph = frugal_session
     save_inputs: Path | None = None
 
 
@@ -60,12 +62,13 @@ def compare_engine(
     options: Options | None = None,
     notify: Notify = lambda stage: None,
 ) -> Report:
-    """Compare an engine directory with the supernet under the schedule that it records.
+    """Compare an engine directory with the model under the schedule that it records.
 
-    Variants: each runs once on the inputs that it has at its first launch in the supernet's own loop, on the supernet
-    and on the backend, with polygraphy's ``Comparator``. Segments: evaluations of the supernet's own loop run launch by
-    launch until each segment ran, see ``steps``. Loop: both sides start from the same noise and go their own
-    way to the end, every cache fed forward; buffers that the engine has not written yet hold NaN.
+    Launch list: coefficients and timesteps against the sampler. Weights: values against the model's. Components: what
+    the text encoders and the denoiser get of prompts, against the stock pipeline; the VAE. Variants: each runs on the
+    inputs that it has at its first and at its last launch in the supernet's own loop. Segments: evaluations of the
+    supernet's own loop run launch by launch until each segment ran twice, see ``steps``. Loop: see ``compare_loop``.
+    Pictures: see ``pictures``.
 
     Raises:
         UserError: a graph cannot be loaded or run, or the inputs cannot be saved.
@@ -75,13 +78,102 @@ def compare_engine(
     backend.check(manifest)
     relative = reference.source.family.tolerances[manifest.dtype] if options.tolerance is None else options.tolerance
     tolerance = Tolerance(relative, options.absolute)
-    plan = manifest.plan
-    recorder = recorder_for(plan, reference.schedule, inputs.guidance_scale)
-    evaluations: list[_Evaluated] = []
-    notify("running the supernet's loop")
+    parts: list[Part] = []
+    if options.components:
+        notify("checking manifest, launch list and weights")
+        parts += check_facts(manifest, reference)
+        parts += check_launch_list(manifest, reference)
+        parts += check_weights(bundle, reference.source)
+    try:
+        return _run(bundle, reference, inputs, backend, options, tolerance, parts, notify)
+    except (UserError, ValueError) as error:
+        if all(part.passed for part in parts):
+            raise
+        # What is wrong was found already, and is why it does not run.
+        return Report(tolerance=tolerance, parts=tuple(parts), skipped=(f"not run any further: {error}",))
+
+
+def _run(
+    bundle: Bundle,
+    reference: Reference,
+    inputs: ReferenceInputs,
+    backend: Backend,
+    options: Options,
+    tolerance: Tolerance,
+    parts: Sequence[Part],
+    notify: Notify,
+) -> Report:
+    """All that needs graphs to run, after ``parts``."""
+    manifest = bundle.manifest
+    found: list[Part] = []
+    drawn: list[Part] = []
+    skipped: list[str] = []
+    pictures: Pictures | None = None
+    if options.cases and (options.components or options.pictures):
+        try:
+            stock = StockPipeline(manifest, reference)
+        except UserError as error:
+            skipped.append(f"not compared with the stock pipeline: {error}")
+        else:
+            pictures = Pictures(Pipeline(bundle, backend, lazy=True), stock, tolerance)
+    if pictures is not None and manifest.components.text_encoder is None and reference.source.text is not None:
+        skipped.append("prompts are not compared: the engine directory has no text encoder")
+        pictures = None
+    if pictures is not None and options.components:
+        notify("comparing tokens and conditions")
+        found += _each_case(options.cases, pictures.components, skipped)
+    variants, loop = _denoiser(bundle, reference, inputs, backend, options, tolerance, notify)
+    results = None
+    if loop is not None:
+        notify("decoding")
+        found += _vae(bundle, backend, reference, loop.expected, tolerance)
+        results = _results(bundle, backend, reference, loop, tolerance)
+    if pictures is not None and options.pictures:
+        notify("drawing with both pipelines")
+        drawn = _each_case(options.cases, pictures.picture, skipped)
+    return Report(
+        tolerance=tolerance,
+        variants=variants,
+        loop=() if loop is None else loop.checked,
+        results=results,
+        parts=(*parts, *found),
+        pictures=tuple(drawn),
+        skipped=tuple(skipped),
+    )
+
+
+def _each_case(cases: Iterable[Case], compare: Callable[[Case], list[Part]], skipped: list[str]) -> list[Part]:
+    found: list[Part] = []
+    for case in cases:
+        try:
+            found += compare(case)
+        except StockFailure as error:
+            if str(error) not in skipped:
+                skipped.append(str(error))
+    return found
+
+
+def _denoiser(
+    bundle: Bundle,
+    reference: Reference,
+    inputs: ReferenceInputs,
+    backend: Backend,
+    options: Options,
+    tolerance: Tolerance,
+    notify: Notify,
+) -> tuple[tuple[Checked, ...], LoopResult | None]:
+    """The variants by themselves and the loop; the supernet's loop runs once for both."""
+    if not (options.variants or options.loop or options.save_inputs is not None):
+        return (), None
+    alone = options.variants or options.save_inputs is not None
+    recorder = recorder_for(bundle.manifest.plan, reference.schedule, inputs.guidance_scale)
+    loop = None
     if options.loop:
-        latents = _supernet_loop(reference, inputs, recorder, evaluations)
+        notify("running both loops")
+        record = recorder if alone else lambda evaluation: None
+        loop = compare_loop(bundle, backend, reference, inputs, tolerance, record)
     else:
+        notify("running the supernet's loop")
         run_until_complete(
             recorder,
             reference.supernet,
@@ -91,160 +183,46 @@ def compare_engine(
             inputs,
             reference.set_timesteps,
         )
-    variants: tuple[Checked, ...] = ()
+    checked: tuple[Checked, ...] = ()
+    recordings: Sequence[Recording] = ()
     if isinstance(recorder, StepRecorder):
-        if options.variants or options.save_inputs is not None:
+        if alone:
             notify("comparing the segments")
-            variants, recordings = compare_segments(bundle, recorder.recordings, backend, tolerance, options.threads)
-            variants = variants if options.variants else ()
-            if options.save_inputs is not None:
-                save_inputs(bundle, recordings, options.save_inputs)
+            checked, recordings = compare_segments(bundle, recorder.recordings, options.open_graph, tolerance)
     else:
-        if options.save_inputs is not None:
-            save_inputs(bundle, recorder.recordings, options.save_inputs)
+        recordings = recorder.recordings
         if options.variants:
-            side = VariantReference(reference, manifest)
-            checked = []
-            for number, recording in enumerate(recorder.recordings, 1):
-                notify(f"comparing variant {number} of {len(recorder.recordings)}")
-                checked.append(compare_variant(bundle, side, recording, backend, tolerance, options.threads))
-            variants = tuple(checked)
-    if not options.loop:
-        return Report(tolerance, variants, (), None)
-    notify("running the engine's loop")
-    engine, denoised = _engine_loop(bundle, backend, inputs)
-    loop = _compare_loop(bundle, evaluations, _predictions_used(reference), engine, tolerance)
-    notify("decoding")
-    results = _compare_results(bundle, backend, reference, host(latents), denoised, tolerance)
-    return Report(tolerance, variants, loop, results)
+            notify(f"comparing {len(bundle.manifest.plan.variants)} variants")
+            checked = tuple(compare_variants(bundle, recordings, options.open_graph, tolerance))
+    if options.save_inputs is not None:
+        save_inputs(bundle, recordings, options.save_inputs)
+    return checked if options.variants else (), loop
 
 
-@dataclass(frozen=True)
-class _Evaluated:
-    """Of one evaluation of the supernet: model input and prediction, float32 (B, C, h, w)."""
-
-    model_input: np.ndarray
-    prediction: np.ndarray
-
-
-def _supernet_loop(
-    reference: Reference, inputs: ReferenceInputs, recorder: LoopRecorder, evaluations: list[_Evaluated]
-) -> torch.Tensor:
-    def record(evaluation: Evaluation) -> None:
-        recorder(evaluation)
-        evaluations.append(_Evaluated(host(evaluation.model_input), host(evaluation.prediction)))
-
-    with torch.no_grad():
-        return run_loop(
-            reference.supernet,
-            reference.scheduler,
-            reference.schedule.gates,
-            inputs.latents,
-            inputs.conditions,
-            num_inference_steps=reference.schedule.sampler.num_inference_steps,
-            guidance_scale=inputs.guidance_scale,
-            noises=inputs.noises,
-            set_timesteps_kwargs=reference.set_timesteps,
-            start=inputs.start,
-            record=record,
-        )
-
-
-def compare_variant(
-    bundle: Bundle,
-    reference: VariantReference,
-    recording: Recording,
-    backend: Backend,
-    tolerance: Tolerance,
-    threads: int | None = None,
-) -> Checked:
-    """One variant on the supernet and on ``backend``, on recorded inputs.
-
-    Raises:
-        UserError: the graph cannot be loaded or run.
-    """
-    entry = bundle.manifest.plan.variants[recording.variant]
-    runners = [SupernetRunner(reference, entry), engine_runner(bundle, entry, backend, threads)]
-    with silenced(), _failures_named(bundle, entry, backend):
-        results = Comparator.run(runners, data_loader=[_feed(bundle, recording)])
-    (errors,) = compare_runs(results, tolerance)
-    return Checked(recording.step, entry.name, errors)
-
-
-def compare_segments(
-    bundle: Bundle,
-    recordings: Sequence[StepRecording],
-    backend: Backend,
-    tolerance: Tolerance,
-    threads: int | None = None,
-) -> tuple[tuple[Checked, ...], tuple[Recording, ...]]:
-    """Every segment on ``backend``, within evaluations that start from the supernet's latent.
-
-    Returns what was compared at the first launch of each segment, and at later ones that fail; a segment that writes
-    nothing the supernet has (a time embedding) is judged by those that read it. Then each segment's inputs at its first
-    launch.
-
-    Raises:
-        UserError: a graph cannot be loaded or run.
-    """
-    plan = bundle.manifest.plan
-    checked: list[Checked] = []
-    firsts: dict[int, Recording] = {}
-    with silenced(), contextlib.ExitStack() as stack:
-        runners: dict[int, BaseRunner] = {}
-
-        def run(segment: int, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-            entry = plan.variants[segment]
-            with _failures_named(bundle, entry, backend):
-                if segment not in runners:
-                    runners[segment] = stack.enter_context(engine_runner(bundle, entry, backend, threads))
-                return {name: np.array(array) for name, array in runners[segment].infer(feeds).items()}
-
-        evaluate = StepRunner(plan, run)
-        for recording in recordings:
-            for launched in evaluate(recording.step, recording.inputs):
-                first = launched.segment not in firsts
-                if first:
-                    given = Recording(launched.segment, recording.step, launched.inputs, {})
-                    firsts[launched.segment] = given
-                names = [name for name in launched.outputs if name in recording.outputs]
-                if not names:
-                    continue
-                wanted = {name: recording.outputs[name] for name in names}
-                found = {name: launched.outputs[name].astype(np.float32) for name in names}
-                (errors,) = compare_runs(_results([wanted], [found]), tolerance)
-                result = Checked(recording.step, plan.variants[launched.segment].name, errors)
-                if first or not result.passed:
-                    checked.append(result)
-    return tuple(checked), tuple(firsts.values())
-
-
-@contextlib.contextmanager
-def _failures_named(bundle: Bundle, entry: VariantEntry, backend: Backend) -> Iterator[None]:
-    """What goes wrong inside, in one line with the graph's file."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:  # ONNX Runtime's exceptions share no base class
-        file = bundle.path / entry.graph.file
-        raise UserError(f"{file}: cannot be run on {backend.name}: {one_line(error)}") from error
-
-
-def save_inputs(bundle: Bundle, recordings: Sequence[Recording], folder: Path) -> None:
-    """Write each variant's inputs as ``folder/VARIANT.json``, for polygraphy's ``--load-inputs``.
+def save_inputs(bundle: Bundle, recordings: Iterable[Recording], folder: Path) -> None:
+    """Write each variant's inputs as ``folder/VARIANT.json``, for polygraphy's ``--load-inputs``: one set for each of
+    the launches that were recorded.
 
     Raises:
         UserError: the folder cannot be written.
     """
+    from polygraphy.json import save_json
+
+    from dipgo_deploy.compare.runners import silenced
+
+    feeds: dict[str, list[dict[str, np.ndarray]]] = {}
+    for recording in recordings:
+        entry = bundle.manifest.plan.variants[recording.variant]
+        # Half-precision inputs are cast by the runner.
+        given = {spec.name: recording.inputs[spec.name] for spec in entry.graph.inputs}
+        feeds.setdefault(entry.name, []).append(given)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for recording in recordings:
-            name = bundle.manifest.plan.variants[recording.variant].name
+        for name, sets in feeds.items():
             partial = folder / f".{name}.json.partial"
             try:
                 with silenced():
-                    save_json([_feed(bundle, recording)], str(partial))
+                    save_json(sets, str(partial))
                 os.replace(partial, folder / f"{name}.json")
             finally:
                 partial.unlink(missing_ok=True)
@@ -252,108 +230,44 @@ def save_inputs(bundle: Bundle, recordings: Sequence[Recording], folder: Path) -
         raise UserError(f"--save-inputs {folder}: cannot be written ({error.strerror}); give another folder") from None
 
 
-def _feed(bundle: Bundle, recording: Recording) -> dict[str, np.ndarray]:
-    """What the variant's graph takes; its half-precision inputs are cast by the runner."""
-    graph = bundle.manifest.plan.variants[recording.variant].graph
-    return {spec.name: recording.inputs[spec.name] for spec in graph.inputs}
-
-
-def _engine_loop(
-    bundle: Bundle, backend: Backend, inputs: ReferenceInputs
-) -> tuple[list[dict[str, np.ndarray]], np.ndarray]:
-    """The engine's whole loop: per launch the latent and the prediction, where its graph has them; final latents."""
-    loop = DenoisingLoop(bundle, backend, poison=True)
-    seen: list[dict[str, np.ndarray]] = []
-
-    def on_launch(index: int) -> None:
-        tensors = {}
-        names = {spec.name for spec in loop.variant(index).graph.inputs}
-        if STACK in names:
-            stack, coefficients = loop.fetch(index, STACK), loop.fetch(index, COEFFICIENTS)
-            tensors[LATENT] = graph_latent(stack, coefficients, bundle.manifest.plan.stack.chain)
-        if loop.launches[index].slot is not None:
-            tensors[PREDICTION] = loop.fetch(index, PREDICTION)
-        seen.append(tensors)
-
-    denoised = loop.run(
-        host(inputs.latents),
-        as_arrays(inputs.conditions),
-        noises=np.stack([host(noise) for noise in inputs.noises]) if inputs.noises else None,
-        image=None if inputs.start is None else host(inputs.start.latents),
-        guidance_scale=1.0 if inputs.guidance_scale is None else inputs.guidance_scale,
-        on_launch=on_launch,
-    )
-    return seen, denoised
-
-
-def _predictions_used(reference: Reference) -> list[bool]:
-    """Per evaluation, whether the sampler gives any weight to its prediction; the engine need not make the others."""
-    from dipgo_deploy.sampler import prediction_used, sampler_matrix
-
-    steps = reference.schedule.sampler.num_inference_steps
-    matrix = sampler_matrix(
-        reference.scheduler, steps, set_timesteps_kwargs=reference.set_timesteps, begin=reference.begin, check=False
-    )
-    return list(prediction_used(matrix))
-
-
-def _compare_loop(
-    bundle: Bundle,
-    evaluations: Sequence[_Evaluated],
-    used: Sequence[bool],
-    engine: Sequence[dict[str, np.ndarray]],
-    tolerance: Tolerance,
-) -> tuple[Checked, ...]:
-    """Every evaluation: what a launch saw and made; without a launch, the prediction that is used again."""
-    plan = bundle.manifest.plan
-    launched: dict[int, list[int]] = {}
-    for index, launch in enumerate(plan.launches):
-        launched.setdefault(launch.step, []).append(index)
-    places: list[tuple[int, str | None]] = []
-    expected: list[dict[str, np.ndarray]] = []
-    actual: list[dict[str, np.ndarray]] = []
-    latest: np.ndarray | None = None
-    for step, evaluation in enumerate(evaluations):
-        found: dict[str, np.ndarray] = {}
-        for index in launched.get(step, ()):
-            found.update(engine[index])
-        latest = found.get(PREDICTION, latest)
-        if latest is not None and used[step]:
-            found[PREDICTION] = latest
-        wanted = {LATENT: evaluation.model_input, PREDICTION: evaluation.prediction}
-        if found:
-            names = [plan.variants[plan.launches[index].variant].name for index in launched.get(step, ())]
-            places.append((step, "..".join(dict.fromkeys([names[0], names[-1]])) if names else None))
-            expected.append({name: wanted[name] for name in found})
-            actual.append(found)
-    errors = compare_runs(_results(expected, actual), tolerance)
-    return tuple(Checked(step, variant, tensors) for (step, variant), tensors in zip(places, errors, strict=True))
-
-
-def _compare_results(
-    bundle: Bundle,
-    backend: Backend,
-    reference: Reference,
-    expected: np.ndarray,
-    actual: np.ndarray,
-    tolerance: Tolerance,
-) -> Checked:
-    """The final latents, the images that each side's own VAE makes of its own latents, and for image-to-image what
-    each makes of one picture."""
-    wanted, found = {LATENTS: expected}, {LATENTS: actual}
-    graph = bundle.manifest.components.vae_decoder
-    vae: Any = getattr(reference.source.pipeline, "vae", None)
-    pixels = reference.source.family.pixels
-    if graph is not None and (pixels or vae is not None):
-        wanted[IMAGES] = _pictures(expected) if pixels else _decode(vae, expected)
-        found[IMAGES] = Decoder(bundle.path, graph, backend)(actual)
-    encoder = bundle.manifest.components.vae_encoder
+def _vae(
+    bundle: Bundle, backend: Backend, reference: Reference, latents: np.ndarray, tolerance: Tolerance
+) -> list[Part]:
+    """The decoder on latents of the supernet's loop, and for image-to-image the encoder on a picture."""
+    wanted: dict[str, np.ndarray] = {}
+    found: dict[str, np.ndarray] = {}
+    images = _decoded(bundle, reference, latents)
+    graph, encoder = bundle.manifest.components.vae_decoder, bundle.manifest.components.vae_encoder
+    if images is not None and graph is not None:
+        wanted[IMAGES] = images
+        found[IMAGES] = Decoder(bundle.path, graph, backend)(latents)
+    vae = getattr(reference.source.pipeline, "vae", None)
     if encoder is not None and vae is not None:
         picture = np.random.default_rng(0).random(encoder.inputs[0].shape, np.float32)
         wanted |= _encode(vae, picture)
         found |= Encoder(bundle.path, encoder, backend)(picture)
-    (errors,) = compare_runs(_results([wanted], [found]), tolerance)
-    return Checked(None, None, errors)
+    errors = tuple(tensor_error(name, found[name], wanted[name], tolerance) for name in wanted)
+    return [Part("VAE", "", "the model's own", errors)] if errors else []
+
+
+def _results(bundle: Bundle, backend: Backend, reference: Reference, loop: LoopResult, tolerance: Tolerance) -> Checked:
+    """The final latents, and the images that each side's own VAE makes of its own latents."""
+    errors = [tensor_error(LATENTS, loop.actual, loop.expected, tolerance)]
+    images = _decoded(bundle, reference, loop.expected)
+    graph = bundle.manifest.components.vae_decoder
+    if images is not None and graph is not None:
+        errors.append(tensor_error(IMAGES, Decoder(bundle.path, graph, backend)(loop.actual), images, tolerance))
+    return Checked(None, None, tuple(errors))
+
+
+def _decoded(bundle: Bundle, reference: Reference, latents: np.ndarray) -> np.ndarray | None:
+    """Images float32 (B, H, W, 3) in [0, 1] as the model makes them; None where one side has no VAE."""
+    if bundle.manifest.components.vae_decoder is None:
+        return None
+    if reference.source.family.pixels:
+        return _pictures(latents)
+    vae = getattr(reference.source.pipeline, "vae", None)
+    return None if vae is None else _decode(vae, latents)
 
 
 def _pictures(latents: np.ndarray) -> np.ndarray:
@@ -379,10 +293,3 @@ def _encode(vae: Any, images: np.ndarray) -> dict[str, np.ndarray]:
     mean = encoded.latents if spread is None else spread.mean
     found = {"mean": host((mean - shift) * vae.config.scaling_factor)}
     return found if spread is None else found | {"std": host(spread.std * vae.config.scaling_factor)}
-
-
-def _results(expected: Sequence[dict[str, np.ndarray]], actual: Sequence[dict[str, np.ndarray]]) -> RunResults:
-    results = RunResults()
-    results.add(list(expected), runner_name="supernet")
-    results.add(list(actual), runner_name="engine")
-    return results

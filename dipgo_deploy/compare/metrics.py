@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -54,3 +55,40 @@ def worst(found: Iterable[Agreement]) -> Agreement:
     """The largest error, the smallest PSNR and the smallest cosine of several."""
     relative, psnr, cosine = zip(*found, strict=True)
     return Agreement(max(relative), min(psnr), min(cosine))
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """When a tensor passes: its largest absolute error is at most ``relative`` of the reference's largest absolute
+    value, or at most ``absolute``."""
+
+    relative: float
+    absolute: float = 0.0
+
+
+@dataclass(frozen=True)
+class TensorError:
+    """One tensor against its reference.
+
+    max_absolute: largest absolute difference. relative: that over the reference's largest absolute value. Both are
+    infinite where the tensor has NaN or infinity, or another shape. cosine: -1 to 1. psnr: in dB over the reference's
+    largest value. limit: the largest relative error that passes by itself.
+    """
+
+    name: str
+    max_absolute: float
+    relative: float
+    cosine: float
+    psnr: float
+    passed: bool
+    limit: float
+
+
+def tensor_error(name: str, actual: np.ndarray, expected: np.ndarray, tolerance: Tolerance) -> TensorError:
+    """How far a tensor is from its reference, and whether that is within tolerance."""
+    if actual.shape != expected.shape:
+        return TensorError(name, math.inf, math.inf, math.nan, -math.inf, passed=False, limit=tolerance.relative)
+    found = agreement(actual, expected)
+    absolute = found.relative * peak(expected)
+    passed = found.relative <= tolerance.relative or absolute <= tolerance.absolute
+    return TensorError(name, absolute, found.relative, found.cosine, found.psnr, passed, tolerance.relative)

@@ -49,9 +49,11 @@ class Recording:
 
 
 class Recorder:
-    """Records each variant at its first launch; give it to ``run_loop`` as ``record``. For the layout ``variants``.
+    """Records each variant at its first launch and its last; give it to ``run_loop`` as ``record``. For the layout
+    ``variants``.
 
-    launches: (step, variant) of each launch, in order. slots: entries of the stack.
+    launches: (step, variant) of each launch, in order. slots: entries of the stack. again: False for the first launch
+    only, so that the loop need not run to its end.
     """
 
     def __init__(
@@ -60,19 +62,25 @@ class Recorder:
         launches: Iterable[tuple[int, int]],
         guidance_scale: float | None,
         slots: int,
+        *,
+        again: bool = True,
     ) -> None:
         first: dict[int, int] = {}
+        last: dict[int, int] = {}
         for step, variant in launches:
             first.setdefault(variant, step)
+            last[variant] = step
         self._variants = variants
         self._variant_at = {step: variant for variant, step in first.items()}
+        if again:
+            self._variant_at |= {step: variant for variant, step in last.items()}
         self._guidance_scale = guidance_scale
         self._slots = slots
         self.recordings: list[Recording] = []
 
     @property
     def complete(self) -> bool:
-        """Whether every variant that is launched at all was seen."""
+        """Whether all launches that are recorded were seen."""
         return len(self.recordings) == len(self._variant_at)
 
     def stored(self, step: int) -> set[str]:

@@ -4,20 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
-
 from dipgo_deploy.bundle.directory import Bundle
-from dipgo_deploy.bundle.manifest import Manifest, VariantEntry
-from dipgo_deploy.bundle.stack import graph_latent
-from dipgo_deploy.compare.conditions import host
-from dipgo_deploy.compare.recording import cache_place, cache_tensor
+from dipgo_deploy.bundle.manifest import Manifest
 from dipgo_deploy.errors import UserError
-from dipgo_deploy.runtime.loop import COEFFICIENTS, GUIDANCE_SCALE, PREDICTION, STACK, TIMESTEP
-from dipgo_deploy.supernet.gated import CacheState
 
 if TYPE_CHECKING:
     from dipgo_deploy.export.source import Source
@@ -52,9 +43,7 @@ def load_reference(bundle: Bundle, model: str | None = None, weights: str | None
     Raises:
         UserError: no such model, another model than the exported one, or a schedule that does not fit it.
     """
-    from dipgo_deploy.export.image import run_from
     from dipgo_deploy.export.source import load_source
-    from dipgo_deploy.sampler import evaluations, scheduler_of
 
     manifest = bundle.manifest
     name = manifest.model.name if model is None else model
@@ -63,7 +52,20 @@ def load_reference(bundle: Bundle, model: str | None = None, weights: str | None
     except UserError as error:
         hint = f" (the model that {bundle.path} names; --model gives another place)" if model is None else ""
         raise UserError(f"{error}{hint}") from None
-    family = source.family
+    return reference_of(bundle, source)
+
+
+def reference_of(bundle: Bundle, source: Source) -> Reference:
+    """The reference of an engine directory with a model that is loaded already, in float32.
+
+    Raises:
+        UserError: another model than the exported one, or a schedule that does not fit it.
+    """
+    from dipgo_deploy.export.image import run_from
+    from dipgo_deploy.sampler import evaluations, scheduler_of
+
+    manifest = bundle.manifest
+    family, name = source.family, source.name
     if family.class_name != manifest.model.class_name or manifest.model.config_hash not in source.config_hashes:
         raise UserError(
             f"{name}: {family.class_name} with configuration {source.config_hash[:12]}, but {bundle.path} was exported "
@@ -94,66 +96,3 @@ def _condition_specs(source: Source, manifest: Manifest) -> tuple[InputSpec, ...
     if {spec.name: spec.shape for spec in conditions} != shapes:
         raise UserError(f"manifest: conditions {shapes} are not those of the model; export the engine directory again")
     return conditions
-
-
-class VariantReference:
-    """A variant evaluated by the supernet, from the inputs of the variant's graph.
-
-    A block is removed where the variant reads its cache. What the graph does not get is NaN here: if its result
-    depended on it, that would show.
-    """
-
-    def __init__(self, reference: Reference, manifest: Manifest) -> None:
-        self._supernet = reference.supernet
-        self._conditions = reference.conditions
-        self._manifest = manifest
-        latent = manifest.latent
-        self._sample_shape = (manifest.batch, latent.channels, latent.height, latent.width)
-
-    def __call__(self, entry: VariantEntry, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Outputs, float32, by the variant's graph output names; ``inputs`` by its graph input names."""
-        latent = np.full(self._sample_shape, np.nan, np.float32)
-        if STACK in inputs:
-            latent = graph_latent(inputs[STACK], inputs[COEFFICIENTS], self._manifest.plan.stack.chain)
-        timestep = float(inputs[TIMESTEP][0]) if TIMESTEP in inputs else float("nan")
-        state = self._caches(entry, inputs)
-        gates = [spec.name not in state.tensors for spec in self._supernet.specs]
-        conditions = {name: torch.from_numpy(inputs[name]) for name in self._zeros if name in inputs}
-        output, after = self._evaluate(latent, timestep, {**self._zeros, **conditions}, gates, state)
-        prediction = output[:, : latent.shape[1]]
-        if self._manifest.guidance and entry.predicts:
-            unconditional, conditional = prediction.chunk(2)
-            prediction = unconditional + float(inputs[GUIDANCE_SCALE][0]) * (conditional - unconditional)
-        outputs = {PREDICTION: host(prediction)} if entry.predicts else {}
-        return outputs | {name: cache_tensor(name, after) for name in entry.writes}
-
-    def _evaluate(
-        self, latent: np.ndarray, timestep: float, conditions: dict[str, torch.Tensor], gates: Any, state: CacheState
-    ) -> tuple[torch.Tensor, CacheState]:
-        batch = torch.from_numpy(np.concatenate([latent] * (2 if self._manifest.guidance else 1)))
-        times = torch.full((len(batch),), timestep, dtype=torch.float32)
-        with torch.no_grad():
-            return self._supernet.step(batch, times, conditions, gates, state, 0)
-
-    @cached_property
-    def _zeros(self) -> dict[str, torch.Tensor]:
-        return {
-            # Ones where there are whole numbers: a mask that hides everything would make NaN.
-            spec.name: torch.ones(spec.shape, dtype=torch.int64) if spec.dtype == "int64" else torch.zeros(spec.shape)
-            for spec in self._conditions
-        }
-
-    @cached_property
-    def _full(self) -> CacheState:
-        """Caches after an evaluation with every block: what shapes and structures they have."""
-        gates = [True] * len(self._supernet.specs)
-        return self._evaluate(np.zeros(self._sample_shape, np.float32), 0.0, self._zeros, gates, CacheState())[1]
-
-    def _caches(self, entry: VariantEntry, inputs: Mapping[str, np.ndarray]) -> CacheState:
-        tensors: dict[str, list[torch.Tensor]] = {}
-        for name in entry.reads:
-            block, index = cache_place(name)
-            if block not in tensors:
-                tensors[block] = [torch.full_like(tensor, float("nan")) for tensor in self._full.tensors[block]]
-            tensors[block][index] = torch.from_numpy(inputs[name])
-        return CacheState(tensors, {block: self._full.structures[block] for block in tensors})

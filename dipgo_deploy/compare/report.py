@@ -8,7 +8,9 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dipgo_deploy.compare.accuracy import TensorError, Tolerance
+    from dipgo_deploy.compare.metrics import Agreement, TensorError, Tolerance
+
+LATENT, LATENTS, IMAGES = "latent", "latents", "images"
 
 
 @dataclass(frozen=True)
@@ -35,17 +37,52 @@ class Checked:
 
 
 @dataclass(frozen=True)
-class Report:
-    """Agreement of an engine directory with the supernet.
+class Part:
+    """Something beside the denoiser's launches that was compared.
 
-    variants: each variant by itself on recorded inputs; empty if not asked for. loop: each evaluation of the whole
-    loop, caches fed forward, in order; then ``results``, its latents and images. Empty and None if not asked for.
+    name: ``launch list``, ``weights``, ``tokens``, ``conditions``, ``VAE`` or ``picture``. place: of what, such as a
+    launch or a prompt. reference: what it was compared with. tensors: what was compared, in order. note: what is wrong
+    in words, where numbers do not say it.
+    """
+
+    name: str
+    place: str
+    reference: str
+    tensors: tuple[TensorError, ...]
+    note: str | None = None
+
+    @property
+    def passed(self) -> bool:
+        """Whether everything is as it should be."""
+        return self.note is None and all(tensor.passed for tensor in self.tensors)
+
+    def failures(self) -> Iterator[str]:
+        """A line for each tensor that is wrong."""
+        where = f"{self.name}, {self.place}" if self.place else self.name
+        if self.note is not None:
+            yield f"{where}: {self.note}"
+        for tensor in self.tensors:
+            if not tensor.passed:
+                yield _failure(where, tensor, self.reference)
+
+
+@dataclass(frozen=True)
+class Report:
+    """Agreement of an engine directory with the model.
+
+    parts: what a run needs before its first launch (launch list, weights, tokens, conditions, VAE). variants: each
+    variant by itself on recorded inputs. loop: each evaluation of the whole loop, caches fed forward, in order; then
+    ``results``, its latents and images. pictures: from prompt to picture. skipped: a line for everything that was not
+    compared. What was not asked for is empty or None.
     """
 
     tolerance: Tolerance
-    variants: tuple[Checked, ...]
-    loop: tuple[Checked, ...]
-    results: Checked | None
+    variants: tuple[Checked, ...] = ()
+    loop: tuple[Checked, ...] = ()
+    results: Checked | None = None
+    parts: tuple[Part, ...] = ()
+    pictures: tuple[Part, ...] = ()
+    skipped: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -53,43 +90,98 @@ class Report:
         return self.first_failure() is None
 
     def first_failure(self) -> str | None:
-        """One line about the first tensor beyond tolerance (variants first, then the loop), None if there is none."""
-        for where, checked in self._all():
-            for tensor in checked.tensors:
-                if not tensor.passed:
-                    return (
-                        f"{where}, {tensor.name}: error {tensor.relative:.2e} of its largest value "
-                        f"(absolute {tensor.max_absolute:.2e}) against the supernet, above {self.tolerance.relative:g}"
-                    )
-        return None
+        """One line about the first tensor beyond tolerance, None if there is none."""
+        return next(self.failures(), None)
+
+    def failures(self) -> Iterator[str]:
+        """One line for each tensor beyond tolerance, in the order of a run: what comes before the first launch, then
+        each evaluation (what its launches get, what its variants make of recorded inputs, what they make in the loop),
+        then the results and the pictures."""
+        for part in self.parts:
+            yield from part.failures()
+        steps = sorted({checked.step for checked in (*self.variants, *self.loop) if checked.step is not None})
+        for step in steps:
+            loop = [checked for checked in self.loop if checked.step == step]
+            alone = [checked for checked in self.variants if checked.step == step]
+            yield from (line for checked in loop for line in _of_loop(checked, given=True))
+            for checked in alone:
+                where = f"variant {checked.variant} by itself, step {step}"
+                yield from (_failure(where, tensor) for tensor in checked.tensors if not tensor.passed)
+            yield from (line for checked in loop for line in _of_loop(checked, given=False))
+        if self.results is not None:
+            yield from (
+                _failure("loop, after the last step", tensor) for tensor in self.results.tensors if not tensor.passed
+            )
+        for part in self.pictures:
+            yield from part.failures()
+
+    @property
+    def agreement(self) -> Agreement:
+        """The largest error, the smallest PSNR and the smallest cosine of the denoiser's tensors."""
+        from dipgo_deploy.compare.metrics import Agreement, worst
+
+        checked = (*self.variants, *self.loop, *(() if self.results is None else (self.results,)))
+        return worst(
+            Agreement(tensor.relative, tensor.psnr, tensor.cosine) for group in checked for tensor in group.tensors
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON; what is not finite (an error with NaN, the PSNR of equal tensors) becomes null."""
         return {
             "passed": self.passed,
             "first_failure": self.first_failure(),
+            "failures": list(self.failures()),
             "tolerance": asdict(self.tolerance),
+            "parts": [_plain_part(part) for part in self.parts],
             "variants": [_plain(checked) for checked in self.variants],
             "loop": [_plain(checked) for checked in self.loop],
             "results": None if self.results is None else _plain(self.results),
+            "pictures": [_plain_part(part) for part in self.pictures],
+            "skipped": list(self.skipped),
         }
 
-    def _all(self) -> Iterator[tuple[str, Checked]]:
-        for checked in self.variants:
-            yield f"variant {checked.variant} by itself, step {checked.step}", checked
-        for checked in self.loop:
-            yield f"loop, step {checked.step}, {_launched(checked.variant)}", checked
-        if self.results is not None:
-            yield "loop, after the last step", self.results
+
+def given_to_launch(name: str) -> bool:
+    """Whether a tensor of the loop is an input of its launch: the latent, or a cache that is read."""
+    return name == LATENT or (not name.startswith("new_") and "/out" in name)
 
 
-def _launched(variant: str | None) -> str:
-    return "no launch" if variant is None else f"variant {variant}"
+def _of_loop(checked: Checked, *, given: bool) -> Iterator[str]:
+    launched = "no launch" if checked.variant is None else f"variant {checked.variant}"
+    for tensor in checked.tensors:
+        if not tensor.passed and given_to_launch(tensor.name) == given:
+            yield _failure(f"loop, step {checked.step}, {launched}", tensor)
+
+
+def _failure(where: str, tensor: TensorError, reference: str = "the supernet") -> str:
+    return (
+        f"{where}, {tensor.name}: error {tensor.relative:.2e} of its largest value "
+        f"(absolute {tensor.max_absolute:.2e}) against {reference}, above {tensor.limit:g}"
+    )
 
 
 def _plain(checked: Checked) -> dict[str, Any]:
-    tensors = [
+    return {
+        "step": checked.step,
+        "variant": checked.variant,
+        "passed": checked.passed,
+        "tensors": _plain_tensors(checked.tensors),
+    }
+
+
+def _plain_part(part: Part) -> dict[str, Any]:
+    return {
+        "name": part.name,
+        "place": part.place,
+        "reference": part.reference,
+        "passed": part.passed,
+        "note": part.note,
+        "tensors": _plain_tensors(part.tensors),
+    }
+
+
+def _plain_tensors(tensors: tuple[TensorError, ...]) -> list[dict[str, Any]]:
+    return [
         {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
-        for row in map(asdict, checked.tensors)
+        for row in map(asdict, tensors)
     ]
-    return {"step": checked.step, "variant": checked.variant, "passed": checked.passed, "tensors": tensors}

@@ -1,10 +1,11 @@
-"""polygraphy runners for one variant: the supernet, and a graph on one of the runtime's backends."""
+"""polygraphy runners for one variant's graph on one of the runtime's backends."""
 
 from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,33 +13,19 @@ import numpy as np
 from polygraphy.backend.base import BaseRunner
 from polygraphy.backend.onnxrt import OnnxrtRunner
 from polygraphy.common import TensorMetadata
+from polygraphy.logger import G_LOGGER
 
 from dipgo_deploy.backends.base import Backend
 from dipgo_deploy.backends.onnxruntime_cuda import FATAL, PROVIDERS
 from dipgo_deploy.bundle.directory import Bundle
 from dipgo_deploy.bundle.manifest import Graph, VariantEntry
-from dipgo_deploy.compare.reference import VariantReference
+from dipgo_deploy.compare.graphs import OpenGraph, Run
 from dipgo_deploy.runtime.component import Component
 
 
-class SupernetRunner(BaseRunner):
-    """Evaluates a variant with the torch supernet, float32, on the inputs of the variant's graph."""
-
-    def __init__(self, reference: VariantReference, entry: VariantEntry, name: str = "supernet") -> None:
-        super().__init__(name=name, prefix="supernet-runner")
-        self._reference = reference
-        self._entry = entry
-
-    def get_input_metadata_impl(self) -> TensorMetadata:
-        """The graph's inputs, floating point as float32."""
-        return _metadata(self._entry.graph)
-
-    def infer_impl(self, feed_dict: Mapping[str, np.ndarray]) -> OrderedDict[str, np.ndarray]:
-        """One gated evaluation."""
-        start = time.perf_counter()
-        outputs = OrderedDict(self._reference(self._entry, feed_dict))
-        self.inference_time = time.perf_counter() - start
-        return outputs
+def silenced() -> AbstractContextManager[Any]:
+    """polygraphy's log, which goes to stdout, switched off; what is critical still raises."""
+    return G_LOGGER.verbosity(G_LOGGER.CRITICAL + 1)
 
 
 class BackendRunner(BaseRunner):
@@ -91,6 +78,17 @@ def engine_runner(bundle: Bundle, entry: VariantEntry, backend: Backend, threads
         return onnxruntime.InferenceSession(file, options, providers=PROVIDERS[backend.name])
 
     return OnnxrtRunner(session, name=f"onnxruntime-{backend.name}")
+
+
+def graphs_on(backend: Backend, threads: int | None = None) -> OpenGraph:
+    """How ``compare_engine`` runs a variant's graph by itself: with ``engine_runner``."""
+
+    @contextmanager
+    def open_graph(bundle: Bundle, entry: VariantEntry) -> Iterator[Run]:
+        with silenced(), engine_runner(bundle, entry, backend, threads) as runner:
+            yield lambda inputs: {name: np.array(array) for name, array in runner.infer(dict(inputs)).items()}
+
+    return open_graph
 
 
 def _metadata(graph: Graph) -> TensorMetadata:

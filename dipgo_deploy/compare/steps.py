@@ -42,7 +42,7 @@ class StepRecording:
 
 
 class StepRecorder:
-    """Records evaluations until every segment was launched once; give it to ``run_loop`` as ``record``."""
+    """Records evaluations until every segment was launched twice, where it is; ``record`` of ``run_loop``."""
 
     def __init__(
         self,
@@ -51,12 +51,19 @@ class StepRecorder:
         schedule: Schedule,
         guidance_scale: float | None,
         slots: int,
+        *,
+        again: bool = True,
     ) -> None:
-        """launches: (step, segment) in order. schedule: after promotion. slots: entries of the stack."""
+        """launches: (step, segment) in order. schedule: after promotion. slots: entries of the stack. again: False
+        until every segment was launched once."""
         first: dict[int, int] = {}
+        second: dict[int, int] = {}
         for step, segment in launches:
+            if segment in first:
+                second.setdefault(segment, step)
             first.setdefault(segment, step)
-        self._wanted = sorted({step for step, _ in launches if step <= max(first.values())})
+        last = max((*first.values(), *(second.values() if again else ())))
+        self._wanted = sorted({step for step, _ in launches if step <= last})
         self._writes = {name for segment in segments for name in segment.writes}
         self._kinds = schedule.cache_kinds
         self._kept = [{b for b, kept in zip(self._kinds, row, strict=True) if kept} for row in schedule.gates]
@@ -71,7 +78,7 @@ class StepRecorder:
 
     def stored(self, step: int) -> set[str]:
         """Blocks whose caches are recorded after evaluation ``step``."""
-        known = {self._known(name) for name in self._writes}
+        known = {stored_block(name, self._kinds) for name in self._writes}
         return {block for block in self._kept[step] if block in known}
 
     def __call__(self, evaluation: Evaluation) -> None:
@@ -80,28 +87,34 @@ class StepRecorder:
             return
         outputs = {PREDICTION: host(evaluation.prediction)}
         for name in self._writes:
-            block = self._known(name)
+            block = stored_block(name, self._kinds)
             if block in self._kept[evaluation.step]:
                 outputs[name] = cache_tensor(name, evaluation.after)
         inputs = evaluation_inputs(evaluation, self._guidance_scale, self._slots)
         self.recordings.append(StepRecording(evaluation.step, inputs, outputs))
 
-    def _known(self, name: str) -> str | None:
-        """The block whose store is the tensor of a graph output; None for what the supernet does not store."""
-        try:
-            block, _ = cache_place(name)
-        except ValueError:
-            return None
-        stored = "residual" if name.startswith("new_residual.") else "output"
-        return block if self._kinds.get(block) == stored else None
+
+def stored_block(name: str, kinds: Mapping[str, str]) -> str | None:
+    """The block whose store is the tensor of a graph's input or output; None for what the supernet does not store.
+
+    kinds: cache kind by block.
+    """
+    try:
+        block, _ = cache_place(name)
+    except ValueError:
+        return None
+    stored = "residual" if name.removeprefix("new_").startswith("residual.") else "output"
+    return block if kinds.get(block) == stored else None
 
 
-def recorder_for(plan: PlanEntry, schedule: Schedule, guidance_scale: float | None) -> Recorder | StepRecorder:
-    """The recorder of a plan's layout; ``schedule`` after promotion."""
+def recorder_for(
+    plan: PlanEntry, schedule: Schedule, guidance_scale: float | None, *, again: bool = True
+) -> Recorder | StepRecorder:
+    """The recorder of a plan's layout; ``schedule`` after promotion. again: record a second time."""
     launches = [(launch.step, launch.variant) for launch in plan.launches]
     if plan.layout == "variants":
-        return Recorder(plan.variants, launches, guidance_scale, plan.slots)
-    return StepRecorder(plan.variants, launches, schedule, guidance_scale, plan.slots)
+        return Recorder(plan.variants, launches, guidance_scale, plan.slots, again=again)
+    return StepRecorder(plan.variants, launches, schedule, guidance_scale, plan.slots, again=again)
 
 
 @dataclass(frozen=True)

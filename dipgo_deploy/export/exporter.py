@@ -368,16 +368,18 @@ def publish(
     engine_dir: Path,
     notify: Notify = lambda stage: None,
     agreed: Agreed = lambda agreement: None,
+    note: Notify = lambda line: None,
 ) -> Bundle:
     """Write a planned export to ``engine_dir``.
 
-    agreed: told how far the variants agree with the supernet, where they were compared. Raises as ``export_bundle``
+    agreed: told how far the denoiser agrees with the supernet, where they were compared. note: told what was not
+    compared, a line each. Raises as ``export_bundle``
     does, and ValueError for an export whose weights were released.
     """
     if next(planned.source.denoiser.parameters()).is_meta:
         raise ValueError("an export with low_memory is written once; plan it again")
     with staged_directory(engine_dir, overwrite=planned.options.overwrite) as stage:
-        write_bundle(planned, stage, notify, agreed)
+        write_bundle(planned, stage, notify, agreed, note)
     return Bundle.open(engine_dir)
 
 
@@ -386,24 +388,17 @@ def write_bundle(
     stage: Path,
     notify: Notify = lambda stage: None,
     agreed: Agreed = lambda agreement: None,
+    note: Notify = lambda line: None,
 ) -> Manifest:
     """Write everything of an engine directory into the empty folder ``stage``; see ``publish``."""
-    from dipgo_deploy.export.check import check_segments, check_variants
     from dipgo_deploy.export.components import export_components
 
     options, plan = planned.options, planned.plan
     notify(f"cutting {len(plan.variants if planned.segments is None else planned.segments.segments)} {options.layout}")
     variants = write_entries(planned, stage / GRAPHS)
     plan_entry = _plan_entry(planned, variants)
-    agreement = None
     if options.low_memory:
         release(planned)
-    elif options.check:
-        notify(f"comparing the {options.layout} with the supernet")
-        if planned.segments is None:
-            agreement = check_variants(planned, variants, stage)
-        else:
-            agreement = check_segments(planned, plan_entry, stage)
     shape = planned.traced.shape
     latent = LatentSpec(
         channels=planned.source.family.latent_channels(planned.source.config),
@@ -433,12 +428,37 @@ def write_bundle(
     planned.exported_schedule.save(stage / SCHEDULE_NAME)
     manifest = _manifest(planned, plan_entry, latent, conditions, components, hash_tree(stage))
     (stage / MANIFEST_NAME).write_text(manifest.dumps(), encoding="utf-8")
-    if options.low_memory and options.check and options.dtype != "bf16":
-        notify(f"comparing the {options.layout} with the supernet")
-        agreement = check_in_process(stage, planned.source.name)
-    if agreement is not None:
-        agreed(agreement)
+    if options.check:
+        agreement = _check(planned, Bundle(stage, manifest), notify, note)
+        if agreement is not None:
+            agreed(agreement)
     return manifest
+
+
+def _check(planned: PlannedExport, bundle: Bundle, notify: Notify, note: Notify) -> Agreement | None:
+    """Compare the written directory with the model; how far the denoiser agrees, None for bf16 graphs, which ONNX
+    Runtime's CPU provider cannot run."""
+    from dipgo_deploy.compare.written import verify_written
+
+    if planned.options.dtype == "bf16":
+        note("nothing was compared: bf16 graphs do not run on a CPU; dipgo-compare does it on a GPU")
+        return None
+    if not planned.options.low_memory:
+        return verify_written(bundle, _in_float32(planned.source, planned.options), notify, note)
+    notify(f"comparing the {planned.options.layout} with the supernet")
+    agreement = check_in_process(bundle.path, planned.source.name)
+    note("not compared at this size: the loop, the weights' values, text encoder and VAE; dipgo-compare does it")
+    return agreement
+
+
+def _in_float32(source: Source, options: ExportOptions) -> Source:
+    """The model as it was loaded; in half precision the exporter has converted what is beside the denoiser."""
+    from dipgo_deploy.supernet.load import load_pipeline
+
+    if options.dtype == "fp32" or not options.components or source.pipeline is None:
+        return source
+    denoiser: dict[str, Any] = {source.family.component: source.denoiser}
+    return replace(source, pipeline=load_pipeline(source.name, **denoiser))
 
 
 def write_entries(planned: PlannedExport, folder: Path) -> tuple[VariantEntry, ...]:
@@ -545,7 +565,7 @@ def _manifest(
         dtype=options.dtype,  # type: ignore[arg-type]
         batch=traced.shape.batch,
         guidance=traced.shape.guidance,
-        guidance_scale=source.default_guidance_scale() if scaled else None,
+        guidance_scale=source.default_guidance_scale(from_picture=planned.image is not None) if scaled else None,
         latent=latent,
         sizes=traced.shape.sizes,
         conditions=conditions,

@@ -26,9 +26,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from dipgo_deploy.bundle.directory import Bundle
     from dipgo_deploy.bundle.manifest import PlanEntry
-    from dipgo_deploy.bundle.shapes import Sizes
     from dipgo_deploy.compare.recording import Recorder
     from dipgo_deploy.compare.steps import StepRecorder
     from dipgo_deploy.export.exporter import PlannedExport
@@ -93,13 +91,14 @@ def release(planned: PlannedExport) -> None:
 
 
 def check_in_process(engine_dir: Path, model: str) -> Agreement:
-    """Compare the graphs of a written engine directory with the supernet, in two processes; how far they agree.
+    """Compare manifest, launch list and graphs of a written engine directory with the model, in two processes; how far
+    the graphs agree.
 
     The first runs the supernet and records, the second runs the graphs: it has neither torch nor the torch model, the
     first no graph. The recordings are files beside ``engine_dir`` meanwhile.
 
     Raises:
-        ToleranceError: as ``check_variants`` and ``check_segments``. UserError: a process failed.
+        ToleranceError: as ``verify_written``. UserError: a process failed.
     """
     with tempfile.TemporaryDirectory(prefix=".recorded-", dir=engine_dir.parent) as folder:
         _run("record", str(engine_dir), model, folder)
@@ -127,19 +126,25 @@ def _record(engine_dir: Path, model: str, folder: Path) -> None:
     sizes that are compared."""
     from dipgo_deploy.bundle.directory import Bundle
     from dipgo_deploy.compare.conditions import reference_inputs
+    from dipgo_deploy.compare.facts import check_facts
+    from dipgo_deploy.compare.launch_list import check_launch_list
     from dipgo_deploy.compare.recording import run_until_complete
     from dipgo_deploy.compare.reference import load_reference
     from dipgo_deploy.compare.steps import recorder_for
+    from dipgo_deploy.compare.written import sizes_compared
     from dipgo_deploy.export.quiet import quiet_libraries
     from dipgo_deploy.export.recorded import ToDisk
 
     quiet_libraries()
     whole = Bundle.open(engine_dir)
-    for place, sizes in enumerate(_compared_sizes(whole)):
+    for place, sizes in enumerate(sizes_compared(whole)):
         bundle = whole if sizes is None else whole.at(sizes)
         manifest, plan = bundle.manifest, bundle.manifest.plan
         with float32_files(model, engine_dir.parent) as weights:
             reference = load_reference(bundle, model, weights)
+            for part in (*check_facts(manifest, reference), *check_launch_list(manifest, reference)):
+                for failure in part.failures():
+                    raise ToleranceError(f"{failure}; nothing was written")
             give_back_after_use(reference.source.denoiser)
             caches = reference.supernet.store = MappedCaches(folder)
             inputs = reference_inputs(
@@ -150,7 +155,7 @@ def _record(engine_dir: Path, model: str, folder: Path) -> None:
                 guidance=manifest.guidance,
                 begin=reference.begin,
             )
-            recorder = recorder_for(plan, reference.schedule, inputs.guidance_scale)
+            recorder = recorder_for(plan, reference.schedule, inputs.guidance_scale, again=False)
             (folder / str(place)).mkdir()
             written = ToDisk(recorder, folder / str(place), caches)
             run_until_complete(
@@ -194,28 +199,32 @@ def _caches_kept(schedule: Schedule, plan: PlanEntry, recorder: Recorder | StepR
 def _compare(engine_dir: Path, folder: Path) -> Agreement:
     """What the second process does. It must not load torch."""
     from dipgo_deploy.bundle.directory import Bundle
-    from dipgo_deploy.export.check import compare_recordings, compare_steps
+    from dipgo_deploy.compare.graphs import compare_segments, compare_variants, frugal_session
+    from dipgo_deploy.compare.metrics import Tolerance
+    from dipgo_deploy.compare.report import Report
+    from dipgo_deploy.compare.written import sizes_compared
     from dipgo_deploy.export.recorded import read_recordings, read_steps
     from dipgo_deploy.models.registry import family_for
 
-    bundle = Bundle.open(engine_dir)
-    manifest, plan = bundle.manifest, bundle.manifest.plan
-    tolerance = family_for(manifest.model.class_name).tolerances[manifest.dtype]
-    half = manifest.dtype != "fp32"
-    if plan.layout == "segments":
-        return compare_steps(read_steps(folder / "0"), plan, engine_dir, tolerance, half=half, frugal=True)
-    return worst(
-        compare_recordings(read_recordings(folder / str(place)), plan.variants, engine_dir, tolerance, sizes, half=half)
-        for place, sizes in enumerate(_compared_sizes(bundle))
-    )
-
-
-def _compared_sizes(bundle: Bundle) -> tuple[Sizes | None, ...]:
-    """None where nothing is open."""
-    from dipgo_deploy.export.conditions import corners
-
-    ranges = bundle.manifest.sizes
-    return (None,) if ranges is None else corners(ranges)
+    whole = Bundle.open(engine_dir)
+    manifest = whole.manifest
+    tolerance = Tolerance(family_for(manifest.model.class_name).tolerances[manifest.dtype])
+    found = []
+    for place, sizes in enumerate(sizes_compared(whole)):
+        bundle = whole if sizes is None else whole.at(sizes)
+        if manifest.plan.layout == "segments":
+            steps = read_steps(folder / str(place))
+            checked, _ = compare_segments(bundle, steps, frugal_session, tolerance, keep_open=False)
+        else:
+            recordings = read_recordings(folder / str(place))
+            checked = tuple(compare_variants(bundle, recordings, frugal_session, tolerance))
+        report = Report(tolerance, variants=checked)
+        failure = report.first_failure()
+        if failure is not None:
+            at = "" if sizes is None else f"at {sizes.batch} x {sizes.height}x{sizes.width}: "
+            raise ToleranceError(f"{at}{failure}; nothing was written")
+        found.append(report.agreement)
+    return worst(found)
 
 
 def _main() -> int:

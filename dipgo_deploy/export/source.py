@@ -127,11 +127,17 @@ class Source:
         """What the scheduler's ``set_timesteps`` is given besides the number of steps, at a latent's size."""
         return dict(self.family.set_timesteps(self.config, scheduler.config, height, width, steps))
 
-    def default_guidance_scale(self) -> float | None:
-        """The stock pipeline's own default, None without a pipeline."""
+    def default_guidance_scale(self, *, from_picture: bool = False) -> float | None:
+        """The stock pipeline's own default, None without a pipeline. from_picture: that of its image-to-image pipeline,
+        which is another one for FLUX."""
         if self.pipeline is None:
             return None
-        parameter = inspect.signature(type(self.pipeline).__call__).parameters.get("guidance_scale")
+        owner = type(self.pipeline)
+        if from_picture:
+            from diffusers import AutoPipelineForImage2Image
+
+            owner = type(AutoPipelineForImage2Image.from_pipe(self.pipeline))
+        parameter = inspect.signature(owner.__call__).parameters.get("guidance_scale")
         return float(parameter.default) if parameter is not None else None
 
     def _ranges(

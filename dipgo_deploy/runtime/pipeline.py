@@ -360,7 +360,7 @@ class Pipeline:
         if not self._lazy:
             self._load()
         encoding = time.perf_counter()
-        given = self._conditions(request)
+        given = self.conditions(request)
         picture = self._picture(request, stream)
         denoising = time.perf_counter()
         denoised, launches = self._denoise(request, given, picture, stream, callback)
@@ -376,7 +376,11 @@ class Pipeline:
         )
         return PipelineOutput(images=images, latents=denoised, timings=timings, launches=launches)
 
-    def _conditions(self, request: Request) -> dict[str, tuple[np.ndarray | None, np.ndarray]]:
+    def tokens(self, prompt: str, *, negative: bool = False) -> dict[str, np.ndarray]:
+        """What the text encoders get of a prompt, by graph input name: token ids and masks, int64 (1, length)."""
+        return self._ready_text().tokens(prompt, negative=negative)
+
+    def conditions(self, request: Request) -> dict[str, tuple[np.ndarray | None, np.ndarray]]:
         """Per condition its (unconditional, conditional) rows, one for each image; the former None without guidance."""
         conditions: dict[str, tuple[np.ndarray | None, np.ndarray]] = {}
         guidance = self.bundle.manifest.guidance

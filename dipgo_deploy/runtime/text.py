@@ -84,12 +84,12 @@ class TextEncoder:
 
     def __call__(self, prompts: Sequence[str], *, negative: bool = False) -> dict[str, np.ndarray]:
         """The text conditions by name, (prompts, ...) each; one run per distinct prompt."""
-        prefix = "" if negative else self._prefix
-        encoded = {prompt: self._encode(prompt, prefix) for prompt in dict.fromkeys(prompts)}
+        encoded = {prompt: self._component(self.tokens(prompt, negative=negative)) for prompt in dict.fromkeys(prompts)}
         names = [spec.name for spec in self._component.graph.outputs]
         return {name: np.concatenate([encoded[prompt][name] for prompt in prompts]) for name in names}
 
-    def _encode(self, prompt: str, prefix: str) -> dict[str, np.ndarray]:
+    def tokens(self, prompt: str, *, negative: bool = False) -> dict[str, np.ndarray]:
+        """Token ids and masks of one prompt by graph input name, int64 (1, length)."""
+        prefix = "" if negative else self._prefix
         text = prefix + (prompt.strip().lower() if self._lowercase else prompt)
-        tokens = {name: array for tokenize in self._tokenizers for name, array in tokenize([text]).items()}
-        return self._component(tokens)
+        return {name: array for tokenize in self._tokenizers for name, array in tokenize([text]).items()}

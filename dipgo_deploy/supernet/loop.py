@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -80,6 +80,47 @@ def run_loop(
         UserError: T differs from the scheduler's number of evaluations, a gate is wrong (see `Supernet.step`),
             ``noises`` are not what the scheduler draws, or conditions have the wrong batch.
     """
+    loop = walk_loop(
+        supernet,
+        scheduler,
+        gates,
+        latents,
+        conditions,
+        num_inference_steps=num_inference_steps,
+        guidance_scale=guidance_scale,
+        generator=generator,
+        noises=noises,
+        set_timesteps_kwargs=set_timesteps_kwargs,
+        start=start,
+        keep=keep,
+    )
+    while True:
+        try:
+            evaluation = next(loop)
+        except StopIteration as end:
+            return cast(Tensor, end.value)
+        if record is not None:
+            record(evaluation)
+        del evaluation  # its caches may go before the next ones are made
+
+
+def walk_loop(
+    supernet: Supernet,
+    scheduler: Any,
+    gates: Sequence[Sequence[Gate]] | Tensor,
+    latents: Tensor,
+    conditions: Mapping[str, Tensor],
+    *,
+    num_inference_steps: int,
+    guidance_scale: float | None = None,
+    generator: torch.Generator | None = None,
+    noises: Sequence[Tensor] | None = None,
+    set_timesteps_kwargs: Mapping[str, Any] | None = None,
+    start: ImageStart | None = None,
+    keep: Callable[[int], Collection[str]] | None = None,
+) -> Generator[Evaluation, None, Tensor]:
+    """The loop of ``run_loop`` for a caller that goes along: each evaluation is made when it is asked for, and the
+    generator's value is the final latents. The caller's gradient mode counts, at every step."""
     sampler = fresh(scheduler)
     set_timesteps(sampler, num_inference_steps, set_timesteps_kwargs)
     sample, timesteps = first_latent(sampler, latents, start)
@@ -112,8 +153,7 @@ def run_loop(
         if guidance_scale is not None:
             unconditional, conditional = raw.chunk(2)
             prediction = unconditional + guidance_scale * (conditional - unconditional)
-        if record is not None:
-            record(_evaluation(step, model_input, timestep, conditions, state, after, raw, prediction))
+        yield _evaluation(step, model_input, timestep, conditions, state, after, raw, prediction)
         with nullcontext() if given is None else GivenNoise(latents.shape, given.draw):
             sample = sampler.step(prediction, timestep, sample, return_dict=False, **extra)[0]
         state = after

@@ -35,6 +35,7 @@ def test_agreement_is_shown(engine, capsys):
     assert main(command(engine)) == 0
     printed = capsys.readouterr()
     assert "variants by themselves" in printed.out and "the whole loop" in printed.out
+    assert "launch list: " in printed.out and "picture, classes, class 0: " in printed.out
     assert "PSNR" in printed.out and "everything is within 0.0001 of the supernet" in printed.out
     assert "beyond" not in printed.out
     assert printed.err == ""
@@ -48,9 +49,14 @@ def test_json_is_all_there_is_on_stdout(engine, capfd):
     assert report["passed"] is True and report["first_failure"] is None
     assert report["tolerance"] == {"relative": 1e-4, "absolute": 0.0}
     assert (report["dtype"], report["backend"], report["seed"], report["guidance_scale"]) == ("fp32", "cpu", 5, 2.0)
-    assert {"name", "max_absolute", "relative", "cosine", "psnr", "passed"} == set(report["variants"][0]["tensors"][0])
+    keys = {"name", "max_absolute", "relative", "cosine", "psnr", "passed", "limit"}
+    assert keys == set(report["variants"][0]["tensors"][0])
     assert len(report["loop"]) == 6 and report["loop"][0]["step"] == 0
     assert [tensor["name"] for tensor in report["results"]["tensors"]] == ["latents", "images"]
+    parts = {part["name"] for part in report["parts"]}
+    assert parts == {"manifest", "launch list", "weights", "conditions", "VAE"}
+    assert [part["place"] for part in report["pictures"]] == ["classes, class 1"] and report["skipped"] == []
+    assert all(part["passed"] for part in (*report["parts"], *report["pictures"]))
 
 
 def test_beyond_tolerance_is_status_1_and_one_line(engine, tmp_path, capfd):
@@ -58,7 +64,8 @@ def test_beyond_tolerance_is_status_1_and_one_line(engine, tmp_path, capfd):
     assert main(command(bad, "--json")) == 1
     printed = capfd.readouterr()
     line = printed.err.splitlines()[-1]
-    assert line.startswith("error: variant v00 by itself, step 0, ") and "above 0.0001" in line
+    assert line.startswith("error: weights, graphs, transformer_blocks.3.ff.net.0.proj.weight, values: error 2.00e+00")
+    assert any(failure.startswith("variant v00 by itself, step 0, ") for failure in json.loads(printed.out)["failures"])
     report = json.loads(printed.out)
     assert report["passed"] is False and f"error: {report['first_failure']}" == line
     assert "beyond" in printed.err

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 
 import numpy as np
 import pytest
-from polygraphy.comparator import Comparator
 from polygraphy.json import load_json
 from tiny_engines import changed, corrupted, save_dit_pipeline, schedule_for, write
 
 from dipgo_deploy.bundle.directory import Bundle
-from dipgo_deploy.compare import engine as module
-from dipgo_deploy.compare.accuracy import compare_runs
 from dipgo_deploy.compare.engine import Options, compare_engine
-from dipgo_deploy.compare.reference import VariantReference, load_reference
-from dipgo_deploy.compare.runners import BackendRunner, SupernetRunner
+from dipgo_deploy.compare.reference import load_reference
+from dipgo_deploy.compare.runners import BackendRunner, engine_runner, graphs_on
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.export.exporter import ExportOptions, plan_export
 
@@ -38,9 +36,14 @@ def test_a_right_engine_agrees_everywhere(engine, request, compare):
     plan, report = compare(request.getfixturevalue(engine))
     assert report.passed and report.first_failure() is None
     assert report.tolerance.relative == 1e-4
-    assert [checked.variant for checked in report.variants] == [variant.name for variant in plan.variants]
-    for checked, variant in zip(report.variants, plan.variants, strict=True):
-        assert {tensor.name for tensor in checked.tensors} == {spec.name for spec in variant.graph.outputs}
+    entries = {variant.name: variant for variant in plan.variants}
+    assert {checked.variant for checked in report.variants} == set(entries)
+    for checked in report.variants:
+        outputs = {spec.name for spec in entries[checked.variant].graph.outputs}
+        assert {tensor.name for tensor in checked.tensors} == outputs
+    reads = {name for variant in plan.variants for name in variant.reads}
+    seen = {tensor.name for checked in report.loop for tensor in checked.tensors}
+    assert reads < seen and {name for variant in plan.variants for name in variant.writes} < seen
     launched = {launch.step: plan.variants[launch.variant].name for launch in plan.launches}
     # With these settings PNDM gives its last prediction no weight: the engine does not make it.
     steps = range(plan.evaluations - (engine == "unet_pndm"))
@@ -88,13 +91,15 @@ def test_a_wrong_weight_is_found_in_the_variants_that_have_it(dit_residual, tmp_
     graph = plan.variants[0].graph.file.removeprefix("graphs/")
     path = corrupted(dit_residual, tmp_path / "bad", graph, "transformer_blocks.3.ff.net.0.proj.weight")
     _, report = compare(path)
-    wrong = [checked.variant for checked in report.variants if not checked.passed]
     # Block 3 is computed where its cache is not read; its weight is used nowhere else.
     last = "residual.transformer_blocks.3/out0"
-    assert wrong == [variant.name for variant in plan.variants if last not in variant.reads]
+    wrong = {checked.variant for checked in report.variants if not checked.passed}
+    assert wrong == {variant.name for variant in plan.variants if last not in variant.reads}
     assert "v00" in wrong and len(wrong) < len(plan.variants)
-    assert report.first_failure().startswith("variant v00 by itself, step 0, ")
-    (bad,) = (checked for checked in report.variants if checked.variant == "v00")
+    weight, variant, *_ = report.failures()
+    assert weight.startswith("weights, graphs, transformer_blocks.3.ff.net.0.proj.weight, values: error 2.00e+00 ")
+    assert variant.startswith("variant v00 by itself, step 0, ")
+    bad = next(checked for checked in report.variants if checked.variant == "v00")
     names = {tensor.name for tensor in bad.tensors if not tensor.passed}
     assert names == {"noise_pred", "new_residual.transformer_blocks.3/out0"} & {tensor.name for tensor in bad.tensors}
 
@@ -108,7 +113,10 @@ def test_a_wrong_coefficient_shows_at_its_own_step(launch, dit_residual, tmp_pat
     step = plan.launches[launch].step
     name = plan.variants[plan.launches[launch].variant].name
     assert all(checked.passed for checked in report.variants)
-    assert report.first_failure().startswith(f"loop, step {step}, variant {name}, latent: ")
+    row, loop, *_ = report.failures()
+    assert row.startswith(f"launch list, launch {launch} (step {step}, variant {name}), coefficients: error ")
+    assert row.endswith(" against the sampler, above 1e-12")
+    assert loop.startswith(f"loop, step {step}, variant {name}, latent: ")
     assert all(checked.passed for checked in report.loop[:step])
 
 
@@ -118,7 +126,9 @@ def test_a_wrong_final_weight_shows_after_the_last_step(dit_residual, tmp_path, 
 
     _, report = compare(changed(dit_residual, tmp_path / "bad", edit))
     assert all(checked.passed for checked in (*report.variants, *report.loop))
-    assert report.first_failure().startswith("loop, after the last step, latents: ")
+    row, loop, *_ = report.failures()
+    assert row.startswith("launch list, after the last launch, final: ")
+    assert loop.startswith("loop, after the last step, latents: ")
 
 
 def test_a_cache_at_the_wrong_place_shows_where_it_is_read(dit_residual, tmp_path, compare):
@@ -130,12 +140,13 @@ def test_a_cache_at_the_wrong_place_shows_where_it_is_read(dit_residual, tmp_pat
                 # Swapped, two residuals that are only ever added up would give the right sum.
                 launch["reads"][0] = launch["reads"][1]
                 found["step"] = launch["step"]
+                found["name"] = manifest["plan"]["variants"][launch["variant"]]["reads"][0]
                 return
 
     _, report = compare(changed(dit_residual, tmp_path / "bad", edit))
     assert all(checked.passed for checked in report.variants)
     assert report.first_failure().startswith(f"loop, step {found['step']}, variant v")
-    assert ", noise_pred: " in report.first_failure()
+    assert f", {found['name']}: " in report.first_failure()
 
 
 def test_memory_that_was_never_written_is_not_zero(unet_ddim, tmp_path, compare):
@@ -163,32 +174,33 @@ def test_promoted_and_half_precision_engines(dit_folder, tmp_path, compare):
     assert not compare(engine_dir, Options(tolerance=1e-6))[1].passed
 
 
-def test_the_backends_own_runner_gives_what_polygraphys_gives(unet_ddim, opened, inputs, backend, monkeypatch):
-    bundle, reference = opened(unet_ddim)
-    seen = []
+def test_polygraphys_runner_and_the_backends_own_give_the_same(unet_ddim, compare, backend):
+    @contextlib.contextmanager
+    def own(bundle, entry):
+        with BackendRunner(bundle.path, entry.graph, backend) as runner:
+            yield runner.infer
 
-    def runner(bundle, entry, backend, threads=None):
-        seen.append(entry.name)
-        return BackendRunner(bundle.path, entry.graph, backend)
-
-    monkeypatch.setattr(module, "engine_runner", runner)
-    report = compare_engine(bundle, reference, inputs(bundle, reference), backend, Options(loop=False))
-    assert report.passed and seen == [variant.name for variant in bundle.manifest.plan.variants]
+    found = []
+    for open_graph in (graphs_on(backend), own):
+        _, report = compare(unet_ddim, Options(loop=False, components=False, open_graph=open_graph))
+        found.append([tensor.relative for checked in report.variants for tensor in checked.tensors])
+        assert report.passed
+    assert found[0] == pytest.approx(found[1], abs=1e-5)
 
 
 def test_inputs_are_saved_for_polygraphy(dit_residual, tmp_path, compare, opened, backend):
     folder = tmp_path / "new" / "inputs"
     _, report = compare(dit_residual, Options(loop=False, save_inputs=folder))
-    bundle, reference = opened(dit_residual)
+    bundle, _ = opened(dit_residual)
     plan = bundle.manifest.plan
     assert {path.name for path in folder.iterdir()} == {f"{variant.name}.json" for variant in plan.variants}
-    side = VariantReference(reference, bundle.manifest)
-    for entry in plan.variants:
+    launches = [launch.variant for launch in plan.launches]
+    for number, entry in enumerate(plan.variants):
         feeds = load_json(str(folder / f"{entry.name}.json"))
-        assert [list(feed) for feed in feeds] == [[spec.name for spec in entry.graph.inputs]]
-        runners = [SupernetRunner(side, entry), BackendRunner(bundle.path, entry.graph, backend)]
-        (errors,) = compare_runs(Comparator.run(runners, data_loader=feeds), report.tolerance)
-        assert all(error.passed for error in errors)
+        assert len(feeds) == min(2, launches.count(number))
+        assert all(list(feed) == [spec.name for spec in entry.graph.inputs] for feed in feeds)
+        with engine_runner(bundle, entry, backend) as runner:
+            assert all(set(runner.infer(feed)) == {spec.name for spec in entry.graph.outputs} for feed in feeds)
 
 
 def test_a_folder_that_cannot_be_written(dit_residual, tmp_path, compare):

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from dipgo_deploy.compare.metrics import Agreement, agreement, peak, relative_error, worst
+from dipgo_deploy.compare.metrics import Agreement, Tolerance, agreement, peak, relative_error, tensor_error, worst
 
 
 def test_the_error_is_relative_to_the_largest_expected_value():
@@ -46,3 +46,46 @@ def test_agreement_of_tensors() -> None:
 
 def test_the_worst_of_several() -> None:
     assert worst([Agreement(1e-6, 90.0, 0.9), Agreement(1e-3, 95.0, 1.0)]) == Agreement(1e-3, 90.0, 0.9)
+
+
+@pytest.fixture
+def tensor() -> np.ndarray:
+    return np.random.default_rng(0).normal(size=(2, 4, 8, 8)).astype(np.float32)
+
+
+def test_errors_are_what_their_definitions_say(tensor):
+    other = tensor + np.random.default_rng(1).normal(size=tensor.shape).astype(np.float32) * 1e-3
+    error = tensor_error("x", other, tensor, Tolerance(1e-2))
+    a, b = tensor.astype(np.float64).ravel(), other.astype(np.float64).ravel()
+    assert error.max_absolute == pytest.approx(np.abs(a - b).max(), rel=1e-5)
+    assert error.relative == pytest.approx(np.abs(a - b).max() / np.abs(a).max(), rel=1e-5)
+    assert error.cosine == pytest.approx(a @ b / np.linalg.norm(a) / np.linalg.norm(b), abs=1e-6)
+    assert error.psnr == pytest.approx(
+        20 * np.log10(np.abs(a).max()) - 10 * np.log10(np.square(a - b).mean()), abs=1e-3
+    )
+    assert error.passed and error.limit == 1e-2
+
+
+def test_the_tolerance_is_the_last_value_that_passes():
+    expected, actual = np.array([4.0, 0.0], np.float32), np.array([4.0, 1.0], np.float32)
+    for relative, absolute, passed in ((0.25, 0, True), (0.2499, 0, False), (0, 1.0, True), (0, 0.999, False)):
+        assert tensor_error("x", actual, expected, Tolerance(relative, absolute)).passed is passed
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("position", [0, -1])
+def test_one_bad_value_is_enough(tensor, bad, position):
+    other = tensor.copy()
+    other.reshape(-1)[position] = bad
+    error = tensor_error("x", other, tensor, Tolerance(1e9, 1e9))
+    assert not error.passed
+    assert math.isinf(error.relative) and math.isinf(error.max_absolute)
+
+
+def test_equal_tensors_zeros_and_other_shapes(tensor):
+    zeros = np.zeros(4, np.float32)
+    equal, zero = (tensor_error("x", array, array, Tolerance(0.0)) for array in (tensor, zeros))
+    assert equal.passed and equal.relative == 0 and math.isinf(equal.psnr)
+    assert zero.passed and zero.cosine == 1
+    shape = tensor_error("x", tensor[:1], tensor, Tolerance(1e9, 1e9))
+    assert not shape.passed and math.isinf(shape.relative)

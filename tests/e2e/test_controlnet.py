@@ -14,7 +14,7 @@ from diffusers import (
     StableDiffusionXLControlNetPipeline,
     StableDiffusionXLPipeline,
 )
-from family_checks import build_with_tensorrt_rtx, check_family, plan_for, schedule_for
+from family_checks import assert_pictures_equal_stock, build_with_tensorrt_rtx, check_family, plan_for, schedule_for
 from PIL import Image
 from sd_pipelines import PROMPT, relative, save_sd15, save_sdxl, stock, with_controlnet
 
@@ -89,10 +89,13 @@ def test_full_schedules_are_diffusers(folder: Path, engine: Path, picture: Image
 
 
 @pytest.mark.parametrize(("granularity", "sampler"), [("block", "pndm"), ("layer", "euler")])
-def test_random_schedules_are_the_supernets(folder: Path, tmp_path: Path, granularity: Any, sampler: str) -> None:
+def test_random_schedules_are_the_supernets(
+    folder: Path, engine: Path, tmp_path: Path, granularity: Any, sampler: str
+) -> None:
     bundle = check_family(folder, tmp_path / "x", sampler=sampler, granularity=granularity, ratio=0.4, steps=5, seed=1)
     reads = [name for variant in bundle.manifest.plan.variants for name in variant.reads]
     assert any("controlnet/out" in name for name in reads)  # it is skipped somewhere
+    assert_pictures_equal_stock(tmp_path / "x", engine)
 
 
 @pytest.mark.slow

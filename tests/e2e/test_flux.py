@@ -11,7 +11,14 @@ import onnx
 import pytest
 import torch
 from diffusers import FluxPipeline
-from family_checks import build_with_tensorrt_rtx, loop_report, plan_for, schedule_for, with_gates
+from family_checks import (
+    assert_pictures_equal_stock,
+    build_with_tensorrt_rtx,
+    loop_report,
+    plan_for,
+    schedule_for,
+    with_gates,
+)
 from flow_pipelines import T5_WIDTH, flux_transformer, save_flux
 from sd_pipelines import PROMPT, assert_equals_supernet, psnr, relative, stock
 
@@ -165,9 +172,10 @@ def test_timesteps_are_the_pipelines(own: Any, changes: dict[str, Any], monkeypa
     assert ("sigmas" in given) != ("use_flow_sigmas" in changes)
 
 
-def test_random_schedule_of_blocks(traced: PlannedExport, dev: Path, tmp_path: Path) -> None:
+def test_random_schedule_of_blocks(traced: PlannedExport, dev: Path, engine: Path, tmp_path: Path) -> None:
     with_gates(traced, schedule_for(dev, steps=STEPS, ratio=0.5), tmp_path / "x", components=False)
     assert_equals_supernet(tmp_path / "x")
+    assert_pictures_equal_stock(tmp_path / "x", engine)
 
 
 @pytest.mark.parametrize(("granularity", "cache"), [("block", "output"), ("layer", "output")])

@@ -13,7 +13,15 @@ import toy_engine
 from click.testing import CliRunner
 from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionXLImg2ImgPipeline
 from diffusers.image_processor import VaeImageProcessor
-from family_checks import borrow_components, build_with_tensorrt_rtx, plan_for, schedule_for, with_gates, with_strength
+from family_checks import (
+    assert_pictures_equal_stock,
+    borrow_components,
+    build_with_tensorrt_rtx,
+    plan_for,
+    schedule_for,
+    with_gates,
+    with_strength,
+)
 from PIL import Image
 from sd_pipelines import PROMPT, assert_equals_supernet, relative, save_sd15, save_sdxl, stock
 
@@ -97,12 +105,20 @@ def test_full_schedules_are_diffusers(
     ("sampler", "strength", "ratio"), [("ddim", 0.6, 0.5), ("pndm", 0.3, 0.4), ("euler-a", 0.7, 0.4)]
 )
 def test_random_schedules_are_the_supernets(
-    planned: PlannedExport, folder: Path, tmp_path: Path, sampler: str, strength: float, ratio: float, layout: Any
+    planned: PlannedExport,
+    folder: Path,
+    engine: Path,
+    tmp_path: Path,
+    sampler: str,
+    strength: float,
+    ratio: float,
+    layout: Any,
 ) -> None:
     schedule = schedule_for(folder, sampler=sampler, steps=STEPS, ratio=ratio, seed=5)
     options = replace(planned.options, strength=strength, layout=layout)
     bundle = with_gates(replace(planned, options=options), schedule, tmp_path / "x", components=False)
     assert_equals_supernet(tmp_path / "x")
+    assert_pictures_equal_stock(tmp_path / "x", engine)
     # The first row that is run is whole, and what that raised is reported; all other rows are as given.
     manifest, recorded = bundle.manifest, bundle.load_schedule()
     begin = manifest.sampler.begin

@@ -11,6 +11,7 @@ import pytest
 import torch
 from diffusers import FluxImg2ImgPipeline, StableDiffusion3Img2ImgPipeline
 from family_checks import (
+    assert_pictures_equal_stock,
     borrow_components,
     build_with_tensorrt_rtx,
     plan_for,
@@ -167,6 +168,7 @@ def test_random_schedules_are_the_supernets(model: Model, tmp_path: Path, layout
     missing = {(begin, name) for name, kept in zip(schedule.block_names, schedule.gates[1], strict=True) if not kept}
     assert begin == 1 and missing and set(bundle.manifest.promoted) == missing
     assert_equals_supernet(tmp_path / "x")
+    assert_pictures_equal_stock(tmp_path / "x", model.engine)
 
 
 @pytest.mark.parametrize(("model", "components"), [("sd3", 3), ("flux", 3)], indirect=["model"])

@@ -16,7 +16,14 @@ from diffusers import PixArtAlphaPipeline, PixArtSigmaPipeline, PixArtTransforme
 from diffusers.image_processor import PixArtImageProcessor
 from diffusers.pipelines.pixart_alpha import pipeline_pixart_alpha, pipeline_pixart_sigma
 from diffusers.pipelines.sana import pipeline_sana
-from family_checks import build_with_tensorrt_rtx, check_family, plan_for, schedule_for, with_gates
+from family_checks import (
+    assert_pictures_equal_stock,
+    build_with_tensorrt_rtx,
+    check_family,
+    plan_for,
+    schedule_for,
+    with_gates,
+)
 from pixart_pipelines import save_alpha, save_sigma, t5_tokenizer, transformer
 from sd_pipelines import assert_equals_supernet, psnr, relative, stock
 from transformers import T5EncoderModel
@@ -134,9 +141,12 @@ def _embeds(pipeline: Any, prompts: list[str]) -> dict[str, dict[str, np.ndarray
     }
 
 
-def test_blocks_with_residuals_and_another_sampler(alpha: Path, planned: PlannedExport, tmp_path: Path) -> None:
+def test_blocks_with_residuals_and_another_sampler(
+    alpha: Path, planned: PlannedExport, engine: Path, tmp_path: Path
+) -> None:
     half = with_gates(planned, schedule_for(alpha, ratio=0.5, steps=STEPS), tmp_path / "half", components=False)
     assert_equals_supernet(half.path)
+    assert_pictures_equal_stock(half.path, engine)
     assert {block.cache for block in planned.schedule.blocks} == {"residual"}
     assert len(half.manifest.plan.variants) > 1
     build_with_tensorrt_rtx(half.path)

@@ -12,14 +12,22 @@ import onnx
 import pytest
 import torch
 from diffusers import AutoencoderDC, DPMSolverMultistepScheduler, SanaPipeline, SanaTransformer2DModel
-from family_checks import build_with_tensorrt_rtx, check_family, plan_for, random_weights, schedule_for, with_gates
+from family_checks import (
+    assert_pictures_equal_stock,
+    build_with_tensorrt_rtx,
+    check_family,
+    plan_for,
+    random_weights,
+    schedule_for,
+    with_gates,
+)
 from sd_pipelines import assert_equals_supernet, psnr, relative, stock
 from tiny_denoisers import sana_transformer
 from tokenizers.processors import TemplateProcessing
 from transformers import Gemma2Config, Gemma2Model, GemmaTokenizer
 
 from dipgo_deploy.bundle.directory import Bundle
-from dipgo_deploy.bundle.shapes import Range
+from dipgo_deploy.bundle.shapes import Range, Sizes
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.export.exporter import PlannedExport, publish
 from dipgo_deploy.models import family_for
@@ -144,9 +152,13 @@ def test_it_draws_what_diffusers_draws(model: Path, engine: Path) -> None:
     assert relative(theirs(model, **call, complex_human_instruction=None), want) > 1e-2
 
 
-def test_blocks_with_residuals_and_another_sampler(model: Path, planned: PlannedExport, tmp_path: Path) -> None:
+def test_blocks_with_residuals_and_another_sampler(
+    model: Path, planned: PlannedExport, engine: Path, tmp_path: Path
+) -> None:
     half = with_gates(planned, schedule_for(model, ratio=0.5, steps=STEPS), tmp_path / "half", components=False)
     assert_equals_supernet(half.path)
+    # In pixels 32x32 and 32x64 only are multiples of 32, as SanaPipeline wants them.
+    assert_pictures_equal_stock(half.path, engine, Sizes(1, 16, 16))
     assert {block.cache for block in planned.schedule.blocks} == {"residual"}
     assert len(half.manifest.plan.variants) > 1
     build_with_tensorrt_rtx(half.path)

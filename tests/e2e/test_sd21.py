@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from family_checks import build_with_tensorrt_rtx, plan_for, schedule_for, with_gates
+from family_checks import assert_pictures_equal_stock, build_with_tensorrt_rtx, plan_for, schedule_for, with_gates
 from sd_pipelines import NEGATIVE, PROMPT, assert_equals_supernet, psnr, relative, save_sd21, stock
 
 from dipgo_deploy.export.exporter import PlannedExport, publish
@@ -64,10 +64,13 @@ def test_equals_it_with_other_samplers(
 
 
 @pytest.mark.parametrize("sampler", [None, "dpm++2m"])
-def test_random_schedules(traced: PlannedExport, model: Path, sampler: str | None, tmp_path: Path) -> None:
+def test_random_schedules(
+    traced: PlannedExport, model: Path, engine: Path, sampler: str | None, tmp_path: Path
+) -> None:
     schedule = schedule_for(model, steps=STEPS, sampler=sampler, ratio=0.5)
     with_gates(traced, schedule, tmp_path / "x", components=False)
     assert_equals_supernet(tmp_path / "x")
+    assert_pictures_equal_stock(tmp_path / "x", engine)
 
 
 @pytest.mark.parametrize("dtype", ["fp16", pytest.param("bf16", marks=pytest.mark.slow)])

@@ -10,7 +10,14 @@ import pytest
 import torch
 from click.testing import CliRunner
 from diffusers import StableDiffusion3Pipeline
-from family_checks import build_with_tensorrt_rtx, check_family, plan_for, schedule_for, with_gates
+from family_checks import (
+    assert_pictures_equal_stock,
+    build_with_tensorrt_rtx,
+    check_family,
+    plan_for,
+    schedule_for,
+    with_gates,
+)
 from flow_pipelines import T5_WIDTH, save_sd3, sd3_transformer, sd35_transformer
 from safetensors.numpy import save_file
 from sd_pipelines import NEGATIVE, PROMPT, assert_equals_supernet, psnr, relative, stock
@@ -160,9 +167,10 @@ def test_dynamic_shifting_is_the_pipelines(own: Any, monkeypatch: pytest.MonkeyP
     assert FAMILY.set_timesteps({}, {"shift": 3.0}, 8, 12, STEPS) == {}
 
 
-def test_random_schedule_of_blocks(traced: PlannedExport, model: Path, tmp_path: Path) -> None:
+def test_random_schedule_of_blocks(traced: PlannedExport, model: Path, engine: Path, tmp_path: Path) -> None:
     with_gates(traced, schedule_for(model, steps=STEPS, ratio=0.5), tmp_path / "x", components=False)
     assert_equals_supernet(tmp_path / "x")
+    assert_pictures_equal_stock(tmp_path / "x", engine)
 
 
 @pytest.mark.parametrize(("granularity", "cache"), [("block", "output"), ("layer", "output")])

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
-from family_checks import build_with_tensorrt_rtx, plan_for, schedule_for, with_gates
+from family_checks import assert_pictures_equal_stock, build_with_tensorrt_rtx, plan_for, schedule_for, with_gates
 from lora_files import diffusers_keys, kohya_keys, make_updates, merge_into, save_lora
 from safetensors.torch import load_file
 from sd_pipelines import (
@@ -157,9 +157,10 @@ def test_lora_of_the_unet_and_both_text_encoders(engine: Path, model: Path, spel
     assert relative(got, want) <= 1e-4
 
 
-def test_random_schedule_of_blocks(traced: PlannedExport, model: Path, tmp_path: Path) -> None:
+def test_random_schedule_of_blocks(traced: PlannedExport, model: Path, engine: Path, tmp_path: Path) -> None:
     with_gates(traced, schedule_for(model, steps=STEPS, ratio=0.5), tmp_path / "x", components=False)
     assert_equals_supernet(tmp_path / "x")
+    assert_pictures_equal_stock(tmp_path / "x", engine)
 
 
 def test_tensorrt_rtx_builds_fp32(engine: Path) -> None:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import onnx
 import pytest
 
+from dipgo_deploy.bundle.directory import Bundle
 from dipgo_deploy.bundle.manifest import VariantEntry
-from dipgo_deploy.compare.metrics import relative_error
-from dipgo_deploy.export.check import check_variants, record, run_graph
+from dipgo_deploy.compare.written import verify_written
+from dipgo_deploy.errors import ToleranceError
 from dipgo_deploy.export.cut import cache_input, cache_output
-from dipgo_deploy.export.exporter import PlannedExport, write_variants
+from dipgo_deploy.export.exporter import PlannedExport, write_bundle, write_variants
 from dipgo_deploy.export.tensors import graph_entry
 
 WithGates = Callable[[PlannedExport, list[list[bool]]], PlannedExport]
@@ -42,22 +44,20 @@ def _write(planned: PlannedExport, folder: Path) -> tuple[VariantEntry, ...]:
     )
 
 
+def _written(planned: PlannedExport, folder: Path) -> Bundle:
+    folder.mkdir()
+    return Bundle(folder, write_bundle(replace(planned, options=replace(planned.options, check=False)), folder))
+
+
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("ratio", [0.3, 0.5, 0.8])
-def test_each_variant_equals_the_supernet(
+def test_each_variant_and_the_loop_equal_the_supernet(
     model: str, ratio: float, request: pytest.FixtureRequest, with_gates: WithGates, tmp_path: Path
 ) -> None:
     full: PlannedExport = request.getfixturevalue(model)
     planned = with_gates(full, _random_gates(full, ratio, seed=int(10 * ratio)))
-    entries = _write(planned, tmp_path / "graphs")
-    recordings = record(planned)
-    assert [recording.variant for recording in recordings] == list(range(len(entries)))
-    for recording in recordings:
-        entry = entries[recording.variant]
-        outputs = run_graph(tmp_path / "graphs" / entry.graph.file, entry, recording.inputs)
-        assert set(outputs) == set(recording.outputs)
-        for name, actual in outputs.items():
-            assert relative_error(actual, recording.outputs[name]) < 1e-4, (entry.name, name)
+    bundle = _written(planned, tmp_path / "x")
+    assert verify_written(bundle, planned.source).relative < 1e-4
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -112,14 +112,12 @@ def test_variants_share_one_weights_file(planned_dit: PlannedExport, with_gates:
 
 
 def test_a_wrong_weight_is_found(planned_dit: PlannedExport, with_gates: WithGates, tmp_path: Path) -> None:
-    from dipgo_deploy.errors import ToleranceError
-
     planned = with_gates(planned_dit, _random_gates(planned_dit, 0.3, seed=2))
-    entries = _write(planned, tmp_path)
-    check_variants(planned, entries, tmp_path)
-    weights = tmp_path / "weights.bin"
+    bundle = _written(planned, tmp_path / "x")
+    verify_written(bundle, planned.source)
+    weights = tmp_path / "x/graphs/weights.bin"
     data = bytearray(weights.read_bytes())
     data[: 4096 // 2] = b"\x00\x00\x80\x3f" * 512
     weights.write_bytes(data)
-    with pytest.raises(ToleranceError, match=r"variant v0\d, step \d, .*relative error"):
-        check_variants(planned, entries, tmp_path)
+    with pytest.raises(ToleranceError, match=r"weights, graphs, .*, values: error .* against the model.*nothing was"):
+        verify_written(bundle, planned.source)

@@ -19,8 +19,8 @@ from dipgo_deploy.compare.conditions import ReferenceInputs, reference_inputs
 from dipgo_deploy.compare.engine import Options, compare_engine
 from dipgo_deploy.compare.reference import load_reference
 from dipgo_deploy.compare.report import Report
+from dipgo_deploy.compare.written import verify_written
 from dipgo_deploy.errors import ToleranceError, UserError
-from dipgo_deploy.export.check import check_segments
 from dipgo_deploy.export.exporter import ExportOptions, PlannedExport, in_segments, plan_export, write_bundle
 from dipgo_deploy.export.segments import node_graph, read_pieces
 from dipgo_deploy.plan.layouts import compare_layouts
@@ -89,7 +89,7 @@ def test_the_loop_and_each_segment_equal_the_supernet(model: str, ratio: float, 
     assert {checked.step for checked in report.loop} == set(range(manifest.plan.evaluations))
     assert all("noise_pred" in {tensor.name for tensor in checked.tensors} for checked in report.loop)
     assert any(tensor.relative > 0 for checked in report.variants for tensor in checked.tensors)
-    check_segments(planned, manifest.plan, folder)
+    verify_written(Bundle.open(folder), planned.source)
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -180,9 +180,9 @@ def test_a_wrong_weight_is_found_and_its_segment_named(written, tmp_path: Path) 
     variants = Bundle.open(folder).manifest.plan.variants
     (owner,) = [v for v in variants if weight in {t.name for t in external_tensors(folder / v.graph.file)}]
     bad = corrupted(folder, tmp_path / "bad", owner.graph.file.removeprefix("graphs/"), weight)
-    with pytest.raises(ToleranceError, match=rf"segment {owner.name}, step 0, .*relative error"):
-        check_segments(planned, Bundle.open(bad).manifest.plan, bad)
-    report = compared(bad, Options(loop=False))
+    with pytest.raises(ToleranceError, match=rf"weights, graphs, {weight}, values: .*nothing was written"):
+        verify_written(Bundle.open(bad), planned.source)
+    report = compared(bad, Options(loop=False, components=False))
     failed = report.first_failure()
     assert failed is not None and failed.startswith(f"variant {owner.name} by itself, step 0, ")
 

@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dipgo_deploy.compare.accuracy import TensorError
-    from dipgo_deploy.compare.metrics import Agreement
+    from dipgo_deploy.compare.metrics import Agreement, TensorError
 
 
 def weights(arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -89,7 +88,7 @@ def compare(arguments: Mapping[str, Any]) -> dict[str, Any]:
             guidance_scale=manifest.guidance_scale,
         )
         backend = create_backend("cpu", threads=arguments["threads"], share_weights=True)
-        report = compare_engine(bundle, reference, inputs, backend, Options(variants=False), clock)
+        report = compare_engine(bundle, reference, inputs, backend, Options(variants=False, components=False), clock)
     assert report.results is not None
     final = [tensor for tensor in report.results.tensors if tensor.name == "latents"]
     on_the_way = [tensor for step in report.loop for tensor in step.tensors]

@@ -19,18 +19,25 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace as Spec
 import numpy as np
-from dipgo_deploy.export.check import run_graph
+from dipgo_deploy.compare.graphs import frugal_session
 
 def status(key):
     return int(Path("/proc/self/status").read_text().partition(key + ":")[2].split()[0])
 
 path, layers, width = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-graph = Spec(inputs=[Spec(name="x", dtype="float16")], outputs=[Spec(name=f"y{i}") for i in range(0, layers, 2)])
+outputs = [Spec(name=f"y{i}") for i in range(0, layers, 2)]
+graph = Spec(file=path.name, inputs=[Spec(name="x", dtype="float16")], outputs=outputs)
 entry, inputs = Spec(graph=graph), {"x": np.ones((1, width), np.float32)}
-run_graph(path, entry, inputs)  # what a first run loads stays loaded
+bundle = Spec(path=path.parent, manifest=Spec(dtype="fp16"))
+
+def run_graph():
+    with frugal_session(bundle, entry) as run:
+        run(inputs)
+
+run_graph()  # what a first run loads stays loaded
 Path("/proc/self/clear_refs").write_text("5")
 before = status("VmRSS")
-run_graph(path, entry, inputs)
+run_graph()
 print(status("VmHWM") - before)
 """
 

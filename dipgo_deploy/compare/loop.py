@@ -1,0 +1,191 @@
+"""The whole loop of an engine directory beside the supernet's, launch by launch: what each launch gets and writes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from dipgo_deploy.backends.base import Backend
+from dipgo_deploy.bundle.directory import Bundle
+from dipgo_deploy.bundle.stack import graph_latent
+from dipgo_deploy.compare.conditions import ReferenceInputs, as_arrays, host
+from dipgo_deploy.compare.metrics import TensorError, Tolerance, tensor_error
+from dipgo_deploy.compare.recording import cache_tensor
+from dipgo_deploy.compare.reference import Reference
+from dipgo_deploy.compare.report import LATENT, Checked
+from dipgo_deploy.compare.steps import stored_block
+from dipgo_deploy.errors import UserError
+from dipgo_deploy.runtime.loop import COEFFICIENTS, PREDICTION, STACK, DenoisingLoop
+from dipgo_deploy.supernet.loop import Evaluation, walk_loop
+
+if TYPE_CHECKING:
+    from dipgo_deploy.supernet.gated import CacheState
+
+
+class ReferenceLoop:
+    """The supernet's loop, one evaluation at a time, so that only one has to be in memory."""
+
+    def __init__(
+        self, reference: Reference, inputs: ReferenceInputs, record: Callable[[Evaluation], None] = lambda _: None
+    ) -> None:
+        """record: called with every evaluation."""
+        self._record = record
+        self._step = -1
+        self._evaluation: Evaluation | None = None
+        self._loop = walk_loop(
+            reference.supernet,
+            reference.scheduler,
+            reference.schedule.gates,
+            inputs.latents,
+            inputs.conditions,
+            num_inference_steps=reference.schedule.sampler.num_inference_steps,
+            guidance_scale=inputs.guidance_scale,
+            noises=inputs.noises,
+            set_timesteps_kwargs=reference.set_timesteps,
+            start=inputs.start,
+        )
+        self.final: torch.Tensor | None = None
+
+    def next(self) -> Evaluation | None:
+        """The next evaluation; None after the last one, when ``final`` are the loop's latents."""
+        self._evaluation = None
+        with torch.no_grad():
+            try:
+                self._evaluation = next(self._loop)
+            except StopIteration as end:
+                self.final = end.value
+                return None
+        self._step += 1
+        self._record(self._evaluation)
+        return self._evaluation
+
+    def to_end(self) -> torch.Tensor:
+        """The final latents, (B, C, h, w)."""
+        while self.next() is not None:
+            pass
+        assert self.final is not None
+        return self.final
+
+
+@dataclass
+class _Step:
+    """One evaluation: what was launched, what the launches got and made."""
+
+    names: list[str] = field(default_factory=list)
+    given: list[TensorError] = field(default_factory=list)
+    made: list[TensorError] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class LoopResult:
+    """What the comparison of a loop found: each evaluation, and the final latents of both sides, (B, C, h, w)."""
+
+    checked: tuple[Checked, ...]
+    expected: np.ndarray
+    actual: np.ndarray
+
+
+def compare_loop(
+    bundle: Bundle,
+    backend: Backend,
+    reference: Reference,
+    inputs: ReferenceInputs,
+    tolerance: Tolerance,
+    record: Callable[[Evaluation], None] = lambda _: None,
+) -> LoopResult:
+    """Run both loops from the same noise, each on its own way to the end with every cache fed forward.
+
+    At each launch its latent, the caches that it reads and writes and its prediction are compared, in this order; at an
+    evaluation without a launch the prediction that is used again. Buffers that the engine has not written yet hold NaN.
+    record: called with every evaluation of the supernet.
+
+    Raises:
+        UserError: a graph cannot be loaded or run.
+    """
+    plan = bundle.manifest.plan
+    loop = DenoisingLoop(bundle, backend, poison=True)
+    supernet = ReferenceLoop(reference, inputs, record)
+    kinds = reference.schedule.cache_kinds
+    order = {block: place for place, block in enumerate(kinds)}
+    used = _predictions_used(reference)
+    steps: list[_Step] = []
+    latest: list[np.ndarray] = []
+    evaluation: Evaluation | None = None
+
+    def close() -> None:
+        """Compare the prediction of the evaluation that ends."""
+        if evaluation is not None and latest and used[evaluation.step]:
+            steps[-1].made.append(tensor_error(PREDICTION, latest[0], host(evaluation.prediction), tolerance))
+
+    def advance(step: int) -> None:
+        nonlocal evaluation
+        while len(steps) <= step:
+            close()
+            evaluation = None  # its caches may go before the next ones are made
+            evaluation = supernet.next()
+            if evaluation is None:
+                rows = len(reference.schedule.gates)
+                raise UserError(f"{bundle.path}: manifest: a launch at step {step} of {rows}; export it again")
+            steps.append(_Step())
+
+    def on_launch(index: int) -> None:
+        launch, entry = loop.launches[index], loop.variant(index)
+        advance(launch.step)
+        assert evaluation is not None
+        at = steps[-1]
+        at.names.append(entry.name)
+        if STACK in {spec.name for spec in entry.graph.inputs}:
+            latent = graph_latent(loop.fetch(index, STACK), loop.fetch(index, COEFFICIENTS), plan.stack.chain)
+            at.given.append(tensor_error(LATENT, latent, host(evaluation.model_input), tolerance))
+        kept = dict(zip(kinds, reference.schedule.gates[launch.step], strict=True))
+        # In a segment a value that is read may be one that this very evaluation made.
+        before = evaluation.before if plan.layout == "variants" else evaluation.after
+        for name in entry.reads:
+            at.given += _cache(loop, index, name, before, stored_block(name, kinds), tolerance)
+        for name in sorted(entry.writes, key=lambda name: order.get(stored_block(name, kinds) or "", len(order))):
+            block = stored_block(name, kinds)
+            if plan.layout == "variants" or kept.get(block or ""):
+                at.made += _cache(loop, index, name, evaluation.after, block, tolerance)
+        if launch.slot is not None:
+            latest[:] = [loop.fetch(index, PREDICTION)]
+
+    denoised = loop.run(
+        host(inputs.latents),
+        as_arrays(inputs.conditions),
+        noises=np.stack([host(noise) for noise in inputs.noises]) if inputs.noises else None,
+        image=None if inputs.start is None else host(inputs.start.latents),
+        guidance_scale=1.0 if inputs.guidance_scale is None else inputs.guidance_scale,
+        on_launch=on_launch,
+    )
+    advance(len(reference.schedule.gates) - 1)
+    close()
+    checked = tuple(
+        Checked(number, "..".join(dict.fromkeys([step.names[0], step.names[-1]])) if step.names else None, tensors)
+        for number, step in enumerate(steps)
+        if (tensors := (*step.given, *step.made))
+    )
+    return LoopResult(checked, host(supernet.to_end()), denoised)
+
+
+def _cache(
+    loop: DenoisingLoop, index: int, name: str, state: CacheState, block: str | None, tolerance: Tolerance
+) -> list[TensorError]:
+    """A cache in the arena against the supernet's, where that has it."""
+    if block is None or block not in state.tensors:
+        return []
+    return [tensor_error(name, loop.fetch(index, name), cache_tensor(name, state), tolerance)]
+
+
+def _predictions_used(reference: Reference) -> list[bool]:
+    """Per evaluation, whether the sampler gives any weight to its prediction; the engine need not make the others."""
+    from dipgo_deploy.sampler import prediction_used, sampler_matrix
+
+    steps = reference.schedule.sampler.num_inference_steps
+    matrix = sampler_matrix(
+        reference.scheduler, steps, set_timesteps_kwargs=reference.set_timesteps, begin=reference.begin, check=False
+    )
+    return list(prediction_used(matrix))

@@ -1,0 +1,219 @@
+"""Prompt to picture: an engine directory's pipeline beside diffusers' own, stage by stage.
+
+tokens: ids as the text encoders get them. conditions: what the denoiser is given, from encoded prompts, classes, sizes,
+pictures and the guidance scale. VAE: pictures of one latent. picture: everything together, under the same seed.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dipgo_deploy.compare.metrics import TensorError, Tolerance, tensor_error
+from dipgo_deploy.compare.report import IMAGES, LATENTS, Part
+from dipgo_deploy.compare.stock import Case, StockPipeline, StockRun
+from dipgo_deploy.errors import NotFiniteError
+from dipgo_deploy.runtime.requests import Asked, OutputType, check_request, class_condition, text_conditions
+
+if TYPE_CHECKING:
+    from dipgo_deploy.bundle.manifest import Manifest
+    from dipgo_deploy.runtime.pipeline import Pipeline
+
+PLAIN = ("a photo",)
+# What users write and what breaks: more tokens than there is room for, nothing, other alphabets, both cases.
+UNUSUAL = (
+    "A red SHOE, and a (very small:1.2) Bag!  ",
+    "a red shoe and a bag " * 60,
+    "",
+    "Café ñandú ﬁ 靴 🙂 \t a coat",
+)
+UNUSUAL_NEGATIVES = ("blurry, LOW quality", "", "a coat " * 60, "größe 靴")
+STOCK = "the stock pipeline"
+_EXACT = Tolerance(0.0)
+
+
+def cases(
+    manifest: Manifest,
+    prompts: Sequence[str] = (),
+    labels: Sequence[int] = (),
+    *,
+    guidance_scale: float | None = None,
+    seed: int = 0,
+) -> list[Case]:
+    """Calls that an engine directory is compared at: a plain one that leaves all defaults, and unusual ones.
+
+    prompts, labels, guidance_scale: what was asked for takes the place of them.
+    """
+    one_picture = manifest.sampler.strength is not None or any(s.source == "image" for s in manifest.conditions)
+    if text_conditions(manifest):
+        first = Case("a plain prompt", tuple(prompts) or PLAIN, guidance_scale=guidance_scale, seed=seed)
+        if prompts:
+            return [first]
+        scale = 3.0 if guidance_scale is None else guidance_scale
+        negatives = UNUSUAL_NEGATIVES if manifest.guidance else None
+        if not one_picture:
+            return [first, Case("unusual prompts", UNUSUAL, negatives, None, scale, seed + 1)]
+        return [
+            first,
+            *(
+                Case("an unusual prompt", (prompt,), negatives and (negatives[place],), None, scale, seed + 1)
+                for place, prompt in enumerate(UNUSUAL[:1])
+            ),
+        ]
+    if class_condition(manifest) is not None:
+        components = manifest.components
+        known = sorted(set((components.class_labels or {}).values()))
+        known = known or list(range(components.null_class or components.classes or 1))
+        chosen = tuple(labels) or tuple(dict.fromkeys((known[0], known[len(known) // 2], known[-1])))
+        return [
+            Case("classes", labels=chosen[:1], guidance_scale=guidance_scale, seed=seed),
+            *([Case("several classes", labels=chosen, guidance_scale=2.0, seed=seed + 1)] if not labels else []),
+        ]
+    return [Case("noise alone", seed=seed)]
+
+
+class Pictures:
+    """Both pipelines of an engine directory.
+
+    Raises:
+        UserError: the stock pipeline cannot do what the directory does, or a graph cannot be loaded.
+    """
+
+    def __init__(self, ours: Pipeline, stock: StockPipeline, tolerance: Tolerance) -> None:
+        self._ours, self._stock, self._tolerance = ours, stock, tolerance
+        self._manifest = ours.bundle.manifest
+
+    def components(self, case: Case) -> list[Part]:
+        """Tokens and conditions of a case; nothing is denoised."""
+        expected = self._stock.conditions(case)
+        return [*self._tokens(case, expected), *self._conditions(case, expected)]
+
+    def picture(self, case: Case) -> list[Part]:
+        """The picture (and its latents) of each prompt or class of a case."""
+        expected = self._stock(case)
+        kind: OutputType = "np" if self._decodes(expected) else "latent"
+        try:
+            with _no_warnings():
+                found = self._ours(**self._call(case), seed=case.seed, output_type=kind)
+        except NotFiniteError as error:
+            return [Part("picture", case.name, STOCK, (), str(error))]
+        parts = []
+        for row, place in enumerate(case.places):
+            errors = []
+            if expected.latents is not None:
+                errors.append(self._error(LATENTS, found.latents[row], expected.latents[row]))
+            if self._decodes(expected):
+                assert expected.images is not None
+                errors.append(self._error(IMAGES, np.asarray(found.images[row]), expected.images[row]))
+            parts.append(Part("picture", f"{case.name}, {place}", STOCK, tuple(errors)))
+        return parts
+
+    def _decodes(self, expected: StockRun) -> bool:
+        return expected.images is not None and self._manifest.components.vae_decoder is not None
+
+    def _call(self, case: Case) -> dict[str, Any]:
+        """The same call of the engine directory's pipeline."""
+        given: dict[str, Any] = {
+            "prompt": None if case.prompts is None else list(case.prompts),
+            "negative_prompt": None if case.negatives is None else list(case.negatives),
+            "class_labels": None if case.labels is None else list(case.labels),
+            "guidance_scale": case.guidance_scale,
+        }
+        if self._manifest.sampler.strength is not None:
+            given["image"] = self._stock.picture()
+        if any(spec.source == "image" for spec in self._manifest.conditions):
+            given["control_image"] = self._stock.picture()
+        return {name: value for name, value in given.items() if value is not None}
+
+    def _tokens(self, case: Case, expected: StockRun) -> Iterator[Part]:
+        """The ids of each prompt and each negative one, as far as the stock pipeline's go: a longer row of ours is cut
+        after it was encoded (``TextScheme.prefix``)."""
+        encoder = self._manifest.components.text_encoder
+        if encoder is None or case.prompts is None:
+            return
+        halves = [(case.prompts, False)]
+        if self._manifest.guidance and not (encoder.zeros_without_negative and case.negatives is None):
+            halves.append((case.negatives or ("",) * len(case.prompts), True))
+        for entry in encoder.tokenizers:
+            name = entry.file.partition("/")[0]
+            calls = expected.tokens.get(name.replace("tokenizer", "text_encoder"), [])
+            for (prompts, negative), theirs in zip(halves, calls, strict=False):
+                for row, prompt in enumerate(prompts):
+                    with _no_warnings():
+                        ids = self._ours.tokens(prompt, negative=negative)[entry.ids][0]
+                    wanted = theirs[min(row, len(theirs) - 1)]
+                    kind = "negative prompt" if negative else "prompt"
+                    place = f"{name}, {kind} {_short(prompt)}"
+                    yield _tokens_part(place, ids[: len(wanted)], wanted)
+
+    def _conditions(self, case: Case, expected: StockRun) -> Iterator[Part]:
+        call = self._call(case)
+        with _no_warnings():
+            found = self._ours.conditions(check_request(self._manifest, Asked(**call, output_type="latent")))
+        for spec in self._manifest.conditions:
+            halves = found[spec.name]
+            wanted = expected.conditions.get(spec.name)
+            place = f"{case.name}, {spec.name}"
+            if wanted is None:
+                yield Part("conditions", place, STOCK, (), "the stock pipeline gives its denoiser nothing of this name")
+                continue
+            rows = np.concatenate([half for half in halves if half is not None])
+            if self._stock.conditional_first and halves[0] is not None:
+                rows = np.concatenate([halves[1], halves[0]])
+            parts = case.places * (1 if halves[0] is None else 2)
+            if rows.shape[1:] != wanted.shape[1:] or len(wanted) != len(rows):
+                yield Part(
+                    "conditions", place, STOCK, (), f"shape {rows.shape}, the stock pipeline's is {wanted.shape}"
+                )
+                continue
+            rows, wanted = _as_seen(expected.conditions, rows), _as_seen(expected.conditions, wanted)
+            errors = tuple(self._error(spec.name, ours, theirs) for ours, theirs in zip(rows, wanted, strict=True))
+            half = len(rows) // 2 if halves[0] is not None else 0
+            for row, error in enumerate(errors):
+                negative = halves[0] is not None and (row < half) != self._stock.conditional_first
+                label = "unconditional half of " if negative else ""
+                yield Part("conditions", f"{case.name}, {label}{parts[row]}", STOCK, (error,))
+
+    def _error(self, name: str, found: np.ndarray, expected: np.ndarray) -> TensorError:
+        return tensor_error(name, np.asarray(found, np.float64), np.asarray(expected, np.float64), self._tolerance)
+
+
+def _as_seen(conditions: Mapping[str, np.ndarray], states: np.ndarray) -> np.ndarray:
+    """A condition without what the denoiser does not see: the states of padding, where it gets a mask. What an encoder
+    makes of padding depends on how much of it there is."""
+    mask = conditions.get("encoder_attention_mask")
+    if mask is None or states.ndim != 3 or states.shape[:2] != mask.shape:
+        return states
+    seen: np.ndarray = np.where(mask[..., None] != 0, states, 0)
+    return seen
+
+
+def _tokens_part(place: str, ids: np.ndarray, expected: np.ndarray) -> Part:
+    error = tensor_error("ids", ids, expected, _EXACT)
+    if error.passed:
+        return Part("tokens", place, STOCK, (error,))
+    if ids.shape != expected.shape:
+        return Part("tokens", place, STOCK, (), f"{len(ids)} ids, the stock pipeline gives {len(expected)}")
+    first = int(np.flatnonzero(ids != expected)[0])
+    note = f"id {first} is {ids[first]}, the stock pipeline gives {expected[first]}"
+    return Part("tokens", place, STOCK, (), note)
+
+
+def _short(prompt: str) -> str:
+    return repr(prompt if len(prompt) <= 40 else f"{prompt[:37]}...")
+
+
+@contextmanager
+def _no_warnings() -> Iterator[None]:
+    """Prompts that are too long on purpose are no news."""
+    log = logging.getLogger("dipgo_deploy.runtime.text")
+    before = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(before)

@@ -1,0 +1,357 @@
+"""diffusers' own pipeline, from prompt to picture, with the supernet under the schedule in place of its denoiser.
+
+Everything around the denoiser is the stock code: how prompts are prepared and encoded, negative prompts, guidance and
+its default scale, the scheduler, the VAE, what a seed draws. The pipeline's denoiser keeps its class and weights; only
+its ``forward`` is replaced while the pipeline runs, by one that follows the evaluations.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from dipgo_deploy.compare.conditions import host
+from dipgo_deploy.errors import UserError
+from dipgo_deploy.sampler.schedulers import fresh
+from dipgo_deploy.supernet.gated import CacheState, Supernet
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from dipgo_deploy.bundle.manifest import Manifest
+    from dipgo_deploy.compare.reference import Reference
+
+
+_IMAGENET_NULL = 1000
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of a pipeline, as a user would make it.
+
+    prompts, negatives, labels: None where they are not given. guidance_scale: None for the pipeline's default.
+    """
+
+    name: str
+    prompts: tuple[str, ...] | None = None
+    negatives: tuple[str, ...] | None = None
+    labels: tuple[int, ...] | None = None
+    guidance_scale: float | None = None
+    seed: int = 0
+
+    @property
+    def places(self) -> tuple[str, ...]:
+        """What each picture is of, for messages."""
+        if self.prompts is not None:
+            return tuple(f"prompt {_short(prompt)}" for prompt in self.prompts)
+        return tuple(f"class {label}" for label in self.labels or ()) or ("no prompt",)
+
+
+def _short(prompt: str) -> str:
+    return repr(prompt if len(prompt) <= 40 else f"{prompt[:37]}...")
+
+
+@dataclass
+class StockRun:
+    """What a stock pipeline did.
+
+    tokens: by text encoder, the ids (n, L) of each call in order. conditions: by keyword, what the denoiser was given
+    at its first evaluation, (G*n, ...). latents: (n, C, h, w) before the VAE, None without one. images: float32 (n, H,
+    W, 3) in [0, 1], None for a pipeline that was stopped, or has no VAE.
+    """
+
+    tokens: dict[str, list[np.ndarray]] = field(default_factory=dict)
+    conditions: dict[str, np.ndarray] = field(default_factory=dict)
+    latents: np.ndarray | None = None
+    images: np.ndarray | None = None
+
+
+class StockFailure(UserError):
+    """The stock pipeline itself fails, so that there is nothing to compare with."""
+
+
+class _Reached(Exception):
+    """The first evaluation: all that comes before the denoiser was seen."""
+
+
+class StockPipeline:
+    """The stock pipeline of a model.
+
+    Raises:
+        UserError: it cannot do what the engine directory does; the message says what.
+    """
+
+    def __init__(self, manifest: Manifest, reference: Reference) -> None:
+        self._manifest, self._reference = manifest, reference
+        self._pipeline = _prepared(manifest, reference)
+        self._takes = inspect.signature(type(self._pipeline).__call__).parameters
+        self.conditional_first = type(self._pipeline).__name__ == "DiTPipeline"
+        native = reference.source.config.get("sample_size")
+        size = [manifest.latent.height, manifest.latent.width]
+        if "height" not in self._takes and size != ([native, native] if isinstance(native, int) else native):
+            raise UserError(f"{type(self._pipeline).__name__} draws at the model's native size only")
+
+    def picture(self) -> Image:
+        """A picture of the size that the pipeline makes, for runs that start from one or follow one."""
+        from PIL import Image
+
+        latent, scale = self._manifest.latent, self._reference.source.scale
+        small = np.random.default_rng(0).integers(0, 256, (6, 6, 3), dtype=np.uint8)
+        size = (latent.width * scale, latent.height * scale)
+        return Image.fromarray(small).resize(size, Image.Resampling.BICUBIC)
+
+    def conditions(self, case: Case) -> StockRun:
+        """What comes before the first evaluation: tokens and conditions. Nothing is denoised."""
+        return self._call(case, stop=True)
+
+    def __call__(self, case: Case) -> StockRun:
+        """The whole call.
+
+        Raises:
+            StockFailure: the pipeline fails.
+        UserError: it evaluates its denoiser more or less often than the schedule has rows.
+        """
+        return self._call(case, stop=False)
+
+    def _call(self, case: Case, *, stop: bool) -> StockRun:
+        pipeline, run = self._pipeline, StockRun()
+        pipeline.scheduler = fresh(self._reference.scheduler)
+        pixels = self._reference.source.family.pixels
+        decoded = pixels or getattr(pipeline, "vae", None) is not None
+        arguments = self._arguments(case, decoded)
+        denoiser = _Denoiser(self._reference, run, stop)
+        try:
+            with ExitStack() as stack, torch.no_grad():
+                stack.enter_context(denoiser.in_place(pipeline))
+                stack.enter_context(_tokens_seen(pipeline, self._encoders(), run))
+                if decoded and not pixels:
+                    stack.enter_context(_latents_seen(pipeline.vae, run))
+                images = pipeline(**arguments).images
+        except _Reached:
+            return run
+        except UserError:
+            raise
+        except Exception as error:  # stock pipelines fail in their own ways
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise StockFailure(f"{type(pipeline).__name__} itself fails on {case.name}: {reason}") from error
+        denoiser.check_all_done(type(pipeline).__name__)
+        if decoded:
+            pictures = np.asarray(images, np.float32)
+            run.images = np.ascontiguousarray(np.broadcast_to(pictures, (*pictures.shape[:3], 3)))
+        else:
+            run.latents = host(images)
+        return run
+
+    def _encoders(self) -> tuple[str, ...]:
+        scheme = self._reference.source.text
+        return () if scheme is None else scheme.encoders
+
+    def _arguments(self, case: Case, decoded: bool) -> dict[str, Any]:
+        manifest, latent = self._manifest, self._manifest.latent
+        scale = self._reference.source.scale
+        distilled = any(spec.source == "guidance" for spec in manifest.conditions)
+        given: dict[str, Any] = {
+            "num_inference_steps": self._reference.schedule.sampler.num_inference_steps,
+            "generator": torch.Generator("cpu").manual_seed(case.seed),
+            "output_type": "np" if decoded else "latent",
+        }
+        optional: dict[str, Any] = {
+            "height": latent.height * scale,
+            "width": latent.width * scale,
+            # Sizes are those of the engine directory; captions are cleaned by packages that need not be there.
+            "use_resolution_binning": False,
+            "clean_caption": False,
+        }
+        given |= {name: value for name, value in optional.items() if name in self._takes}
+        if case.prompts is not None:
+            given["prompt"] = list(case.prompts)
+            if case.negatives is not None:
+                given["negative_prompt"] = list(case.negatives)
+        if case.labels is not None:
+            given["class_labels"] = list(case.labels)
+        if "guidance_scale" in self._takes and not (manifest.guidance or distilled):
+            given["guidance_scale"] = 1.0
+        elif case.guidance_scale is not None and "guidance_scale" in self._takes:
+            given["guidance_scale"] = case.guidance_scale
+        if manifest.sampler.strength is not None:
+            given |= {"image": self.picture(), "strength": manifest.sampler.strength}
+        if any(spec.source == "image" for spec in manifest.conditions):
+            given["image"] = self.picture()
+        return given
+
+
+def _prepared(manifest: Manifest, reference: Reference) -> Any:
+    """A pipeline of its own with the model's modules, without what is not exported."""
+    import diffusers
+
+    source = reference.source
+    pipeline = source.pipeline
+    if pipeline is None:
+        raise UserError(f"{source.name} is a denoiser without a pipeline")
+    if source.family.pixels:
+        if any(spec.source == "class" for spec in manifest.conditions):
+            raise UserError(f"{type(pipeline).__name__} takes no classes")
+        scheduler = fresh(reference.scheduler)
+        if "generator" not in inspect.signature(scheduler.step).parameters or hasattr(scheduler, "sigmas"):
+            raise UserError(f"{type(pipeline).__name__} cannot be run with {type(scheduler).__name__}")
+        found: Any = diffusers.DDPMPipeline(source.denoiser, scheduler)
+    elif manifest.sampler.strength is not None:
+        found = diffusers.AutoPipelineForImage2Image.from_pipe(pipeline)
+    else:
+        found = type(pipeline)(**pipeline.components, **_settings(pipeline))
+    for name in ("safety_checker", "watermark"):
+        if getattr(found, name, None) is not None:
+            setattr(found, name, None)
+    found.set_progress_bar_config(disable=True)
+    return found
+
+
+def _settings(pipeline: Any) -> dict[str, Any]:
+    """What the pipeline was made with besides its components."""
+    taken = inspect.signature(type(pipeline).__init__).parameters
+    settings = {name: value for name, value in pipeline.config.items() if name in taken and name[0] != "_"}
+    return {name: value for name, value in settings.items() if name not in pipeline.components}
+
+
+class _Denoiser:
+    """Follows the evaluations of a pipeline: each call of its denoiser is the supernet's next one."""
+
+    def __init__(self, reference: Reference, run: StockRun, stop: bool) -> None:
+        self._reference, self._run, self._stop = reference, run, stop
+        self._gates = reference.schedule.gates
+        self._state = CacheState()
+        self._step = 0
+        self._control: dict[str, Any] = {}
+
+    @contextmanager
+    def in_place(self, pipeline: Any) -> Iterator[None]:
+        """While this lasts, ``pipeline`` evaluates the supernet."""
+        family = self._reference.source.family
+        module = getattr(pipeline, family.component)
+        with ExitStack() as stack:
+            for name in family.companions:
+                # Its outputs are made where the denoiser's own are: both are gated.
+                stack.enter_context(_forward(getattr(pipeline, name), self._companion))
+            original = module.forward
+            stack.enter_context(
+                _forward(module, lambda *args, **kwargs: self._evaluate(module, original, args, kwargs))
+            )
+            self._module, self._original = module, original
+            yield
+
+    def check_all_done(self, name: str) -> None:
+        """Refuse a pipeline that stopped early."""
+        if self._step != len(self._gates):
+            raise UserError(f"{name} evaluates its denoiser {self._step} times, the schedule has {len(self._gates)}")
+
+    def _companion(self, *args: Any, **kwargs: Any) -> tuple[tuple[()], None]:
+        """A ControlNet: what it was given is kept for the denoiser's own call."""
+        self._control = kwargs
+        return (), None
+
+    def _evaluate(self, module: Any, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        kwargs = self._with_null(kwargs)
+        latent = args[0] if args else kwargs[next(iter(inspect.signature(original).parameters))]
+        conditions = _tensors(kwargs, len(latent)) | _tensors(_control(self._control), len(latent))
+        if self._step == 0:
+            self._run.conditions = {name: host(tensor) for name, tensor in conditions.items()}
+        if self._stop:
+            raise _Reached
+        if self._step >= len(self._gates):
+            raise UserError(
+                f"the stock pipeline evaluates its denoiser more often than the schedule's {len(self._gates)} times"
+            )
+        source = self._reference.source
+        timestep = torch.as_tensor(kwargs["timestep"] if "timestep" in kwargs else args[1])
+
+        def call(model: Any, *_: Any) -> Any:
+            if not source.family.companions:
+                return original(*args, **kwargs)
+            with _forward(module, original):  # the family's own call ends in the denoiser's
+                return (source.family.call(model, latent, timestep, conditions),)
+
+        ours = self._reference.supernet
+        supernet = Supernet(ours.model, ours.specs, ours.cache_kinds, call)
+        result, self._state = supernet.step(latent, timestep, {}, self._gates[self._step], self._state, self._step)
+        self._step += 1
+        return result
+
+    def _with_null(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """DiTPipeline writes the null class of ImageNet's 1000; a model of fewer classes has another one."""
+        labels = kwargs.get("class_labels")
+        null = next((spec.null for spec in self._reference.conditions if spec.source == "class"), None)
+        if labels is None or null is None:
+            return kwargs
+        return {**kwargs, "class_labels": torch.where(labels == _IMAGENET_NULL, null, labels)}
+
+
+@contextmanager
+def _forward(module: Any, forward: Any) -> Iterator[None]:
+    """``module`` with another ``forward``."""
+    before = module.__dict__.get("forward")
+    module.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.__dict__["forward"]
+        else:
+            module.__dict__["forward"] = before
+
+
+def _control(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a ControlNet's arguments what the family calls conditions."""
+    found = {"controlnet_cond": given.get("controlnet_cond")}
+    scale = given.get("conditioning_scale")
+    return found if scale is None else {**found, "controlnet_conditioning_scale": torch.tensor([float(scale)])}
+
+
+def _tensors(given: Mapping[str, Any], rows: int) -> dict[str, torch.Tensor]:
+    """Keyword arguments that are tensors, also those in dictionaries, each with a row for every one of the latent's."""
+    found: dict[str, torch.Tensor] = {}
+    for name, value in given.items():
+        if isinstance(value, Mapping):
+            found |= _tensors(value, rows)
+        elif isinstance(value, torch.Tensor) and value.ndim:
+            found[name] = value.expand(rows, *value.shape[1:]) if len(value) == 1 else value
+    return found
+
+
+@contextmanager
+def _tokens_seen(pipeline: Any, encoders: tuple[str, ...], run: StockRun) -> Iterator[None]:
+    def seen(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        ids = args[0] if args else kwargs["input_ids"]
+        run.tokens.setdefault(name, []).append(host(ids))
+
+    with ExitStack() as stack:
+        for name in encoders:
+            module = getattr(pipeline, name, None)
+            if module is not None:
+                handle = module.register_forward_pre_hook(
+                    lambda _, args, kwargs, name=name: seen(name, args, kwargs), with_kwargs=True
+                )
+                stack.callback(handle.remove)
+        yield
+
+
+@contextmanager
+def _latents_seen(vae: Any, run: StockRun) -> Iterator[None]:
+    """Takes the latents as the pipeline gives them to its VAE, with the scaling undone."""
+    decode = vae.decode
+    shift = getattr(vae.config, "shift_factor", None) or 0.0
+
+    def seen(latents: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        run.latents = host((latents - shift) * vae.config.scaling_factor)
+        return decode(latents, *args, **kwargs)
+
+    vae.__dict__["decode"] = seen
+    try:
+        yield
+    finally:
+        del vae.__dict__["decode"]

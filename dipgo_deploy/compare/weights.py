@@ -1,0 +1,110 @@
+"""Stored weights against the model's parameters, value by value, through the index beside them."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from dipgo_deploy.backends.externals import external_tensors
+from dipgo_deploy.bundle.weights import StoredWeight, WeightsIndex
+from dipgo_deploy.compare.conditions import has_text_encoder
+from dipgo_deploy.compare.metrics import Tolerance, tensor_error
+from dipgo_deploy.compare.report import Part
+
+if TYPE_CHECKING:
+    from dipgo_deploy.bundle.directory import Bundle
+    from dipgo_deploy.export.source import Source
+
+NAME, MODEL = "weights", "the model"
+_EXACT = Tolerance(0.0)
+_TORCH = {
+    "float": torch.float32,
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "double": torch.float64,
+    "float64": torch.float64,
+    "int64": torch.int64,
+    "int32": torch.int32,
+    "uint8": torch.uint8,
+    "int8": torch.int8,
+    "bool": torch.bool,
+}
+
+
+def check_weights(bundle: Bundle, source: Source) -> list[Part]:
+    """Every stored weight that is a parameter of the model has that one's values in its own type, bit for bit, and
+    every graph takes it from where the index says; a part for each that is wrong, or one for all.
+
+    Raises:
+        UserError: an index or a graph that cannot be read.
+    """
+    components = bundle.manifest.components
+    folders: dict[str, Mapping[str, torch.Tensor]] = {"graphs": dict(source.denoiser.state_dict(keep_vars=True))}
+    encoder = components.text_encoder
+    if encoder is not None and source.text is not None and has_text_encoder(source):
+        parts = {name: getattr(source.pipeline, name) for name in source.text.encoders}
+        named = {
+            (name if len(parts) == 1 else f"{part}.{name}"): tensor
+            for part, module in parts.items()
+            for name, tensor in module.state_dict(keep_vars=True).items()
+        }
+        folders[str(Path(encoder.graph.file).parent)] = named
+    vae = getattr(source.pipeline, "vae", None)
+    for graph in (components.vae_decoder, components.vae_encoder):
+        if graph is not None and vae is not None:
+            folders[str(Path(graph.file).parent)] = vae.state_dict(keep_vars=True)
+    wrong = [part for folder, named in folders.items() for part in _folder(bundle.path / folder, folder, named)]
+    return wrong or [Part(NAME, "", MODEL, ())]
+
+
+def _folder(path: Path, name: str, parameters: Mapping[str, torch.Tensor]) -> Iterator[Part]:
+    index = WeightsIndex.load(path)
+    files: dict[str, Path] = {}
+    for graph in sorted(path.glob("*.onnx")):
+        for tensor in external_tensors(graph):
+            stored = index.tensors.get(tensor.name)
+            files.setdefault(tensor.name, tensor.file)
+            if stored is None or (stored.offset, stored.length) != (tensor.offset, tensor.length):
+                place = f"{name}/{graph.name}, {tensor.name}"
+                yield Part(NAME, place, MODEL, (), "the graph takes it from another place than weights.json says")
+    opened: dict[Path, memoryview] = {}
+    for tensor_name, stored in index.tensors.items():
+        if tensor_name not in files or stored.parameter is None:
+            continue
+        file = files[tensor_name]
+        if file not in opened:
+            with file.open("rb") as handle:
+                opened[file] = memoryview(mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ))
+        data = opened[file][stored.offset : stored.offset + stored.length]
+        yield from _weight(name, data, stored, parameters)
+
+
+def _weight(
+    folder: str, data: memoryview, stored: StoredWeight, parameters: Mapping[str, torch.Tensor]
+) -> Iterator[Part]:
+    dtype = _TORCH[stored.dtype]
+    for name in (stored.parameter, *stored.equal):
+        parameter = parameters.get(str(name))
+        if parameter is None:
+            yield Part(NAME, f"{folder}, {name}", MODEL, (), "the model has no parameter of this name")
+            continue
+        wanted = parameter.detach()
+        if stored.rows is not None:
+            wanted = wanted[stored.rows[0] : stored.rows[1]]
+        wanted = (wanted.T if stored.transposed else wanted).to(dtype).contiguous()
+        if tuple(wanted.shape) != stored.shape or wanted.nbytes != len(data):
+            yield Part(
+                NAME, f"{folder}, {name}", MODEL, (), f"shape {stored.shape}, the model's is {tuple(wanted.shape)}"
+            )
+            continue
+        bits = wanted.reshape(-1).view(torch.uint8).numpy()
+        if not np.array_equal(bits, np.frombuffer(data, np.uint8)):
+            found = torch.frombuffer(bytearray(data), dtype=dtype).reshape(wanted.shape)
+            error = tensor_error("values", found.double().numpy(), wanted.double().numpy(), _EXACT)
+            yield Part(NAME, f"{folder}, {name}", MODEL, (error,))
