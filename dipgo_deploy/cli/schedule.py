@@ -215,14 +215,31 @@ def import_smoothcache(file: Path, output: Path, as_json: bool, **options: Any) 
     type=click.FloatRange(0, 1, min_open=True, max_open=True),
     default=0.1,
     show_default=True,
-    help="A layer is computed when its score is above this (0.1 in the authors' commands, 0.9 for 512 pixels).",
+    help="A layer is computed when its score is above this (0.1 in the authors' commands, 0.9 for L2C at 512 pixels).",
+)
+@click.option(
+    "--rule",
+    type=click.Choice(["l2c", "harmonica"]),
+    help="Whose routers they are: L2C computes everything at every second evaluation. [default: told by the file]",
 )
 @_layer_target_options
-def import_l2c_router(file: Path, threshold: float, output: Path, as_json: bool, **options: Any) -> None:
-    """FILE is a router checkpoint of Learning-to-Cache for DiT. It is read as data: nothing in it is executed."""
+def import_l2c_router(
+    file: Path,
+    threshold: float,
+    rule: Literal["l2c", "harmonica"] | None,
+    output: Path,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """FILE is a router checkpoint of Learning-to-Cache or HarmoniCa for DiT. It is read as data: nothing in it is
+    executed."""
     from dipgo_deploy.schedule.importers.l2c_router import import_l2c_router as read
 
-    _write(read(file, _target(**options), threshold), output, as_json)
+    schedule = read(file, _target(**options), threshold, rule)
+    parameters = schedule.provenance["parameters"]
+    whose = {"l2c": "Learning-to-Cache", "harmonica": "HarmoniCa"}[parameters["rule"]]
+    human_console(as_json).print(f"{file}: read as routers of {whose}", markup=False, soft_wrap=True)
+    _write(schedule, output, as_json)
 
 
 @import_group.command(

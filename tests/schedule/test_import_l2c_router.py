@@ -17,13 +17,19 @@ from hypothesis import strategies as st
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.models.sublayers import sublayers
 from dipgo_deploy.schedule.builders import Target
-from dipgo_deploy.schedule.importers.l2c_router import import_l2c_router, read_gates
+from dipgo_deploy.schedule.importers.l2c_router import import_l2c_router, read_routers
 from dipgo_deploy.schedule.importers.smoothcache import import_smoothcache
 
 PUBLISHED = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "published-schedules"
 DEPTH = 3
 NAMES = tuple(spec.name for spec in sublayers("transformer_blocks", DEPTH, ("attn1", "ff")))
 MakeTarget = Callable[..., Target]
+
+
+def read_gates(data: bytes, names: tuple[str, ...], threshold: float = 0.1) -> Any:
+    gates, rule = read_routers(data, names, threshold)
+    assert rule == "l2c"
+    return gates
 
 
 class Routers(torch.nn.Module):
@@ -41,7 +47,7 @@ def checkpoint(scores: torch.Tensor, **changes: Any) -> bytes:
     """A checkpoint as the authors' training script saves it, optimiser and command line included."""
     routers = Routers(scores)
     optimiser = torch.optim.AdamW(routers.parameters(), lr=1e-3, weight_decay=0)
-    sum(parameter.sum() for parameter in routers.parameters()).backward()
+    sum(parameter.sum() for parameter in [*routers.parameters()][::2]).backward()  # the others are not trained
     optimiser.step()
     with torch.no_grad():
         for row, parameter in zip(scores, routers.parameters(), strict=True):
@@ -112,6 +118,7 @@ def test_a_file_makes_a_schedule(tmp_path: Path, dit_target: MakeTarget) -> None
     assert schedule.keep == ("111111", "000000") * 2
     assert schedule.provenance["method"] == "import l2c-router"
     assert schedule.provenance["parameters"]["threshold"] == 0.1
+    assert schedule.provenance["parameters"]["rule"] == "l2c"
     # sigmoid(-3) = 0.047
     assert import_l2c_router(path, dit_target(DEPTH, 4), 0.04).keep == ("111111",) * 4
     for threshold in (0.0, 1.0, -1.0, float("nan")):
@@ -128,6 +135,65 @@ def test_the_released_router_is_the_released_json(dit_target: MakeTarget) -> Non
             pytest.skip(f"{path.name} is not beside this repository")
     target = dit_target(28, 50)
     assert import_l2c_router(paths[0], target, 0.1).gates == import_smoothcache(paths[1], target).gates
+
+
+# --- HarmoniCa ---
+
+
+def harmonica(scores: torch.Tensor) -> dict[str, Any]:
+    """A checkpoint as HarmoniCa's training code saves it: the last router fixed at 5, all others trained."""
+    routers = Routers(torch.cat([scores[:-1], torch.full((1, scores.shape[1]), 5.0)]))
+    list(routers.parameters())[-1].requires_grad_(False)
+    optimiser = torch.optim.AdamW(routers.parameters(), lr=0.0, weight_decay=0)
+    sum(parameter.sum() for parameter in routers.parameters()).backward()
+    optimiser.step()
+    return {"routers": routers.state_dict(), "opt": optimiser.state_dict(), "args": argparse.Namespace(lambda_c=500)}
+
+
+def as_harmonica_samples(scores: torch.Tensor, threshold: float) -> list[list[bool]]:
+    """Which layers each evaluation computes: what is stored is never cleared, every router counts."""
+    steps, layers = scores.shape
+    stored: set[int] = set()
+    rows = []
+    for index in reversed(range(steps)):
+        above = set(torch.nonzero(torch.sigmoid(scores[index]) > threshold).flatten().tolist())
+        rows.append([layer not in stored or layer in above for layer in range(layers)])
+        stored = set(range(layers))
+    return rows
+
+
+@pytest.mark.parametrize("steps", [7, 10])
+@pytest.mark.parametrize("with_optimiser", [True, False])
+def test_every_router_of_harmonica_counts(steps: int, with_optimiser: bool) -> None:
+    scores = torch.randn(steps, 2 * DEPTH, generator=torch.Generator().manual_seed(steps)) * 3
+    document = harmonica(scores)
+    if not with_optimiser:
+        del document["opt"]
+    gates, rule = read_routers(saved(document), NAMES)
+    assert rule == "harmonica"
+    assert [list(row) for row in gates] == as_harmonica_samples(scores, 0.1)
+    assert any(not all(row) for row in gates[::2])  # where Learning-to-Cache computes everything
+
+
+def test_whose_routers_they_are_can_be_said_and_has_to_be_where_it_does_not_show(
+    tmp_path: Path, dit_target: MakeTarget
+) -> None:
+    scores = torch.full((4, 2 * DEPTH), -5.0)
+    mixed = {**harmonica(scores), "routers": Routers(scores).state_dict()}  # all trained, none fixed
+    with pytest.raises(UserError, match="cannot tell .*3 of 4 routers were trained.*--rule l2c or --rule harmonica"):
+        read_routers(saved(mixed), NAMES)
+    assert read_routers(saved(mixed), NAMES, rule="harmonica")[0][1:] == ((False,) * 6,) * 3
+    path = tmp_path / "router.pt"
+    path.write_bytes(saved(harmonica(scores)))
+    schedule = import_l2c_router(path, dit_target(DEPTH, 4))
+    assert schedule.keep == ("111111", "000000", "000000", "000000")
+    assert schedule.provenance["parameters"]["rule"] == "harmonica"
+    assert import_l2c_router(path, dit_target(DEPTH, 4), rule="l2c").keep == ("111111", "000000") * 2
+
+
+def test_scores_that_are_not_finite_are_refused() -> None:
+    with pytest.raises(UserError, match="router 0: not all scores are finite"):
+        read_gates(checkpoint(torch.full((2, 2 * DEPTH), float("nan"))), NAMES)
 
 
 # --- refusing ---

@@ -1,20 +1,27 @@
-"""The router checkpoints that the Learning-to-Cache authors released for DiT (arXiv 2406.01733).
+"""The router checkpoints of Learning-to-Cache (arXiv 2406.01733) and HarmoniCa (arXiv 2410.01723) for DiT.
 
 A file of ``torch.save``: ``routers`` holds a tensor ``{index}.prob`` of 2 * depth numbers for each of T steps, column
 2i for the attention and 2i + 1 for the feed-forward of block i. As the authors' ``load_ranking`` and ``forward`` read
-them: routers count the timesteps upwards, so router T - 1 is the first evaluation; sampling goes in pairs, of which the
-first (odd index) computes every layer and the second (even index) computes the layers whose ``sigmoid(prob)`` is above
-a threshold and reuses the outputs of the first for the others. Routers with an odd index are not used. The threshold is
-0.1 in the authors' commands (0.9 for their 512-pixel model); at 0.1 the router for DDIM-50 is the schedule that
-SmoothCache's authors released as Learning-to-Cache's, cell by cell.
+them: routers count the timesteps upwards, so router T - 1 is the first evaluation; a layer is computed where its
+``sigmoid(prob)`` is above a threshold, and its last output is reused where not.
+
+- Learning-to-Cache samples in pairs: the first evaluation of a pair (odd index) computes every layer, whatever its
+  router says; only the routers with an even index are trained. The threshold is 0.1 in the authors' commands (0.9 for
+  their 512-pixel model); at 0.1 the router for DDIM-50 is the schedule that SmoothCache's authors released as
+  Learning-to-Cache's, cell by cell.
+- HarmoniCa (which began as a copy of that code) uses every router but the last, index T - 1, whose scores are fixed at
+  5: the first evaluation computes every layer. The threshold is 0.1 in the authors' command.
+
+Which one a file is shows in its keys: the optimizer has a state for the even routers of the one, for all but the last
+of the other; without an optimizer, in the last router, which is random in the one and 5 throughout in the other.
 """
 
 from __future__ import annotations
 
 import math
-from functools import partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.schedule.builders import Target
@@ -24,57 +31,94 @@ from dipgo_deploy.schedule.importers.rows import import_file
 from dipgo_deploy.schedule.importers.torch_storage import TorchArchive
 
 DEFAULT_THRESHOLD = 0.1
+Rule = Literal["l2c", "harmonica"]
+
+_FIXED_SCORE = 5.0  # of HarmoniCa's last router
 
 # The optimiser's state and the command line are in the file too; they are passed over.
 _ALLOWED = frozenset({"argparse.Namespace"})
 
 
-def import_l2c_router(path: str | Path, target: Target, threshold: float = DEFAULT_THRESHOLD) -> Schedule:
+def import_l2c_router(
+    path: str | Path, target: Target, threshold: float = DEFAULT_THRESHOLD, rule: Rule | None = None
+) -> Schedule:
     """The schedule of a router checkpoint (at most 16 MiB) for ``target``; nothing in the file is executed.
 
-    threshold: a layer of the second evaluation of a pair is computed when its score is above it, 0 < threshold < 1.
-    Raises UserError, with the file's name, for a file that is no such checkpoint, and for routers of another number of
-    layers than the model has.
+    threshold: a layer is computed when its score is above it, 0 < threshold < 1. rule: whose checkpoint it is, ``l2c``
+    or ``harmonica``; None tells them apart. The provenance names it. Raises UserError, with the file's name, for a file
+    that is no such checkpoint or does not say whose it is, and for routers of another number of layers than the model
+    has.
     """
     if not 0 < threshold < 1:
         raise UserError(f"threshold: {threshold:g} is not between 0 and 1")
-    read = partial(read_gates, threshold=threshold)
-    return import_file(path, target, "import l2c-router", read, {"threshold": threshold})
+    settings: dict[str, Any] = {"threshold": threshold}
+
+    def read(data: bytes, names: tuple[str, ...]) -> Gates:
+        gates, settings["rule"] = read_routers(data, names, threshold, rule)
+        return gates
+
+    return import_file(path, target, "import l2c-router", read, settings)
 
 
-def read_gates(data: bytes, names: tuple[str, ...], threshold: float = DEFAULT_THRESHOLD) -> Gates:
-    """T x N gates from the bytes of a checkpoint; ``names``: the model's N units, in order."""
+def read_routers(
+    data: bytes, names: tuple[str, ...], threshold: float = DEFAULT_THRESHOLD, rule: Rule | None = None
+) -> tuple[Gates, Rule]:
+    """T x N gates from the bytes of a checkpoint, and whose it is; ``names``: the model's N units, in order."""
     attentions, mlps = (numbered_units(kind, names) for kind in ("attn", "mlp"))
     if attentions.keys() != mlps.keys():
         raise UserError("this model has blocks with only an attention or only a feed-forward: routers are for both")
     layers = [units[number] for number in sorted(attentions) for units in (attentions, mlps)]
     archive = TorchArchive.read(data, _ALLOWED)
     routers = _routers(archive.document)
+    scores = [_scores(archive, index, router, len(layers)) for index, router in enumerate(routers)]
+    rule = rule or _rule_of(archive.document, scores)
     steps = len(routers)
-    if steps % 2:
+    if rule == "l2c" and steps % 2:
         raise UserError(f"{steps} routers: evaluations go in pairs, so their number must be even")
     least = math.log(threshold / (1 - threshold))  # sigmoid(prob) > threshold
     rows = []
-    for evaluation in range(steps):
-        index = steps - 1 - evaluation
-        if index % 2:
-            computed = set(names)
-        else:
-            computed = set(names) - set(layers)
-            try:
-                scores = archive.vector(routers[index], len(layers))
-            except UserError as error:
-                raise UserError(f"router {index}: {error}") from error
-            computed.update(layer for layer, score in zip(layers, scores, strict=True) if score > least)
+    for index in reversed(range(steps)):
+        computed = set(names)
+        if index % 2 == 0 if rule == "l2c" else index < steps - 1:
+            computed -= {layer for layer, score in zip(layers, scores[index], strict=True) if not score > least}
         rows.append(tuple(name in computed for name in names))
-    return tuple(rows)
+    return tuple(rows), rule
+
+
+def _rule_of(document: Mapping[str, Any], scores: Sequence[Sequence[float]]) -> Rule:
+    """Whose checkpoint it is."""
+    fixed = all(score == _FIXED_SCORE for score in scores[-1])
+    optimizer = document.get("opt")
+    state = optimizer.get("state") if isinstance(optimizer, dict) else None
+    if not isinstance(state, dict) or not state:
+        return "harmonica" if fixed else "l2c"
+    trained = set(state)
+    # Adam has a state for what was trained: a short run may not have come to each of them.
+    if fixed and len(scores) - 1 not in trained:
+        return "harmonica"
+    if not fixed and all(isinstance(index, int) and index % 2 == 0 for index in trained):
+        return "l2c"
+    raise UserError(
+        f"cannot tell whether it is Learning-to-Cache's or HarmoniCa's ({len(trained)} of {len(scores)} routers were "
+        f"trained, the last one {'is' if fixed else 'is not'} fixed): say --rule l2c or --rule harmonica"
+    )
+
+
+def _scores(archive: TorchArchive, index: int, router: Any, layers: int) -> tuple[float, ...]:
+    try:
+        scores = archive.vector(router, layers)
+    except UserError as error:
+        raise UserError(f"router {index}: {error}") from error
+    if not all(math.isfinite(score) for score in scores):
+        raise UserError(f"router {index}: not all scores are finite")
+    return scores
 
 
 def _routers(document: Any) -> list[Any]:
     """The routers' tensors by index."""
     routers = document.get("routers") if isinstance(document, dict) else None
     if not isinstance(routers, dict) or not routers:
-        raise UserError("has no 'routers': not a router checkpoint of Learning-to-Cache")
+        raise UserError("has no 'routers': not a router checkpoint of Learning-to-Cache or HarmoniCa")
     expected = [f"{index}.prob" for index in range(len(routers))]
     for name in expected:
         if name not in routers:

@@ -27,9 +27,10 @@ def import_file(
     """
     data = read_bytes(path)
     digest = hashlib.sha256(data).hexdigest()
-    parameters: Mapping[str, Any] = {"file": Path(path).name, "sha256": digest, **(settings or {})}
     try:
         gates = read(data, target.block_names)
+        # After the reader, which may add to them.
+        parameters: Mapping[str, Any] = {"file": Path(path).name, "sha256": digest, **(settings or {})}
         if len(gates) == target.steps - 1 and gates:
             parameters = {**parameters, "last_row_repeated": 1}
             gates = (*gates, gates[-1])
