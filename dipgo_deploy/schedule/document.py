@@ -27,8 +27,9 @@ from pydantic import (
 from dipgo_deploy import arguments
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.schedule import validation
-from dipgo_deploy.schedule.files import read_bytes, strict_json, write_text
+from dipgo_deploy.schedule.files import read_bytes, write_text
 from dipgo_deploy.schedule.frozen import freeze, freeze_config, to_json
+from dipgo_deploy.schedule.json_text import parse_json
 from dipgo_deploy.schedule.solver import FrozenJson, Solver
 
 # 2: with a solver.
@@ -133,6 +134,8 @@ class Schedule(_Part):
                 f"format_version: {repr(data['format_version'])[:60]} is not known, only 1 to {FORMAT_VERSION}: "
                 f"use the version of dipgo-deploy that wrote it"
             )
+        if isinstance(data, Mapping):
+            validation.check_sizes(data)
         try:
             schedule: Schedule = handler(data)
         except ValidationError as error:
@@ -247,18 +250,7 @@ class Schedule(_Part):
     def from_json(cls, text: str | bytes) -> Schedule:
         """Read JSON text; raises UserError for text that is cut off, no JSON, or no valid schedule."""
         arguments.instance("text", text, (str, bytes), "JSON text (str or bytes)")
-        try:
-            decoded = text.decode("utf-8") if isinstance(text, bytes) else text
-        except UnicodeDecodeError as error:
-            raise UserError(f"byte {error.start} is not UTF-8 text: not a schedule") from error
-        try:
-            document = strict_json(decoded)
-        except json.JSONDecodeError as error:
-            content = decoded.rstrip()
-            what = "the file is cut off" if error.pos >= len(content) or content[-1] != "}" else "not JSON"
-            raise UserError(f"line {error.lineno}, column {error.colno}: {what} ({error.msg})") from error
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"not a schedule: {error}") from error
+        document = parse_json(text, "a schedule")
         if not isinstance(document, dict):
             raise UserError(f"a schedule is a JSON object, not a {type(document).__name__}")
         if "format_version" not in document:

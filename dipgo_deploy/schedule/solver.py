@@ -15,8 +15,19 @@ from dipgo_deploy.schedule.frozen import freeze
 MOST_WEIGHT = 1e5
 MOST_TIMESTEP = 1e6
 
+
+def _only_numbers(values: Any) -> Any:
+    """Stop at the first value that is no number: the library would make an error of its own for each of them."""
+    for place, value in enumerate(values if isinstance(values, (list, tuple)) else ()):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise ValueError(f"entry {place} is {repr(value)[:60]}, not a number")
+        if isinstance(value, int) and abs(value) > MOST_TIMESTEP:
+            raise ValueError(f"entry {place} is beyond {MOST_TIMESTEP:g}")
+    return values
+
+
 Number = Annotated[StrictFloat | StrictInt, AfterValidator(float)]
-Numbers = tuple[Number, ...]
+Numbers = Annotated[tuple[Number, ...], BeforeValidator(_only_numbers)]
 FrozenJson = Annotated[dict[str, Any], BeforeValidator(freeze), AfterValidator(freeze)]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dipgo_deploy.errors import UserError
 
@@ -11,6 +11,34 @@ if TYPE_CHECKING:
     from pydantic import ValidationError
 
 _SHOWN_HASH_DIGITS = 12
+# Far above any model and sampler; what is larger would be validated for minutes before it is refused.
+MAX_BLOCKS = 10_000
+MAX_EVALUATIONS = 10_000
+MAX_GATES = 4_000_000
+_MAX_FIELDS = 100
+
+
+def check_sizes(document: Mapping[str, Any]) -> None:
+    """Refuse lists and objects too large for a schedule before each of their values is looked at."""
+    blocks, keep = document.get("blocks"), document.get("keep")
+    solver = document.get("solver")
+    lists = {"blocks": (blocks, MAX_BLOCKS), "keep": (keep, MAX_EVALUATIONS)}
+    if isinstance(solver, Mapping):
+        lists |= {f"solver.{name}": (solver.get(name), MAX_EVALUATIONS) for name in ("timesteps", "rows", "final")}
+    for name, (value, most) in lists.items():
+        if isinstance(value, (list, tuple)) and len(value) > most:
+            raise UserError(f"{name}: {len(value):,} entries, more than the {most:,} that a schedule can have")
+    parts = {"the document": document, **{name: document.get(name) for name in ("model", "sampler", "solver")}}
+    if isinstance(blocks, (list, tuple)):
+        parts |= {f"blocks.{place}": block for place, block in enumerate(blocks)}
+        rows = len(keep) if isinstance(keep, (list, tuple)) else 0
+        if len(blocks) * rows > MAX_GATES:
+            raise UserError(
+                f"keep: {len(blocks):,} blocks at {rows:,} evaluations, more than {MAX_GATES:,} gates in all"
+            )
+    for name, part in parts.items():
+        if isinstance(part, Mapping) and len(part) > _MAX_FIELDS:
+            raise UserError(f"{name}: {len(part):,} fields, which no schedule has")
 
 
 def check_names(names: Sequence[str]) -> None:

@@ -181,7 +181,8 @@ def test_malicious_pickles_are_refused_and_nothing_runs(tmp_path: Path, name: st
 
 def test_allowed_names_are_never_called() -> None:
     # torch would run the inner pickle of these bytes; here they are bytes.
-    data = dump([{KEYS[0]: Named("torch.storage._load_from_bytes", pickle.dumps(Evil(os.system, "true")))}])
+    evil = Named("torch.storage._load_from_bytes", pickle.dumps(Evil(os.system, "true")))
+    data = dump([dict.fromkeys(KEYS, evil)])
     with pytest.raises(UserError, match="step 0, block down_blocks.0: the gate is not a tensor"):
         read_gates(data, NAMES)
 

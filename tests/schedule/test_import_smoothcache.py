@@ -99,10 +99,12 @@ def test_refusals_are_one_line(document: Any, words: str) -> None:
 @pytest.mark.parametrize(
     ("data", "words"),
     [
-        (b'{"attn": [1, 0]', "not JSON"),
-        (b"\xff\xfe", "not JSON"),
-        (b'{"attn": [1], "attn": [0]}', "'attn' is given twice"),
-        (b"[" * 100_000, "not JSON"),
+        (b'{"attn": [1, 0]', "line 1, column 16: the file is cut off"),
+        (b"\xff\xfe", "byte 0 is not UTF-8"),
+        (b'{"attn": [1], "attn": [0]}', "the key 'attn' stands twice"),
+        (b"[" * 100_000, "nested more than 64 deep"),
+        (b'{"attn": [' + b"1," * 1_000_001 + b"1]}", "more than 1,000,000 values"),
+        (b"{" + b",".join(b'"x%d": [1]' % i for i in range(500)) + b"}", "500 lists for the"),
     ],
 )
 def test_broken_files_are_refused(data: bytes, words: str) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from io import StringIO
 from pathlib import Path
 
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.schedule import validation
 from dipgo_deploy.schedule.builders import Target
 from dipgo_deploy.schedule.document import Gates, Schedule
-from dipgo_deploy.schedule.importers.rows import import_file
+from dipgo_deploy.schedule.importers.rows import check_rows, import_file
 
 
 def import_csv(path: str | Path, target: Target) -> Schedule:
@@ -16,16 +17,26 @@ def import_csv(path: str | Path, target: Target) -> Schedule:
     return import_file(path, target, "import csv", read_gates)
 
 
-def read_gates(data: bytes, names: tuple[str, ...]) -> Gates:
-    """T x N gates from CSV text. A first row that is no row of 0 and 1 has to be the block names in order."""
+def read_gates(data: bytes, names: tuple[str, ...], most: int = validation.MAX_EVALUATIONS) -> Gates:
+    """T x N gates from CSV text, T at most ``most``. A first row that is no row of 0 and 1 has to be the block names in
+    order."""
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"byte {error.start} is not UTF-8 text: not a CSV file") from error
-    rows = [tuple(cell.strip() for cell in line.split(",")) for line in text.splitlines() if line.strip()]
-    if rows and any(cell in names for cell in rows[0]):
-        validation.check_block_names(rows[0], names)
-        rows = rows[1:]
+    # One line at a time, and of each no more cells than there are blocks and one with what is behind them.
+    header = False
+    rows: list[tuple[str, ...]] = []
+    for line in StringIO(text, newline=None):
+        if not line.strip():
+            continue
+        row = tuple(cell.strip() for cell in line.split(",", len(names)))
+        if not (rows or header) and any(cell in names for cell in row):
+            header = True
+            validation.check_block_names([cell[:200] for cell in row], names)
+        else:
+            rows.append(row)
+            check_rows(len(rows), most + 1)
     if not rows:
         raise UserError("no rows: give one row of 0 and 1 for each evaluation")
     return tuple(_gates(step, row, names) for step, row in enumerate(rows))
@@ -38,5 +49,6 @@ def _gates(step: int, row: tuple[str, ...], names: tuple[str, ...]) -> tuple[boo
     if len(row) < len(names):
         raise UserError(f"step {step} has {len(row)} cells, block {names[len(row)]} is the first without one")
     if len(row) > len(names):
-        raise UserError(f"step {step} has {len(row)} cells, but the model has {len(names)} blocks")
+        cells = len(row) + row[-1].count(",")
+        raise UserError(f"step {step} has {cells} cells, but the model has {len(names)} blocks")
     return tuple(cell == "1" for cell in row)

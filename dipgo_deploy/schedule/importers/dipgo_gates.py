@@ -19,7 +19,7 @@ from dipgo_deploy.schedule import validation
 from dipgo_deploy.schedule.builders import Target
 from dipgo_deploy.schedule.document import Gates, Schedule
 from dipgo_deploy.schedule.importers.inert_pickle import Call, Global, Persistent, read_pickle
-from dipgo_deploy.schedule.importers.rows import import_file
+from dipgo_deploy.schedule.importers.rows import check_rows, import_file
 from dipgo_deploy.schedule.importers.torch_storage import FORMATS, TENSOR
 
 _STORAGE_BYTES = "torch.storage._load_from_bytes"
@@ -27,6 +27,7 @@ _OUTER = frozenset({TENSOR, _STORAGE_BYTES, "collections.OrderedDict"})
 _STORAGE_CLASSES = frozenset(FORMATS)
 _MAGIC = 0x1950A86A20F9469CFC6C
 _PROTOCOL = 1001
+_MOST_STORAGE_BYTES = 64 * 1024  # of two numbers; the released ones have less than a thousand
 
 
 def import_dipgo_gates(path: str | Path, target: Target) -> Schedule:
@@ -38,40 +39,44 @@ def import_dipgo_gates(path: str | Path, target: Target) -> Schedule:
     return import_file(path, target, "import dipgo-gates", read_gates)
 
 
-def read_gates(data: bytes, names: tuple[str, ...]) -> Gates:
-    """T x N gates from the bytes of a released pickle; ``names``: the model's N whole blocks, in order."""
+def read_gates(data: bytes, names: tuple[str, ...], most: int = validation.MAX_EVALUATIONS) -> Gates:
+    """T x N gates from the bytes of a released pickle, T at most ``most``; ``names``: the model's N whole blocks, in
+    order."""
     stream = BytesIO(data)
     document = read_pickle(stream, _OUTER)
     if stream.read(1):
         raise UserError("there are more bytes behind the pickle's end: refused")
     if not isinstance(document, list) or not document or not all(isinstance(step, dict) for step in document):
         raise UserError("not a list with one dictionary of gates a step")
+    check_rows(len(document), most + 1)
     ups = sum(name.startswith("up_blocks.") for name in names)
     return tuple(_step_gates(step, units, names, ups) for step, units in enumerate(document))
 
 
 def _step_gates(step: int, units: dict[Any, Any], names: tuple[str, ...], ups: int) -> tuple[bool, ...]:
-    gates: dict[str, bool] = {}
-    for key, tensor in units.items():
-        name = _block_name(step, key, ups)
-        try:
-            values = _tensor_values(tensor)
-        except UserError as error:
-            raise UserError(f"step {step}, block {name}: {error}") from error
-        if values not in ((0, 1), (1, 0)):
-            shown = ", ".join(f"{value:g}" for value in values)
-            raise UserError(f"step {step}, block {name}: [{shown}] is neither [0, 1] (kept) nor [1, 0] (removed)")
-        gates[name] = values == (0, 1)
+    # The names first: a tensor is a file of its own, and reading it takes a thousand times as long.
     try:
+        blocks = {_block_name(key, ups): tensor for key, tensor in units.items()}
         # In the model's order, which is no matter in a dictionary; unknown ones behind.
-        given = [name for name in names if name in gates] + [name for name in gates if name not in names]
+        given = [name for name in names if name in blocks] + [name for name in blocks if name not in names]
         validation.check_block_names(given, names)
     except UserError as error:
         raise UserError(f"step {step}: {error}") from error
-    return tuple(gates[name] for name in names)
+    return tuple(_is_kept(step, name, blocks[name]) for name in names)
 
 
-def _block_name(step: int, key: Any, ups: int) -> str:
+def _is_kept(step: int, name: str, tensor: Any) -> bool:
+    try:
+        values = _tensor_values(tensor)
+    except UserError as error:
+        raise UserError(f"step {step}, block {name}: {error}") from error
+    if values not in ((0, 1), (1, 0)):
+        shown = ", ".join(f"{value:g}" for value in values)
+        raise UserError(f"step {step}, block {name}: [{shown}] is neither [0, 1] (kept) nor [1, 0] (removed)")
+    return values == (0, 1)
+
+
+def _block_name(key: Any, ups: int) -> str:
     match key:
         case ("down", "block", int(i), 0):
             return f"down_blocks.{i}"
@@ -79,7 +84,7 @@ def _block_name(step: int, key: Any, ups: int) -> str:
             return "mid_block"
         case ("up", "block", int(i), 0):
             return f"up_blocks.{ups - 1 - i}"
-    raise UserError(f"step {step}: {repr(key)[:80]} is no whole block: only schedules of whole blocks can be imported")
+    raise UserError(f"{repr(key)[:80]} is no whole block: only schedules of whole blocks can be imported")
 
 
 def _tensor_values(value: Any) -> tuple[float, ...]:
@@ -100,6 +105,8 @@ def _tensor_values(value: Any) -> tuple[float, ...]:
 
 def _storage_elements(payload: bytes) -> tuple[float, ...]:
     """The elements of one storage in torch's legacy file format: five pickles, an element count, raw bytes."""
+    if len(payload) > _MOST_STORAGE_BYTES:
+        raise UserError(f"the tensor's storage has {len(payload):,} bytes, which no gate needs")
     stream = BytesIO(payload)
     none: frozenset[str] = frozenset()
     magic, protocol, system = (read_pickle(stream, none) for _ in range(3))

@@ -13,6 +13,9 @@ from typing import IO, Any
 
 from dipgo_deploy.errors import UserError
 
+MAX_OPCODES = 500_000
+"""Most opcodes of a pickle; the released schedules have twelve thousand."""
+
 _MARK = object()
 
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
@@ -59,8 +62,10 @@ def read_pickle(stream: IO[bytes], allowed: frozenset[str], *, objects: bool = F
     machine = _Machine(allowed, objects)
     at = stream.tell()
     try:
-        for opcode, argument, position in pickletools.genops(stream):
+        for count, (opcode, argument, position) in enumerate(pickletools.genops(stream)):
             at = position if position is not None else at
+            if count >= MAX_OPCODES:
+                raise UserError(f"more than {MAX_OPCODES:,} opcodes, which no schedule needs: refused")
             if opcode.name == "STOP":
                 return machine.pop()
             machine.run(opcode.name, argument)

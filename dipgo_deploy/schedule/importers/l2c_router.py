@@ -24,10 +24,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dipgo_deploy.errors import UserError
+from dipgo_deploy.schedule import validation
 from dipgo_deploy.schedule.builders import Target
 from dipgo_deploy.schedule.document import Gates, Schedule
 from dipgo_deploy.schedule.importers.layers import numbered_units
-from dipgo_deploy.schedule.importers.rows import import_file
+from dipgo_deploy.schedule.importers.rows import check_rows, import_file
 from dipgo_deploy.schedule.importers.torch_storage import TorchArchive
 
 DEFAULT_THRESHOLD = 0.1
@@ -53,23 +54,28 @@ def import_l2c_router(
         raise UserError(f"threshold: {threshold:g} is not between 0 and 1")
     settings: dict[str, Any] = {"threshold": threshold}
 
-    def read(data: bytes, names: tuple[str, ...]) -> Gates:
-        gates, settings["rule"] = read_routers(data, names, threshold, rule)
+    def read(data: bytes, names: tuple[str, ...], most: int) -> Gates:
+        gates, settings["rule"] = read_routers(data, names, threshold, rule, most)
         return gates
 
     return import_file(path, target, "import l2c-router", read, settings)
 
 
 def read_routers(
-    data: bytes, names: tuple[str, ...], threshold: float = DEFAULT_THRESHOLD, rule: Rule | None = None
+    data: bytes,
+    names: tuple[str, ...],
+    threshold: float = DEFAULT_THRESHOLD,
+    rule: Rule | None = None,
+    most: int = validation.MAX_EVALUATIONS,
 ) -> tuple[Gates, Rule]:
-    """T x N gates from the bytes of a checkpoint, and whose it is; ``names``: the model's N units, in order."""
+    """T x N gates from the bytes of a checkpoint, T at most ``most``, and whose it is; ``names``: the model's N units,
+    in order."""
     attentions, mlps = (numbered_units(kind, names) for kind in ("attn", "mlp"))
     if attentions.keys() != mlps.keys():
         raise UserError("this model has blocks with only an attention or only a feed-forward: routers are for both")
     layers = [units[number] for number in sorted(attentions) for units in (attentions, mlps)]
     archive = TorchArchive.read(data, _ALLOWED)
-    routers = _routers(archive.document)
+    routers = _routers(archive.document, most)
     scores = [_scores(archive, index, router, len(layers)) for index, router in enumerate(routers)]
     rule = rule or _rule_of(archive.document, scores)
     steps = len(routers)
@@ -114,11 +120,12 @@ def _scores(archive: TorchArchive, index: int, router: Any, layers: int) -> tupl
     return scores
 
 
-def _routers(document: Any) -> list[Any]:
+def _routers(document: Any, most: int) -> list[Any]:
     """The routers' tensors by index."""
     routers = document.get("routers") if isinstance(document, dict) else None
     if not isinstance(routers, dict) or not routers:
         raise UserError("has no 'routers': not a router checkpoint of Learning-to-Cache or HarmoniCa")
+    check_rows(len(routers), most + 1)
     expected = [f"{index}.prob" for index in range(len(routers))]
     for name in expected:
         if name not in routers:

@@ -13,13 +13,13 @@ from dipgo_deploy.schedule.builders import Target
 from dipgo_deploy.schedule.document import Gates, Schedule
 from dipgo_deploy.schedule.files import read_bytes
 
-Reader = Callable[[bytes, tuple[str, ...]], Gates]
+Reader = Callable[[bytes, tuple[str, ...], int], Gates]
 
 
 def import_file(
     path: str | Path, target: Target, method: str, read: Reader, settings: Mapping[str, Any] | None = None
 ) -> Schedule:
-    """Read a file's gates with ``read(data, block names)`` and make them a schedule for ``target``.
+    """Read a file's gates with ``read(data, block names, most rows)`` and make them a schedule for ``target``.
 
     A schedule exactly one row short of the sampler's evaluations (one made per step for PNDM, which evaluates its
     first step twice) has its last row repeated. The provenance names the file, its SHA-256, the reader's ``settings``
@@ -28,7 +28,7 @@ def import_file(
     data = read_bytes(path)
     digest = hashlib.sha256(data).hexdigest()
     try:
-        gates = read(data, target.block_names)
+        gates = read(data, target.block_names, target.steps)
         # After the reader, which may add to them.
         parameters: Mapping[str, Any] = {"file": Path(path).name, "sha256": digest, **(settings or {})}
         if len(gates) == target.steps - 1 and gates:
@@ -39,3 +39,9 @@ def import_file(
         return target.schedule(gates, method, parameters)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
+
+
+def check_rows(rows: int, most: int) -> None:
+    """Refuse (UserError) more rows than the sampler has evaluations, ``most``, before they are read one by one."""
+    if rows > most:
+        raise UserError(f"steps: {rows:,} rows or more, but the sampler evaluates the denoiser {most:,} times")

@@ -9,17 +9,18 @@ in this format too.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from dipgo_deploy.errors import UserError
+from dipgo_deploy.schedule import validation
 from dipgo_deploy.schedule.builders import Target
 from dipgo_deploy.schedule.document import Gates, Schedule
 from dipgo_deploy.schedule.importers.layers import numbered_units, units_of_kind
-from dipgo_deploy.schedule.importers.rows import import_file
+from dipgo_deploy.schedule.importers.rows import check_rows, import_file
+from dipgo_deploy.schedule.json_text import parse_json
 
 _LAYER = re.compile(r"(?P<kind>.+)-(?P<number>\d{1,6})", re.ASCII)
 
@@ -33,8 +34,8 @@ def import_smoothcache(path: str | Path, target: Target) -> Schedule:
     return import_file(path, target, "import smoothcache", read_gates)
 
 
-def read_gates(data: bytes, names: tuple[str, ...]) -> Gates:
-    """T x N gates from JSON text; ``names``: the model's N units, in order."""
+def read_gates(data: bytes, names: tuple[str, ...], most: int = validation.MAX_EVALUATIONS) -> Gates:
+    """T x N gates from JSON text, T at most ``most``; ``names``: the model's N units, in order."""
     rows = _rows_of_units(_document(data), names)
     lengths = {name: len(row) for name, row in rows.items()}
     if len(set(lengths.values())) > 1:
@@ -42,29 +43,21 @@ def read_gates(data: bytes, names: tuple[str, ...]) -> Gates:
         other = next(name for name, count in others if count != length)
         raise UserError(f"{first} has {length} entries, but {other} has {lengths[other]}: they must be as many")
     steps = next(iter(lengths.values()))
+    check_rows(steps, most + 1)
     kept_always = (True,) * steps
     return tuple(zip(*(rows.get(name, kept_always) for name in names), strict=True))
 
 
 def _document(data: bytes) -> Mapping[str, Any]:
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for key, value in pairs:
-            if key in found:
-                raise UserError(f"{key[:60]!r} is given twice")
-            found[key] = value
-        return found
-
-    try:
-        document = json.loads(data, object_pairs_hook=once)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"not JSON: {error}") from error
+    document = parse_json(data, "a schedule of 0 and 1")
     if not isinstance(document, dict) or not document:
         raise UserError("not a JSON object with a list of 0 and 1 for each kind of layer")
     return document
 
 
 def _rows_of_units(document: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, tuple[bool, ...]]:
+    if len(document) > 2 * len(names):
+        raise UserError(f"{len(document):,} lists for the {len(names)} layers of this model")
     rows: dict[str, tuple[bool, ...]] = {}
     by_layer: dict[str, None] = {}
     for key, entries in document.items():

@@ -28,6 +28,10 @@ FORMATS: Mapping[str, str] = {
 """Storage class -> ``struct`` format of one element."""
 
 
+_CENTRAL_ENTRY = b"PK\x01\x02"
+_MOST_ENTRIES = 20_000
+
+
 @dataclass(frozen=True)
 class TorchArchive:
     """A file of ``torch.save`` (the zip format of torch 1.6 and later).
@@ -38,6 +42,7 @@ class TorchArchive:
     document: Any
     _zip: zipfile.ZipFile
     _root: str
+    _size: int
     _storages: dict[str, bytes] = field(default_factory=dict)
 
     @classmethod
@@ -46,9 +51,11 @@ class TorchArchive:
 
         Raises UserError for a file that is no such zip, is compressed, big-endian, or refers to any other name.
         """
+        if (entries := data.count(_CENTRAL_ENTRY)) > _MOST_ENTRIES:
+            raise UserError(f"not a file of torch.save: {entries:,} entries, more than any schedule needs")
         try:
             archive = zipfile.ZipFile(BytesIO(data))
-        except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+        except Exception as error:  # what zipfile raises for a damaged directory is anybody's guess
             raise UserError("not a file of torch.save: it is no complete zip archive") from error
         pickles = [name for name in archive.namelist() if name.count("/") == 1 and name.endswith("/data.pkl")]
         if len(pickles) != 1:
@@ -58,7 +65,7 @@ class TorchArchive:
             raise UserError("its tensors are big-endian, which is not supported")
         names = allowed | {TENSOR, "collections.OrderedDict"} | FORMATS.keys()
         document = read_pickle(BytesIO(_entry(archive, pickles[0])), frozenset(names), objects=True)
-        return cls(document, archive, root)
+        return cls(document, archive, root, len(data))
 
     def vector(self, value: Any, length: int) -> tuple[float, ...]:
         """The elements of a one-dimensional tensor of the document. Raises UserError for anything else."""
@@ -81,6 +88,9 @@ class TorchArchive:
             raise UserError(f"a tensor of {size} elements, not of {length}")
         if key not in self._storages:
             self._storages[key] = _entry(self._zip, f"{self._root}data/{key}")
+            # Entries lie one behind the other in the file, so that all of them are no larger than it.
+            if sum(map(len, self._storages.values())) > self._size:
+                raise UserError("its entries overlap, which torch.save does not do: refused")
         storage, element = self._storages[key], struct.Struct(f"<{FORMATS[kind]}")
         places = [(offset + index * stride) * element.size for index in range(size)]
         if any(not 0 <= place <= len(storage) - element.size for place in places):
@@ -93,7 +103,9 @@ def _entry(archive: zipfile.ZipFile, name: str) -> bytes:
     try:
         entry = archive.getinfo(name)
         if entry.compress_type != zipfile.ZIP_STORED:
-            raise UserError(f"{name} is compressed, which torch.save does not do: refused")
+            raise UserError(f"{name[:80]} is compressed, which torch.save does not do: refused")
         return archive.read(entry)
-    except (KeyError, zipfile.BadZipFile, OSError, EOFError, RuntimeError, ValueError, NotImplementedError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # as above
         raise UserError(f"{name[:80]} in it is missing or damaged") from error
