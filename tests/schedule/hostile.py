@@ -146,7 +146,7 @@ def cases() -> Iterator[tuple[str, Callable[[], Any]]]:
 
 
 def main() -> None:
-    """Print a line of JSON for each case: name, error (None: accepted), CPU seconds, growth of the peak memory in MB."""
+    """Print a line of JSON for each case: name, error (None: accepted), CPU seconds, growth of the peak in MB."""
     for name, work in cases():
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         start = time.process_time()
