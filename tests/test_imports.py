@@ -143,3 +143,13 @@ def test_lazy_names() -> None:
     assert dipgo_deploy.Pipeline.__module__ == "dipgo_deploy.runtime.pipeline"
     with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
         dipgo_deploy.Nothing  # noqa: B018
+
+
+@pytest.mark.parametrize("folder", ["dipgo_deploy", "tools"])
+def test_onnxruntime_is_imported_after_this_package(folder: str) -> None:
+    """Importing this package turns its telemetry off, so no module may import it while it is itself imported."""
+    for path in (Path(__file__).parents[1] / folder).rglob("*.py"):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not [name for name in names if name.partition(".")[0] == "onnxruntime"], path

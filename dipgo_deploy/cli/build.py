@@ -16,6 +16,7 @@ from dipgo_deploy.cli.common import (
     examples,
     human_console,
     json_option,
+    live,
     lora_line,
     lora_partial_option,
     version_option,
@@ -187,7 +188,6 @@ def _progress(console: Console) -> Iterator[Observer]:
         TimeElapsedColumn(),
         console=stderr,
         transient=True,
-        disable=not stderr.is_terminal,
     )
     task = bar.add_task("engines", total=None)
 
@@ -215,7 +215,7 @@ def _progress(console: Console) -> Iterator[Observer]:
         def warned(self, message: str) -> None:
             stderr.print(f"warning: {message}", markup=False, soft_wrap=True)
 
-    with bar:
+    with live(bar):
         yield Shown()
 
 

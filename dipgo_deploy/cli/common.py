@@ -8,8 +8,8 @@ import io
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -19,6 +19,7 @@ from dipgo_deploy.errors import NotFiniteError, ToleranceError, UserError, one_l
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.progress import Progress
 
     from dipgo_deploy.lora.merge import LoraReport
 
@@ -180,6 +181,16 @@ def human_console(as_json: bool) -> Console:
     from rich.console import Console
 
     return Console(stderr=as_json, highlight=False)
+
+
+@contextmanager
+def live(bars: Progress) -> Iterator[Progress]:
+    """Show progress bars inside, only on a terminal: elsewhere Rich before 13.8 would end them with an empty line."""
+    if not bars.console.is_terminal:
+        yield bars
+        return
+    with bars:
+        yield bars
 
 
 def drawable(console: Console, wanted: str, plain: str) -> str:

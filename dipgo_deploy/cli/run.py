@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -19,6 +20,7 @@ from dipgo_deploy.cli.common import (
     examples,
     human_console,
     json_option,
+    live,
     lora_line,
     lora_partial_option,
     version_option,
@@ -195,7 +197,7 @@ def command(
         lora=choices,
         lora_partial=lora_partial,
     )
-    with _Progress() as progress:
+    with _progress() as progress:
         result = pipeline(
             list(prompts) or None,
             negative_prompt=negative_prompt,
@@ -248,33 +250,16 @@ def command(
 main = entry_point(command)
 
 
-class _Progress:
+@contextmanager
+def _progress() -> Iterator[Callable[[int, int], None]]:
     """A bar over the launches, on stderr, only where that is a terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    def __enter__(self) -> Callable[[int, int], None]:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        console = Console(stderr=True)
-        # Rich before 13.8 ends a bar that is not shown with an empty line, so that is not even started.
-        self._shown = console.is_terminal
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            console=console,
-            transient=True,
-            disable=not self._shown,
-        )
-        task = self._bar.add_task("denoising", total=None)
-        if self._shown:
-            self._bar.start()
-        return lambda done, total: self._bar.update(task, completed=done, total=total)
-
-    def __exit__(self, *_: object) -> None:
-        if self._shown:
-            self._bar.stop()
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with live(Progress(*columns, console=Console(stderr=True), transient=True)) as bar:
+        task = bar.add_task("denoising", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def memory_line(memory: Mapping[str, Any]) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dipgo_deploy.cli.common import emit, entry_point, examples, human_console, json_option, version_option
+from dipgo_deploy.cli.common import emit, entry_point, examples, human_console, json_option, live, version_option
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -284,7 +284,7 @@ def _reporting(console: Console, options: dict[str, Any]) -> Iterator[Reporter]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, transient=True) as bars:
+    with live(Progress(*columns, console=console, transient=True)) as bars:
         current = bars.add_task("starting", total=None, facts="")
 
         def stage(name: str) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dipgo_deploy.errors import UserError
+from dipgo_deploy.errors import UserError, one_line
 from dipgo_deploy.sampler.schedulers import evaluations, own_config, plain_config
 from dipgo_deploy.sampler.start import ImageStart
 
@@ -332,7 +332,7 @@ def _scheduler_at_work(scheduler: Any, work: Any) -> Any:
     except UserError:
         raise
     except Exception as error:  # schedulers outside the usual interface fail in their own ways
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = one_line(error) or type(error).__name__
         raise UserError(
             f"sampler {type(scheduler).__name__}: its loop cannot be run as a matrix: {reason}; use another sampler"
         ) from error
