@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import pickle
 from pathlib import Path
 
@@ -190,6 +191,25 @@ def test_a_write_that_fails_keeps_the_old_file(text_dir, tmp_path, monkeypatch, 
     assert "bag.png: cannot be written (No space left on device)" in capfd.readouterr().err
     assert target.read_bytes() == b"old"
     assert [path.name for path in tmp_path.iterdir()] == ["bag.png"]
+
+
+def test_a_run_that_is_not_finite_has_status_1_and_no_picture(text_dir, tmp_path, capsys):
+    for name, shift in (("more", 9), ("less", -9)):
+        np.save(tmp_path / f"{name}.npy", embed("") + np.float32(shift))
+    given = ["--prompt-embeds", tmp_path / "more.npy", "--negative-prompt-embeds", tmp_path / "less.npy"]
+    target = tmp_path / "out.png"
+    assert main(command(text_dir, *given, "--guidance-scale", "3.3e38", "-o", target)) == 1
+    printed = capsys.readouterr()
+    assert printed.out == "" and printed.err.count("\n") == 1
+    assert "launch 1 of 6 (evaluation 0, graph full): the first output that is not finite" in printed.err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["less.npy", "more.npy"]
+
+
+def test_a_prompt_that_is_not_utf8_is_one_line(text_dir, tmp_path, capsys):
+    target = tmp_path / "out.png"
+    assert main(command(text_dir, "--prompt", os.fsdecode(b"un caf\xe9"), "-o", target)) == 2
+    assert capsys.readouterr().err == "error: prompt: not UTF-8 text (byte 0xe9 at character 6); give it in UTF-8\n"
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_interrupted(text_dir, tmp_path, monkeypatch):
