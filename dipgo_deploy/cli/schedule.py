@@ -85,6 +85,14 @@ def _target(
     return schedule_target(model, sampler, steps, granularity, cache)
 
 
+def _target_of_import(file: Path, options: Mapping[str, Any]) -> Target:
+    """``_target``, which takes seconds, for a file that can be read at all."""
+    from dipgo_deploy.schedule.files import read_bytes
+
+    read_bytes(file)
+    return _target(**options)
+
+
 def _write(schedule: Schedule, output: Path, as_json: bool) -> None:
     schedule.save(output)
     console = human_console(as_json)
@@ -184,7 +192,7 @@ def import_dipgo_gates(file: Path, output: Path, as_json: bool, **options: Any) 
     """FILE is a pickle released by DiP-GO's authors. It is read as data: nothing in it is executed."""
     from dipgo_deploy.schedule.importers.dipgo_gates import import_dipgo_gates as read
 
-    _write(read(file, _target(**options)), output, as_json)
+    _write(read(file, _target_of_import(file, options)), output, as_json)
 
 
 @import_group.command(
@@ -200,7 +208,7 @@ def import_smoothcache(file: Path, output: Path, as_json: bool, **options: Any) 
     their schedules, FORA's and Learning-to-Cache's."""
     from dipgo_deploy.schedule.importers.smoothcache import import_smoothcache as read
 
-    _write(read(file, _target(**options)), output, as_json)
+    _write(read(file, _target_of_import(file, options)), output, as_json)
 
 
 @import_group.command(
@@ -235,7 +243,7 @@ def import_l2c_router(
     executed."""
     from dipgo_deploy.schedule.importers.l2c_router import import_l2c_router as read
 
-    schedule = read(file, _target(**options), threshold, rule)
+    schedule = read(file, _target_of_import(file, options), threshold, rule)
     parameters = schedule.provenance["parameters"]
     whose = {"l2c": "Learning-to-Cache", "harmonica": "HarmoniCa"}[parameters["rule"]]
     human_console(as_json).print(f"{file}: read as routers of {whose}", markup=False, soft_wrap=True)
@@ -251,7 +259,7 @@ def import_csv(file: Path, output: Path, as_json: bool, **options: Any) -> None:
     """FILE has a row of 0 and 1 for each evaluation, one cell a block; a first row may name the blocks."""
     from dipgo_deploy.schedule.importers.csv import import_csv as read
 
-    _write(read(file, _target(**options)), output, as_json)
+    _write(read(file, _target_of_import(file, options)), output, as_json)
 
 
 @command.command(epilog=examples("dipgo-schedule validate schedule.json --model fashion-sd"))

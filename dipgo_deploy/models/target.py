@@ -69,7 +69,13 @@ def schedule_target(
 
 
 def nominal_set_timesteps(family: ModelFamily, config: Mapping[str, Any], scheduler: Any, steps: int) -> dict[str, Any]:
-    """What a pipeline gives ``set_timesteps`` besides the number of steps, at the model's native size."""
+    """What a pipeline gives ``set_timesteps`` besides the number of steps, at the model's native size.
+
+    Raises UserError for a number of steps that no sampler can do.
+    """
+    from dipgo_deploy.sampler.schedulers import check_steps
+
+    check_steps(type(scheduler).__name__, steps)  # FLUX makes a list of that length
     height, width = native_size(config) or (NOMINAL_SIZE, NOMINAL_SIZE)
     return dict(family.set_timesteps(config, scheduler.config, height, width, steps))
 

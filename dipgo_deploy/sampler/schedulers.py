@@ -167,10 +167,7 @@ def plain_config(scheduler: Any) -> dict[str, Any]:
 def set_timesteps(scheduler: Any, num_inference_steps: int, kwargs: Mapping[str, Any] | None = None) -> None:
     """Call the scheduler's ``set_timesteps``; what it refuses becomes a UserError that names the scheduler."""
     name = type(scheduler).__name__
-    if num_inference_steps < 1:
-        raise UserError(f"sampler {name}: {num_inference_steps} inference steps; at least 1 is needed")
-    if num_inference_steps > MAX_STEPS:
-        raise UserError(f"sampler {name}: {num_inference_steps} inference steps; at most {MAX_STEPS} are supported")
+    check_steps(name, num_inference_steps)
     trained = scheduler.config.get("num_train_timesteps")
     if isinstance(trained, int) and num_inference_steps > trained:
         # Left alone, some classes fail much later and PNDM stays at one timestep.
@@ -185,6 +182,14 @@ def set_timesteps(scheduler: Any, num_inference_steps: int, kwargs: Mapping[str,
         scheduler.set_timesteps(num_inference_steps, **options)
     except Exception as error:  # each class has its own kinds of refusal
         raise UserError(f"sampler {name}: cannot do {num_inference_steps} inference steps: {_line(error)}") from error
+
+
+def check_steps(name: str, num_inference_steps: int) -> None:
+    """Refuse (UserError) a number of steps out of range for any sampler; to be asked before anything of that length."""
+    if num_inference_steps < 1:
+        raise UserError(f"sampler {name}: {num_inference_steps} inference steps; at least 1 is needed")
+    if num_inference_steps > MAX_STEPS:
+        raise UserError(f"sampler {name}: {num_inference_steps} inference steps; at most {MAX_STEPS} are supported")
 
 
 def evaluations(

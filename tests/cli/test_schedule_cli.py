@@ -272,3 +272,12 @@ def test_diff_names_what_changed_and_exits_1(made: Path, tmp_path: Path, capsys:
     result = json.loads(capsys.readouterr().out)
     assert result["gates"] == [{"step": 4, "block": "mid_block", "before": False, "after": True}]
     assert main(["diff", str(made), str(made)]) == 0
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_file_that_cannot_be_read_is_refused_before_the_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    options = ["--model", str(tmp_path / "no-model"), "-o", str(tmp_path / "s.json")]
+    refused(capsys, ["import", name, str(tmp_path / "missing"), *options], "missing: no such file")
+    refused(capsys, ["import", name, str(tmp_path), *options], "not a regular file")

@@ -8,7 +8,15 @@ import pytest
 
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.models.location import resolve_model
-from dipgo_deploy.models.target import check_sampler, check_sampler_kind, check_schedule, schedule_target
+from dipgo_deploy.models.registry import family_for
+from dipgo_deploy.models.target import (
+    check_sampler,
+    check_sampler_kind,
+    check_schedule,
+    nominal_set_timesteps,
+    schedule_target,
+)
+from dipgo_deploy.sampler import make_scheduler
 from dipgo_deploy.schedule import builders
 from dipgo_deploy.schedule.document import Schedule
 from dipgo_deploy.schedule.identity import config_hash
@@ -114,3 +122,10 @@ def test_without_a_scheduler_the_family_says_the_kind(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="EulerDiscreteScheduler: is for diffusion models.*use flow-euler"):
         check_sampler_kind(str(tmp_path), "EulerDiscreteScheduler", {})
     check_sampler_kind(str(tmp_path), "FlowMatchHeunDiscreteScheduler", {})
+
+
+@pytest.mark.parametrize("steps", [10**9, 0])
+def test_steps_out_of_range_are_refused_before_a_list_of_them_is_made(steps: int) -> None:
+    scheduler = make_scheduler("flow-euler", {})
+    with pytest.raises(UserError, match=f"FlowMatchEulerDiscreteScheduler: {steps} inference steps; at (most|least)"):
+        nominal_set_timesteps(family_for("FluxTransformer2DModel"), {}, scheduler, steps)
