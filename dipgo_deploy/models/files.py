@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,14 +16,16 @@ from dipgo_deploy.models.location import (
     config_folder,
     denoiser_config,
     pipeline_index,
+    read_document,
     read_options,
     resolve_model,
+    unfit_file,
 )
 
 # What diffusers and transformers call them.
 STEMS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
 _SUFFIX = ".safetensors"
-_LFS = b"version https://git-lfs"
+_SMALL = (".json", ".txt", ".model")
 
 _log = logging.getLogger(__name__)
 
@@ -84,9 +85,10 @@ def check_weights(model: str | Path) -> dict[str, Weights]:
     found = denoiser_weights(model)
     _check_units(model, found)
     for name, (library, _) in loaded_parts(model).items():
-        if library in STEMS and name not in found and not name.startswith(("tokenizer", "scheduler")):
+        if name not in found and not name.startswith(("tokenizer", "scheduler")):
             found[name] = weights_of(folder / name, library, wanted)
     for name in loaded_parts(model):
+        _check_small_files(folder / name)
         if name.startswith("tokenizer"):
             _check_tokenizer(folder / name)
     if wanted is not None and all(weights.variant != wanted for weights in found.values()):
@@ -115,7 +117,7 @@ def _check_units(model: str | Path, found: Mapping[str, Weights]) -> None:
         return
     stored = {tensor for path in found[name].files for tensor in _names_in(path)}
     stems = {tensor[:place] for tensor in stored for place, letter in enumerate(tensor) if letter == "."}
-    units = [spec.name for spec in family.blocks(config, "block")]
+    units = [spec.name for spec in family.blocks(config, "block") if spec.name not in family.companions]
     without = [unit for unit in units if unit not in stems]
     # With none at all it is the names that are others, which is said when they are loaded.
     if without and len(without) < len(units):
@@ -130,6 +132,18 @@ def _names_in(path: Path) -> list[str]:
 
     with safetensors.safe_open(path, "np") as weights:
         return list(weights.keys())
+
+
+def _check_small_files(part: Path) -> None:
+    """Refuse configurations and vocabularies that are not there themselves, or cannot be read."""
+    for path in sorted(part.iterdir()) if part.is_dir() else []:
+        if path.suffix in _SMALL:
+            try:
+                unfit = unfit_file(path)
+            except OSError as error:
+                raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
+            if unfit is not None:
+                raise UserError(f"{path}: {unfit}")
 
 
 def _check_tokenizer(part: Path) -> None:
@@ -157,17 +171,24 @@ def say_variants(model: str | Path, found: Mapping[str, Weights]) -> None:
 
 
 def loaded_parts(model: str | Path) -> dict[str, tuple[str, str]]:
-    """What an export loads of a pipeline: name -> library and class; a safety checker and the like are not in it."""
+    """What an export loads of a pipeline: name -> library and class; a safety checker and the like are not in it.
+
+    Raises UserError for a part of another library than diffusers and transformers, whose code is not run.
+    """
     index = pipeline_index(model)
     if not index:
         return {}
     family, _ = denoiser_config(model)
     kept = (family.component, *family.companions, "vae", "scheduler")
-    return {
-        name: (value[0], value[1])
+    parts = {
+        name: (str(value[0]), str(value[1]))
         for name, value in index.items()
         if _names_a_class(value) and (name in kept or name.startswith(("text_encoder", "tokenizer")))
     }
+    for name, (library, class_name) in parts.items():
+        if library not in STEMS:
+            raise UserError(f"{model}: {name} is {library}.{class_name}: only diffusers and transformers are loaded")
+    return parts
 
 
 def left_out_parts(model: str | Path) -> dict[str, str]:
@@ -219,13 +240,7 @@ def _why_none(part: Path, stem: str) -> str:
 
 def _of_index(path: Path) -> dict[Path, set[str] | None]:
     """The files that an index names, and the tensors that each has to have."""
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: {_unfit(path) or f'not JSON ({error})'}") from error
-    names = document.get("weight_map") if isinstance(document, dict) else None
+    names = read_document(path).get("weight_map")
     if not isinstance(names, dict) or not names or not all(isinstance(file, str) for file in names.values()):
         raise UserError(f"{path}: has no weight_map of tensors and files: the model is not whole")
     files: dict[Path, set[str] | None] = {}
@@ -241,7 +256,7 @@ def _check(path: Path, names: set[str] | None) -> None:
     import safetensors
 
     try:
-        unfit = _unfit(path)
+        unfit = unfit_file(path)
         if unfit is not None:
             raise UserError(f"{path}: {unfit}")
         stored = set(_names_in(path))
@@ -255,15 +270,6 @@ def _check(path: Path, names: set[str] | None) -> None:
         raise UserError(
             f"{path}: has other tensors than its index says (first: {min(stored ^ names)}): fetch both again"
         )
-
-
-def _unfit(path: Path) -> str | None:
-    """What a file is instead of weights."""
-    with path.open("rb") as file:
-        start = file.read(len(_LFS))
-    if not start:
-        return "is empty: fetch it again"
-    return "is a pointer of Git LFS, not the file itself: run `git lfs pull`" if start == _LFS else None
 
 
 def dtypes(files: Sequence[Path]) -> set[str]:

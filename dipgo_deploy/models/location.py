@@ -7,8 +7,10 @@ variant where a part has them, and the parts of that pipeline where the folder n
 from __future__ import annotations
 
 import re
+import stat
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, urlencode
@@ -33,6 +35,7 @@ _BY_NORM = {"ada_norm_zero": "DiTTransformer2DModel", "ada_norm_single": "PixArt
 # Tokenizers whose length is the text encoder's, and what transformers takes for one that is not said (10^30).
 _SIZED_TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
 _NO_LENGTH = 10**6
+_LFS = b"version https://git-lfs"
 # Layers, or latent pixels of a side.
 _MOST = 2**16
 
@@ -127,23 +130,23 @@ def denoiser_config(model: str | Path) -> tuple[ModelFamily, dict[str, Any]]:
     folder = config_folder(model)
     pipeline = read_options(model).pipeline
     if _is_file(folder / INDEX):
-        index = _read_json(folder / INDEX)
+        index = read_document(folder / INDEX)
         if _class_in(index, "transformer") == _SPLIT_CLASS:
-            actual = _class_of(_read_json(folder / "transformer" / "config.json"))
+            actual = _class_of(read_document(folder / "transformer" / "config.json"))
             index = {**index, "transformer": ["diffusers", actual]}
         family = _family_of_pipeline(folder, index, pipeline)
-        config = _read_json(folder / family.component / "config.json")
-        others = {name: _read_json(folder / name / "config.json") for name in family.companions}
+        config = read_document(folder / family.component / "config.json")
+        others = {name: read_document(folder / name / "config.json") for name in family.companions}
         whole = _filled(family, config, others)
         _check_settings(folder, family, whole)
-        _check_pipeline(folder, family, pipeline or index.get("_class_name"))
+        _check_pipeline(folder, family, index, pipeline)
         _check_tokenizers(folder, index)
         _check_vae(folder, family.latent_channels(whole))
         return family, whole
     if pipeline is not None:
         raise UserError(f"{folder}: no {INDEX}: there is no pipeline to be read as {pipeline}")
     if _is_file(folder / "config.json"):
-        config = _read_json(folder / "config.json")
+        config = read_document(folder / "config.json")
         family = family_for(_class_of(config))
         whole = _filled(family, config, {})
         _check_settings(folder, family, whole)
@@ -154,7 +157,7 @@ def denoiser_config(model: str | Path) -> tuple[ModelFamily, dict[str, Any]]:
 def scheduler_config(folder: str | Path) -> dict[str, Any] | None:
     """The scheduler's configuration in a pipeline's folder (with its ``_class_name``), None where there is none."""
     path = Path(folder) / "scheduler" / "scheduler_config.json"
-    return _read_json(path) if _is_file(path) else None
+    return read_document(path) if _is_file(path) else None
 
 
 def pipeline_index(model: str | Path) -> dict[str, Any]:
@@ -163,13 +166,13 @@ def pipeline_index(model: str | Path) -> dict[str, Any]:
     if not _is_file(path):
         return {}
     chosen = read_options(model).pipeline
-    return {**_read_json(path), **({} if chosen is None else {"_class_name": chosen})}
+    return {**read_document(path), **({} if chosen is None else {"_class_name": chosen})}
 
 
 def component_config(folder: str | Path, name: str) -> dict[str, Any] | None:
     """``config.json`` of a pipeline's part, None where there is none."""
     path = Path(folder) / name / "config.json"
-    return _read_json(path) if _is_file(path) else None
+    return read_document(path) if _is_file(path) else None
 
 
 def native_size(config: Mapping[str, Any]) -> tuple[int, int] | None:
@@ -210,12 +213,17 @@ def _check_settings(folder: Path, family: ModelFamily, config: Mapping[str, Any]
         ) from error
 
 
-def _check_pipeline(folder: Path, family: ModelFamily, name: Any) -> None:
+def _check_pipeline(folder: Path, family: ModelFamily, index: Mapping[str, Any], pipeline: str | None) -> None:
     """Refuse a pipeline that may do more than prompt, denoiser and VAE: what it does beyond them would be dropped."""
+    if index.get("requires_aesthetics_score"):
+        raise UserError(
+            f"{folder}: requires_aesthetics_score: SDXL's refiner needs an input that is not supported: use the base"
+        )
+    name = pipeline or index.get("_class_name")
     if name in family.pipelines:
         return
     offered = " or ".join(family.pipelines)
-    first = family.pipelines[0]
+    first = max(family.pipelines, key=lambda known: len(commonprefix([known, str(name)])))
     raise UserError(
         f"{folder}: {name} is not supported, only {offered}; --pipeline {first} (or the model as "
         f"{folder}?pipeline={first}) takes the parts of that one and leaves out what else the folder's does"
@@ -228,7 +236,7 @@ def _check_tokenizers(folder: Path, index: Mapping[str, Any]) -> None:
         path = folder / name / "tokenizer_config.json"
         if not name.startswith("tokenizer") or _class_in(index, name) not in _SIZED_TOKENIZERS or not _is_file(path):
             continue
-        length = _read_json(path).get("model_max_length")
+        length = read_document(path).get("model_max_length")
         if not isinstance(length, int) or not 2 <= length <= _NO_LENGTH:
             raise UserError(
                 f"{path}: model_max_length is {'missing' if length is None else length}: "
@@ -276,6 +284,18 @@ def _class_in(index: Mapping[str, Any], component: str) -> str | None:
     return None
 
 
+def unfit_file(path: Path) -> str | None:
+    """What is in a file's place where it was not fetched, None for any other; raises OSError."""
+    mode = path.stat().st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        return "is a pipe or device, not a file"  # whose reading might never end
+    with path.open("rb") as file:
+        start = file.read(len(_LFS))
+    if not start:
+        return "is empty: fetch it again"
+    return "is a pointer of Git LFS, not the file itself: run `git lfs pull`" if start == _LFS else None
+
+
 def _is_file(path: Path) -> bool:
     """``Path.is_file``, but what cannot be looked at is a user's mistake."""
     return _looked_at(path, path.is_file)
@@ -293,12 +313,12 @@ def _looked_at(path: Path, look: Callable[[], bool]) -> bool:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    data = read_bytes(path, what="configuration")
+def read_document(path: Path) -> dict[str, Any]:
+    """A JSON object from a file. Raises UserError for a file that cannot be read, is too large, or holds none."""
     try:
-        document = strict_json(data.decode("utf-8"))
+        document = strict_json(read_bytes(path, what="configuration"), infinite=True)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON ({error})") from error
+        raise UserError(f"{path}: {unfit_file(path) or f'not JSON ({error})'}") from error
     if not isinstance(document, dict):
         raise UserError(f"{path}: not a JSON object")
     return document

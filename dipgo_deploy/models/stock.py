@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from dipgo_deploy.errors import UserError
@@ -79,7 +80,7 @@ def stock_configuration(model: str) -> Stock:
         return Stock(scheduler, {}, native_size(config), scale_of(None, family))
     name = str(index["_class_name"])
     before = ("", {}) if scheduler is None else (type(scheduler).__name__, dict(scheduler.config))
-    pipeline = _without_weights(name, scheduler, {family.component: config, "vae": component_config(folder, "vae")})
+    pipeline = _without_weights(name, scheduler, {family.component: _configured(config), "vae": _vae(folder, index)})
     scheduler = pipeline.scheduler
     corrected: dict[str, Any] = {}
     if scheduler is not None and type(scheduler).__name__ != before[0]:
@@ -105,22 +106,14 @@ def scale_of(pipeline: Any | None, family: ModelFamily) -> int:
     return 1 if family.pixels else int(getattr(pipeline, "vae_scale_factor", 0) or 8)
 
 
-def _without_weights(name: str, scheduler: Any, configs: Mapping[str, Mapping[str, Any] | None]) -> Any:
-    """The stock pipeline around ``scheduler``, with configurations in the place of models."""
+def _without_weights(name: str, scheduler: Any, models: Mapping[str, Any]) -> Any:
+    """The stock pipeline around ``scheduler``, with ``models`` that have a configuration only."""
     import diffusers
-    from diffusers.configuration_utils import ConfigMixin, FrozenDict
-
-    class Configured(ConfigMixin):
-        config_name = "config.json"
-
-    def stand_in(config: Mapping[str, Any]) -> Configured:
-        configured = Configured()
-        configured._internal_dict = FrozenDict(config)
-        return configured
 
     with _quiet():
         pipeline_class = getattr(diffusers, name)
     parameters = inspect.signature(pipeline_class.__init__).parameters
+    given = {key: model for key, model in models.items() if key in parameters}
     arguments: dict[str, Any] = {
         key: _WITHOUT.get(key)
         for key, parameter in parameters.items()
@@ -128,13 +121,42 @@ def _without_weights(name: str, scheduler: Any, configs: Mapping[str, Mapping[st
     }
     with _quiet():
         try:
-            given = {
-                key: stand_in(config) for key, config in configs.items() if config is not None and key in parameters
-            }
             return pipeline_class(**{**arguments, **given, "scheduler": scheduler})
         except Exception as error:  # a pipeline's class may refuse a configuration with any kind of error
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise UserError(f"{name}: cannot be made of this model's configuration: {reason}") from error
+
+
+def _configured(config: Mapping[str, Any]) -> Any:
+    """What stands in the place of a model whose configuration is known."""
+    from diffusers.configuration_utils import ConfigMixin, FrozenDict
+
+    class Configured(ConfigMixin):
+        config_name = "config.json"
+
+    configured = Configured()
+    try:
+        configured._internal_dict = FrozenDict(config)
+    except Exception as error:  # of settings that cannot be attributes
+        raise UserError(f"{config.get('_class_name')}: its configuration cannot be taken: {error}") from error
+    return configured
+
+
+def _vae(folder: Path, index: Mapping[str, Any]) -> Any | None:
+    """The VAE of a folder, without memory for its weights: its class may put more into its configuration."""
+    import diffusers
+    import torch
+
+    config = component_config(folder, "vae")
+    match index.get("vae"):
+        case ["diffusers", str(class_name)] if config is not None:
+            try:
+                with _quiet(), torch.device("meta"):
+                    return getattr(diffusers, class_name).from_config(config)
+            except Exception as error:  # of a configuration that its class does not take: any kind
+                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                raise UserError(f"{folder / 'vae'}: cannot be made by {class_name}: {reason}") from error
+    return None
 
 
 def _changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:

@@ -45,7 +45,7 @@ def two_clips(pooled_width: int, pipeline: Any) -> TextScheme:
     pooled_width: what the UNet takes of the latter.
 
     Raises:
-        UserError: the pipeline is a refiner, or its second encoder or its VAE is not what the UNet was made for.
+        UserError: the pipeline's second encoder or its VAE is not what the UNet was made for.
     """
     if pipeline is not None:
         _check(pooled_width, pipeline)
@@ -75,8 +75,6 @@ def two_clips(pooled_width: int, pipeline: Any) -> TextScheme:
 
 
 def _check(pooled_width: int, pipeline: Any) -> None:
-    if pipeline.config.get("requires_aesthetics_score"):
-        raise UserError("requires_aesthetics_score: SDXL's refiner needs an input that is not supported: use the base")
     scale = int(getattr(pipeline, "vae_scale_factor", VAE_SCALE))
     if scale != VAE_SCALE:
         raise UserError(f"vae: its scale is {scale}, SDXL's sizes are given to the UNet for {VAE_SCALE}: use that VAE")

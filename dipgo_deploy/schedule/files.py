@@ -35,15 +35,18 @@ def read_bytes(path: str | os.PathLike[str], limit: int = MAX_BYTES, what: str =
     return data
 
 
-def strict_json(text: str | bytes) -> Any:
+def strict_json(text: str | bytes, *, infinite: bool = False) -> Any:
     """The document of a JSON text, without what Python's reader takes beside JSON: NaN, infinity (as a word, or as a
     number that is too large for one) and repeated keys.
+
+    infinite: take ``Infinity`` and ``-Infinity``, which Python's libraries write into the configurations of models.
 
     Raises:
         ValueError: it is none (``json.JSONDecodeError`` where the place is known).
         RecursionError: it is too deep.
     """
-    return json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant, parse_float=_finite)
+    constant = _infinity if infinite else _refuse_constant
+    return json.loads(text, object_pairs_hook=_unique_keys, parse_constant=constant, parse_float=_finite)
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -64,6 +67,10 @@ def _finite(token: str) -> float:
 
 def _refuse_constant(token: str) -> Any:
     raise ValueError(f"{token} is no JSON number")
+
+
+def _infinity(token: str) -> Any:
+    return float(token) if token != "NaN" else _refuse_constant(token)
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

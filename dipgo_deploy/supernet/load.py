@@ -13,7 +13,6 @@ from torch import nn
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.models import ModelFamily
 from dipgo_deploy.models.files import (
-    STEMS,
     Weights,
     denoiser_weights,
     describe_keys,
@@ -99,10 +98,6 @@ def load_pipeline(folder_or_id: str | Path, dtype: torch.dtype = torch.float32, 
     absent = {name: None for name, value in index.items() if isinstance(value, list) and name not in parts}
     loaded = {}
     for name, (library, class_name) in parts.items():
-        if library not in STEMS:
-            raise UserError(
-                f"{source}: {name} is of {library}.{class_name}: only diffusers and transformers are loaded"
-            )
         if name not in components and name != "scheduler" and not name.startswith("tokenizer"):
             loaded[name] = _load_part(folder_or_id, name, library, class_name, None, dtype)
     owner = getattr(diffusers, str(index["_class_name"]))
@@ -129,10 +124,6 @@ def _load_part(
     if weights is None and Path(source).is_dir():
         weights = weights_of(Path(source) / name, library, read_options(model).variant)
     several = weights is not None and library == "diffusers" and len(weights.files) > 1
-    if weights is not None and several and _floating(weights.files) == {dtype}:
-        shards = load_shards(owner, Path(source) / name, weights.files, dtype)
-        if shards is not None:
-            return shards
     options: dict[str, Any] = {} if name == "." else {"subfolder": name}
     variant = read_options(model).variant if weights is None else weights.variant
     if variant is not None:
@@ -140,6 +131,10 @@ def _load_part(
     if library == "diffusers":
         options["low_cpu_mem_usage"] = _frugal()
     try:
+        if weights is not None and several and _floating(weights.files) == {dtype}:
+            shards = load_shards(owner, Path(source) / name, weights.files, dtype)
+            if shards is not None:
+                return shards
         loaded, info = owner.from_pretrained(
             source,
             dtype=dtype,

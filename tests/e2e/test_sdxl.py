@@ -197,7 +197,6 @@ def test_empty_prompts_are_encoded_where_the_pipeline_says_so(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
-        (lambda p: p.register_to_config(requires_aesthetics_score=True), "requires_aesthetics_score: SDXL's refiner"),
         (lambda p: setattr(p, "vae_scale_factor", 4), "vae: its scale is 4"),
         (lambda p: p.vae.register_to_config(latents_mean=[0.0] * 4), "vae: latents_mean is not supported"),
         (lambda p: setattr(p.text_encoder_2.config, "projection_dim", 8), "text_encoder_2: projection_dim 8"),

@@ -119,7 +119,7 @@ def test_indexes_that_are_none_are_named(tmp_path: Path) -> None:
         ("{", "not JSON"),
         ("", "is empty"),
         ("version https://git-lfs.github.com/spec/v1\n", "is a pointer of Git LFS"),
-        ("[]", "has no weight_map"),
+        ("[]", "not a JSON object"),
         ('{"weight_map": {"a": 3}}', "has no weight_map"),
         ("[" * 100_000, "not JSON"),
     ):
@@ -209,3 +209,28 @@ def test_more_blocks_than_weights_are_refused_before_they_are_made(tmp_path: Pat
     check_weights(dit(2))  # other names altogether: said when they are loaded
     with pytest.raises(UserError, match=r"says 4098 blocks, .* none for 4096 of them .first: transformer_blocks.2."):
         check_weights(dit(4098, 0, 1))
+
+
+def test_small_files_that_were_not_fetched_are_named(tmp_path: Path) -> None:
+    folder = model(tmp_path)
+    (folder / "tokenizer").mkdir()
+    file = folder / "tokenizer" / "merges.txt"
+    file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n")
+    with pytest.raises(UserError, match="tokenizer/merges.txt: is a pointer of Git LFS, not the file itself"):
+        check_weights(folder)
+    file.unlink()
+    file.mkdir()
+    with pytest.raises(UserError, match="tokenizer/merges.txt: cannot be read: Is a directory"):
+        check_weights(folder)
+    file.rmdir()
+    (folder / "unet" / "config.json").write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(UserError, match="unet/config.json: is a pointer of Git LFS"):
+        check_weights(folder)
+
+
+def test_code_of_others_is_not_loaded(tmp_path: Path) -> None:
+    folder = model(tmp_path)
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**index, "text_encoder": ["my_encoder", "MyEncoder"]}))
+    with pytest.raises(UserError, match="text_encoder is my_encoder.MyEncoder: only diffusers and transformers"):
+        check_weights(folder)

@@ -253,3 +253,22 @@ def test_configurations_that_are_no_plain_json_are_refused(tmp_path: Path, text:
         path.write_text(text)
     with pytest.raises(UserError, match=f"unet/config.json: {message}"):
         location.denoiser_config(folder)
+
+
+def test_schedulers_have_infinite_settings(tmp_path: Path) -> None:
+    folder = pipeline_folder(tmp_path)
+    write(folder / "scheduler" / "scheduler_config.json", '{"lambda_min_clipped": -Infinity}')
+    assert location.scheduler_config(folder) == {"lambda_min_clipped": float("-inf")}
+
+
+def test_the_refiner_of_sdxl_is_refused_and_its_like_is_offered(tmp_path: Path) -> None:
+    folder = pipeline_folder(tmp_path)
+    index = json.loads((folder / "model_index.json").read_text())
+    refiner = {**index, "_class_name": "StableDiffusionXLImg2ImgPipeline", "requires_aesthetics_score": True}
+    write(folder / "model_index.json", refiner)
+    for name in (str(folder), f"{folder}?pipeline=StableDiffusionXLPipeline"):
+        with pytest.raises(UserError, match="requires_aesthetics_score: SDXL's refiner needs an input"):
+            location.denoiser_config(name)
+    write(folder / "model_index.json", {**refiner, "requires_aesthetics_score": False})
+    with pytest.raises(UserError, match="--pipeline StableDiffusionXLPipeline .or the model as"):
+        location.denoiser_config(folder)

@@ -89,5 +89,5 @@ def test_ddim_runs_its_own_scheduler(tmp_path: Path, caplog: pytest.LogCaptureFi
 
 def test_a_setting_that_no_configuration_can_have_is_refused(tmp_path: Path) -> None:
     model = folder(tmp_path, scheduler={}, **{"__class__": 2})
-    with pytest.raises(UserError, match="cannot be made of this model's configuration: __class__ must be"):
+    with pytest.raises(UserError, match="UNet2DConditionModel: its configuration cannot be taken: __class__ must be"):
         stock_configuration(model)

@@ -196,3 +196,11 @@ def test_parts_that_are_not_exported_are_not_loaded(text_model: Path) -> None:
     for name in ("unet", "vae", "text_encoder"):
         expected, found = getattr(own, name).state_dict(), getattr(pipeline, name).state_dict()
         assert all(torch.equal(found[key], value) for key, value in expected.items())
+
+
+def test_buffers_that_old_files_have_are_no_foreign_weights(text_model: Path) -> None:
+    """Published text encoders have the numbers of their positions in their files."""
+    numbers = torch.arange(16).expand(1, -1).contiguous()
+    path = text_model / "text_encoder" / "model.safetensors"
+    change(path, lambda tensors: {**tensors, "text_model.embeddings.position_ids": numbers})
+    assert load_pipeline(text_model).text_encoder is not None
