@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from dipgo_deploy.backends import create_backend
-from dipgo_deploy.bundle.directory import Bundle
+from dipgo_deploy.bundle.directory import Bundle, reseal
 from dipgo_deploy.bundle.shapes import Sizes
 from dipgo_deploy.compare.conditions import reference_inputs
 from dipgo_deploy.compare.engine import Options, compare_engine
@@ -147,6 +147,7 @@ def borrow_components(source: Path, target: Path) -> None:
     ours["components"] = theirs["components"]
     ours["files"] = {**theirs["files"], **ours["files"]}
     (target / "manifest.json").write_text(json.dumps(ours))
+    reseal(target)
 
 
 def build_with_tensorrt_rtx(engine_dir: Path) -> int:

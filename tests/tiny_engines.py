@@ -20,7 +20,9 @@ from diffusers import (
 )
 from family_checks import random_weights
 
+from dipgo_deploy.bundle.directory import reseal
 from dipgo_deploy.bundle.files import staged_directory
+from dipgo_deploy.bundle.manifest import seal_of
 from dipgo_deploy.export.exporter import PlannedExport, write_bundle
 from dipgo_deploy.models.family import Granularity
 from dipgo_deploy.models.location import denoiser_config
@@ -120,12 +122,12 @@ def write(planned: PlannedExport, folder: Path) -> Path:
 
 
 def changed(engine_dir: Path, folder: Path, edit: Callable[[Any], None]) -> Path:
-    """A copy with its manifest's JSON edited in place by ``edit``."""
+    """A copy with its manifest's JSON edited in place by ``edit``, and sealed again whether it can be right or not."""
     shutil.copytree(engine_dir, folder)
     path = folder / "manifest.json"
     manifest = json.loads(path.read_text())
     edit(manifest)
-    path.write_text(json.dumps(manifest))
+    path.write_text(json.dumps({**manifest, "seal": seal_of(manifest)}))
     return folder
 
 
@@ -143,4 +145,5 @@ def corrupted(engine_dir: Path, folder: Path, graph: str, weight: str) -> Path:
         values = np.frombuffer(file.read(int(fields["length"])), np.float32)
         file.seek(int(fields["offset"]))
         file.write((-values).tobytes())
+    reseal(folder)
     return folder

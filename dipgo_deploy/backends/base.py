@@ -9,10 +9,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from dipgo_deploy.bundle.manifest import ALIGNMENT as ALIGNMENT
 from dipgo_deploy.bundle.manifest import Graph, Manifest, TensorSpec
-
-# Bytes. TensorRT wants every tensor at a multiple of it, CUDA allocates at such, and plans place caches so.
-ALIGNMENT = 256
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from dipgo_deploy.errors import UserError
 
@@ -33,7 +33,7 @@ def external_tensors(path: Path) -> tuple[ExternalTensor, ...]:
     """The external initializers of the main graph of an ONNX file.
 
     Raises:
-        UserError: the file is cut short or not an ONNX model.
+        UserError: the file is cut short or not an ONNX model, or a tensor lies outside the file's own folder.
     """
     try:
         model = memoryview(path.read_bytes())
@@ -43,13 +43,13 @@ def external_tensors(path: Path) -> tuple[ExternalTensor, ...]:
             if field == _MODEL_GRAPH and isinstance(graph, memoryview)
             for number, message in _fields(graph)
             if number == _GRAPH_INITIALIZER and isinstance(message, memoryview)
-            if (tensor := _tensor(message, path.parent)) is not None
+            if (tensor := _tensor(message, path)) is not None
         )
     except (IndexError, ValueError) as error:
         raise UserError(f"{path}: not a whole ONNX file ({error}); export the engine directory again") from None
 
 
-def _tensor(message: memoryview, folder: Path) -> ExternalTensor | None:
+def _tensor(message: memoryview, path: Path) -> ExternalTensor | None:
     dims: list[int] = []
     dtype, name, entries = 0, "", {}
     for field, value in _fields(message):
@@ -64,11 +64,15 @@ def _tensor(message: memoryview, folder: Path) -> ExternalTensor | None:
             entries[pair.get(1, "")] = pair.get(2, "")
     if "location" not in entries:
         return None
+    # By the document's own words: links in a folder are somebody's own doing, a path out of it is not.
+    location = PurePosixPath(entries["location"])
+    if location.is_absolute() or ".." in location.parts:
+        raise UserError(f"{path}: tensor {name} lies outside its folder ({location}); do not use this directory")
     return ExternalTensor(
         name=name,
         dtype=dtype,
         shape=tuple(dims),
-        file=folder / entries["location"],
+        file=path.parent / location,
         offset=int(entries.get("offset", "0")),
         length=int(entries.get("length", "0")),
     )

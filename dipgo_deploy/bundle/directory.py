@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from dipgo_deploy import arguments
-from dipgo_deploy.bundle.files import sha256_file
-from dipgo_deploy.bundle.manifest import Manifest
+from dipgo_deploy.bundle.files import sha256_file, write_atomic
+from dipgo_deploy.bundle.manifest import MANIFEST_NAME, Manifest
 from dipgo_deploy.bundle.shapes import Sizes
+from dipgo_deploy.bundle.structure import check_structure
+from dipgo_deploy.bundle.verification import check_files
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.schedule.document import Schedule
 
@@ -25,26 +27,20 @@ class Bundle:
     def open(cls, engine_dir: str | os.PathLike[str], *, verify: bool = False) -> Bundle:
         """Open an engine directory.
 
-        All files the manifest lists must be there, and every graph it names must be listed; with ``verify`` their
-        sha256 is checked too.
+        The manifest's seal, its launch list, the schedule and the files' sha256 are checked; those of a large directory
+        once, see ``verification``.
+
+        verify: hash all files now.
 
         Raises:
-            UserError: not an engine directory, a missing file, or (with ``verify``) a file that was changed.
+            UserError: not an engine directory, a file that is missing or was changed, or a launch list that cannot be
+                right.
         """
         path = arguments.path("engine_dir", engine_dir)
-        arguments.flag("verify", verify)
         manifest = Manifest.load(path)
-        for name, digest in manifest.files.items():
-            if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-                raise UserError(f"{path}: files: {name!r} is outside the engine directory; do not use this directory")
-            file = path / name
-            if not file.is_file():
-                raise UserError(f"{file}: missing; copy the engine directory again or export it again")
-            if verify and sha256_file(file) != digest:
-                raise UserError(f"{file}: its sha256 differs from the manifest's; export the engine directory again")
-        for name in manifest.graph_files():
-            if name not in manifest.files:
-                raise UserError(f"{path}: graph {name!r} is not among the manifest's files; export the directory again")
+        check_listed(path, manifest)
+        check_structure(manifest)
+        check_files(path, manifest.files, verify=verify)
         return cls(path, manifest)
 
     def at(self, sizes: Sizes) -> Bundle:
@@ -56,3 +52,33 @@ class Bundle:
         if self.manifest.schedule not in self.manifest.files:
             raise UserError(f"{self.path}: schedule {self.manifest.schedule!r} is not among the manifest's files")
         return Schedule.load(self.path / self.manifest.schedule)
+
+
+def check_listed(engine_dir: Path, manifest: Manifest) -> None:
+    """Refuse (UserError) files outside the directory, and graphs or tokenizers without a digest."""
+    for name in manifest.files:
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            raise UserError(f"{engine_dir}: files: {name!r} is outside the engine directory; do not use this directory")
+    for name in manifest.graph_files():
+        if name not in manifest.files:
+            raise UserError(f"{engine_dir}: {name!r} is not among the manifest's files; export the directory again")
+
+
+def reseal(engine_dir: str | os.PathLike[str]) -> Bundle:
+    """Seal an engine directory whose files or manifest were changed on purpose, and open it.
+
+    The digests of the files that the manifest lists, and its seal, are made anew; the launch list is checked first.
+
+    Raises:
+        UserError: the manifest cannot be read or its launch list cannot be right, or a file is missing.
+    """
+    path = arguments.path("engine_dir", engine_dir)
+    manifest = Manifest.load(path, sealed=False)
+    check_listed(path, manifest)
+    check_structure(manifest)
+    missing = next((name for name in manifest.files if not (path / name).is_file()), None)
+    if missing is not None:
+        raise UserError(f"{path / missing}: missing; the directory cannot be sealed")
+    files = {name: sha256_file(path / name) for name in manifest.files}
+    write_atomic(path / MANIFEST_NAME, manifest.model_copy(update={"files": files}).dumps().encode())
+    return Bundle.open(path)

@@ -3,20 +3,33 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sized
+import logging
+from collections.abc import Mapping, Sized
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import pydantic
 
+from dipgo_deploy import documents
 from dipgo_deploy.bundle.shapes import NAMES, Dim, SizeRanges, Sizes, evaluate, evaluate_shape
 from dipgo_deploy.bundle.stack import StackLayout
 from dipgo_deploy.errors import UserError
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
+# What is read too: directories without a seal, of which nobody can tell whether the manifest was changed.
+UNSEALED_VERSION = 3
 MANIFEST_NAME = "manifest.json"
 SCHEDULE_NAME = "schedule.json"
-MAX_MANIFEST_BYTES = 64 * 2**20
+MAX_MANIFEST_BYTES = 16 * 2**20
+
+# Bytes. TensorRT wants every tensor at a multiple of it, CUDA allocates at such, and plans place caches so.
+ALIGNMENT = 256
+
+T = TypeVar("T")
+
+_log = logging.getLogger(__name__)
+# The first mistake of a list ends its check: the errors of a long list would take more memory than the list.
+Many = Annotated[tuple[T, ...], pydantic.FailFast()]
 
 DType = Literal["fp32", "fp16", "bf16"]
 TensorDType = Literal["float32", "float16", "bfloat16", "int64"]
@@ -44,7 +57,7 @@ class TensorSpec(_Frozen):
     """
 
     name: str
-    shape: tuple[int, ...]
+    shape: Many[int]
     dtype: TensorDType
     dims: tuple[Dim, ...] | None = pydantic.Field(
         default=None,
@@ -85,7 +98,7 @@ class ConditionSpec(TensorSpec):
         description="text: output of the text encoder of this name; class: class ids; guidance: the guidance scale; "
         "image: a picture (batch, 3, H, W) in [0, 1]; fixed: `values` in every row"
     )
-    values: tuple[float, ...] = pydantic.Field(default=(), description="one row, flattened, of a fixed condition")
+    values: Many[float] = pydantic.Field(default=(), description="one row, flattened, of a fixed condition")
     expressions: tuple[float | str, ...] | None = pydantic.Field(
         default=None, exclude_if=_is_none, description="the values with expressions, where they depend on the size"
     )
@@ -112,8 +125,8 @@ class Graph(_Frozen):
     """One ONNX file of the directory (path relative to it) with its inputs and outputs in graph order."""
 
     file: str
-    inputs: tuple[TensorSpec, ...]
-    outputs: tuple[TensorSpec, ...]
+    inputs: Many[TensorSpec]
+    outputs: Many[TensorSpec]
     sizes: SizeRanges | None = pydantic.Field(
         default=None, exclude_if=_is_none, description="the manifest's, where a shape depends on them"
     )
@@ -131,8 +144,8 @@ class VariantEntry(_Frozen):
 
     name: str
     graph: Graph
-    reads: tuple[str, ...] = pydantic.Field(description="graph input names bound to the cache arena, in order")
-    writes: tuple[str, ...] = pydantic.Field(description="graph output names bound to the cache arena, in order")
+    reads: Many[str] = pydantic.Field(description="graph input names bound to the cache arena, in order")
+    writes: Many[str] = pydantic.Field(description="graph output names bound to the cache arena, in order")
     predicts: bool
     macs: int
 
@@ -143,11 +156,11 @@ class LaunchEntry(_Frozen):
     step: int = pydantic.Field(description="evaluation index, 0-based")
     variant: int
     timestep: float
-    coefficients: tuple[float, ...] = pydantic.Field(
+    coefficients: Many[float] = pydantic.Field(
         description="weights of the stack's slots: the model's latent input; empty where the graph takes no stack"
     )
-    reads: tuple[int, ...] = pydantic.Field(description="arena byte offsets, in the order of the variant's reads")
-    writes: tuple[int, ...] = pydantic.Field(description="arena byte offsets, in the order of the variant's writes")
+    reads: Many[int] = pydantic.Field(description="arena byte offsets, in the order of the variant's reads")
+    writes: Many[int] = pydantic.Field(description="arena byte offsets, in the order of the variant's writes")
     slot: int | None = pydantic.Field(description="slot of the stack that the prediction is written to")
 
 
@@ -163,9 +176,9 @@ class PlanEntry(_Frozen):
     """
 
     layout: Layout = "variants"
-    variants: tuple[VariantEntry, ...]
-    launches: tuple[LaunchEntry, ...]
-    final: tuple[float, ...] = pydantic.Field(description="weights of the stack's slots: the final latent")
+    variants: Many[VariantEntry]
+    launches: Many[LaunchEntry]
+    final: Many[float] = pydantic.Field(description="weights of the stack's slots: the final latent")
     slots: int
     noises: int
     image_slot: int | None = pydantic.Field(
@@ -232,7 +245,7 @@ class TextEncoderEntry(_Frozen):
     """All text encoders of a model as one graph: token ids -> conditions, (1, ...) each, named as the denoiser's."""
 
     graph: Graph
-    tokenizers: tuple[TokenizerEntry, ...]
+    tokenizers: Many[TokenizerEntry]
     zeros_without_negative: bool = pydantic.Field(
         default=False, description="without a negative prompt the unconditional half is zeros"
     )
@@ -274,11 +287,11 @@ class Components(_Frozen):
 class Manifest(_Frozen):
     """``manifest.json`` of an engine directory."""
 
-    format_version: Literal[3] = 3
+    format_version: Literal[3, 4] = 4
     created_by: str
     model: ModelEntry
     schedule: str = SCHEDULE_NAME
-    promoted: tuple[tuple[int, str], ...] = ()
+    promoted: Many[tuple[int, str]] = ()
     sampler: SamplerEntry
     dtype: DType
     batch: int = pydantic.Field(description="images per launch")
@@ -290,11 +303,12 @@ class Manifest(_Frozen):
         exclude_if=_is_none,
         description="ranges of batch, height and width (latent pixels); batch, latent and all shapes are the largest",
     )
-    conditions: tuple[ConditionSpec, ...]
+    conditions: Many[ConditionSpec]
     plan: PlanEntry
     components: Components
     tools: dict[str, str] = pydantic.Field(description="package versions used for the export")
     files: dict[str, str] = pydantic.Field(description="sha256 of every file, by path relative to the directory")
+    seal: str = pydantic.Field(default="", description="sha256 over the content of all the other fields")
 
     @property
     def usual_sizes(self) -> Sizes:
@@ -343,36 +357,66 @@ class Manifest(_Frozen):
         return tuple(names)
 
     def dumps(self) -> str:
-        """JSON text, stable for equal manifests."""
-        return self.model_dump_json(indent=1) + "\n"
+        """JSON text with its seal, stable for equal manifests."""
+        document = {**json.loads(self.model_dump_json(exclude={"seal"})), "format_version": FORMAT_VERSION}
+        return json.dumps({**document, "seal": seal_of(document)}, indent=1, ensure_ascii=False) + "\n"
 
     @classmethod
-    def load(cls, engine_dir: Path) -> Manifest:
-        """Read the manifest of an engine directory.
+    def load(cls, engine_dir: Path, *, sealed: bool = True) -> Manifest:
+        """Read the manifest of an engine directory. sealed: its seal has to be right.
 
         Raises:
-            UserError: no such directory or manifest, not JSON, another format version, or a field that is wrong.
+            UserError: no such directory or manifest, no strict JSON, another format version, a field that is wrong, or
+                a manifest that was changed after the export.
         """
         path = engine_dir / MANIFEST_NAME
         if not path.is_file():
             raise UserError(f"{engine_dir}: no {MANIFEST_NAME} there; give an engine directory made by dipgo-export")
-        if path.stat().st_size > MAX_MANIFEST_BYTES:
-            raise UserError(f"{path}: larger than {MAX_MANIFEST_BYTES} bytes; not a manifest of dipgo-export")
-        try:
-            data = json.loads(path.read_bytes())
-        except ValueError as error:
-            raise UserError(f"{path}: not valid JSON ({error}); export the engine directory again") from None
+        data = read_document(path, MAX_MANIFEST_BYTES, "a manifest of dipgo-export")
         version = data.get("format_version") if isinstance(data, dict) else None
-        if version != FORMAT_VERSION:
+        if version == UNSEALED_VERSION:
+            _log.warning("%s: was exported before directories were sealed, so changes to it do not show", path)
+        elif version != FORMAT_VERSION:
             raise UserError(
-                f"{path}: format_version {version!r}, this version reads {FORMAT_VERSION}; export it again or update"
+                f"{path}: format_version {str(version)[:20]}, this version reads {UNSEALED_VERSION} and "
+                f"{FORMAT_VERSION}; export it again or update"
+            )
+        elif sealed and data.get("seal") != seal_of(data):
+            raise UserError(
+                f"{path}: was changed after the export (its seal does not fit); export the engine directory again, or, "
+                "if the change was meant, seal it with dipgo_deploy.bundle.directory.reseal"
             )
         try:
             return cls.model_validate(data)
         except pydantic.ValidationError as error:
-            first = error.errors()[0]
+            first = error.errors(include_url=False, include_context=False, include_input=False)[0]
             where = ".".join(str(part) for part in first["loc"])
             raise UserError(f"{path}: {where}: {first['msg']}; export the engine directory again") from None
+
+
+def seal_of(document: Mapping[str, Any]) -> str:
+    """The seal of a manifest's plain data: it holds the digest of every file, that of the schedule among them."""
+    return documents.digest({key: value for key, value in document.items() if key != "seal"})
+
+
+def read_document(path: Path, most_bytes: int, what: str) -> Any:
+    """The content of a JSON file of an engine directory.
+
+    Raises:
+        UserError: it cannot be read, is larger than ``most_bytes``, or is no strict JSON.
+    """
+    try:
+        if not path.is_file():
+            raise UserError(f"{path}: is not a regular file; export the engine directory again")
+        if path.stat().st_size > most_bytes:
+            raise UserError(f"{path}: larger than {most_bytes} bytes; not {what}")
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error}); look at its permissions") from None
+    try:
+        return documents.parse(data)
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error}); export the engine directory again") from None
 
 
 def json_schema() -> dict[str, Any]:

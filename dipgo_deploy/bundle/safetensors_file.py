@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from dipgo_deploy.schedule.files import strict_json
+from dipgo_deploy import documents
 
 # Far above what trainers write: some thousands of tensors, and metadata of a few MiB.
 HEADER_BYTES = 16 * 2**20
@@ -141,7 +141,7 @@ class TensorFile:
         try:
             with safetensors.safe_open(str(self.path), framework="numpy"):
                 pass  # types, shapes and offsets agree with each other and with the file's length
-            header = strict_json(self.read_at(8, length).tobytes())
+            header = documents.parse(self.read_at(8, length).tobytes())
         except safetensors.SafetensorError as error:
             raise ValueError(f"not a safetensors file ({str(error)[:200]})") from None
         if len(header) > TENSORS:

@@ -7,9 +7,11 @@ from typing import Literal
 
 import pydantic
 
+from dipgo_deploy.bundle.manifest import read_document
 from dipgo_deploy.errors import UserError
 
 WEIGHTS_INDEX = "weights.json"
+MAX_INDEX_BYTES = 16 * 2**20
 
 
 class _Frozen(pydantic.BaseModel):
@@ -59,8 +61,12 @@ class WeightsIndex(_Frozen):
                 f"{path}: missing, so it is not known how this directory stores its weights;"
                 " export the engine directory again"
             )
+        data = read_document(path, MAX_INDEX_BYTES, "an index of weights")
         try:
-            return cls.model_validate_json(path.read_bytes())
-        except ValueError as error:
-            first = str(error).splitlines()[0]
-            raise UserError(f"{path}: not an index of weights ({first}); export the engine directory again") from None
+            return cls.model_validate(data)
+        except pydantic.ValidationError as error:
+            first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise UserError(
+                f"{path}: not an index of weights ({where}: {first['msg']}); export the engine directory again"
+            ) from None

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dipgo_deploy.bundle.names import STACK
 from dipgo_deploy.compare.metrics import Tolerance, tensor_error
 from dipgo_deploy.compare.report import Part
-from dipgo_deploy.runtime.loop import STACK
 
 if TYPE_CHECKING:
     from dipgo_deploy.bundle.manifest import Manifest, PlanEntry

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from dipgo_deploy.bundle.names import COEFFICIENTS, GUIDANCE_SCALE, PREDICTION, STACK, STACK_BEFORE, TIMESTEP
 from dipgo_deploy.compare.conditions import ReferenceInputs, as_arrays, host
-from dipgo_deploy.runtime.loop import COEFFICIENTS, GUIDANCE_SCALE, PREDICTION, STACK, STACK_BEFORE, TIMESTEP
 
 if TYPE_CHECKING:
     from dipgo_deploy.supernet.gated import CacheState, Supernet

@@ -15,9 +15,9 @@ import numpy as np
 
 from dipgo_deploy.backends.storage import as_bytes, from_storage, to_storage
 from dipgo_deploy.bundle.manifest import PlanEntry, VariantEntry
+from dipgo_deploy.bundle.names import PREDICTION
 from dipgo_deploy.compare.conditions import host
 from dipgo_deploy.compare.recording import Recorder, cache_place, cache_tensor, evaluation_inputs
-from dipgo_deploy.runtime.loop import PREDICTION
 
 if TYPE_CHECKING:
     from dipgo_deploy.schedule.document import Schedule

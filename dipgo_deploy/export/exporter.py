@@ -27,6 +27,7 @@ from dipgo_deploy.bundle.manifest import (
     SamplerEntry,
     VariantEntry,
 )
+from dipgo_deploy.bundle.names import STACK
 from dipgo_deploy.bundle.shapes import Range
 from dipgo_deploy.bundle.stack import StackLayout
 from dipgo_deploy.compare.metrics import Agreement
@@ -49,7 +50,6 @@ from dipgo_deploy.plan.compile import compile_plan
 from dipgo_deploy.plan.layouts import MANY_COPIES, copies_in_variants
 from dipgo_deploy.plan.model import Plan
 from dipgo_deploy.plan.segments import SegmentPlan, plan_segments
-from dipgo_deploy.runtime.loop import STACK
 from dipgo_deploy.schedule.document import Schedule
 from dipgo_deploy.schedule.frozen import to_json
 

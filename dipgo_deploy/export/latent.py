@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dipgo_deploy.bundle.names import COEFFICIENTS, STACK, STACK_BEFORE
 from dipgo_deploy.bundle.stack import StackLayout
 from dipgo_deploy.export.dynamic import SIZES
-from dipgo_deploy.runtime.loop import COEFFICIENTS, STACK, STACK_BEFORE
 
 if TYPE_CHECKING:
     import onnx_ir as ir

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from dipgo_deploy.bundle.names import PREDICTION
 from dipgo_deploy.bundle.stack import StackLayout
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.export.cut import as_model, like
@@ -13,7 +14,6 @@ from dipgo_deploy.export.trace import TracedModel
 from dipgo_deploy.plan.model import Cache
 from dipgo_deploy.plan.pieces import Node, NodeGraph, PieceGraph, Tensor, split
 from dipgo_deploy.plan.segments import Segment
-from dipgo_deploy.runtime.loop import PREDICTION
 
 if TYPE_CHECKING:
     import onnx_ir as ir

@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dipgo_deploy import documents
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.lora.keys import layer_of
 from dipgo_deploy.lora.patterns import PatternError, Patterns
-from dipgo_deploy.schedule.files import read_bytes, strict_json
+from dipgo_deploy.schedule.files import read_bytes
 
 ADAPTER_CONFIG = "adapter_config.json"
 METADATA = "lora_adapter_metadata"
@@ -120,8 +121,8 @@ def configs_within(where: str, metadata: Mapping[str, str]) -> dict[str, PeftCon
 
 def _document(where: str, text: str | bytes) -> dict[str, Any]:
     try:
-        document = strict_json(text)
-    except (ValueError, RecursionError) as error:
+        document = documents.parse(text)
+    except ValueError as error:
         raise UserError(f"{where}: not JSON ({str(error)[:100]}); correct or remove it") from None
     if not isinstance(document, dict):
         raise UserError(f"{where}: not a JSON object; correct or remove it")

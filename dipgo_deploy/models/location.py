@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, urlencode
 
+from dipgo_deploy import documents
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.models.defaults import with_defaults
 from dipgo_deploy.models.family import ModelFamily
 from dipgo_deploy.models.registry import FAMILIES, family_for
-from dipgo_deploy.schedule.files import read_bytes, strict_json
+from dipgo_deploy.schedule.files import read_bytes
 from dipgo_deploy.schedule.identity import FILE_HASH, file_hash
 
 BUILT_IN = ("fashion-sd", "fashion-dit")
@@ -316,8 +317,8 @@ def _looked_at(path: Path, look: Callable[[], bool]) -> bool:
 def read_document(path: Path) -> dict[str, Any]:
     """A JSON object from a file. Raises UserError for a file that cannot be read, is too large, or holds none."""
     try:
-        document = strict_json(read_bytes(path, what="configuration"), infinite=True)
-    except (ValueError, RecursionError) as error:
+        document = documents.parse(read_bytes(path, what="configuration"), infinite=True)
+    except ValueError as error:
         raise UserError(f"{path}: {unfit_file(path) or f'not JSON ({error})'}") from error
     if not isinstance(document, dict):
         raise UserError(f"{path}: not a JSON object")

@@ -10,17 +10,11 @@ from dipgo_deploy.backends.base import ALIGNMENT, Backend, ChangedWeights, Execu
 from dipgo_deploy.backends.storage import to_storage
 from dipgo_deploy.bundle.directory import Bundle
 from dipgo_deploy.bundle.manifest import Graph, LaunchEntry, Manifest, TensorSpec, VariantEntry
+from dipgo_deploy.bundle.names import COEFFICIENTS, GUIDANCE_SCALE, PREDICTION, STACK, STACK_BEFORE, TIMESTEP
 from dipgo_deploy.bundle.shapes import Sizes
 from dipgo_deploy.bundle.stack import final_latent, graph_coefficients
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.runtime.component import MOST_SIZES
-
-STACK = "stack"
-STACK_BEFORE = "stack_before"
-COEFFICIENTS = "coefficients"
-TIMESTEP = "timestep"
-GUIDANCE_SCALE = "guidance_scale"
-PREDICTION = "noise_pred"
 
 # All bits set is NaN in float32, float16 and bfloat16.
 _POISON_BYTE = 0xFF

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from dipgo_deploy.documents import parse_json
 from dipgo_deploy.errors import UserError, one_line
 from dipgo_deploy.schedule.document import Schedule
 from dipgo_deploy.schedule.files import read_bytes
-from dipgo_deploy.schedule.json_text import parse_json
 
 MAX_STEPS = 2000
 """Most inference steps of a run: the matrix grows with their square."""

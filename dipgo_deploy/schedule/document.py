@@ -25,11 +25,11 @@ from pydantic import (
 )
 
 from dipgo_deploy import arguments
+from dipgo_deploy.documents import parse_json
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.schedule import validation
 from dipgo_deploy.schedule.files import read_bytes, write_text
 from dipgo_deploy.schedule.frozen import freeze, freeze_config, to_json
-from dipgo_deploy.schedule.json_text import parse_json
 from dipgo_deploy.schedule.solver import FrozenJson, Solver
 
 # 2: with a solver.

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import math
 import os
 import tempfile
-from typing import Any
 
 from dipgo_deploy import arguments
 from dipgo_deploy.errors import UserError
@@ -33,44 +30,6 @@ def read_bytes(path: str | os.PathLike[str], limit: int = MAX_BYTES, what: str =
     if len(data) > limit:
         raise UserError(f"{path}: larger than {limit / 2**20:g} MiB, which no {what} is: give another file")
     return data
-
-
-def strict_json(text: str | bytes, *, infinite: bool = False) -> Any:
-    """The document of a JSON text, without what Python's reader takes beside JSON: NaN, infinity (as a word, or as a
-    number that is too large for one) and repeated keys.
-
-    infinite: take ``Infinity`` and ``-Infinity``, which Python's libraries write into the configurations of models.
-
-    Raises:
-        ValueError: it is none (``json.JSONDecodeError`` where the place is known).
-        RecursionError: it is too deep.
-    """
-    constant = _infinity if infinite else _refuse_constant
-    return json.loads(text, object_pairs_hook=_unique_keys, parse_constant=constant, parse_float=_finite)
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    document: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in document:
-            raise ValueError(f"the key {name[:60]!r} stands twice in one object")
-        document[name] = value
-    return document
-
-
-def _finite(token: str) -> float:
-    value = float(token)
-    if math.isinf(value):
-        raise ValueError(f"{token[:60]} is too large a number")
-    return value
-
-
-def _refuse_constant(token: str) -> Any:
-    raise ValueError(f"{token} is no JSON number")
-
-
-def _infinity(token: str) -> Any:
-    return float(token) if token != "NaN" else _refuse_constant(token)
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

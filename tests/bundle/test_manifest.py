@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from dipgo_deploy.bundle.directory import Bundle
-from dipgo_deploy.bundle.manifest import Manifest, TensorSpec, json_schema
+from dipgo_deploy.bundle.directory import Bundle, reseal
+from dipgo_deploy.bundle.manifest import Manifest, TensorSpec, json_schema, seal_of
 from dipgo_deploy.errors import UserError
 
 PACKAGE = Path(__file__).parents[2] / "dipgo_deploy"
@@ -17,9 +18,10 @@ PACKAGE = Path(__file__).parents[2] / "dipgo_deploy"
 
 def _document() -> dict[str, Any]:
     stack = {"name": "stack", "shape": [2, 1, 4, 8, 8], "dtype": "float32"}
+    row = {"name": "coefficients", "shape": [2], "dtype": "float32"}
     prediction = {"name": "noise_pred", "shape": [1, 4, 8, 8], "dtype": "float32"}
     return {
-        "format_version": 3,
+        "format_version": 4,
         "created_by": "test",
         "model": {"class_name": "M", "name": "m", "config_hash": "0" * 64, "granularity": "block", "config": {}},
         "sampler": {"class_name": "DDIMScheduler", "config": {}, "num_inference_steps": 1},
@@ -32,7 +34,7 @@ def _document() -> dict[str, Any]:
             "variants": [
                 {
                     "name": "v00",
-                    "graph": {"file": "graphs/v00.onnx", "inputs": [stack], "outputs": [prediction]},
+                    "graph": {"file": "graphs/v00.onnx", "inputs": [stack, row], "outputs": [prediction]},
                     "reads": [],
                     "writes": [],
                     "predicts": True,
@@ -73,14 +75,17 @@ def _write(folder: Path, document: Any) -> Path:
     (folder / "graphs").mkdir(exist_ok=True)
     (folder / "graphs" / "v00.onnx").write_bytes(b"Hello, world!")
     (folder / "schedule.json").write_bytes(b"Hello, world!")
-    (folder / "manifest.json").write_text(document if isinstance(document, str) else json.dumps(document))
+    sealed = {**document, "seal": seal_of(document)} if isinstance(document, dict) else document
+    (folder / "manifest.json").write_text(sealed if isinstance(sealed, str) else json.dumps(sealed))
     return folder
 
 
 def test_round_trip(tmp_path: Path) -> None:
     manifest = Manifest.load(_write(tmp_path, _document()))
     (tmp_path / "manifest.json").write_text(manifest.dumps())
-    assert Manifest.load(tmp_path) == manifest
+    again = Manifest.load(tmp_path)
+    assert again.model_copy(update={"seal": ""}) == manifest.model_copy(update={"seal": ""})
+    assert again.dumps() == manifest.dumps()
     assert manifest.plan.variants[0].graph.inputs[0].nbytes == 2 * 4 * 64 * 4
 
 
@@ -104,7 +109,7 @@ def test_the_shipped_schema_is_the_models(tmp_path: Path) -> None:
     [
         (lambda document: "{", "not valid JSON"),
         (lambda document: [], "format_version None"),
-        (lambda document: {**document, "format_version": 2}, "format_version 2, this version reads 3"),
+        (lambda document: {**document, "format_version": 2}, "format_version 2, this version reads 3 and 4"),
         (lambda document: {**document, "batch": "many"}, "batch: .*integer"),
         (lambda document: {**document, "surprise": 1}, "surprise"),
         (lambda document: {key: value for key, value in document.items() if key != "plan"}, "plan: Field required"),
@@ -121,9 +126,9 @@ def test_missing_and_changed_files(tmp_path: Path) -> None:
     folder = _write(tmp_path, _document())
     Bundle.open(folder, verify=True)
     (folder / "graphs" / "v00.onnx").write_bytes(b"Hello, World!")
-    Bundle.open(folder)
-    with pytest.raises(UserError, match=r"v00\.onnx: its sha256 differs"):
-        Bundle.open(folder, verify=True)
+    for verify in (False, True):  # a small directory is hashed at every load
+        with pytest.raises(UserError, match=r"v00\.onnx: its sha256 differs"):
+            Bundle.open(folder, verify=verify)
     (folder / "graphs" / "v00.onnx").unlink()
     with pytest.raises(UserError, match=r"v00\.onnx: missing"):
         Bundle.open(folder)
@@ -144,3 +149,73 @@ def test_graphs_that_are_not_listed_are_refused(tmp_path: Path) -> None:
     document["plan"]["variants"][0]["graph"]["file"] = "../v00.onnx"
     with pytest.raises(UserError, match=r"'\.\./v00\.onnx' is not among the manifest's files"):
         Bundle.open(_write(tmp_path, document))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda document: document["plan"]["launches"][0].update(timestep=2.0),
+        lambda document: document["plan"].update(final=[0.5, 0.4]),
+        lambda document: document["model"].update(name="other"),
+        lambda document: document.pop("seal"),
+        lambda document: document.update(seal="0" * 64),
+    ],
+)
+def test_a_manifest_that_was_changed_is_refused_until_it_is_sealed_again(tmp_path: Path, change: Any) -> None:
+    path = _write(tmp_path, _document()) / "manifest.json"
+    document = json.loads(path.read_text())
+    change(document)
+    path.write_text(json.dumps(document))
+    with pytest.raises(UserError, match="was changed after the export.*reseal"):
+        Bundle.open(tmp_path)
+    assert reseal(tmp_path) == Bundle.open(tmp_path)
+
+
+def test_sealing_takes_changed_files_in_and_refuses_missing_ones(tmp_path: Path) -> None:
+    folder = _write(tmp_path, _document())
+    (folder / "graphs" / "v00.onnx").write_bytes(b"other")
+    assert reseal(folder).manifest.files != _document()["files"]
+    (folder / "graphs" / "v00.onnx").unlink()
+    with pytest.raises(UserError, match="missing; the directory cannot be sealed"):
+        reseal(folder)
+
+
+def test_the_seal_is_of_the_content_not_of_the_text(tmp_path: Path) -> None:
+    path = _write(tmp_path, _document()) / "manifest.json"
+    document = json.loads(path.read_text())
+    path.write_text(json.dumps(dict(reversed(document.items())), indent=3))
+    Bundle.open(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"format_version": NaN}', "NaN is no JSON number"),
+        ('{"format_version": 4, "format_version": 4}', "stands twice"),
+        ("[" * 100_000, "nested more than"),
+        ('{"a":' * 70 + "1" + "}" * 70, "nested more than"),
+        ('{"plan": [' + "0," * 3_000_000 + "0]}", "more than 1,000,000 values"),
+        (b"\xff\xfe", "not UTF-8"),
+    ],
+)
+def test_hostile_documents_are_refused_in_one_line(tmp_path: Path, text: str | bytes, message: str) -> None:
+    (tmp_path / "manifest.json").write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(UserError, match=message):
+        Bundle.open(tmp_path)
+
+
+def test_a_pipe_in_place_of_a_file_is_refused(tmp_path: Path) -> None:
+    folder = _write(tmp_path, _document())
+    (folder / "graphs" / "v00.onnx").unlink()
+    os.mkfifo(folder / "graphs" / "v00.onnx")
+    with pytest.raises(UserError, match="not a regular file"):
+        Bundle.open(folder)
+
+
+def test_links_are_followed(tmp_path: Path) -> None:
+    folder = _write(tmp_path, _document())
+    linked = tmp_path / "linked"
+    (linked / "graphs").mkdir(parents=True)
+    for name in ("manifest.json", "schedule.json", "graphs/v00.onnx"):
+        (linked / name).symlink_to(folder / name)
+    Bundle.open(linked)

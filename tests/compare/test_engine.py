@@ -10,7 +10,7 @@ import pytest
 from polygraphy.json import load_json
 from tiny_engines import changed, corrupted, save_dit_pipeline, schedule_for, write
 
-from dipgo_deploy.bundle.directory import Bundle
+from dipgo_deploy.bundle.directory import Bundle, reseal
 from dipgo_deploy.compare.engine import Options, compare_engine
 from dipgo_deploy.compare.reference import load_reference
 from dipgo_deploy.compare.runners import BackendRunner, engine_runner, graphs_on
@@ -212,6 +212,7 @@ def test_a_folder_that_cannot_be_written(dit_residual, tmp_path, compare):
 def test_a_graph_that_is_no_graph(dit_residual, tmp_path, compare):
     path = changed(dit_residual, tmp_path / "bad", lambda manifest: None)
     (path / "graphs" / "v00.onnx").write_bytes(b"no graph")
+    reseal(path)
     for options in (Options(loop=False), Options(variants=False)):
         with pytest.raises(UserError, match=r"v00\.onnx"):
             compare(path, options)

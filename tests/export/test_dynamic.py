@@ -18,6 +18,7 @@ from tiny_engines import schedule_for
 from dipgo_deploy.backends import create_backend
 from dipgo_deploy.backends.onnxruntime import OnnxRuntimeBackend
 from dipgo_deploy.bundle.directory import Bundle
+from dipgo_deploy.bundle.manifest import seal_of
 from dipgo_deploy.bundle.shapes import Range, Sizes
 from dipgo_deploy.compare.conditions import as_arrays, reference_inputs
 from dipgo_deploy.compare.engine import Options, compare_engine
@@ -270,7 +271,7 @@ def test_tensorrt_rtx_builds_it_and_a_changed_profile_rebuilds_what_depends_on_i
     manifest = json.loads(path.read_text())
     changed = manifest["plan"]["variants"][1]["graph"]
     changed["sizes"]["height"]["opt"] = 10
-    path.write_text(json.dumps(manifest))
+    path.write_text(json.dumps({**manifest, "seal": seal_of(manifest)}))
     again = build_engines(copy, "tensorrt-rtx")
     assert [(result.name, result.reason) for result in again.built] == [
         (Path(changed["file"]).stem, "changed: profile")

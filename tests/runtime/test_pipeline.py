@@ -227,7 +227,7 @@ def test_what_does_not_fit_is_refused_before_anything_runs(tmp_path, toy, argume
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda folder: (folder / "tokenizer/tokenizer.json").write_text("{"), "not a tokenizer file"),
+        (lambda folder: (folder / "tokenizer/tokenizer.json").write_text("{"), "tokenizer.json: its sha256 differs"),
         (lambda folder: (folder / "graphs/mixed.onnx").unlink(), "mixed.onnx: missing"),
         (lambda folder: (folder / "manifest.json").unlink(), "no manifest.json"),
     ],
@@ -243,9 +243,9 @@ def test_verify_finds_a_changed_byte(tmp_path):
     weights = bytearray((folder / "graphs/weights.bin").read_bytes())
     weights[5] ^= 1
     (folder / "graphs/weights.bin").write_bytes(weights)
-    Pipeline.from_engine_dir(folder, "cpu", load="call")
-    with pytest.raises(UserError, match=r"weights\.bin: its sha256"):
-        Pipeline.from_engine_dir(folder, "cpu", verify=True, load="call")
+    for verify in (False, True):  # a small directory is hashed at every load
+        with pytest.raises(UserError, match=r"weights\.bin: its sha256"):
+            Pipeline.from_engine_dir(folder, "cpu", verify=verify, load="call")
 
 
 def test_two_pipelines_run_in_two_threads(tmp_path):

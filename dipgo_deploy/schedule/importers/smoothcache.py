@@ -14,13 +14,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dipgo_deploy.documents import parse_json
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.schedule import validation
 from dipgo_deploy.schedule.builders import Target
 from dipgo_deploy.schedule.document import Gates, Schedule
 from dipgo_deploy.schedule.importers.layers import numbered_units, units_of_kind
 from dipgo_deploy.schedule.importers.rows import check_rows, import_file
-from dipgo_deploy.schedule.json_text import parse_json
 
 _LAYER = re.compile(r"(?P<kind>.+)-(?P<number>\d{1,6})", re.ASCII)
 

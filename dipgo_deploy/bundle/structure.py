@@ -1,0 +1,236 @@
+"""What the launch list of a manifest has to satisfy, whoever wrote it: pure functions, no file is read.
+
+A launch list that passes reads nothing that was not written before it with the same shape and type, overwrites nothing
+that is read later, and keeps inside its buffers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from dipgo_deploy.bundle.manifest import ALIGNMENT, Graph, LaunchEntry, Manifest, PlanEntry, TensorSpec, VariantEntry
+from dipgo_deploy.bundle.names import (
+    COEFFICIENTS,
+    GUIDANCE_SCALE,
+    PREDICTION,
+    STACK,
+    STACK_BEFORE,
+    TIMESTEP,
+)
+from dipgo_deploy.errors import UserError
+
+# No sampler's weights, and no timestep, come near these.
+MOST_WEIGHT = 1e6
+MOST_TIMESTEP = 1e6
+# Bytes of one buffer; what is larger is not meant.
+MOST_BYTES = 2**40
+
+
+class StructureError(ValueError):
+    """What is wrong with a launch list, in one line."""
+
+
+def check_structure(manifest: Manifest) -> None:
+    """Refuse a manifest whose launches cannot be right.
+
+    Raises:
+        UserError: one line that names the launch, variant or field.
+    """
+    try:
+        _check(manifest)
+    except StructureError as error:
+        raise UserError(f"{error}; export the engine directory again") from None
+
+
+def _check(manifest: Manifest) -> None:
+    plan = manifest.plan
+    _check_counts(plan)
+    for where, graph in _graphs(manifest):
+        _check_graph(where, graph)
+    latent = manifest.latent
+    sample = (manifest.batch, latent.channels, latent.height, latent.width)
+    _require(min(sample) >= 1, f"latent: {sample} has an extent below 1")
+    for variant in plan.variants:
+        _check_variant(manifest, variant, sample)
+    for name, weights in (("final", plan.final),):
+        _check_weights(name, weights, plan.slots)
+    written: set[int] = _given_slots(plan)
+    arena = _Arena(plan.arena_bytes)
+    step = -1
+    for index, launch in enumerate(plan.launches):
+        where = f"launch {index}"
+        _require(0 <= launch.variant < len(plan.variants), f"{where}: there is no variant {launch.variant}")
+        _require(launch.step >= step, f"{where}: evaluation {launch.step} comes after evaluation {step}")
+        step = launch.step
+        _check_launch(where, plan, launch, plan.variants[launch.variant], written, arena)
+    _require(step < plan.evaluations, f"launches: evaluation {step} of {plan.evaluations}")
+    for slot, weight in enumerate(plan.final):
+        _require(not weight or slot in written, f"final: reads slot {slot}, which nothing writes")
+    unwritten = set(range(plan.stack.chain)) - written
+    _require(not unwritten, f"slots: nothing writes {sorted(unwritten)}")
+
+
+def _check_counts(plan: PlanEntry) -> None:
+    _require(bool(plan.variants) and bool(plan.launches), "plan: has no variants or no launches")
+    _require(plan.slots >= 1 and plan.noises >= 0, f"plan: {plan.slots} slots, {plan.noises} noises")
+    behind = plan.noises + (plan.image_slot is not None)
+    _require(plan.slots - behind >= 1, f"plan: {plan.slots} slots with {behind} for pictures and noises")
+    chain = plan.slots - behind
+    _require(plan.image_slot in (None, chain), f"plan: image_slot {plan.image_slot}, it belongs at {chain}")
+    _require(0 <= plan.arena_bytes <= MOST_BYTES, f"plan: an arena of {plan.arena_bytes} bytes")
+    _require(plan.evaluations >= 1, f"plan: {plan.evaluations} evaluations")
+    used = {launch.variant for launch in plan.launches}
+    idle = [variant.name for place, variant in enumerate(plan.variants) if place not in used]
+    _require(not idle, f"plan: no launch runs {', '.join(idle[:3])}")
+
+
+def _graphs(manifest: Manifest) -> Iterator[tuple[str, Graph]]:
+    components = manifest.components
+    for variant in manifest.plan.variants:
+        yield f"variant {variant.name}", variant.graph
+    if components.text_encoder is not None:
+        yield "text_encoder", components.text_encoder.graph
+    for name, graph in (("vae_decoder", components.vae_decoder), ("vae_encoder", components.vae_encoder)):
+        if graph is not None:
+            yield name, graph
+
+
+def _check_graph(where: str, graph: Graph) -> None:
+    names = [spec.name for spec in (*graph.inputs, *graph.outputs)]
+    _require(len(set(names)) == len(names), f"{where}: an input or output is named twice")
+    for spec in (*graph.inputs, *graph.outputs):
+        _require(all(extent >= 0 for extent in spec.shape), f"{where}: {spec.name} has the shape {spec.shape}")
+        _require(spec.nbytes <= MOST_BYTES, f"{where}: {spec.name} would take {spec.nbytes} bytes")
+
+
+def _check_variant(manifest: Manifest, variant: VariantEntry, sample: tuple[int, ...]) -> None:
+    where = f"variant {variant.name}"
+    inputs = {spec.name: spec for spec in variant.graph.inputs}
+    outputs = {spec.name: spec for spec in variant.graph.outputs}
+    _require(set(variant.reads) <= inputs.keys(), f"{where}: reads what is no input of its graph")
+    _require(set(variant.writes) <= outputs.keys(), f"{where}: writes what is no output of its graph")
+    _require(len(set(variant.reads)) == len(variant.reads), f"{where}: reads one input twice")
+    _require(len(set(variant.writes)) == len(variant.writes), f"{where}: writes one output twice")
+    conditions = {spec.name: spec for spec in manifest.conditions}
+    known = {STACK, STACK_BEFORE, COEFFICIENTS, TIMESTEP, GUIDANCE_SCALE, *variant.reads, *conditions}
+    strange = sorted(inputs.keys() - known)
+    _require(not strange, f"{where}: nothing fills its input {', '.join(strange[:3])}")
+    lost = sorted(outputs.keys() - {PREDICTION, *variant.writes})
+    _require(not lost, f"{where}: nothing takes its output {', '.join(lost[:3])}")
+    _require(variant.predicts == (PREDICTION in outputs), f"{where}: predicts is {variant.predicts}")
+    _require((STACK in inputs) == (COEFFICIENTS in inputs), f"{where}: has the stack without its weights")
+    slots = manifest.plan.slots
+    wanted = {
+        STACK: (slots, *sample),
+        STACK_BEFORE: (slots, *sample),
+        COEFFICIENTS: (slots,),
+        PREDICTION: sample,
+        **{name: spec.shape for name, spec in conditions.items()},
+    }
+    for name, spec in (*inputs.items(), *outputs.items()):
+        shape = wanted.get(name, spec.shape)
+        _require(spec.shape == shape, f"{where}: {name} has the shape {spec.shape}, not {shape}")
+        if name in conditions:
+            _require(spec.dtype == conditions[name].dtype, f"{where}: {name} is {spec.dtype}")
+
+
+def _given_slots(plan: PlanEntry) -> set[int]:
+    """Slots that are filled before the first launch."""
+    return {0, *range(plan.stack.chain, plan.slots)}
+
+
+def _check_launch(
+    where: str, plan: PlanEntry, launch: LaunchEntry, variant: VariantEntry, written: set[int], arena: _Arena
+) -> None:
+    inputs = {spec.name: spec for spec in variant.graph.inputs}
+    outputs = {spec.name: spec for spec in variant.graph.outputs}
+    where = f"{where} ({variant.name})"
+    _require(
+        math.isfinite(launch.timestep) and 0 <= launch.timestep <= MOST_TIMESTEP,
+        f"{where}: {launch.timestep} is no timestep",
+    )
+    if STACK in inputs:
+        _check_weights(where, launch.coefficients, plan.slots)
+        for slot, weight in enumerate(launch.coefficients):
+            _require(not weight or slot in written, f"{where}: reads slot {slot}, which is not written yet")
+    else:
+        _require(not launch.coefficients, f"{where}: has weights for a stack that its graph does not take")
+    _require(len(launch.reads) == len(variant.reads), f"{where}: {len(launch.reads)} offsets to read from")
+    _require(len(launch.writes) == len(variant.writes), f"{where}: {len(launch.writes)} offsets to write to")
+    reads = [arena.read(where, offset, inputs[name]) for name, offset in zip(variant.reads, launch.reads, strict=True)]
+    spans: list[tuple[int, int]] = []
+    for name, offset in zip(variant.writes, launch.writes, strict=True):
+        span = arena.span(where, offset, outputs[name])
+        taken = next((other for other in (*reads, *spans) if _meet(span, other)), None)
+        _require(taken is None, f"{where}: writes bytes {span[0]} to {span[1]}, which it reads or writes as well")
+        spans.append(span)
+        arena.write(span, outputs[name])
+    if variant.predicts:
+        slot = -1 if launch.slot is None else launch.slot
+        _require(1 <= slot < plan.stack.chain, f"{where}: its prediction has no slot ({launch.slot})")
+        # The sum over the stack takes differences of neighbours, so predictions come in the order of their slots.
+        _require(slot == _filled(written), f"{where}: writes slot {slot}, the next one is {_filled(written)}")
+        written.add(slot)
+    else:
+        _require(launch.slot is None, f"{where}: slot {launch.slot} without a prediction")
+
+
+def _filled(written: set[int]) -> int:
+    """The first slot of the chain that is not written yet."""
+    slot = 0
+    while slot in written:
+        slot += 1
+    return slot
+
+
+@dataclass(frozen=True)
+class _Written:
+    span: tuple[int, int]
+    shape: tuple[int, ...]
+    dtype: str
+
+
+class _Arena:
+    """What lies where in the arena after the launches so far."""
+
+    def __init__(self, nbytes: int) -> None:
+        self._nbytes = nbytes
+        self._written: dict[int, _Written] = {}
+
+    def span(self, where: str, offset: int, spec: TensorSpec) -> tuple[int, int]:
+        """First byte and the one after the last."""
+        end = offset + spec.nbytes
+        _require(offset >= 0 and end <= self._nbytes, f"{where}: {spec.name} at {offset} is outside the arena")
+        _require(offset % ALIGNMENT == 0, f"{where}: {spec.name} at {offset} is not aligned to {ALIGNMENT} bytes")
+        return offset, end
+
+    def read(self, where: str, offset: int, spec: TensorSpec) -> tuple[int, int]:
+        span = self.span(where, offset, spec)
+        there = self._written.get(offset)
+        _require(there is not None, f"{where}: reads {spec.name} at {offset}, where nothing was written")
+        assert there is not None
+        found, wanted = (there.shape, there.dtype), (spec.shape, spec.dtype)
+        _require(found == wanted, f"{where}: reads {spec.name} as {wanted}, written was {found}")
+        return span
+
+    def write(self, span: tuple[int, int], spec: TensorSpec) -> None:
+        for offset in [offset for offset, other in self._written.items() if _meet(span, other.span)]:
+            del self._written[offset]
+        self._written[span[0]] = _Written(span, spec.shape, spec.dtype)
+
+
+def _meet(one: tuple[int, int], other: tuple[int, int]) -> bool:
+    return one[0] < other[1] and other[0] < one[1]
+
+
+def _check_weights(where: str, weights: Sequence[float], slots: int) -> None:
+    _require(len(weights) == slots, f"{where}: {len(weights)} weights for {slots} slots")
+    absurd = next((weight for weight in weights if not abs(weight) <= MOST_WEIGHT), None)
+    _require(absurd is None, f"{where}: the weight {absurd} is not finite or beyond {MOST_WEIGHT:g}")
+
+
+def _require(right: bool, message: str) -> None:
+    if not right:
+        raise StructureError(message)

@@ -1,0 +1,119 @@
+"""JSON text of others as data, strict and bounded: every reader of this project sees the same document, or none."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from typing import Any, NoReturn
+
+from dipgo_deploy.errors import UserError, one_line
+
+MAX_DEPTH = 64
+MAX_VALUES = 1_000_000
+
+
+def parse_json(data: bytes | str, what: str, *, most: int = MAX_VALUES, depth: int = MAX_DEPTH) -> Any:
+    """The document in UTF-8 text, for a user's file.
+
+    what: names the kind of document in errors ("a schedule"). Raises UserError where ``parse`` raises ValueError.
+    """
+    try:
+        return parse(data, most=most, depth=depth)
+    except ValueError as error:
+        raise UserError(f"{one_line(error)}: not {what}") from error
+
+
+def parse(data: bytes | str, *, most: int = MAX_VALUES, depth: int = MAX_DEPTH, infinite: bool = False) -> Any:
+    """The document in UTF-8 text, as plain data.
+
+    most: values of all lists and objects together; checked on the text before anything is made of it. depth: of lists
+    and objects inside each other. infinite: take ``Infinity`` and ``-Infinity``, which Python's libraries write into
+    the configurations of models.
+
+    Raises:
+        ValueError: one line that says what is wrong: no UTF-8, no JSON (with line and column), a key that stands twice
+            in one object, a number that is not finite, half of a surrogate pair, or too many or too deep values.
+    """
+    try:
+        text = data.decode("utf-8") if isinstance(data, bytes) else data
+    except UnicodeDecodeError as error:
+        raise ValueError(f"byte {error.start} is not UTF-8 text") from error
+    # Each value but the first of a list or object has a comma before it; those inside strings are counted too.
+    if text.count(",") + text.count("[") + text.count("{") > most:
+        raise ValueError(f"more than {most:,} values")
+    try:
+        document = json.loads(
+            text,
+            object_pairs_hook=_unique_keys,
+            parse_constant=_infinity if infinite else _refuse_constant,
+            parse_float=_finite,
+        )
+    except json.JSONDecodeError as error:
+        content = text.rstrip()
+        cut_off = error.pos >= len(content) or (content[:1] == "{" and content[-1] != "}")
+        reason = "the file is cut off" if cut_off else "not JSON"
+        raise ValueError(f"line {error.lineno}, column {error.colno}: {reason} ({error.msg})") from error
+    except RecursionError as error:
+        raise ValueError(_too_deep(depth)) from error
+    _check_values(document, depth)
+    return document
+
+
+def digest(document: Any) -> str:
+    """Hex sha256 of a document's content, whatever the order of its keys and its white space."""
+    canonical = json.dumps(document, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _check_values(document: Any, depth: int) -> None:
+    layer = [document]
+    for _ in range(depth + 1):
+        below: list[Any] = []
+        for value in layer:
+            if isinstance(value, dict):
+                below.extend(value.values())
+                below.extend(value)
+            elif isinstance(value, list):
+                below.extend(value)
+            elif isinstance(value, str) and not value.isascii():
+                _check_text(value)
+        if not below:
+            return
+        layer = below
+    raise ValueError(_too_deep(depth))
+
+
+def _too_deep(depth: int) -> str:
+    return f"lists and objects are nested more than {depth} deep"
+
+
+def _check_text(value: str) -> None:
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{value[:40]!r} has half of a surrogate pair, which is no text") from error
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    document: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in document:
+            raise ValueError(f"the key {name[:60]!r} stands twice in one object")
+        document[name] = value
+    return document
+
+
+def _finite(token: str) -> float:
+    value = float(token)
+    if math.isinf(value):
+        raise ValueError(f"{token[:60]} is too large a number")
+    return value
+
+
+def _refuse_constant(token: str) -> NoReturn:
+    raise ValueError(f"{token} is no JSON number")
+
+
+def _infinity(token: str) -> float:
+    return float(token) if token != "NaN" else _refuse_constant(token)
