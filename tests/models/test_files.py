@@ -234,3 +234,18 @@ def test_code_of_others_is_not_loaded(tmp_path: Path) -> None:
     (folder / "model_index.json").write_text(json.dumps({**index, "text_encoder": ["my_encoder", "MyEncoder"]}))
     with pytest.raises(UserError, match="text_encoder is my_encoder.MyEncoder: only diffusers and transformers"):
         check_weights(folder)
+
+
+def test_the_blocks_of_companions_are_in_files_of_their_own(tmp_path: Path) -> None:
+    index = {
+        "_class_name": "StableDiffusionControlNetPipeline",
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "controlnet": ["diffusers", "ControlNetModel"],
+    }
+    units = [f"{side}_blocks.{place}.x" for side in ("down", "up") for place in range(4)]
+    weights(tmp_path / "unet", f"{STEM}.safetensors", *units, "mid_block.x")
+    weights(tmp_path / "controlnet")
+    for name in ("unet", "controlnet"):
+        (tmp_path / name / "config.json").write_text(json.dumps({"_class_name": index[name][1]}))
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    assert list(check_weights(tmp_path)) == ["unet", "controlnet"]
