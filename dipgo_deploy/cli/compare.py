@@ -140,12 +140,13 @@ def command(
             begin=reference.begin,
         )
         whole = not (variants_only or loop_only)
+        asked = labels if class_labels else ()
         options = Options(
             variants=not loop_only,
             loop=not variants_only,
             components=whole,
             pictures=whole and not no_pictures,
-            cases=tuple(cases(manifest, prompts, labels, guidance_scale=guidance_scale, seed=seed)) if whole else (),
+            cases=tuple(cases(manifest, prompts, asked, guidance_scale=guidance_scale, seed=seed)) if whole else (),
             tolerance=tolerance,
             absolute=atol,
             open_graph=graphs_on(created, threads),

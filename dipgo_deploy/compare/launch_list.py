@@ -35,6 +35,9 @@ def check_launch_list(manifest: Manifest, reference: Reference) -> list[Part]:
         if not 0 <= launch.step < rows:
             note = f"step {launch.step} is none of the schedule's {rows}"
             return [Part(NAME, f"launch {index}", "the schedule", (), note)]
+        if index and launch.step < plan.launches[index - 1].step:
+            note = f"step {launch.step} comes after step {plan.launches[index - 1].step}"
+            return [Part(NAME, f"launch {index}", "the schedule", (), note)]
     source, columns = _predictions(plan, len(reference.schedule.gates))
     matrix = sampler_matrix(
         reference.scheduler,

@@ -36,6 +36,7 @@ def test_agreement_is_shown(engine, capsys):
     printed = capsys.readouterr()
     assert "variants by themselves" in printed.out and "the whole loop" in printed.out
     assert "launch list: " in printed.out and "picture, classes, class 0: " in printed.out
+    assert "picture, several classes, class 2: " in printed.out
     assert "PSNR" in printed.out and "everything is within 0.0001 of the supernet" in printed.out
     assert "beyond" not in printed.out
     assert printed.err == ""

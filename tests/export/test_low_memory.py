@@ -130,7 +130,7 @@ def test_recordings_are_those_of_a_loop_that_keeps_all_caches_in_memory(
     given = reference_inputs(
         reference.source, reference.conditions, shape, noises=entries.noises, guidance=manifest.guidance
     )
-    recorder = recorder_for(entries, reference.schedule, given.guidance_scale)
+    recorder = recorder_for(entries, reference.schedule, given.guidance_scale, again=False)
     found = list((read_recordings if layout == "variants" else read_steps)(folder / "0"))
     steps = reference.schedule.sampler.num_inference_steps
     run_until_complete(recorder, reference.supernet, reference.scheduler, steps, reference.schedule.gates, given)
@@ -152,7 +152,8 @@ def test_segments_are_the_same_too(plan: Callable[..., PlannedExport], model: Pa
     assert frugal.manifest.plan.launches == usual.manifest.plan.launches
     for entry, other in zip(frugal.manifest.plan.variants, usual.manifest.plan.variants, strict=True):
         assert _content(frugal.path / entry.graph.file) == _content(usual.path / other.graph.file)
-    assert found[0].relative == pytest.approx(found[1].relative, rel=0.5)  # other optimizations of the same graphs
+    # The usual check has the loop besides; the same graphs get other optimizations.
+    assert 0 < found[1].relative <= 1.5 * found[0].relative
     owner = {weight: entry for entry in frugal.manifest.plan.variants for weight in _stored(frugal.path, entry)}
     weight = next(name for name in owner if name.startswith("transformer_blocks.0.ff"))
     wrong = corrupted(frugal.path, tmp_path / "wrong", Path(owner[weight].graph.file).name, weight)
