@@ -265,8 +265,13 @@ class _Weights:
         return parts
 
     def unused(self, layer: Layer) -> bool:
-        """Whether it is a text encoder's layer above the highest of the same path here, which no output depends on."""
+        """Whether no output depends on a layer that is not here.
+
+        That is a text encoder's projection, and a layer of it above the highest of the same path here.
+        """
         component, module = self.component_of(layer), layer.module.replace(".", "_")
+        if component != "denoiser" and module == "text_projection" and component in self.components:
+            return True
         for spelling in self._spellings(component, module) if component != "denoiser" else ():
             match = _NUMBERED.fullmatch(spelling)
             if match is not None and int(match[2]) > self._highest.get((component, match[1], match[3]), math.inf):

@@ -345,6 +345,8 @@ UNET_0 = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
         ({UNET_0: (8, 8)}, {"unet.conv_norm_out.weight": torch.ones(8)}, r"\(a whole weight", None),
         # a layer above all that the text encoder has here, and one that changes nothing
         ({UNET_0: (8, 8), CLIP_0: (16, 16), CLIP_0.replace(".0.", ".7."): (16, 16)}, {}, None, None),
+        ({UNET_0: (8, 8), CLIP_0: (16, 16), "text_encoder.text_projection": (16, 16)}, {}, None, None),
+        ({UNET_0: (8, 8), "text_encoder.text_projection": (16, 16)}, {}, "no output here depends on any", None),
         ({UNET_0: (8, 8)}, {"text_encoders.t5xxl.transformer.x.diff": torch.zeros(2, 2)}, None, None),
         ({}, {"text_encoders.t5xxl.transformer.x.diff": torch.zeros(2, 2)}, "none of its layers is", "none of its"),
         (
