@@ -21,8 +21,8 @@ from diffusers import (
 from family_checks import random_weights
 
 from dipgo_deploy.bundle.directory import reseal
-from dipgo_deploy.bundle.files import staged_directory
 from dipgo_deploy.bundle.manifest import seal_of
+from dipgo_deploy.bundle.staging import staged_directory
 from dipgo_deploy.export.exporter import PlannedExport, write_bundle
 from dipgo_deploy.models.family import Granularity
 from dipgo_deploy.models.location import denoiser_config

@@ -6,8 +6,8 @@ import contextlib
 from pathlib import Path
 from typing import Any
 
-from dipgo_deploy.bundle.files import write_atomic
 from dipgo_deploy.errors import UserError
+from dipgo_deploy.files import write_atomic
 
 
 class KernelCache:

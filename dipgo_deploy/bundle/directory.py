@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from dipgo_deploy import arguments
-from dipgo_deploy.bundle.files import sha256_file, write_atomic
+from dipgo_deploy.bundle.files import sha256_file
 from dipgo_deploy.bundle.manifest import MANIFEST_NAME, Manifest
 from dipgo_deploy.bundle.shapes import Sizes
 from dipgo_deploy.bundle.structure import check_structure
 from dipgo_deploy.bundle.verification import check_files
 from dipgo_deploy.errors import UserError
+from dipgo_deploy.files import write_atomic
 from dipgo_deploy.schedule.document import Schedule
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """An engine directory: its path and manifest."""
+    """An engine directory: its path and manifest. generation: device and inode of the manifest when it was opened."""
 
     path: Path
     manifest: Manifest
+    generation: tuple[int, int] | None = field(default=None, compare=False)
 
     @classmethod
     def open(cls, engine_dir: str | os.PathLike[str], *, verify: bool = False) -> Bundle:
@@ -37,21 +39,38 @@ class Bundle:
                 right.
         """
         path = arguments.path("engine_dir", engine_dir)
+        generation = _generation(path)
         manifest = Manifest.load(path)
         check_listed(path, manifest)
         check_structure(manifest)
         check_files(path, manifest.files, verify=verify)
-        return cls(path, manifest)
+        bundle = cls(path, manifest, generation)
+        bundle.check_unchanged()
+        return bundle
+
+    def check_unchanged(self) -> None:
+        """Refuse (UserError) to go on with a directory that was replaced since it was opened: graphs that are loaded
+        later would be those of another export."""
+        if self.generation is not None and _generation(self.path) != self.generation:
+            raise UserError(f"{self.path}: was replaced while it was in use; open it again")
 
     def at(self, sizes: Sizes) -> Bundle:
         """The directory at one choice of its sizes; raises UserError for one that it does not take."""
-        return Bundle(self.path, self.manifest.at(sizes))
+        return Bundle(self.path, self.manifest.at(sizes), self.generation)
 
     def load_schedule(self) -> Schedule:
         """The schedule that was exported (after promotion)."""
         if self.manifest.schedule not in self.manifest.files:
             raise UserError(f"{self.path}: schedule {self.manifest.schedule!r} is not among the manifest's files")
         return Schedule.load(self.path / self.manifest.schedule)
+
+
+def _generation(engine_dir: Path) -> tuple[int, int] | None:
+    try:
+        found = (engine_dir / MANIFEST_NAME).stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def check_listed(engine_dir: Path, manifest: Manifest) -> None:

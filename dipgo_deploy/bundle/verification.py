@@ -15,8 +15,9 @@ import stat
 from collections.abc import Mapping
 from pathlib import Path
 
-from dipgo_deploy.bundle.files import sha256_file, write_atomic
+from dipgo_deploy.bundle.files import sha256_file
 from dipgo_deploy.errors import UserError
+from dipgo_deploy.files import write_atomic
 
 # Bytes of a whole directory; hashing that many takes some 40 ms.
 SMALL_BYTES = 64 * 2**20

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from dipgo_deploy import __version__
 from dipgo_deploy.calibrate.least_squares import RIDGES, Fit, Sums, best_fit
 from dipgo_deploy.calibrate.store import Store
 from dipgo_deploy.errors import UserError
+from dipgo_deploy.files import sole_user
 from dipgo_deploy.schedule.document import FORMAT_VERSION, Schedule, gate_rows
 from dipgo_deploy.schedule.solver import Solver
 from dipgo_deploy.search.problem import Batch, Pair, Problem, with_guidance_scale
@@ -115,8 +117,9 @@ def calibrate(
     reference = problem.reference or problem
     predicting = sum(launch.predicts for launch in launches)
     columns = 1 + predicting + reference.matrix.noises
-    with tempfile.TemporaryDirectory() as temporary:
+    with tempfile.TemporaryDirectory() as temporary, ExitStack() as stack:
         work = folder or Path(temporary)
+        stack.enter_context(sole_user(work, "--checkpoint"))
         settings = _settings(problem, schedule, options)
         rows = len(launches) + 1
         store = Store(work, settings, options.images, columns, rows, problem.sample_shape, resume=resume)

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from dipgo_deploy.bundle.files import write_atomic
 from dipgo_deploy.errors import UserError
+from dipgo_deploy.files import write_atomic
 
 _STATE = "calibration.json"
 

@@ -7,7 +7,9 @@ import functools
 import io
 import json
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -58,18 +60,49 @@ def entry_point(command: click.Command) -> Callable[[Sequence[str] | None], int]
     ``main(argv=None)`` runs the command (``argv`` without the program's name; None takes ``sys.argv``) and returns the
     exit status: 0 done; 1 a comparison beyond tolerance, values that are not finite, output that could not be written,
     no memory left, or a status the command asked for with ``ctx.exit``; 2 a user's mistake, a file that cannot be read,
-    or a missing optional package; 130 interrupted. All are said in one line on stderr, but a closed pipe, which ends
-    the command quietly with status 1.
+    or a missing optional package; 130 interrupted; 143 terminated and 129 hung up, after what was begun was undone. All
+    are said in one line on stderr, but a closed pipe, which ends the command quietly with status 1.
     """
 
     def main(argv: Sequence[str] | None = None) -> int:
         for stream in (sys.stdout, sys.stderr):
             _write_anything(stream)
-        status = _outcome(command, argv)
+        with _signals_unwind():
+            status = _outcome(command, argv)
         unwritten = _unwritten()
         return status if unwritten is None else _fail_to_write(unwritten, status)
 
     return main
+
+
+class _Ended(BaseException):
+    """The process was asked to end; whatever it holds is given back on the way out."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+@contextmanager
+def _signals_unwind() -> Iterator[None]:
+    """SIGTERM and SIGHUP end the block as an exception, so that nothing half-written stays; not in other threads."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, frame: object) -> None:
+        raise _Ended(number)
+
+    before = {
+        number: signal.signal(number, end)
+        for number in (signal.SIGTERM, signal.SIGHUP)
+        if signal.getsignal(number) is signal.SIG_DFL
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _outcome(command: click.Command, argv: Sequence[str] | None) -> int:
@@ -87,6 +120,8 @@ def _outcome(command: click.Command, argv: Sequence[str] | None) -> int:
         return _fail(error.format_message(), 2)
     except (click.Abort, KeyboardInterrupt):
         return _fail("interrupted", 130)
+    except _Ended as ended:
+        return _fail(signal.strsignal(ended.number) or "ended", 128 + ended.number)
     except MemoryError:
         return _fail("not enough memory; use a machine with more, or ask for less at once", 1)
     except ModuleNotFoundError as error:

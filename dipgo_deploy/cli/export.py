@@ -86,7 +86,7 @@ def command(
     **options: Any,
 ) -> None:
     """Compile a model and a schedule: ONNX graphs, one weights file, one launch list."""
-    from dipgo_deploy.bundle.files import check_target
+    from dipgo_deploy.bundle.staging import check_target
     from dipgo_deploy.engine.budget import parse_bytes
     from dipgo_deploy.errors import UserError
     from dipgo_deploy.export.exporter import ExportOptions, plan_export, publish, with_layout_for_cpu

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -26,6 +25,7 @@ from dipgo_deploy.cli.common import (
     version_option,
 )
 from dipgo_deploy.errors import UserError
+from dipgo_deploy.files import written_whole
 
 if TYPE_CHECKING:
     import numpy as np
@@ -103,8 +103,12 @@ _DEFAULT_OUTPUT = {"pil": "output.png", "np": "output.npy", "latent": "output.np
     help="A picture (several in a grid), images float32 (n, H, W, 3), or latents float32 (n, C, h, w).",
 )
 @click.option(
-    "-o", "--output", type=click.Path(path_type=Path), help="File to write.  [default: output.png or output.npy]"
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    help="File to write; a number is added to the name of one that exists.  [default: output.png or output.npy]",
 )
+@click.option("--overwrite", is_flag=True, help="Replace an output file that exists.")
 @click.option(
     "--backend",
     type=click.Choice(BACKENDS),
@@ -160,6 +164,7 @@ def command(
     negative_prompt_embeds: tuple[str, ...],
     output_type: str,
     output: Path | None,
+    overwrite: bool,
     backend: str,
     threads: int | None,
     share_weights: bool | None,
@@ -174,7 +179,10 @@ def command(
 
     Several pictures are written as one grid. The output appears under its name only when it is complete.
     """
-    target = check_output(output or Path(_DEFAULT_OUTPUT[output_type]), output_type)
+    asked = check_output(output or Path(_DEFAULT_OUTPUT[output_type]), output_type)
+    target = asked if overwrite else free_name(asked)
+    if target != asked:
+        click.echo(f"{asked} exists: writing {target.name} (--overwrite replaces it)", err=True)
     arrays = {
         "latents": load_array("--latents", latents),
         "prompt_embeds": load_embeds("--prompt-embeds", prompt_embeds),
@@ -303,6 +311,16 @@ def check_output(path: Path, output_type: str) -> Path:
     return path
 
 
+def free_name(path: Path) -> Path:
+    """``path``, or with the first number behind its name that no file has: a-1.png, a-2.png, ..."""
+    number = 0
+    free = path
+    while free.exists() or free.is_symlink():
+        number += 1
+        free = path.with_name(f"{path.stem}-{number}{path.suffix}")
+    return free
+
+
 def write_output(path: Path, images: list[Image] | np.ndarray) -> None:
     """Write pictures (as a grid) or an array under a name of its own, then rename.
 
@@ -310,16 +328,8 @@ def write_output(path: Path, images: list[Image] | np.ndarray) -> None:
         UserError: the file cannot be written.
     """
     try:
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                _write(file, path.suffix.lower(), images)
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(name, 0o666 & ~_umask())
-            os.replace(name, path)
-        finally:
-            Path(name).unlink(missing_ok=True)
+        with written_whole(path) as file:
+            _write(file, path.suffix.lower(), images)
     except OSError as error:
         raise UserError(f"--output {path}: cannot be written ({error.strerror or error})") from None
 

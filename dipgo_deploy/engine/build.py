@@ -28,12 +28,13 @@ from dipgo_deploy.backends.tensorrt_plans import (
     profile_of,
 )
 from dipgo_deploy.bundle.directory import Bundle
-from dipgo_deploy.bundle.files import sha256_file, write_atomic
+from dipgo_deploy.bundle.files import sha256_file
 from dipgo_deploy.bundle.manifest import Graph, Manifest
 from dipgo_deploy.engine.budget import MemoryNeed, check_budget, memory_need
 from dipgo_deploy.engine.files import sole_writer
 from dipgo_deploy.engine.network import CURRENT, Work, build_plan
 from dipgo_deploy.errors import UserError
+from dipgo_deploy.files import write_atomic
 from dipgo_deploy.lora.file import LoraChoice
 from dipgo_deploy.lora.merge import LoraReport, MergedWeights, merge_loras
 

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dipgo_deploy.bundle.files import write_atomic
 from dipgo_deploy.errors import UserError
+from dipgo_deploy.files import write_atomic
 
 
 def attach(config: Any, path: Path) -> bool:

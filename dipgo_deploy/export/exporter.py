@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from dipgo_deploy import arguments
 from dipgo_deploy.bundle.directory import Bundle
-from dipgo_deploy.bundle.files import check_target, hash_tree, staged_directory
+from dipgo_deploy.bundle.files import hash_tree
 from dipgo_deploy.bundle.manifest import (
     MANIFEST_NAME,
     SCHEDULE_NAME,
@@ -30,6 +30,7 @@ from dipgo_deploy.bundle.manifest import (
 from dipgo_deploy.bundle.names import STACK
 from dipgo_deploy.bundle.shapes import Range
 from dipgo_deploy.bundle.stack import StackLayout
+from dipgo_deploy.bundle.staging import check_target, staged_directory
 from dipgo_deploy.compare.metrics import Agreement
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.export.conditions import corners, open_conditions

@@ -95,12 +95,14 @@ def check_in_process(engine_dir: Path, model: str) -> Agreement:
     the graphs agree.
 
     The first runs the supernet and records, the second runs the graphs: it has neither torch nor the torch model, the
-    first no graph. The recordings are files beside ``engine_dir`` meanwhile.
+    first no graph. The recordings are files in a folder of ``engine_dir`` meanwhile.
 
     Raises:
         ToleranceError: as ``verify_written``. UserError: a process failed.
     """
-    with tempfile.TemporaryDirectory(prefix=".recorded-", dir=engine_dir.parent) as folder:
+    if not engine_dir.is_dir():
+        raise UserError(f"{engine_dir}: no such folder; give an engine directory")
+    with tempfile.TemporaryDirectory(prefix=".recorded-", dir=engine_dir) as folder:
         _run("record", str(engine_dir), model, folder)
         return Agreement(*json.loads(_run("compare", str(engine_dir), folder).splitlines()[-1]))
 
@@ -140,7 +142,7 @@ def _record(engine_dir: Path, model: str, folder: Path) -> None:
     for place, sizes in enumerate(sizes_compared(whole)):
         bundle = whole if sizes is None else whole.at(sizes)
         manifest, plan = bundle.manifest, bundle.manifest.plan
-        with float32_files(model, engine_dir.parent) as weights:
+        with float32_files(model, engine_dir) as weights:
             reference = load_reference(bundle, model, weights)
             for part in (*check_facts(manifest, reference), *check_launch_list(manifest, reference)):
                 for failure in part.failures():

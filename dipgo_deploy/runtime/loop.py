@@ -129,6 +129,7 @@ class DenoisingLoop:
             executable = self._executables.get(launch.variant)
             if executable is None:
                 executable = self._backend.load(self._bundle.path, graph, self._weights)
+                self._bundle.check_unchanged()
                 self._executables[launch.variant] = executable
             tensors = view.tensors[index]
             call = executable.bind(tensors) if graph.sizes is None else executable.bind(tensors, graph)

@@ -187,21 +187,27 @@ class Pipeline:
         if self._text is None:
             entry = self.bundle.manifest.components.text_encoder
             assert entry is not None  # a request with prompts was checked to have an encoder
-            self._text = TextEncoder(self.bundle.path, entry, self.backend, self._weights)
+            loaded = TextEncoder(self.bundle.path, entry, self.backend, self._weights)
+            self.bundle.check_unchanged()
+            self._text = loaded
         return self._text
 
     def _ready_decoder(self) -> Decoder:
         if self._decoder is None:
             graph = self.bundle.manifest.components.vae_decoder
             assert graph is not None  # checked with the request
-            self._decoder = Decoder(self.bundle.path, graph, self.backend)
+            loaded = Decoder(self.bundle.path, graph, self.backend)
+            self.bundle.check_unchanged()
+            self._decoder = loaded
         return self._decoder
 
     def _ready_encoder(self) -> Encoder:
         if self._encoder is None:
             graph = self.bundle.manifest.components.vae_encoder
             assert graph is not None  # checked with the request
-            self._encoder = Encoder(self.bundle.path, graph, self.backend)
+            loaded = Encoder(self.bundle.path, graph, self.backend)
+            self.bundle.check_unchanged()
+            self._encoder = loaded
         return self._encoder
 
     def load_lora(self, file: str | os.PathLike[str], scale: float = 1.0, *, partial: bool = False) -> LoraReport:

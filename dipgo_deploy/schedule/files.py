@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import tempfile
 
 from dipgo_deploy import arguments
 from dipgo_deploy.errors import UserError
+from dipgo_deploy.files import written_whole
 
 MAX_BYTES = 16 * 2**20
 
@@ -36,19 +35,7 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write a UTF-8 file under its final name only once it is complete (written aside, synced, renamed)."""
     path = arguments.path("path", path)
     try:
-        handle, aside = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            umask = os.umask(0)
-            os.umask(umask)
-            os.chmod(aside, 0o666 & ~umask)  # mkstemp's files are private; this one is an ordinary document
-            os.replace(aside, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(aside)
-            raise
+        with written_whole(path) as file:
+            file.write(text.encode())
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 
 from dipgo_deploy.errors import UserError
+from dipgo_deploy.files import sole_user
 from dipgo_deploy.schedule.document import Gates, Schedule
 from dipgo_deploy.search import checkpoint
 from dipgo_deploy.search.baselines import BASELINES, Task, baseline
@@ -123,7 +125,8 @@ def search(
         _check_start(problem, start, name)
     scores: dict[float, list[list[float]]] = {}
     if options.method.startswith("dipgo"):
-        scores = _scores(problem, options, folder, resume, reporter)
+        with nullcontext() if folder is None else sole_user(folder, "--checkpoint"):
+            scores = _scores(problem, options, folder, resume, reporter)
     objective = None
     if options.method not in _WITHOUT_OBJECTIVE:
         reporter.stage("running the full loop for the objective")

@@ -120,7 +120,7 @@ def test_an_export_of_it_is_its_supernets_loop(problem: Problem, dit_folder: Pat
 
     schedule = schedule_of(problem, ((True,) * 3, (True, False, True), (False,) * 3, (False, False, True), (True,) * 3))
     fitted = calibrate(problem, schedule, SMALL)
-    bundle = export_bundle(str(dit_folder), fitted, tmp_path / "engine", ExportOptions(layout=layout))
+    bundle = export_bundle(str(dit_folder), fitted, tmp_path / "engine", ExportOptions(layout=layout, components=False))
     assert bundle.manifest.plan.evaluations == 4
     report = loop_report(tmp_path / "engine")
     assert report.first_failure() is None and report.results is not None

@@ -187,10 +187,21 @@ def test_a_write_that_fails_keeps_the_old_file(text_dir, tmp_path, monkeypatch, 
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(run, "_write", full)
-    assert main(command(text_dir, "--prompt", "a bag", "-o", target)) == 2
+    assert main(command(text_dir, "--prompt", "a bag", "-o", target, "--overwrite")) == 2
     assert "bag.png: cannot be written (No space left on device)" in capfd.readouterr().err
     assert target.read_bytes() == b"old"
     assert [path.name for path in tmp_path.iterdir()] == ["bag.png"]
+
+
+def test_a_file_that_exists_is_kept_unless_it_may_be_replaced(text_dir, tmp_path, capsys):
+    target = tmp_path / "bag.png"
+    for _ in range(3):
+        assert main(command(text_dir, "--prompt", "a bag", "-o", target)) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bag-1.png", "bag-2.png", "bag.png"]
+    assert "bag.png exists: writing bag-2.png (--overwrite replaces it)" in capsys.readouterr().err
+    target.write_bytes(b"old")
+    assert main(command(text_dir, "--prompt", "a bag", "-o", target, "--overwrite")) == 0
+    assert target.read_bytes() == (tmp_path / "bag-1.png").read_bytes()
 
 
 def test_a_run_that_is_not_finite_has_status_1_and_no_picture(text_dir, tmp_path, capsys):

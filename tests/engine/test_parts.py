@@ -7,11 +7,11 @@ from toy_engine import Toy, manifest_of
 
 from dipgo_deploy.backends.tensorrt_flavour import FLAVOURS, flavour_of, import_flavour
 from dipgo_deploy.backends.tensorrt_plans import BuildFlags, KeyInputs, ShapeRange, Target
-from dipgo_deploy.bundle.files import write_atomic
 from dipgo_deploy.engine import timing_cache
 from dipgo_deploy.engine.budget import MemoryNeed, check_budget, memory_need, mib, parse_bytes
 from dipgo_deploy.engine.phases import Phases
 from dipgo_deploy.errors import UserError
+from dipgo_deploy.files import write_atomic
 
 INPUTS = KeyInputs(
     graph="a",

@@ -93,9 +93,9 @@ def test_a_wrong_graph_is_found_by_the_process(plan: Callable[..., PlannedExport
     wrong = corrupted(engine, tmp_path / "wrong", Path(variant.graph.file).name, weight)
     with pytest.raises(ToleranceError, match=r"variant v\d+ by itself, step \d+, .*: error .* against the supernet"):
         low_memory.check_in_process(wrong, str(model))
-    with pytest.raises(UserError, match=r"status 2: .*no manifest\.json there"):
+    with pytest.raises(UserError, match="nowhere: no such folder"):
         low_memory.check_in_process(tmp_path / "nowhere", str(model))
-    assert not list(tmp_path.glob(".*"))
+    assert not list(tmp_path.rglob(".*"))
 
 
 def test_graphs_run_where_torch_was_never_loaded(

@@ -79,7 +79,7 @@ def table(report: Mapping[str, Any]) -> str:
 
 def save(report: Mapping[str, Any], device: Device, folder: Path) -> None:
     """Write the JSON and the table under the GPU's name into ``folder``."""
-    from dipgo_deploy.bundle.files import write_atomic
+    from dipgo_deploy.files import write_atomic
 
     name = re.sub(r"[^a-z0-9]+", "-", device.name.lower()).strip("-")
     folder.mkdir(parents=True, exist_ok=True)

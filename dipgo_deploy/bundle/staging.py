@@ -1,0 +1,176 @@
+"""An engine directory appears under its name when it is complete, and takes the place only of what was exported."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from dipgo_deploy.bundle.manifest import MANIFEST_NAME, Manifest
+from dipgo_deploy.errors import UserError
+from dipgo_deploy.files import hold, short_name
+
+# What ``dipgo-build`` adds to a directory.
+PLANS = "plans"
+
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+
+
+def check_target(target: Path, *, overwrite: bool) -> None:
+    """Refuse a target that exists, before any work is done.
+
+    Raises:
+        UserError: ``target`` exists and ``overwrite`` is off, or it is a file, or holds anything that dipgo-export and
+            dipgo-build did not write.
+    """
+    try:
+        if not target.exists() and not target.is_symlink():
+            return
+        if not target.is_dir() or target.is_symlink():
+            raise UserError(f"{target}: exists and is not a folder; give another --engine-dir")
+        if not any(target.iterdir()):
+            return
+        if not overwrite:
+            raise UserError(f"{target}: exists; give another --engine-dir or --overwrite")
+        _check_own(target)
+    except OSError as error:
+        raise UserError(f"{target}: cannot be read ({error.strerror or error}); give another --engine-dir") from None
+
+
+def _check_own(target: Path) -> None:
+    try:
+        manifest = Manifest.load(target)
+    except UserError as error:
+        raise UserError(
+            f"{target}: is not an engine directory that can be overwritten, remove it yourself or give another "
+            f"--engine-dir ({error})"
+        ) from None
+    own = {MANIFEST_NAME, *manifest.files}
+    paths = (path.relative_to(target) for path in target.rglob("*") if path.is_symlink() or not path.is_dir())
+    others = sorted(path.as_posix() for path in paths if path.as_posix() not in own and path.parts[0] != PLANS)
+    if others:
+        names = ", ".join(others[:3]) + (f" and {len(others) - 3} more" if len(others) > 3 else "")
+        raise UserError(
+            f"{target}: holds what dipgo-export did not write ({names}), which would go with it; move it away or give "
+            "another --engine-dir"
+        )
+
+
+@contextlib.contextmanager
+def staged_directory(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """A folder beside ``target`` that takes its name when the block ends without an error.
+
+    All files are flushed to disk before the rename; on an error, Ctrl-C or a signal that ends the process nothing is
+    left behind, and an older ``target`` stays as it was. What a killed process left is removed by the next one that
+    writes the same target.
+
+    Raises:
+        UserError: see ``check_target``; another process is writing the target; or it cannot be written.
+    """
+    _tidy(target)
+    check_target(target, overwrite=overwrite)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        stage = Path(tempfile.mkdtemp(prefix=_prefix(target, "partial"), dir=target.parent))
+    except OSError as error:
+        raise UserError(f"{target.parent}: cannot be written ({error.strerror}); give another --engine-dir") from None
+    lock = hold(stage)
+    try:
+        if any(_is_held(other) for other in _beside(target, "partial") if other != stage):
+            raise UserError(f"{target}: another process is writing it; wait for it, or give another --engine-dir")
+        try:
+            yield stage
+            _sync_tree(stage)
+            stage.chmod(0o755)
+            check_target(target, overwrite=overwrite)
+            _swap(stage, target)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES):
+                raise
+            raise UserError(f"{target}: cannot be written ({error.strerror}); give another --engine-dir") from None
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def _is_held(folder: Path) -> bool:
+    """Whether another process holds a folder; one that nobody holds is not kept."""
+    try:
+        lock = hold(folder)
+    except OSError:
+        return False  # gone meanwhile
+    if lock is None:
+        return True
+    os.close(lock)
+    return False
+
+
+def _prefix(target: Path, kind: str) -> str:
+    return f".{short_name(target)}.{kind}-"
+
+
+def _beside(target: Path, kind: str) -> list[Path]:
+    """Folders that exports to this target made."""
+    try:
+        with os.scandir(target.parent) as found:
+            return [Path(entry.path) for entry in found if entry.name.startswith(_prefix(target, kind))]
+    except OSError:
+        return []
+
+
+def _tidy(target: Path) -> None:
+    """Finish what killed processes left: an old directory without a new one goes back, all else goes."""
+    for old in _beside(target, "old"):
+        if _is_held(old):
+            continue
+        if not target.exists() and (old / MANIFEST_NAME).is_file():
+            with contextlib.suppress(OSError):
+                old.rename(target)
+        shutil.rmtree(old, ignore_errors=True)
+    for stage in _beside(target, "partial"):
+        if not _is_held(stage):
+            shutil.rmtree(stage, ignore_errors=True)
+
+
+def _swap(stage: Path, target: Path) -> None:
+    if not target.exists():
+        stage.rename(target)
+    elif not _exchange(stage, target):
+        # Where the file system cannot exchange two names: between the two renames there is none, see ``_tidy``.
+        old = Path(tempfile.mkdtemp(prefix=_prefix(target, "old"), dir=target.parent))
+        target.replace(old)
+        try:
+            stage.rename(target)
+        except BaseException:
+            old.rename(target)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+    _sync(target.parent)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange two names at once; False where that cannot be done here."""
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if rename is None:
+        return False
+    return bool(rename(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0)
+
+
+def _sync_tree(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        _sync(path)
+    _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,177 @@
+"""Engine directories appear whole, one writer at a time, and only ever replace what was exported."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dipgo_deploy.bundle import staging
+from dipgo_deploy.bundle.staging import check_target, staged_directory
+from dipgo_deploy.errors import UserError
+from dipgo_deploy.files import write_atomic
+
+EXPORTED = Path(__file__).parent / "format-4" / "engine"
+
+
+def _names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def test_a_finished_folder_takes_the_name(tmp_path: Path) -> None:
+    target = tmp_path / "engines" / "x"
+    with staged_directory(target) as stage:
+        (stage / "manifest.json").write_text("{}")
+        assert not target.exists()
+    assert _names(target) == {"manifest.json"}
+    assert _names(target.parent) == {"x"}
+
+
+@pytest.mark.parametrize("failure", [RuntimeError, KeyboardInterrupt])
+def test_an_interrupted_folder_leaves_nothing(tmp_path: Path, failure: type[BaseException]) -> None:
+    with pytest.raises(failure), staged_directory(tmp_path / "x") as stage:
+        (stage / "half").write_text("written")
+        raise failure
+    assert _names(tmp_path) == set()
+
+
+def test_an_interrupted_overwrite_keeps_the_old_one(tmp_path: Path) -> None:
+    target = tmp_path / "x"
+    shutil.copytree(EXPORTED, target)
+    old = (target / "manifest.json").read_text()
+    with pytest.raises(RuntimeError), staged_directory(target, overwrite=True) as stage:
+        (stage / "manifest.json").write_text("new")
+        raise RuntimeError
+    assert (target / "manifest.json").read_text() == old
+    with staged_directory(target, overwrite=True) as stage:
+        (stage / "manifest.json").write_text("new")
+    assert (target / "manifest.json").read_text() == "new"
+    assert _names(tmp_path) == {"x"}
+
+
+def test_an_engine_directory_with_somebodys_files_is_not_overwritten(tmp_path: Path) -> None:
+    target = tmp_path / "x"
+    shutil.copytree(EXPORTED, target)
+    (target / "plans").mkdir()
+    (target / "plans" / "v00.plan").write_text("")
+    check_target(target, overwrite=True)
+    (target / "graphs" / "notes.txt").write_text("mine")
+    (target / "link").symlink_to(tmp_path)
+    with pytest.raises(UserError, match=r"did not write \(graphs/notes.txt, link\)"):
+        check_target(target, overwrite=True)
+    with pytest.raises(UserError, match="did not write"), staged_directory(target, overwrite=True):
+        pass
+    assert (target / "graphs" / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("text", ["{}", "old", '{"format_version": 2}'])
+def test_any_folder_with_a_manifest_is_not_overwritten(tmp_path: Path, text: str) -> None:
+    (tmp_path / "manifest.json").write_text(text)
+    with pytest.raises(UserError, match="is not an engine directory that can be overwritten"):
+        check_target(tmp_path, overwrite=True)
+
+
+def test_a_target_that_appears_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+    target = tmp_path / "x"
+    with pytest.raises(UserError, match="exists; give another"), staged_directory(target) as stage:
+        (stage / "new").write_text("")
+        target.mkdir()
+        (target / "theirs").write_text("kept")
+    assert (target / "theirs").read_text() == "kept" and _names(tmp_path) == {"x"}
+
+
+def test_a_second_writer_of_one_target_is_refused_while_the_first_lives(tmp_path: Path) -> None:
+    target = tmp_path / "x"
+    with staged_directory(target) as first:
+        (first / "mine").write_text("")
+        with pytest.raises(UserError, match="another process is writing it"), staged_directory(target):
+            pass
+        assert (first / "mine").exists()
+    with staged_directory(tmp_path / "y") as other:
+        (other / "a").write_text("")
+    assert _names(tmp_path) == {"x", "y"}
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGHUP])
+def test_what_a_killed_process_left_goes_with_the_next_export(tmp_path: Path, number: signal.Signals) -> None:
+    code = f"""
+import time
+from pathlib import Path
+import click
+from dipgo_deploy.bundle.staging import staged_directory
+from dipgo_deploy.cli.common import entry_point
+
+@click.command()
+def command():
+    with staged_directory(Path({str(tmp_path / "x")!r})) as stage:
+        (stage / "half").write_text("written")
+        print("ready", flush=True)
+        time.sleep(60)
+
+raise SystemExit(entry_point(command)([]))
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    with pytest.raises(UserError, match="another process is writing it"), staged_directory(tmp_path / "x"):
+        pass
+    process.send_signal(number)
+    _, said = process.communicate(timeout=60)
+    if number == signal.SIGKILL:
+        assert len(_names(tmp_path)) == 1
+    else:
+        assert process.returncode == 128 + number and said.count("\n") == 1
+        assert _names(tmp_path) == set()
+    with staged_directory(tmp_path / "x") as stage:
+        (stage / "whole").write_text("")
+    assert _names(tmp_path) == {"x"} and _names(tmp_path / "x") == {"whole"}
+
+
+def test_a_kill_between_two_renames_is_undone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "x"
+    shutil.copytree(EXPORTED, target)
+    monkeypatch.setattr(staging, "_exchange", lambda one, other: False)
+    with staged_directory(target, overwrite=True) as stage:
+        (stage / "new").write_text("")
+    assert _names(target) == {"new"} and _names(tmp_path) == {"x"}
+    shutil.rmtree(target)
+    shutil.copytree(EXPORTED, tmp_path / ".x.old-abc")  # as a kill between them leaves it
+    with pytest.raises(UserError, match="exists; give another"), staged_directory(target):
+        pass
+    assert (target / "manifest.json").is_file() and _names(tmp_path) == {"x"}
+
+
+def test_the_longest_names_work(tmp_path: Path) -> None:
+    target = tmp_path / ("\u00e9" * 127)
+    with staged_directory(target) as stage:
+        (stage / "a").write_text("")
+    assert target.is_dir()
+    write_atomic(tmp_path / ("b" * 255), b"1")
+    assert len(_names(tmp_path)) == 2
+
+
+def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot be written .No space left"), staged_directory(tmp_path / "x"):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert _names(tmp_path) == set()
+
+
+def test_targets_that_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="is not a folder"):
+        check_target(tmp_path / "file", overwrite=True)
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "thesis.txt").write_text("")
+    with pytest.raises(UserError, match="exists; give another --engine-dir or --overwrite"):
+        check_target(tmp_path / "home", overwrite=False)
+    with pytest.raises(UserError, match="is not an engine directory that can be overwritten"):
+        check_target(tmp_path / "home", overwrite=True)
+    (tmp_path / "empty").mkdir()
+    check_target(tmp_path / "empty", overwrite=False)
+    with pytest.raises(UserError, match="cannot be written"), staged_directory(tmp_path / "file" / "x"):
+        pass
