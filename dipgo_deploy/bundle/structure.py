@@ -26,6 +26,7 @@ MOST_WEIGHT = 1e6
 MOST_TIMESTEP = 1e6
 # Bytes of one buffer; what is larger is not meant.
 MOST_BYTES = 2**40
+MOST_DIMENSIONS = 16
 
 
 class StructureError(ValueError):
@@ -47,6 +48,8 @@ def check_structure(manifest: Manifest) -> None:
 def _check(manifest: Manifest) -> None:
     plan = manifest.plan
     _check_counts(plan)
+    for spec in manifest.conditions:
+        _check_shape("conditions", spec)
     for where, graph in _graphs(manifest):
         _check_graph(where, graph)
     latent = manifest.latent
@@ -101,8 +104,15 @@ def _check_graph(where: str, graph: Graph) -> None:
     names = [spec.name for spec in (*graph.inputs, *graph.outputs)]
     _require(len(set(names)) == len(names), f"{where}: an input or output is named twice")
     for spec in (*graph.inputs, *graph.outputs):
-        _require(all(extent >= 0 for extent in spec.shape), f"{where}: {spec.name} has the shape {spec.shape}")
+        _check_shape(where, spec)
         _require(spec.nbytes <= MOST_BYTES, f"{where}: {spec.name} would take {spec.nbytes} bytes")
+
+
+def _check_shape(where: str, spec: TensorSpec) -> None:
+    """Before anything is multiplied: products of a long hostile list take for ever."""
+    _require(len(spec.shape) <= MOST_DIMENSIONS, f"{where}: {spec.name} has {len(spec.shape)} dimensions")
+    right = all(0 <= extent <= MOST_BYTES for extent in spec.shape)
+    _require(right, f"{where}: {spec.name} has the shape {str(spec.shape)[:100]}")
 
 
 def _check_variant(manifest: Manifest, variant: VariantEntry, sample: tuple[int, ...]) -> None:

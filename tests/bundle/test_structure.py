@@ -86,6 +86,9 @@ def test_what_was_exported_passes() -> None:
         ("plan.variants.0.writes", [], "nothing takes its output"),
         ("plan.variants.1.reads", [], "nothing fills its input"),
         ("plan.variants.0.graph.inputs.0.shape", [2**40, 2**40], "has the shape|would take"),
+        ("plan.variants.0.graph.inputs.0.shape", [-1], "has the shape"),
+        ("plan.variants.0.graph.inputs.0.shape", [10**9] * 100_000, "100000 dimensions"),
+        ("conditions.0.shape", [10**9] * 100_000, "100000 dimensions"),
     ],
 )
 def test_what_cannot_be_right_is_refused_by_name(place: str, value: Any, message: str | None) -> None:
