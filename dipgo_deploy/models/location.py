@@ -196,7 +196,7 @@ def _filled(family: ModelFamily, config: Mapping[str, Any], others: Mapping[str,
 def _check_settings(folder: Path, family: ModelFamily, config: Mapping[str, Any]) -> None:
     """Refuse what the family refuses at any size, and counts that no model has."""
     for key in ("num_layers", "num_single_layers", "layers_per_block", "sample_size"):
-        if isinstance(config.get(key), int) and not 0 <= config[key] <= _MOST:
+        if isinstance(config.get(key), int | float) and not 0 <= config[key] <= _MOST:
             raise UserError(f"{folder / family.component}: {key} = {config[key]}: is at most {_MOST}")
     try:
         family.blocks(config, family.granularities[0])

@@ -164,6 +164,7 @@ def test_defaults_written_or_left_out_are_one_configuration(tmp_path: Path) -> N
         ({"addition_embed_type": "text_time", "addition_time_embed_dim": 256}, "leave no room for a text embedding"),
         ({"down_block_types": 4}, "unet: a setting of its config.json has another type"),
         ({"layers_per_block": 10**9}, "layers_per_block = 1000000000: is at most 65536"),
+        ({"layers_per_block": 1e308}, r"layers_per_block = 1e\+308: is at most 65536"),
     ],
 )
 def test_settings_that_no_family_has_are_refused_by_the_configuration(

@@ -45,9 +45,9 @@ FULL: dict[Callable[[Material], Kind], int] = {
     Loras: 400,
     Importers: 1300,
     Configurations: 500,
-    Folders: 40,
+    Folders: 24,
 }
-KILLS = {"export": 20, "export --overwrite": 20, "build": 25, "search": 15, "calibrate": 20}
+KILLS = {"export": 14, "export --overwrite": 14, "build": 48, "search": 10, "calibrate": 16}
 LIMIT = 30.0
 
 

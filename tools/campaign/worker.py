@@ -140,7 +140,8 @@ def try_document(
     ran = run_caught(call, folder)
     expected = set(trial.outputs) if ran.status == 0 else set()
     left = tuple(sorted(_names(inside) - before - expected))
-    result = judge(kind.name, index, trial, replace(ran, left=left))
+    with _redirected(folder / "stdout", folder / "stderr"):  # the stock pipeline prints as it judges
+        result = judge(kind.name, index, trial, replace(ran, left=left))
     os.chdir(folder.parent)
     return result
 

@@ -152,9 +152,7 @@ def change_npz(name: str, array: np.ndarray, random: np.random.Generator) -> Cha
         label, member = change_npy(array, random)
         return f"member: {label}", _archive({f"{name}.npy": member})
     if what == "names":
-        other = pick(
-            random, ("../../x.npy", "/x.npy", f"{name}.txt", f"{name}", "x.npy", "a\nb.npy", f"{name}.npy/")
-        )
+        other = pick(random, ("../../x.npy", "/x.npy", f"{name}.txt", f"{name}", "x.npy", "a\nb.npy", f"{name}.npy/"))
         both = random.random() < 0.5
         return f"names: {other!r}", _archive({other: good, **({f"{name}.npy": good} if both else {})})
     if what == "bomb":

@@ -6,12 +6,14 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
+from dipgo_deploy.bundle.directory import Bundle, reseal
+from dipgo_deploy.errors import UserError
 from tools.campaign.material import CLASS_RUN, TEXT_RUN, Material, link_tree, run_arguments
 from tools.campaign.mutate import change_bytes, change_json, flip, pick
 from tools.campaign.verdict import Ran, Verdict
@@ -62,7 +64,19 @@ class Resealed:
         else:
             label, text = change_json(manifest, random, bytes_share=0)
         (engine_dir / "manifest.json").write_bytes(text)
-        return _run(self.material, "class", folder, label, resealed=True)
+        trial = _run(self.material, "class", folder, label, resealed=True)
+
+        def seal() -> None:
+            # The copy's files are links to the originals, which a new seal does not write.
+            reseal(engine_dir)
+
+        def marks(ran: Ran) -> tuple[str, ...]:
+            found = launch_list_refused(engine_dir)
+            return (
+                "of these dipgo-compare's check of the launch list finds" if found else "of these it does not find",
+            )
+
+        return replace(trial, prepare=seal, marks=marks)
 
 
 @dataclass(frozen=True)
@@ -125,6 +139,19 @@ class Broken:
             elif how == "loop":
                 path.symlink_to(path.name)
         return _run(self.material, "class", folder, f"{file}: {label}")
+
+
+def launch_list_refused(engine_dir: Path) -> bool:
+    """Whether ``dipgo-compare`` finds the launch list to be another than its sampler's."""
+    from dipgo_deploy.compare.launch_list import check_launch_list
+    from dipgo_deploy.compare.reference import load_reference
+
+    bundle = Bundle.open(engine_dir)
+    try:
+        parts = check_launch_list(bundle.manifest, load_reference(bundle))
+    except UserError:
+        return True
+    return not all(part.passed for part in parts)
 
 
 def same_pictures(
