@@ -127,7 +127,7 @@ def _csv(gates: np.ndarray, random: np.random.Generator) -> Changed:
     cells[row][column] = cell
     how = pick(random, ("cell", "more rows", "rows gone", "names"))
     if how == "more rows":
-        cells = cells * pick(random, (2, 1000, 100_000))
+        cells = cells * min(pick(random, (2, 1000, 100_000)), 4 * 10**6 // (len(cell) + 8) + 1)
     elif how == "rows gone":
         cells = cells[: int(random.integers(len(cells)))]
     elif how == "names":
