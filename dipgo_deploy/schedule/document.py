@@ -129,9 +129,10 @@ class Schedule(_Part):
     @classmethod
     def _checked(cls, data: Any, handler: ValidatorFunctionWrapHandler) -> Schedule:
         # Raised here, a UserError passes through pydantic unchanged: every way to make a Schedule says one line.
-        if isinstance(data, Mapping) and data.get("format_version", 1) not in (1, FORMAT_VERSION):
+        version = data.get("format_version", 1) if isinstance(data, Mapping) else 1
+        if type(version) is not int or version not in (1, FORMAT_VERSION):  # True is 1
             raise UserError(
-                f"format_version: {repr(data['format_version'])[:60]} is not known, only 1 to {FORMAT_VERSION}: "
+                f"format_version: {repr(version)[:60]} is not known, only 1 to {FORMAT_VERSION}: "
                 f"use the version of dipgo-deploy that wrote it"
             )
         if isinstance(data, Mapping):

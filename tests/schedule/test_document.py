@@ -163,6 +163,7 @@ def test_a_file_cut_off_anywhere_is_refused(document: dict[str, Any], tmp_path: 
         (b"{}", "format_version: is missing"),
         (b'{"format_version": 1, "steps": 1, "steps": 2}', "'steps' stands twice"),
         (b'{"format_version": NaN}', "NaN is no JSON number"),
+        (b'{"format_version": true}', "format_version: True is not known"),
         (b'{"format_version": 1e400}', "1e400 is too large a number"),
         (b'{"a" 1}', "not JSON"),
         (b"[" * 100_000, "not a schedule"),
