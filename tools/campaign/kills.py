@@ -70,7 +70,7 @@ def commands(material: Material) -> list[Command]:
     search += ("--checkpoint", "state", "-o", "out.json")
 
     calibrate: tuple[str, ...] = ("calibrate", *model, "--schedule", str(material.class_schedule), "-o", "out.json")
-    calibrate += ("--images", "8", "--batch", "2", "--threads", "1", "--checkpoint", "state")
+    calibrate += ("--images", "8", "--batch", "2", "--threads", "1", "--checkpoint", "state", "--resume")
 
     def no_engine(folder: Path) -> None:
         shutil.rmtree(folder / "engine", ignore_errors=True)

@@ -45,10 +45,17 @@ def as_written(text: bytes, original: bytes, ran: Ran) -> tuple[Verdict, str]:
     except (ValueError, RecursionError) as error:
         return Verdict.SILENT, f"accepted, but no JSON: {error}"
     read = json.loads(Schedule.from_json(text).to_json())
-    if typed({"provenance": {}, "solver": None, **written}) != typed({"solver": None, **read}):
+    if typed(_with_defaults(written)) != typed(_with_defaults(read)):
         return Verdict.SILENT, "accepted, but read as something else than what is written"
     same = typed(read) == typed(json.loads(Schedule.from_json(original).to_json()))
     return (Verdict.SAME if same else Verdict.VALID), ""
+
+
+def _with_defaults(document: dict[str, Any]) -> dict[str, Any]:
+    """With what the format says of fields that are left out."""
+    solver = document.get("solver")
+    filled = None if solver is None else {"noises": 0, "picture": False, "provenance": {}, **solver}
+    return {"provenance": {}, **document, "solver": filled}
 
 
 def strict_json(text: bytes) -> Any:
