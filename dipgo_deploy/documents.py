@@ -39,8 +39,10 @@ def parse(data: bytes | str, *, most: int = MAX_VALUES, depth: int = MAX_DEPTH, 
         text = data.decode("utf-8") if isinstance(data, bytes) else data
     except UnicodeDecodeError as error:
         raise ValueError(f"byte {error.start} is not UTF-8 text") from error
-    # Each value but the first of a list or object has a comma before it; those inside strings are counted too.
-    if text.count(",") + text.count("[") + text.count("{") > most:
+    # Each value but the first of a list or object has a comma before it; those inside strings are counted too. Lists,
+    # objects and keys take many times the memory of a number.
+    containers = text.count("[") + text.count("{")
+    if text.count(",") + containers > most or containers + text.count(":") > MAX_VALUES:
         raise ValueError(f"more than {most:,} values")
     try:
         document = json.loads(

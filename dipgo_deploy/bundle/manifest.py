@@ -20,7 +20,9 @@ FORMAT_VERSION = 4
 UNSEALED_VERSION = 3
 MANIFEST_NAME = "manifest.json"
 SCHEDULE_NAME = "schedule.json"
-MAX_MANIFEST_BYTES = 16 * 2**20
+# A thousand launches of a sampler that draws noise at each have two million coefficients.
+MAX_MANIFEST_BYTES = 64 * 2**20
+MAX_MANIFEST_VALUES = 5_000_000
 
 # Bytes. TensorRT wants every tensor at a multiple of it, CUDA allocates at such, and plans place caches so.
 ALIGNMENT = 256
@@ -372,7 +374,7 @@ class Manifest(_Frozen):
         path = engine_dir / MANIFEST_NAME
         if not path.is_file():
             raise UserError(f"{engine_dir}: no {MANIFEST_NAME} there; give an engine directory made by dipgo-export")
-        data = read_document(path, MAX_MANIFEST_BYTES, "a manifest of dipgo-export")
+        data = read_document(path, MAX_MANIFEST_BYTES, "a manifest of dipgo-export", MAX_MANIFEST_VALUES)
         version = data.get("format_version") if isinstance(data, dict) else None
         if version == UNSEALED_VERSION:
             _log.warning("%s: was exported before directories were sealed, so changes to it do not show", path)
@@ -399,11 +401,11 @@ def seal_of(document: Mapping[str, Any]) -> str:
     return documents.digest({key: value for key, value in document.items() if key != "seal"})
 
 
-def read_document(path: Path, most_bytes: int, what: str) -> Any:
+def read_document(path: Path, most_bytes: int, what: str, most_values: int = documents.MAX_VALUES) -> Any:
     """The content of a JSON file of an engine directory.
 
     Raises:
-        UserError: it cannot be read, is larger than ``most_bytes``, or is no strict JSON.
+        UserError: it cannot be read, is larger than ``most_bytes`` or ``most_values``, or is no strict JSON.
     """
     try:
         if not path.is_file():
@@ -414,7 +416,7 @@ def read_document(path: Path, most_bytes: int, what: str) -> Any:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error}); look at its permissions") from None
     try:
-        return documents.parse(data)
+        return documents.parse(data, most=most_values)
     except ValueError as error:
         raise UserError(f"{path}: not valid JSON ({error}); export the engine directory again") from None
 

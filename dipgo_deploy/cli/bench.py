@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dipgo_deploy.cli.common import emit, entry_point, examples, human_console, json_option, version_option
+from dipgo_deploy.cli.common import (
+    emit,
+    entry_point,
+    examples,
+    human_console,
+    json_option,
+    output_files,
+    version_option,
+)
 
 if TYPE_CHECKING:
     from dipgo_deploy.bench.quality import Row
@@ -56,6 +64,7 @@ def command() -> None:
 @click.option("--out", type=_PATH, help="Write the result as JSON.")
 @click.option("--plot", type=_PATH, help="Write a picture; needs the extra bench.")
 @json_option
+@output_files("out", "plot")
 def quality(
     files: tuple[Path, ...],
     solvers: tuple[str, ...],
@@ -76,14 +85,11 @@ def quality(
     FILES are schedules of one model and sampler. The first is what the others' SSIM is compared with.
     """
     from dipgo_deploy.bench.plot import check_plot, plot_quality
-    from dipgo_deploy.errors import UserError
     from dipgo_deploy.schedule.document import Schedule
 
     schedules = [(str(path), Schedule.load(path)) for path in files]
     if plot is not None:
         check_plot(plot)
-    if out is not None and not out.parent.is_dir():
-        raise UserError(f"--out {out}: the folder {out.parent} does not exist: make it first")
     import torch
 
     from dipgo_deploy.bench.quality import Case, measure, schedule_cases, solver_case

@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dipgo_deploy.cli.common import emit, entry_point, examples, human_console, json_option, live, version_option
+from dipgo_deploy.cli.common import (
+    emit,
+    entry_point,
+    examples,
+    human_console,
+    json_option,
+    live,
+    output_files,
+    version_option,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -60,6 +69,7 @@ _PATH = click.Path(path_type=Path)
 @click.option("--resume", is_flag=True, help="Go on from --checkpoint, to the same result.")
 @json_option
 @version_option
+@output_files("output")
 def command(
     model: str,
     schedule_file: Path,
@@ -83,8 +93,6 @@ def command(
     from dipgo_deploy.schedule.document import Schedule
 
     schedule = Schedule.load(schedule_file)
-    if not output.parent.is_dir():
-        raise UserError(f"{output}: the folder {output.parent} does not exist: make it first")
     if resume and checkpoint is None:
         raise UserError("--resume: needs --checkpoint, the folder to go on from")
     import torch

@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -204,6 +205,53 @@ def reading_options(function: F) -> F:
     for option in reversed(options):
         wrapped = option(wrapped)
     return wrapped
+
+
+def output_files(*parameters: str) -> Callable[[F], F]:
+    """Add ``--overwrite``, and hand the command paths that can be written: see ``free_output``.
+
+    parameters: of the command, each a path or None. To be put under the options that they come from.
+    """
+
+    def decorate(function: F) -> F:
+        @functools.wraps(function)
+        def run(*args: Any, overwrite: bool, **given: Any) -> Any:
+            for name in parameters:
+                if given[name] is not None:
+                    given[name] = free_output(given[name], f"--{name}", overwrite=overwrite)
+            return function(*args, **given)
+
+        return overwrite_option(run)  # type: ignore[return-value]
+
+    return decorate
+
+
+def overwrite_option(function: F) -> F:
+    """Add ``--overwrite``."""
+    text = "Replace an output file that exists; without it a number is added to the name."
+    return click.option("--overwrite", is_flag=True, help=text)(function)
+
+
+def free_output(path: Path, option: str, *, overwrite: bool) -> Path:
+    """``path``, or with the first number behind its name that no file has (a-1.png, a-2.png, ...), which is said.
+
+    Raises:
+        UserError: it could not be written: a missing folder, a folder, or no permission.
+    """
+    if not path.parent.is_dir():
+        raise UserError(f"{option} {path}: the folder {path.parent} does not exist; make it first")
+    if path.is_dir():
+        raise UserError(f"{option} {path}: is a folder; give a file name")
+    if not os.access(path.parent, os.W_OK):
+        raise UserError(f"{option} {path}: the folder {path.parent} cannot be written; give another")
+    number = 0
+    free = path
+    while not overwrite and (free.exists() or free.is_symlink()):
+        number += 1
+        free = path.with_name(f"{path.stem}-{number}{path.suffix}")
+    if free != path:
+        click.echo(f"{path} exists: writing {free.name} (--overwrite replaces it)", err=True)
+    return free
 
 
 def version_option(function: F) -> F:

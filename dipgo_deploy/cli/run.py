@@ -17,11 +17,13 @@ from dipgo_deploy.cli.common import (
     emit,
     entry_point,
     examples,
+    free_output,
     human_console,
     json_option,
     live,
     lora_line,
     lora_partial_option,
+    overwrite_option,
     version_option,
 )
 from dipgo_deploy.errors import UserError
@@ -106,9 +108,9 @@ _DEFAULT_OUTPUT = {"pil": "output.png", "np": "output.npy", "latent": "output.np
     "-o",
     "--output",
     type=click.Path(path_type=Path),
-    help="File to write; a number is added to the name of one that exists.  [default: output.png or output.npy]",
+    help="File to write.  [default: output.png or output.npy]",
 )
-@click.option("--overwrite", is_flag=True, help="Replace an output file that exists.")
+@overwrite_option
 @click.option(
     "--backend",
     type=click.Choice(BACKENDS),
@@ -179,10 +181,9 @@ def command(
 
     Several pictures are written as one grid. The output appears under its name only when it is complete.
     """
-    asked = check_output(output or Path(_DEFAULT_OUTPUT[output_type]), output_type)
-    target = asked if overwrite else free_name(asked)
-    if target != asked:
-        click.echo(f"{asked} exists: writing {target.name} (--overwrite replaces it)", err=True)
+    asked = output or Path(_DEFAULT_OUTPUT[output_type])
+    check_suffix(asked, output_type)
+    target = free_output(asked, "--output", overwrite=overwrite)
     arrays = {
         "latents": load_array("--latents", latents),
         "prompt_embeds": load_embeds("--prompt-embeds", prompt_embeds),
@@ -293,32 +294,11 @@ def parse_labels(given: tuple[str, ...]) -> list[int | str]:
     return labels
 
 
-def check_output(path: Path, output_type: str) -> Path:
-    """Refuse an output that could not be written, before any work is done.
-
-    Raises:
-        UserError: a suffix that does not fit the output type, a missing folder, a folder, or no permission.
-    """
+def check_suffix(path: Path, output_type: str) -> None:
+    """Refuse (UserError) a suffix that does not fit the output type, before any work is done."""
     suffixes = list(_PICTURES) if output_type == "pil" else [".npy"]
     if path.suffix.lower() not in suffixes:
         raise UserError(f"--output {path}: output type {output_type} is written to {', '.join(suffixes)}")
-    if not path.parent.is_dir():
-        raise UserError(f"--output {path}: the folder {path.parent} does not exist; make it first")
-    if path.is_dir():
-        raise UserError(f"--output {path}: is a folder; give a file name")
-    if not os.access(path.parent, os.W_OK):
-        raise UserError(f"--output {path}: the folder {path.parent} cannot be written; give another")
-    return path
-
-
-def free_name(path: Path) -> Path:
-    """``path``, or with the first number behind its name that no file has: a-1.png, a-2.png, ..."""
-    number = 0
-    free = path
-    while free.exists() or free.is_symlink():
-        number += 1
-        free = path.with_name(f"{path.stem}-{number}{path.suffix}")
-    return free
 
 
 def write_output(path: Path, images: list[Image] | np.ndarray) -> None:

@@ -17,6 +17,7 @@ from dipgo_deploy.cli.common import (
     examples,
     human_console,
     json_option,
+    output_files,
     reading_options,
     version_option,
 )
@@ -63,6 +64,7 @@ def _target_options(function: F, granularity: Literal["block", "layer"] = "block
         reading_options,
         json_option,
     )
+    function = output_files("output")(function)
     for option in reversed(options):
         function = option(function)
     return function

@@ -10,7 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dipgo_deploy.cli.common import emit, entry_point, examples, human_console, json_option, live, version_option
+from dipgo_deploy.cli.common import (
+    emit,
+    entry_point,
+    examples,
+    free_output,
+    human_console,
+    json_option,
+    live,
+    overwrite_option,
+    version_option,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -134,18 +144,23 @@ def spread_ratios(args: Sequence[str]) -> list[str]:
 @click.option("--checkpoint", type=_PATH, help="Folder for the pruner's state and log.jsonl.")
 @click.option("--save-every", type=click.IntRange(min=1), default=20, show_default=True, help="Iterations.")
 @click.option("--resume", is_flag=True, help="Go on from --checkpoint, to the same result.")
+@overwrite_option
 @json_option
 @version_option
 def command(
-    output: Path, checkpoint: Path | None, resume: bool, threads: int | None, as_json: bool, **options: Any
+    output: Path,
+    overwrite: bool,
+    checkpoint: Path | None,
+    resume: bool,
+    threads: int | None,
+    as_json: bool,
+    **options: Any,
 ) -> None:
     """Search schedules that save a share of the cost and keep the images as they are."""
     from dipgo_deploy.errors import UserError
 
-    outputs = output_files(output, options["ratios"])
-    for path in outputs:
-        if not path.parent.is_dir():
-            raise UserError(f"{path}: the folder {path.parent} does not exist: make it first")
+    named = output_files(output, options["ratios"])
+    outputs = [free_output(path, "--output", overwrite=overwrite) for path in named]
     if resume and checkpoint is None:
         raise UserError("--resume: needs --checkpoint, the folder to go on from")
     import torch

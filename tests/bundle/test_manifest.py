@@ -194,7 +194,8 @@ def test_the_seal_is_of_the_content_not_of_the_text(tmp_path: Path) -> None:
         ('{"format_version": 4, "format_version": 4}', "stands twice"),
         ("[" * 100_000, "nested more than"),
         ('{"a":' * 70 + "1" + "}" * 70, "nested more than"),
-        ('{"plan": [' + "0," * 3_000_000 + "0]}", "more than 1,000,000 values"),
+        ('{"plan": [' + "0," * 6_000_000 + "0]}", "more than 5,000,000 values"),
+        ('{"plan": [' + "[]," * 1_000_001 + "0]}", "more than 5,000,000 values"),
         (b"\xff\xfe", "not UTF-8"),
     ],
 )
@@ -219,3 +220,16 @@ def test_links_are_followed(tmp_path: Path) -> None:
     for name in ("manifest.json", "schedule.json", "graphs/v00.onnx"):
         (linked / name).symlink_to(folder / name)
     Bundle.open(linked)
+
+
+def test_a_thousand_launches_with_as_many_noises_are_read(tmp_path: Path) -> None:
+    document = _document()
+    plan, launch = document["plan"], document["plan"]["launches"][0]
+    steps = 1000
+    slots = 1 + steps + steps - 1
+    row = [0.123456789012345] + [0.0] * (slots - 1)
+    plan["launches"] = [{**launch, "step": step, "slot": step + 1, "coefficients": row} for step in range(steps)]
+    plan |= {"slots": slots, "noises": steps - 1, "evaluations": steps, "final": row}
+    stack, coefficients = plan["variants"][0]["graph"]["inputs"]
+    stack["shape"][0] = coefficients["shape"][0] = slots
+    assert len(Bundle.open(_write(tmp_path, document)).manifest.plan.launches) == steps

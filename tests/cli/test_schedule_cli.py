@@ -104,7 +104,7 @@ def test_random_is_reproducible(tmp_path: Path) -> None:
 def test_import_csv_for_a_sampler_that_evaluates_once_more(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     table, path = tmp_path / "keep.csv", tmp_path / "s.json"
     table.write_text("1,1,1,1,1,1,1,1,1\n0,0,0,0,0,0,0,0,0\n1,1,1,0,1,1,1,1,1\n")
-    options = ["--model", "fashion-sd", "--steps", "3", "-o", str(path)]
+    options = ["--model", "fashion-sd", "--steps", "3", "-o", str(path), "--overwrite"]
     assert main(["import", "csv", str(table), "--sampler", "pndm", *options]) == 0
     schedule = Schedule.load(path)
     assert schedule.keep == ("1" * 9, "0" * 9, "111011111", "111011111")
@@ -118,7 +118,7 @@ def test_import_csv_for_a_sampler_that_evaluates_once_more(tmp_path: Path, capsy
 def test_import_smoothcache_is_about_layers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source, path = tmp_path / "fora.json", tmp_path / "s.json"
     source.write_text('{"attn": [1, 0, 1], "mlp": [1, 1, 0]}')
-    options = ["--model", "fashion-dit", "--sampler", "ddim", "--steps", "3", "-o", str(path)]
+    options = ["--model", "fashion-dit", "--sampler", "ddim", "--steps", "3", "-o", str(path), "--overwrite"]
     assert main(["import", "smoothcache", str(source), *options]) == 0
     schedule = Schedule.load(path)
     assert schedule.model.granularity == "layer"
@@ -132,7 +132,7 @@ def test_import_smoothcache_is_about_layers(tmp_path: Path, capsys: pytest.Captu
 
 def test_import_l2c_router_takes_a_threshold(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source, path = tmp_path / "router.pt", tmp_path / "s.json"
-    options = ["--model", "fashion-dit", "--sampler", "ddim", "--steps", "2", "-o", str(path)]
+    options = ["--model", "fashion-dit", "--sampler", "ddim", "--steps", "2", "-o", str(path), "--overwrite"]
     source.write_text("no checkpoint")
     refused(capsys, ["import", "l2c-router", str(source), *options], f"{source}: not a file of torch.save")
     layers = 2 * json.loads((ASSETS / "fashion-dit" / "transformer" / "config.json").read_text())["num_layers"]
@@ -162,7 +162,7 @@ def test_import_dipgo_gates_refuses_what_it_would_have_to_run(
         (["full", "--model", "fashion-sd", "--sampler", "nonsense", "-o", "x.json"], "nonsense"),
         (["full", "--model", "fashion-sd", "--cache", "residual", "-o", "x.json"], "cannot have a cache"),
         (["full", "--model", "fashion-sd"], "Missing option '-o'"),
-        (["full", "--model", "fashion-sd", "--sampler", "ddim", "-o", "no/folder/x.json"], "cannot be written"),
+        (["full", "--model", "fashion-sd", "--sampler", "ddim", "-o", "no/folder/x.json"], "no/folder does not exist"),
         (["uniform", "--model", "fashion-sd", "--interval", "0", "-o", "x.json"], "--interval"),
         (["deepcache", "--model", "fashion-dit", "--interval", "2", "-o", "x.json"], "UNets only"),
         (
@@ -281,3 +281,14 @@ def test_a_file_that_cannot_be_read_is_refused_before_the_model(
     options = ["--model", str(tmp_path / "no-model"), "-o", str(tmp_path / "s.json")]
     refused(capsys, ["import", name, str(tmp_path / "missing"), *options], "missing: no such file")
     refused(capsys, ["import", name, str(tmp_path), *options], "not a regular file")
+
+
+def test_a_file_that_exists_is_kept_unless_it_may_be_replaced(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "s.json"
+    options = ["full", "--model", "fashion-sd", "--sampler", "ddim", "--steps", "2", "-o", str(path)]
+    path.write_text("mine")
+    assert main(options) == 0 and path.read_text() == "mine"
+    assert f"{path} exists: writing s-1.json (--overwrite replaces it)" in capsys.readouterr().err
+    assert main([*options, "--overwrite"]) == 0 and path.read_bytes() == (tmp_path / "s-1.json").read_bytes()

@@ -137,7 +137,7 @@ def test_another_run_may_be_the_reference(dit_folder: Path, tmp_path: Path) -> N
     ]
     file, launches = tmp_path / "s.json", []
     for reference, steps in (("ddim:40", 40), ("ddim", 20)):
-        assert main([*args, "--reference", reference, "--prune-ratio", "0.75", "-o", str(file)]) == 0
+        assert main([*args, "--reference", reference, "--prune-ratio", "0.75", "-o", str(file), "--overwrite"]) == 0
         schedule = Schedule.load(file)
         launches.append(sum(map(any, schedule.gates)))
         parameters = schedule.provenance["parameters"]

@@ -138,7 +138,7 @@ def test_the_command_takes_embeddings_by_name(engine: Path, own: Any, tmp_path: 
             np.save(tmp_path / f"{half}.{name}.npy", array)
             forms["npy"] += [f"--{half}-embeds", f"{name}={tmp_path / f'{half}.{name}.npy'}"]
     call = ["--engine-dir", str(engine), "--backend", "cpu", "--threads", "1", "--seed", "3", "--load", "lazy"]
-    call += ["--guidance-scale", str(SCALE), "--output-type", "latent", "-o", str(tmp_path / "out.npy")]
+    call += ["--guidance-scale", str(SCALE), "--output-type", "latent", "-o", str(tmp_path / "out.npy"), "--overwrite"]
     want = ours(engine, prompt=PROMPT, negative_prompt=NEGATIVE, output_type="latent")
     for form in forms.values():
         result = CliRunner().invoke(run_command, [*call, *form], catch_exceptions=False)
