@@ -141,11 +141,15 @@ def borrow_components(source: Path, target: Path) -> None:
     """Give an engine directory that was exported without components those of another: they know no schedule."""
     theirs = json.loads((source / "manifest.json").read_text())
     ours = json.loads((target / "manifest.json").read_text())
-    for name in {file.partition("/")[0] for file in theirs["files"] if file not in ours["files"]}:
-        if name == "components" or name.startswith("tokenizer"):
-            shutil.copytree(source / name, target / name)
+    borrowed = {
+        file: digest
+        for file, digest in theirs["files"].items()
+        if file.startswith(("components/", "tokenizer")) and file not in ours["files"]
+    }
+    for name in {file.partition("/")[0] for file in borrowed}:
+        shutil.copytree(source / name, target / name)
     ours["components"] = theirs["components"]
-    ours["files"] = {**theirs["files"], **ours["files"]}
+    ours["files"] |= borrowed
     (target / "manifest.json").write_text(json.dumps(ours))
     reseal(target)
 

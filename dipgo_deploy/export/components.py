@@ -158,12 +158,13 @@ def _expansions(pipeline: Any, tokenizer: Any) -> dict[str, str]:
 
 def _convert(module: torch.nn.Module, dtype: str) -> None:
     """``module`` in the export's dtype, without what transformers keeps in float32 for its range (T5's ``wo``)."""
+    kept = tuple(getattr(module, "_keep_in_fp32_modules", None) or ()) if dtype == "fp16" else ()
+    parts = [part for name, part in module.named_modules() if name.rpartition(".")[2] in kept]
+    # Their own values: what was rounded to half precision stays so in float32.
+    own = [(parameter, parameter.data) for part in parts for parameter in part.parameters()]
     module.to(torch_dtype(dtype)).eval()
-    kept = tuple(getattr(module, "_keep_in_fp32_modules", None) or ())
-    if dtype == "fp16" and kept:
-        for name, part in module.named_modules():
-            if name.rpartition(".")[2] in kept:
-                part.float()
+    for parameter, data in own:
+        parameter.data = data.float()
 
 
 def _vae_dtype(pipeline: Any, dtype: str) -> str:
