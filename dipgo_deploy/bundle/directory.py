@@ -39,6 +39,7 @@ class Bundle:
                 right.
         """
         path = arguments.path("engine_dir", engine_dir)
+        arguments.flag("verify", verify)
         generation = _generation(path)
         manifest = Manifest.load(path)
         check_listed(path, manifest)

@@ -36,6 +36,11 @@ def traced(model: Path) -> PlannedExport:
     return plan_for(model, schedule_for(model, steps=STEPS))
 
 
+@pytest.fixture(scope="module")
+def engine(traced: PlannedExport, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return publish(traced, tmp_path_factory.mktemp("sd21") / "engine").path
+
+
 def ours(engine_dir: Path, **call: Any) -> np.ndarray:
     pipeline = Pipeline.from_engine_dir(engine_dir, "cpu", threads=1)
     return np.asarray(pipeline(seed=3, guidance_scale=SCALE, **call).images)

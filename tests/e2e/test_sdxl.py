@@ -145,7 +145,7 @@ def test_lora_of_the_unet_and_both_text_encoders(engine: Path, model: Path, spel
     call = {"prompt": PROMPT, "negative_prompt": NEGATIVE, "output_type": "latent"}
     pipeline = Pipeline.from_engine_dir(engine, "cpu", threads=1, load="call")
     report = pipeline.load_lora(file, 0.5)
-    assert (report.applied, report.unmatched) == (len(UNET_LAYERS) + 2 * len(TEXT_LAYERS), ())
+    assert (report.applied, report.left_out) == (len(UNET_LAYERS) + 2 * len(TEXT_LAYERS), ())
     assert report.graphs["components/text_encoder/model.onnx"] == 2 * len(TEXT_LAYERS)
     got = np.asarray(pipeline(seed=3, guidance_scale=SCALE, **call).images)
     before = stock(own, steps=STEPS, guidance_scale=SCALE, **call)

@@ -10,7 +10,7 @@ import pytest
 
 from dipgo_deploy.backends.externals import external_tensors
 from dipgo_deploy.backends.tensorrt_plans import plan_name
-from dipgo_deploy.bundle.directory import Bundle
+from dipgo_deploy.bundle.directory import Bundle, reseal
 from dipgo_deploy.engine.build import build_engines, graphs_of
 
 pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed: engines cannot be built here")
@@ -59,6 +59,7 @@ def test_one_changed_weight_byte_rebuilds_exactly_the_engines_that_use_it(export
         byte = file.read(1)[0]
         file.seek(-1, 1)
         file.write(bytes([byte ^ 1]))
+    reseal(engine_dir)
     report = build_engines(engine_dir, "tensorrt-rtx")
     assert {e.name: e.reason for e in report.built} == {
         name: "changed: weights" for name, tensors in used.items() if tensor.name in tensors

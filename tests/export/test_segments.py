@@ -189,22 +189,20 @@ def test_a_wrong_weight_is_found_and_its_segment_named(written, tmp_path: Path) 
 
 @pytest.mark.parametrize("model", ["planned_unet", "planned_dit"])
 def test_every_read_at_another_place_shows(model: str, written, tmp_path: Path) -> None:
-    """A tensor taken from memory that was never written gives NaN, from the first to the last launch that reads."""
+    """A tensor taken from memory that was never written, from the first to the last launch that reads."""
     _, folder = written(model)
     count = len(Bundle.open(folder).manifest.plan.launches)
     plan = Bundle.open(folder).manifest.plan
     reading = [index for index in range(count) if plan.launches[index].reads]
     for index in (reading[0], reading[len(reading) // 2], reading[-1]):
-        step = plan.launches[index].step
 
         def edit(manifest, index=index):
             launch = manifest["plan"]["launches"][index]
             launch["reads"][-1] = manifest["plan"]["arena_bytes"]
             manifest["plan"]["arena_bytes"] += 2**20
 
-        report = compared(changed(folder, tmp_path / f"bad{index}", edit), Options(variants=False, tolerance=1e9))
-        assert "error inf of its largest value" in str(report.first_failure())
-        assert all(checked.passed for checked in report.loop if checked.step is not None and checked.step < step)
+        with pytest.raises(UserError, match=rf"launch {index} .*where nothing was written"):
+            compared(changed(folder, tmp_path / f"bad{index}", edit), Options(variants=False, tolerance=1e9))
 
 
 def test_inputs_of_every_segment_are_saved(written, tmp_path: Path) -> None:

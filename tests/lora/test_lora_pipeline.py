@@ -13,7 +13,7 @@ torch = pytest.importorskip("torch")
 from lora_files import Engine, diffusers_keys, kohya_keys, make_updates, merge_into, old_keys, save_lora  # noqa: E402
 from tiny_engines import schedule_for, write  # noqa: E402
 
-from dipgo_deploy.bundle.directory import Bundle  # noqa: E402
+from dipgo_deploy.bundle.directory import Bundle, reseal  # noqa: E402
 from dipgo_deploy.bundle.weights import WeightsIndex  # noqa: E402
 from dipgo_deploy.errors import UserError  # noqa: E402
 from dipgo_deploy.export.exporter import ExportOptions, plan_export  # noqa: E402
@@ -343,6 +343,7 @@ def test_weights_stored_as_one_are_not_changed_alone(unet, tmp_path):
     index = json.loads(path.read_text())
     index["tensors"]["time_embedding.linear_1.weight"]["equal"] = ["other.weight"]
     path.write_text(json.dumps(index))
+    reseal(folder)
     file = save_lora(tmp_path / "a.safetensors", unet_updates(unet))
     with pytest.raises(UserError, match="stored as one with other.weight"):
         Pipeline.from_engine_dir(folder, "cpu", lora=[(file, 1.0)], load="call")

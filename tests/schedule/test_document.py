@@ -9,7 +9,7 @@ from typing import Any
 
 import jsonschema
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -48,6 +48,7 @@ def schedules(draw: st.DrawFn) -> Schedule:
     )
 
 
+@settings(deadline=None)
 @given(schedules())
 def test_round_trip_keeps_everything(schedule: Schedule) -> None:
     text = schedule.to_json()

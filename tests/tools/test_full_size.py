@@ -114,7 +114,7 @@ def test_a_folder_with_random_weights_is_one_that_diffusers_loads(
     files = sorted(path.name for path in (tmp_path / "model").glob("*.safetensors"))
     assert (len(files) > 1) == (shard < 2**30)
     model, _, config = load_denoiser(tmp_path / "model")
-    assert config == TINY["config"]
+    assert TINY["config"].items() <= config.items()  # the class's defaults stand beside it
     parameters = dict(model.named_parameters())
     assert sum(parameter.numel() for parameter in parameters.values()) == count
     weight = parameters["mid_block.resnets.0.conv1.weight"]
