@@ -57,8 +57,7 @@ def _check(manifest: Manifest) -> None:
     _require(min(sample) >= 1, f"latent: {sample} has an extent below 1")
     for variant in plan.variants:
         _check_variant(manifest, variant, sample)
-    for name, weights in (("final", plan.final),):
-        _check_weights(name, weights, plan.slots)
+    _check_weights("final", plan.final, plan.slots)
     written: set[int] = _given_slots(plan)
     arena = _Arena(plan.arena_bytes)
     step = -1

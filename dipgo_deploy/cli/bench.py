@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dipgo_deploy.cli.common import (
+    checked_outputs,
     emit,
     entry_point,
     examples,
     human_console,
     json_option,
-    output_files,
     version_option,
 )
 
@@ -64,7 +64,7 @@ def command() -> None:
 @click.option("--out", type=_PATH, help="Write the result as JSON.")
 @click.option("--plot", type=_PATH, help="Write a picture; needs the extra bench.")
 @json_option
-@output_files("out", "plot")
+@checked_outputs("out", "plot")
 def quality(
     files: tuple[Path, ...],
     solvers: tuple[str, ...],

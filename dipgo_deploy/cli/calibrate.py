@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dipgo_deploy.cli.common import (
+    checked_outputs,
     emit,
     entry_point,
     examples,
     human_console,
     json_option,
     live,
-    output_files,
     version_option,
 )
 
@@ -69,7 +69,7 @@ _PATH = click.Path(path_type=Path)
 @click.option("--resume", is_flag=True, help="Go on from --checkpoint, to the same result.")
 @json_option
 @version_option
-@output_files("output")
+@checked_outputs("output")
 def command(
     model: str,
     schedule_file: Path,

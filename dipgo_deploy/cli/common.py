@@ -207,7 +207,7 @@ def reading_options(function: F) -> F:
     return wrapped
 
 
-def output_files(*parameters: str) -> Callable[[F], F]:
+def checked_outputs(*parameters: str) -> Callable[[F], F]:
     """Add ``--overwrite``, and hand the command paths that can be written: see ``free_output``.
 
     parameters: of the command, each a path or None. To be put under the options that they come from.

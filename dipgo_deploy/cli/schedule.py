@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import click
 
 from dipgo_deploy.cli.common import (
+    checked_outputs,
     drawable,
     emit,
     entry_point,
     examples,
     human_console,
     json_option,
-    output_files,
     reading_options,
     version_option,
 )
@@ -64,7 +64,7 @@ def _target_options(function: F, granularity: Literal["block", "layer"] = "block
         reading_options,
         json_option,
     )
-    function = output_files("output")(function)
+    function = checked_outputs("output")(function)
     for option in reversed(options):
         function = option(function)
     return function
