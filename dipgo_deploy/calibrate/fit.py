@@ -304,7 +304,7 @@ class _Runner:
     def predict(self, row: int, group: _Group, latents: torch.Tensor) -> torch.Tensor:
         """The guided prediction (B, C, h, w) of launch ``row``."""
         problem, launch = group.problem, self._launches[row]
-        conditions = group.batch().conditions
+        conditions = group.reference.conditions_of(group.pairs)
         halves = 1 if problem.guidance_scale is None else 2
         model_input = torch.cat([latents.to(problem.device)] * halves)
         read = {name for later in self._launches[row + 1 :] for name in self._removed(later.gates)}

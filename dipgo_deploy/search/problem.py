@@ -115,13 +115,16 @@ class Problem:
         """The inputs of these images, on the problem's device."""
         draws = [_draws(pair.seed, self.sample_shape, 1 + self.matrix.noises) for pair in pairs]
         stacked = [torch.stack([draw[place] for draw in draws]).to(self.device) for place in range(len(draws[0]))]
+        return Batch(stacked[0], tuple(stacked[1:]), self.conditions_of(pairs))
+
+    def conditions_of(self, pairs: Sequence[Pair]) -> dict[str, Tensor]:
+        """The conditions of these images, (G*B, ...) by name, on the problem's device."""
         rows = [self.conditions[pair.condition] for pair in pairs]
         halves = range(1 if self.guidance_scale is None else 2)
-        conditions = {
+        return {
             name: torch.cat([row[name][half : half + 1] for half in halves for row in rows]).to(self.device)
             for name in self.conditions[0]
         }
-        return Batch(stacked[0], tuple(stacked[1:]), conditions)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Final latents (B, C, h, w) as images (B, 3, H, W), about 0 to 1, not clamped; differentiable."""
