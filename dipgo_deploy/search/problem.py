@@ -24,6 +24,7 @@ from dipgo_deploy.schedule.builders import Target
 from dipgo_deploy.schedule.document import BlockEntry, SamplerEntry, Schedule
 from dipgo_deploy.search.costs import Costs
 from dipgo_deploy.search.prompts import built_in_prompts, check_labels, class_count, known_labels, read_prompts
+from dipgo_deploy.search.samples import Pair as Pair
 from dipgo_deploy.supernet import Supernet
 
 
@@ -50,14 +51,6 @@ class ProblemOptions:
     class_labels: tuple[int, ...] | None = None
     reference: tuple[str, int] | None = None
     device: str = "cpu"
-
-
-@dataclass(frozen=True)
-class Pair:
-    """One image: which condition (prompt or class, by position) and the seed of its noise."""
-
-    condition: int
-    seed: int
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,16 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-from dipgo_deploy.search.problem import Pair
-
 # Seeds of a search and of a measurement must not meet.
 HELD_OUT = 1_000_000
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One image: which condition (prompt or class, by position) and the seed of its noise."""
+
+    condition: int
+    seed: int
 
 
 @dataclass(frozen=True)
