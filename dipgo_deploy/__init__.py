@@ -9,6 +9,8 @@ import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from dipgo_deploy._version import __version__
+
 if TYPE_CHECKING:
     from dipgo_deploy.runtime.pipeline import Pipeline
     from dipgo_deploy.schedule.document import Schedule
@@ -17,7 +19,6 @@ if TYPE_CHECKING:
 # it is imported. Every use of this package comes through here first, and processes that it starts inherit it.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
-__version__ = "0.1.0"
 __all__ = ["Pipeline", "Schedule", "__version__"]
 
 _HOMES = {"Pipeline": "dipgo_deploy.runtime.pipeline", "Schedule": "dipgo_deploy.schedule.document"}

@@ -13,13 +13,13 @@ import torch
 from dipgo_deploy.backends import create_backend
 from dipgo_deploy.bundle.directory import Bundle, reseal
 from dipgo_deploy.bundle.shapes import Sizes
-from dipgo_deploy.compare.conditions import reference_inputs
 from dipgo_deploy.compare.engine import Options, compare_engine
 from dipgo_deploy.compare.pictures import cases
-from dipgo_deploy.compare.reference import load_reference
 from dipgo_deploy.compare.report import Report
 from dipgo_deploy.export.exporter import ExportOptions, PlannedExport, plan_export, publish, replan
 from dipgo_deploy.models.target import schedule_target
+from dipgo_deploy.reference.conditions import reference_inputs
+from dipgo_deploy.reference.load import load_reference
 from dipgo_deploy.schedule import builders
 from dipgo_deploy.schedule.document import CacheKind, Granularity, Schedule
 

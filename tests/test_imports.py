@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import importlib.util
 import subprocess
 import sys
@@ -16,6 +17,27 @@ import dipgo_deploy
 
 PACKAGE = Path(dipgo_deploy.__file__).parent
 TORCH_FREE = ("runtime", "bundle", "backends", "lora", "plan", "schedule")
+# The rooms from the ground up. Each imports from those before it, never from one behind it.
+LAYERS = (
+    "schedule",
+    "plan",
+    "bundle",
+    "backends",
+    "lora",
+    "runtime",
+    "engine",
+    "sampler",
+    "models",
+    "supernet",
+    "reference",
+    "compare",
+    "export",
+    "quality",
+    "search",
+    "calibrate",
+    "bench",
+    "cli",
+)
 EXPORT_ONLY = {"torch", "diffusers", "transformers", "onnx", "onnx_ir", "onnxscript"}
 
 
@@ -27,7 +49,6 @@ def names_in(text: str, package: tuple[str, ...]) -> Iterator[str]:
         elif isinstance(node, ast.ImportFrom):
             base = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
             module = ".".join(part for part in (base, node.module) if part)
-            yield module
             yield from (f"{module}.{alias.name}" for alias in node.names)
         elif (
             isinstance(node, ast.Call)
@@ -56,14 +77,49 @@ def f():
 """
     assert set(names_in(text, ("dipgo_deploy", "plan"))) == {
         "torch.nn",
-        "diffusers",
         "diffusers.DDIMScheduler",
-        "dipgo_deploy.models",
         "dipgo_deploy.models.dit",
-        "dipgo_deploy.plan",
         "dipgo_deploy.plan.graph",
         "onnx",
     }
+
+
+def own_imports() -> dict[str, set[str]]:
+    """For each module of the package the modules of it that it imports, whether at its head, in a function or for
+    types only."""
+    paths = {source: source.relative_to(PACKAGE.parent).with_suffix("").parts for source in PACKAGE.rglob("*.py")}
+    names = {source: ".".join(parts).removesuffix(".__init__") for source, parts in paths.items()}
+    modules = set(names.values())
+
+    def module_of(name: str) -> str:
+        """``a.b.c`` is a module, or something in the module ``a.b``."""
+        return name if name in modules else name.rpartition(".")[0]
+
+    return {names[source]: {*map(module_of, imported_modules(source))} & modules for source in paths}
+
+
+def room(module: str) -> str:
+    """The folder of the package that a module lies in; empty for a module beside the folders."""
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 and (PACKAGE / parts[1]).is_dir() else ""
+
+
+def test_every_room_has_its_place() -> None:
+    rooms = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    assert rooms == set(LAYERS)
+
+
+def test_no_module_imports_from_a_room_above_its_own() -> None:
+    imports = own_imports()
+    places = {name: place for place, name in enumerate(("", *LAYERS))}
+    height = {module: places[room(module)] for module in imports}
+    height["dipgo_deploy"] = len(LAYERS) + 1  # it gives out names of several rooms, so none of them may import it
+    assert not [f"{one} imports {name}" for one in imports for name in imports[one] if height[name] > height[one]]
+
+
+def test_no_module_imports_itself_through_others() -> None:
+    """graphlib raises CycleError, which names the modules of a circle."""
+    tuple(graphlib.TopologicalSorter(own_imports()).static_order())
 
 
 @pytest.mark.parametrize("folder", TORCH_FREE)
@@ -77,7 +133,7 @@ def test_the_runtime_side_never_imports_what_only_the_export_has(folder: str) ->
 @pytest.mark.parametrize("folder", TORCH_FREE)
 def test_the_runtime_side_never_imports_the_export_side(folder: str) -> None:
     # These modules import torch or diffusers themselves.
-    export_side = ("supernet", "export", "compare", "search", "sampler")
+    export_side = ("supernet", "reference", "export", "compare", "search", "sampler")
     for source in sources(folder):
         for name in imported_modules(source):
             assert not any(f"{name}.".startswith(f"dipgo_deploy.{room}.") for room in export_side), (source, name)

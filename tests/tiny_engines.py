@@ -21,7 +21,7 @@ from diffusers import (
 from family_checks import random_weights
 
 from dipgo_deploy.bundle.directory import reseal
-from dipgo_deploy.bundle.manifest import seal_of
+from dipgo_deploy.bundle.manifest import VariantEntry, seal_of
 from dipgo_deploy.bundle.staging import staged_directory
 from dipgo_deploy.export.exporter import PlannedExport, write_bundle
 from dipgo_deploy.models.family import Granularity
@@ -147,3 +147,11 @@ def corrupted(engine_dir: Path, folder: Path, graph: str, weight: str) -> Path:
         file.write((-values).tobytes())
     reseal(folder)
     return folder
+
+
+def stored_weights(engine: Path, entry: VariantEntry) -> list[str]:
+    """Names of a graph's tensors in the weights file."""
+    import onnx
+
+    graph = onnx.load(engine / entry.graph.file, load_external_data=False).graph
+    return [tensor.name for tensor in graph.initializer if tensor.external_data]

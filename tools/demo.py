@@ -14,8 +14,8 @@ import click
 
 from dipgo_deploy.cli.common import emit, entry_point, human_console, json_option
 from dipgo_deploy.export.exporter import ExportOptions
-from dipgo_deploy.export.quiet import quiet_libraries
 from dipgo_deploy.quality.judge import CLASS_NAMES
+from dipgo_deploy.reference.quiet import quiet_libraries
 from dipgo_deploy.runtime.pipeline import Pipeline
 from dipgo_deploy.schedule.document import Schedule
 from tools.bench.loops import GUIDANCE_SCALE, compare_loops

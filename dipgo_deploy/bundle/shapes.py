@@ -104,6 +104,13 @@ class SizeRanges(pydantic.BaseModel):
                 raise UserError(f"{name} {value}: this engine directory takes {allowed.describe()}{unit}")
 
 
+def corners(ranges: SizeRanges) -> tuple[Sizes, ...]:
+    """The usual sizes, the smallest, the largest, and two in between that are not square."""
+    least, most = ranges.min, ranges.max
+    crossed = (Sizes(most.batch, least.height, most.width), Sizes(least.batch, most.height, least.width))
+    return tuple(dict.fromkeys((ranges.opt, least, most, *crossed)))
+
+
 def evaluate(expression: str, values: Mapping[str, int]) -> int:
     """The value of an expression of whole numbers, names, ``+``, ``-``, ``*``, ``//`` and parentheses.
 

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from dipgo_deploy import __version__
+from dipgo_deploy._version import __version__
 from dipgo_deploy.calibrate.least_squares import RIDGES, Fit, Sums, best_fit
 from dipgo_deploy.calibrate.store import Store
 from dipgo_deploy.errors import UserError

@@ -142,7 +142,7 @@ class _Model:
     @torch.no_grad()
     def predict(self, place: int, launch: Launch, group: Group, latents: np.ndarray) -> np.ndarray:
         """See ``core.Model``."""
-        from dipgo_deploy.export.mapped import MappedCaches
+        from dipgo_deploy.reference.mapped import MappedCaches
 
         if not place and not all(map(all, self._gates)):
             self._supernet.store = self._supernet.store or MappedCaches(self._folder)

@@ -93,7 +93,7 @@ def quality(
     import torch
 
     from dipgo_deploy.bench.quality import Case, measure, schedule_cases, solver_case
-    from dipgo_deploy.export.quiet import quiet_libraries
+    from dipgo_deploy.reference.quiet import quiet_libraries
     from dipgo_deploy.search.problem import load_problem
 
     solver_cases: list[Case] = [solver_case(text) for text in solvers]

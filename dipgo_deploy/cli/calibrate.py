@@ -99,7 +99,7 @@ def command(
 
     from dipgo_deploy.calibrate.fit import CalibrationOptions, calibrate
     from dipgo_deploy.cli.search import class_label_numbers
-    from dipgo_deploy.export.quiet import quiet_libraries
+    from dipgo_deploy.reference.quiet import quiet_libraries
     from dipgo_deploy.search.problem import (
         ProblemOptions,
         load_problem,

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from dipgo_deploy import __version__
+from dipgo_deploy._version import __version__
 from dipgo_deploy.errors import NotFiniteError, ToleranceError, UserError, one_line
 
 if TYPE_CHECKING:

@@ -110,12 +110,12 @@ def command(
     labels = class_ids(bundle.manifest, prompts, class_labels, guidance_scale)
     created = create_backend(backend, threads=threads)
     created.check(bundle.manifest)
-    from dipgo_deploy.compare.conditions import LABEL, PROMPT, reference_inputs
     from dipgo_deploy.compare.engine import Options, compare_engine
     from dipgo_deploy.compare.pictures import cases
-    from dipgo_deploy.compare.reference import load_reference
     from dipgo_deploy.compare.runners import graphs_on
-    from dipgo_deploy.export.quiet import quiet_libraries
+    from dipgo_deploy.reference.conditions import LABEL, PROMPT, reference_inputs
+    from dipgo_deploy.reference.load import load_reference
+    from dipgo_deploy.reference.quiet import quiet_libraries
 
     quiet_libraries()
     if threads is not None:
@@ -197,7 +197,7 @@ def class_ids(
     """
     import numpy as np
 
-    from dipgo_deploy.compare.conditions import GUIDANCE_SCALE, LABEL, PROMPT
+    from dipgo_deploy.reference.conditions import GUIDANCE_SCALE, LABEL, PROMPT
     from dipgo_deploy.runtime.requests import Asked, check_request, class_condition, text_conditions
 
     labels = parse_labels(class_labels)

@@ -90,7 +90,7 @@ def command(
     from dipgo_deploy.engine.budget import parse_bytes
     from dipgo_deploy.errors import UserError
     from dipgo_deploy.export.exporter import ExportOptions, plan_export, publish, with_layout_for_cpu
-    from dipgo_deploy.export.quiet import quiet_libraries
+    from dipgo_deploy.reference.quiet import quiet_libraries
     from dipgo_deploy.schedule.document import Schedule
 
     if plan_only == (engine_dir is not None):

@@ -165,7 +165,7 @@ def command(
         raise UserError("--resume: needs --checkpoint, the folder to go on from")
     import torch
 
-    from dipgo_deploy.export.quiet import quiet_libraries
+    from dipgo_deploy.reference.quiet import quiet_libraries
     from dipgo_deploy.search.problem import load_problem
     from dipgo_deploy.search.run import choose_cache, search
 

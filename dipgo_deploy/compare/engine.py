@@ -14,20 +14,21 @@ import torch
 
 from dipgo_deploy.backends.base import Backend
 from dipgo_deploy.bundle.directory import Bundle
-from dipgo_deploy.compare.conditions import ReferenceInputs, host
 from dipgo_deploy.compare.facts import check_facts
 from dipgo_deploy.compare.graphs import OpenGraph, compare_segments, compare_variants, frugal_session
 from dipgo_deploy.compare.launch_list import check_launch_list
 from dipgo_deploy.compare.loop import LoopResult, compare_loop
 from dipgo_deploy.compare.metrics import Tolerance, tensor_error
 from dipgo_deploy.compare.pictures import Pictures
-from dipgo_deploy.compare.recording import Recording, run_until_complete
-from dipgo_deploy.compare.reference import Reference
 from dipgo_deploy.compare.report import IMAGES, LATENTS, Checked, Part, Report
-from dipgo_deploy.compare.steps import StepRecorder, recorder_for
 from dipgo_deploy.compare.stock import Case, StockFailure, StockPipeline
 from dipgo_deploy.compare.weights import check_weights
 from dipgo_deploy.errors import UserError
+from dipgo_deploy.reference.conditions import ReferenceInputs, host
+from dipgo_deploy.reference.load import Reference
+from dipgo_deploy.reference.recording import Recording, run_until_complete
+from dipgo_deploy.reference.steps import StepRecorder, recorder_for
+from dipgo_deploy.reference.vae import from_vae, scaling_and_shift, to_vae
 from dipgo_deploy.runtime.image import Decoder, Encoder
 from dipgo_deploy.runtime.pipeline import Pipeline
 
@@ -278,18 +279,16 @@ def _pictures(latents: np.ndarray) -> np.ndarray:
 
 def _decode(vae: Any, latents: np.ndarray) -> np.ndarray:
     """Images float32 (B, H, W, 3) in [0, 1], as diffusers' pipelines make them of latents."""
-    shift = getattr(vae.config, "shift_factor", None) or 0.0
     with torch.no_grad():
-        images = vae.decode(torch.from_numpy(latents) / vae.config.scaling_factor + shift, return_dict=False)[0]
+        images = vae.decode(to_vae(vae, torch.from_numpy(latents)), return_dict=False)[0]
     return host((images / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1))
 
 
 def _encode(vae: Any, images: np.ndarray) -> dict[str, np.ndarray]:
     """What the encoder's graph gives for images float32 (B, H, W, 3) in [0, 1]."""
-    shift = getattr(vae.config, "shift_factor", None) or 0.0
     with torch.no_grad():
         encoded = vae.encode(torch.from_numpy(2 * images - 1).permute(0, 3, 1, 2))
     spread = getattr(encoded, "latent_dist", None)
     mean = encoded.latents if spread is None else spread.mean
-    found = {"mean": host((mean - shift) * vae.config.scaling_factor)}
-    return found if spread is None else found | {"std": host(spread.std * vae.config.scaling_factor)}
+    found = {"mean": host(from_vae(vae, mean))}
+    return found if spread is None else found | {"std": host(spread.std * scaling_and_shift(vae)[0])}

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from dipgo_deploy.compare.conditions import has_text_encoder
 from dipgo_deploy.compare.report import Part
+from dipgo_deploy.reference.conditions import has_text_encoder
 
 if TYPE_CHECKING:
     from dipgo_deploy.bundle.manifest import Manifest
-    from dipgo_deploy.compare.reference import Reference
+    from dipgo_deploy.reference.load import Reference
 
 NAME = "manifest"
 

@@ -11,10 +11,11 @@ import numpy as np
 from dipgo_deploy.bundle.directory import Bundle
 from dipgo_deploy.bundle.manifest import VariantEntry
 from dipgo_deploy.compare.metrics import TensorError, Tolerance, tensor_error
-from dipgo_deploy.compare.recording import Recording
 from dipgo_deploy.compare.report import Checked
-from dipgo_deploy.compare.steps import StepRecording, StepRunner
+from dipgo_deploy.compare.step_runner import StepRunner
 from dipgo_deploy.errors import UserError, one_line
+from dipgo_deploy.reference.recording import Recording
+from dipgo_deploy.reference.steps import StepRecording
 
 if TYPE_CHECKING:
     import onnxruntime

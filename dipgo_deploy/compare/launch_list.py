@@ -14,7 +14,7 @@ from dipgo_deploy.compare.report import Part
 
 if TYPE_CHECKING:
     from dipgo_deploy.bundle.manifest import Manifest, PlanEntry
-    from dipgo_deploy.compare.reference import Reference
+    from dipgo_deploy.reference.load import Reference
 
 NAME = "launch list"
 # The same float64 arithmetic made them: only another order of summation may differ.

@@ -13,13 +13,13 @@ from dipgo_deploy.backends.base import Backend
 from dipgo_deploy.bundle.directory import Bundle
 from dipgo_deploy.bundle.names import COEFFICIENTS, PREDICTION, STACK
 from dipgo_deploy.bundle.stack import graph_latent
-from dipgo_deploy.compare.conditions import ReferenceInputs, as_arrays, host
 from dipgo_deploy.compare.metrics import TensorError, Tolerance, tensor_error
-from dipgo_deploy.compare.recording import cache_tensor
-from dipgo_deploy.compare.reference import Reference
 from dipgo_deploy.compare.report import LATENT, Checked
-from dipgo_deploy.compare.steps import stored_block
 from dipgo_deploy.errors import UserError
+from dipgo_deploy.reference.conditions import ReferenceInputs, as_arrays, host
+from dipgo_deploy.reference.load import Reference
+from dipgo_deploy.reference.recording import cache_tensor
+from dipgo_deploy.reference.steps import stored_block
 from dipgo_deploy.runtime.loop import DenoisingLoop
 from dipgo_deploy.supernet.loop import Evaluation, walk_loop
 

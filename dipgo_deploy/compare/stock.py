@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from dipgo_deploy.compare.conditions import host
 from dipgo_deploy.errors import UserError
+from dipgo_deploy.reference.conditions import host
+from dipgo_deploy.reference.vae import from_vae
 from dipgo_deploy.sampler.schedulers import fresh
 from dipgo_deploy.supernet.gated import CacheState, Supernet
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from dipgo_deploy.bundle.manifest import Manifest
-    from dipgo_deploy.compare.reference import Reference
+    from dipgo_deploy.reference.load import Reference
 
 
 _IMAGENET_NULL = 1000
@@ -344,10 +345,9 @@ def _tokens_seen(pipeline: Any, encoders: tuple[str, ...], run: StockRun) -> Ite
 def _latents_seen(vae: Any, run: StockRun) -> Iterator[None]:
     """Takes the latents as the pipeline gives them to its VAE, with the scaling undone."""
     decode = vae.decode
-    shift = getattr(vae.config, "shift_factor", None) or 0.0
 
     def seen(latents: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        run.latents = host((latents - shift) * vae.config.scaling_factor)
+        run.latents = host(from_vae(vae, latents))
         return decode(latents, *args, **kwargs)
 
     vae.__dict__["decode"] = seen

@@ -12,13 +12,13 @@ import torch
 
 from dipgo_deploy.backends.externals import external_tensors
 from dipgo_deploy.bundle.weights import StoredWeight, WeightsIndex
-from dipgo_deploy.compare.conditions import has_text_encoder
 from dipgo_deploy.compare.metrics import Tolerance, tensor_error
 from dipgo_deploy.compare.report import Part
+from dipgo_deploy.reference.conditions import has_text_encoder
 
 if TYPE_CHECKING:
     from dipgo_deploy.bundle.directory import Bundle
-    from dipgo_deploy.export.source import Source
+    from dipgo_deploy.reference.source import Source
 
 NAME, MODEL = "weights", "the model"
 _EXACT = Tolerance(0.0)

@@ -6,13 +6,13 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from dipgo_deploy.bundle.directory import Bundle
-from dipgo_deploy.bundle.shapes import Sizes
+from dipgo_deploy.bundle.shapes import Sizes, corners
 from dipgo_deploy.compare.metrics import Agreement, worst
 from dipgo_deploy.errors import ToleranceError
 
 if TYPE_CHECKING:
     from dipgo_deploy.compare.report import Report
-    from dipgo_deploy.export.source import Source
+    from dipgo_deploy.reference.source import Source
 
 
 def verify_written(
@@ -47,8 +47,6 @@ def verify_written(
 
 def sizes_compared(bundle: Bundle) -> tuple[Sizes | None, ...]:
     """None where nothing is open; else the usual sizes, then the corners of the ranges."""
-    from dipgo_deploy.export.conditions import corners
-
     ranges = bundle.manifest.sizes
     if ranges is None:
         return (None,)
@@ -57,10 +55,10 @@ def sizes_compared(bundle: Bundle) -> tuple[Sizes | None, ...]:
 
 def _report(bundle: Bundle, source: Source, notify: Callable[[str], None], *, whole: bool) -> Report:
     from dipgo_deploy.backends import create_backend
-    from dipgo_deploy.compare.conditions import reference_inputs
     from dipgo_deploy.compare.engine import Options, compare_engine
     from dipgo_deploy.compare.pictures import cases
-    from dipgo_deploy.compare.reference import reference_of
+    from dipgo_deploy.reference.conditions import reference_inputs
+    from dipgo_deploy.reference.load import reference_of
 
     manifest, latent = bundle.manifest, bundle.manifest.latent
     reference = reference_of(bundle, source)

@@ -16,6 +16,8 @@ from dipgo_deploy.export.dynamic import Dimensions, example_sizes, name_dimensio
 from dipgo_deploy.export.program import to_onnx, torch_dtype
 from dipgo_deploy.export.tensors import graph_entry
 from dipgo_deploy.export.weights import save_graph, write_weights
+from dipgo_deploy.reference.conditions import as_tokenized
+from dipgo_deploy.reference.vae import from_vae, scaling_and_shift, to_vae
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -68,7 +70,7 @@ def export_components(
     classes = getattr(getattr(pipeline, "transformer", None), "config", {}).get("num_embeds_ada_norm")
     return Components(
         text_encoder=_text_encoder(pipeline, scheme, conditions, stage, dtype, float32)
-        if scheme is not None and has_encoders(pipeline, scheme)
+        if scheme is not None and scheme.has_encoders(pipeline)
         else None,
         vae_decoder=decoder,
         vae_encoder=_vae_encoder(vae, stage, decoder, vae_dtype) if encoder and decoder is not None else None,
@@ -76,11 +78,6 @@ def export_components(
         null_class=classes,
         classes=getattr(getattr(pipeline, "unet", None), "config", {}).get("num_class_embeds"),
     )
-
-
-def has_encoders(pipeline: Any, scheme: TextScheme) -> bool:
-    """Whether the pipeline holds every encoder that its scheme uses."""
-    return all(getattr(pipeline, name, None) is not None for name in scheme.encoders)
 
 
 def _text_encoder(
@@ -140,15 +137,6 @@ def _text_encoder(
     )
 
 
-def as_tokenized(pipeline: Any, tokenizer: Any, prompt: str) -> str:
-    """What the pipeline gives its tokenizer: a textual inversion's token stands for all of its vectors."""
-    from diffusers.loaders import TextualInversionLoaderMixin
-
-    if not isinstance(pipeline, TextualInversionLoaderMixin):
-        return prompt
-    return str(pipeline.maybe_convert_prompt(prompt, tokenizer))
-
-
 def _expansions(pipeline: Any, tokenizer: Any) -> dict[str, str]:
     """Tokens of textual inversions with several vectors, and what stands in the place of each in a prompt."""
     added = sorted(tokenizer.added_tokens_encoder)
@@ -186,19 +174,8 @@ def _latents(batch: int, latent: LatentSpec, sizes: SizeRanges | None) -> list[t
     return [torch.randn(example.batch, latent.channels, example.height, example.width)]
 
 
-def _scaling_and_shift(vae: Any) -> tuple[float, float]:
-    """How the pipelines make latents of what the VAE gives. Raises UserError for a VAE that has no such factor."""
-    factor = vae.config.get("scaling_factor")
-    if not isinstance(factor, float | int) or not factor:
-        raise UserError(
-            f"vae: {type(vae).__name__} has no scaling_factor, which these pipelines divide latents by: use another "
-            "VAE, or --no-components"
-        )
-    return float(factor), float(vae.config.get("shift_factor") or 0.0)
-
-
 def _vae_decoder(vae: Any, stage: Path, latent: LatentSpec, batch: int, sizes: SizeRanges | None, dtype: str) -> Graph:
-    scaling, shift = _scaling_and_shift(vae)
+    scaling_and_shift(vae)  # refused before the trace
     wanted = torch_dtype(dtype)
 
     class Decoder(torch.nn.Module):
@@ -207,7 +184,7 @@ def _vae_decoder(vae: Any, stage: Path, latent: LatentSpec, batch: int, sizes: S
             self.vae = vae
 
         def forward(self, latents: torch.Tensor) -> torch.Tensor:
-            image = self.vae.decode((latents / scaling + shift).to(wanted), return_dict=False)[0]
+            image = self.vae.decode(to_vae(vae, latents).to(wanted), return_dict=False)[0]
             return (image.float() / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
 
     vae.to(wanted).eval()
@@ -217,7 +194,7 @@ def _vae_decoder(vae: Any, stage: Path, latent: LatentSpec, batch: int, sizes: S
 
 def _vae_encoder(vae: Any, stage: Path, decoder: Graph, dtype: str) -> Graph:
     """For pictures of the decoder's size. A VAE without a distribution (a tiny one) has no standard deviation."""
-    scaling, shift = _scaling_and_shift(vae)
+    scaling, _ = scaling_and_shift(vae)
     wanted = torch_dtype(dtype)
     outputs: list[str] = []
 
@@ -231,7 +208,7 @@ def _vae_encoder(vae: Any, stage: Path, decoder: Graph, dtype: str) -> Graph:
             spread = getattr(encoded, "latent_dist", None)
             outputs[:] = ["mean"] if spread is None else ["mean", "std"]
             mean = encoded.latents if spread is None else spread.mean
-            scaled = ((mean.float() - shift) * scaling,)
+            scaled = (from_vae(vae, mean.float()),)
             return scaled if spread is None else (*scaled, spread.std.float() * scaling)
 
     vae.to(wanted).eval()

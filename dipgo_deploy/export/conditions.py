@@ -6,21 +6,14 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dipgo_deploy.bundle.manifest import ConditionSpec
-from dipgo_deploy.bundle.shapes import BATCH, HEIGHT, WIDTH, Dim, SizeRanges, Sizes
+from dipgo_deploy.bundle.shapes import BATCH, HEIGHT, WIDTH, Dim, Sizes, corners
 from dipgo_deploy.errors import UserError
-from dipgo_deploy.export.trace import TraceShape, condition_specs
+from dipgo_deploy.models.shape import TraceShape, condition_specs
 
 if TYPE_CHECKING:
-    from dipgo_deploy.export.source import Source
+    from dipgo_deploy.reference.source import Source
 
 _TENSOR_DTYPES: Mapping[str, Any] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-
-
-def corners(ranges: SizeRanges) -> tuple[Sizes, ...]:
-    """The usual sizes, the smallest, the largest, and two in between that are not square."""
-    least, most = ranges.min, ranges.max
-    crossed = (Sizes(most.batch, least.height, most.width), Sizes(least.batch, most.height, least.width))
-    return tuple(dict.fromkeys((ranges.opt, least, most, *crossed)))
 
 
 def open_conditions(source: Source, shape: TraceShape, dtype: str) -> tuple[ConditionSpec, ...]:

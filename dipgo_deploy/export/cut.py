@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from dipgo_deploy.bundle.names import cache_input, cache_output
 from dipgo_deploy.bundle.stack import StackLayout
 from dipgo_deploy.export.latent import latent_from_stack, prepend
 from dipgo_deploy.export.trace import LATENT, TracedModel
@@ -13,16 +14,6 @@ from dipgo_deploy.plan.model import Cache, Variant
 
 if TYPE_CHECKING:
     import onnx_ir as ir
-
-
-def cache_input(cache: Cache) -> str:
-    """Graph input name of a cache that a variant reads."""
-    return f"{'cache' if cache.kind == 'output' else 'residual'}.{cache.value}"
-
-
-def cache_output(cache: Cache) -> str:
-    """Graph output name of a cache that a variant writes."""
-    return f"new_{cache_input(cache)}"
 
 
 @dataclass(frozen=True)
@@ -60,10 +51,10 @@ def cut_variant(traced: TracedModel, variant: Variant, layout: StackLayout) -> i
 
     cache_inputs: dict[Cache, ir.Value] = {}
     for name, cache in sources.read.items():
-        values[name].name = cache_input(cache)
+        values[name].name = cache_input(cache.kind, cache.value)
         cache_inputs[cache] = values[name]
     for name, source, cache in sources.sums:
-        residual = ir.val(cache_input(cache), dtype=values[name].dtype, shape=values[name].shape)
+        residual = ir.val(cache_input(cache.kind, cache.value), dtype=values[name].dtype, shape=values[name].shape)
         total = ir.node("Add", [values[source], residual], name=f"{name}/AddResidual")
         placeholder = values[name]
         like(total.outputs[0], placeholder, f"{name}")
@@ -89,7 +80,7 @@ def cut_variant(traced: TracedModel, variant: Variant, layout: StackLayout) -> i
         else:
             # an Identity gives the output its own name while the value stays usable inside the graph
             node = ir.node("Identity", [value], name=f"{cache.value}/Store")
-        like(node.outputs[0], value, cache_output(cache))
+        like(node.outputs[0], value, cache_output(cache.kind, cache.value))
         part.append(node)
         outputs.append(node.outputs[0])
 

@@ -27,32 +27,33 @@ from dipgo_deploy.bundle.manifest import (
     SamplerEntry,
     VariantEntry,
 )
-from dipgo_deploy.bundle.names import STACK
-from dipgo_deploy.bundle.shapes import Range
+from dipgo_deploy.bundle.names import STACK, cache_input, cache_output
+from dipgo_deploy.bundle.shapes import Range, corners
 from dipgo_deploy.bundle.stack import StackLayout
 from dipgo_deploy.bundle.staging import check_target, staged_directory
 from dipgo_deploy.compare.metrics import Agreement
 from dipgo_deploy.errors import UserError
-from dipgo_deploy.export.conditions import corners, open_conditions
-from dipgo_deploy.export.cut import cache_input, cache_output, cut_variant
-from dipgo_deploy.export.image import ImageRun, image_run
-from dipgo_deploy.export.low_memory import check_in_process, convert_in_place, is_large, load_frugally, release
+from dipgo_deploy.export.conditions import open_conditions
+from dipgo_deploy.export.cut import cut_variant
+from dipgo_deploy.export.low_memory import convert_in_place, is_large, load_frugally
 from dipgo_deploy.export.program import torch_dtype
 from dipgo_deploy.export.segments import cut_segment, read_pieces, reads_of, writes_of
-from dipgo_deploy.export.source import Source, load_source, unloaded_source
 from dipgo_deploy.export.tensors import graph_entry
-from dipgo_deploy.export.trace import TracedModel, TraceShape, condition_specs, trace
+from dipgo_deploy.export.trace import TracedModel, trace
 from dipgo_deploy.export.weights import save_graph, write_weights
 from dipgo_deploy.models.files import check_weights, left_out_parts
 from dipgo_deploy.models.location import denoiser_config
+from dipgo_deploy.models.shape import TraceShape, condition_specs
 from dipgo_deploy.models.stock import stock_configuration
 from dipgo_deploy.models.target import check_schedule, nominal_set_timesteps
 from dipgo_deploy.plan.compile import compile_plan
 from dipgo_deploy.plan.layouts import MANY_COPIES, copies_in_variants
 from dipgo_deploy.plan.model import Plan
 from dipgo_deploy.plan.segments import SegmentPlan, plan_segments
+from dipgo_deploy.reference.source import Source, load_source, unloaded_source
 from dipgo_deploy.schedule.document import Schedule
 from dipgo_deploy.schedule.frozen import to_json
+from dipgo_deploy.schedule.image import ImageRun, image_run
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -399,7 +400,7 @@ def write_bundle(
     variants = write_entries(planned, stage / GRAPHS)
     plan_entry = _plan_entry(planned, variants)
     if options.low_memory:
-        release(planned)
+        _release(planned)
     shape = planned.traced.shape
     latent = LatentSpec(
         channels=planned.source.family.latent_channels(planned.source.config),
@@ -436,9 +437,17 @@ def write_bundle(
     return manifest
 
 
+def _release(planned: PlannedExport) -> None:
+    """Drop the weights of a planned export whose graphs are written; it cannot be written again."""
+    for value in planned.traced.model.graph.initializers.values():
+        value.const_value = None
+    planned.source.denoiser.to("meta")
+
+
 def _check(planned: PlannedExport, bundle: Bundle, notify: Notify, note: Notify) -> Agreement | None:
     """Compare the written directory with the model; how far the denoiser agrees, None for bf16 graphs, which ONNX
     Runtime's CPU provider cannot run."""
+    from dipgo_deploy.compare.processes import verify_in_processes
     from dipgo_deploy.compare.written import verify_written
 
     if planned.options.dtype == "bf16":
@@ -447,7 +456,7 @@ def _check(planned: PlannedExport, bundle: Bundle, notify: Notify, note: Notify)
     if not planned.options.low_memory:
         return verify_written(bundle, _in_float32(planned.source, planned.options), notify, note)
     notify(f"comparing the {planned.options.layout} with the supernet")
-    agreement = check_in_process(bundle.path, planned.source.name)
+    agreement = verify_in_processes(bundle.path, planned.source.name)
     note("not compared at this size: the loop, the weights' values, text encoder and VAE; dipgo-compare does it")
     return agreement
 
@@ -470,8 +479,8 @@ def write_entries(planned: PlannedExport, folder: Path) -> tuple[VariantEntry, .
             VariantEntry(
                 name=variant.name,
                 graph=graph_entry(graph, f"{GRAPHS}/{variant.name}.onnx", planned.traced.shape.sizes),
-                reads=tuple(cache_input(cache) for cache in variant.reads),
-                writes=tuple(cache_output(cache) for cache in variant.writes),
+                reads=tuple(cache_input(cache.kind, cache.value) for cache in variant.reads),
+                writes=tuple(cache_output(cache.kind, cache.value) for cache in variant.writes),
                 predicts=variant.predicts,
                 macs=variant.macs,
             )
@@ -541,7 +550,7 @@ def _manifest(
     components: Components,
     files: dict[str, str],
 ) -> Manifest:
-    from dipgo_deploy import __version__
+    from dipgo_deploy._version import __version__
 
     source, schedule, options, traced = planned.source, planned.schedule, planned.options, planned.traced
     scaled = traced.shape.guidance or any(spec.source == "guidance" for spec in conditions)

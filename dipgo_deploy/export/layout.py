@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dipgo_deploy.export.mapped import give_back, mapped_files
+from dipgo_deploy.reference.mapped import give_back, mapped_files
 
 if TYPE_CHECKING:
     import onnx_ir as ir

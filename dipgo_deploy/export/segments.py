@@ -4,29 +4,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from dipgo_deploy.bundle.names import PREDICTION
+from dipgo_deploy.bundle.names import PREDICTION, segment_input, segment_output
 from dipgo_deploy.bundle.stack import StackLayout
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.export.cut import as_model, like
 from dipgo_deploy.export.macs import node_macs
 from dipgo_deploy.export.tensors import PASSABLE
 from dipgo_deploy.export.trace import TracedModel
-from dipgo_deploy.plan.model import Cache
 from dipgo_deploy.plan.pieces import Node, NodeGraph, PieceGraph, Tensor, split
 from dipgo_deploy.plan.segments import Segment
 
 if TYPE_CHECKING:
     import onnx_ir as ir
-
-
-def segment_input(name: str) -> str:
-    """Graph input name of a tensor that a part reads from the arena."""
-    return f"value.{name}"
-
-
-def segment_output(cache: Cache) -> str:
-    """Graph output name of a tensor that a part puts into the arena, or of a residual."""
-    return f"new_{'value' if cache.kind == 'output' else 'residual'}.{cache.value}"
 
 
 def reads_of(segment: Segment) -> tuple[str, ...]:
@@ -37,7 +26,7 @@ def reads_of(segment: Segment) -> tuple[str, ...]:
 def writes_of(segment: Segment) -> tuple[str, ...]:
     """Graph output names that are bound to the arena, in the order of the plan."""
     if segment.kind == "part":
-        return tuple(map(segment_output, segment.writes))
+        return tuple(segment_output(cache.kind, cache.value) for cache in segment.writes)
     return tuple(cache.value for cache in segment.writes)
 
 
@@ -115,11 +104,11 @@ def _cut_part(traced: TracedModel, segment: Segment, stack: StackLayout) -> ir.M
         value = inside[cache.value]
         if cache.kind == "output":
             _check_type(value, cache.value)
-            value.name = segment_output(cache)
+            value.name = segment_output(cache.kind, cache.value)
             outputs.append(value)
             continue
         node = ir.node("Sub", [value, inside[source[cache.value]]], name=f"{cache.value}/Residual")
-        like(node.outputs[0], value, segment_output(cache))
+        like(node.outputs[0], value, segment_output(cache.kind, cache.value))
         part.append(node)
         outputs.append(node.outputs[0])
     return as_model(traced, part, segment.name, heads, caches, outputs, stack)

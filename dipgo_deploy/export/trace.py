@@ -7,13 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from dipgo_deploy.bundle.shapes import SizeRanges, Sizes
+from dipgo_deploy.bundle.shapes import SizeRanges
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.export.dynamic import Dimensions, concrete, example_sizes, macs_at, name_dimensions, shapes_from_sizes
 from dipgo_deploy.export.macs import node_macs
 from dipgo_deploy.export.program import to_onnx, torch_dtype
 from dipgo_deploy.export.projections import separate_projections
 from dipgo_deploy.models.family import BlockSpec, Granularity, InputSpec, ModelFamily
+from dipgo_deploy.models.shape import TraceShape, condition_specs
 from dipgo_deploy.models.target import NOMINAL_SIZE
 from dipgo_deploy.plan.graph import Block, BlockGraph, CacheKind, InputRole, Value
 
@@ -22,28 +23,6 @@ if TYPE_CHECKING:
     import torch
 
 LATENT, TIMESTEP, GUIDANCE = "latent", "timestep", "guidance_scale"
-
-
-@dataclass(frozen=True)
-class TraceShape:
-    """Extents of a trace: images per launch, latent height and width, text tokens, and whether guidance doubles the
-    batch inside the graph. ``sizes``: ranges of the first three, which are then the largest."""
-
-    batch: int = 1
-    height: int = 64
-    width: int = 64
-    text_length: int = 77
-    guidance: bool = True
-    sizes: SizeRanges | None = None
-
-    def at(self, sizes: Sizes) -> TraceShape:
-        """The static extents of one choice of sizes."""
-        return replace(self, batch=sizes.batch, height=sizes.height, width=sizes.width, sizes=None)
-
-    @property
-    def model_batch(self) -> int:
-        """Batch that the denoiser itself sees."""
-        return 2 * self.batch if self.guidance else self.batch
 
 
 @dataclass(frozen=True)
@@ -121,14 +100,6 @@ def trace(
     roles.update({name: "constant" for name in names[2:]})
     graph = read_block_graph(model, layout.blocks, roles, PREDICTION, shape.sizes)
     return TracedModel(model=model, graph=graph, conditions=conditions, shape=shape, dtype=dtype)
-
-
-def condition_specs(family: ModelFamily, config: Mapping[str, Any], shape: TraceShape) -> tuple[InputSpec, ...]:
-    """The condition inputs at ``shape``."""
-    inputs = family.inputs(
-        config, batch=shape.model_batch, height=shape.height, width=shape.width, text_length=shape.text_length
-    )
-    return tuple(spec for spec in inputs if spec.role == "condition")
 
 
 def _dynamic_shapes(shape: TraceShape, conditions: Sequence[InputSpec]) -> list[Any] | None:

@@ -6,13 +6,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from dipgo_deploy.schedule.kinds import CacheKind, Granularity
+
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from dipgo_deploy.sampler.kinds import Kind
 
-Granularity = Literal["block", "layer"]
-CacheKind = Literal["output", "residual"]
 ConditionSource = Literal["text", "class", "guidance", "image", "fixed"]
 
 
@@ -83,6 +83,10 @@ class TextScheme:
     zeros_without_negative: bool = False
     lowercase: bool = False
     prefix: str = ""
+
+    def has_encoders(self, pipeline: Any) -> bool:
+        """Whether a pipeline holds every encoder that ``encode`` uses; ``pipeline`` may be None."""
+        return all(getattr(pipeline, name, None) is not None for name in self.encoders)
 
 
 def call_with_keywords(model: nn.Module, latent: Tensor, timestep: Tensor, conditions: Mapping[str, Tensor]) -> Tensor:

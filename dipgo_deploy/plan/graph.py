@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-CacheKind = Literal["output", "residual"]
+from dipgo_deploy.schedule.kinds import CacheKind
+
 InputRole = Literal["step", "constant"]
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dipgo_deploy import __version__
+from dipgo_deploy._version import __version__
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.schedule.document import BlockEntry, Gates, ModelIdentity, SamplerEntry, Schedule, gate_rows
 

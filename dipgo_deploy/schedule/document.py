@@ -30,13 +30,12 @@ from dipgo_deploy.errors import UserError
 from dipgo_deploy.schedule import validation
 from dipgo_deploy.schedule.files import read_bytes, write_text
 from dipgo_deploy.schedule.frozen import freeze, freeze_config, to_json
+from dipgo_deploy.schedule.kinds import CacheKind, Granularity
 from dipgo_deploy.schedule.solver import FrozenJson, Solver
 
 # 2: with a solver.
 FORMAT_VERSION = 2
 
-Granularity = Literal["block", "layer"]
-CacheKind = Literal["output", "residual"]
 Gates = tuple[tuple[bool, ...], ...]
 Name = Annotated[StrictStr, Field(min_length=1)]
 Positive = Annotated[StrictInt, Field(ge=1)]

@@ -9,14 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dipgo_deploy.compare.conditions import GUIDANCE_SCALE, reference_conditions
 from dipgo_deploy.errors import UserError
-from dipgo_deploy.export.source import Source, load_source
 from dipgo_deploy.export.trace import TracedModel, trace
 from dipgo_deploy.models.family import CacheKind, Granularity
 from dipgo_deploy.models.location import denoiser_config
 from dipgo_deploy.models.target import schedule_target
 from dipgo_deploy.plan.graph import BlockGraph
+from dipgo_deploy.reference.conditions import GUIDANCE_SCALE, reference_conditions
+from dipgo_deploy.reference.source import Source, load_source
+from dipgo_deploy.reference.vae import to_vae
 from dipgo_deploy.runtime.noise import TorchNoise
 from dipgo_deploy.sampler import make_scheduler, prediction_used, sampler_matrix, scheduler_of
 from dipgo_deploy.sampler.matrix import SamplerMatrix
@@ -126,8 +127,7 @@ class Problem:
             return pixels.expand(-1, 3, -1, -1) if pixels.shape[1] == 1 else pixels
         assert self.source.pipeline is not None
         vae = self.source.pipeline.vae
-        shift = getattr(vae.config, "shift_factor", None) or 0.0
-        images: Tensor = vae.decode(latents / vae.config.scaling_factor + shift, return_dict=False)[0]
+        images: Tensor = vae.decode(to_vae(vae, latents), return_dict=False)[0]
         return images / 2 + 0.5
 
     def check_loss(self, name: str) -> None:

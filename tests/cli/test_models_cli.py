@@ -12,8 +12,8 @@ import pytest
 from dipgo_deploy.bundle.directory import Bundle
 from dipgo_deploy.cli.export import main as export
 from dipgo_deploy.cli.schedule import main as schedule
-from dipgo_deploy.compare.reference import load_reference
 from dipgo_deploy.models.location import resolve_model
+from dipgo_deploy.reference.load import load_reference
 
 
 @pytest.fixture

@@ -12,9 +12,9 @@ from tiny_engines import save_dit_pipeline, save_unet, schedule_for, write
 from dipgo_deploy.backends import create_backend
 from dipgo_deploy.backends.base import Backend
 from dipgo_deploy.bundle.directory import Bundle
-from dipgo_deploy.compare.conditions import ReferenceInputs, reference_inputs
-from dipgo_deploy.compare.reference import Reference, load_reference
 from dipgo_deploy.export.exporter import ExportOptions, PlannedExport, plan_export, replan
+from dipgo_deploy.reference.conditions import ReferenceInputs, reference_inputs
+from dipgo_deploy.reference.load import Reference, load_reference
 
 torch.set_num_threads(1)
 

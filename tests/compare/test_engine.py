@@ -14,10 +14,10 @@ from tiny_engines import changed, corrupted, save_dit_pipeline, schedule_for, wr
 from dipgo_deploy.bundle.directory import Bundle, reseal
 from dipgo_deploy.bundle.manifest import Manifest
 from dipgo_deploy.compare.engine import Options, compare_engine
-from dipgo_deploy.compare.reference import load_reference
 from dipgo_deploy.compare.runners import BackendRunner, engine_runner, graphs_on
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.export.exporter import ExportOptions, plan_export
+from dipgo_deploy.reference.load import load_reference
 
 ENGINES = ("unet_ddim", "unet_pndm", "dit_residual", "dit_output")
 

@@ -6,29 +6,16 @@ import torch
 
 from dipgo_deploy.compare.graphs import frugal_session
 from dipgo_deploy.compare.metrics import relative_error
-from dipgo_deploy.compare.recording import Recorder, cache_place, record_variants
+from dipgo_deploy.reference.recording import Recorder, cache_tensor, record_variants
 from dipgo_deploy.sampler import sampler_matrix
+from dipgo_deploy.supernet import CacheState
 
 ENGINES = ("unet_ddim", "unet_pndm", "dit_residual", "dit_output")
 
 
-@pytest.mark.parametrize(
-    ("name", "place"),
-    [
-        ("cache.mid_block/out0", ("mid_block", 0)),
-        ("new_cache.down_blocks.0/out2", ("down_blocks.0", 2)),
-        ("residual.transformer_blocks.11/out0", ("transformer_blocks.11", 0)),
-        ("new_residual.up_blocks.1.attentions.2/out10", ("up_blocks.1.attentions.2", 10)),
-    ],
-)
-def test_a_cache_is_found_by_its_name(name, place):
-    assert cache_place(name) == place
-
-
-@pytest.mark.parametrize("name", ["noise_pred", "cache.mid_block/in0", "mid_block/out0", "cache./out0", "cache.a/out"])
-def test_other_names_are_refused(name):
-    with pytest.raises(ValueError, match="is not the name of a cache"):
-        cache_place(name)
+def test_the_tensor_of_another_name_is_refused():
+    with pytest.raises(ValueError, match="'noise_pred' is not the name of a cache"):
+        cache_tensor("noise_pred", CacheState())
 
 
 def record(bundle, reference, given, **options):

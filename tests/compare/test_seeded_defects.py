@@ -20,13 +20,13 @@ from tiny_engines import save_dit_pipeline, schedule_for, write
 from dipgo_deploy.backends.base import Backend
 from dipgo_deploy.bundle.directory import Bundle
 from dipgo_deploy.bundle.manifest import Manifest
-from dipgo_deploy.compare.conditions import ReferenceInputs, reference_inputs
 from dipgo_deploy.compare.engine import Options, compare_engine
 from dipgo_deploy.compare.pictures import cases
-from dipgo_deploy.compare.reference import Reference, load_reference
 from dipgo_deploy.compare.stock import Case, StockPipeline, StockRun
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.export.exporter import ExportOptions, plan_export
+from dipgo_deploy.reference.conditions import ReferenceInputs, reference_inputs
+from dipgo_deploy.reference.load import Reference, load_reference
 
 assert len(DEFECTS) >= 85
 

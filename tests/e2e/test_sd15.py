@@ -14,7 +14,7 @@ from sd_pipelines import NEGATIVE, PROMPT, relative, save_sd15, stock
 
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.export.exporter import PlannedExport, publish
-from dipgo_deploy.export.source import load_source
+from dipgo_deploy.reference.source import load_source
 from dipgo_deploy.runtime.pipeline import Pipeline
 from dipgo_deploy.sampler import SAMPLERS
 

@@ -27,8 +27,8 @@ from dipgo_deploy.bundle.shapes import Range
 from dipgo_deploy.cli.run import command as run_command
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.export.exporter import ExportOptions, PlannedExport, plan_export, publish
-from dipgo_deploy.export.source import load_source
 from dipgo_deploy.models import family_for
+from dipgo_deploy.reference.source import load_source
 from dipgo_deploy.runtime.pipeline import Pipeline
 from tools.full_size.sd3 import MODELS
 

@@ -26,7 +26,7 @@ from sd_pipelines import (
 from dipgo_deploy.bundle.directory import Bundle
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.export.exporter import ExportOptions, PlannedExport, plan_export, publish
-from dipgo_deploy.export.source import load_source
+from dipgo_deploy.reference.source import load_source
 from dipgo_deploy.runtime.pipeline import Pipeline
 
 STEPS, SCALE = 4, 5.0

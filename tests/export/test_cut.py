@@ -12,9 +12,9 @@ import pytest
 
 from dipgo_deploy.bundle.directory import Bundle
 from dipgo_deploy.bundle.manifest import VariantEntry
+from dipgo_deploy.bundle.names import cache_input, cache_output
 from dipgo_deploy.compare.written import verify_written
 from dipgo_deploy.errors import ToleranceError
-from dipgo_deploy.export.cut import cache_input, cache_output
 from dipgo_deploy.export.exporter import PlannedExport, write_bundle, write_variants
 from dipgo_deploy.export.tensors import graph_entry
 
@@ -35,8 +35,8 @@ def _write(planned: PlannedExport, folder: Path) -> tuple[VariantEntry, ...]:
         VariantEntry(
             name=variant.name,
             graph=graph_entry(graph, f"{variant.name}.onnx"),
-            reads=tuple(map(cache_input, variant.reads)),
-            writes=tuple(map(cache_output, variant.writes)),
+            reads=tuple(cache_input(cache.kind, cache.value) for cache in variant.reads),
+            writes=tuple(cache_output(cache.kind, cache.value) for cache in variant.writes),
             predicts=variant.predicts,
             macs=variant.macs,
         )

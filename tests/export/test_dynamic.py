@@ -20,12 +20,12 @@ from dipgo_deploy.backends.onnxruntime import OnnxRuntimeBackend
 from dipgo_deploy.bundle.directory import Bundle
 from dipgo_deploy.bundle.manifest import seal_of
 from dipgo_deploy.bundle.shapes import Range, Sizes
-from dipgo_deploy.compare.conditions import as_arrays, reference_inputs
 from dipgo_deploy.compare.engine import Options, compare_engine
-from dipgo_deploy.compare.reference import Reference, load_reference
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.export.exporter import ExportOptions, PlannedExport, plan_export, publish
 from dipgo_deploy.export.trace import TracedModel, trace
+from dipgo_deploy.reference.conditions import as_arrays, reference_inputs
+from dipgo_deploy.reference.load import Reference, load_reference
 from dipgo_deploy.runtime.loop import DenoisingLoop
 from dipgo_deploy.runtime.pipeline import Pipeline
 

@@ -15,9 +15,7 @@ from tiny_engines import changed, corrupted, schedule_for
 from dipgo_deploy.backends import create_backend
 from dipgo_deploy.backends.externals import external_tensors
 from dipgo_deploy.bundle.directory import Bundle
-from dipgo_deploy.compare.conditions import ReferenceInputs, reference_inputs
 from dipgo_deploy.compare.engine import Options, compare_engine
-from dipgo_deploy.compare.reference import load_reference
 from dipgo_deploy.compare.report import Report
 from dipgo_deploy.compare.written import verify_written
 from dipgo_deploy.errors import ToleranceError, UserError
@@ -25,6 +23,8 @@ from dipgo_deploy.export.exporter import ExportOptions, PlannedExport, in_segmen
 from dipgo_deploy.export.segments import node_graph, read_pieces
 from dipgo_deploy.plan.layouts import compare_layouts
 from dipgo_deploy.plan.pieces import TRIVIAL_BYTES
+from dipgo_deploy.reference.conditions import ReferenceInputs, reference_inputs
+from dipgo_deploy.reference.load import load_reference
 
 WithGates = Callable[[PlannedExport, list[list[bool]]], PlannedExport]
 MODELS = ("planned_unet", "planned_unet_layers", "planned_dit", "planned_dit_output")

@@ -11,8 +11,8 @@ from lora_files import kohya_keys, make_updates, merge_into, save_lora  # noqa: 
 from tiny_engines import schedule_for, write  # noqa: E402
 
 from dipgo_deploy.export.exporter import ExportOptions, plan_export  # noqa: E402
-from dipgo_deploy.export.source import load_source  # noqa: E402
 from dipgo_deploy.models.location import resolve_model  # noqa: E402
+from dipgo_deploy.reference.source import load_source  # noqa: E402
 from dipgo_deploy.runtime.pipeline import Pipeline  # noqa: E402
 from dipgo_deploy.sampler import make_scheduler  # noqa: E402
 from dipgo_deploy.supernet.gated import Supernet  # noqa: E402

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from tiny_denoisers import sana_transformer, two_level_unet, unet2d
 
 from dipgo_deploy.errors import UserError
-from dipgo_deploy.export.mapped import mapped_files
 from dipgo_deploy.models.files import weights_of
+from dipgo_deploy.reference.mapped import mapped_files
 from dipgo_deploy.supernet.load import load_denoiser
 
 

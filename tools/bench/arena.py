@@ -45,7 +45,7 @@ def command(
 ) -> None:
     """Plan every schedule in both layouts, one trace for each model and granularity."""
     from dipgo_deploy.export.exporter import ExportOptions, in_segments, plan_export, replan
-    from dipgo_deploy.export.quiet import quiet_libraries
+    from dipgo_deploy.reference.quiet import quiet_libraries
 
     quiet_libraries()
     console = human_console(as_json)

@@ -42,7 +42,7 @@ def command(
 ) -> None:
     """Time the denoising loop of one schedule, exported for several batches, in turn, on one thread."""
     from dipgo_deploy.export.exporter import ExportOptions, plan_export
-    from dipgo_deploy.export.quiet import quiet_libraries
+    from dipgo_deploy.reference.quiet import quiet_libraries
     from tools.bench.pairs import full_schedule, write_engine
 
     quiet_libraries()

@@ -51,7 +51,7 @@ def command(
 ) -> None:
     """Time trace, planning and writing, without the comparison with the supernet; the directories stay."""
     from dipgo_deploy.export.exporter import ExportOptions, in_segments, plan_export, replan
-    from dipgo_deploy.export.quiet import quiet_libraries
+    from dipgo_deploy.reference.quiet import quiet_libraries
     from tools.bench.pairs import full_schedule, write_engine
 
     quiet_libraries()

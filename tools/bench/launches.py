@@ -57,8 +57,8 @@ def make(
     """Trace once, plan every case, and cut the full graph and up to ``--most`` graphs of each."""
     from dipgo_deploy.export.cut import cut_variant
     from dipgo_deploy.export.exporter import ExportOptions, plan_export, replan, write_graphs
-    from dipgo_deploy.export.quiet import quiet_libraries
     from dipgo_deploy.export.tensors import graph_entry
+    from dipgo_deploy.reference.quiet import quiet_libraries
     from tools.bench.pairs import full_schedule
 
     quiet_libraries()

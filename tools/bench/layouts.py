@@ -55,7 +55,7 @@ def command(
     as_json: bool,
 ) -> None:
     """Time both layouts of a random schedule in turn; load each in processes of their own."""
-    from dipgo_deploy.export.quiet import quiet_libraries
+    from dipgo_deploy.reference.quiet import quiet_libraries
 
     quiet_libraries()
     console = human_console(as_json)

@@ -14,7 +14,7 @@ import click
 
 from dipgo_deploy.cli.common import emit, entry_point, human_console, json_option
 from dipgo_deploy.export.exporter import ExportOptions
-from dipgo_deploy.export.quiet import quiet_libraries
+from dipgo_deploy.reference.quiet import quiet_libraries
 from dipgo_deploy.schedule.document import Schedule
 from tools.bench.loops import compare_loops
 from tools.bench.measure import denoiser_hash, machine, machine_line

@@ -22,12 +22,12 @@ import numpy as np
 import torch
 
 from dipgo_deploy.cli.common import emit, entry_point, human_console, json_option
-from dipgo_deploy.compare.conditions import as_arrays, reference_inputs
 from dipgo_deploy.compare.metrics import relative_error
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.export.exporter import ExportOptions, PlannedExport, plan_export
-from dipgo_deploy.export.quiet import quiet_libraries
 from dipgo_deploy.models.target import schedule_target
+from dipgo_deploy.reference.conditions import as_arrays, reference_inputs
+from dipgo_deploy.reference.quiet import quiet_libraries
 from dipgo_deploy.runtime.loop import DenoisingLoop
 from dipgo_deploy.sampler.schedulers import fresh, set_timesteps
 from dipgo_deploy.schedule import builders

@@ -35,7 +35,7 @@ def iteration(
     """One forward and backward pass through a loop: peak bytes, seconds, and bytes that a step has to leave behind."""
     import torch
 
-    from dipgo_deploy.export.quiet import quiet_libraries
+    from dipgo_deploy.reference.quiet import quiet_libraries
     from dipgo_deploy.search.problem import ProblemOptions, load_problem
     from dipgo_deploy.search.pruner import Pruner
     from dipgo_deploy.search.samples import SampleStream

@@ -52,7 +52,7 @@ def command(
     import torch
 
     from dipgo_deploy.bench.statistics import mean
-    from dipgo_deploy.export.quiet import quiet_libraries
+    from dipgo_deploy.reference.quiet import quiet_libraries
     from dipgo_deploy.search.baselines.uniform import uniform_gates
     from dipgo_deploy.search.evaluate import full_latents, images_of, sample
     from dipgo_deploy.search.losses import ssim

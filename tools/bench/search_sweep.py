@@ -151,7 +151,7 @@ def command(
     """Search with every method, one thread."""
     import torch
 
-    from dipgo_deploy.export.quiet import quiet_libraries
+    from dipgo_deploy.reference.quiet import quiet_libraries
     from dipgo_deploy.search.problem import ProblemOptions, load_problem, sampler_and_steps
     from dipgo_deploy.search.run import SearchOptions, choose_cache
     from dipgo_deploy.search.train import PRESETS

@@ -18,9 +18,9 @@ import numpy as np
 from dipgo_deploy.bench.statistics import share
 from dipgo_deploy.cli.common import emit, entry_point, human_console, json_option
 from dipgo_deploy.export.exporter import ExportOptions, PlannedExport, plan_export, replan
-from dipgo_deploy.export.quiet import quiet_libraries
 from dipgo_deploy.models.target import schedule_target
 from dipgo_deploy.quality.judge import CLASS_NAMES, Judge, feature_statistics, frechet_distance
+from dipgo_deploy.reference.quiet import quiet_libraries
 from dipgo_deploy.runtime.image import to_uint8
 from dipgo_deploy.runtime.pipeline import Pipeline
 from dipgo_deploy.schedule import builders

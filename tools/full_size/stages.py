@@ -30,7 +30,7 @@ def weights(arguments: Mapping[str, Any]) -> dict[str, Any]:
 def export(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Plan and publish; the seconds of each of the exporter's own stages."""
     from dipgo_deploy.export.exporter import ExportOptions, plan_export, publish
-    from dipgo_deploy.export.quiet import quiet_libraries
+    from dipgo_deploy.reference.quiet import quiet_libraries
     from dipgo_deploy.schedule.document import Schedule
 
     quiet_libraries()
@@ -65,11 +65,11 @@ def compare(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """The whole loop against the torch supernet in float32, both going their own way from the same noise."""
     from dipgo_deploy.backends import create_backend
     from dipgo_deploy.bundle.directory import Bundle
-    from dipgo_deploy.compare.conditions import reference_inputs
     from dipgo_deploy.compare.engine import Options, compare_engine
-    from dipgo_deploy.compare.reference import load_reference
-    from dipgo_deploy.export.mapped import float32_files, give_back_after_use
-    from dipgo_deploy.export.quiet import quiet_libraries
+    from dipgo_deploy.reference.conditions import reference_inputs
+    from dipgo_deploy.reference.load import load_reference
+    from dipgo_deploy.reference.mapped import float32_files, give_back_after_use
+    from dipgo_deploy.reference.quiet import quiet_libraries
 
     quiet_libraries()
     clock = _Clock()

@@ -80,7 +80,7 @@ def difference(name: str, recorded: str, text: str) -> list[str]:
 
 def _replayed(models: tuple[str, ...], only: str) -> Iterator[tuple[str, str]]:
     """Label and text of each trace of which some case is asked for."""
-    from dipgo_deploy.export.quiet import quiet_libraries
+    from dipgo_deploy.reference.quiet import quiet_libraries
     from tools.replay.cases import cases_of, units_of
     from tools.replay.models import makers
     from tools.replay.record import replay

@@ -144,7 +144,7 @@ class Broken:
 def launch_list_refused(engine_dir: Path) -> bool:
     """Whether ``dipgo-compare`` finds the launch list to be another than its sampler's."""
     from dipgo_deploy.compare.launch_list import check_launch_list
-    from dipgo_deploy.compare.reference import load_reference
+    from dipgo_deploy.reference.load import load_reference
 
     bundle = Bundle.open(engine_dir)
     try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -13,8 +13,8 @@ from dipgo_deploy.runtime.noise import TorchNoise
 if TYPE_CHECKING:
     import torch
 
-    from dipgo_deploy.export.source import Source
     from dipgo_deploy.models.family import InputSpec
+    from dipgo_deploy.reference.source import Source
     from dipgo_deploy.sampler.start import ImageStart
 
 PROMPT = "a photo"
@@ -122,9 +122,8 @@ def reference_conditions(
 
 def has_text_encoder(source: Source) -> bool:
     """Whether prompts are really encoded, or stand for seeded noise."""
-    from dipgo_deploy.export.components import has_encoders
-
-    return source.pipeline is not None and source.text is not None and has_encoders(source.pipeline, source.text)
+    scheme = source.text
+    return scheme is not None and scheme.has_encoders(source.pipeline)
 
 
 def _encode(
@@ -145,8 +144,6 @@ def _encode(
             else torch.from_numpy(stream.randn((1, *spec.shape[1:])))
             for spec in wanted
         }
-    from dipgo_deploy.export.components import as_tokenized
-
     plain = text.strip().lower() if scheme.lowercase else text
     tokens: dict[str, torch.Tensor] = {}
     for entry in scheme.tokenizers:
@@ -166,6 +163,15 @@ def _encode(
     with torch.no_grad():
         found = scheme.encode(source.pipeline, tokens)
     return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in found.items()}
+
+
+def as_tokenized(pipeline: Any, tokenizer: Any, prompt: str) -> str:
+    """What the pipeline gives its tokenizer: a textual inversion's token stands for all of its vectors."""
+    from diffusers.loaders import TextualInversionLoaderMixin
+
+    if not isinstance(pipeline, TextualInversionLoaderMixin):
+        return prompt
+    return str(pipeline.maybe_convert_prompt(prompt, tokenizer))
 
 
 def as_arrays(conditions: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from dipgo_deploy.bundle.shapes import Range, SizeRanges
 from dipgo_deploy.errors import UserError
-from dipgo_deploy.export.trace import TraceShape
 from dipgo_deploy.models.family import BlockSpec, CacheKind, Granularity, InputSpec, ModelFamily, TextScheme
 from dipgo_deploy.models.location import INDEX, config_folder, denoiser_config, lasting_name, native_size
+from dipgo_deploy.models.shape import TraceShape
 from dipgo_deploy.schedule.document import Schedule
 from dipgo_deploy.schedule.identity import accepted_hashes, config_hash
 
@@ -207,7 +207,7 @@ def load_source(name: str, dtype: torch.dtype | None = None, weights: str | None
 
 def _check_tokenizers(name: str, pipeline: Any, scheme: TextScheme | None) -> None:
     """Refuse a pipeline with text encoders and without what turns a prompt into their ids."""
-    if scheme is None or any(getattr(pipeline, encoder, None) is None for encoder in scheme.encoders):
+    if scheme is None or not scheme.has_encoders(pipeline):
         return
     for spec in scheme.tokenizers:
         if getattr(pipeline, spec.attribute, None) is None:

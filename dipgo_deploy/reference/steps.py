@@ -1,31 +1,26 @@
-"""Layout ``segments`` against the supernet: the launches of single evaluations, on inputs of the supernet's own loop.
+"""What is recorded of the supernet's loop for the layout ``segments``: whole evaluations.
 
 A part of an evaluation has inputs that the supernet has no name for (a time embedding), so a segment is judged where it
-stands: each evaluation gets the supernet's latent, its launches run in order with the arena on the host, and what they
-write is compared where the supernet knows it. Caches are the graphs' own, from the evaluations before.
+stands: each evaluation gets the supernet's latent, its launches run in order (``compare.step_runner``), and what they
+write is compared where the supernet knows it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dipgo_deploy.backends.storage import as_bytes, from_storage, to_storage
-from dipgo_deploy.bundle.manifest import PlanEntry, VariantEntry
-from dipgo_deploy.bundle.names import PREDICTION
-from dipgo_deploy.compare.conditions import host
-from dipgo_deploy.compare.recording import Recorder, cache_place, cache_tensor, evaluation_inputs
+from dipgo_deploy.bundle.names import PREDICTION, parse_cache
+from dipgo_deploy.reference.conditions import host
+from dipgo_deploy.reference.recording import Recorder, cache_tensor, evaluation_inputs
 
 if TYPE_CHECKING:
+    from dipgo_deploy.bundle.manifest import PlanEntry, VariantEntry
     from dipgo_deploy.schedule.document import Schedule
     from dipgo_deploy.supernet.loop import Evaluation
-
-_POISON_BYTE = 0xFF  # all bits set is NaN in every floating type
-
-Run = Callable[[int, dict[str, np.ndarray]], Mapping[str, np.ndarray]]
 
 
 @dataclass(frozen=True)
@@ -99,12 +94,8 @@ def stored_block(name: str, kinds: Mapping[str, str]) -> str | None:
 
     kinds: cache kind by block.
     """
-    try:
-        block, _ = cache_place(name)
-    except ValueError:
-        return None
-    stored = "residual" if name.removeprefix("new_").startswith("residual.") else "output"
-    return block if kinds.get(block) == stored else None
+    cache = parse_cache(name)
+    return cache.block if cache is not None and kinds.get(cache.block) == cache.kind else None
 
 
 def recorder_for(
@@ -115,45 +106,3 @@ def recorder_for(
     if plan.layout == "variants":
         return Recorder(plan.variants, launches, guidance_scale, plan.slots, again=again)
     return StepRecorder(plan.variants, launches, schedule, guidance_scale, plan.slots, again=again)
-
-
-@dataclass(frozen=True)
-class Launched:
-    """One launch as it ran: inputs and outputs of its graph by name, in the types of the graph (bfloat16: float32)."""
-
-    index: int
-    segment: int
-    inputs: dict[str, np.ndarray]
-    outputs: dict[str, np.ndarray]
-
-
-class StepRunner:
-    """Runs the launches of one evaluation after the other; the arena lies on the host, NaN where nothing was written.
-
-    run: one launch of a segment, given by its place in the plan: graph inputs -> graph outputs.
-    """
-
-    def __init__(self, plan: PlanEntry, run: Run) -> None:
-        self._plan = plan
-        self._run = run
-        self._arena = np.full(plan.arena_bytes, _POISON_BYTE, np.uint8)
-
-    def __call__(self, step: int, inputs: Mapping[str, np.ndarray]) -> Iterator[Launched]:
-        """The launches of evaluation ``step``, each when it is done; ``inputs`` as ``StepRecording`` has them."""
-        for index, launch in enumerate(self._plan.launches):
-            if launch.step != step:
-                continue
-            entry = self._plan.variants[launch.variant]
-            offsets = dict(zip(entry.reads, launch.reads, strict=True))
-            given = {
-                spec.name: from_storage(self._arena[offsets[spec.name] :], spec)
-                if spec.name in offsets
-                else inputs[spec.name].astype(np.float32 if spec.dtype == "bfloat16" else spec.dtype)
-                for spec in entry.graph.inputs
-            }
-            outputs = dict(self._run(launch.variant, given))
-            specs = {spec.name: spec for spec in entry.graph.outputs}
-            for name, offset in zip(entry.writes, launch.writes, strict=True):
-                data = as_bytes(to_storage(outputs[name], specs[name].dtype))
-                self._arena[offset : offset + data.nbytes] = data
-            yield Launched(index, launch.variant, given, outputs)

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from dipgo_deploy.bundle.names import COEFFICIENTS, GUIDANCE_SCALE, PREDICTION, STACK, STACK_BEFORE, TIMESTEP
-from dipgo_deploy.compare.conditions import ReferenceInputs, as_arrays, host
+from dipgo_deploy.bundle.names import (
+    COEFFICIENTS,
+    GUIDANCE_SCALE,
+    PREDICTION,
+    STACK,
+    STACK_BEFORE,
+    TIMESTEP,
+    CacheName,
+    parse_cache,
+)
+from dipgo_deploy.reference.conditions import ReferenceInputs, as_arrays, host
 
 if TYPE_CHECKING:
     from dipgo_deploy.supernet.gated import CacheState, Supernet
     from dipgo_deploy.supernet.loop import Evaluation
-
-_CACHE_NAME = re.compile(r"(?:new_)?(?:cache|residual|value)\.(?P<block>.+)/out(?P<index>\d+)")
 
 
 class VariantNames(Protocol):
@@ -86,7 +92,7 @@ class Recorder:
     def stored(self, step: int) -> set[str]:
         """Blocks whose caches are recorded after evaluation ``step``."""
         index = self._variant_at.get(step)
-        return set() if index is None else {cache_place(name)[0] for name in self._variants[index].writes}
+        return set() if index is None else {cache_block(name) for name in self._variants[index].writes}
 
     def __call__(self, evaluation: Evaluation) -> None:
         """Take one evaluation of the loop."""
@@ -185,19 +191,27 @@ def launch_inputs(model_input: np.ndarray, timestep: float, slots: int) -> dict[
     return {STACK: stack, STACK_BEFORE: before, COEFFICIENTS: coefficients, TIMESTEP: time}
 
 
-def cache_place(name: str) -> tuple[str, int]:
-    """Block and index, in the order of ``supernet.cuts.flatten``, of a cache by its graph input or output name.
+def cache_tensor(name: str, state: CacheState) -> np.ndarray:
+    """The supernet's tensor of a cache, float32.
 
     Raises:
         ValueError: not the name of a cache.
     """
-    found = _CACHE_NAME.fullmatch(name)
-    if found is None:
+    cache = _parsed(name)
+    return host(state.tensors[cache.block][cache.index])
+
+
+def cache_block(name: str) -> str:
+    """The block of a cache by its graph input or output name.
+
+    Raises:
+        ValueError: not the name of a cache.
+    """
+    return _parsed(name).block
+
+
+def _parsed(name: str) -> CacheName:
+    cache = parse_cache(name)
+    if cache is None:
         raise ValueError(f"{name!r} is not the name of a cache")
-    return found["block"], int(found["index"])
-
-
-def cache_tensor(name: str, state: CacheState) -> np.ndarray:
-    """The supernet's tensor of a cache, float32."""
-    block, index = cache_place(name)
-    return host(state.tensors[block][index])
+    return cache

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dipgo_deploy.compare.recording import Recorder, Recording
-from dipgo_deploy.compare.steps import StepRecorder, StepRecording
+from dipgo_deploy.reference.recording import Recorder, Recording
+from dipgo_deploy.reference.steps import StepRecorder, StepRecording
 
 if TYPE_CHECKING:
-    from dipgo_deploy.export.mapped import MappedCaches
+    from dipgo_deploy.reference.mapped import MappedCaches
     from dipgo_deploy.supernet.loop import Evaluation
 
 _INDEX = "recordings.json"

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 from dipgo_deploy.bundle.directory import Bundle
 from dipgo_deploy.bundle.manifest import Manifest
 from dipgo_deploy.errors import UserError
+from dipgo_deploy.models.shape import TraceShape, condition_specs
 
 if TYPE_CHECKING:
-    from dipgo_deploy.export.source import Source
     from dipgo_deploy.models.family import InputSpec
+    from dipgo_deploy.reference.source import Source
     from dipgo_deploy.schedule.document import Schedule
     from dipgo_deploy.supernet.gated import Supernet
 
@@ -43,7 +44,7 @@ def load_reference(bundle: Bundle, model: str | None = None, weights: str | None
     Raises:
         UserError: no such model, another model than the exported one, or a schedule that does not fit it.
     """
-    from dipgo_deploy.export.source import load_source
+    from dipgo_deploy.reference.source import load_source
 
     manifest = bundle.manifest
     name = manifest.model.name if model is None else model
@@ -61,8 +62,8 @@ def reference_of(bundle: Bundle, source: Source) -> Reference:
     Raises:
         UserError: another model than the exported one, or a schedule that does not fit it.
     """
-    from dipgo_deploy.export.image import run_from
     from dipgo_deploy.sampler import evaluations, scheduler_of
+    from dipgo_deploy.schedule.image import run_from
 
     manifest = bundle.manifest
     family, name = source.family, source.name
@@ -83,16 +84,16 @@ def reference_of(bundle: Bundle, source: Source) -> Reference:
 
 
 def _condition_specs(source: Source, manifest: Manifest) -> tuple[InputSpec, ...]:
-    shapes = {spec.name: spec.shape for spec in manifest.conditions}
-    scheme = source.text
-    specs = source.family.inputs(
-        source.config,
-        batch=manifest.batch * (2 if manifest.guidance else 1),
-        height=manifest.latent.height,
-        width=manifest.latent.width,
+    latent, scheme = manifest.latent, source.text
+    shape = TraceShape(
+        batch=manifest.batch,
+        height=latent.height,
+        width=latent.width,
         text_length=0 if scheme is None else scheme.length,
+        guidance=manifest.guidance,
     )
-    conditions = tuple(spec for spec in specs if spec.role == "condition")
+    conditions = condition_specs(source.family, source.config, shape)
+    shapes = {spec.name: spec.shape for spec in manifest.conditions}
     if {spec.name: spec.shape for spec in conditions} != shapes:
         raise UserError(f"manifest: conditions {shapes} are not those of the model; export the engine directory again")
     return conditions

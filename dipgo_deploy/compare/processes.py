@@ -1,0 +1,189 @@
+"""``compare.written`` for models of which only one copy fits into memory: in two processes, one after the other.
+
+The first runs the supernet, whose weights are mapped, from a float32 copy on disk where the files have another dtype,
+and which holds the pages of one layer at a time; the second runs the graphs, with ONNX Runtime's own weights.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dipgo_deploy.compare.metrics import Agreement, worst
+from dipgo_deploy.errors import ToleranceError, UserError
+
+if TYPE_CHECKING:
+    from dipgo_deploy.bundle.manifest import PlanEntry
+    from dipgo_deploy.reference.recording import Recorder
+    from dipgo_deploy.reference.steps import StepRecorder
+    from dipgo_deploy.schedule.document import Schedule
+
+# Exit status of a comparison beyond tolerance; 1 is that of any Python that ends in a traceback.
+_BEYOND = 3
+
+
+def verify_in_processes(engine_dir: Path, model: str) -> Agreement:
+    """Compare manifest, launch list and graphs of a written engine directory with the model, in two processes; how far
+    the graphs agree.
+
+    The first runs the supernet and records, the second runs the graphs: it has neither torch nor the torch model, the
+    first no graph. The recordings are files in a folder of ``engine_dir`` meanwhile.
+
+    Raises:
+        ToleranceError: as ``verify_written``. UserError: a process failed.
+    """
+    if not engine_dir.is_dir():
+        raise UserError(f"{engine_dir}: no such folder; give an engine directory")
+    with tempfile.TemporaryDirectory(prefix=".recorded-", dir=engine_dir) as folder:
+        _run("record", str(engine_dir), model, folder)
+        return Agreement(*json.loads(_run("compare", str(engine_dir), folder).splitlines()[-1]))
+
+
+def _run(*arguments: str) -> str:
+    """This module as a command in a process; what it prints."""
+    root = str(Path(__file__).parents[2])
+    path = os.pathsep.join(part for part in (root, os.environ.get("PYTHONPATH", "")) if part)
+    # Else glibc keeps what large layers took, for layers to come.
+    env = {**os.environ, "PYTHONPATH": path, "MALLOC_MMAP_THRESHOLD_": str(2**20)}
+    command = [sys.executable, "-m", __name__, *arguments]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    last = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+    if done.returncode == _BEYOND:
+        raise ToleranceError(last)
+    if done.returncode:
+        raise UserError(f"the comparison with the supernet ended with status {done.returncode}: {last}")
+    return done.stdout
+
+
+def _record(engine_dir: Path, model: str, folder: Path) -> None:
+    """What the first process does: recordings in ``folder/0`` and, of open sizes, further folders, one for each of the
+    sizes that are compared."""
+    from dipgo_deploy.bundle.directory import Bundle
+    from dipgo_deploy.compare.facts import check_facts
+    from dipgo_deploy.compare.launch_list import check_launch_list
+    from dipgo_deploy.compare.written import sizes_compared
+    from dipgo_deploy.reference.conditions import reference_inputs
+    from dipgo_deploy.reference.load import load_reference
+    from dipgo_deploy.reference.mapped import MappedCaches, float32_files, give_back_after_use
+    from dipgo_deploy.reference.quiet import quiet_libraries
+    from dipgo_deploy.reference.recorded import ToDisk
+    from dipgo_deploy.reference.recording import run_until_complete
+    from dipgo_deploy.reference.steps import recorder_for
+
+    quiet_libraries()
+    whole = Bundle.open(engine_dir)
+    for place, sizes in enumerate(sizes_compared(whole)):
+        bundle = whole if sizes is None else whole.at(sizes)
+        manifest, plan = bundle.manifest, bundle.manifest.plan
+        with float32_files(model, engine_dir) as weights:
+            reference = load_reference(bundle, model, weights)
+            for part in (*check_facts(manifest, reference), *check_launch_list(manifest, reference)):
+                for failure in part.failures():
+                    raise ToleranceError(f"{failure}; nothing was written")
+            give_back_after_use(reference.source.denoiser)
+            caches = reference.supernet.store = MappedCaches(folder)
+            inputs = reference_inputs(
+                reference.source,
+                reference.conditions,
+                (manifest.batch, manifest.latent.channels, manifest.latent.height, manifest.latent.width),
+                noises=plan.noises,
+                guidance=manifest.guidance,
+                begin=reference.begin,
+            )
+            recorder = recorder_for(plan, reference.schedule, inputs.guidance_scale, again=False)
+            (folder / str(place)).mkdir()
+            written = ToDisk(recorder, folder / str(place), caches)
+            run_until_complete(
+                written,
+                reference.supernet,
+                reference.scheduler,
+                reference.schedule.sampler.num_inference_steps,
+                reference.schedule.gates,
+                inputs,
+                reference.set_timesteps,
+                _caches_kept(reference.schedule, plan, recorder),
+            )
+            written.close()
+            del reference
+            gc.collect()  # a model's hooks refer to it
+
+
+def _caches_kept(schedule: Schedule, plan: PlanEntry, recorder: Recorder | StepRecorder) -> Callable[[int], set[str]]:
+    """For each evaluation, the blocks whose caches are recorded or that the next one reads: those removed there, and
+    what its launch reads of blocks that are kept but have the same value again. All others are made anew before they
+    are read."""
+    from dipgo_deploy.reference.recording import cache_block
+
+    names = [block.name for block in schedule.blocks]
+    reads: dict[int, set[str]] = {}
+    if plan.layout == "variants":
+        for launch in plan.launches:
+            entry = plan.variants[launch.variant]
+            reads.setdefault(launch.step, set()).update(cache_block(name) for name in entry.reads)
+
+    def keep(step: int) -> set[str]:
+        following = step + 1
+        if following == len(schedule.gates):
+            return recorder.stored(step)
+        removed = {name for name, kept in zip(names, schedule.gates[following], strict=True) if not kept}
+        return removed | reads.get(following, set()) | recorder.stored(step)
+
+    return keep
+
+
+def _compare(engine_dir: Path, folder: Path) -> Agreement:
+    """What the second process does. It must not load torch."""
+    from dipgo_deploy.bundle.directory import Bundle
+    from dipgo_deploy.compare.graphs import compare_segments, compare_variants, frugal_session
+    from dipgo_deploy.compare.metrics import Tolerance
+    from dipgo_deploy.compare.report import Report
+    from dipgo_deploy.compare.written import sizes_compared
+    from dipgo_deploy.models.registry import family_for
+    from dipgo_deploy.reference.recorded import read_recordings, read_steps
+
+    whole = Bundle.open(engine_dir)
+    manifest = whole.manifest
+    tolerance = Tolerance(family_for(manifest.model.class_name).tolerances[manifest.dtype])
+    found = []
+    for place, sizes in enumerate(sizes_compared(whole)):
+        bundle = whole if sizes is None else whole.at(sizes)
+        if manifest.plan.layout == "segments":
+            steps = read_steps(folder / str(place))
+            checked, _ = compare_segments(bundle, steps, frugal_session, tolerance, keep_open=False)
+        else:
+            recordings = read_recordings(folder / str(place))
+            checked = tuple(compare_variants(bundle, recordings, frugal_session, tolerance))
+        report = Report(tolerance, variants=checked)
+        failure = report.first_failure()
+        if failure is not None:
+            at = "" if sizes is None else f"at {sizes.batch} x {sizes.height}x{sizes.width}: "
+            raise ToleranceError(f"{at}{failure}; nothing was written")
+        found.append(report.agreement)
+    return worst(found)
+
+
+def _main() -> int:
+    stage, engine_dir, *rest = sys.argv[1:]
+    try:
+        if stage == "record":
+            _record(Path(engine_dir), rest[0], Path(rest[1]))
+        else:
+            print(json.dumps(_compare(Path(engine_dir), Path(rest[0]))))
+    except ToleranceError as error:
+        print(error, file=sys.stderr)
+        return _BEYOND
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(_main())

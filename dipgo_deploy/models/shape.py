@@ -1,0 +1,40 @@
+"""The extents that a model is traced at, and its conditions there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from dipgo_deploy.bundle.shapes import SizeRanges, Sizes
+from dipgo_deploy.models.family import InputSpec, ModelFamily
+
+
+@dataclass(frozen=True)
+class TraceShape:
+    """Extents of a trace: images per launch, latent height and width, text tokens, and whether guidance doubles the
+    batch inside the graph. ``sizes``: ranges of the first three, which are then the largest."""
+
+    batch: int = 1
+    height: int = 64
+    width: int = 64
+    text_length: int = 77
+    guidance: bool = True
+    sizes: SizeRanges | None = None
+
+    def at(self, sizes: Sizes) -> TraceShape:
+        """The static extents of one choice of sizes."""
+        return replace(self, batch=sizes.batch, height=sizes.height, width=sizes.width, sizes=None)
+
+    @property
+    def model_batch(self) -> int:
+        """Batch that the denoiser itself sees."""
+        return 2 * self.batch if self.guidance else self.batch
+
+
+def condition_specs(family: ModelFamily, config: Mapping[str, Any], shape: TraceShape) -> tuple[InputSpec, ...]:
+    """The condition inputs at ``shape``."""
+    inputs = family.inputs(
+        config, batch=shape.model_batch, height=shape.height, width=shape.width, text_length=shape.text_length
+    )
+    return tuple(spec for spec in inputs if spec.role == "condition")

@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny_engines import corrupted, save_dit_pipeline, schedule_for, stored_weights
+
+from dipgo_deploy.bundle.directory import Bundle
+from dipgo_deploy.compare import processes
+from dipgo_deploy.errors import ToleranceError, UserError
+from dipgo_deploy.export.exporter import ExportOptions, PlannedExport, plan_export, publish
+from dipgo_deploy.reference.conditions import reference_inputs
+from dipgo_deploy.reference.load import load_reference
+from dipgo_deploy.reference.recorded import read_recordings, read_steps
+from dipgo_deploy.reference.recording import run_until_complete
+from dipgo_deploy.reference.steps import recorder_for
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_dit_pipeline(tmp_path_factory.mktemp("model"), layers=2)
+
+
+@pytest.fixture(scope="module")
+def plan(model: Path) -> Callable[..., PlannedExport]:
+    def make(**options: Any) -> PlannedExport:
+        return plan_export(str(model), schedule_for(model), ExportOptions(components=False, **options))
+
+    return make
+
+
+def test_a_wrong_graph_is_found_by_the_process(plan: Callable[..., PlannedExport], model: Path, tmp_path: Path) -> None:
+    engine = publish(plan(low_memory=True, check=False), tmp_path / "engine").path
+    found = processes.verify_in_processes(engine, str(model))
+    assert 0 < found.relative < 1e-4 and found.psnr > 80 and found.cosine > 0.999999
+    variant = Bundle.open(engine).manifest.plan.variants[0]
+    weight = next(name for name in stored_weights(engine, variant) if name.startswith("transformer_blocks.0.ff"))
+    wrong = corrupted(engine, tmp_path / "wrong", Path(variant.graph.file).name, weight)
+    with pytest.raises(ToleranceError, match=r"variant v\d+ by itself, step \d+, .*: error .* against the supernet"):
+        processes.verify_in_processes(wrong, str(model))
+    with pytest.raises(UserError, match="nowhere: no such folder"):
+        processes.verify_in_processes(tmp_path / "nowhere", str(model))
+    assert not list(tmp_path.rglob(".*"))
+
+
+def test_graphs_run_where_torch_was_never_loaded(
+    plan: Callable[..., PlannedExport], model: Path, tmp_path: Path
+) -> None:
+    """The supernet's libraries take some hundred MB, which the comparison's own process does without."""
+    engine = publish(plan(low_memory=True, check=False), tmp_path / "engine").path
+    recorded = tmp_path / "recorded"
+    recorded.mkdir()
+    processes._record(engine, str(model), recorded)
+    code = (
+        "import sys; from pathlib import Path; from dipgo_deploy.compare import processes; "
+        "processes._compare(Path(sys.argv[1]), Path(sys.argv[2])); "
+        "print({'torch', 'diffusers', 'onnx'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, engine, recorded], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize("layout", ["variants", "segments"])
+def test_recordings_are_those_of_a_loop_that_keeps_all_caches_in_memory(
+    plan: Callable[..., PlannedExport], model: Path, tmp_path: Path, layout: str
+) -> None:
+    bundle = publish(plan(layout=layout, low_memory=True, check=False), tmp_path / "engine")
+    folder = tmp_path / "recorded"
+    folder.mkdir()
+    processes._record(bundle.path, str(model), folder)
+    assert [part.name for part in folder.iterdir()] == ["0"]  # the caches' files are gone
+
+    reference, manifest, entries = load_reference(bundle), bundle.manifest, bundle.manifest.plan
+    shape = (manifest.batch, manifest.latent.channels, manifest.latent.height, manifest.latent.width)
+    given = reference_inputs(
+        reference.source, reference.conditions, shape, noises=entries.noises, guidance=manifest.guidance
+    )
+    recorder = recorder_for(entries, reference.schedule, given.guidance_scale, again=False)
+    found = list((read_recordings if layout == "variants" else read_steps)(folder / "0"))
+    steps = reference.schedule.sampler.num_inference_steps
+    run_until_complete(recorder, reference.supernet, reference.scheduler, steps, reference.schedule.gates, given)
+    assert len(found) == len(recorder.recordings) > 1
+    for mine, kept in zip(found, recorder.recordings, strict=True):
+        assert mine.step == kept.step
+        for side in ("inputs", "outputs"):
+            one, other = getattr(mine, side), getattr(kept, side)
+            assert one.keys() == other.keys()
+            for name in one:
+                np.testing.assert_array_equal(one[name], other[name], err_msg=name)
+
+
+@pytest.mark.parametrize(("status", "kind"), [(3, ToleranceError), (1, UserError), (2, UserError), (-9, UserError)])
+def test_only_a_comparison_beyond_tolerance_is_one(
+    status: int, kind: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that ends in a traceback (a full disk) has status 1."""
+    done = subprocess.CompletedProcess([], status, stdout="", stderr="OSError: no space left on device")
+    monkeypatch.setattr(processes.subprocess, "run", lambda *arguments, **options: done)
+    with pytest.raises(kind, match="no space left on device"):
+        processes._run("record")
