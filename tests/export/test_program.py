@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, VQModel
 
 from dipgo_deploy.errors import UserError
-from dipgo_deploy.export.components import _scaling_and_shift
 from dipgo_deploy.export.program import to_onnx
 
 
@@ -36,12 +34,3 @@ def test_modules_that_cannot_be_traced(module: torch.nn.Module, width: int) -> N
     with pytest.raises(UserError, match="^vae decoder: torch.export cannot trace it: .") as error:
         to_onnx(module, [torch.ones(1, width)], ["x"], lambda: ["y"], dtype="fp32", prefix="", label="vae decoder")
     assert "\n" not in str(error.value)
-
-
-def test_latents_are_scaled_by_the_vaes_factor() -> None:
-    plain = AutoencoderKL(block_out_channels=(4,), norm_num_groups=2, scaling_factor=0.5, shift_factor=0.25)
-    assert _scaling_and_shift(plain) == (0.5, 0.25)
-    quantized = VQModel(block_out_channels=(4,), norm_num_groups=2)
-    quantized.register_to_config(scaling_factor=None)
-    with pytest.raises(UserError, match="vae: VQModel has no scaling_factor"):
-        _scaling_and_shift(quantized)
