@@ -16,7 +16,7 @@ from dipgo_deploy.calibrate.core import CalibrationOptions as CalibrationOptions
 from dipgo_deploy.calibrate.core import Group, Launch, Report, conditions_digest, fitted_solver, grouped, nearest
 from dipgo_deploy.schedule.document import FORMAT_VERSION, Gates, Schedule, gate_rows
 from dipgo_deploy.search.problem import Problem, with_guidance_scale
-from dipgo_deploy.supernet import CacheState, run_loop
+from dipgo_deploy.supernet import CacheState
 
 
 def calibrate(
@@ -117,26 +117,14 @@ class _Model:
         """See ``core.Model``."""
         problem = self._at[group.scale]
         problem = problem.reference or problem
-        batch = problem.batch(group.pairs)
         latents: dict[int, np.ndarray] = {}
 
         def record(evaluation: Any) -> None:
             if evaluation.step in wanted:
                 latents[evaluation.step] = _array(evaluation.model_input)
 
-        final = run_loop(
-            problem.supernet,
-            problem.scheduler,
-            [[True] * len(problem.target.blocks)] * problem.steps,
-            batch.latents,
-            batch.conditions,
-            num_inference_steps=problem.options.steps,
-            guidance_scale=problem.guidance_scale,
-            noises=batch.noises,
-            set_timesteps_kwargs=problem.set_timesteps,
-            record=record,
-            keep=lambda step: (),
-        )
+        gates = [[True] * len(problem.target.blocks)] * problem.steps
+        final = problem.run(problem.batch(group.pairs), gates, record=record, keep=lambda step: ())
         return latents, _array(final)
 
     @torch.no_grad()

@@ -14,7 +14,7 @@ from dipgo_deploy.schedule.document import Gates
 from dipgo_deploy.search.costs import Analysis, Costs
 from dipgo_deploy.search.losses import IMAGE_LOSSES, LATENT_LOSSES
 from dipgo_deploy.search.problem import Pair, Problem
-from dipgo_deploy.supernet import CacheState, Gate, Supernet, run_loop
+from dipgo_deploy.supernet import CacheState, Gate, Supernet
 
 
 class LaunchedSupernet(Supernet):
@@ -53,18 +53,7 @@ class LaunchedSupernet(Supernet):
 def sample(problem: Problem, gates: Sequence[Sequence[bool]], pairs: Sequence[Pair]) -> Tensor:
     """Final latents (B, C, h, w) of these images under T x N gates."""
     analysis = problem.costs.analyse(gates)
-    batch = problem.batch(pairs)
-    return run_loop(
-        LaunchedSupernet(problem.supernet, analysis),
-        problem.scheduler,
-        analysis.gates,
-        batch.latents,
-        batch.conditions,
-        num_inference_steps=problem.options.steps,
-        guidance_scale=problem.guidance_scale,
-        noises=batch.noises,
-        set_timesteps_kwargs=problem.set_timesteps,
-    )
+    return problem.run(problem.batch(pairs), analysis.gates, LaunchedSupernet(problem.supernet, analysis))
 
 
 @torch.no_grad()

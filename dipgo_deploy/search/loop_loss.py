@@ -15,7 +15,7 @@ from dipgo_deploy.schedule.document import Gates
 from dipgo_deploy.search.evaluate import full_latents
 from dipgo_deploy.search.losses import IMAGE_LOSSES, LATENT_LOSSES
 from dipgo_deploy.search.problem import Pair, Problem
-from dipgo_deploy.supernet import CacheState, Gate, Supernet, run_loop
+from dipgo_deploy.supernet import CacheState, Gate, Supernet
 
 Precision = Literal["fp32", "bf16"]
 
@@ -61,7 +61,7 @@ class CheckpointedSupernet(Supernet):
 
         soft = [gate for gate in gates if not isinstance(gate, bool)]
         if not any(tensor.requires_grad for tensor in (latent, *soft, *caches)):
-            return super().step(latent, timestep, conditions, gates, state, step)
+            return super().step(latent, timestep, conditions, gates, state, step, keep)
         # The re-entrant kind wants flat tensors, but keeps no graph of the step. The other one does: a node for every
         # operation of every step, which for a small model is more than the tensors.
         outputs = checkpointed(run, latent, *soft, *caches, use_reentrant=True, preserve_rng_state=False)
@@ -89,20 +89,9 @@ class LoopLoss:
     def __call__(self, gates: Tensor, pairs: Sequence[Pair]) -> Tensor:
         """The loss (scalar) of ``gates`` (T, N) in [0, 1] for these images; the first step is whole."""
         problem = self._problem
-        batch = problem.batch(pairs)
         rows: list[Sequence[Gate]] = [[True] * gates.shape[1], *(list(row) for row in gates[1:])]
         with self._autocast():
-            latents = run_loop(
-                self._supernet,
-                problem.scheduler,
-                rows,
-                batch.latents,
-                batch.conditions,
-                num_inference_steps=problem.options.steps,
-                guidance_scale=problem.guidance_scale,
-                noises=batch.noises,
-                set_timesteps_kwargs=problem.set_timesteps,
-            )
+            latents = problem.run(problem.batch(pairs), rows, self._supernet)
         reference = self.reference(pairs)
         if not self._on_images:
             return self._distance(latents, reference).mean()

@@ -11,7 +11,7 @@ from torch import Tensor
 from dipgo_deploy.schedule.document import Gates
 from dipgo_deploy.search.evaluate import LaunchedSupernet
 from dipgo_deploy.search.problem import Batch, Pair, Problem
-from dipgo_deploy.supernet import Evaluation, run_loop
+from dipgo_deploy.supernet import Evaluation
 
 # The skip that the sensitivity is measured with, and from how many steps to the next one.
 _SKIP = 3
@@ -65,18 +65,7 @@ def _path(problem: Problem, batch: Batch, computed: Sequence[int]) -> list[Tenso
     def record(evaluation: Evaluation) -> None:
         inputs.append(evaluation.model_input)
 
-    final = run_loop(
-        LaunchedSupernet(problem.supernet, analysis),
-        problem.scheduler,
-        analysis.gates,
-        batch.latents,
-        batch.conditions,
-        num_inference_steps=problem.options.steps,
-        guidance_scale=problem.guidance_scale,
-        noises=batch.noises,
-        set_timesteps_kwargs=problem.set_timesteps,
-        record=record,
-    )
+    final = problem.run(batch, analysis.gates, LaunchedSupernet(problem.supernet, analysis), record=record)
     return [*inputs, final]
 
 

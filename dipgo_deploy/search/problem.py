@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -26,7 +26,7 @@ from dipgo_deploy.schedule.document import BlockEntry, SamplerEntry, Schedule
 from dipgo_deploy.search.costs import Costs
 from dipgo_deploy.search.prompts import built_in_prompts, check_labels, class_count, known_labels, read_prompts
 from dipgo_deploy.search.samples import Pair as Pair
-from dipgo_deploy.supernet import Supernet
+from dipgo_deploy.supernet import Evaluation, Gate, Supernet, run_loop
 
 
 @dataclass(frozen=True)
@@ -119,6 +119,30 @@ class Problem:
             name: torch.cat([row[name][half : half + 1] for half in halves for row in rows]).to(self.device)
             for name in self.conditions[0]
         }
+
+    def run(
+        self,
+        batch: Batch,
+        gates: Sequence[Sequence[Gate]] | Tensor,
+        supernet: Supernet | None = None,
+        *,
+        record: Callable[[Evaluation], None] | None = None,
+        keep: Callable[[int], Collection[str]] | None = None,
+    ) -> Tensor:
+        """Final latents (B, C, h, w) of these images under T x N gates; see `run_loop`. supernet: None the own one."""
+        return run_loop(
+            supernet or self.supernet,
+            self.scheduler,
+            gates,
+            batch.latents,
+            batch.conditions,
+            num_inference_steps=self.options.steps,
+            guidance_scale=self.guidance_scale,
+            noises=batch.noises,
+            set_timesteps_kwargs=self.set_timesteps,
+            record=record,
+            keep=keep,
+        )
 
     def decode(self, latents: Tensor) -> Tensor:
         """Final latents (B, C, h, w) as images (B, 3, H, W), about 0 to 1, not clamped; differentiable."""

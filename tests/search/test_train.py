@@ -9,6 +9,7 @@ import torch
 
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.search import checkpoint
+from dipgo_deploy.search.loop_loss import CheckpointedSupernet
 from dipgo_deploy.search.problem import Problem
 from dipgo_deploy.search.pruner import Pruner, PrunerSize
 from dipgo_deploy.search.samples import SampleStream
@@ -44,6 +45,21 @@ def test_checkpointing_changes_no_gradient(problem: Problem, loss: str) -> None:
     # Through time: the gates of every step but the first, which is kept, have an effect.
     assert torch.equal(plain[0], torch.zeros_like(plain[0]))
     assert (plain[1:].abs().amax(dim=1) > 0).all()
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_checkpointed_steps_keep_the_caches_they_are_told_to(problem: Problem, gradients: bool) -> None:
+    net, names = problem.supernet, [block.name for block in problem.target.blocks]
+    batch = problem.batch(SampleStream(len(problem.conditions)).pairs(0, 1))
+    kept: list[set[str]] = []
+    problem.run(
+        batch,
+        torch.ones(problem.steps, len(names), requires_grad=gradients),
+        CheckpointedSupernet(net.model, net.specs, net.cache_kinds, net.call),
+        record=lambda evaluation: kept.append(set(evaluation.after.tensors)),
+        keep=lambda step: names[:1],
+    )
+    assert kept == [set(names[:1])] * problem.steps
 
 
 def test_the_gradient_is_that_of_the_loss(problem: Problem) -> None:
