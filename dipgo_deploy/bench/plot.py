@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from dipgo_deploy.bench.quality import Row
 from dipgo_deploy.errors import UserError
+
+_COSTS: tuple[tuple[str, Callable[[Row], float]], ...] = (
+    ("launches", lambda row: row.launches),
+    ("GMACs of one image's denoising", lambda row: row.macs / 1e9),
+    ("ms of one image's loop in torch", lambda row: row.milliseconds),
+)
 
 
 def check_plot(path: Path) -> None:
@@ -24,26 +30,35 @@ def check_plot(path: Path) -> None:
 
 
 def plot_quality(rows: Sequence[Row], path: Path, title: str) -> None:
-    """SSIM to the full run over the cost, with 95% intervals; the file appears when it is complete."""
+    """SSIM to the full run over launches, multiply-accumulates and time, with 95% intervals; plain solvers of one kind
+    are joined by a line. The file appears when it is complete."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.add_subplot()
-    for place, row in enumerate(rows):
-        axes.errorbar(
-            [row.macs / 1e9],
-            [row.ssim.value],
-            yerr=[[row.ssim.value - row.ssim.low], [row.ssim.high - row.ssim.value]],
-            marker="osD^v<>P*Xhp"[place % 12],
-            capsize=3,
-            linestyle="none",
-            label=row.name,
-        )
-    axes.set_xlabel("GMACs of one image's denoising")
-    axes.set_ylabel("SSIM to the full run, same seeds (95% interval)")
-    axes.set_title(title)
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
+    figure = Figure(figsize=(16, 5.5), layout="constrained")
+    panels = figure.subplots(1, len(_COSTS), sharey=True)
+    series: dict[str, list[Row]] = {}
+    for row in rows:
+        # "ddim, 7 steps" and "ddim, 10 steps" are one series.
+        series.setdefault(row.name.split(",")[0] if row.baseline else row.name, []).append(row)
+    for axes, (label, cost) in zip(panels, _COSTS, strict=True):
+        for place, (name, members) in enumerate(series.items()):
+            axes.errorbar(
+                [cost(row) for row in members],
+                [row.ssim.value for row in members],
+                yerr=[
+                    [row.ssim.value - row.ssim.low for row in members],
+                    [row.ssim.high - row.ssim.value for row in members],
+                ],
+                marker="osD^v<>P*Xhp"[place % 12],
+                capsize=3,
+                linestyle=":" if members[0].baseline else "none",
+                label=Path(name).name,
+            )
+        axes.set_xlabel(label)
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("SSIM to the full run, same seeds (95% interval)")
+    figure.suptitle(title)
+    figure.legend(*panels[0].get_legend_handles_labels(), fontsize="small", loc="outside lower center", ncols=4)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         aside = Path(folder) / path.name
         figure.savefig(aside, dpi=150)

@@ -2,28 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from dipgo_deploy import __version__
+from dipgo_deploy.bench.metrics import PSNR, SSIM, Metric
+from dipgo_deploy.bench.pictures import Pictures, key_of
 from dipgo_deploy.bench.statistics import Estimate, bootstrap, mean, share
 from dipgo_deploy.errors import UserError
+from dipgo_deploy.files import sole_user
 from dipgo_deploy.models.family import CacheKind
 from dipgo_deploy.models.location import BUILT_IN
 from dipgo_deploy.quality.judge import CLASS_NAMES, Judge, feature_statistics, frechet_distance
 from dipgo_deploy.runtime.image import to_uint8
 from dipgo_deploy.schedule.document import Gates, Schedule
+from dipgo_deploy.schedule.frozen import to_json
 from dipgo_deploy.search.evaluate import images_of, sample
-from dipgo_deploy.search.losses import psnr, ssim
-from dipgo_deploy.search.problem import Pair, Problem, sampler_and_steps, with_cache, with_sampler, with_schedule
-from dipgo_deploy.search.samples import held_out
+from dipgo_deploy.search.problem import Problem, sampler_and_steps, with_cache, with_sampler, with_schedule
+from dipgo_deploy.search.samples import Pair, held_out
 
 # Cases whose saved shares differ by at most this cost about the same.
 SAME_RATIO = 0.03
+REFERENCE = "reference"  # the name of its pictures
 
 
 @dataclass(frozen=True)
@@ -32,7 +40,8 @@ class Case:
 
     name: what it is called. solver: (sampler, steps), None for the reference's own. config: of that sampler, None to
     set it up from the model's. gates: T x N, None for all kept. cache: kind of all blocks, None for the reference's.
-    fitted: a schedule with a solver of its own, which says all of that.
+    fitted: a schedule with a solver of its own, which says all of that. group: of a plain solver that others are
+    compared with, how many evaluations those are worth.
     """
 
     name: str
@@ -41,32 +50,72 @@ class Case:
     config: Mapping[str, Any] | None = None
     cache: CacheKind | None = None
     fitted: Schedule | None = None
+    group: int | None = None
+
+    @property
+    def key(self) -> str:
+        """Of everything but its name."""
+        gates = None if self.gates is None else ["".join("01"[cell] for cell in row) for row in self.gates]
+        fitted = None if self.fitted is None else self.fitted.to_json()
+        return key_of([gates, self.solver, to_json(self.config), self.cache, fitted])
+
+
+FULL_RUN = Case("full run")
 
 
 @dataclass(frozen=True)
 class Row:
     """What one case does.
 
-    macs: of one image's launches. ratio: share of the full run's that is saved. launches: of the denoiser. ssim, psnr:
-    to the full run, over images of the same seeds. difference: of the SSIM to the first case's, image by image; with
-    ``by_ratio`` to that of the first one that saves about as much.
+    macs: of one image's launches. ratio: share of the full run's that is saved. launches: of the denoiser.
+    milliseconds: of one image's loop in torch, as it was measured, in batches. metrics: by name, over images.
+    differences: of the metrics to those of the case ``against``, image by image: the first one; with ``by_ratio`` the
+    first that saves about as much; where there are plain solvers to compare with, the best of those (by SSIM) that cost
+    about as much. baseline: whether it is one of these.
     accuracy: share of images recognised as what was asked for; frechet: distance to held-out images (both None for a
-    model without a judge).
+    model without a judge). guidance_scale: None without guidance. per_image: the metrics of each image, (n,).
     """
 
     name: str
     macs: int
     ratio: float
     launches: int
-    ssim: Estimate
-    psnr: Estimate
-    difference: Estimate
+    milliseconds: float
+    metrics: Mapping[str, Estimate]
+    differences: Mapping[str, Estimate]
+    against: str
     accuracy: Estimate | None
     frechet: Estimate | None
+    guidance_scale: float | None = None
+    baseline: bool = False
+    per_image: Mapping[str, np.ndarray] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def ssim(self) -> Estimate:
+        """To the full run."""
+        return self.metrics["ssim"]
+
+    @property
+    def psnr(self) -> Estimate:
+        """To the full run, in decibels."""
+        return self.metrics["psnr"]
+
+    @property
+    def difference(self) -> Estimate:
+        """Of the SSIM."""
+        return self.differences["ssim"]
 
     def as_json(self) -> dict[str, Any]:
         """Plain data."""
-        return asdict(self)
+        plain = {name: getattr(self, name) for name in ("name", "guidance_scale", "baseline", "macs", "ratio")}
+        plain |= {name: getattr(self, name) for name in ("launches", "milliseconds")}
+        plain |= {name: vars(value) for name, value in self.metrics.items()}
+        plain |= {"against": self.against, "difference": vars(self.difference) if self.differences else None}
+        plain |= {"differences": {name: vars(value) for name, value in self.differences.items()}}
+        for name in ("accuracy", "frechet"):
+            value = getattr(self, name)
+            plain[name] = None if value is None else vars(value)
+        return plain
 
 
 def schedule_cases(
@@ -117,6 +166,20 @@ def schedule_cases(
     return cases
 
 
+def evaluations_worth(problem: Problem, case: Case) -> int:
+    """Of how many whole evaluations of the denoiser a case of a schedule has the multiply-accumulates."""
+    at_work = problem
+    if case.fitted is not None:
+        at_work = with_schedule(problem, case.fitted)
+    elif case.solver is not None:
+        at_work = with_sampler(problem, *case.solver, case.config)
+    return _worth(problem, at_work.costs.analyse(_gates(at_work, case.gates)).cost)
+
+
+def _worth(problem: Problem, macs: int) -> int:
+    return max(1, round(macs * problem.steps / problem.costs.full))
+
+
 def solver_case(text: str) -> Case:
     """``ddim:10`` as a case: the sampler's name and its steps.
 
@@ -135,15 +198,28 @@ def measure(
     seed: int = 0,
     batch: int = 20,
     by_ratio: bool = False,
+    metrics: Sequence[Metric] = (SSIM, PSNR),
+    folder: Path | None = None,
+    resume: bool = False,
+    with_full: bool = False,
     notify: Callable[[Row], None] = lambda row: None,
+    strip: Callable[[Sequence[Row], Mapping[str, np.ndarray], Sequence[Pair]], None] | None = None,
 ) -> list[Row]:
     """Make ``per_condition`` images of every prompt or class in every case, from seeds that no search uses.
 
+    The full run is made once, for all cases. Images and what was measured of them lie in ``folder`` (None: a temporary
+    one); with ``resume`` what is complete there is not made again.
+
     batch: images that go through the model at a time. by_ratio: the difference is to the first case that saves about as
-    much, not to the very first.
+    much, not to the very first. metrics: SSIM at least. notify: told each row when it is measured, before it is known
+    what the case is compared with. strip: shown the rows and, by name and ``REFERENCE``, pictures uint8
+    (n, 3, H, W) before they go.
+
+    Returns:
+        A row a case, in their order.
 
     Raises:
-        UserError: a model without a VAE, or nothing to measure.
+        UserError: a model without a VAE, nothing to measure, or a folder that cannot be used.
     """
     if not problem.can_decode:
         raise UserError(f"{problem.options.model}: has no VAE to make images with: give a pipeline's folder")
@@ -152,74 +228,207 @@ def measure(
     if per_condition < 2:
         raise UserError("--per-condition: give at least 2, for an interval")
     pairs = held_out(len(problem.conditions), per_condition, seed)
-    judge = Judge.load() if problem.options.model in BUILT_IN and len(problem.conditions) == len(CLASS_NAMES) else None
-    reference = _images(problem, None, pairs, batch)
-    rows: list[Row] = []
-    firsts: list[tuple[float, np.ndarray]] = []
-    cached: dict[CacheKind | None, Problem] = {None: problem}
-    for case in cases:
-        if case.cache not in cached:
-            assert case.cache is not None
-            cached[case.cache] = with_cache(problem, case.cache)
-        at_work = cached[case.cache]
-        if case.fitted is not None:
-            at_work = with_schedule(at_work, case.fitted)
-        elif case.solver is not None:
-            at_work = with_sampler(at_work, *case.solver, case.config)
-        images = _images(at_work, case.gates, pairs, batch)
-        similarity = ssim(images, reference).double().numpy()
-        saved = 1 - at_work.costs.analyse(_gates(at_work, case.gates)).cost / problem.costs.full
-        first = next((known for ratio, known in firsts if not by_ratio or abs(ratio - saved) <= SAME_RATIO), None)
-        if first is None:
-            first = similarity
-            firsts.append((saved, first))
-        row = _row(problem, at_work, case, images, reference, similarity, first, pairs, judge)
-        rows.append(row)
-        notify(row)
-    return rows
+    with tempfile.TemporaryDirectory() as temporary:
+        work = folder or Path(temporary)
+        with sole_user(work, "--checkpoint"):
+            at_work = _Measurement(problem, pairs, batch, metrics, work, resume)
+            full = [at_work.row(FULL_RUN)] if with_full else []
+            rows = []
+            for case in cases:
+                rows.append(at_work.row(case))
+                notify(rows[-1])
+            rows = _compared(problem, cases, rows, by_ratio)
+            if strip is not None:
+                pictures = {row.name: at_work.pictures_of(case) for case, row in zip(cases, rows, strict=True)}
+                strip(rows, {REFERENCE: at_work.reference, **pictures}, pairs)
+    return [*full, *rows]
 
 
-def _row(
-    problem: Problem,
-    at_work: Problem,
-    case: Case,
-    images: Tensor,
-    reference: Tensor,
-    similarity: np.ndarray,
-    first: np.ndarray,
-    pairs: Sequence[Pair],
-    judge: Judge | None,
-) -> Row:
-    analysis = at_work.costs.analyse(_gates(at_work, case.gates))
-    accuracy = frechet = None
-    if judge is not None:
-        pixels = to_uint8(images.permute(0, 2, 3, 1).numpy())
-        wanted = np.array([pair.condition for pair in pairs])
-        accuracy = share(int((judge.classify(pixels) == wanted).sum()), len(wanted))
-        features, network = judge.features(pixels), judge
-        frechet = bootstrap(
-            lambda rows: frechet_distance(*feature_statistics(features[rows]), network.mean, network.covariance), wanted
+# Rows of the pairs, their images (B, 3, H, W) float32 on the host, and the seconds of their loop.
+Made = tuple[slice, Tensor, float]
+
+
+class _Measurement:
+    """One problem's full run and the cases that are measured beside it."""
+
+    def __init__(
+        self,
+        problem: Problem,
+        pairs: Sequence[Pair],
+        batch: int,
+        metrics: Sequence[Metric],
+        folder: Path,
+        resume: bool,
+    ) -> None:
+        self._problem, self._pairs, self._batch, self._metrics = problem, pairs, batch, metrics
+        self._cached: dict[CacheKind | None, Problem] = {None: problem}
+        labels = judged_labels(problem)
+        self._judge = None if labels is None else Judge.load()
+        self._wanted = np.array([0 if labels is None else labels[pair.condition] for pair in pairs])
+        shape = tuple(images_of(problem, torch.zeros(1, *problem.sample_shape, device=problem.device)).shape[1:])
+        self._work = Pictures(folder, self._settings(), len(pairs), shape, resume=resume)
+        if self._work.values(REFERENCE) is None:
+            pictures = self._work.opened(REFERENCE, np.float32, new=True)
+            seconds = 0.0
+            for rows, images, took in self._made(problem, None):
+                pictures[rows] = images.numpy()
+                seconds += took
+            pictures.flush()
+            self._work.complete(REFERENCE, {"seconds": np.array(seconds)})
+        self._reference = self._work.opened(REFERENCE, np.float32, new=False)
+
+    def _settings(self) -> dict[str, Any]:
+        problem = self._problem
+        sampler = problem.target.sampler
+        return {
+            "model": [problem.options.model, problem.target.model.config_hash],
+            "reference": [sampler.class_name, sampler.num_inference_steps, to_json(sampler.config)],
+            "guidance_scale": problem.guidance_scale,
+            "conditions": list(problem.names),
+            "seeds": [self._pairs[0].seed, self._pairs[-1].seed],
+            "batch": self._batch,
+            "metrics": [metric.name for metric in self._metrics],
+            "tool_version": __version__,
+        }
+
+    @property
+    def reference(self) -> np.ndarray:
+        """The full run's pictures, uint8."""
+        return to_uint8(np.asarray(self._reference))
+
+    def pictures_of(self, case: Case) -> np.ndarray:
+        """Pictures uint8 of a case that was measured."""
+        return self._work.opened(case.key, np.uint8, new=False)
+
+    def row(self, case: Case) -> Row:
+        """Measure one case, or take what was measured of it."""
+        problem = self._problem_of(case)
+        values = self._work.values(case.key)
+        if values is None:
+            values = self._measured(problem, case)
+            self._work.complete(case.key, values)
+        analysis = problem.costs.analyse(_gates(problem, case.gates))
+        accuracy = frechet = None
+        if self._judge is not None:
+            right = values["recognised"] == self._wanted
+            accuracy = share(int(right.sum()), len(right))
+            frechet = _frechet(self._judge, values["features"], self._wanted)
+        per_image = {metric.name: values[metric.name] for metric in self._metrics}
+        return Row(
+            name=case.name,
+            macs=analysis.cost,
+            ratio=1 - analysis.cost / self._problem.costs.full,
+            launches=len(analysis.launches),
+            milliseconds=float(values["milliseconds"]),
+            metrics={name: mean(found) for name, found in per_image.items()},
+            differences={},
+            against="",
+            accuracy=accuracy,
+            frechet=frechet,
+            guidance_scale=problem.guidance_scale,
+            baseline=case.group is not None,
+            per_image=per_image,
         )
-    return Row(
-        name=case.name,
-        macs=analysis.cost,
-        ratio=1 - analysis.cost / problem.costs.full,
-        launches=len(analysis.launches),
-        ssim=mean(similarity),
-        psnr=mean(psnr(images, reference).double().numpy()),
-        difference=mean(similarity - first),
-        accuracy=accuracy,
-        frechet=frechet,
+
+    def _problem_of(self, case: Case) -> Problem:
+        if case.cache not in self._cached:
+            assert case.cache is not None
+            self._cached[case.cache] = with_cache(self._problem, case.cache)
+        problem = self._cached[case.cache]
+        if case.fitted is not None:
+            return with_schedule(problem, case.fitted)
+        return problem if case.solver is None else with_sampler(problem, *case.solver, case.config)
+
+    def _measured(self, problem: Problem, case: Case) -> dict[str, np.ndarray]:
+        pictures = self._work.opened(case.key, np.uint8, new=True)
+        parts: dict[str, list[np.ndarray]] = {metric.name: [] for metric in self._metrics}
+        parts |= {} if self._judge is None else {"recognised": [], "features": []}
+        seconds = 0.0
+        for rows, images, took in self._full() if case is FULL_RUN else self._made(problem, case.gates):
+            seconds += took
+            full = torch.from_numpy(np.array(self._reference[rows]))
+            prompts = [self._problem.names[pair.condition] for pair in self._pairs[rows]]
+            for metric in self._metrics:
+                parts[metric.name].append(metric.measure(images, full, prompts).double().numpy())
+            pixels = to_uint8(images.numpy())
+            pictures[rows] = pixels
+            if self._judge is not None:
+                features, recognised = self._judge.look(np.moveaxis(pixels, 1, -1))
+                parts["features"].append(features)
+                parts["recognised"].append(recognised)
+        values = {name: np.concatenate(arrays) for name, arrays in parts.items()}
+        return {**values, "milliseconds": np.array(1e3 * seconds / len(self._pairs))}
+
+    def _full(self) -> Iterator[Made]:
+        """The full run's, which are there already."""
+        there = self._work.values(REFERENCE)
+        assert there is not None
+        for start in range(0, len(self._pairs), self._batch):
+            rows = slice(start, min(start + self._batch, len(self._pairs)))
+            share_of = (rows.stop - rows.start) / len(self._pairs)
+            yield rows, torch.from_numpy(np.array(self._reference[rows])), share_of * float(there["seconds"])
+
+    def _made(self, problem: Problem, gates: Gates | None) -> Iterator[Made]:
+        for start in range(0, len(self._pairs), self._batch):
+            rows = slice(start, min(start + self._batch, len(self._pairs)))
+            begun = time.perf_counter()
+            latents = sample(problem, _gates(problem, gates), self._pairs[rows])
+            took = time.perf_counter() - begun
+            yield rows, images_of(problem, latents).float().cpu(), took
+
+
+def judged_labels(problem: Problem) -> list[int] | None:
+    """The class that the built-in judge should see in each condition's images; None where it cannot judge."""
+    if problem.options.model not in BUILT_IN:
+        return None
+    labels = []
+    for name in problem.names:
+        words = [place for place, known in enumerate(CLASS_NAMES) if name == str(place) or name.endswith(f" {known}")]
+        if not words:
+            return None
+        labels.append(max(words, key=lambda place: len(CLASS_NAMES[place])))
+    return labels
+
+
+def _frechet(judge: Judge, features: np.ndarray, wanted: np.ndarray) -> Estimate | None:
+    """To all held-out images, so only where all their classes were asked for."""
+    if len(np.unique(wanted)) < len(CLASS_NAMES):
+        return None
+    return bootstrap(
+        lambda rows: frechet_distance(*feature_statistics(features[rows]), judge.mean, judge.covariance), wanted
     )
+
+
+def _compared(problem: Problem, cases: Sequence[Case], rows: Sequence[Row], by_ratio: bool) -> list[Row]:
+    """The rows with their differences to what each is compared with."""
+    best: dict[int, Row] = {}
+    for case, row in zip(cases, rows, strict=True):
+        if case.group is not None and (case.group not in best or row.ssim.value > best[case.group].ssim.value):
+            best[case.group] = row
+    found = []
+    firsts: list[Row] = []
+    for case, row in zip(cases, rows, strict=True):
+        if best:
+            other = best.get(_worth(problem, row.macs) if case.group is None else case.group, rows[0])
+        else:
+            other = next((one for one in firsts if not by_ratio or abs(one.ratio - row.ratio) <= SAME_RATIO), row)
+            firsts += [row] if other is row else []
+        found.append(replace(row, against=other.name, differences=_differences(row, other)))
+    return found
+
+
+def _differences(row: Row, other: Row) -> dict[str, Estimate]:
+    return {name: mean(values - other.per_image[name]) for name, values in row.per_image.items()}
+
+
+def fewest_launches(rows: Sequence[Row], least: float) -> dict[str, int | None]:
+    """The fewest launches with which a plain solver (``baseline``) and anything else (``ours``) reach an SSIM."""
+    found = {}
+    for kind, is_baseline in (("ours", False), ("baseline", True)):
+        enough = [row.launches for row in rows if row.baseline == is_baseline and row.ssim.value >= least]
+        found[kind] = min(enough, default=None)
+    return found
 
 
 def _gates(problem: Problem, gates: Gates | None) -> Gates:
     return gates if gates is not None else ((True,) * len(problem.target.blocks),) * problem.steps
-
-
-def _images(problem: Problem, gates: Gates | None, pairs: Sequence[Pair], batch: int) -> Tensor:
-    parts = []
-    for start in range(0, len(pairs), batch):
-        latents = sample(problem, _gates(problem, gates), pairs[start : start + batch])
-        parts.append(images_of(problem, latents).float().cpu())
-    return torch.cat(parts)

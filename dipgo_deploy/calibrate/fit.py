@@ -14,7 +14,7 @@ import torch
 from dipgo_deploy.calibrate.core import FIRST_SEED as FIRST_SEED
 from dipgo_deploy.calibrate.core import CalibrationOptions as CalibrationOptions
 from dipgo_deploy.calibrate.core import Group, Launch, Report, conditions_digest, fitted_solver, grouped, nearest
-from dipgo_deploy.schedule.document import FORMAT_VERSION, Gates, Schedule, gate_rows
+from dipgo_deploy.schedule.document import Gates, Schedule
 from dipgo_deploy.search.problem import Problem, with_guidance_scale
 from dipgo_deploy.supernet import CacheState
 
@@ -62,9 +62,7 @@ def calibrate(
             resume=resume,
             report=report,
         )
-    fields = {name: getattr(schedule, name) for name in Schedule.model_fields}
-    changed = {"format_version": FORMAT_VERSION, "steps": len(launches), "solver": solver}
-    return Schedule.model_validate({**fields, **changed, "keep": gate_rows(gates)})
+    return schedule.with_solver(solver, gates)
 
 
 def _launches(problem: Problem, schedule: Schedule) -> tuple[Gates, list[Launch]]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,11 +21,15 @@ from dipgo_deploy.cli.common import (
 )
 
 if TYPE_CHECKING:
-    from dipgo_deploy.bench.quality import Row
+    from dipgo_deploy.bench.quality import Case, Row
     from dipgo_deploy.bench.statistics import Estimate
+    from dipgo_deploy.schedule.document import Schedule
+    from dipgo_deploy.search.problem import Problem
 
 _PATH = click.Path(path_type=Path)
-_FILE_WIDTH = 180
+_FILE_WIDTH = 240
+# What a picture that is all but the full run's is asked for.
+_WANTED_SSIM = (0.99, 0.995)
 
 
 @click.group(
@@ -39,11 +44,24 @@ def command() -> None:
     epilog=examples(
         "dipgo-bench quality pruned.json uniform.json --model fashion-dit --solver ddim:10 --solver dpm++2m:10",
         "dipgo-bench quality s-*.json --model fashion-sd --per-condition 50 --out quality.json --plot quality.png",
+        "dipgo-bench quality fitted-*.json --model fashion-sd --baselines --guidance-scale 4 --strip worst.png",
     )
 )
 @click.argument("files", type=_PATH, nargs=-1)
 @click.option("--model", required=True, help="fashion-sd, fashion-dit, a folder in diffusers' format, or a hub id.")
 @click.option("--solver", "solvers", multiple=True, help="Sampler and steps beside the schedules, as in ddim:10.")
+@click.option(
+    "--baselines",
+    is_flag=True,
+    help="Plain solvers with as many launches as each schedule is worth; differences are to the best of those.",
+)
+@click.option("--launches", help="Of the baselines: numbers, as in 4,5,7. [default: those of the schedules]")
+@click.option(
+    "--calibrate",
+    "calibration_images",
+    type=click.IntRange(min=2),
+    help="Every schedule without a fitted solver also with one, fitted on so many other images.",
+)
 @click.option("--sampler", help="Of the full run. [default: the first schedule's, or the model's own]")
 @click.option("--steps", type=click.IntRange(min=1), help="Of the full run. [default: the first schedule's, or 50]")
 @click.option("--per-condition", type=click.IntRange(min=2), default=20, show_default=True, help="Images of each.")
@@ -55,93 +73,218 @@ def command() -> None:
 @click.option("--any-cache", is_flag=True, help="Take schedules with another kind of cache too.")
 @click.option("--by-ratio", is_flag=True, help="Compare each case with the first one that saves about as much.")
 @click.option("--prompts", type=_PATH, help="Text file, one prompt a line. [default: those of fashion-sd]")
+@click.option("--class-labels", help="Comma-separated numbers, for a class model. [default: all it names]")
 @click.option("--guidance/--no-guidance", default=None, help="Classifier-free guidance. [default: the pipeline's]")
-@click.option("--guidance-scale", type=float, help="[default: the pipeline's own]")
+@click.option(
+    "--guidance-scale",
+    "guidance_scales",
+    type=float,
+    multiple=True,
+    help="Several: everything at each of them. [default: the pipeline's own]",
+)
 @click.option("--height", type=click.IntRange(min=1), help="Image height in pixels. [default: the model's]")
 @click.option("--width", type=click.IntRange(min=1), help="Image width in pixels. [default: the model's]")
 @click.option("--device", default="cpu", show_default=True)
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads. [default: torch's own]")
+@click.option("--checkpoint", type=_PATH, help="Folder that an interrupted measurement can go on from.")
+@click.option("--resume", is_flag=True, help="Go on from --checkpoint, to the same result.")
 @click.option("--out", type=_PATH, help="Write the result as JSON.")
 @click.option("--plot", type=_PATH, help="Write a picture; needs the extra bench.")
+@click.option(
+    "--strip", type=_PATH, help="Write a PNG: the images at which the first schedule is worst, of every case."
+)
+@click.option("--strip-images", type=click.IntRange(1, 50), default=8, show_default=True, help="In a row of --strip.")
 @json_option
-@checked_outputs("out", "plot")
+@checked_outputs("out", "plot", "strip")
 def quality(
     files: tuple[Path, ...],
     solvers: tuple[str, ...],
-    per_condition: int,
-    batch: int,
-    seed: int,
-    by_ratio: bool,
-    any_sampler: bool,
-    any_cache: bool,
+    baselines: bool,
+    launches: str | None,
+    calibration_images: int | None,
+    guidance_scales: tuple[float, ...],
     threads: int | None,
     out: Path | None,
     plot: Path | None,
+    strip: Path | None,
+    strip_images: int,
     as_json: bool,
+    checkpoint: Path | None,
     **options: Any,
 ) -> None:
-    """SSIM and PSNR to the full run over the same seeds, and for the built-in models what a classifier says.
+    """What schedules do to images: likeness to the full run's of the same seeds, and what a classifier says.
 
-    FILES are schedules of one model and sampler. The first is what the others' SSIM is compared with.
+    FILES are schedules of one model and sampler. The first is what the others are compared with, image by image.
     """
     from dipgo_deploy.bench.plot import check_plot, plot_quality
+    from dipgo_deploy.errors import UserError
     from dipgo_deploy.schedule.document import Schedule
 
     schedules = [(str(path), Schedule.load(path)) for path in files]
+    counts = _counts(launches, baselines)
+    if options["resume"] and checkpoint is None:
+        raise UserError("--resume: needs --checkpoint, the folder to go on from")
     if plot is not None:
         check_plot(plot)
     import torch
 
-    from dipgo_deploy.bench.quality import Case, measure, schedule_cases, solver_case
+    from dipgo_deploy.bench.metrics import to_the_full_run
+    from dipgo_deploy.bench.quality import fewest_launches, measure, solver_case
     from dipgo_deploy.reference.quiet import quiet_libraries
-    from dipgo_deploy.search.problem import load_problem
+    from dipgo_deploy.search.problem import load_problem, with_guidance_scale
 
-    solver_cases: list[Case] = [solver_case(text) for text in solvers]
+    solver_cases = [solver_case(text) for text in solvers]
     quiet_libraries()
     if threads is not None:
         torch.set_num_threads(threads)
     console = human_console(as_json)
+
+    def tell(line: str) -> None:
+        console.print(line, markup=False, soft_wrap=True)
+
+    metrics, notes = to_the_full_run()
+    measuring = {name: options.pop(name) for name in ("per_condition", "seed", "batch", "by_ratio", "resume")}
+    taking = {name: options.pop(name) for name in ("any_sampler", "any_cache")}
+    rows: list[Row] = []
     with console.status("starting") as status:
+        options["guidance_scale"] = guidance_scales[0] if guidance_scales else None
         problem = load_problem(_problem_options(options, [schedule for _, schedule in schedules]), status.update)
-        cases = schedule_cases(schedules, problem, any_sampler=any_sampler, any_cache=any_cache)
+        if calibration_images is not None:
+            schedules = _with_fitted(problem, schedules, calibration_images, status.update)
+        cases, more = _cases(problem, schedules, counts if baselines else None, taking)
         cases += solver_cases
+        for line in (*notes, *more):
+            tell(line)
         status.update("making images")
-        rows = measure(
-            problem,
-            cases,
-            per_condition,
-            seed=seed,
-            batch=batch,
-            by_ratio=by_ratio,
-            notify=lambda row: console.print(_words(row), markup=False, soft_wrap=True),
-        )
+        for scale in guidance_scales or (problem.guidance_scale,):
+            at_work = problem if scale in (None, problem.guidance_scale) else with_guidance_scale(problem, scale)
+            place = checkpoint if checkpoint is None or len(guidance_scales) < 2 else checkpoint / f"scale-{scale:g}"
+            rows += measure(
+                at_work,
+                cases,
+                **measuring,
+                metrics=metrics,
+                folder=place,
+                with_full=True,
+                notify=lambda row: tell(_words(row)),
+                strip=None if strip is None else _strip_writer(strip, strip_images, scale, len(guidance_scales) > 1),
+            )
     sampler = problem.target.sampler
+    judged = [row for row in rows if row.against]
     facts = {
         "model": problem.options.model,
         "reference": {"sampler": sampler.class_name, "steps": sampler.num_inference_steps},
         "guidance_scale": problem.guidance_scale,
-        "images": per_condition * len(problem.conditions),
-        "seed": seed,
-        "difference_to": "the first of the same ratio" if by_ratio else "the first",
+        "images": measuring["per_condition"] * len(problem.conditions),
+        "conditions": list(problem.names),
+        "seed": measuring["seed"],
+        "difference_to": _opponents(baselines, measuring["by_ratio"]),
         "macs_full": problem.costs.full,
-        "cases": [row.as_json() for row in rows],
+        "full_run": [row.as_json() for row in rows if not row.against],
+        "cases": [row.as_json() for row in judged],
     }
+    if baselines:
+        facts["fewest_launches"] = {f"{least:g}": fewest_launches(judged, least) for least in _WANTED_SSIM}
     _show(console, rows, facts)
     if out is not None:
         from dipgo_deploy.schedule.files import write_text
 
         write_text(out, json.dumps(facts, indent=2) + "\n")
     if plot is not None:
-        plot_quality(rows, plot, f"{problem.options.model}, {facts['images']} images")
+        plot_quality(judged, plot, f"{problem.options.model}, {facts['images']} images")
     emit(facts, as_json)
+
+
+def _opponents(baselines: bool, by_ratio: bool) -> str:
+    if baselines:
+        return "the best plain solver that costs about as much, by SSIM"
+    return "the first of the same ratio" if by_ratio else "the first"
+
+
+def _counts(text: str | None, baselines: bool) -> tuple[int, ...]:
+    """``4,5,7`` as numbers."""
+    from dipgo_deploy.errors import UserError
+
+    if text is None:
+        return ()
+    if not baselines:
+        raise UserError("--launches: is for --baselines: give both")
+    parts = text.split(",")
+    if not all(part.isdigit() for part in parts):
+        raise UserError(f"--launches {text}: is no list of numbers: give them as in 4,5,7")
+    return tuple(int(part) for part in parts)
+
+
+def _cases(
+    problem: Problem,
+    schedules: Sequence[tuple[str, Schedule]],
+    counts: Sequence[int] | None,
+    taking: Mapping[str, bool],
+) -> tuple[list[Case], list[str]]:
+    """The schedules' cases and, where ``counts`` is not None, the plain solvers beside them; and what was left out."""
+    from dipgo_deploy.bench.baselines import baseline_cases
+    from dipgo_deploy.bench.quality import evaluations_worth, schedule_cases
+
+    cases = schedule_cases(schedules, problem, **taking)
+    if counts is None:
+        return cases, []
+    wanted = sorted(counts or {evaluations_worth(problem, case) for case in cases})
+    plain, left_out = baseline_cases(problem, wanted)
+    return [*cases, *plain], left_out
+
+
+def _with_fitted(
+    problem: Problem, schedules: Sequence[tuple[str, Schedule]], images: int, notify: Callable[[str], None]
+) -> list[tuple[str, Schedule]]:
+    """Behind each schedule without a solver the same one with one, fitted to the full run of the problem."""
+    from dipgo_deploy.calibrate.fit import CalibrationOptions, calibrate
+    from dipgo_deploy.search.problem import with_reference, with_schedule
+
+    sampler = problem.target.sampler
+    found = []
+    for name, schedule in schedules:
+        found.append((name, schedule))
+        if schedule.solver is not None:
+            continue
+        problem.source.check(schedule)
+        at_work = with_reference(with_schedule(problem, schedule), sampler.class_name, sampler.num_inference_steps)
+        label = f"{name}, fitted"
+        fitted = calibrate(
+            at_work,
+            schedule,
+            CalibrationOptions(images=images),
+            report=partial(_tell_stage, notify, label),
+        )
+        found.append((label, fitted))
+    return found
+
+
+def _tell_stage(notify: Callable[[str], None], label: str, stage: str, done: int, total: int) -> None:
+    notify(f"{label}: {stage}")
+
+
+def _strip_writer(path: Path, count: int, scale: float | None, several: bool) -> Callable[..., None]:
+    """Writes the images at which the first case is worst; a file for each guidance scale where there are several."""
+    from dipgo_deploy.bench.quality import REFERENCE
+    from dipgo_deploy.bench.strip import strip, worst, write_strip
+
+    def write(rows: Sequence[Row], pictures: Mapping[str, Any], pairs: Sequence[Any]) -> None:
+        places = worst(rows[0].per_image["ssim"], count)
+        shown = {f"{Path(row.name).name}  {row.ssim.value:.4f}": pictures[row.name][places] for row in rows}
+        headings = [f"seed {pairs[place].seed}" for place in places]
+        target = path.with_name(f"{path.stem}-{scale:g}{path.suffix}") if several else path
+        write_strip(strip(pictures[REFERENCE][places], shown, headings), target)
+
+    return write
 
 
 def _problem_options(options: dict[str, Any], schedules: Sequence[Any]) -> Any:
     """The full run's settings: what was given, else the first schedule's."""
+    from dipgo_deploy.cli.search import class_label_numbers
     from dipgo_deploy.search.problem import ProblemOptions
 
     chosen = dict(options)
-    prompts = chosen.pop("prompts")
+    prompts, labels = chosen.pop("prompts"), class_label_numbers(chosen.pop("class_labels"))
     sampler, steps = chosen.pop("sampler"), chosen.pop("steps")
     if schedules:
         first = schedules[0]
@@ -151,7 +294,11 @@ def _problem_options(options: dict[str, Any], schedules: Sequence[Any]) -> Any:
         kinds = {block.cache for block in first.blocks}
         chosen |= {"cache": kinds.pop()} if len(kinds) == 1 else {}
     return ProblemOptions(
-        **chosen, sampler=sampler, steps=steps or 50, prompts=None if prompts is None else str(prompts)
+        **chosen,
+        sampler=sampler,
+        steps=steps or 50,
+        prompts=None if prompts is None else str(prompts),
+        class_labels=labels,
     )
 
 
@@ -222,22 +369,54 @@ def _show(console: Any, rows: Sequence[Row], facts: dict[str, Any]) -> None:
     from rich.table import Table
 
     table = Table(title=f"{facts['model']}: {facts['images']} images beside the full run's, 95% intervals")
-    for heading in ("case", "GMACs", "saved", "launches", "SSIM", "to the first", "PSNR", "recognised", "Frechet"):
+    scales = {row.guidance_scale for row in rows}
+    names = [name for name in rows[0].metrics if name not in ("ssim", "psnr")]
+    headings = [
+        "case",
+        *(["guidance"] if len(scales) > 1 else []),
+        "GMACs",
+        "saved",
+        "launches",
+        "ms",
+        "SSIM",
+        "better by",
+    ]
+    headings += ["PSNR", *map(_heading, names), "recognised", "Frechet"]
+    for heading in headings:
         table.add_column(heading, justify="left" if heading == "case" else "right")
     for row in rows:
         table.add_row(
             Path(row.name).name,
+            *([f"{row.guidance_scale:g}"] if len(scales) > 1 else []),
             f"{row.macs / 1e9:,.2f}",
             f"{row.ratio:.1%}",
             str(row.launches),
+            f"{row.milliseconds:.1f}",
             _pair(row.ssim, 4),
-            _pair(row.difference, 4),
+            _pair(row.differences.get("ssim"), 4),
             _pair(row.psnr, 2),
+            *(_pair(row.metrics[name], 4) for name in names),
             _pair(row.accuracy, 3),
             _pair(row.frechet, 2),
         )
     # In a file a line may be as long as it needs to be.
     console.print(table, width=console.width if console.is_terminal else _FILE_WIDTH)
+    console.print(
+        f"better by: difference of the SSIM to {facts['difference_to']}, image by image; ms: one image's loop in torch",
+        markup=False,
+        soft_wrap=True,
+    )
+    for least, found in facts.get("fewest_launches", {}).items():
+        ours, plain = (found[kind] or "none of these" for kind in ("ours", "baseline"))
+        console.print(
+            f"fewest launches for SSIM {least}: {ours} of the schedules', {plain} of the plain solvers'",
+            markup=False,
+            soft_wrap=True,
+        )
+
+
+def _heading(name: str) -> str:
+    return {"flip": "FLIP", "haarpsi": "HaarPSI", "gmsd": "GMSD"}.get(name, name)
 
 
 def _pair(estimate: Estimate | None, digits: int) -> str:

@@ -197,7 +197,12 @@ class Judge:
             TypeError: see :func:`to_input`.
             ValueError: see :func:`to_input`.
         """
-        return self._run(images)[1].argmax(axis=1)
+        return self.look(images)[1]
+
+    def look(self, images: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """What ``features`` and ``classify`` give, in one go."""
+        features, logits = self._run(images)
+        return features, logits.argmax(axis=1)
 
     def features(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Give each image's feature vector (the classifier's last hidden layer, after its ReLU).

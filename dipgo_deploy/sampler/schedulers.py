@@ -25,6 +25,7 @@ MAX_SETTING = 100_000
 SAMPLERS: Mapping[str, tuple[str, Mapping[str, Any]]] = MappingProxyType(
     {
         "ddim": ("DDIMScheduler", {}),
+        "ddim-trailing": ("DDIMScheduler", {"timestep_spacing": "trailing"}),
         # Without skip_prk_steps the class starts with Runge-Kutta steps, which no Stable Diffusion folder uses.
         "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
         "plms": ("PNDMScheduler", {"skip_prk_steps": True}),
@@ -35,6 +36,15 @@ SAMPLERS: Mapping[str, tuple[str, Mapping[str, Any]]] = MappingProxyType(
         "dpm++2m-karras": (
             "DPMSolverMultistepScheduler",
             {"algorithm_type": "dpmsolver++", "solver_order": 2, "use_karras_sigmas": True},
+        ),
+        "dpm++2m-trailing": (
+            "DPMSolverMultistepScheduler",
+            {
+                "algorithm_type": "dpmsolver++",
+                "solver_order": 2,
+                "use_karras_sigmas": False,
+                "timestep_spacing": "trailing",
+            },
         ),
         "dpm++2m-sde": (
             "DPMSolverMultistepScheduler",

@@ -240,11 +240,13 @@ class Schedule(_Part):
             parts.append(f"  {json.dumps(name)}: {text}")
         return "{\n" + ",\n".join(parts) + "\n}\n"
 
-    def with_solver(self, solver: Solver | None) -> Schedule:
-        """The same document with this solver in place of its sampler, or with none."""
-        version = 1 if solver is None else FORMAT_VERSION
-        fields = {name: getattr(self, name) for name in Schedule.model_fields}
-        return Schedule.model_validate({**fields, "format_version": version, "solver": solver})
+    def with_solver(self, solver: Solver | None, gates: Sequence[Sequence[bool]] | None = None) -> Schedule:
+        """The same document with this solver in place of its sampler, or with none; gates: of its evaluations, the
+        same where None."""
+        fields: dict[str, Any] = {name: getattr(self, name) for name in Schedule.model_fields}
+        fields |= {"format_version": 1 if solver is None else FORMAT_VERSION, "solver": solver}
+        fields |= {} if gates is None else {"steps": len(gates), "keep": gate_rows(gates)}
+        return Schedule.model_validate(fields)
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Schedule:

@@ -1,20 +1,38 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from search_models import STEPS, save_dit
 
+from dipgo_deploy.bench.baselines import baseline_cases, taylor
 from dipgo_deploy.bench.plot import check_plot
-from dipgo_deploy.bench.quality import SAME_RATIO, Case, measure, schedule_cases, solver_case
+from dipgo_deploy.bench.quality import (
+    REFERENCE,
+    SAME_RATIO,
+    Case,
+    Row,
+    evaluations_worth,
+    fewest_launches,
+    judged_labels,
+    measure,
+    schedule_cases,
+    solver_case,
+)
+from dipgo_deploy.bench.strip import strip, worst
 from dipgo_deploy.cli.bench import main
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.models.family import CacheKind
+from dipgo_deploy.sampler import make_scheduler
 from dipgo_deploy.schedule.builders import full, uniform
 from dipgo_deploy.search.problem import Problem, ProblemOptions, load_problem, with_cache, with_sampler
+from dipgo_deploy.search.samples import Pair
 
 torch.set_num_threads(1)
 
@@ -39,7 +57,7 @@ def test_the_full_run_is_itself_and_less_is_less(problem: Problem) -> None:
     told = []
     rows = measure(problem, cases, 2, notify=told.append)
     assert [row.name for row in rows] == ["full", "every second", "ddim, 3 steps", f"ddim, {STEPS} steps"]
-    assert told == rows
+    assert [row.name for row in told] == [row.name for row in rows]  # told before it is known what they are against
     whole, half, fewer, same = rows
     assert whole.ratio == 0
     assert (whole.ssim.value, whole.psnr.value) == pytest.approx((1, 100), abs=1e-4)
@@ -60,6 +78,125 @@ def test_differences_by_ratio_are_to_the_first_of_the_same_ratio(problem: Proble
     assert whole.difference.value == half.difference.value == 0
     assert fewer.difference.value == pytest.approx(fewer.ssim.value - half.ssim.value, abs=1e-6)
     assert fewer.difference.value != 0
+
+
+def test_plain_solvers_are_what_schedules_with_as_many_launches_are_compared_with(problem: Problem) -> None:
+    plain, left_out = baseline_cases(problem, [3, 2, 3])
+    assert not left_out
+    kinds = ["ddim", "ddim-trailing", "dpm++2m", "dpm++2m-karras", "dpm++2m-trailing", "deis", "unipc"]
+    named = [f"{kind}, 3 steps" for kind in kinds] + ["heun, 2 steps", f"taylor-1, 3 of {STEPS}"]
+    assert [case.name for case in plain if case.group == 3] == named
+    assert {case.group for case in plain} == {2, 3}
+    half = Case("half", uniform(STEPS, 3, 2))
+    assert evaluations_worth(problem, half) == 3  # of five launches, two of which only read caches
+    rows = measure(problem, [half, *plain], 2)
+    assert not rows[0].baseline and all(row.baseline for row in rows[1:])
+    assert all(row.launches in (case.group, case.group - 1) for row, case in zip(rows[1:], plain, strict=True))
+    best = max(rows[1 : 1 + len(named)], key=lambda row: row.ssim.value)
+    assert rows[0].against == best.name
+    for name in ("ssim", "psnr"):
+        paired = rows[0].per_image[name] - best.per_image[name]
+        assert rows[0].differences[name].value == pytest.approx(float(paired.mean()))
+        assert rows[0].differences[name].high - rows[0].differences[name].value == pytest.approx(
+            1.96 * float(paired.std(ddof=1)) / len(paired) ** 0.5
+        )
+    with pytest.raises(UserError, match="--launches 9: give 1 to 5"):
+        baseline_cases(problem, [9])
+
+
+def test_a_number_of_steps_that_a_solver_cannot_do_is_left_out_and_said(problem: Problem) -> None:
+    plain, left_out = baseline_cases(problem, [1])
+    assert len(plain) + len(left_out) == 8 and all("left out" in line for line in left_out)
+
+
+def test_taylor_extrapolates_the_prediction_along_the_full_runs_steps(problem: Problem) -> None:
+    """By hand: the scheduler's own loop, told predictions on the line through the last two launched ones."""
+    schedule = taylor(problem, 3)
+    made: list[torch.Tensor] = []
+    scheduler = make_scheduler(problem.target.sampler.class_name, problem.target.sampler.config)
+    scheduler.set_timesteps(STEPS)
+    at = [0, 1, 3]
+    assert schedule.solver is not None
+    assert list(schedule.solver.timesteps) == [float(scheduler.timesteps[step]) for step in at]
+    latent = torch.randn(1, 2, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    noise, inputs = latent.clone(), []
+    for step, timestep in enumerate(scheduler.timesteps):
+        if step in at:
+            inputs.append(latent)
+            made.append(torch.sin(3 * latent) + len(made))
+        if len(made) == 1:
+            prediction = made[0]
+        else:
+            before, last = at[len(made) - 2], at[len(made) - 1]
+            prediction = made[-1] + (made[-1] - made[-2]) * (step - last) / (last - before)
+        latent = scheduler.step(prediction, timestep, latent, return_dict=False)[0]
+    stack = torch.stack([noise, *made])
+    for row, wanted in zip((*schedule.solver.rows, schedule.solver.final), (*inputs, latent), strict=True):
+        got = torch.einsum("s,sbchw->bchw", torch.tensor(row, dtype=torch.float64), stack)
+        torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_fewest_launches_are_of_those_that_are_good_enough(problem: Problem) -> None:
+    rows = measure(problem, [Case("full", full(STEPS, 3)), replace(solver_case("ddim:2"), group=2)], 2)
+    assert fewest_launches(rows, 0.999) == {"ours": STEPS, "baseline": None}
+    assert fewest_launches(rows, -1.0) == {"ours": STEPS, "baseline": 2}
+
+
+def test_an_interrupted_measurement_goes_on_to_the_same_result(problem: Problem, tmp_path: Path) -> None:
+    cases = [Case("half", uniform(STEPS, 3, 2)), solver_case("ddim:3")]
+    whole = measure(problem, cases, 2, with_full=True)
+
+    class Stop(Exception):
+        pass
+
+    def stop(row: Row) -> None:
+        raise Stop
+
+    with pytest.raises(Stop):
+        measure(problem, cases, 2, with_full=True, folder=tmp_path, notify=stop)
+    with pytest.raises(UserError, match="give --resume"):
+        measure(problem, cases, 2, folder=tmp_path)
+    with pytest.raises(UserError, match=r"was begun with seeds \[1000000, 1000003\], now it is"):
+        measure(problem, cases, 2, seed=9, folder=tmp_path, resume=True)
+    done = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*.np*")}
+    again = measure(problem, cases, 2, with_full=True, folder=tmp_path, resume=True)
+    assert {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*.np*")}.items() >= done.items()
+    assert [row.name for row in again] == ["full run", "half", "ddim, 3 steps"]
+    for one, other in zip(whole, again, strict=True):
+        assert replace(one, milliseconds=0) == replace(other, milliseconds=0)
+
+
+def test_pictures_are_shown_where_the_first_case_is_worst(problem: Problem) -> None:
+    seen: dict[str, Any] = {}
+
+    def look(rows: Sequence[Row], pictures: Mapping[str, np.ndarray], pairs: Sequence[Pair]) -> None:
+        order = worst(rows[0].per_image["ssim"], 3)
+        assert sorted(rows[0].per_image["ssim"])[:3] == [rows[0].per_image["ssim"][place] for place in order]
+        shown = {row.name: pictures[row.name][order] for row in rows}
+        seen["sheet"] = strip(pictures[REFERENCE][order], shown, [str(pairs[place].seed) for place in order])
+        seen["full"], seen["half"] = pictures[REFERENCE][order], shown["half"]
+
+    measure(problem, [Case("half", uniform(STEPS, 3, 2)), solver_case("ddim:3")], 2, strip=look)
+    sheet, full_run, half = np.asarray(seen["sheet"]), seen["full"], seen["half"]
+    side = full_run.shape[-1]
+    scale = -(-96 // side)
+    cell = side * scale + 4
+    for row, pictures in enumerate((full_run, half)):
+        for column in range(3):
+            top, left = 16 + row * cell, 250 + column * cell
+            there = sheet[top : top + side * scale : scale, left : left + side * scale : scale]
+            np.testing.assert_array_equal(there, np.moveaxis(pictures[column], 0, -1))
+
+
+def test_built_in_judges_know_the_class_of_a_condition(problem: Problem) -> None:
+    def names(*given: str) -> Problem:
+        return replace(problem, names=given, options=replace(problem.options, model="fashion-sd"))
+
+    asked = ("a photo of a shirt", "a photo of a t-shirt", "a photo of an ankle boot")
+    assert judged_labels(names(*asked)) == [6, 0, 9]
+    assert judged_labels(names("8", "3")) == [8, 3]
+    assert judged_labels(names("a dog")) is None
+    assert judged_labels(problem) is None
 
 
 def test_gates_for_another_sampler_are_measured_against_the_same_full_run(problem: Problem) -> None:
@@ -126,17 +263,25 @@ def test_the_command_writes_table_json_and_plot(
     file = tmp_path / "uniform.json"
     problem.target.schedule(uniform(STEPS, 3, 2), "uniform", {"interval": 2}).save(file)
     args = ["quality", str(file), "--model", str(dit_folder), "--solver", "ddim:2", "--per-condition", "2"]
-    out, plot = tmp_path / "q.json", tmp_path / "q.png"
+    args += ["--baselines", "--calibrate", "8", "--guidance-scale", "3", "--guidance-scale", "2"]
+    out, plot, sheet = tmp_path / "q.json", tmp_path / "q.png", tmp_path / "s.png"
+    args += ["--strip", str(sheet), "--strip-images", "2"]
     assert main([*args, "--out", str(out), "--plot", str(plot), "--threads", "1", "--json"]) == 0
     captured = capsys.readouterr()
     facts = json.loads(captured.out)
     assert facts == json.loads(out.read_text())
     assert facts["images"] == 4
     assert facts["reference"] == {"sampler": "DDIMScheduler", "steps": STEPS}
-    assert [row["name"] for row in facts["cases"]] == [str(file), "ddim, 2 steps"]
+    names = [row["name"] for row in facts["cases"]]
+    assert names[:3] == [str(file), f"{file}, fitted", "ddim, 3 steps"] and names[-1] == "ddim, 2 steps"
+    assert names[: len(names) // 2] == names[len(names) // 2 :]
+    assert [row["guidance_scale"] for row in facts["full_run"]] == [3, 2]
+    assert facts["cases"][0]["against"] in names and facts["cases"][0]["differences"]["gmsd"]["value"] != 0
+    assert set(facts["fewest_launches"]) == {"0.99", "0.995"}
     assert facts["cases"][0]["ssim"]["low"] <= facts["cases"][0]["ssim"]["value"]
     assert plot.read_bytes().startswith(b"\x89PNG")
-    assert "SSIM" in captured.err
+    assert all((tmp_path / f"s-{scale}.png").read_bytes().startswith(b"\x89PNG") for scale in (2, 3))
+    assert "SSIM" in captured.err and "fewest launches for SSIM 0.99" in captured.err
 
 
 def test_mistakes_are_found_before_the_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
