@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dipgo_deploy import __version__
+from dipgo_deploy._version import __version__
 from dipgo_deploy.bench.metrics import PSNR, SSIM, Metric
 from dipgo_deploy.bench.pictures import Pictures, key_of
 from dipgo_deploy.bench.statistics import Estimate, bootstrap, mean, share
