@@ -25,10 +25,10 @@ MAX_SETTING = 100_000
 SAMPLERS: Mapping[str, tuple[str, Mapping[str, Any]]] = MappingProxyType(
     {
         "ddim": ("DDIMScheduler", {}),
-        "ddim-trailing": ("DDIMScheduler", {"timestep_spacing": "trailing"}),
         # Without skip_prk_steps the class starts with Runge-Kutta steps, which no Stable Diffusion folder uses.
         "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
         "plms": ("PNDMScheduler", {"skip_prk_steps": True}),
+        "ddim-trailing": ("DDIMScheduler", {"timestep_spacing": "trailing"}),
         "dpm++2m": (
             "DPMSolverMultistepScheduler",
             {"algorithm_type": "dpmsolver++", "solver_order": 2, "use_karras_sigmas": False},
