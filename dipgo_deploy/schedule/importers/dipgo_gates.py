@@ -16,7 +16,7 @@ from typing import Any
 
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.schedule import validation
-from dipgo_deploy.schedule.builders import Target
+from dipgo_deploy.schedule.builders import PendingTarget, Target
 from dipgo_deploy.schedule.document import Gates, Schedule
 from dipgo_deploy.schedule.importers.pickles import Call, Global, Persistent, read_pickle
 from dipgo_deploy.schedule.importers.rows import check_rows, import_file
@@ -32,7 +32,7 @@ _MOST_STORAGE_BYTES = 64 * 1024
 _MOST_OPCODES = 100
 
 
-def import_dipgo_gates(path: str | Path, target: Target) -> Schedule:
+def import_dipgo_gates(path: str | Path, target: Target | PendingTarget) -> Schedule:
     """The schedule of a released gates file (at most 16 MiB) for ``target``; nothing in the file is executed.
 
     Raises UserError, with the file's name, for a pickle that refers to anything but tensors, for gates that are not
@@ -50,7 +50,7 @@ def read_gates(data: bytes, names: tuple[str, ...], most: int = validation.MAX_E
         raise UserError("there are more bytes behind the pickle's end: refused")
     if not isinstance(document, list) or not document or not all(isinstance(step, dict) for step in document):
         raise UserError("not a list with one dictionary of gates a step")
-    check_rows(len(document), most + 1)
+    check_rows(len(document), most)
     ups = sum(name.startswith("up_blocks.") for name in names)
     return tuple(_step_gates(step, units, names, ups) for step, units in enumerate(document))
 
