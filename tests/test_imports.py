@@ -114,6 +114,7 @@ def test_no_module_imports_from_a_room_above_its_own() -> None:
     places = {name: place for place, name in enumerate(("", *LAYERS))}
     height = {module: places[room(module)] for module in imports}
     height["dipgo_deploy"] = len(LAYERS) + 1  # it gives out names of several rooms, so none of them may import it
+    height["dipgo_deploy.__main__"] = height["dipgo_deploy.cli.main"]
     assert not [f"{one} imports {name}" for one in imports for name in imports[one] if height[name] > height[one]]
 
 

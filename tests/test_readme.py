@@ -58,8 +58,9 @@ class Block:
 
     @property
     def lines(self) -> list[str]:
-        """Its lines without comments and empty ones."""
-        return [line for line in map(_without_comment, self.text.splitlines()) if line]
+        """Its lines without comments and empty ones; one that ends with a backslash goes on with the next."""
+        whole = re.sub(r"\\\n\s*", "", self.text)
+        return [line for line in map(_without_comment, whole.splitlines()) if line]
 
 
 def _without_comment(line: str) -> str:

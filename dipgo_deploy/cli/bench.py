@@ -17,6 +17,20 @@ from dipgo_deploy.cli.common import (
     examples,
     human_console,
     json_option,
+)
+from dipgo_deploy.cli.options import (
+    PATH,
+    Group,
+    checkpoint_options,
+    class_labels_option,
+    device_option,
+    engine_dir_option,
+    guidance_option,
+    model_option,
+    option,
+    prompts_option,
+    size_options,
+    threads_option,
     version_option,
 )
 
@@ -26,76 +40,119 @@ if TYPE_CHECKING:
     from dipgo_deploy.schedule.document import Schedule
     from dipgo_deploy.search.problem import Problem
 
-_PATH = click.Path(path_type=Path)
 _FILE_WIDTH = 240
 # What a picture that is all but the full run's is asked for.
 _WANTED_SSIM = (0.99, 0.995)
 
 
 @click.group(
-    name="bench", epilog=examples("dipgo-bench quality pruned.json uniform.json --model fashion-dit --solver ddim:10")
+    name="dipgo-bench",
+    cls=Group,
+    epilog=examples("dipgo-bench quality pruned.json uniform.json --model fashion-dit --solver ddim:10"),
 )
 @version_option
 def command() -> None:
-    """Measure schedules."""
+    """Measure what schedules do to the images, and where the time of a run goes."""
 
 
 @command.command(
     epilog=examples(
         "dipgo-bench quality pruned.json uniform.json --model fashion-dit --solver ddim:10 --solver dpm++2m:10",
-        "dipgo-bench quality s-*.json --model fashion-sd --per-condition 50 --out quality.json --plot quality.png",
+        "dipgo-bench quality s-*.json --model fashion-sd --per-condition 50 -o quality.json --plot quality.png",
         "dipgo-bench quality fitted-*.json --model fashion-sd --baselines --guidance-scale 4 --strip worst.png",
     )
 )
-@click.argument("files", type=_PATH, nargs=-1)
-@click.option("--model", required=True, help="fashion-sd, fashion-dit, a folder in diffusers' format, or a hub id.")
-@click.option("--solver", "solvers", multiple=True, help="Sampler and steps beside the schedules, as in ddim:10.")
-@click.option(
-    "--baselines",
-    is_flag=True,
-    help="Plain solvers with as many launches as each schedule is worth; differences are to the best of those.",
+@click.argument("files", type=PATH, nargs=-1)
+@model_option
+@guidance_option
+@option(
+    "Schedule",
+    "--sampler",
+    show_default="the first schedule's, or the model's own",
+    help="Sampler of the full run.",
 )
-@click.option("--launches", help="Of the baselines: numbers, as in 4,5,7. [default: those of the schedules]")
-@click.option(
-    "--calibrate",
-    "calibration_images",
-    type=click.IntRange(min=2),
-    help="Every schedule without a fitted solver also with one, fitted on so many other images.",
+@option(
+    "Schedule",
+    "--steps",
+    "--num-inference-steps",
+    type=click.IntRange(min=1),
+    show_default="the first schedule's, or 50",
+    help="Steps of the full run.",
 )
-@click.option("--sampler", help="Of the full run. [default: the first schedule's, or the model's own]")
-@click.option("--steps", type=click.IntRange(min=1), help="Of the full run. [default: the first schedule's, or 50]")
-@click.option("--per-condition", type=click.IntRange(min=2), default=20, show_default=True, help="Images of each.")
-@click.option("--batch", type=click.IntRange(min=1), default=20, show_default=True, help="Images at a time.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
-@click.option(
-    "--any-sampler", is_flag=True, help="Take schedules for other samplers and steps than the full run's too."
+@option(
+    "Schedule", "--any-sampler", is_flag=True, help="Take schedules with other samplers or steps than the full run's."
 )
-@click.option("--any-cache", is_flag=True, help="Take schedules with another kind of cache too.")
-@click.option("--by-ratio", is_flag=True, help="Compare each case with the first one that saves about as much.")
-@click.option("--prompts", type=_PATH, help="Text file, one prompt a line. [default: those of fashion-sd]")
-@click.option("--class-labels", help="Comma-separated numbers, for a class model. [default: all it names]")
-@click.option("--guidance/--no-guidance", default=None, help="Classifier-free guidance. [default: the pipeline's]")
-@click.option(
+@option("Schedule", "--any-cache", is_flag=True, help="Take schedules with another kind of cache than the first.")
+@prompts_option
+@class_labels_option
+@option(
+    "Prompt",
     "--guidance-scale",
     "guidance_scales",
     type=float,
     multiple=True,
-    help="Several: everything at each of them. [default: the pipeline's own]",
+    show_default="the pipeline's own",
+    help="Scale of the guidance; given several times, everything is measured at each.",
 )
-@click.option("--height", type=click.IntRange(min=1), help="Image height in pixels. [default: the model's]")
-@click.option("--width", type=click.IntRange(min=1), help="Image width in pixels. [default: the model's]")
-@click.option("--device", default="cpu", show_default=True)
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads. [default: torch's own]")
-@click.option("--checkpoint", type=_PATH, help="Folder that an interrupted measurement can go on from.")
-@click.option("--resume", is_flag=True, help="Go on from --checkpoint, to the same result.")
-@click.option("--out", type=_PATH, help="Write the result as JSON.")
-@click.option("--plot", type=_PATH, help="Write a picture; needs the extra bench.")
-@click.option(
-    "--strip", type=_PATH, help="Write a PNG: the images at which the first schedule is worst, of every case."
+@option(
+    "Measurement",
+    "--solver",
+    "solvers",
+    multiple=True,
+    show_default="none",
+    help="Plain sampler and steps to measure beside the schedules, as in ddim:10; can be given several times.",
 )
-@click.option("--strip-images", type=click.IntRange(1, 50), default=8, show_default=True, help="In a row of --strip.")
+@option(
+    "Measurement",
+    "--baselines",
+    is_flag=True,
+    help="Also measure plain solvers with as many launches as each schedule is worth, and give differences to the best "
+    "of them.",
+)
+@option(
+    "Measurement",
+    "--launches",
+    show_default="those of the schedules",
+    help="Numbers of launches of the baselines, as in 4,5,7.",
+)
+@option(
+    "Measurement",
+    "--calibrate",
+    "calibration_images",
+    type=click.IntRange(min=2),
+    show_default="none",
+    help="Also measure every schedule without a fitted solver with one, fitted on this many other images.",
+)
+@option(
+    "Measurement",
+    "--per-condition",
+    type=click.IntRange(min=2),
+    default=20,
+    help="Images for each prompt or class.",
+)
+@option("Measurement", "--seed", type=click.IntRange(min=0), default=0, help="Seed of the first image.")
+@option(
+    "Measurement", "--by-ratio", is_flag=True, help="Compare each case with the first one that saves about as much."
+)
+@size_options
+@option("Runtime", "--batch", type=click.IntRange(min=1), default=20, help="Images in one evaluation.")
+@device_option
+@threads_option("torch's own")
+@option("Output", "-o", "--output", type=PATH, old=["--out"], show_default="none", help="JSON file for the result.")
+@option(
+    "Output", "--plot", type=PATH, show_default="none", help="Picture to draw of the result; needs the extra bench."
+)
+@option(
+    "Output",
+    "--strip",
+    type=PATH,
+    show_default="none",
+    help="PNG for the images of every case where the first schedule is worst.",
+)
+@option("Output", "--strip-images", type=click.IntRange(1, 50), default=8, help="Images in a row of --strip.")
+@checkpoint_options("measurement")
 @json_option
-@checked_outputs("out", "plot", "strip")
+@checked_outputs("output", "plot", "strip")
 def quality(
     files: tuple[Path, ...],
     solvers: tuple[str, ...],
@@ -104,7 +161,7 @@ def quality(
     calibration_images: int | None,
     guidance_scales: tuple[float, ...],
     threads: int | None,
-    out: Path | None,
+    output: Path | None,
     plot: Path | None,
     strip: Path | None,
     strip_images: int,
@@ -112,9 +169,10 @@ def quality(
     checkpoint: Path | None,
     **options: Any,
 ) -> None:
-    """What schedules do to images: likeness to the full run's of the same seeds, and what a classifier says.
+    """Measure the images of schedules against those of the full run with the same seeds.
 
-    FILES are schedules of one model and sampler. The first is what the others are compared with, image by image.
+    FILES are schedules of one model and sampler. The first is what the others are compared with, image by image. For
+    the built-in models a classifier says what it recognises.
     """
     from dipgo_deploy.bench.plot import check_plot, plot_quality
     from dipgo_deploy.errors import UserError
@@ -186,10 +244,10 @@ def quality(
     if baselines:
         facts["fewest_launches"] = {f"{least:g}": fewest_launches(judged, least) for least in _WANTED_SSIM}
     _show(console, rows, facts)
-    if out is not None:
+    if output is not None:
         from dipgo_deploy.schedule.files import write_text
 
-        write_text(out, json.dumps(facts, indent=2) + "\n")
+        write_text(output, json.dumps(facts, indent=2) + "\n")
     if plot is not None:
         plot_quality(judged, plot, f"{problem.options.model}, {facts['images']} images")
     emit(facts, as_json)
@@ -303,13 +361,18 @@ def _problem_options(options: dict[str, Any], schedules: Sequence[Any]) -> Any:
 
 
 @command.command(epilog=examples("dipgo-bench profile --engine-dir engines/fashion-sd --threads 1"))
-@click.option("--engine-dir", type=_PATH, required=True, help="Made by dipgo-export.")
-@click.option("--repeats", type=click.IntRange(min=1), default=3, show_default=True, help="Runs of the loop.")
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads. [default: ONNX Runtime's own]")
-@click.option("--share-weights/--no-share-weights", default=False, show_default=True)
+@engine_dir_option
+@option("Measurement", "--repeats", type=click.IntRange(min=1), default=3, help="Runs of the loop.")
+@threads_option("the physical cores")
+@option(
+    "Runtime",
+    "--share-weights/--no-share-weights",
+    default=False,
+    help="Hold one copy of the weights for all graphs: less memory, slower on a CPU.",
+)
 @json_option
 def profile(engine_dir: Path, repeats: int, threads: int | None, share_weights: bool, as_json: bool) -> None:
-    """Show where a denoising loop's time goes: launches, kernels by block and operator, copies, host."""
+    """Show where the time of a run goes: its launches, its kernels by block and by operator, and the runtime itself."""
     from dipgo_deploy.bench.profile import profile_loop
     from dipgo_deploy.bundle.directory import Bundle
 

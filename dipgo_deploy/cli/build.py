@@ -18,9 +18,9 @@ from dipgo_deploy.cli.common import (
     json_option,
     live,
     lora_line,
-    lora_partial_option,
-    version_option,
+    lora_options,
 )
+from dipgo_deploy.cli.options import PATH, Command, engine_dir_option, option, version_option
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 @click.command(
     name="dipgo-build",
+    cls=Command,
     epilog=examples(
         "dipgo-build --engine-dir engines/fashion-sd --backend tensorrt-rtx",
         "dipgo-build --engine-dir engines/fashion-sd --backend tensorrt-rtx --compute-capability 8.6,8.9",
@@ -38,42 +39,80 @@ if TYPE_CHECKING:
         "dipgo-build --engine-dir engines/sd15 --backend tensorrt --no-build",
     ),
 )
-@click.option("--engine-dir", required=True, type=click.Path(path_type=Path), help="Made by dipgo-export.")
-@click.option(
-    "--backend", type=click.Choice(["tensorrt", "tensorrt-rtx"]), required=True, help="What the engines are for."
+@engine_dir_option
+@option("Model", "--verify", is_flag=True, help="Check the hash of every file of the engine directory first.")
+@option(
+    "Engine",
+    "--backend",
+    type=click.Choice(["tensorrt", "tensorrt-rtx"]),
+    required=True,
+    help="Library that the engines are built for.",
 )
-@click.option(
+@option(
+    "Engine",
     "--compute-capability",
     "compute_capabilities",
     multiple=True,
-    help="TensorRT-RTX: GPU generations to build for, such as 8.6,8.9, or `current`.  [default: all it supports]",
+    show_default="all that it supports",
+    help="TensorRT-RTX: generations of GPUs to build for, such as 8.6,8.9, or `current`.",
 )
-@click.option("--opt-level", type=click.IntRange(0, 5), help="Time spent on tactics.  [default: the builder's, 3]")
-@click.option("--workspace", help="Scratch a tactic may use, such as 2GiB.  [default: the builder's]")
-@click.option(
+@option(
+    "Engine",
+    "--opt-level",
+    "--builder-optimization-level",
+    type=click.IntRange(0, 5),
+    show_default="the builder's own, 3",
+    help="How much time the builder spends on choosing tactics.",
+)
+@option(
+    "Engine",
+    "--workspace",
+    show_default="the builder's own",
+    help="Scratch memory that a tactic may use, such as 2GiB.",
+)
+@option(
+    "Engine",
     "--max-aux-streams",
     type=click.IntRange(min=0),
     default=0,
-    show_default=True,
-    help="Streams beside an engine's own: more of them need more scratch.",
+    help="Streams that an engine may use beside its own; more of them need more scratch memory.",
 )
-@click.option("--tf32", is_flag=True, help="Allow float32 products to be rounded to TF32.")
-@click.option("--strip", is_flag=True, help="Leave the weights out of the engines; they are read at load. Needs a GPU.")
-@click.option("--refit", is_flag=True, help="Let dipgo-run --lora change the weights of the engines. Needs a GPU.")
-@click.option(
-    "--lora",
-    "loras",
-    multiple=True,
-    metavar="FILE[:SCALE]",
-    help="LoRA file or folder (safetensors) to build into engines of their own; can be given several times.",
+@option("Engine", "--tf32", is_flag=True, help="Allow float32 products to be rounded to TF32.")
+@option(
+    "Engine",
+    "--strip",
+    "--strip-plan",
+    is_flag=True,
+    help="Leave the weights out of the engines and read them at load. Needs a GPU.",
 )
-@lora_partial_option
-@click.option("--version-compatible", is_flag=True, help="TensorRT: engines run on later versions too.")
-@click.option("--hardware-compatible", is_flag=True, help="TensorRT: engines run on Ampere and newer GPUs.")
-@click.option("--timing-cache", type=click.Path(path_type=Path), help="TensorRT: file that builds share and extend.")
-@click.option("--memory-budget", help="GPU memory a run may use, such as 8GiB.  [default: the GPU's, if one is here]")
-@click.option("--no-build", is_flag=True, help="Only check: refuse what would have to be built.")
-@click.option("--verify", is_flag=True, help="Check the hash of every exported file first.")
+@option(
+    "Engine",
+    "--refit",
+    "--refittable",
+    is_flag=True,
+    help="Let dipgo-run --lora change the weights of the engines. Needs a GPU.",
+)
+@option("Engine", "--version-compatible", is_flag=True, help="TensorRT: make engines that later versions run too.")
+@option(
+    "Engine", "--hardware-compatible", is_flag=True, help="TensorRT: make engines that run on Ampere and newer GPUs."
+)
+@option(
+    "Engine",
+    "--timing-cache",
+    type=PATH,
+    show_default="none",
+    help="TensorRT: file of timings that builds read and extend.",
+)
+@option(
+    "Engine",
+    "--memory-budget",
+    show_default="the memory of the GPU, where one is present",
+    help="GPU memory that a run may use, such as 8GiB; engines that need more are refused.",
+)
+@option(
+    "Engine", "--no-build", is_flag=True, help="Build nothing: exit with an error if an engine is missing or stale."
+)
+@lora_options("to build into engines of their own")
 @json_option
 @version_option
 def command(

@@ -17,6 +17,19 @@ from dipgo_deploy.cli.common import (
     human_console,
     json_option,
     live,
+)
+from dipgo_deploy.cli.options import (
+    PATH,
+    Command,
+    checkpoint_options,
+    class_labels_option,
+    device_option,
+    guidance_option,
+    model_option,
+    option,
+    prompts_option,
+    size_options,
+    threads_option,
     version_option,
 )
 
@@ -25,48 +38,50 @@ if TYPE_CHECKING:
 
     from dipgo_deploy.schedule.document import Schedule
 
-_PATH = click.Path(path_type=Path)
-
 
 @click.command(
-    name="calibrate",
+    name="dipgo-calibrate",
+    cls=Command,
     epilog=examples(
         "dipgo-calibrate --model fashion-sd --schedule uniform.json --images 200 --guidance-scale 4 -o fitted.json",
         "dipgo-calibrate --model ./sd15 --schedule s.json --prompts prompts.txt --reference ddim:200 -o fitted.json",
     ),
 )
-@click.option("--model", required=True, help="fashion-sd, fashion-dit, a folder in diffusers' format, or a hub id.")
-@click.option("--schedule", "schedule_file", type=_PATH, required=True, help="Schedule file to fit a solver to.")
-@click.option("-o", "--output", type=_PATH, required=True, help="File for the schedule with its solver.")
-@click.option("--images", type=click.IntRange(min=2), default=200, show_default=True, help="Calibration images.")
-@click.option(
-    "--held-aside",
-    type=click.FloatRange(0, 1, min_open=True, max_open=True),
-    default=0.2,
-    show_default=True,
-    help="Share of the images that choose the ridge and give the residuals.",
+@model_option
+@guidance_option
+@option("Schedule", "--schedule", "schedule_file", type=PATH, required=True, help="Schedule file to fit a solver to.")
+@option(
+    "Schedule",
+    "--reference",
+    show_default="the schedule's own",
+    help="Sampler and steps of the full run to come close to, as in ddim:200.",
 )
-@click.option(
-    "--reference", help="Sampler and steps of the full run to fit to, as in ddim:200. [default: the schedule's]"
-)
-@click.option("--prompts", type=_PATH, help="Text file, one prompt a line. [default: those of fashion-sd]")
-@click.option("--class-labels", help="Comma-separated numbers, for a class model. [default: all it names]")
-@click.option(
+@prompts_option
+@class_labels_option
+@option(
+    "Prompt",
     "--guidance-scale",
     "guidance_scales",
     type=float,
     multiple=True,
-    help="Several: each image has one of them in turn. [default: the pipeline's own]",
+    show_default="the pipeline's own",
+    help="Scale of the guidance; given several times, the images take them in turn.",
 )
-@click.option("--guidance/--no-guidance", default=None, help="Classifier-free guidance. [default: the pipeline's]")
-@click.option("--height", type=click.IntRange(min=1), help="Image height in pixels. [default: the model's]")
-@click.option("--width", type=click.IntRange(min=1), help="Image width in pixels. [default: the model's]")
-@click.option("--batch", type=click.IntRange(min=1), default=20, show_default=True, help="Images in one evaluation.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the first image.")
-@click.option("--device", default="cpu", show_default=True, help="Device of torch.")
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads. [default: torch's own]")
-@click.option("--checkpoint", type=_PATH, help="Folder that an interrupted calibration can go on from.")
-@click.option("--resume", is_flag=True, help="Go on from --checkpoint, to the same result.")
+@option("Calibration", "--images", type=click.IntRange(min=2), default=200, help="Number of calibration images.")
+@option(
+    "Calibration",
+    "--held-aside",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    default=0.2,
+    help="Share of the images that choose the ridge and give the residuals.",
+)
+@option("Calibration", "--seed", type=click.IntRange(min=0), default=0, help="Seed of the first image.")
+@size_options
+@option("Runtime", "--batch", type=click.IntRange(min=1), default=20, help="Images in one evaluation.")
+@device_option
+@threads_option("torch's own")
+@option("Output", "-o", "--output", type=PATH, required=True, help="File for the schedule with its solver.")
+@checkpoint_options("calibration")
 @json_option
 @version_option
 @checked_outputs("output")

@@ -1,4 +1,4 @@
-"""What every command shares: exit statuses, one-line errors, ``--json``, ``--version`` and help examples."""
+"""What every command shares: exit statuses, one-line errors, paths of its output, ``--json`` and help examples."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from dipgo_deploy._version import __version__
+from dipgo_deploy.cli.options import option, options
 from dipgo_deploy.errors import NotFiniteError, ToleranceError, UserError, one_line
 
 if TYPE_CHECKING:
@@ -178,10 +178,8 @@ def _fail(message: object, status: int) -> int:
 
 def json_option(function: F) -> F:
     """Add ``--json`` (parameter ``as_json``): machine-readable output on stdout, human output on stderr."""
-    option = click.option(
-        "--json", "as_json", is_flag=True, help="Print the result as JSON on stdout; human output goes to stderr."
-    )
-    return option(function)
+    text = "Print the result as JSON on stdout; what is for people goes to stderr."
+    return option("Output", "--json", "as_json", is_flag=True, help=text)(function)
 
 
 def reading_options(function: F) -> F:
@@ -193,18 +191,21 @@ def reading_options(function: F) -> F:
 
         return function(*args, model=with_options(model, variant=variant, pipeline=pipeline), **given)
 
-    options = (
-        click.option(
-            "--variant", help="Of the weight files, such as fp16.  [default: without, else the only one that there is]"
+    decorate = options(
+        option(
+            "Model",
+            "--variant",
+            show_default="files without a variant, else the only one that there is",
+            help="Variant of the weight files, such as fp16.",
         ),
-        click.option(
-            "--pipeline", help="Take the parts of this diffusers class from a folder whose pipeline does more."
+        option(
+            "Model",
+            "--pipeline",
+            show_default="the folder's own",
+            help="Diffusers pipeline class whose parts are taken from a folder that holds more of them.",
         ),
     )
-    wrapped: Any = with_name
-    for option in reversed(options):
-        wrapped = option(wrapped)
-    return wrapped
+    return decorate(with_name)  # type: ignore[return-value]
 
 
 def checked_outputs(*parameters: str) -> Callable[[F], F]:
@@ -229,7 +230,7 @@ def checked_outputs(*parameters: str) -> Callable[[F], F]:
 def overwrite_option(function: F) -> F:
     """Add ``--overwrite``."""
     text = "Replace an output file that exists; without it a number is added to the name."
-    return click.option("--overwrite", is_flag=True, help=text)(function)
+    return option("Output", "--overwrite", is_flag=True, help=text)(function)
 
 
 def free_output(path: Path, option: str, *, overwrite: bool) -> Path:
@@ -252,11 +253,6 @@ def free_output(path: Path, option: str, *, overwrite: bool) -> Path:
     if free != path:
         click.echo(f"{path} exists: writing {free.name} (--overwrite replaces it)", err=True)
     return free
-
-
-def version_option(function: F) -> F:
-    """Add ``--version``."""
-    return click.version_option(__version__, message="%(prog)s %(version)s")(function)
 
 
 def human_console(as_json: bool) -> Console:
@@ -317,7 +313,23 @@ def _first(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
 
 
-def lora_partial_option(function: F) -> F:
-    """Add ``--lora-partial``."""
-    text = "Apply what fits of a LoRA file and say what was left out; else a file that does not fit whole is refused."
-    return click.option("--lora-partial", is_flag=True, help=text)(function)
+def lora_options(purpose: str) -> Callable[[F], F]:
+    """``--lora`` (parameter ``loras``), to be used as ``purpose`` says, and ``--lora-partial``."""
+    return options(
+        option(
+            "LoRA",
+            "--lora",
+            "loras",
+            multiple=True,
+            metavar="FILE[:SCALE]",
+            show_default="none; scale 1",
+            help=f"LoRA file or folder (safetensors) {purpose}; can be given several times.",
+        ),
+        option(
+            "LoRA",
+            "--lora-partial",
+            is_flag=True,
+            help="Apply what fits of a LoRA file and say what was left out; else a file that does not fit whole is "
+            "refused.",
+        ),
+    )

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from dipgo_deploy.backends import BACKENDS
 from dipgo_deploy.bundle.shapes import Range, Sizes
-from dipgo_deploy.cli.common import emit, entry_point, examples, human_console, json_option, version_option
+from dipgo_deploy.cli.common import emit, entry_point, examples, human_console, json_option
+from dipgo_deploy.cli.options import PATH, Command, engine_dir_option, option, threads_option, version_option
 from dipgo_deploy.cli.run import parse_labels
 from dipgo_deploy.errors import ToleranceError, UserError
 
@@ -23,11 +24,16 @@ if TYPE_CHECKING:
     from dipgo_deploy.compare.metrics import TensorError
     from dipgo_deploy.compare.report import Part, Report
 
-_PATH = click.Path(path_type=Path)
+
+def _size(name: str, what: str) -> Any:
+    """An option for a size that was exported as a range."""
+    text = f"{what}, where it was exported as a range."
+    return option("Shape", name, type=click.IntRange(min=1), show_default="the range's usual one", help=text)
 
 
 @click.command(
     name="dipgo-compare",
+    cls=Command,
     epilog=examples(
         "dipgo-compare --engine-dir engines/fashion-sd",
         'dipgo-compare --engine-dir engines/fashion-sd --prompt "a sneaker" --seed 7 --json',
@@ -36,36 +42,73 @@ _PATH = click.Path(path_type=Path)
         "dipgo-compare --engine-dir engines/fashion-dit --variants-only --save-inputs inputs",
     ),
 )
-@click.option("--engine-dir", type=_PATH, required=True, help="Made by dipgo-export.")
-@click.option("--model", help="The model it was exported from.  [default: the one that the manifest names]")
-@click.option(
+@engine_dir_option
+@option(
+    "Model",
+    "--model",
+    show_default="the one that the engine directory names",
+    help="Model that the engine directory was exported from.",
+)
+@option(
+    "Prompt",
     "--prompt",
     "prompts",
     multiple=True,
-    help="One for all images of a launch, or one each.  [default: a plain one, and long, empty and unusual ones]",
+    show_default="a plain one, and long, empty and unusual ones",
+    help="Text prompt: one for all images of a launch, or one each.",
 )
-@click.option("--class-labels", multiple=True, help="Class names or ids: one for all images of a launch, or one each.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the initial noise, as in dipgo-run.")
-@click.option("--guidance-scale", type=float, help="1 is no guidance.  [default: the engine directory's]")
-@click.option("--batch", type=click.IntRange(min=1), help="Of ranges that were exported.  [default: the usual one]")
-@click.option("--height", type=click.IntRange(min=1), help="The same, in pixels.")
-@click.option("--width", type=click.IntRange(min=1), help="The same, in pixels.")
-@click.option(
-    "--backend", type=click.Choice([name for name in BACKENDS if name != "auto"]), default="cpu", show_default=True
+@option(
+    "Prompt",
+    "--class-labels",
+    multiple=True,
+    show_default="the first, the middle and the last one",
+    help="Class names or ids: one for all images of a launch, or one each.",
 )
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: the physical cores]")
-@click.option("--variants-only", is_flag=True, help="Compare each variant by itself only.")
-@click.option("--loop-only", is_flag=True, help="Compare the whole loop only.")
-@click.option("--no-pictures", is_flag=True, help="Leave out the runs from prompt to picture, which take longest.")
-@click.option(
+@option("Prompt", "--seed", type=int, default=0, help="Seed of the initial noise, as in dipgo-run.")
+@option(
+    "Prompt",
+    "--guidance-scale",
+    type=float,
+    show_default="the engine directory's",
+    help="Scale of the guidance; 1 is none.",
+)
+@_size("--batch", "Number of images in a launch")
+@_size("--height", "Image height in pixels")
+@_size("--width", "Image width in pixels")
+@option("Comparison", "--variants-only", is_flag=True, help="Compare only each graph by itself.")
+@option("Comparison", "--loop-only", is_flag=True, help="Compare only the whole loop.")
+@option(
+    "Comparison", "--no-pictures", is_flag=True, help="Leave out the runs from prompt to picture, which take longest."
+)
+@option(
+    "Comparison",
     "--tolerance",
     type=float,
-    help="Largest error of a tensor, as a share of its largest value.  [default: by dtype, fp32: 0.0001]",
+    show_default="by dtype, 0.0001 for fp32",
+    help="Largest error that passes, as a share of a tensor's largest value.",
 )
-@click.option(
-    "--atol", type=float, default=0.0, show_default=True, help="A tensor whose errors are at most this passes anyway."
+@option(
+    "Comparison",
+    "--atol",
+    type=float,
+    default=0.0,
+    help="Largest absolute error that passes, whatever the tolerance says.",
 )
-@click.option("--save-inputs", type=_PATH, help="Folder for each variant's inputs, for polygraphy's --load-inputs.")
+@option(
+    "Runtime",
+    "--backend",
+    type=click.Choice([name for name in BACKENDS if name != "auto"]),
+    default="cpu",
+    help="Backend that runs the graphs: ONNX Runtime on cpu or cuda, or engines that dipgo-build made.",
+)
+@threads_option("the physical cores")
+@option(
+    "Output",
+    "--save-inputs",
+    type=PATH,
+    show_default="none",
+    help="Folder for the inputs of each graph, as polygraphy run --load-inputs takes them.",
+)
 @json_option
 @version_option
 def command(
@@ -90,17 +133,23 @@ def command(
 ) -> None:
     """Compare an engine directory with the model that it was exported from.
 
-    In the order of a run: the launch list against the sampler, the weights against the model's, tokens and encoded
-    prompts against diffusers' own pipeline, the VAE; each variant by itself on inputs recorded from a real loop; the
-    whole loop with every cache fed forward; and from prompt to picture, against diffusers' own pipeline under the same
-    seed. Where the schedule removes blocks, that pipeline runs with the torch supernet in place of its denoiser. Exit
-    status 1 beyond tolerance, with the first bad step, variant and tensor named.
+    \b
+    In the order of a run:
+      - the list of launches with the sampler, and the weights with the model's;
+      - tokens, encoded prompts and the VAE with those of diffusers' own pipeline;
+      - each graph by itself, on inputs recorded from a real loop;
+      - the whole loop, with every cache fed forward;
+      - pictures from prompts with those of diffusers' own pipeline, under the same seed.
+
+    Where the schedule skips blocks, diffusers' pipeline runs with the supernet (the model in torch with gates) in place
+    of its denoiser. The exit status is 1 beyond the tolerance, and the first launch, graph and tensor that are wrong
+    are named.
     """
     if variants_only and loop_only:
         raise click.UsageError("give --variants-only or --loop-only, not both")
-    for option, value in (("--tolerance", tolerance), ("--atol", atol)):
+    for name, value in (("--tolerance", tolerance), ("--atol", atol)):
         if value is not None and not (math.isfinite(value) and value >= 0):
-            raise UserError(f"{option} {value}: give a number of at least 0")
+            raise UserError(f"{name} {value}: give a number of at least 0")
     if save_inputs is not None and save_inputs.exists() and not save_inputs.is_dir():
         raise UserError(f"--save-inputs {save_inputs}: is a file; give a folder")
     from dipgo_deploy.backends import create_backend
@@ -201,9 +250,9 @@ def class_ids(
     from dipgo_deploy.runtime.requests import Asked, check_request, class_condition, text_conditions
 
     labels = parse_labels(class_labels)
-    for option, given in (("--prompt", prompts), ("--class-labels", labels)):
+    for name, given in (("--prompt", prompts), ("--class-labels", labels)):
         if len(given) not in (0, 1, manifest.batch):
-            raise UserError(f"{option}: {len(given)} given for a batch of {manifest.batch}; give one, or one each")
+            raise UserError(f"{name}: {len(given)} given for a batch of {manifest.batch}; give one, or one each")
     has_encoder = manifest.components.text_encoder is not None
     if text_conditions(manifest) and not has_encoder and not prompts:
         # There is nothing to ask for: the reference takes noise for an embedding.

@@ -16,6 +16,14 @@ from dipgo_deploy.cli.common import (
     human_console,
     json_option,
     reading_options,
+)
+from dipgo_deploy.cli.options import (
+    PATH,
+    Command,
+    allow_other_config_option,
+    guidance_option,
+    model_option,
+    option,
     version_option,
 )
 
@@ -23,11 +31,12 @@ if TYPE_CHECKING:
     from dipgo_deploy.compare.metrics import Agreement
     from dipgo_deploy.export.exporter import PlannedExport
 
-_PATH = click.Path(path_type=Path)
+SIZES = "N|MIN:MAX|MIN:OPT:MAX"
 
 
 @click.command(
-    name="export",
+    name="dipgo-export",
+    cls=Command,
     epilog=examples(
         "dipgo-export --model fashion-sd --schedule schedule.json --engine-dir engines/fashion-sd",
         "dipgo-export --model fashion-sd --schedule schedule.json --plan-only --memory-budget 8GiB",
@@ -36,44 +45,71 @@ _PATH = click.Path(path_type=Path)
         "dipgo-export --model ./sd15 --schedule s.json --engine-dir engines/sd15-img2img --strength 0.6",
     ),
 )
-@click.option("--model", required=True, help="fashion-sd, fashion-dit, a folder in diffusers' format, or a hub id.")
-@click.option("--schedule", "schedule_file", type=_PATH, required=True, help="Schedule file (see dipgo-schedule).")
-@click.option("--engine-dir", type=_PATH, help="Folder to write; it appears when everything in it was checked.")
-@click.option("--dtype", type=click.Choice(["fp32", "fp16", "bf16"]), default="fp32", show_default=True)
-@click.option("--batch", default="1", show_default=True, metavar="N|MIN:MAX|MIN:OPT:MAX", help="Images per launch.")
-@click.option("--height", metavar="N|MIN:MAX|MIN:OPT:MAX", help="Image height in pixels. [default: the model's]")
-@click.option("--width", metavar="N|MIN:MAX|MIN:OPT:MAX", help="Image width in pixels. [default: the model's]")
-@click.option("--max-variants", type=click.IntRange(min=1), help="Raise gates until at most so many graphs are left.")
-@click.option(
-    "--guidance/--no-guidance",
-    default=None,
-    help="Classifier-free guidance in the graph; default: as its pipeline does.",
+@model_option
+@reading_options
+@guidance_option
+@option(
+    "Model",
+    "--components/--no-components",
+    default=True,
+    help="Export the text encoders, the tokenizers and the VAE too, or the denoiser only.",
 )
-@click.option(
+@option("Schedule", "--schedule", "schedule_file", type=PATH, required=True, help="Schedule file; see dipgo-schedule.")
+@allow_other_config_option
+@option(
+    "Schedule",
+    "--strength",
+    type=float,
+    show_default="start from noise",
+    help="Start from a picture (dipgo-run --image) and run this share of the steps, above 0 and up to 1.",
+)
+@option(
+    "Schedule",
+    "--max-variants",
+    type=click.IntRange(min=1),
+    show_default="as many as the schedule needs",
+    help="Merge graphs until at most this many are left, by computing the cheapest skipped blocks after all.",
+)
+@option("Shape", "--batch", default="1", metavar=SIZES, help="Images in one launch.")
+@option("Shape", "--height", metavar=SIZES, show_default="the model's own", help="Image height in pixels.")
+@option("Shape", "--width", metavar=SIZES, show_default="the model's own", help="Image width in pixels.")
+@option("Engine", "--dtype", type=click.Choice(["fp32", "fp16", "bf16"]), default="fp32", help="Type of the graphs.")
+@option(
+    "Engine",
     "--layout",
     type=click.Choice(["auto", "variants", "segments"]),
     default="auto",
-    show_default=True,
-    help="A graph for each kind of evaluation, or the model cut so that each weight is in one graph. auto: segments in "
-    "fp32 where variants would hold the weights more than four times.",
+    help="variants: one graph for each kind of evaluation. segments: the model cut so that each weight is in one "
+    "graph. auto: segments in fp32 where variants would hold the weights more than four times.",
 )
-@click.option(
-    "--strength",
-    type=float,
-    help="Start from a picture (dipgo-run --image) and run this share of the steps, above 0 and up to 1.",
-)
-@click.option("--plan-only", is_flag=True, help="Show graphs, launches and memory of both layouts; write nothing.")
-@click.option("--memory-budget", help="With --plan-only: say which layout's engines fit, such as 8GiB.")
-@click.option("--check/--no-check", default=True, show_default=True, help="Compare each variant with the supernet.")
-@click.option("--components/--no-components", default=True, show_default=True, help="Text encoder, tokenizer and VAE.")
-@click.option(
+@option(
+    "Engine",
     "--low-memory/--no-low-memory",
     default=None,
-    help="Hold the weights once; compare in processes of their own. [default: for more than 256 MiB of weights]",
+    show_default="for more than 256 MiB of weights",
+    help="Hold the weights once while exporting, and compare in processes of their own.",
 )
-@click.option("--allow-other-config", is_flag=True, help="Accept a schedule made for another configuration.")
-@click.option("--overwrite", is_flag=True, help="Replace an engine directory that exists.")
-@reading_options
+@option("Comparison", "--check/--no-check", default=True, help="Compare the written graphs with the model in torch.")
+@option(
+    "Output",
+    "--engine-dir",
+    type=PATH,
+    show_default="required without --plan-only",
+    help="Engine directory to write; it appears when everything in it was checked.",
+)
+@option(
+    "Output",
+    "--plan-only",
+    is_flag=True,
+    help="Show the graphs, launches and memory of both layouts, and write nothing.",
+)
+@option(
+    "Output",
+    "--memory-budget",
+    show_default="none",
+    help="With --plan-only: say which layout's engines fit into this much memory, such as 8GiB.",
+)
+@option("Output", "--overwrite", is_flag=True, help="Replace an engine directory that exists.")
 @json_option
 @version_option
 def command(
@@ -85,7 +121,7 @@ def command(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Compile a model and a schedule: ONNX graphs, one weights file, one launch list."""
+    """Compile a model and a schedule into an engine directory: graphs, one file of weights, a list of launches."""
     from dipgo_deploy.bundle.staging import check_target
     from dipgo_deploy.engine.budget import parse_bytes
     from dipgo_deploy.errors import UserError

@@ -6,7 +6,8 @@ from importlib import import_module
 
 import click
 
-from dipgo_deploy.cli.common import entry_point, examples, version_option
+from dipgo_deploy.cli.common import entry_point, examples
+from dipgo_deploy.cli.options import Group, version_option
 
 # Verb -> (module with a click command named ``command``, line for the help). The line stands here so that
 # ``dipgo --help`` imports no verb.
@@ -22,7 +23,7 @@ _VERBS = {
 }
 
 
-class _LazyGroup(click.Group):
+class _LazyGroup(Group):
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(_VERBS)
 
@@ -35,7 +36,7 @@ class _LazyGroup(click.Group):
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        with formatter.section("Verbs"):
+        with formatter.section("Commands"):
             formatter.write_dl([(verb, line) for verb, (_, line) in _VERBS.items()])
 
 

@@ -22,10 +22,10 @@ from dipgo_deploy.cli.common import (
     json_option,
     live,
     lora_line,
-    lora_partial_option,
+    lora_options,
     overwrite_option,
-    version_option,
 )
+from dipgo_deploy.cli.options import PATH, Command, engine_dir_option, option, threads_option, version_option
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.files import written_whole
 
@@ -44,6 +44,7 @@ _DEFAULT_OUTPUT = {"pil": "output.png", "np": "output.npy", "latent": "output.np
 
 @click.command(
     name="dipgo-run",
+    cls=Command,
     epilog=examples(
         'dipgo-run --engine-dir engines/fashion-sd --prompt "a sneaker" -o sneaker.png',
         'dipgo-run --engine-dir engines/fashion-sd --prompt "a bag" --prompt "a coat" --num-images 4 --seed 7',
@@ -53,98 +54,158 @@ _DEFAULT_OUTPUT = {"pil": "output.png", "np": "output.npy", "latent": "output.np
         'dipgo-run --engine-dir engines/sd15-img2img --prompt "a castle" --image sketch.png',
     ),
 )
-@click.option("--engine-dir", required=True, type=click.Path(path_type=Path), help="Made by dipgo-export.")
-@click.option("--prompt", "prompts", multiple=True, help="Text prompt; can be given several times.")
-@click.option(
-    "--class-labels", "class_labels", multiple=True, help="Class names or ids, with commas between or given repeatedly."
+@engine_dir_option
+@option(
+    "Model",
+    "--verify",
+    is_flag=True,
+    help="Check the hash of every file of the engine directory first; else a large one is hashed only once.",
 )
-@click.option("--negative-prompt", help="What the pictures should not show (with guidance).  [default: empty]")
-@click.option(
+@option(
+    "Prompt", "--prompt", "prompts", multiple=True, show_default="none", help="Text prompt; can be given several times."
+)
+@option(
+    "Prompt",
+    "--class-labels",
+    "class_labels",
+    multiple=True,
+    show_default="none",
+    help="Class names or ids of a class model, with commas between them; can be given several times.",
+)
+@option(
+    "Prompt",
+    "--negative-prompt",
+    show_default="empty",
+    help="Text that the pictures should not show; works with guidance only.",
+)
+@option(
+    "Prompt",
     "--num-images",
+    "--num-images-per-prompt",
     type=click.IntRange(min=1),
     default=1,
-    show_default=True,
     help="Pictures for each prompt or class label.",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="diffusers' CPU generator's stream, in float32.")
-@click.option("--guidance-scale", type=float, help="1 is no guidance.  [default: the engine directory's]")
-@click.option(
-    "--image",
-    "images",
-    multiple=True,
-    type=click.Path(path_type=Path),
-    help="Picture to start from, for an engine directory exported with --strength: one, or one for each prompt.",
+@option(
+    "Prompt",
+    "--seed",
+    type=int,
+    default=0,
+    help="Seed of the initial noise, which is that of diffusers' CPU generator in float32.",
 )
-@click.option("--strength", type=float, help="Checked against the engine directory's.")
-@click.option("--height", type=click.IntRange(min=1), help="In pixels, where it was exported with a range.")
-@click.option("--width", type=click.IntRange(min=1), help="The same.  [default: the usual ones of the ranges]")
-@click.option(
-    "--control-image",
-    "control_images",
-    multiple=True,
-    type=click.Path(path_type=Path),
-    help="Picture that a ControlNet looks at: one, or one for each prompt.",
+@option(
+    "Prompt",
+    "--guidance-scale",
+    type=float,
+    show_default="the engine directory's",
+    help="Scale of the guidance; 1 is none.",
 )
-@click.option("--control-scale", type=float, help="Of what the ControlNet adds.  [default: 1]")
-@click.option("--latents", type=click.Path(path_type=Path), help="Initial unit noise (n, C, h, w), .npy.")
-@click.option(
+@option(
+    "Prompt",
     "--prompt-embeds",
     multiple=True,
     metavar="[NAME=]FILE",
-    help="Embeddings (prompts, L, D), .npy, not --prompt. A model with several text conditions takes NAME=FILE.npy for "
-    "each, or all of them by name in one .npz or .safetensors.",
+    show_default="none",
+    help="Embeddings (prompts, L, D), .npy, in place of --prompt. A model with several text conditions takes "
+    "NAME=FILE.npy for each, or all of them by name in one .npz or .safetensors.",
 )
-@click.option(
-    "--negative-prompt-embeds", multiple=True, metavar="[NAME=]FILE", help="The same for the negative prompt."
+@option(
+    "Prompt",
+    "--negative-prompt-embeds",
+    multiple=True,
+    metavar="[NAME=]FILE",
+    show_default="none",
+    help="Embeddings of the negative prompt, in the same form.",
 )
-@click.option(
-    "--output-type",
-    type=click.Choice(["pil", "np", "latent"]),
-    default="pil",
-    show_default=True,
-    help="A picture (several in a grid), images float32 (n, H, W, 3), or latents float32 (n, C, h, w).",
+@option(
+    "Image",
+    "--image",
+    "images",
+    multiple=True,
+    type=PATH,
+    show_default="none",
+    help="Picture to start from, for an engine directory exported with --strength: one for all prompts, or one each.",
 )
-@click.option(
-    "-o",
-    "--output",
-    type=click.Path(path_type=Path),
-    help="File to write.  [default: output.png or output.npy]",
+@option(
+    "Image",
+    "--strength",
+    type=float,
+    show_default="the engine directory's",
+    help="Share of the steps that is run from --image; the engine directory has one, and another is refused.",
 )
-@overwrite_option
-@click.option(
+@option(
+    "Image",
+    "--control-image",
+    "control_images",
+    multiple=True,
+    type=PATH,
+    show_default="none",
+    help="Picture that a ControlNet looks at: one for all prompts, or one each.",
+)
+@option(
+    "Image",
+    "--control-scale",
+    "--controlnet-conditioning-scale",
+    type=float,
+    show_default="1",
+    help="Factor of what the ControlNet adds.",
+)
+@option(
+    "Image", "--latents", type=PATH, show_default="drawn from --seed", help="Initial unit noise (n, C, h, w), .npy."
+)
+@option(
+    "Shape",
+    "--height",
+    type=click.IntRange(min=1),
+    show_default="the exported one",
+    help="Image height in pixels, where it was exported with a range.",
+)
+@option(
+    "Shape",
+    "--width",
+    type=click.IntRange(min=1),
+    show_default="the exported one",
+    help="Image width in pixels, where it was exported with a range.",
+)
+@lora_options("to add to the weights of all graphs")
+@option(
+    "Runtime",
     "--backend",
     type=click.Choice(BACKENDS),
     default="auto",
-    show_default=True,
-    help="ONNX Runtime on cpu or cuda, or engines made by dipgo-build; auto: cuda where it works, else cpu.",
+    help="ONNX Runtime on cpu or cuda, or engines that dipgo-build made; auto takes cuda where it works, else cpu.",
 )
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: the physical cores]")
-@click.option(
+@threads_option("the physical cores")
+@option(
+    "Runtime",
     "--share-weights/--no-share-weights",
     default=None,
-    help="One copy of the weights for all graphs: less memory, slower on CPU.  [default: on cuda only]",
+    show_default="on cuda only",
+    help="Hold one copy of the weights for all graphs: less memory, slower on a CPU.",
 )
-@click.option(
+@option(
+    "Runtime",
     "--load",
     type=click.Choice(["eager", "lazy"]),
-    help="Load all graphs before the first launch, or each at its own.  [default: lazy on cpu]",
+    show_default="lazy on cpu, else eager",
+    help="Load all graphs before the first launch, or each at its own first launch.",
 )
-@click.option(
-    "--lora",
-    "loras",
-    multiple=True,
-    metavar="FILE[:SCALE]",
-    help="LoRA file or folder (safetensors) to add, to all variants; can be given several times.",
-)
-@lora_partial_option
-@click.option(
+@option(
+    "Runtime",
     "--cuda-graph",
     type=click.Choice(["off", "step", "loop"]),
     default="off",
-    show_default=True,
-    help="TensorRT: a captured graph for each launch, or one for the whole loop.",
+    help="TensorRT: capture no CUDA graph, one for each launch, or one for the whole loop.",
 )
-@click.option("--verify", is_flag=True, help="Check the hash of every file of the engine directory first.")
+@option(
+    "Output",
+    "--output-type",
+    type=click.Choice(["pil", "np", "latent"]),
+    default="pil",
+    help="A picture (several in a grid), images float32 (n, H, W, 3), or latents float32 (n, C, h, w).",
+)
+@option("Output", "-o", "--output", type=PATH, show_default="output.png or output.npy", help="File to write.")
+@overwrite_option
 @json_option
 @version_option
 def command(

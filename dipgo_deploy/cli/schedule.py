@@ -19,22 +19,40 @@ from dipgo_deploy.cli.common import (
     human_console,
     json_option,
     reading_options,
+)
+from dipgo_deploy.cli.options import (
+    PATH,
+    Group,
+    allow_other_config_option,
+    cache_option,
+    granularity_option,
+    model_option,
+    option,
+    options,
+    sampler_options,
     version_option,
 )
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from dipgo_deploy.schedule.builders import PendingTarget
+    from dipgo_deploy.schedule.builders import Target
     from dipgo_deploy.schedule.document import Schedule
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-_PATH = click.Path(path_type=Path)
+_interval_option = option(
+    "Schedule",
+    "--interval",
+    type=click.IntRange(min=1),
+    required=True,
+    help="Evaluations from one that runs in full to the next.",
+)
 
 
 @click.group(
     name="schedule",
+    cls=Group,
     epilog=examples(
         "dipgo-schedule uniform --model fashion-sd --steps 50 --interval 5 -o uniform.json",
         "dipgo-schedule deepcache --model fashion-sd --interval 3 --branch 0 -o deepcache.json",
@@ -45,29 +63,22 @@ _PATH = click.Path(path_type=Path)
 )
 @version_option
 def command() -> None:
-    """Make, import, check and show schedules: which blocks of a model run at which step."""
+    """Make, import, check and show schedules: which blocks of a model run at which evaluation."""
 
 
 def _target_options(function: F, granularity: Literal["block", "layer"] = "block") -> F:
     """The options that say what a schedule is made for, and where it goes. granularity: the default one."""
-    options = (
-        click.option(
-            "--model", required=True, help="fashion-sd, fashion-dit, a folder in diffusers' format, or a hub id."
-        ),
-        click.option(
-            "--sampler", help="ddim, pndm, dpm++2m, euler, ... or a diffusers class. [default: the model's own]"
-        ),
-        click.option("--steps", type=click.IntRange(min=1), default=50, show_default=True, help="Denoising steps."),
-        click.option("--granularity", type=click.Choice(["block", "layer"]), default=granularity, show_default=True),
-        click.option("--cache", type=click.Choice(["output", "residual"]), help="[default: the model family's]"),
-        click.option("-o", "--output", type=_PATH, required=True, help="The schedule file to write."),
+    decorate = options(
+        model_option,
         reading_options,
+        sampler_options,
+        granularity_option(granularity),
+        cache_option("the model family's"),
+        option("Output", "-o", "--output", type=PATH, required=True, help="Schedule file to write."),
+        checked_outputs("output"),
         json_option,
     )
-    function = checked_outputs("output")(function)
-    for option in reversed(options):
-        function = option(function)
-    return function
+    return decorate(function)
 
 
 def _layer_target_options(function: F) -> F:
@@ -75,24 +86,24 @@ def _layer_target_options(function: F) -> F:
     return _target_options(function, "layer")
 
 
-def _pending(
+def _target(
     model: str,
     sampler: str | None,
     steps: int,
     granularity: Literal["block", "layer"],
     cache: Literal["output", "residual"] | None,
-) -> PendingTarget:
-    from dipgo_deploy.models.target import pending_target
+) -> Target:
+    from dipgo_deploy.models.target import schedule_target
 
-    return pending_target(model, sampler, steps, granularity, cache)
+    return schedule_target(model, sampler, steps, granularity, cache)
 
 
-def _pending_for(file: Path, options: Mapping[str, Any]) -> PendingTarget:
-    """The target of a file that can be read at all."""
+def _target_of_import(file: Path, options: Mapping[str, Any]) -> Target:
+    """``_target``, which takes seconds, for a file that can be read at all."""
     from dipgo_deploy.schedule.files import read_bytes
 
     read_bytes(file)
-    return _pending(**options)
+    return _target(**options)
 
 
 def _write(schedule: Schedule, output: Path, as_json: bool) -> None:
@@ -106,22 +117,22 @@ def _write(schedule: Schedule, output: Path, as_json: bool) -> None:
 @command.command(epilog=examples("dipgo-schedule full --model fashion-sd --sampler ddim --steps 50 -o full.json"))
 @_target_options
 def full(output: Path, as_json: bool, **options: Any) -> None:
-    """Every block runs at every step."""
+    """Every block runs at every evaluation."""
     from dipgo_deploy.schedule import builders
 
-    target = _pending(**options).complete()
+    target = _target(**options)
     gates = builders.full(target.steps, len(target.blocks))
     _write(target.schedule(gates, "full", {}), output, as_json)
 
 
 @command.command(epilog=examples("dipgo-schedule uniform --model fashion-dit --steps 50 --interval 5 -o uniform.json"))
-@click.option("--interval", type=click.IntRange(min=1), required=True, help="Steps from one full step to the next.")
+@_interval_option
 @_target_options
 def uniform(interval: int, output: Path, as_json: bool, **options: Any) -> None:
-    """Everything runs at every INTERVAL-th step, nothing in between."""
+    """Every block runs at every INTERVAL-th evaluation, none in between."""
     from dipgo_deploy.schedule import builders
 
-    target = _pending(**options).complete()
+    target = _target(**options)
     gates = builders.uniform(target.steps, len(target.blocks), interval)
     _write(target.schedule(gates, "uniform", {"interval": interval}), output, as_json)
 
@@ -132,24 +143,24 @@ def uniform(interval: int, output: Path, as_json: bool, **options: Any) -> None:
         "dipgo-schedule deepcache --model fashion-sd --granularity layer --interval 5 --branch 2 -o deepcache.json",
     )
 )
-@click.option("--interval", type=click.IntRange(min=1), required=True, help="Steps from one full step to the next.")
-@click.option(
+@_interval_option
+@option(
+    "Schedule",
     "--branch",
     type=click.IntRange(min=0),
     default=0,
-    show_default=True,
-    help="The innermost branch that runs at every step: DeepCache's cache_branch_id with --granularity layer, "
-    "the pair of a down and an up block (0 = outermost) with --granularity block.",
+    help="Innermost branch that runs at every evaluation: DeepCache's cache_branch_id with --granularity layer, the "
+    "pair of a down and an up block (0 is the outermost) with --granularity block.",
 )
 @_target_options
 def deepcache(interval: int, branch: int, output: Path, as_json: bool, **options: Any) -> None:
-    """DeepCache: between full steps only the shallow branches of a UNet run."""
+    """DeepCache: between full evaluations only the shallow branches of a UNet run."""
     from dipgo_deploy.models import family_for
     from dipgo_deploy.models.target import nominal_set_timesteps
     from dipgo_deploy.sampler import make_scheduler, step_positions
     from dipgo_deploy.schedule import builders
 
-    target = _pending(**options).complete()
+    target = _target(**options)
     scheduler = make_scheduler(target.sampler.class_name, target.sampler.config)
     steps = target.sampler.num_inference_steps
     timesteps = nominal_set_timesteps(family_for(target.model.class_name), {}, scheduler, steps)
@@ -159,14 +170,14 @@ def deepcache(interval: int, branch: int, output: Path, as_json: bool, **options
 
 
 @command.command(epilog=examples("dipgo-schedule random --model fashion-sd --ratio 0.5 --seed 1 -o random.json"))
-@click.option("--ratio", type=click.FloatRange(0, 1), required=True, help="Share of all gates that is removed.")
-@click.option("--seed", type=int, default=0, show_default=True)
+@option("Schedule", "--ratio", type=click.FloatRange(0, 1), required=True, help="Share of all gates that is removed.")
+@option("Schedule", "--seed", type=int, default=0, help="Seed of the random choice.")
 @_target_options
 def random(ratio: float, seed: int, output: Path, as_json: bool, **options: Any) -> None:
-    """Gates removed at random; step 0 always runs in full."""
+    """Remove gates at random; the first evaluation always runs in full."""
     from dipgo_deploy.schedule import builders
 
-    target = _pending(**options).complete()
+    target = _target(**options)
     gates = builders.random(target.steps, len(target.blocks), ratio, seed)
     _write(target.schedule(gates, "random", {"ratio": ratio, "seed": seed}), output, as_json)
 
@@ -181,20 +192,26 @@ def random(ratio: float, seed: int, output: Path, as_json: bool, **options: Any)
     ),
 )
 def import_group() -> None:
-    """Read schedules of other tools. One row short of the sampler's evaluations: the last row is repeated."""
+    """Read schedules of other programs.
+
+    A file with one row less than the sampler has evaluations gets its last row twice.
+    """
 
 
 @import_group.command(
     name="dipgo-gates",
     epilog=examples("dipgo-schedule import dipgo-gates gates.pkl --model fashion-sd --steps 50 -o gates.json"),
 )
-@click.argument("file", type=_PATH)
+@click.argument("file", type=PATH)
 @_target_options
 def import_dipgo_gates(file: Path, output: Path, as_json: bool, **options: Any) -> None:
-    """FILE is a pickle released by DiP-GO's authors. It is read as data: nothing in it is executed."""
+    """Read gates that DiP-GO's authors released.
+
+    FILE is their pickle. It is read as data: nothing in it is executed.
+    """
     from dipgo_deploy.schedule.importers.dipgo_gates import import_dipgo_gates as read
 
-    _write(read(file, _pending_for(file, options)), output, as_json)
+    _write(read(file, _target_of_import(file, options)), output, as_json)
 
 
 @import_group.command(
@@ -203,14 +220,16 @@ def import_dipgo_gates(file: Path, output: Path, as_json: bool, **options: Any) 
         "dipgo-schedule import smoothcache 50-N-2-fora.json --model fashion-dit --sampler ddim --steps 50 -o fora.json"
     ),
 )
-@click.argument("file", type=_PATH)
+@click.argument("file", type=PATH)
 @_layer_target_options
 def import_smoothcache(file: Path, output: Path, as_json: bool, **options: Any) -> None:
-    """FILE is JSON with 0 and 1 for each layer kind (attn, mlp) or layer (attn-0), as SmoothCache's authors release
-    their schedules, FORA's and Learning-to-Cache's."""
+    """Read a schedule that SmoothCache's authors released: theirs, FORA's or Learning-to-Cache's.
+
+    FILE is JSON with 0 and 1 for each kind of layer (attn, mlp) or each layer (attn-0).
+    """
     from dipgo_deploy.schedule.importers.smoothcache import import_smoothcache as read
 
-    _write(read(file, _pending_for(file, options)), output, as_json)
+    _write(read(file, _target_of_import(file, options)), output, as_json)
 
 
 @import_group.command(
@@ -219,18 +238,20 @@ def import_smoothcache(file: Path, output: Path, as_json: bool, **options: Any) 
         "dipgo-schedule import l2c-router DDIM50_router.pt --model DiT-XL-2-256 --sampler ddim --steps 50 -o l2c.json"
     ),
 )
-@click.argument("file", type=_PATH)
-@click.option(
+@click.argument("file", type=PATH)
+@option(
+    "Schedule",
     "--threshold",
     type=click.FloatRange(0, 1, min_open=True, max_open=True),
     default=0.1,
-    show_default=True,
     help="A layer is computed when its score is above this (0.1 in the authors' commands, 0.9 for L2C at 512 pixels).",
 )
-@click.option(
+@option(
+    "Schedule",
     "--rule",
     type=click.Choice(["l2c", "harmonica"]),
-    help="Whose routers they are: L2C computes everything at every second evaluation. [default: told by the file]",
+    show_default="told by the file",
+    help="Whose routers they are: those of L2C compute everything at every second evaluation.",
 )
 @_layer_target_options
 def import_l2c_router(
@@ -241,11 +262,13 @@ def import_l2c_router(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """FILE is a router checkpoint of Learning-to-Cache or HarmoniCa for DiT. It is read as data: nothing in it is
-    executed."""
+    """Read routers of Learning-to-Cache or HarmoniCa for DiT.
+
+    FILE is a checkpoint of theirs. It is read as data: nothing in it is executed.
+    """
     from dipgo_deploy.schedule.importers.l2c_router import import_l2c_router as read
 
-    schedule = read(file, _pending_for(file, options), threshold, rule)
+    schedule = read(file, _target_of_import(file, options), threshold, rule)
     parameters = schedule.provenance["parameters"]
     whose = {"l2c": "Learning-to-Cache", "harmonica": "HarmoniCa"}[parameters["rule"]]
     human_console(as_json).print(f"{file}: read as routers of {whose}", markup=False, soft_wrap=True)
@@ -255,19 +278,22 @@ def import_l2c_router(
 @import_group.command(
     name="csv", epilog=examples("dipgo-schedule import csv keep.csv --model fashion-dit --steps 50 -o keep.json")
 )
-@click.argument("file", type=_PATH)
+@click.argument("file", type=PATH)
 @_target_options
 def import_csv(file: Path, output: Path, as_json: bool, **options: Any) -> None:
-    """FILE has a row of 0 and 1 for each evaluation, one cell a block; a first row may name the blocks."""
+    """Read a table of gates.
+
+    FILE has a row of 0 and 1 for each evaluation, with one cell for each block; a first row may name the blocks.
+    """
     from dipgo_deploy.schedule.importers.csv import import_csv as read
 
-    _write(read(file, _pending_for(file, options)), output, as_json)
+    _write(read(file, _target_of_import(file, options)), output, as_json)
 
 
 @command.command(epilog=examples("dipgo-schedule validate schedule.json --model fashion-sd"))
-@click.argument("file", type=_PATH)
-@click.option("--model", help="Also check that the schedule was made for this model.")
-@click.option("--allow-other-config", is_flag=True, help="Accept a model of the same class with another configuration.")
+@click.argument("file", type=PATH)
+@option("Model", "--model", show_default="none", help="Also check that the schedule was made for this model.")
+@allow_other_config_option
 @json_option
 def validate(file: Path, model: str | None, allow_other_config: bool, as_json: bool) -> None:
     """Check a schedule file: format, gates, number of rows for its sampler, and the model if one is given."""
@@ -294,12 +320,17 @@ def validate(file: Path, model: str | None, allow_other_config: bool, as_json: b
 
 
 @command.command(epilog=examples("dipgo-schedule show schedule.json", "dipgo-schedule show s.json --model fashion-sd"))
-@click.argument("file", type=_PATH)
-@click.option("--model", help="Also trace this model: MACs kept, variants, launches, cache memory.")
-@click.option("--allow-other-config", is_flag=True, help="Accept a model of the same class with another configuration.")
+@click.argument("file", type=PATH)
+@option(
+    "Model",
+    "--model",
+    show_default="none",
+    help="Also trace this model, and show the MACs kept, the variants, the launches and the memory of the caches.",
+)
+@allow_other_config_option
 @json_option
 def show(file: Path, model: str | None, allow_other_config: bool, as_json: bool) -> None:
-    """Show a schedule as a grid of blocks (rows) and steps (columns)."""
+    """Show a schedule as a grid of blocks (rows) and evaluations (columns)."""
     from dipgo_deploy.schedule.document import Schedule
 
     schedule = Schedule.load(file)
@@ -315,8 +346,8 @@ def show(file: Path, model: str | None, allow_other_config: bool, as_json: bool)
 
 
 @command.command(epilog=examples("dipgo-schedule diff before.json after.json"))
-@click.argument("before", type=_PATH)
-@click.argument("after", type=_PATH)
+@click.argument("before", type=PATH)
+@click.argument("after", type=PATH)
 @json_option
 @click.pass_context
 def diff(ctx: click.Context, before: Path, after: Path, as_json: bool) -> None:

@@ -19,22 +19,59 @@ from dipgo_deploy.cli.common import (
     json_option,
     live,
     overwrite_option,
+)
+from dipgo_deploy.cli.options import (
+    PATH,
+    Command,
+    F,
+    cache_option,
+    checkpoint_options,
+    class_labels_option,
+    device_option,
+    granularity_option,
+    guidance_option,
+    guidance_scale_option,
+    model_option,
+    option,
+    prompts_option,
+    sampler_options,
+    size_options,
+    threads_option,
     version_option,
 )
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from dipgo_deploy.search.config import PrunerConfig
     from dipgo_deploy.search.run import Found, Reporter, SearchOptions
 
-_PATH = click.Path(path_type=Path)
 _RATIO = "--prune-ratio"
 # They stand here so that the help imports no torch; a test holds them against the library's.
 _METHODS = ("dipgo", "dipgo+refine", "refine", "random", "uniform", "deepcache", "genetic", "annealing", "dp")
-_LOSSES = ("ssim", "l1", "l2", "ssim+l1", "latent-l1", "latent-l2")
+# Flags of earlier releases, now fields of --config: the type of the value, and the field.
+_FLAGS: dict[str, tuple[Any, str]] = {
+    "--batch": (int, "batch"),
+    "--accumulate": (int, "accumulation"),
+    "--loss": (str, "loss"),
+    "--alpha": (float, "alpha"),
+    "--stop-share": (float, "stop_share"),
+    "--optimiser": (str, "optimizer"),
+    "--lr": (float, "lr"),
+    "--momentum": (float, "momentum"),
+    "--weight-decay": (float, "weight_decay"),
+    "--warmup": (int, "warmup"),
+    "--clip": (float, "clip"),
+    "--temperature": ((float, float), "temperature"),
+    "--width-of-queries": (int, "width"),
+    "--encoder": (str, "encoder"),
+    "--layers": (int, "layers"),
+    "--heads": (str, "heads"),
+    "--pool": (int, "pool"),
+}
 
 
-class _ManyRatios(click.Command):
+class _ManyRatios(Command):
     """``--prune-ratio 0.4 0.6`` as well as ``--prune-ratio 0.4 --prune-ratio 0.6``."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -56,8 +93,15 @@ def spread_ratios(args: Sequence[str]) -> list[str]:
     return spread
 
 
+def _pruner_flags(function: F) -> F:
+    """The hidden flags of ``_FLAGS``, each the parameter ``pruner_`` and the field."""
+    for flag, (kind, name) in _FLAGS.items():
+        function = option("Pruner", flag, f"pruner_{name}", type=kind, hidden=True)(function)
+    return option("Pruner", "--one-noise", "pruner_one_noise", is_flag=True, default=None, hidden=True)(function)
+
+
 @click.command(
-    name="search",
+    name="dipgo-search",
     cls=_ManyRatios,
     epilog=examples(
         "dipgo-search --model fashion-dit --steps 50 --prune-ratio 0.8 -o schedule.json",
@@ -68,15 +112,23 @@ def spread_ratios(args: Sequence[str]) -> list[str]:
         "--prune-ratio 0.6 -o s.json",
     ),
 )
-@click.option("--model", required=True, help="fashion-sd, fashion-dit, a folder in diffusers' format, or a hub id.")
-@click.option("--sampler", help="ddim, pndm, dpm++2m, euler, ... or a diffusers class. [default: the model's own]")
-@click.option("--steps", type=click.IntRange(min=1), default=50, show_default=True, help="Denoising steps.")
-@click.option(
+@model_option
+@guidance_option
+@sampler_options
+@option(
+    "Schedule",
     "--reference",
-    help="Sampler and steps of the run whose images are kept and whose cost is saved of, as in ddim:50; without steps, "
-    "as many as --steps.  [default: the full run of --sampler and --steps]",
+    show_default="the full run of --sampler and --steps",
+    help="Run whose images the schedules have to keep, and whose cost they save a share of: sampler and steps, as in "
+    "ddim:50, or a sampler with as many steps as --steps.",
 )
-@click.option(
+@granularity_option()
+@cache_option("the model family's; refinement takes the one that loses least")
+@prompts_option
+@class_labels_option
+@guidance_scale_option
+@option(
+    "Search",
     _RATIO,
     "ratios",
     type=click.FloatRange(0, 1, max_open=True),
@@ -84,66 +136,117 @@ def spread_ratios(args: Sequence[str]) -> list[str]:
     required=True,
     help="Share of the cost of the full run to save; several numbers give several schedules from one pruner.",
 )
-@click.option(
-    "-o",
-    "--output",
-    type=_PATH,
-    required=True,
-    help="Schedule file; with several ratios each is put before the suffix, as in schedule-0.80.json.",
-)
-@click.option(
+@option(
+    "Search",
     "--method",
     type=click.Choice(_METHODS),
     default="dipgo+refine",
-    show_default=True,
-    help="dipgo is the paper's; +refine also makes small moves on the true objective; refine does without a pruner.",
+    help="How schedules are found: dipgo is the paper's pruner; +refine also makes small moves on the true objective; "
+    "refine does without a pruner; the others are baselines.",
 )
-@click.option("--granularity", type=click.Choice(["block", "layer"]), default="block", show_default=True)
-@click.option(
-    "--cache",
-    type=click.Choice(["output", "residual"]),
-    help="[default: the model family's; refinement takes the one that loses least]",
+@option(
+    "Search",
+    "--prune-by",
+    type=click.Choice(["macs", "latency"]),
+    default="macs",
+    help="What a cost is: multiply-accumulates, or the time on this machine's CPU.",
 )
-@click.option("--prompts", type=_PATH, help="Text file, one prompt a line. [default: those of fashion-sd]")
-@click.option("--class-labels", help="Comma-separated numbers, for a class model. [default: all it names]")
-@click.option("--height", type=click.IntRange(min=1), help="Image height in pixels. [default: the model's]")
-@click.option("--width", type=click.IntRange(min=1), help="Image width in pixels. [default: the model's]")
-@click.option("--guidance/--no-guidance", default=None, help="Classifier-free guidance. [default: the pipeline's]")
-@click.option("--guidance-scale", type=float, help="[default: the pipeline's own]")
-@click.option("--prune-by", type=click.Choice(["macs", "latency"]), default="macs", show_default=True)
-@click.option("--max-variants", type=click.IntRange(min=1), help="Raise gates until at most so many graphs are left.")
-@click.option("--budget", type=click.IntRange(min=0), default=200, show_default=True, help="Evaluations a ratio.")
-@click.option("--images", type=click.IntRange(min=1), default=16, show_default=True, help="Images an evaluation.")
-@click.option("--image-batch", type=click.IntRange(min=1), default=16, show_default=True, help="Of these at a time.")
-@click.option("--preset", type=click.Choice(["small", "paper"]), default="small", show_default=True)
-@click.option("--iterations", type=click.IntRange(min=1), help="Of the pruner.  [default: small 100, paper 1000]")
-@click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Images a run.")
-@click.option("--accumulate", type=click.IntRange(min=1), default=1, show_default=True, help="Runs an iteration.")
-@click.option("--loss", type=click.Choice(_LOSSES), default="ssim", show_default=True)
-@click.option("--alpha", type=click.FloatRange(min=0), help="Weight of the sparsity. [default: small 0.5, paper 1]")
-@click.option("--stop-share", type=click.FloatRange(0, 1), default=0.2, show_default=True)
-@click.option("--optimiser", type=click.Choice(["sgd", "adam", "adamw"]), help="[default: small adam, paper sgd]")
-@click.option("--lr", type=click.FloatRange(min=0, min_open=True), help="[default: small 0.03, paper 0.1, DiT 10]")
-@click.option("--momentum", type=click.FloatRange(0, 1, max_open=True), default=0.0, show_default=True)
-@click.option("--weight-decay", type=click.FloatRange(min=0), default=1e-4, show_default=True)
-@click.option("--warmup", type=click.IntRange(min=0), default=0, show_default=True, help="Iterations of warm-up.")
-@click.option("--clip", type=click.FloatRange(min=0), default=0.0, show_default=True, help="Gradient norm; 0: none.")
-@click.option("--temperature", type=(float, float), default=(1.0, 1.0), show_default=True, help="Start and end.")
-@click.option("--width-of-queries", type=click.IntRange(min=1), help="D. [default: small 64, paper 512]")
-@click.option("--encoder", type=click.Choice(["attention", "linear"]), default="attention", show_default=True)
-@click.option("--layers", type=click.IntRange(min=1), default=1, show_default=True, help="Of the encoder.")
-@click.option("--heads", type=click.Choice(["per-gate", "shared"]), default="per-gate", show_default=True)
-@click.option("--warm-start", help="Schedule file that the pruner starts at instead of keep-all; or uniform.")
-@click.option("--start", "starts", type=_PATH, multiple=True, help="Schedule file that refinement may start at too.")
-@click.option("--pool", type=click.IntRange(min=1), help="Learn from so many images. [default: always new ones]")
-@click.option("--one-noise", is_flag=True, help="The same noise in all images, as in the authors' code.")
-@click.option("--precision", type=click.Choice(["fp32", "bf16"]), default="fp32", show_default=True)
-@click.option("--device", default="cpu", show_default=True)
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads. [default: torch's own]")
-@click.option("--seed", type=click.IntRange(min=0, max=400_000), default=0, show_default=True)
-@click.option("--checkpoint", type=_PATH, help="Folder for the pruner's state and log.jsonl.")
-@click.option("--save-every", type=click.IntRange(min=1), default=20, show_default=True, help="Iterations.")
-@click.option("--resume", is_flag=True, help="Go on from --checkpoint, to the same result.")
+@option(
+    "Search",
+    "--max-variants",
+    type=click.IntRange(min=1),
+    show_default="no limit",
+    help="Merge graphs until at most this many are left, by computing the cheapest skipped blocks after all.",
+)
+@option(
+    "Search",
+    "--budget",
+    type=click.IntRange(min=0),
+    default=200,
+    help="How often the true objective may be computed for each ratio.",
+)
+@option(
+    "Search",
+    "--images",
+    type=click.IntRange(min=1),
+    default=16,
+    help="Images that the true objective is the mean over.",
+)
+@option(
+    "Search",
+    "--start",
+    "starts",
+    type=PATH,
+    multiple=True,
+    show_default="none",
+    help="Schedule file that refinement may start at too; can be given several times.",
+)
+@option("Search", "--seed", type=click.IntRange(min=0, max=400_000), default=0, help="Seed of the search.")
+@option(
+    "Pruner",
+    "--preset",
+    type=click.Choice(["small", "paper"]),
+    default="small",
+    help="Size and settings of the pruner: for small models and little time, or those of the paper.",
+)
+@option(
+    "Pruner",
+    "--iterations",
+    type=click.IntRange(min=1),
+    show_default="small 100, paper 1000",
+    help="Iterations of the training of the pruner.",
+)
+@option(
+    "Pruner",
+    "--config",
+    "config_file",
+    type=PATH,
+    show_default="none",
+    help='JSON object in a file, such as {"lr": 0.05}, with hyper-parameters of the pruner that take the place of the '
+    "preset's: iterations, batch, accumulation, loss, alpha, stop_share, optimizer, lr, momentum, weight_decay, "
+    "warmup, clip, temperature, precision, width, encoder, layers, heads, pool, one_noise.",
+)
+@option(
+    "Pruner",
+    "--warm-start",
+    show_default="keep every gate",
+    help="Schedule file that the training starts at, or `uniform`: for each ratio a pruner of its own, which starts at "
+    "the uniform interval.",
+)
+@_pruner_flags
+@size_options
+@option(
+    "Runtime",
+    "--image-batch",
+    type=click.IntRange(min=1),
+    default=16,
+    help="Images of the true objective that go through the model at once.",
+)
+@option(
+    "Runtime",
+    "--precision",
+    type=click.Choice(["fp32", "bf16"]),
+    show_default="fp32",
+    help="Precision of the denoiser in the training; bf16 runs it under autocast.",
+)
+@device_option
+@threads_option("torch's own")
+@option(
+    "Output",
+    "-o",
+    "--output",
+    type=PATH,
+    required=True,
+    help="Schedule file; with several ratios each is put before the suffix, as in schedule-0.80.json.",
+)
+@checkpoint_options("training of the pruner, and its log")
+@option(
+    "Output",
+    "--save-every",
+    type=click.IntRange(min=1),
+    default=20,
+    help="Iterations from one checkpoint to the next.",
+)
 @overwrite_option
 @json_option
 @version_option
@@ -163,6 +266,7 @@ def command(
     outputs = [free_output(path, "--output", overwrite=overwrite) for path in named]
     if resume and checkpoint is None:
         raise UserError("--resume: needs --checkpoint, the folder to go on from")
+    pruner = pruner_config(options)
     import torch
 
     from dipgo_deploy.reference.quiet import quiet_libraries
@@ -175,7 +279,7 @@ def command(
     console = human_console(as_json)
     with _reporting(console, options) as reporter:
         problem = load_problem(_problem_options(options), reporter.stage)
-        settings = _search_options(options, problem.target.model.class_name, threads)
+        settings = _search_options(options, pruner, problem.target.model.class_name, threads)
         if options["cache"] is None and settings.method.endswith("refine"):
             problem = choose_cache(problem, settings, reporter)
         settings = replace(settings, starts=_starts(options["starts"], problem.target))
@@ -245,7 +349,27 @@ def _starts(files: Sequence[Path], target: Any) -> tuple[tuple[str, Any], ...]:
     return tuple(found)
 
 
-def _search_options(options: dict[str, Any], class_name: str, threads: int | None) -> SearchOptions:
+def pruner_config(options: dict[str, Any]) -> PrunerConfig:
+    """Hyper-parameters from ``--config`` and, above them, from flags; flags that go away are named on stderr.
+
+    Raises:
+        UserError: the file or a flag is wrong.
+    """
+    from dipgo_deploy.search.config import PrunerConfig, load_config, with_values
+
+    flags = {name: flag for flag, (_, name) in _FLAGS.items()} | {"one_noise": "--one-noise"}
+    old = {name: options[f"pruner_{name}"] for name in flags if options[f"pruner_{name}"] is not None}
+    if old:
+        fields = ", ".join(f"{flags[name]} as {name}" for name in old)
+        click.echo(f"{fields}: belongs into the file of --config; the flags go away with the next release", err=True)
+    config = PrunerConfig() if options["config_file"] is None else load_config(options["config_file"])
+    given = {name: options[name] for name in ("iterations", "precision") if options[name] is not None}
+    return with_values(config, old | given)
+
+
+def _search_options(
+    options: dict[str, Any], config: PrunerConfig, class_name: str, threads: int | None
+) -> SearchOptions:
     """What was given, and for the rest the preset."""
     from dipgo_deploy.schedule.document import Schedule
     from dipgo_deploy.search.pruner import SIZES
@@ -253,23 +377,18 @@ def _search_options(options: dict[str, Any], class_name: str, threads: int | Non
     from dipgo_deploy.search.train import PRESETS
 
     preset = options["preset"]
-    train = PRESETS[preset]
+    train = replace(PRESETS[preset], save_every=options["save_every"])
     if preset == "paper" and class_name == "DiTTransformer2DModel":
         train = replace(train, lr=10.0)
-    chosen = {name: options[name] for name in ("iterations", "alpha", "optimiser", "lr") if options[name] is not None}
-    same = ("batch", "loss", "stop_share", "momentum", "weight_decay", "warmup", "clip", "temperature")
-    chosen |= {name: options[name] for name in (*same, "precision", "save_every")}
-    size = replace(SIZES[preset], encoder=options["encoder"], layers=options["layers"], heads=options["heads"])
-    if options["width_of_queries"] is not None:
-        size = replace(size, width=options["width_of_queries"])
+    chosen = config.chosen()
+    size = {name: chosen.pop(name) for name in ("width", "encoder", "layers", "heads") if name in chosen}
+    stream = {name: chosen.pop(name) for name in ("pool", "one_noise") if name in chosen}
     start = options["warm_start"]
     return SearchOptions(
-        **{
-            name: options[name]
-            for name in ("method", "ratios", "budget", "images", "image_batch", "seed", "pool", "one_noise")
-        },
-        size=size,
-        train=replace(train, accumulation=options["accumulate"], **chosen),
+        **{name: options[name] for name in ("method", "ratios", "budget", "images", "image_batch", "seed")},
+        **stream,
+        size=replace(SIZES[preset], **size),
+        train=replace(train, **chosen),
         warm_start=start if start is None or start == "uniform" else Schedule.load(start).gates,
         max_variants=options["max_variants"],
         prune_by=options["prune_by"],

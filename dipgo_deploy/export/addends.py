@@ -14,7 +14,7 @@ _TAKEN_FOR_ZERO = 1e-8
 def keep_tiny_addends(program: ExportedProgram) -> int:
     """Give each scalar of at most 1e-8 that is added to a tensor the size of one of its dimensions; returns how many.
 
-    Sana's linear attention divides by a sum of ReLUs plus 1e-15. The exporter's optimiser takes that for zero and drops
+    Sana's linear attention divides by a sum of ReLUs plus 1e-15. The exporter's optimizer takes that for zero and drops
     it, so that a token whose ReLUs are all zero becomes NaN; a tensor of several equal elements it leaves alone.
     """
     import torch

@@ -16,7 +16,7 @@ def restore_names(model: ir.Model, prefix: str) -> dict[str, str]:
     """Rename in place: initialisers to the parameter they come from, nodes to ``module.path/Op_n``, and what they
     compute after them.
 
-    The exporter's optimiser stores transposed weights as ``val_N`` and keeps the origin in metadata. ``prefix``
+    The exporter's optimizer stores transposed weights as ``val_N`` and keeps the origin in metadata. ``prefix``
     (``denoiser.``) is the wrapper's attribute, which is cut off. Returns the parameter (without ``prefix``) of each
     initialiser that comes from one, by its new name.
     """

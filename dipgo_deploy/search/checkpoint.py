@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from dipgo_deploy.errors import UserError
 
 NAME = "checkpoint.safetensors"
-_MODEL, _OPTIMISER = "model.", "optimiser."
+_MODEL, _OPTIMIZER = "model.", "optimiser."
 
 
 @dataclass(frozen=True)
@@ -28,26 +28,26 @@ class Checkpoint:
     settings: Mapping[str, Any]
     tensors: Mapping[str, Tensor]
 
-    def restore(self, model: nn.Module, optimiser: torch.optim.Optimizer) -> None:
-        """Bring a model and its optimiser to this state."""
+    def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Bring a model and its optimizer to this state."""
         model.load_state_dict(
             {name[len(_MODEL) :]: tensor for name, tensor in self.tensors.items() if name.startswith(_MODEL)}
         )
         state: dict[int, dict[str, Tensor]] = {}
         for name, tensor in self.tensors.items():
-            if name.startswith(_OPTIMISER):
-                parameter, key = name[len(_OPTIMISER) :].split(".", 1)
+            if name.startswith(_OPTIMIZER):
+                parameter, key = name[len(_OPTIMIZER) :].split(".", 1)
                 state.setdefault(int(parameter), {})[key] = tensor
-        optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def take(model: nn.Module, optimiser: torch.optim.Optimizer, iteration: int, settings: Mapping[str, Any]) -> Checkpoint:
+def take(model: nn.Module, optimizer: torch.optim.Optimizer, iteration: int, settings: Mapping[str, Any]) -> Checkpoint:
     """A copy of the state of a search."""
     tensors = {f"{_MODEL}{name}": tensor.detach().clone() for name, tensor in model.state_dict().items()}
-    for parameter, values in optimiser.state_dict()["state"].items():
+    for parameter, values in optimizer.state_dict()["state"].items():
         for key, value in values.items():
             if isinstance(value, Tensor):
-                tensors[f"{_OPTIMISER}{parameter}.{key}"] = value.detach().clone()
+                tensors[f"{_OPTIMIZER}{parameter}.{key}"] = value.detach().clone()
     return Checkpoint(iteration, dict(settings), tensors)
 
 

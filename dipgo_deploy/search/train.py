@@ -1,4 +1,4 @@
-"""The optimisation of the pruner through the whole denoising loop (DiP-GO, arXiv 2410.16942)."""
+"""The optimization of the pruner through the whole denoising loop (DiP-GO, arXiv 2410.16942)."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from dipgo_deploy.search.samples import SampleStream
 
 LOG_NAME = "log.jsonl"
 
-Optimiser = Literal["sgd", "adam", "adamw"]
+OptimizerName = Literal["sgd", "adam", "adamw"]
 
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """How the pruner is optimised. The defaults are the paper's, but for the learning rate and number of iterations.
+    """How the pruner is optimized. The defaults are the paper's, but for the learning rate and number of iterations.
 
-    iterations: optimiser steps. batch: images a run; accumulation: runs an optimiser step. alpha: weight of the
+    iterations: optimizer steps. batch: images a run; accumulation: runs an optimizer step. alpha: weight of the
     sparsity term, which is dropped while the share of kept gates is below ``stop_share``. relative_price: prices of
     gates are divided by their mean, so that one alpha suits models of few and of many blocks. lr: its peak, after
     ``warmup`` iterations, then a half cosine to 0. clip: largest gradient norm, 0 for no clipping. temperature: of the
@@ -45,7 +45,7 @@ class TrainOptions:
     alpha: float = 1.0
     stop_share: float = 0.2
     relative_price: bool = False
-    optimiser: Optimiser = "sgd"
+    optimizer: OptimizerName = "sgd"
     lr: float = 0.1
     momentum: float = 0.0
     weight_decay: float = 1e-4
@@ -59,8 +59,8 @@ class TrainOptions:
 
 PRESETS: Mapping[str, TrainOptions] = MappingProxyType(
     {
-        "small": TrainOptions(iterations=100, optimiser="adam", lr=0.03, alpha=0.5, relative_price=True),
-        "paper": TrainOptions(iterations=1000, batch=1, optimiser="sgd", lr=0.1),
+        "small": TrainOptions(iterations=100, optimizer="adam", lr=0.03, alpha=0.5, relative_price=True),
+        "paper": TrainOptions(iterations=1000, batch=1, optimizer="sgd", lr=0.1),
     }
 )
 """``paper``: the paper's settings for UNets (a DiT takes lr 10). ``small``: for small models and little time."""
@@ -81,12 +81,12 @@ class Progress:
 
 
 class Trainer:
-    """A pruner, its optimiser, and the images it learns from."""
+    """A pruner, its optimizer, and the images it learns from."""
 
     def __init__(self, problem: Problem, pruner: Pruner, options: TrainOptions, samples: SampleStream) -> None:
         """Raises UserError for a loss on images when the model makes none."""
         self.problem, self.pruner, self.options, self.samples = problem, pruner.to(problem.device), options, samples
-        self.optimiser = _optimiser(self.pruner, options)
+        self.optimizer = _optimizer(self.pruner, options)
         self.iteration = 0
         self._loss = LoopLoss(problem, options.loss, options.precision, checkpoint_steps=options.checkpoint_steps)
         gamma = problem.costs.gamma
@@ -94,16 +94,16 @@ class Trainer:
         self._prices = [share / scale for share in gamma]
 
     def iterate(self) -> Progress:
-        """One optimiser step.
+        """One optimizer step.
 
         Raises:
             FloatingPointError: loss or gradient is not a number; the parameters are as before.
         """
         options, start = self.options, time.perf_counter()
         lr = learning_rate(options, self.iteration)
-        for group in self.optimiser.param_groups:
+        for group in self.optimizer.param_groups:
             group["lr"] = lr
-        self.optimiser.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=True)
         distances = []
         first = self.iteration * options.accumulation * options.batch
         for part in range(options.accumulation):
@@ -123,7 +123,7 @@ class Trainer:
         norm = torch.nn.utils.clip_grad_norm_(self.pruner.parameters(), options.clip or math.inf)
         if not math.isfinite(float(norm)):
             raise FloatingPointError("the gradient is not a number")
-        self.optimiser.step()
+        self.optimizer.step()
         self.iteration += 1
         mean = sum(distances) / len(distances)
         paid = options.alpha * price.item() if kept >= options.stop_share else 0.0
@@ -156,7 +156,7 @@ def train(
             raise UserError("--resume: needs --checkpoint, the folder to go on from")
         state = checkpoint.load(folder)
         checkpoint.check_settings(state.settings, given, folder)
-        state.restore(trainer.pruner, trainer.optimiser)
+        state.restore(trainer.pruner, trainer.optimizer)
         trainer.iteration = state.iteration
     with _Log(folder, trainer.iteration) as log:
         try:
@@ -191,17 +191,17 @@ def _temperature(options: TrainOptions, iteration: int) -> float:
     return float(first * (last / first) ** share)
 
 
-def _optimiser(pruner: Pruner, options: TrainOptions) -> torch.optim.Optimizer:
+def _optimizer(pruner: Pruner, options: TrainOptions) -> torch.optim.Optimizer:
     parameters = list(pruner.parameters())
-    if options.optimiser == "sgd":
+    if options.optimizer == "sgd":
         return torch.optim.SGD(parameters, lr=options.lr, momentum=options.momentum, weight_decay=options.weight_decay)
-    kind = torch.optim.Adam if options.optimiser == "adam" else torch.optim.AdamW
+    kind = torch.optim.Adam if options.optimizer == "adam" else torch.optim.AdamW
     return kind(parameters, lr=options.lr, weight_decay=options.weight_decay)
 
 
 def _save(trainer: Trainer, settings: Mapping[str, Any], folder: Path | None) -> None:
     if folder is not None:
-        state = checkpoint.take(trainer.pruner, trainer.optimiser, trainer.iteration, settings)
+        state = checkpoint.take(trainer.pruner, trainer.optimizer, trainer.iteration, settings)
         checkpoint.save(state, folder)
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -12,7 +13,6 @@ from dipgo_deploy.cli import search as cli
 from dipgo_deploy.cli.search import main, output_files, spread_ratios
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.schedule.document import Schedule
-from dipgo_deploy.search.losses import LOSSES
 from dipgo_deploy.search.run import METHODS, SearchOptions
 
 torch.set_num_threads(1)
@@ -25,7 +25,16 @@ def dit_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_choices_are_those_of_the_library() -> None:
     assert cli._METHODS == METHODS
-    assert cli._LOSSES == LOSSES
+
+
+def test_flags_of_earlier_releases_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    settings("--accumulate", "3", "--one-noise")
+    assert capsys.readouterr().err == (
+        "--accumulate as accumulation, --one-noise as one_noise: belongs into the file of --config; the flags go away "
+        "with the next release\n"
+    )
+    with pytest.raises(UserError, match="alpha: Input should be greater than or equal to 0, not -1"):
+        settings("--alpha", "-1")
 
 
 def test_ratios_may_follow_each_other() -> None:
@@ -106,18 +115,24 @@ def test_an_empty_prompts_file_is_refused(tmp_path: Path, capsys: pytest.Capture
 def settings(*args: str, class_name: str = "UNet2DConditionModel") -> SearchOptions:
     """The search options that a command line stands for."""
     context = cli.command.make_context("search", ["--model", "m", "--prune-ratio", "0.5", "-o", "s.json", *args])
-    return cli._search_options(context.params, class_name, None)
+    return cli._search_options(context.params, cli.pruner_config(context.params), class_name, None)
 
 
 def test_presets_and_what_overrides_them(tmp_path: Path) -> None:
     paper = settings("--preset", "paper")
     assert (paper.size.width, paper.size.hidden) == (512, (128, 128))
     train = paper.train
-    assert (train.optimiser, train.lr, train.iterations, train.alpha, train.weight_decay) == ("sgd", 0.1, 1000, 1, 1e-4)
+    assert (train.optimizer, train.lr, train.iterations, train.alpha, train.weight_decay) == ("sgd", 0.1, 1000, 1, 1e-4)
     assert settings("--preset", "paper", class_name="DiTTransformer2DModel").train.lr == 10
     given = settings("--preset", "paper", "--lr", "2", "--alpha", "0.1", "--heads", "shared", "--accumulate", "3")
     assert (given.train.lr, given.train.alpha, given.train.accumulation, given.size.heads) == (2, 0.1, 3, "shared")
     assert settings().size.width == 64
+    file = tmp_path / "pruner.json"
+    file.write_text('{"lr": 2, "alpha": 0.1, "heads": "shared", "accumulation": 3, "pool": 8, "temperature": [2, 0.5]}')
+    read = settings("--preset", "paper", "--config", str(file))
+    assert read.train == replace(given.train, temperature=(2, 0.5)) and read.size == given.size and read.pool == 8
+    above = settings("--preset", "paper", "--config", str(file), "--lr", "3", "--iterations", "7")
+    assert above.train == replace(read.train, lr=3, iterations=7)
     with pytest.raises(UserError, match="none.json: no such file"):
         settings("--warm-start", str(tmp_path / "none.json"))
 

@@ -27,7 +27,7 @@ from dipgo_deploy.search.pruner import PrunerSize
 from dipgo_deploy.search.run import Reporter, SearchOptions, choose_cache, judged, search
 from dipgo_deploy.search.train import TrainOptions
 
-TRAIN = TrainOptions(iterations=2, batch=2, optimiser="adam", lr=0.3)
+TRAIN = TrainOptions(iterations=2, batch=2, optimizer="adam", lr=0.3)
 OPTIONS = SearchOptions(
     method="dipgo",
     ratios=(0.3, 0.6),

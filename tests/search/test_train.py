@@ -16,7 +16,7 @@ from dipgo_deploy.search.samples import SampleStream
 from dipgo_deploy.search.train import LOG_NAME, Progress, Trainer, TrainOptions, learning_rate, train
 
 SIZE = PrunerSize(width=16, hidden=(8,))
-OPTIONS = TrainOptions(iterations=4, batch=2, optimiser="adam", lr=0.3, save_every=1)
+OPTIONS = TrainOptions(iterations=4, batch=2, optimizer="adam", lr=0.3, save_every=1)
 SETTINGS = {"model": "tiny"}
 
 
@@ -141,11 +141,11 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_state(
     assert all(tensor.isfinite().all() for tensor in kept.tensors.values())
 
 
-@pytest.mark.parametrize("optimiser", ["sgd", "adamw"])
-def test_sparsity_pushes_until_few_gates_are_left(problem: Problem, optimiser: str) -> None:
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_sparsity_pushes_until_few_gates_are_left(problem: Problem, optimizer: str) -> None:
     """With a large weight on sparsity gates go; below the stop share nothing pushes any more."""
     options = replace(
-        OPTIONS, alpha=1000.0, optimiser=optimiser, lr=0.02 if optimiser == "sgd" else 0.3, iterations=6, stop_share=0.5
+        OPTIONS, alpha=1000.0, optimizer=optimizer, lr=0.02 if optimizer == "sgd" else 0.3, iterations=6, stop_share=0.5
     )
     steps: list[Progress] = []
     train(trainer(problem, options), SETTINGS, notify=steps.append)
@@ -155,8 +155,8 @@ def test_sparsity_pushes_until_few_gates_are_left(problem: Problem, optimiser: s
 
 
 def test_accumulation_is_a_larger_batch(problem: Problem) -> None:
-    one = trainer(problem, replace(OPTIONS, batch=2, accumulation=1, optimiser="sgd", lr=1.0))
-    two = trainer(problem, replace(OPTIONS, batch=1, accumulation=2, optimiser="sgd", lr=1.0))
+    one = trainer(problem, replace(OPTIONS, batch=2, accumulation=1, optimizer="sgd", lr=1.0))
+    two = trainer(problem, replace(OPTIONS, batch=1, accumulation=2, optimizer="sgd", lr=1.0))
     for made in (one, two):
         made.pruner.warm_start([[True] * 3, [True, False, True], [False] * 3, [True] * 3, [False, True, False]])
         made.iterate()
