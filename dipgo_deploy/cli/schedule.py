@@ -36,7 +36,7 @@ from dipgo_deploy.cli.options import (
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from dipgo_deploy.schedule.builders import Target
+    from dipgo_deploy.schedule.builders import PendingTarget
     from dipgo_deploy.schedule.document import Schedule
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -86,24 +86,24 @@ def _layer_target_options(function: F) -> F:
     return _target_options(function, "layer")
 
 
-def _target(
+def _pending(
     model: str,
     sampler: str | None,
     steps: int,
     granularity: Literal["block", "layer"],
     cache: Literal["output", "residual"] | None,
-) -> Target:
-    from dipgo_deploy.models.target import schedule_target
+) -> PendingTarget:
+    from dipgo_deploy.models.target import pending_target
 
-    return schedule_target(model, sampler, steps, granularity, cache)
+    return pending_target(model, sampler, steps, granularity, cache)
 
 
-def _target_of_import(file: Path, options: Mapping[str, Any]) -> Target:
-    """``_target``, which takes seconds, for a file that can be read at all."""
+def _pending_for(file: Path, options: Mapping[str, Any]) -> PendingTarget:
+    """The target of a file that can be read at all."""
     from dipgo_deploy.schedule.files import read_bytes
 
     read_bytes(file)
-    return _target(**options)
+    return _pending(**options)
 
 
 def _write(schedule: Schedule, output: Path, as_json: bool) -> None:
@@ -120,7 +120,7 @@ def full(output: Path, as_json: bool, **options: Any) -> None:
     """Every block runs at every evaluation."""
     from dipgo_deploy.schedule import builders
 
-    target = _target(**options)
+    target = _pending(**options).complete()
     gates = builders.full(target.steps, len(target.blocks))
     _write(target.schedule(gates, "full", {}), output, as_json)
 
@@ -132,7 +132,7 @@ def uniform(interval: int, output: Path, as_json: bool, **options: Any) -> None:
     """Every block runs at every INTERVAL-th evaluation, none in between."""
     from dipgo_deploy.schedule import builders
 
-    target = _target(**options)
+    target = _pending(**options).complete()
     gates = builders.uniform(target.steps, len(target.blocks), interval)
     _write(target.schedule(gates, "uniform", {"interval": interval}), output, as_json)
 
@@ -160,7 +160,7 @@ def deepcache(interval: int, branch: int, output: Path, as_json: bool, **options
     from dipgo_deploy.sampler import make_scheduler, step_positions
     from dipgo_deploy.schedule import builders
 
-    target = _target(**options)
+    target = _pending(**options).complete()
     scheduler = make_scheduler(target.sampler.class_name, target.sampler.config)
     steps = target.sampler.num_inference_steps
     timesteps = nominal_set_timesteps(family_for(target.model.class_name), {}, scheduler, steps)
@@ -177,7 +177,7 @@ def random(ratio: float, seed: int, output: Path, as_json: bool, **options: Any)
     """Remove gates at random; the first evaluation always runs in full."""
     from dipgo_deploy.schedule import builders
 
-    target = _target(**options)
+    target = _pending(**options).complete()
     gates = builders.random(target.steps, len(target.blocks), ratio, seed)
     _write(target.schedule(gates, "random", {"ratio": ratio, "seed": seed}), output, as_json)
 
@@ -211,7 +211,7 @@ def import_dipgo_gates(file: Path, output: Path, as_json: bool, **options: Any) 
     """
     from dipgo_deploy.schedule.importers.dipgo_gates import import_dipgo_gates as read
 
-    _write(read(file, _target_of_import(file, options)), output, as_json)
+    _write(read(file, _pending_for(file, options)), output, as_json)
 
 
 @import_group.command(
@@ -229,7 +229,7 @@ def import_smoothcache(file: Path, output: Path, as_json: bool, **options: Any) 
     """
     from dipgo_deploy.schedule.importers.smoothcache import import_smoothcache as read
 
-    _write(read(file, _target_of_import(file, options)), output, as_json)
+    _write(read(file, _pending_for(file, options)), output, as_json)
 
 
 @import_group.command(
@@ -268,7 +268,7 @@ def import_l2c_router(
     """
     from dipgo_deploy.schedule.importers.l2c_router import import_l2c_router as read
 
-    schedule = read(file, _target_of_import(file, options), threshold, rule)
+    schedule = read(file, _pending_for(file, options), threshold, rule)
     parameters = schedule.provenance["parameters"]
     whose = {"l2c": "Learning-to-Cache", "harmonica": "HarmoniCa"}[parameters["rule"]]
     human_console(as_json).print(f"{file}: read as routers of {whose}", markup=False, soft_wrap=True)
@@ -287,7 +287,7 @@ def import_csv(file: Path, output: Path, as_json: bool, **options: Any) -> None:
     """
     from dipgo_deploy.schedule.importers.csv import import_csv as read
 
-    _write(read(file, _target_of_import(file, options)), output, as_json)
+    _write(read(file, _pending_for(file, options)), output, as_json)
 
 
 @command.command(epilog=examples("dipgo-schedule validate schedule.json --model fashion-sd"))

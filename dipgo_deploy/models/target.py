@@ -10,12 +10,14 @@ from dipgo_deploy.models.family import BlockSpec, CacheKind, Granularity, ModelF
 from dipgo_deploy.models.location import config_folder, denoiser_config, native_size, scheduler_config
 from dipgo_deploy.models.registry import family_for
 from dipgo_deploy.sampler.kinds import check_kind, kind_of
-from dipgo_deploy.schedule.builders import Target
+from dipgo_deploy.schedule.builders import PendingTarget, Target
 from dipgo_deploy.schedule.document import BlockEntry, ModelIdentity, SamplerEntry, Schedule
 from dipgo_deploy.schedule.identity import accepted_hashes, config_hash
 
 # Latent pixels of a model whose configuration does not say its size; the number of evaluations does not depend on it.
 NOMINAL_SIZE = 128
+# Of a step; Runge-Kutta steps make as many.
+_MOST_EVALUATIONS = 4
 
 
 def schedule_target(
@@ -25,11 +27,25 @@ def schedule_target(
     granularity: Granularity = "block",
     cache: CacheKind | None = None,
 ) -> Target:
-    """What a schedule for this model and sampler needs to say, T included.
+    """What a schedule for this model and sampler needs to say, T included. Needs the extra ``export``.
+
+    See `pending_target`.
+    """
+    return pending_target(model, sampler, num_inference_steps, granularity, cache).complete()
+
+
+def pending_target(
+    model: str,
+    sampler: str | None = None,
+    num_inference_steps: int = 50,
+    granularity: Granularity = "block",
+    cache: CacheKind | None = None,
+) -> PendingTarget:
+    """What of a target the model's configuration decides; completing it needs the extra ``export`` (diffusers).
 
     model: built-in name, folder or hub id. sampler: a name of ``dipgo_deploy.sampler`` or a diffusers scheduler class;
     None takes the model folder's own. cache: kind for every block, None the family's default. T is the sampler's
-    number of evaluations of the denoiser. Needs the extra ``export`` (diffusers' schedulers).
+    number of evaluations of the denoiser.
 
     Raises UserError for an unknown model, sampler or granularity, and a cache kind that a block does not support.
     """
@@ -47,25 +63,29 @@ def schedule_target(
     if sampler is not None:
         class_name, settings = SAMPLERS.get(sampler.lower(), (sampler, {}))
         check_sampler_kind(model, class_name, {**(scheduler_config(config_folder(model)) or {}), **settings})
-    # Above everything that needs diffusers, which takes seconds to import.
-    from dipgo_deploy.models.stock import stock_configuration
-    from dipgo_deploy.sampler import evaluations, make_scheduler, plain_config
+    blocks = tuple(_entry(spec, cache) for spec in family.blocks(config, granularity))
 
-    scheduler = stock_configuration(model).scheduler
-    if sampler is not None:
-        scheduler = make_scheduler(sampler, {} if scheduler is None else scheduler.config)
-    assert scheduler is not None  # without a sampler the model has one
-    options = nominal_set_timesteps(family, config, scheduler, num_inference_steps)
-    return Target(
-        model=ModelIdentity(class_name=family.class_name, config_hash=config_hash(config), granularity=granularity),
-        blocks=tuple(_entry(spec, cache) for spec in family.blocks(config, granularity)),
-        sampler=SamplerEntry(
-            class_name=type(scheduler).__name__,
-            config=plain_config(scheduler),
-            num_inference_steps=num_inference_steps,
-        ),
-        steps=evaluations(scheduler, num_inference_steps, set_timesteps_kwargs=options),
-    )
+    def complete() -> Target:
+        from dipgo_deploy.models.stock import stock_configuration
+        from dipgo_deploy.sampler import evaluations, make_scheduler, plain_config
+
+        scheduler = stock_configuration(model).scheduler
+        if sampler is not None:
+            scheduler = make_scheduler(sampler, {} if scheduler is None else scheduler.config)
+        assert scheduler is not None  # without a sampler the model has one
+        options = nominal_set_timesteps(family, config, scheduler, num_inference_steps)
+        return Target(
+            model=ModelIdentity(class_name=family.class_name, config_hash=config_hash(config), granularity=granularity),
+            blocks=blocks,
+            sampler=SamplerEntry(
+                class_name=type(scheduler).__name__,
+                config=plain_config(scheduler),
+                num_inference_steps=num_inference_steps,
+            ),
+            steps=evaluations(scheduler, num_inference_steps, set_timesteps_kwargs=options),
+        )
+
+    return PendingTarget(tuple(block.name for block in blocks), _MOST_EVALUATIONS * num_inference_steps, complete)
 
 
 def nominal_set_timesteps(family: ModelFamily, config: Mapping[str, Any], scheduler: Any, steps: int) -> dict[str, Any]:

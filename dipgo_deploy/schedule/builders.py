@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random as _random
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +39,20 @@ class Target:
             sampler=self.sampler,
             provenance={"method": method, "parameters": dict(parameters), "tool_version": __version__},
         )
+
+
+@dataclass(frozen=True)
+class PendingTarget:
+    """A `Target` for which the sampler has yet to be made, which takes seconds: a file is read before.
+
+    block_names: in order of execution.
+    most_steps: more evaluations than any sampler makes.
+    complete: makes the sampler.
+    """
+
+    block_names: tuple[str, ...]
+    most_steps: int
+    complete: Callable[[], Target]
 
 
 def full(steps: int, blocks: int) -> Gates:

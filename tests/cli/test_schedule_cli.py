@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +155,28 @@ def test_import_dipgo_gates_refuses_what_it_would_have_to_run(
     options = ["--model", "fashion-sd", "--sampler", "ddim", "-o", str(path)]
     refused(capsys, ["import", "dipgo-gates", str(evil), *options], "refers to os.system")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["evil.pkl"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("dipgo-gates", b"cos\nsystem\n(S'true'\ntR.", "refers to os.system, which no schedule needs: refused"),
+        ("l2c-router", b"PK\x03\x04", "it is no complete zip archive"),
+    ],
+)
+def test_hostile_content_is_refused_before_torch_and_diffusers_are_loaded(
+    tmp_path: Path, name: str, content: bytes, words: str
+) -> None:
+    (tmp_path / "evil").write_bytes(content)
+    model = "fashion-sd" if name == "dipgo-gates" else "fashion-dit"
+    options = [str(tmp_path / "evil"), "--model", model, "--sampler", "ddim", "-o", str(tmp_path / "s.json")]
+    code = (
+        f"from dipgo_deploy.cli.schedule import main; status = main(['import', {name!r}, *{options!r}])\n"
+        "import sys; print(status, {'torch', 'diffusers'} & sys.modules.keys())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert words in done.stderr
+    assert done.stdout.splitlines()[-1] == "2 set()"
 
 
 @pytest.mark.parametrize(

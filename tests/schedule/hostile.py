@@ -56,6 +56,38 @@ def one_step_many_times(steps: int) -> Callable[[], Any]:
     return lambda: dipgo_gates.read_gates(data, UNET, 50)
 
 
+def one_storage_many_times(steps: int) -> Callable[[], Any]:
+    """150 KB in which every gate has the same storage, which has more in it than a storage has."""
+    text = b"".join(b"X\x04\x00\x00\x00%04dK\x00" % index for index in range(5000))
+    system = b"\x80\x02}(" + text + b"X\x0d\x00\x00\x00little_endian\x88u."
+    inner = pickle.dumps(0x1950A86A20F9469CFC6C, 2) + pickle.dumps(1001, 2) + system
+    inner += b"\x80\x02(X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x001X\x03\x00\x00\x00cpuK\x02NtQ."
+    inner += pickle.dumps(["1"], 2) + struct.pack("<q2f", 2, 0, 1)
+    storage = b"ctorch.storage\n_load_from_bytes\nB" + struct.pack("<I", len(inner)) + inner + b"\x85R"
+    tensor = b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + b"K\x00K\x02\x85K\x01\x85\x89}tRr\x00\x01\x00\x00"
+    keys = [*(("down", "block", i, 0) for i in range(4)), ("mid", "mid_block", 0, 0)]
+    keys += [("up", "block", i, 0) for i in range(4)]
+    step = b"}(" + b"".join(pickle.dumps(key, 2)[2:-1] + b"j\x00\x01\x00\x00" for key in keys) + b"u"
+    data = b"\x80\x02](" + step.replace(b"j\x00\x01\x00\x00", tensor, 1) + step * (steps - 1) + b"e."
+    return lambda: dipgo_gates.read_gates(data, UNET, steps)
+
+
+def equal_hashes(count: int) -> Callable[[], Any]:
+    """Numbers with the hash of zero as keys."""
+    numbers = [pickle.dumps(index * (2**61 - 1), 2)[2:-1] + b"N" for index in range(1, count)]
+    data = b"\x80\x02](}(" + b"".join(numbers) + b"ue."
+    return lambda: dipgo_gates.read_gates(data, UNET)
+
+
+def pairs_of_pairs(depth: int) -> Callable[[], Any]:
+    """A key of so many tuples that each have the one before twice."""
+    pairs = b"".join(
+        b"r" + struct.pack("<I", index) + b"j" + struct.pack("<I", index) + b"\x86" for index in range(depth)
+    )
+    data = b"\x80\x02](})" + pairs + b"Nse."
+    return lambda: dipgo_gates.read_gates(data, UNET)
+
+
 def opcodes(code: bytes, count: int) -> Callable[[], Any]:
     data = b"\x80\x02" + code * count + b"."
     return lambda: dipgo_gates.read_gates(data, UNET)
@@ -140,6 +172,10 @@ def cases() -> Iterator[tuple[str, Callable[[], Any]]]:
     yield "gates of one step many times", one_step_many_times(30_000)
     yield "pickle of empty dictionaries", opcodes(b"}", 16 * million)
     yield "pickle of nested tuples", opcodes(b"K\x00" + b"\x85" * 100, 100_000)
+    yield "pickle of nested calls", opcodes(b"ccollections\nOrderedDict\n" * 100 + b")" + b"\x85R" * 100, 2_000)
+    yield "pickle of keys with equal hashes", equal_hashes(12_000)
+    yield "pickle of a key of pairs of pairs", pairs_of_pairs(100)
+    yield "one storage for many gates", one_storage_many_times(800)
     yield "pickle of a huge memo index", opcodes(b"]r\xff\xff\xff\x7f", 1)
     yield "archive of overlapping entries", overlapping_entries(100, 8 * 2**20)
     yield "archive of many entries", lambda: l2c_router.read_routers(b"PK\x01\x02" * 4 * million, LAYERS)

@@ -7,12 +7,12 @@ from pathlib import Path
 
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.schedule import validation
-from dipgo_deploy.schedule.builders import Target
+from dipgo_deploy.schedule.builders import PendingTarget, Target
 from dipgo_deploy.schedule.document import Gates, Schedule
 from dipgo_deploy.schedule.importers.rows import check_rows, import_file
 
 
-def import_csv(path: str | Path, target: Target) -> Schedule:
+def import_csv(path: str | Path, target: Target | PendingTarget) -> Schedule:
     """The schedule of a CSV file (UTF-8, commas, at most 16 MiB) for ``target``; UserError names step and block."""
     return import_file(path, target, "import csv", read_gates)
 
@@ -36,7 +36,7 @@ def read_gates(data: bytes, names: tuple[str, ...], most: int = validation.MAX_E
             validation.check_block_names([cell[:200] for cell in row], names)
         else:
             rows.append(row)
-            check_rows(len(rows), most + 1)
+            check_rows(len(rows), most)
     if not rows:
         raise UserError("no rows: give one row of 0 and 1 for each evaluation")
     return tuple(_gates(step, row, names) for step, row in enumerate(rows))

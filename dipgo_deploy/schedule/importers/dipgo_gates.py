@@ -3,8 +3,8 @@
 Each dictionary maps (``down`` | ``mid`` | ``up``, kind, i, j) to a tensor [gate of the cached value, gate of the
 current value] with one 1 and one 0. i counts from the outside of the UNet inwards on both sides, as DeepCache does:
 ("up", "block", 0, 0) is the LAST up block to run (U0 in the paper). The released files hold tensors saved from CUDA, so
-plain ``pickle.load`` would need torch and a GPU, and would run whatever a file asks for. Here nothing is run: the
-pickle is decoded as data and the storages' bytes are read directly.
+plain ``pickle.load`` would need torch and a GPU, and would run whatever a file asks for. Here nothing is run: pickles
+are read as data, and each tensor's storage is a file of its own in torch's legacy format.
 """
 
 from __future__ import annotations
@@ -16,21 +16,23 @@ from typing import Any
 
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.schedule import validation
-from dipgo_deploy.schedule.builders import Target
+from dipgo_deploy.schedule.builders import PendingTarget, Target
 from dipgo_deploy.schedule.document import Gates, Schedule
-from dipgo_deploy.schedule.importers.inert_pickle import Call, Global, Persistent, read_pickle
+from dipgo_deploy.schedule.importers.pickles import Call, Global, Persistent, read_pickle
 from dipgo_deploy.schedule.importers.rows import check_rows, import_file
-from dipgo_deploy.schedule.importers.torch_storage import FORMATS, TENSOR
+from dipgo_deploy.schedule.importers.torch_storage import FORMATS, TENSOR, vector
 
 _STORAGE_BYTES = "torch.storage._load_from_bytes"
 _OUTER = frozenset({TENSOR, _STORAGE_BYTES, "collections.OrderedDict"})
 _STORAGE_CLASSES = frozenset(FORMATS)
 _MAGIC = 0x1950A86A20F9469CFC6C
 _PROTOCOL = 1001
-_MOST_STORAGE_BYTES = 64 * 1024  # of two numbers; the released ones have less than a thousand
+# Of one gate's storage, and of each pickle in it; the released ones have less than a thousand and 30.
+_MOST_STORAGE_BYTES = 64 * 1024
+_MOST_OPCODES = 100
 
 
-def import_dipgo_gates(path: str | Path, target: Target) -> Schedule:
+def import_dipgo_gates(path: str | Path, target: Target | PendingTarget) -> Schedule:
     """The schedule of a released gates file (at most 16 MiB) for ``target``; nothing in the file is executed.
 
     Raises UserError, with the file's name, for a pickle that refers to anything but tensors, for gates that are not
@@ -48,13 +50,13 @@ def read_gates(data: bytes, names: tuple[str, ...], most: int = validation.MAX_E
         raise UserError("there are more bytes behind the pickle's end: refused")
     if not isinstance(document, list) or not document or not all(isinstance(step, dict) for step in document):
         raise UserError("not a list with one dictionary of gates a step")
-    check_rows(len(document), most + 1)
+    check_rows(len(document), most)
     ups = sum(name.startswith("up_blocks.") for name in names)
     return tuple(_step_gates(step, units, names, ups) for step, units in enumerate(document))
 
 
 def _step_gates(step: int, units: dict[Any, Any], names: tuple[str, ...], ups: int) -> tuple[bool, ...]:
-    # The names first: a tensor is a file of its own, and reading it takes a thousand times as long.
+    # The names first: reading a tensor takes a thousand times as long.
     try:
         blocks = {_block_name(key, ups): tensor for key, tensor in units.items()}
         # In the model's order, which is no matter in a dictionary; unknown ones behind.
@@ -67,7 +69,7 @@ def _step_gates(step: int, units: dict[Any, Any], names: tuple[str, ...], ups: i
 
 def _is_kept(step: int, name: str, tensor: Any) -> bool:
     try:
-        values = _tensor_values(tensor)
+        values = vector(tensor, 2, _storage)
     except UserError as error:
         raise UserError(f"step {step}, block {name}: {error}") from error
     if values not in ((0, 1), (1, 0)):
@@ -87,40 +89,25 @@ def _block_name(key: Any, ups: int) -> str:
     raise UserError(f"{repr(key)[:80]} is no whole block: only schedules of whole blocks can be imported")
 
 
-def _tensor_values(value: Any) -> tuple[float, ...]:
-    """The elements of a one-dimensional tensor, read from its storage's bytes."""
-    if not isinstance(value, Call) or value.name != TENSOR:
-        raise UserError("the gate is not a tensor")
-    match value.arguments:
-        case (Call(name=name, arguments=(bytes(payload),)), int(offset), (2,), (int(stride),), bool(), _) if (
-            name == _STORAGE_BYTES
-        ):
-            elements = _storage_elements(payload)
+def _storage(place: Any) -> tuple[str, bytes]:
+    """Class and bytes of one storage in torch's legacy file format: five pickles, an element count, raw bytes."""
+    match place:
+        case Call(name=name, arguments=(bytes(payload),)) if name == _STORAGE_BYTES:
+            pass
         case _:
-            raise UserError("the gate is not a tensor of two elements")
-    if not all(0 <= index < len(elements) for index in (offset, offset + stride)):
-        raise UserError(f"the gate's tensor reaches beyond its storage of {len(elements)} elements")
-    return elements[offset], elements[offset + stride]
-
-
-def _storage_elements(payload: bytes) -> tuple[float, ...]:
-    """The elements of one storage in torch's legacy file format: five pickles, an element count, raw bytes."""
+            raise UserError("the gate's tensor has no storage")
     if len(payload) > _MOST_STORAGE_BYTES:
         raise UserError(f"the tensor's storage has {len(payload):,} bytes, which no gate needs")
     stream = BytesIO(payload)
-    none: frozenset[str] = frozenset()
-    magic, protocol, system = (read_pickle(stream, none) for _ in range(3))
+    names = (frozenset[str](),) * 3 + (_STORAGE_CLASSES, frozenset[str]())
+    magic, protocol, system, root, keys = (read_pickle(stream, allowed, most=_MOST_OPCODES) for allowed in names)
     if magic != _MAGIC or protocol != _PROTOCOL or not isinstance(system, dict):
         raise UserError("the tensor's storage is not in torch's legacy format")
     if system.get("little_endian") is not True:
         raise UserError("the tensor's storage is big-endian, which is not supported")
-    root, keys = read_pickle(stream, _STORAGE_CLASSES), read_pickle(stream, none)
+    raw = stream.read()
     match root:
         case Persistent(identity=("storage", Global(name=kind), str(key), str(), int(count), None)) if keys == [key]:
-            layout = struct.Struct(f"<{count}{FORMATS[kind]}") if 0 <= count <= len(payload) else None
-        case _:
-            layout = None
-    raw = stream.read()
-    if layout is None or len(raw) != 8 + layout.size or raw[:8] != struct.pack("<q", count):
-        raise UserError("the tensor's storage is cut off or malformed")
-    return layout.unpack(raw[8:])
+            if len(raw) == 8 + count * struct.calcsize(FORMATS[kind]) and raw[:8] == struct.pack("<q", count):
+                return kind, raw[8:]
+    raise UserError("the tensor's storage is cut off or malformed")

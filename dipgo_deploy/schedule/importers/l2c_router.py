@@ -25,7 +25,7 @@ from typing import Any, Literal
 
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.schedule import validation
-from dipgo_deploy.schedule.builders import Target
+from dipgo_deploy.schedule.builders import PendingTarget, Target
 from dipgo_deploy.schedule.document import Gates, Schedule
 from dipgo_deploy.schedule.importers.layers import numbered_units
 from dipgo_deploy.schedule.importers.rows import check_rows, import_file
@@ -41,7 +41,7 @@ _ALLOWED = frozenset({"argparse.Namespace"})
 
 
 def import_l2c_router(
-    path: str | Path, target: Target, threshold: float = DEFAULT_THRESHOLD, rule: Rule | None = None
+    path: str | Path, target: Target | PendingTarget, threshold: float = DEFAULT_THRESHOLD, rule: Rule | None = None
 ) -> Schedule:
     """The schedule of a router checkpoint (at most 16 MiB) for ``target``; nothing in the file is executed.
 
@@ -125,7 +125,7 @@ def _routers(document: Any, most: int) -> list[Any]:
     routers = document.get("routers") if isinstance(document, dict) else None
     if not isinstance(routers, dict) or not routers:
         raise UserError("has no 'routers': not a router checkpoint of Learning-to-Cache or HarmoniCa")
-    check_rows(len(routers), most + 1)
+    check_rows(len(routers), most)
     expected = [f"{index}.prob" for index in range(len(routers))]
     for name in expected:
         if name not in routers:

@@ -9,7 +9,7 @@ from typing import Any
 
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.schedule import validation
-from dipgo_deploy.schedule.builders import Target
+from dipgo_deploy.schedule.builders import PendingTarget, Target
 from dipgo_deploy.schedule.document import Gates, Schedule
 from dipgo_deploy.schedule.files import read_bytes
 
@@ -17,7 +17,11 @@ Reader = Callable[[bytes, tuple[str, ...], int], Gates]
 
 
 def import_file(
-    path: str | Path, target: Target, method: str, read: Reader, settings: Mapping[str, Any] | None = None
+    path: str | Path,
+    target: Target | PendingTarget,
+    method: str,
+    read: Reader,
+    settings: Mapping[str, Any] | None = None,
 ) -> Schedule:
     """Read a file's gates with ``read(data, block names, most rows)`` and make them a schedule for ``target``.
 
@@ -28,7 +32,11 @@ def import_file(
     data = read_bytes(path)
     digest = hashlib.sha256(data).hexdigest()
     try:
-        gates = read(data, target.block_names, target.steps)
+        if isinstance(target, Target):
+            gates = read(data, target.block_names, target.steps + 1)  # one too many is told with the right number
+        else:
+            gates = read(data, target.block_names, target.most_steps)
+            target = target.complete()
         # After the reader, which may add to them.
         parameters: Mapping[str, Any] = {"file": Path(path).name, "sha256": digest, **(settings or {})}
         if len(gates) == target.steps - 1 and gates:
@@ -42,6 +50,6 @@ def import_file(
 
 
 def check_rows(rows: int, most: int) -> None:
-    """Refuse (UserError) more rows than the sampler has evaluations, ``most``, before they are read one by one."""
+    """Refuse (UserError) more than ``most`` rows before they are read one by one."""
     if rows > most:
-        raise UserError(f"steps: {rows:,} rows or more, but the sampler evaluates the denoiser {most:,} times")
+        raise UserError(f"steps: {rows:,} rows or more, but the sampler evaluates the denoiser fewer times")

@@ -17,7 +17,7 @@ from typing import Any
 from dipgo_deploy.documents import parse_json
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.schedule import validation
-from dipgo_deploy.schedule.builders import Target
+from dipgo_deploy.schedule.builders import PendingTarget, Target
 from dipgo_deploy.schedule.document import Gates, Schedule
 from dipgo_deploy.schedule.importers.layers import numbered_units, units_of_kind
 from dipgo_deploy.schedule.importers.rows import check_rows, import_file
@@ -25,7 +25,7 @@ from dipgo_deploy.schedule.importers.rows import check_rows, import_file
 _LAYER = re.compile(r"(?P<kind>.+)-(?P<number>\d{1,6})", re.ASCII)
 
 
-def import_smoothcache(path: str | Path, target: Target) -> Schedule:
+def import_smoothcache(path: str | Path, target: Target | PendingTarget) -> Schedule:
     """The schedule of a JSON file (at most 16 MiB) for ``target``, a transformer at granularity ``layer``.
 
     Raises UserError, with the file's name, for anything that is no such JSON, for layers that the model does not have,
@@ -43,7 +43,7 @@ def read_gates(data: bytes, names: tuple[str, ...], most: int = validation.MAX_E
         other = next(name for name, count in others if count != length)
         raise UserError(f"{first} has {length} entries, but {other} has {lengths[other]}: they must be as many")
     steps = next(iter(lengths.values()))
-    check_rows(steps, most + 1)
+    check_rows(steps, most)
     kept_always = (True,) * steps
     return tuple(zip(*(rows.get(name, kept_always) for name in names), strict=True))
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import struct
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from io import BytesIO
 from typing import Any
 
 from dipgo_deploy.errors import UserError
-from dipgo_deploy.schedule.importers.inert_pickle import Call, Global, Persistent, read_pickle
+from dipgo_deploy.schedule.importers.pickles import Call, Global, Persistent, read_pickle
 
 TENSOR = "torch._utils._rebuild_tensor_v2"
 
@@ -26,6 +26,27 @@ FORMATS: Mapping[str, str] = {
     "torch.BoolStorage": "?",
 }
 """Storage class -> ``struct`` format of one element."""
+
+
+def vector(value: Any, length: int, storage_of: Callable[[Any], tuple[str, bytes]]) -> tuple[float, ...]:
+    """The elements of a one-dimensional tensor in a pickle's data.
+
+    storage_of: what the tensor has as its storage -> the storage's class and bytes. Raises UserError for anything but a
+    tensor of ``length`` elements within its storage.
+    """
+    match value:
+        case Call(name=name, arguments=(place, int(offset), (int(size),), (int(stride),), bool(), _)) if name == TENSOR:
+            pass
+        case _:
+            raise UserError("not a tensor of one dimension")
+    if size != length:
+        raise UserError(f"a tensor of {size} elements, not of {length}")
+    kind, storage = storage_of(place)
+    element = struct.Struct(f"<{FORMATS[kind]}")
+    places = [(offset + index * stride) * element.size for index in range(size)]
+    if any(not 0 <= place <= len(storage) - element.size for place in places):
+        raise UserError(f"the tensor reaches beyond its storage of {len(storage)} bytes")
+    return tuple(element.unpack_from(storage, place)[0] for place in places)
 
 
 _CENTRAL_ENTRY = b"PK\x01\x02"
@@ -69,33 +90,20 @@ class TorchArchive:
 
     def vector(self, value: Any, length: int) -> tuple[float, ...]:
         """The elements of a one-dimensional tensor of the document. Raises UserError for anything else."""
-        match value:
-            case Call(
-                name=name,
-                arguments=(
-                    Persistent(identity=("storage", Global(name=kind), str(key), str(), int())),
-                    int(offset),
-                    (int(size),),
-                    (int(stride),),
-                    bool(),
-                    _,
-                ),
-            ) if name == TENSOR and kind in FORMATS:
+        return vector(value, length, self._storage)
+
+    def _storage(self, place: Any) -> tuple[str, bytes]:
+        match place:
+            case Persistent(identity=("storage", Global(name=kind), str(key), str(), int())) if kind in FORMATS:
                 pass
             case _:
-                raise UserError("not a tensor of one dimension")
-        if size != length:
-            raise UserError(f"a tensor of {size} elements, not of {length}")
+                raise UserError("the tensor has no storage")
         if key not in self._storages:
             self._storages[key] = _entry(self._zip, f"{self._root}data/{key}")
             # Entries lie one behind the other in the file, so that all of them are no larger than it.
             if sum(map(len, self._storages.values())) > self._size:
                 raise UserError("its entries overlap, which torch.save does not do: refused")
-        storage, element = self._storages[key], struct.Struct(f"<{FORMATS[kind]}")
-        places = [(offset + index * stride) * element.size for index in range(size)]
-        if any(not 0 <= place <= len(storage) - element.size for place in places):
-            raise UserError(f"the tensor reaches beyond its storage of {len(storage)} bytes")
-        return tuple(element.unpack_from(storage, place)[0] for place in places)
+        return kind, self._storages[key]
 
 
 def _entry(archive: zipfile.ZipFile, name: str) -> bytes:
