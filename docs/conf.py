@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import click
 from sphinx.application import Sphinx
 
@@ -42,6 +44,24 @@ def examples_as_code(app: Sphinx, context: click.Context, lines: list[str]) -> N
         lines[:] = ["Examples:", "", ".. code-block:: bash", "", *(f"   {line}" for line in examples), ""]
 
 
+def options_in_groups(app: Sphinx, context: click.Context, lines: list[str]) -> None:
+    """List the options of a command as its ``--help`` does: in groups, with the default."""
+    if not lines:
+        return
+    lines.clear()
+    for group, options in context.command.option_groups(context).items():
+        if group != "General":
+            lines += [f"*{group}*", ""]
+            for names, text in options:
+                lines += [f".. option:: {names}", "", f"   {_literal(text)}", ""]
+
+
+def _literal(text: str) -> str:
+    """Help as reStructuredText: nothing in it is markup but backticks."""
+    return re.sub(r"([*|_\\])", r"\\\1", text).replace("`", "``")
+
+
 def setup(app: Sphinx) -> None:
     """Sphinx calls this."""
+    app.connect("sphinx-click-process-options", options_in_groups)
     app.connect("sphinx-click-process-epilog", examples_as_code)

@@ -82,17 +82,20 @@ class _Sections(click.Command):
         """The first sentence, whole."""
         return super().get_short_help_str(limit=1000)
 
-    def write_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """One section a group."""
-        sections: dict[str, list[tuple[str, str]]] = {name: [] for name in GROUPS}
+    def option_groups(self, ctx: click.Context) -> dict[str, list[tuple[str, str]]]:
+        """What the help says of each option (its names, and the text) by group, in the order of the help."""
+        groups: dict[str, list[tuple[str, str]]] = {name: [] for name in GROUPS}
         for param in self.get_params(ctx):
             record = param.get_help_record(ctx) if isinstance(param, click.Option) else None
             if record is not None:
-                sections[getattr(param, "group", "General")].append(record)
-        for name, records in sections.items():
-            if records:
-                with formatter.section(f"{name} options"):
-                    formatter.write_dl(records)
+                groups[getattr(param, "group", "General")].append(record)
+        return {name: records for name, records in groups.items() if records}
+
+    def write_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """One section a group."""
+        for name, records in self.option_groups(ctx).items():
+            with formatter.section(f"{name} options"):
+                formatter.write_dl(records)
 
 
 class Command(_Sections):
