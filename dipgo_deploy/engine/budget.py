@@ -17,8 +17,13 @@ _UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 class MemoryNeed:
     """Bytes on the device while everything of an engine directory is loaded.
 
-    weights: by engine; engines do not share them. arena: cache tensors. stack: latents and predictions. other:
-    conditions, schedules, and what components read and write. Scratch is not in it: only a loaded engine tells.
+    Scratch is not in it: only a loaded engine tells.
+
+    Attributes:
+        weights: by engine; engines do not share them.
+        arena: cache tensors.
+        stack: latents and predictions.
+        other: conditions, schedules, and what components read and write.
     """
 
     weights: Mapping[str, int]

@@ -45,11 +45,15 @@ _POLL_SECONDS = 0.1
 class BuildOptions:
     """How engines are built.
 
-    flags: what changes the engines. compute_capabilities: ``8.6``, ``8.9`` ... or ``current`` alone, for
-    TensorRT-RTX; none builds for all that it supports by default. timing_cache: a file shared by builds.
-    memory_budget: bytes that a run may use, the GPU's memory where None. build: whether missing engines are built, or
-    refused. lora: LoRA files merged into the weights, as (file, scale); engines with them lie beside those without.
-    lora_partial: leave out what cannot be applied of them.
+    Attributes:
+        flags: what changes the engines.
+        compute_capabilities: ``8.6``, ``8.9`` ... or ``current`` alone, for TensorRT-RTX; none builds for all that it
+            supports by default.
+        timing_cache: a file shared by builds.
+        memory_budget: bytes that a run may use, the GPU's memory where None.
+        build: whether missing engines are built, or refused.
+        lora: LoRA files merged into the weights, as (file, scale); engines with them lie beside those without.
+        lora_partial: leave out what cannot be applied of them.
     """
 
     flags: BuildFlags = field(default_factory=BuildFlags)

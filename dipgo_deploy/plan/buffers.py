@@ -11,9 +11,11 @@ from dataclasses import dataclass
 class Lifetime:
     """One stored version of a cache tensor.
 
-    nbytes: its size. first, last: launches that write it and read it last, inclusive. read: False for a write that
-    nobody reads, made only because its variant also runs at a launch where it is read; such a write still needs
-    room at its own launch.
+    Attributes:
+        nbytes: its size.
+        first, last: launches that write it and read it last, inclusive.
+        read: False for a write that nobody reads, made only because its variant also runs at a launch where it is
+            read; such a write still needs room at its own launch.
     """
 
     nbytes: int

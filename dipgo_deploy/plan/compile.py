@@ -27,9 +27,12 @@ def compile_plan(
 ) -> Plan:
     """Turn T x N gates into launches of as few static graphs as possible, with the same predictions.
 
-    gates: ``gates[t][k]`` says whether block k of ``graph.blocks`` is computed at step t. max_variants: raise gates
-    until at most this many variants are left. prediction_used: per step, whether the sampler gives any weight to
-    that step's prediction (default: all); at least one must be. alignment: of cache offsets, in bytes.
+    Args:
+        gates: ``gates[t][k]`` says whether block k of ``graph.blocks`` is computed at step t.
+        max_variants: raise gates until at most this many variants are left.
+        prediction_used: per step, whether the sampler gives any weight to that step's prediction (default: all); at
+            least one must be.
+        alignment: of cache offsets, in bytes.
 
     The result depends on the arguments only. Raises UserError for gates of the wrong shape, for a limit below one,
     and for a removed block that is needed before it was ever computed; ValueError for a malformed graph, alignment

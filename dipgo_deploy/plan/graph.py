@@ -15,9 +15,12 @@ InputRole = Literal["step", "constant"]
 class Value:
     """A named tensor: a cut point, the input of a residual block, or the noise prediction.
 
-    name: unique name. nbytes: size of the tensor in bytes. reads: the named values and graph inputs it is
-    computed from when the walk back stops at named values. work: indices into ``BlockGraph.costs`` of the
-    traced nodes on that walk (nodes can be shared by several values, e.g. the time embedding).
+    Attributes:
+        name: unique name.
+        nbytes: size of the tensor in bytes.
+        reads: the named values and graph inputs it is computed from when the walk back stops at named values.
+        work: indices into ``BlockGraph.costs`` of the traced nodes on that walk (nodes can be shared by several
+            values, e.g. the time embedding).
     """
 
     name: str
@@ -44,9 +47,13 @@ class Block:
 class BlockGraph:
     """The traced model condensed to its named values.
 
-    inputs: graph input name -> ``step`` (changes at every step: latent, timestep) or ``constant`` (text embedding,
-    class labels, guidance scale). values: every named value by name. blocks: in order of execution. prediction:
-    name of the value that is the noise prediction. costs: multiply-accumulates of each traced node.
+    Attributes:
+        inputs: graph input name -> ``step`` (changes at every step: latent, timestep) or ``constant`` (text embedding,
+            class labels, guidance scale).
+        values: every named value by name.
+        blocks: in order of execution.
+        prediction: name of the value that is the noise prediction.
+        costs: multiply-accumulates of each traced node.
     """
 
     inputs: Mapping[str, InputRole]

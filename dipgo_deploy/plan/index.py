@@ -15,12 +15,17 @@ from dipgo_deploy.plan.model import Cache
 class GraphIndex:
     """What the passes look up, by position of a value; bit ``1 << position`` stands for the value in a mask.
 
-    names: topological order, so whatever a value needs has a lower position. reads: positions read by the value's
-    own nodes. reads_mask: the same as a mask. stepwise: whether those nodes also read a graph input that changes at
-    every step. source: for an output of a residual block the position of the value it is a residual of, else -1.
-    block: position of the block the value is an output of, else -1. outputs: per block, the mask of its outputs.
-    free: mask of the values that belong to no block and so are always computed. prediction: position of the noise
-    prediction. nbytes: sizes in bytes.
+    Attributes:
+        names: topological order, so whatever a value needs has a lower position.
+        reads: positions read by the value's own nodes.
+        reads_mask: the same as a mask.
+        stepwise: whether those nodes also read a graph input that changes at every step.
+        source: for an output of a residual block the position of the value it is a residual of, else -1.
+        block: position of the block the value is an output of, else -1.
+        outputs: per block, the mask of its outputs.
+        free: mask of the values that belong to no block and so are always computed.
+        prediction: position of the noise prediction.
+        nbytes: sizes in bytes.
     """
 
     names: tuple[str, ...]

@@ -14,9 +14,12 @@ from dipgo_deploy.plan.values import Numbering, Request, number_values
 class Need:
     """One launch before variants are shared: masks of values.
 
-    step: evaluation index. computed: by their own nodes. reads: block outputs taken from their cache (for a residual
-    cache, added to the current input). stores: block outputs whose cache a later launch reads from this one.
-    predicts: makes a new noise prediction.
+    Attributes:
+        step: evaluation index.
+        computed: by their own nodes.
+        reads: block outputs taken from their cache (for a residual cache, added to the current input).
+        stores: block outputs whose cache a later launch reads from this one.
+        predicts: makes a new noise prediction.
     """
 
     step: int
@@ -30,9 +33,12 @@ class Need:
 class Demand:
     """Everything the used predictions need.
 
-    launches: the steps at which something is needed, ascending. stored: per step and value, the step whose store a
-    read gets. source: per step, the prediction slot its sampler is given. missing: (step, value) of each needed read
-    of a cache that was never stored, ascending; the demand is only meaningful when it is empty.
+    Attributes:
+        launches: the steps at which something is needed, ascending.
+        stored: per step and value, the step whose store a read gets.
+        source: per step, the prediction slot its sampler is given.
+        missing: (step, value) of each needed read of a cache that was never stored, ascending; the demand is only
+            meaningful when it is empty.
     """
 
     launches: tuple[Need, ...]

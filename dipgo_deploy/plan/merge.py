@@ -13,8 +13,10 @@ def merge_pieces(
 ) -> list[tuple[int, ...]]:
     """Put pieces into segments, in an order in which all launches of a step can follow each other.
 
-    colours: per piece what must be equal within a segment (the steps at which it runs). before: the pieces that come
-    before each; together they must be free of cycles. apart: the pieces that must not share its segment.
+    Args:
+        colours: per piece what must be equal within a segment (the steps at which it runs).
+        before: the pieces that come before each; together they must be free of cycles.
+        apart: the pieces that must not share its segment.
 
     Returns the pieces of each segment in order; each segment needs only earlier ones.
 

@@ -19,8 +19,10 @@ class Cache(NamedTuple):
 class Variant:
     """One static graph: what is computed, which caches are read, which are written.
 
-    computed: named values computed by their own nodes (the prediction included when ``predicts``). reads, writes:
-    caches in sorted order; reads become graph inputs, writes graph outputs. macs: multiply-accumulates of a launch.
+    Attributes:
+        computed: named values computed by their own nodes (the prediction included when ``predicts``).
+        reads, writes: caches in sorted order; reads become graph inputs, writes graph outputs.
+        macs: multiply-accumulates of a launch.
     """
 
     name: str
@@ -35,9 +37,12 @@ class Variant:
 class Launch:
     """One run of a variant.
 
-    step: evaluation index 0..T-1. variant: index into ``Plan.variants``. reads, writes: byte offsets into the cache
-    arena, in the order of the variant's reads and writes; no write overlaps a read of the same launch. prediction:
-    slot of the prediction that this launch makes (0, 1, ...), or None when it only refreshes caches.
+    Attributes:
+        step: evaluation index 0..T-1.
+        variant: index into ``Plan.variants``.
+        reads, writes: byte offsets into the cache arena, in the order of the variant's reads and writes; no write
+            overlaps a read of the same launch.
+        prediction: slot of the prediction that this launch makes (0, 1, ...), or None when it only refreshes caches.
     """
 
     step: int
@@ -51,11 +56,15 @@ class Launch:
 class Plan:
     """Variants, launches in order, and where each cache lives.
 
-    keep: the T x N gates that are run (after promotion). source: per step, the prediction slot that the sampler is
-    given. arena_bytes: size of the one cache buffer. lower_bound_bytes: the most cache bytes alive at one launch,
-    which no allocation can beat. macs_full: of one full evaluation; macs_schedule: of a run that skips exactly what
-    the schedule removes, launch or not, dead computation included; macs_run: of the launches.
-    promoted: (step, block name) of each gate raised to meet ``max_variants``.
+    Attributes:
+        keep: the T x N gates that are run (after promotion).
+        source: per step, the prediction slot that the sampler is given.
+        arena_bytes: size of the one cache buffer.
+        lower_bound_bytes: the most cache bytes alive at one launch, which no allocation can beat.
+        macs_full: of one full evaluation.
+        macs_schedule: of a run that skips exactly what the schedule removes, launch or not, dead computation included.
+        macs_run: of the launches.
+        promoted: (step, block name) of each gate raised to meet ``max_variants``.
     """
 
     keep: tuple[tuple[bool, ...], ...]

@@ -16,8 +16,11 @@ TRIVIAL_BYTES = 4096
 class Tensor:
     """What is known of a traced tensor.
 
-    kind: dtype and shape in words; tensors of equal kind can be added. nbytes: size in bytes. passable: whether a graph
-    can take it from another one (False for types that no graph has as an input, such as bool).
+    Attributes:
+        kind: dtype and shape in words; tensors of equal kind can be added.
+        nbytes: size in bytes.
+        passable: whether a graph can take it from another one (False for types that no graph has as an input, such as
+            bool).
     """
 
     kind: str
@@ -49,8 +52,11 @@ class NodeGraph:
 class Piece:
     """Nodes that exactly the same named values need: wanted whenever one of them is computed.
 
-    owners: these values. reads: graph inputs, named values and tensors of other pieces. makes: the named values and the
-    tensors that others read. macs, weights: of its nodes and of those that are copied into it.
+    Attributes:
+        owners: these values.
+        reads: graph inputs, named values and tensors of other pieces.
+        makes: the named values and the tensors that others read.
+        macs, weights: of its nodes and of those that are copied into it.
     """
 
     owners: frozenset[str]

@@ -34,10 +34,14 @@ SegmentKind = Literal["part", "sum", "difference"]
 class Segment:
     """One static graph of the layout.
 
-    kind: ``part`` of the model; ``sum`` of ``terms`` tensors; ``difference`` of two. pieces: of a part, in order.
-    reads: tensors taken from the arena, by name (``term0`` ... for the other kinds). writes: tensors put there;
-    ``residual`` means the named value minus its block's input. predicts: whether it writes a prediction. tensor: kind
-    of the tensors of a sum or difference. weight_bytes: of its own weights, which no other segment has.
+    Attributes:
+        kind: ``part`` of the model; ``sum`` of ``terms`` tensors; ``difference`` of two.
+        pieces: of a part, in order.
+        reads: tensors taken from the arena, by name (``term0`` ... for the other kinds).
+        writes: tensors put there; ``residual`` means the named value minus its block's input.
+        predicts: whether it writes a prediction.
+        tensor: kind of the tensors of a sum or difference.
+        weight_bytes: of its own weights, which no other segment has.
     """
 
     name: str

@@ -12,9 +12,11 @@ from dipgo_deploy.plan.index import GraphIndex
 class Request:
     """What one step is asked to do: by the schedule, and by whoever wants two steps to share a variant.
 
-    gates: mask of the blocks that the step keeps. compute: mask of kept values to compute even when they are what
-    the cache holds already. need: mask of values to make available even when nothing uses them. predict: make a new
-    prediction even when nothing uses it.
+    Attributes:
+        gates: mask of the blocks that the step keeps.
+        compute: mask of kept values to compute even when they are what the cache holds already.
+        need: mask of values to make available even when nothing uses them.
+        predict: make a new prediction even when nothing uses it.
     """
 
     gates: int
@@ -27,9 +29,11 @@ class Request:
 class Numbering:
     """Per step: what is computed and what the caches hold.
 
-    computed: mask of the values that this step computes, if it needs them; the other block outputs come from their
-    cache. stored: per value, the step whose store a read at this step would get, or -1 if there is none.
-    prediction: number of the noise prediction; equal numbers are equal tensors.
+    Attributes:
+        computed: mask of the values that this step computes, if it needs them; the other block outputs come from their
+            cache.
+        stored: per value, the step whose store a read at this step would get, or -1 if there is none.
+        prediction: number of the noise prediction; equal numbers are equal tensors.
     """
 
     computed: tuple[int, ...]

@@ -26,9 +26,12 @@ GUIDANCE_SCALE = 7.5
 class ReferenceInputs:
     """One batch for the supernet's loop and for the engine directory's.
 
-    latents: float32 (B, C, h, w) unit noise. noises: the sampler's draws in order, float32 (B, C, h, w). conditions:
-    forward inputs by keyword, float32 or int64, (G*B, ...), the unconditional half first. guidance_scale: None without
-    guidance. start: where a run from a picture begins, with the latents of that.
+    Attributes:
+        latents: float32 (B, C, h, w) unit noise.
+        noises: the sampler's draws in order, float32 (B, C, h, w).
+        conditions: forward inputs by keyword, float32 or int64, (G*B, ...), the unconditional half first.
+        guidance_scale: None without guidance.
+        start: where a run from a picture begins, with the latents of that.
     """
 
     latents: torch.Tensor
@@ -53,9 +56,13 @@ def reference_inputs(
 ) -> ReferenceInputs:
     """Inputs of a reference run; noise from ``seed`` as the runtime draws it.
 
-    specs: the denoiser's condition inputs. sample_shape: (B, C, h, w). noises: how often the sampler draws.
-    guidance_scale: by default the pipeline's own, or 7.5. prompts, labels: one for all images, or one each. begin: of a
-    run that starts from a picture; its latents are noise too.
+    Args:
+        specs: the denoiser's condition inputs.
+        sample_shape: (B, C, h, w).
+        noises: how often the sampler draws.
+        guidance_scale: by default the pipeline's own, or 7.5.
+        prompts, labels: one for all images, or one each.
+        begin: of a run that starts from a picture; its latents are noise too.
     """
     import torch
 

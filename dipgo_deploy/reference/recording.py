@@ -43,9 +43,11 @@ class VariantNames(Protocol):
 class Recording:
     """One launch of a variant.
 
-    variant: index into the plan's variants. step: evaluation. inputs: every input that its graph can have by name,
-    float32 or int64.
-    outputs: the supernet's float32 values by graph output name.
+    Attributes:
+        variant: index into the plan's variants.
+        step: evaluation.
+        inputs: every input that its graph can have by name, float32 or int64.
+        outputs: the supernet's float32 values by graph output name.
     """
 
     variant: int

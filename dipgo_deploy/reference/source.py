@@ -29,9 +29,12 @@ _ANY_SIZE = 128
 class Source:
     """A loaded model, or (``unloaded_source``) what its configuration says of it.
 
-    name: as a manifest has it, good in any working directory. denoiser: None where nothing is loaded. pipeline: None
-    for a folder that holds only a denoiser. native: latent height and width that the stock pipeline draws. scale:
-    pixels of the picture to one of the latent.
+    Attributes:
+        name: as a manifest has it, good in any working directory.
+        denoiser: None where nothing is loaded.
+        pipeline: None for a folder that holds only a denoiser.
+        native: latent height and width that the stock pipeline draws.
+        scale: pixels of the picture to one of the latent.
     """
 
     name: str

@@ -61,8 +61,10 @@ class Timings:
 class PipelineOutput:
     """What a call gives.
 
-    images: pictures (``pil``), float32 (n, H, W, 3) in [0, 1] (``np``), or the latents again (``latent``). latents:
-    float32 (n, C, h, w). launches: graph launches of the whole call.
+    Attributes:
+        images: pictures (``pil``), float32 (n, H, W, 3) in [0, 1] (``np``), or the latents again (``latent``).
+        latents: float32 (n, C, h, w).
+        launches: graph launches of the whole call.
     """
 
     images: list[Image] | np.ndarray

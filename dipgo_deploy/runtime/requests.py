@@ -73,9 +73,11 @@ class TextRequest:
 class Request:
     """A checked call, everything per image: ``images`` pictures in the order prompt by prompt.
 
-    size: height and width in latent pixels. fixed: the conditions that depend on neither text nor class, (images, ...)
-    by name. image: pictures to start from, float32 (1 or prompts, H, W, 3) in [0, 1]; image_latents: or their latents
-    (1 or prompts, C, h, w).
+    Attributes:
+        size: height and width in latent pixels.
+        fixed: the conditions that depend on neither text nor class, (images, ...) by name.
+        image: pictures to start from, float32 (1 or prompts, H, W, 3) in [0, 1].
+        image_latents: or their latents (1 or prompts, C, h, w).
     """
 
     images: int

@@ -84,11 +84,15 @@ def run_loop(
 ) -> LoopResult:
     """Run a fresh copy of the scheduler as a diffusers pipeline does.
 
-    initial: unit noise (B, C, h, w), multiplied by ``init_noise_sigma`` here where the scheduler has one.
-    predict(index, model input, timestep) -> prediction of the same shape and dtype. draw() -> the noise for the next
-    draw, same shape; None leaves drawing to the scheduler, from torch's default generator. start: begin with a picture
-    that the initial noise is added to. ``eta`` is 0 where ``step`` takes it, the default of diffusers' pipelines.
-    keep_double: for float64 input, keep it all the way (with ``draw`` only).
+    ``eta`` is 0 where the scheduler's ``step`` takes it, the default of diffusers' pipelines.
+
+    Args:
+        initial: unit noise (B, C, h, w), multiplied by ``init_noise_sigma`` here where the scheduler has one.
+        predict: called with (index, model input, timestep); gives a prediction of the same shape and dtype.
+        draw: gives the noise of the next draw, of the same shape; None leaves drawing to the scheduler, from torch's
+            default generator.
+        start: begin with a picture that the initial noise is added to.
+        keep_double: for float64 input, keep it all the way (with ``draw`` only).
 
     Exceptions of the scheduler pass through, except that a refusal by ``set_timesteps`` is a UserError.
     """

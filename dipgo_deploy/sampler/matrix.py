@@ -45,14 +45,19 @@ _REMEDIES: tuple[tuple[Mapping[str, Any], str], ...] = (
 class SamplerMatrix:
     """The weights of a sampler's latents over the stack [x_T, prediction 0 .. P-1, picture, noise 0 .. M-1].
 
-    class_name, config (JSON values, those of the config it was made from included), num_inference_steps: the diffusers
-    scheduler.
-    timesteps (T,) float64: one for each evaluation of the denoiser. rows (T, columns) float64: the model input of each
-    evaluation, after ``scale_model_input``. final (columns,) float64: the latent after the last step. predictions: P.
-    image: whether the loop starts from a picture; without one there is no column for it.
-    noises: M, in the order the scheduler draws them, each as large as the latent; a drawn but unused one has its column
-    of zeros, so that a seed's later draws stay in place. The x_T column is for unit noise: it has ``init_noise_sigma``
-    in it. Arrays are read-only.
+    Arrays are read-only.
+
+    Attributes:
+        class_name, config (JSON values, those of the config it was made from included), num_inference_steps: the
+            diffusers scheduler.
+        timesteps (T,) float64: one for each evaluation of the denoiser.
+        rows (T, columns) float64: the model input of each evaluation, after ``scale_model_input``.
+        final (columns,) float64: the latent after the last step.
+        predictions: P.
+        image: whether the loop starts from a picture; without one there is no column for it.
+        noises: M, in the order the scheduler draws them, each as large as the latent; a drawn but unused one has its
+            column of zeros, so that a seed's later draws stay in place. The x_T column is for unit noise: it has
+            ``init_noise_sigma`` in it.
     """
 
     class_name: str
@@ -85,12 +90,15 @@ def sampler_matrix(
 ) -> SamplerMatrix:
     """The matrix of a diffusers scheduler.
 
-    source: for each evaluation, the prediction slot it hands to the scheduler; slots are numbered in the order of
-    their first use, and a repeated one is an evaluation without a launch. None: each evaluation has its own.
-    set_timesteps_kwargs: passed on, such as ``mu`` for flow matching with dynamic shifting. begin: start at this
-    evaluation, from a picture that the initial noise is added to (see ``begin_of``). check: also run
-    ``check_linear``. The scheduler is left as it was. Predictions are those that a pipeline hands to ``step``: guided,
-    and without a learned variance.
+    The scheduler is left as it was. Predictions are those that a pipeline hands to ``step``: guided, and without a
+    learned variance.
+
+    Args:
+        source: for each evaluation, the prediction slot it hands to the scheduler; slots are numbered in the order of
+            their first use, and a repeated one is an evaluation without a launch. None: each evaluation has its own.
+        set_timesteps_kwargs: passed on, such as ``mu`` for flow matching with dynamic shifting.
+        begin: start at this evaluation, from a picture that the initial noise is added to (see ``begin_of``).
+        check: also run ``check_linear``.
 
     Raises UserError naming the scheduler if it is not linear or cannot be run this way; ValueError for a ``source``
     that does not fit the evaluations.

@@ -56,8 +56,11 @@ def begin_of(
 ) -> int:
     """The first evaluation of an image-to-image run.
 
-    strength: share of the steps that are run, in (0, 1]. skipped(steps, strength): how many steps that leaves out (see
-    ``ModelFamily.image_to_image``). The scheduler is left as it was.
+    The scheduler is left as it was.
+
+    Args:
+        strength: share of the steps that are run, in (0, 1].
+        skipped(steps, strength): how many steps that leaves out (see ``ModelFamily.image_to_image``).
 
     Raises:
         UserError: a strength out of range or too small for any step, or a scheduler that cannot add noise to a picture.

@@ -22,10 +22,15 @@ from dipgo_deploy.supernet.gated import CacheState, Gate, Supernet
 class Evaluation:
     """One evaluation of the denoiser in a loop; all tensors detached.
 
-    step: index of the evaluation. model_input: (B, C, h, w), the latent after ``scale_model_input``, before the batch
-    is doubled for guidance, in the loop's dtype. timestep: 0-d, as the scheduler gives it. conditions: forward inputs
-    by keyword, (G*B, ...), G = 2 with guidance, the unconditional half first. before, after: the caches.
-    raw: (G*B, C, h, w) the model's prediction, learned variance dropped. prediction: (B, C, h, w) after guidance.
+    Attributes:
+        step: index of the evaluation.
+        model_input: (B, C, h, w), the latent after ``scale_model_input``, before the batch is doubled for guidance, in
+            the loop's dtype.
+        timestep: 0-d, as the scheduler gives it.
+        conditions: forward inputs by keyword, (G*B, ...), G = 2 with guidance, the unconditional half first.
+        before, after: the caches.
+        raw: (G*B, C, h, w) the model's prediction, learned variance dropped.
+        prediction: (B, C, h, w) after guidance.
     """
 
     step: int
