@@ -8,7 +8,7 @@ import errno
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from dipgo_deploy.bundle.manifest import MANIFEST_NAME, Manifest
@@ -97,6 +97,35 @@ def staged_directory(target: Path, *, overwrite: bool = False) -> Iterator[Path]
         shutil.rmtree(stage, ignore_errors=True)
         if lock is not None:
             os.close(lock)
+
+
+def replaced(engine_dir: Path, manifest: Manifest, files: Mapping[str, bytes]) -> None:
+    """Give an engine directory another manifest and other contents of some of its files, all at once.
+
+    All other files stay what they are, without being copied where the file system has links. manifest: with the digests
+    of the files as they will be.
+
+    Raises:
+        UserError: see ``staged_directory``.
+    """
+    with staged_directory(engine_dir, overwrite=True) as stage:
+        shutil.copytree(
+            engine_dir,
+            stage,
+            symlinks=True,
+            dirs_exist_ok=True,
+            copy_function=_link,
+            ignore=lambda folder, names: {MANIFEST_NAME, *files} & set(names) if Path(folder) == engine_dir else set(),
+        )
+        for name, content in {**files, MANIFEST_NAME: manifest.dumps().encode()}.items():
+            (stage / name).write_bytes(content)
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError:  # a file system without links, or a file that others may not be linked to
+        shutil.copy2(source, target, follow_symlinks=False)
 
 
 def _is_held(folder: Path) -> bool:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from dipgo_deploy.backends import BACKENDS
 from dipgo_deploy.cli.common import (
     checked_outputs,
     emit,
@@ -25,7 +26,6 @@ from dipgo_deploy.cli.options import (
     class_labels_option,
     device_option,
     guidance_option,
-    model_option,
     option,
     prompts_option,
     size_options,
@@ -36,6 +36,8 @@ from dipgo_deploy.cli.options import (
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from dipgo_deploy.bundle.manifest import Manifest
+    from dipgo_deploy.calibrate.engines import Conditions
     from dipgo_deploy.schedule.document import Schedule
 
 
@@ -45,11 +47,21 @@ if TYPE_CHECKING:
     epilog=examples(
         "dipgo-calibrate --model fashion-sd --schedule uniform.json --images 200 --guidance-scale 4 -o fitted.json",
         "dipgo-calibrate --model ./sd15 --schedule s.json --prompts prompts.txt --reference ddim:200 -o fitted.json",
+        "dipgo-calibrate --engine-dir engines/ten --reference-engine-dir engines/full --prompts prompts.txt",
     ),
 )
-@model_option
+@option(
+    "Model", "--model", help="A built-in model (fashion-sd, fashion-dit), a folder in diffusers' format, or a hub id."
+)
+@option(
+    "Model",
+    "--engine-dir",
+    type=PATH,
+    help="In place of model and schedule: fit with the graphs of this directory, and change its launch list.",
+)
+@option("Model", "--reference-engine-dir", type=PATH, help="Export of the full run that --engine-dir is fitted to.")
 @guidance_option
-@option("Schedule", "--schedule", "schedule_file", type=PATH, required=True, help="Schedule file to fit a solver to.")
+@option("Schedule", "--schedule", "schedule_file", type=PATH, help="Schedule file to fit a solver to.")
 @option(
     "Schedule",
     "--reference",
@@ -79,40 +91,133 @@ if TYPE_CHECKING:
 @size_options
 @option("Runtime", "--batch", type=click.IntRange(min=1), default=20, help="Images in one evaluation.")
 @device_option
+@option(
+    "Runtime", "--backend", type=click.Choice(BACKENDS), default="auto", help="What runs the graphs of --engine-dir."
+)
 @threads_option("torch's own")
-@option("Output", "-o", "--output", type=PATH, required=True, help="File for the schedule with its solver.")
+@option(
+    "Output",
+    "-o",
+    "--output",
+    type=PATH,
+    help="File for the schedule with its solver; with --engine-dir it goes there, too.",
+)
 @checkpoint_options("calibration")
 @json_option
 @version_option
 @checked_outputs("output")
+@click.pass_context
 def command(
-    model: str,
-    schedule_file: Path,
-    output: Path,
+    context: click.Context,
     images: int,
     held_aside: float,
-    reference: str | None,
-    prompts: Path | None,
-    class_labels: str | None,
     guidance_scales: tuple[float, ...],
     batch: int,
     seed: int,
-    threads: int | None,
     checkpoint: Path | None,
     resume: bool,
     as_json: bool,
-    **options: Any,
+    **given: Any,
 ) -> None:
     """Fit the sampler's weights to a schedule, so that its few launches come closest to the full run."""
+    from dipgo_deploy.calibrate.core import CalibrationOptions
     from dipgo_deploy.errors import UserError
-    from dipgo_deploy.schedule.document import Schedule
 
-    schedule = Schedule.load(schedule_file)
+    on_engines = given["engine_dir"] is not None
+    _check_options(context, on_engines)
     if resume and checkpoint is None:
         raise UserError("--resume: needs --checkpoint, the folder to go on from")
+    options = CalibrationOptions(
+        images=images, guidance_scales=guidance_scales, held_aside=held_aside, batch=batch, seed=seed
+    )
+    options.check()
+    console = human_console(as_json)
+    target = given["engine_dir"] if on_engines else given["output"]
+    how = {"options": options, "folder": checkpoint, "resume": resume}
+    # An engine directory's schedule goes with it, and to a file where one is asked for.
+    fitted = _with_engines(console, given, how) if on_engines else _with_torch(console, given, how)
+    if given["output"] is not None:
+        fitted.save(given["output"])
+    facts = _facts(target, fitted)
+    console.print(
+        f"{target}: {fitted.steps} launches fitted to {facts['reference']}; relative error of the final latent "
+        f"{facts['residuals'][-1]:.4g} on images held aside",
+        markup=False,
+        soft_wrap=True,
+    )
+    emit(facts, as_json)
+
+
+# Options that mean something with a model or with engines only.
+_OF_TORCH = ("model", "schedule_file", "reference", "guidance", "height", "width", "device")
+_OF_ENGINES = ("reference_engine_dir", "backend")
+
+
+def _check_options(context: click.Context, on_engines: bool) -> None:
+    """Refuse what is missing, and what means nothing here."""
+    from dipgo_deploy.errors import UserError
+
+    names = {parameter.name: parameter.opts[-1] for parameter in context.command.params}
+    others = _OF_TORCH if on_engines else _OF_ENGINES
+    default = click.core.ParameterSource.DEFAULT
+    for name in others:
+        if context.get_parameter_source(name) != default:
+            word = "with" if on_engines else "without"
+            raise UserError(f"{names[name]}: means nothing {word} --engine-dir; leave it out")
+    for name in ("reference_engine_dir",) if on_engines else ("model", "schedule_file", "output"):
+        if context.params[name] is None:
+            others_than = "" if on_engines else ", or --engine-dir with --reference-engine-dir"
+            raise UserError(f"{names[name]}: is missing; give it{others_than}")
+
+
+def _with_engines(console: Console, given: dict[str, Any], how: dict[str, Any]) -> Schedule:
+    """Fit with the engines of a directory, and change it."""
+    from dipgo_deploy.backends import create_backend
+    from dipgo_deploy.bundle.directory import Bundle
+    from dipgo_deploy.calibrate.engines import calibrate_engines, with_solver
+    from dipgo_deploy.cli.search import class_label_numbers
+
+    bundle, reference = Bundle.open(given["engine_dir"]), Bundle.open(given["reference_engine_dir"])
+    conditions = _conditions(bundle.manifest, given["prompts"], class_label_numbers(given["class_labels"]))
+    with _progress(console) as report:
+        backend = create_backend(given["backend"], threads=given["threads"])
+        fitted = calibrate_engines(bundle, reference, backend, conditions, **how, report=report)
+    with_solver(bundle, fitted)
+    return fitted
+
+
+def _conditions(manifest: Manifest, prompts: Path | None, labels: tuple[int, ...] | None) -> Conditions:
+    """What the images show: as for a model in torch, but from what the manifest knows."""
+    from dipgo_deploy.calibrate.engines import Conditions
+    from dipgo_deploy.errors import UserError
+    from dipgo_deploy.runtime.requests import class_condition, text_conditions
+    from dipgo_deploy.search.prompts import built_in_prompts, read_prompts
+
+    takes_text, takes_classes = bool(text_conditions(manifest)), class_condition(manifest) is not None
+    for option, value, takes in (("--prompts", prompts, takes_text), ("--class-labels", labels, takes_classes)):
+        if value is not None and not takes:
+            raise UserError(f"{option}: the engine directory does not take them; leave it out")
+    if takes_text:
+        found = built_in_prompts(manifest.model.name) if prompts is None else read_prompts(prompts)
+        if found is None:
+            raise UserError("--prompts: is missing; give a text file with one prompt a line")
+        return Conditions(prompts=found)
+    if takes_classes and labels is None:
+        named = manifest.components.class_labels
+        if not named:
+            raise UserError("--class-labels: is missing, and the engine directory names no classes; give numbers")
+        labels = tuple(sorted(set(named.values())))
+    return Conditions(class_labels=labels or ())
+
+
+def _with_torch(console: Console, given: dict[str, Any], how: dict[str, Any]) -> Schedule:
+    """Fit with the model in torch."""
+    from dipgo_deploy.schedule.document import Schedule
+
+    schedule = Schedule.load(given["schedule_file"])
     import torch
 
-    from dipgo_deploy.calibrate.fit import CalibrationOptions, calibrate
+    from dipgo_deploy.calibrate.fit import calibrate
     from dipgo_deploy.cli.search import class_label_numbers
     from dipgo_deploy.reference.quiet import quiet_libraries
     from dipgo_deploy.search.problem import (
@@ -123,22 +228,22 @@ def command(
         with_schedule,
     )
 
+    reference, scales = given["reference"], how["options"].guidance_scales
     full_run = None if reference is None else sampler_and_steps(reference, "--reference")
     quiet_libraries()
-    if threads is not None:
-        torch.set_num_threads(threads)
-    console = human_console(as_json)
+    if given["threads"] is not None:
+        torch.set_num_threads(given["threads"])
     with _progress(console) as report:
         problem = load_problem(
             ProblemOptions(
-                model=model,
+                model=given["model"],
                 sampler=schedule.sampler.class_name,
                 steps=schedule.sampler.num_inference_steps,
                 granularity=schedule.model.granularity,
-                guidance_scale=guidance_scales[0] if guidance_scales else None,
-                prompts=None if prompts is None else str(prompts),
-                class_labels=class_label_numbers(class_labels),
-                **options,
+                guidance_scale=scales[0] if scales else None,
+                prompts=None if given["prompts"] is None else str(given["prompts"]),
+                class_labels=class_label_numbers(given["class_labels"]),
+                **{name: given[name] for name in ("guidance", "height", "width", "device")},
             ),
             lambda stage: report(stage, 0, 0),
         )
@@ -148,25 +253,7 @@ def command(
             problem = with_reference(with_schedule(problem, schedule), *fit_to)
         else:
             problem = with_schedule(problem, schedule)
-        fitted = calibrate(
-            problem,
-            schedule,
-            CalibrationOptions(
-                images=images, guidance_scales=guidance_scales, held_aside=held_aside, batch=batch, seed=seed
-            ),
-            folder=checkpoint,
-            resume=resume,
-            report=report,
-        )
-    fitted.save(output)
-    facts = _facts(output, fitted)
-    console.print(
-        f"{output}: {fitted.steps} launches fitted to {facts['reference']}; relative error of the final latent "
-        f"{facts['residuals'][-1]:.4g} on images held aside",
-        markup=False,
-        soft_wrap=True,
-    )
-    emit(facts, as_json)
+        return calibrate(problem, schedule, **how, report=report)
 
 
 def _facts(output: Path, fitted: Schedule) -> dict[str, Any]:

@@ -211,6 +211,24 @@ class DenoisingLoop:
             UserError: sizes outside the ranges, or the backend failed in a launch; the message names the graph.
         """
         view = self._at(noise)
+        self._begin(view, noise, conditions, noises, image, guidance_scale)
+        for index, call in enumerate(view.calls):
+            (call or self._ready(index))()
+            if on_launch is not None:
+                on_launch(index)
+        self._backend.synchronize()
+        return final_latent(self.stack(), view.manifest.plan.final)
+
+    def _begin(
+        self,
+        view: _View,
+        noise: np.ndarray,
+        conditions: Mapping[str, np.ndarray],
+        noises: np.ndarray | None,
+        image: np.ndarray | None,
+        guidance_scale: float,
+    ) -> None:
+        """Put everything in its place that a run is given."""
         plan = view.manifest.plan
         noises = np.zeros(view.noises.shape, np.float32) if noises is None and not plan.noises else noises
         stack = view.start  # all of it is uploaded: that also clears what the run before left
@@ -225,17 +243,68 @@ class DenoisingLoop:
         for spec in view.manifest.conditions:
             array = _with_shape(spec.name, conditions.get(spec.name), spec.shape)
             self._backend.upload(self._conditions[spec.name], to_storage(array, spec.dtype))
-        for index, call in enumerate(view.calls):
-            (call or self._ready(index))()
-            if on_launch is not None:
-                on_launch(index)
-        self._backend.synchronize()
-        return final_latent(self._backend.download(self._stack, view.stack, copy=False), plan.final)
+
+    def stack(self) -> np.ndarray:
+        """The stack after a run, float32 (slots, B, C, h, w): it holds only until the next one."""
+        return self._backend.download(self._stack, self._view.stack, copy=False)
+
+    def evaluate(
+        self,
+        step: int,
+        latent: np.ndarray,
+        conditions: Mapping[str, np.ndarray],
+        *,
+        timestep: float,
+        guidance_scale: float = 1.0,
+        arena: np.ndarray | None = None,
+    ) -> tuple[np.ndarray | None, np.ndarray]:
+        """The launches of one evaluation alone, from a latent of the caller's.
+
+        Args:
+            step: which evaluation.
+            latent: the model input, float32 (B, C, h, w).
+            conditions, guidance_scale: as for ``run``.
+            timestep: what the denoiser is told.
+            arena: the arena as an earlier evaluation left it, uint8 (bytes,); None before the first one.
+
+        Returns:
+            The prediction, float32 (B, C, h, w), None where the evaluation has none, and the arena after it.
+
+        Raises:
+            ValueError, UserError: as ``run``.
+        """
+        view = self._at(latent)
+        plan = view.manifest.plan
+        # The latent in the place of the initial noise, and the sum of the stack is that slot alone.
+        image = None if plan.image_slot is None else np.zeros(view.sample_shape, np.float32)
+        self._begin(view, latent, conditions, np.zeros(view.noises.shape, np.float32), image, guidance_scale)
+        if arena is not None:
+            self._backend.upload(self._arena, arena)
+        alone = graph_coefficients([1.0] + [0.0] * (plan.slots - 1), plan.stack.chain)
+        prediction = None
+        for index, launch in enumerate(self.launches):
+            if launch.step != step:
+                continue
+            self._tell(index, alone, timestep)
+            self._ready(index)()
+            self._backend.synchronize()
+            self._tell(index, graph_coefficients(launch.coefficients, plan.stack.chain), launch.timestep)
+            if launch.slot is not None:
+                slot_bytes = view.stack.nbytes // plan.slots
+                spec = TensorSpec(name=PREDICTION, shape=view.sample_shape, dtype="float32")
+                prediction = self._backend.download(self._stack.at(launch.slot * slot_bytes, slot_bytes), spec)
+        whole = TensorSpec(name="arena", shape=(plan.arena_bytes // 8,), dtype="int64")  # bytes, eight at a time
+        return prediction, self._backend.download(self._arena, whole).view(np.uint8)
+
+    def _tell(self, index: int, coefficients: np.ndarray, timestep: float) -> None:
+        if self.launches[index].coefficients:
+            self._backend.upload(self._coefficients[index], coefficients)
+        self._backend.upload(self._timesteps[index], np.array([timestep], np.float32))
 
     def not_finite(self) -> str | None:
         """The first launch of the last run whose prediction was not finite, in words; None where all were."""
         plan = self._view.manifest.plan
-        stack = self._backend.download(self._stack, self._view.stack, copy=False)
+        stack = self.stack()
         for index, launch in enumerate(self.launches):
             if launch.slot is not None and not np.isfinite(stack[launch.slot]).all():
                 name = plan.variants[launch.variant].name
