@@ -194,9 +194,9 @@ def _conditions(manifest: Manifest, prompts: Path | None, labels: tuple[int, ...
     from dipgo_deploy.search.prompts import built_in_prompts, read_prompts
 
     takes_text, takes_classes = bool(text_conditions(manifest)), class_condition(manifest) is not None
-    for option, value, takes in (("--prompts", prompts, takes_text), ("--class-labels", labels, takes_classes)):
+    for name, value, takes in (("--prompts", prompts, takes_text), ("--class-labels", labels, takes_classes)):
         if value is not None and not takes:
-            raise UserError(f"{option}: the engine directory does not take them; leave it out")
+            raise UserError(f"{name}: the engine directory does not take them; leave it out")
     if takes_text:
         found = built_in_prompts(manifest.model.name) if prompts is None else read_prompts(prompts)
         if found is None:
