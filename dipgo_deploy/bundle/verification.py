@@ -92,8 +92,8 @@ def _read(memory: Path) -> _Known:
         return {}  # only a saving of time is lost
 
 
-def _write(memory: Path, found: _Known) -> None:
-    rows = {name: [*state, sha] for name, (state, sha) in found.items()}
+def _write(memory: Path, known: _Known) -> None:
+    rows = {name: [*state, sha] for name, (state, sha) in known.items()}
     with contextlib.suppress(OSError, UserError):
         memory.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(memory, json.dumps(rows).encode())

@@ -52,29 +52,29 @@ def load_array(option: str, path: Path | None) -> np.ndarray | None:
         raise UserError(f"{option} {path}: not a .npy file of numbers ({one_line(error)})") from None
 
 
-def load_embeds(option: str, given: tuple[str, ...]) -> Embeds | None:
+def load_embeds(option: str, texts: tuple[str, ...]) -> Embeds | None:
     """Embeddings: one .npy file; ``NAME=FILE.npy`` for each condition; or one .npz or .safetensors file with the
     conditions by name. None where nothing is given.
 
     Raises:
         UserError: a file that cannot be read, a name given twice, or several files without names.
     """
-    if not given:
+    if not texts:
         return None
-    pairs = [_name_and_file(text) for text in given]
+    pairs = [_name_and_file(text) for text in texts]
     if len(pairs) == 1 and pairs[0][0] is None:
         path = pairs[0][1]
         return _load_named(option, path) if path.suffix.lower() in _NAMED else load_array(option, path)
-    found: dict[str, np.ndarray] = {}
+    embeds: dict[str, np.ndarray] = {}
     for name, path in pairs:
         if name is None:
             raise UserError(f"{option} {path}: one of several; give each with its condition's name, NAME={path}")
-        if name in found:
+        if name in embeds:
             raise UserError(f"{option} {name}={path}: {name} is given twice; give it once")
         array = load_array(f"{option} {name}:", path)
         assert array is not None  # only without a path
-        found[name] = array
-    return found
+        embeds[name] = array
+    return embeds
 
 
 def load_picture(option: str, path: Path) -> Image:

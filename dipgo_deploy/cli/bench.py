@@ -299,9 +299,9 @@ def _with_fitted(
     from dipgo_deploy.search.problem import with_reference, with_schedule
 
     sampler = problem.target.sampler
-    found = []
+    cases = []
     for name, schedule in schedules:
-        found.append((name, schedule))
+        cases.append((name, schedule))
         if schedule.solver is not None:
             continue
         problem.source.check(schedule)
@@ -313,8 +313,8 @@ def _with_fitted(
             CalibrationOptions(images=images),
             report=partial(_tell_stage, notify, label),
         )
-        found.append((label, fitted))
-    return found
+        cases.append((label, fitted))
+    return cases
 
 
 def _tell_stage(notify: Callable[[str], None], label: str, stage: str, done: int, total: int) -> None:
@@ -377,20 +377,20 @@ def profile(engine_dir: Path, repeats: int, threads: int | None, share_weights: 
     from dipgo_deploy.bundle.directory import Bundle
 
     bundle = Bundle.open(engine_dir)
-    found = profile_loop(bundle, repeats=repeats, threads=threads, share_weights=share_weights)
+    profiled = profile_loop(bundle, repeats=repeats, threads=threads, share_weights=share_weights)
     plan = bundle.manifest.plan
     facts = {
         "engine_dir": str(engine_dir),
-        "loop_seconds": found.loop,
-        "host_seconds": found.host,
+        "loop_seconds": profiled.loop,
+        "host_seconds": profiled.host,
         "launches": [
             {"step": launch.step, "variant": plan.variants[launch.variant].name, "seconds": seconds}
-            for launch, seconds in zip(plan.launches, found.launches, strict=True)
+            for launch, seconds in zip(plan.launches, profiled.launches, strict=True)
         ],
-        "kernel_seconds": found.kernels,
-        "copy_seconds": found.copies,
-        "blocks": dict(found.blocks),
-        "operators": dict(found.operators),
+        "kernel_seconds": profiled.kernels,
+        "copy_seconds": profiled.copies,
+        "blocks": dict(profiled.blocks),
+        "operators": dict(profiled.operators),
     }
     _show_profile(human_console(as_json), facts)
     emit(facts, as_json)

@@ -186,10 +186,10 @@ def reading_options(function: F) -> F:
     """Add ``--variant`` and ``--pipeline``, which become part of the parameter ``model``, a model's name."""
 
     @functools.wraps(function)
-    def with_name(*args: Any, model: str, variant: str | None, pipeline: str | None, **given: Any) -> Any:
+    def with_name(*args: Any, model: str, variant: str | None, pipeline: str | None, **parameters: Any) -> Any:
         from dipgo_deploy.models.location import with_options
 
-        return function(*args, model=with_options(model, variant=variant, pipeline=pipeline), **given)
+        return function(*args, model=with_options(model, variant=variant, pipeline=pipeline), **parameters)
 
     decorate = options(
         option(
@@ -216,11 +216,11 @@ def checked_outputs(*parameters: str) -> Callable[[F], F]:
 
     def decorate(function: F) -> F:
         @functools.wraps(function)
-        def run(*args: Any, overwrite: bool, **given: Any) -> Any:
+        def run(*args: Any, overwrite: bool, **values: Any) -> Any:
             for name in parameters:
-                if given[name] is not None:
-                    given[name] = free_output(given[name], f"--{name}", overwrite=overwrite)
-            return function(*args, **given)
+                if values[name] is not None:
+                    values[name] = free_output(values[name], f"--{name}", overwrite=overwrite)
+            return function(*args, **values)
 
         return overwrite_option(run)  # type: ignore[return-value]
 
@@ -272,13 +272,13 @@ def live(bars: Progress) -> Iterator[Progress]:
         yield bars
 
 
-def drawable(console: Console, wanted: str, plain: str) -> str:
+def drawable(console: Console, characters: str, plain: str) -> str:
     """The characters that are wanted, or plain ones where the console's encoding lacks any of them."""
     try:
-        wanted.encode(console.encoding)
+        characters.encode(console.encoding)
     except (UnicodeEncodeError, LookupError):
         return plain
-    return wanted
+    return characters
 
 
 def emit(result: dict[str, Any], as_json: bool) -> None:

@@ -340,14 +340,14 @@ def memory_line(memory: Mapping[str, Any]) -> str:
     return f"memory: {', '.join(parts)}"
 
 
-def parse_labels(given: tuple[str, ...]) -> list[int | str]:
+def parse_labels(texts: tuple[str, ...]) -> list[int | str]:
     """Class names and ids from the command line: split at commas; what is a whole number is an id.
 
     Raises:
         UserError: an empty label.
     """
     labels: list[int | str] = []
-    for part in (part.strip() for text in given for part in text.split(",")):
+    for part in (part.strip() for text in texts for part in text.split(",")):
         if not part:
             raise UserError("--class-labels: an empty label; give names or ids with single commas between")
         # No class has a number of so many digits; Python refuses to read those of thousands.

@@ -248,19 +248,19 @@ class _Weights:
         """
         component, module = self.component_of(change.layer), change.layer.module.replace(".", "_")
         for spelling in self._spellings(component, module):
-            if found := self._tensors.get((component, spelling, change.parameter)):
-                return [(_Rows(0, self._shape(found)[0]), found)]
+            if tensors := self._tensors.get((component, spelling, change.parameter)):
+                return [(_Rows(0, self._shape(tensors)[0]), tensors)]
         original = original_layer(module) if component == "denoiser" else None
         if original is None:
             return None
         parts, first = [], 0
         for path in original.modules:
-            found = self._tensors.get((component, path.replace(".", "_"), change.parameter))
-            if not found:
+            tensors = self._tensors.get((component, path.replace(".", "_"), change.parameter))
+            if not tensors:
                 return None
-            shape = self._shape(found)
+            shape = self._shape(tensors)
             exchanged = original.modulation and shape[0] == 2 * self._width(component, path)
-            parts.append((_Rows(first, shape[0], exchanged), found))
+            parts.append((_Rows(first, shape[0], exchanged), tensors))
             first += shape[0]
         return parts
 
@@ -344,10 +344,10 @@ def _match(lora: LoraFile, weights: _Weights) -> tuple[list[_Target], tuple[Cove
 
 def _coverage(matched: Sequence[Layer], missing: set[Layer], weights: _Weights) -> tuple[Coverage, ...]:
     """Layers that fit nothing here and change nothing either, being zero, are in neither of the two."""
-    found: dict[str, dict[str, dict[Layer, None]]] = defaultdict(lambda: defaultdict(dict))
+    by_component: dict[str, dict[str, dict[Layer, None]]] = defaultdict(lambda: defaultdict(dict))
     for layer in [*matched, *sorted(missing, key=lambda layer: layer.module)]:
         fate = "applied" if layer not in missing else "unused" if weights.unused(layer) else "missing"
-        found[weights.component_of(layer)][fate][layer] = None
+        by_component[weights.component_of(layer)][fate][layer] = None
     return tuple(
         Coverage(
             component,
@@ -355,7 +355,7 @@ def _coverage(matched: Sequence[Layer], missing: set[Layer], weights: _Weights) 
             tuple(layer.module for layer in fates["missing"]),
             tuple(layer.module for layer in fates["unused"]),
         )
-        for component, fates in found.items()
+        for component, fates in by_component.items()
     )
 
 

@@ -44,13 +44,13 @@ def compile_plan(
 
 @dataclass(frozen=True)
 class Compiled:
-    """A schedule on a block graph before it is laid out. given, kept: per step the mask of kept blocks, as asked for
+    """A schedule on a block graph before it is laid out. asked, kept: per step the mask of kept blocks, as asked for
     and after promotion."""
 
     index: GraphIndex
-    given: tuple[int, ...]
+    asked: tuple[int, ...]
     kept: tuple[int, ...]
-    found: Demand
+    demand: Demand
 
 
 def demanded(
@@ -72,17 +72,17 @@ def demanded(
     if max_variants is not None and max_variants < 1:
         raise UserError(f"the most variants allowed must be at least 1, it is {max_variants}")
     requests: tuple[Request, ...] = tuple(Request(row) for row in rows)
-    found = demand(index, requests, used)
-    if found.missing:
-        step, value = found.missing[0]
+    demands = demand(index, requests, used)
+    if demands.missing:
+        step, value = demands.missing[0]
         block = index.block_names[index.block[value]]
         raise UserError(
             f"step {step} removes block {block!r}, whose output is needed there but was never computed before: "
             f"keep the block at step {step} or at an earlier one"
         )
     if max_variants is not None:
-        requests, found = promote(index, requests, used, max_variants)
-    return Compiled(index, tuple(rows), tuple(request.gates for request in requests), found)
+        requests, demands = promote(index, requests, used, max_variants)
+    return Compiled(index, tuple(rows), tuple(request.gates for request in requests), demands)
 
 
 def _gate_masks(graph: BlockGraph, gates: Sequence[Sequence[bool]]) -> list[int]:
@@ -99,20 +99,20 @@ def _gate_masks(graph: BlockGraph, gates: Sequence[Sequence[bool]]) -> list[int]
 
 def _assemble(compiled: Compiled, alignment: int) -> Plan:
     """The demand as variants and launches with every cache at its offset."""
-    index, given, kept, found = compiled.index, compiled.given, compiled.kept, compiled.found
-    groups = group_launches(found.launches)
+    index, asked, kept, demands = compiled.index, compiled.asked, compiled.kept, compiled.demand
+    groups = group_launches(demands.launches)
     variants = tuple(_variant(index, f"v{number:02d}", group) for number, group in enumerate(groups))
     variant_of = {step: number for number, group in enumerate(groups) for step in group.steps}
     # A cache is the same tensor under three orders: value positions, sorted names, and bytes in the arena.
     ordered = {mask: _sorted_values(index, mask) for group in groups for mask in (group.reads, group.writes)}
-    launch_of = {launch.step: number for number, launch in enumerate(found.launches)}
+    launch_of = {launch.step: number for number, launch in enumerate(demands.launches)}
     last_read: dict[tuple[int, int], int] = {}
-    for number, launch in enumerate(found.launches):
+    for number, launch in enumerate(demands.launches):
         for value in bits(launch.reads):
-            last_read[launch_of[found.stored[launch.step][value]], value] = number
+            last_read[launch_of[demands.stored[launch.step][value]], value] = number
     place: dict[tuple[int, int], int] = {}
     lifetimes: list[Lifetime] = []
-    for number, launch in enumerate(found.launches):
+    for number, launch in enumerate(demands.launches):
         for value in ordered[groups[variant_of[launch.step]].writes]:
             place[number, value] = len(lifetimes)
             last = last_read.get((number, value))
@@ -121,9 +121,9 @@ def _assemble(compiled: Compiled, alignment: int) -> Plan:
             )
     offsets, arena = allocate(lifetimes, alignment)
     launches, slot = [], 0
-    for number, launch in enumerate(found.launches):
+    for number, launch in enumerate(demands.launches):
         group = groups[variant_of[launch.step]]
-        stored = found.stored[launch.step]
+        stored = demands.stored[launch.step]
         launches.append(
             Launch(
                 step=launch.step,
@@ -140,7 +140,7 @@ def _assemble(compiled: Compiled, alignment: int) -> Plan:
         keep=tuple(tuple(bool(row >> block & 1) for block in blocks) for row in kept),
         variants=variants,
         launches=tuple(launches),
-        source=found.source,
+        source=demands.source,
         arena_bytes=arena,
         lower_bound_bytes=lower_bound(lifetimes, alignment),
         macs_full=macs_of_gates((1 << len(index.outputs)) - 1),
@@ -148,7 +148,7 @@ def _assemble(compiled: Compiled, alignment: int) -> Plan:
         macs_run=sum(variants[launch.variant].macs for launch in launches),
         promoted=tuple(
             (step, index.block_names[block])
-            for step, (before, after) in enumerate(zip(given, kept, strict=True))
+            for step, (before, after) in enumerate(zip(asked, kept, strict=True))
             for block in bits(after & ~before)
         ),
     )

@@ -95,13 +95,13 @@ def demand(index: GraphIndex, requests: Sequence[Request], used: Sequence[bool])
 
 def _new_predictions(numbering: Numbering, requests: Sequence[Request], used: Sequence[bool]) -> list[bool]:
     """Whether each step makes a prediction: the first with its number, if any used step has that number."""
-    wanted = {number for number, use in zip(numbering.prediction, used, strict=True) if use}
-    made: set[int] = set()
+    used_numbers = {number for number, use in zip(numbering.prediction, used, strict=True) if use}
+    numbered: set[int] = set()
     predicts = []
     for number, request in zip(numbering.prediction, requests, strict=True):
-        predicts.append(request.predict or (number in wanted and number not in made))
+        predicts.append(request.predict or (number in used_numbers and number not in numbered))
         if predicts[-1]:
-            made.add(number)
+            numbered.add(number)
     return predicts
 
 

@@ -34,13 +34,13 @@ def merge_pieces(
     everything = (1 << len(colours)) - 1
     level: list[tuple[int, tuple[tuple[int, ...], ...]]] = [(0, ())]
     while level and level[0][0] != everything:
-        found: dict[int, tuple[tuple[int, ...], ...]] = {}
+        reached: dict[int, tuple[tuple[int, ...], ...]] = {}
         for done, segments in level:
             for members in palette.values():
                 taken = _take(members & ~done, done, needs, foes)
                 if taken:
-                    found.setdefault(done | _mask(taken), (*segments, taken))
-        level = _largest(found)
+                    reached.setdefault(done | _mask(taken), (*segments, taken))
+        level = _largest(reached)
         if not level:
             raise ValueError("the pieces form a cycle")
     return list(level[0][1])
@@ -65,9 +65,9 @@ def _take(members: int, done: int, needs: Sequence[int], foes: Sequence[int]) ->
     return tuple(taken)
 
 
-def _largest(found: dict[int, tuple[tuple[int, ...], ...]]) -> list[tuple[int, tuple[tuple[int, ...], ...]]]:
+def _largest(reached: dict[int, tuple[tuple[int, ...], ...]]) -> list[tuple[int, tuple[tuple[int, ...], ...]]]:
     kept: list[tuple[int, tuple[tuple[int, ...], ...]]] = []
-    for done, segments in sorted(found.items(), key=lambda item: -item[0].bit_count()):
+    for done, segments in sorted(reached.items(), key=lambda item: -item[0].bit_count()):
         if len(kept) == _WIDTH:
             break
         if not any(done & ~larger == 0 for larger, _ in kept):

@@ -127,16 +127,16 @@ def _groups(nodes: NodeGraph, graph: BlockGraph) -> list[_Group]:
 
 def _owners(nodes: NodeGraph, graph: BlockGraph) -> list[frozenset[str]]:
     """Per node the named values whose walk back, which stops at named values, reaches it."""
-    found: list[set[str]] = [set() for _ in nodes.nodes]
+    owners: list[set[str]] = [set() for _ in nodes.nodes]
     reached: dict[str, set[str]] = {name: {name} for name in graph.values}
     for place in range(len(nodes.nodes) - 1, -1, -1):
         node = nodes.nodes[place]
         for output in node.outputs:
-            found[place] |= reached.get(output, set())
+            owners[place] |= reached.get(output, set())
         for name in node.inputs:
             if name not in graph.values:
-                reached.setdefault(name, set()).update(found[place])
-    return [frozenset(names) for names in found]
+                reached.setdefault(name, set()).update(owners[place])
+    return [frozenset(names) for names in owners]
 
 
 def _constants(nodes: NodeGraph, maker: Mapping[str, int], graph: BlockGraph) -> set[int]:
@@ -188,11 +188,11 @@ def _pieces(
         if group.owners and place not in copied:
             members.setdefault(group, set()).add(place)
     wanted = {name for _, name in reads} | set(graph.values)
-    made = []
+    pieces = []
     for group, places in members.items():
         outputs = [name for place in sorted(places) for name in nodes.nodes[place].outputs if name in wanted]
         work = _with_copies(nodes, maker, places, copied)
-        made.append(
+        pieces.append(
             Piece(
                 owners=group.owners,
                 reads=frozenset(name for reader, name in reads if reader == group),
@@ -201,7 +201,7 @@ def _pieces(
                 weights=frozenset().union(*(nodes.nodes[place].weights for place in work)),
             )
         )
-    return _sorted(made)
+    return _sorted(pieces)
 
 
 def _with_copies(nodes: NodeGraph, maker: Mapping[str, int], places: set[int], copied: set[int]) -> set[int]:

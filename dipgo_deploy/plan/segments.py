@@ -134,9 +134,9 @@ def plan_segments(
     pieces: of the same trace (``pieces.split``). The other arguments and what is raised are those of ``compile_plan``.
     """
     compiled = demanded(graph, gates, prediction_used=prediction_used, alignment=alignment)
-    index, found = compiled.index, compiled.found
+    index, demands = compiled.index, compiled.demand
     model = _model(index, pieces)
-    steps = _steps(index, found)
+    steps = _steps(index, demands)
     runs = _runs(graph, model, steps, index.costs.macs((1 << len(index.names)) - 1))
     before, apart = _order(model, steps, runs)
     active = sorted(runs)
@@ -162,13 +162,13 @@ def _model(index: GraphIndex, pieces: PieceGraph) -> _Model:
     )
 
 
-def _steps(index: GraphIndex, found: Demand) -> list[_Step]:
+def _steps(index: GraphIndex, demands: Demand) -> list[_Step]:
     def names(mask: int) -> frozenset[str]:
         return frozenset(index.names[value] for value in bits(mask))
 
     steps, slot = [], 0
-    for need in found.launches:
-        stored = found.stored[need.step]
+    for need in demands.launches:
+        stored = demands.stored[need.step]
         reads = {index.names[value]: stored[value] for value in bits(need.reads)}
         steps.append(_Step(need.step, names(need.computed), reads, names(need.stores), need.predicts, slot))
         slot += need.predicts

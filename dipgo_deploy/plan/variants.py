@@ -61,20 +61,20 @@ def promote(
     everything share one variant. ``requests`` must have no missing reads.
     """
     current = tuple(requests)
-    found = demand(index, current, used)
+    demands = demand(index, current, used)
     cells = len(current) * len(index.names)
     trials_per_round = max(_LEAST_TRIALS, min(_MOST_TRIALS, _CELLS_PER_ROUND // cells))
     while True:
-        groups = group_launches(found.launches)
+        groups = group_launches(demands.launches)
         excess = len(groups) - limit
         if excess <= 0:
-            return current, found
+            return current, demands
         if excess > _NEAR:
-            current, found = _complete(index, _merge(index, current, _clusters(index, groups, excess // 2)), used)
+            current, demands = _complete(index, _merge(index, current, _clusters(index, groups, excess // 2)), used)
             continue
         pairs = _cheapest_pairs(index, groups, trials_per_round)
         trials = [_complete(index, _merge(index, current, [pair]), used) for pair in pairs]
-        current, found = min(
+        current, demands = min(
             trials,
             key=lambda trial: (len(group_launches(trial[1].launches)) >= len(groups), trial[1].macs(index)),
         )

@@ -139,8 +139,8 @@ def _encode(
     """The text conditions of one prompt, (1, ...) each, float32 or int64."""
     import torch
 
-    wanted = [spec for spec in specs if spec.source == "text"]
-    if not wanted:
+    texts = [spec for spec in specs if spec.source == "text"]
+    if not texts:
         return {}
     scheme = source.text
     if scheme is None or not has_text_encoder(source):
@@ -149,7 +149,7 @@ def _encode(
             spec.name: torch.ones(1, *spec.shape[1:], dtype=torch.int64)
             if spec.dtype == "int64"
             else torch.from_numpy(stream.randn((1, *spec.shape[1:])))
-            for spec in wanted
+            for spec in texts
         }
     plain = text.strip().lower() if scheme.lowercase else text
     tokens: dict[str, torch.Tensor] = {}

@@ -35,7 +35,7 @@ def mapped_files() -> Ranges:
     maps = Path("/proc/self/smaps")
     if not maps.is_file():
         return []
-    found: Ranges = []
+    ranges: Ranges = []
     inside = False
     for line in maps.read_text().splitlines():
         first, _, rest = line.partition(" ")
@@ -43,11 +43,11 @@ def mapped_files() -> Ranges:
             inside = line.endswith(_SUFFIX)
             if inside:
                 start, _, end = first.partition("-")
-                found.append((int(start, 16), int(end, 16)))
+                ranges.append((int(start, 16), int(end, 16)))
         elif inside and first == "Anonymous:" and rest.split()[0] != "0":
-            found.pop()
+            ranges.pop()
             inside = False
-    return found
+    return ranges
 
 
 def give_back(tensor: torch.Tensor, mapped: Ranges) -> None:

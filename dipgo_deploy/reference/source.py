@@ -147,10 +147,10 @@ class Source:
         self, shape: TraceShape, batch: int | Range, height: int | Range | None, width: int | Range | None
     ) -> SizeRanges | None:
         """The sizes that stay open, in latent pixels; None where none does."""
-        found = {"batch": batch if isinstance(batch, Range) else Range.static(batch)}
-        for option, given, most in (("height", height, shape.height), ("width", width, shape.width)):
-            if not isinstance(given, Range) or given.is_static:
-                found[option] = Range.static(most)
+        ranges = {"batch": batch if isinstance(batch, Range) else Range.static(batch)}
+        for option, asked, most in (("height", height, shape.height), ("width", width, shape.width)):
+            if not isinstance(asked, Range) or asked.is_static:
+                ranges[option] = Range.static(most)
                 continue
             if self.family.size_multiple is None:
                 raise UserError(
@@ -158,13 +158,13 @@ class Source:
                 )
             multiple = self.family.size_multiple(self.config)
             step = multiple * self.scale
-            if any(value % step for value in (given.min, given.opt, given.max)):
+            if any(value % step for value in (asked.min, asked.opt, asked.max)):
                 raise UserError(
-                    f"--{option} {given.min}:{given.opt}:{given.max}: {self.name} needs multiples of {step} pixels"
+                    f"--{option} {asked.min}:{asked.opt}:{asked.max}: {self.name} needs multiples of {step} pixels"
                 )
-            least, usual, most = (value // self.scale for value in (given.min, given.opt, given.max))
-            found[option] = Range(min=least, opt=usual, max=most, multiple=multiple)
-        return None if all(allowed.is_static for allowed in found.values()) else SizeRanges(**found)
+            least, usual, most = (value // self.scale for value in (asked.min, asked.opt, asked.max))
+            ranges[option] = Range(min=least, opt=usual, max=most, multiple=multiple)
+        return None if all(allowed.is_static for allowed in ranges.values()) else SizeRanges(**ranges)
 
     def _latent_extent(self, option: str, pixels: int | None, native: int | None) -> int:
         if pixels is None:

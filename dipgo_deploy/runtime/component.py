@@ -53,8 +53,8 @@ class Component:
         return {spec.name: self._backend.download(self._memory[spec.name], spec) for spec in graph.outputs}
 
     def _at(self, sizes: Sizes | None) -> tuple[Graph, Launchable]:
-        found = self._calls.get(sizes)
-        if found is None:
+        bound = self._calls.get(sizes)
+        if bound is None:
             graph = self.graph
             if sizes is not None and graph.sizes is not None:
                 graph.sizes.check(sizes)
@@ -63,5 +63,5 @@ class Component:
                 del self._calls[next(iter(self._calls))]
             bind = self._executable.bind
             call = bind(self._memory) if graph.sizes is None else bind(self._memory, graph)
-            self._calls[sizes] = found = graph, call
-        return found
+            self._calls[sizes] = bound = graph, call
+        return bound

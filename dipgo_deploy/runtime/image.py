@@ -69,16 +69,16 @@ class Encoder:
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-def to_pictures(given: Picture | Sequence[Picture], height: int, width: int, name: str = "image") -> np.ndarray:
+def to_pictures(pictures: Picture | Sequence[Picture], height: int, width: int, name: str = "image") -> np.ndarray:
     """Pictures as float32 (n, H, W, 3) in [0, 1], as diffusers' ``VaeImageProcessor`` makes them.
 
-    given: PIL pictures of any size, which are resized (Lanczos), or arrays (H, W, 3) or (n, H, W, 3) of the wanted
+    pictures: PIL pictures of any size, which are resized (Lanczos), or arrays (H, W, 3) or (n, H, W, 3) of the wanted
     size, float in [0, 1] or uint8; one, or several in a list. name: of the argument, for messages.
 
     Raises:
         UserError: anything else.
     """
-    items = list(given) if isinstance(given, (list, tuple)) else [given]
+    items = list(pictures) if isinstance(pictures, (list, tuple)) else [pictures]
     if not items:
         raise UserError(f"{name}: an empty list; give at least one picture")
     return np.concatenate([_picture(item, height, width, name) for item in items])

@@ -500,9 +500,9 @@ class Pipeline:
         )
 
 
-def _lora_choices(given: Sequence[tuple[str | os.PathLike[str], float]], partial: bool) -> list[LoraChoice]:
+def _lora_choices(files: Sequence[tuple[str | os.PathLike[str], float]], partial: bool) -> list[LoraChoice]:
     found = []
-    for pair in arguments.items("lora", given, "pairs of a file and a scale"):
+    for pair in arguments.items("lora", files, "pairs of a file and a scale"):
         if not isinstance(pair, (tuple, list)) or len(pair) != 2:
             raise arguments.wrong("lora", pair, "pairs of a file and a scale")
         file, scale = arguments.path("lora file", pair[0]), arguments.number("lora scale", pair[1])

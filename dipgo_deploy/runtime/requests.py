@@ -141,7 +141,7 @@ def _at_size(manifest: Manifest, asked: Asked) -> Manifest:
     given = asked.latents if asked.latents is not None else asked.image_latents
     there = given.shape[2:] if isinstance(given, np.ndarray) and given.ndim == 4 and ranges is not None else None
     usual = manifest.usual_sizes[1:]
-    found = []
+    extents = []
     for place, (option, given_pixels) in enumerate((("height", asked.height), ("width", asked.width))):
         pixels = None if given_pixels is None else arguments.whole(option, given_pixels, least=1)
         extent = usual[place] if there is None else int(there[place])
@@ -157,8 +157,8 @@ def _at_size(manifest: Manifest, asked: Asked) -> Manifest:
             extent = pixels // scale
         elif extent not in allowed:
             raise UserError(f"latents: {option} {extent}, this engine directory takes {allowed.describe()}")
-        found.append(extent)
-    return manifest if ranges is None else manifest.at(Sizes(ranges.batch.max, *found))
+        extents.append(extent)
+    return manifest if ranges is None else manifest.at(Sizes(ranges.batch.max, *extents))
 
 
 def _check_memory(manifest: Manifest, images: int) -> None:
@@ -186,19 +186,19 @@ def class_condition(manifest: Manifest) -> ConditionSpec | None:
 
 
 def _check_fixed(
-    manifest: Manifest, given: Mapping[str, np.ndarray], images: int, guidance_scale: float
+    manifest: Manifest, conditions: Mapping[str, np.ndarray], images: int, guidance_scale: float
 ) -> dict[str, np.ndarray]:
     """Every other condition, from the caller or from the manifest."""
     specs = {spec.name: spec for spec in manifest.conditions if spec.source in ("fixed", "guidance")}
-    unknown = sorted(set(given) - set(specs))
+    unknown = sorted(set(conditions) - set(specs))
     if unknown:
         known = ", ".join(sorted(specs)) or "none"
         raise UserError(f"conditions: {unknown[0]} is not one that can be given (here: {known})")
-    found = {}
+    repeated = {}
     for name, spec in specs.items():
         shape, dtype = spec.shape[1:], np.int64 if spec.dtype == "int64" else np.float32
-        if name in given:
-            rows = _numbers(f"conditions: {name}", given[name], spec)
+        if name in conditions:
+            rows = _numbers(f"conditions: {name}", conditions[name], spec)
             if rows.shape[1:] != shape or len(rows) not in (1, images):
                 sizes = "".join(f", {extent}" for extent in shape)
                 raise UserError(f"conditions: {name}: shape {rows.shape}, needs (1 or {images}{sizes})")
@@ -207,16 +207,16 @@ def _check_fixed(
             rows = np.array(values).reshape(1, *shape)
         if not fits(rows, spec.dtype):
             raise _beyond(f"conditions: {name}", rows, spec.dtype)
-        found[name] = np.repeat(rows, images // len(rows), axis=0).astype(dtype)
-    return found
+        repeated[name] = np.repeat(rows, images // len(rows), axis=0).astype(dtype)
+    return repeated
 
 
-def _numbers(label: str, given: object, spec: ConditionSpec) -> np.ndarray:
+def _numbers(label: str, values: object, spec: ConditionSpec) -> np.ndarray:
     """An array of numbers of the kind that a condition takes, from whatever numpy makes an array of."""
     try:
-        rows = np.asarray(given)
+        rows = np.asarray(values)
     except (ValueError, TypeError, OverflowError):  # ragged lists, foreign objects
-        raise arguments.wrong(label, given, "an array of numbers") from None
+        raise arguments.wrong(label, values, "an array of numbers") from None
     if rows.dtype.kind not in ("iub" if spec.dtype == "int64" else "iuf"):
         kind = "whole numbers" if spec.dtype == "int64" else "numbers"
         raise UserError(f"{label}: an array of type {rows.dtype}, needs {kind}")
@@ -275,8 +275,8 @@ def _check_text(manifest: Manifest, asked: Asked) -> TextRequest | None:
     return TextRequest(prompts, embeds, negative_prompts, negative_embeds)
 
 
-def _strings(name: str, given: str | Sequence[str]) -> tuple[str, ...]:
-    strings = tuple(arguments.items(name, given, "text, or a list of texts"))
+def _strings(name: str, texts: str | Sequence[str]) -> tuple[str, ...]:
+    strings = tuple(arguments.items(name, texts, "text, or a list of texts"))
     if not strings:
         raise UserError(f"{name}: an empty list; give at least one")
     for string in strings:
@@ -285,17 +285,17 @@ def _strings(name: str, given: str | Sequence[str]) -> tuple[str, ...]:
     return strings
 
 
-def _check_embeds(name: str, given: Embeds, specs: Mapping[str, ConditionSpec]) -> dict[str, np.ndarray]:
+def _check_embeds(name: str, embeds: Embeds, specs: Mapping[str, ConditionSpec]) -> dict[str, np.ndarray]:
     """The text conditions by name, all with as many rows; a bare array is the one condition of a model with one."""
-    if not isinstance(given, Mapping):
+    if not isinstance(embeds, Mapping):
         if len(specs) > 1:
             raise UserError(f"{name}: this model takes {' and '.join(specs)}; give all of them by name")
-        given = {next(iter(specs)): given}
-    if set(arguments.mapping(name, given)) != set(specs):
-        raise UserError(f"{name}: has {', '.join(sorted(given)) or 'nothing'}, needs {', '.join(sorted(specs))}")
-    found = {}
+        embeds = {next(iter(specs)): embeds}
+    if set(arguments.mapping(name, embeds)) != set(specs):
+        raise UserError(f"{name}: has {', '.join(sorted(embeds)) or 'nothing'}, needs {', '.join(sorted(specs))}")
+    arrays = {}
     for key, spec in specs.items():
-        rows = given[key]
+        rows = embeds[key]
         label = name if len(specs) == 1 else f"{name}: {key}"
         if spec.dtype == "int64":
             if not isinstance(rows, np.ndarray) or rows.dtype.kind not in "iub":
@@ -307,10 +307,10 @@ def _check_embeds(name: str, given: Embeds, specs: Mapping[str, ConditionSpec]) 
             raise UserError(f"{label}: shape {rows.shape}, needs (prompts, {sizes}) as this model was exported")
         if not fits(rows, spec.dtype):
             raise _beyond(label, rows, spec.dtype)
-        found[key] = rows.astype(np.int64 if spec.dtype == "int64" else np.float32)
-    if len({len(rows) for rows in found.values()}) > 1:
-        raise UserError(f"{name}: {', '.join(f'{key} has {len(rows)} rows' for key, rows in found.items())}")
-    return found
+        arrays[key] = rows.astype(np.int64 if spec.dtype == "int64" else np.float32)
+    if len({len(rows) for rows in arrays.values()}) > 1:
+        raise UserError(f"{name}: {', '.join(f'{key} has {len(rows)} rows' for key, rows in arrays.items())}")
+    return arrays
 
 
 def _one_each(name: str, rows: np.ndarray, count: int) -> np.ndarray:
@@ -371,13 +371,13 @@ def _some_names(manifest: Manifest) -> str:
     return f"; the names are {shown}"
 
 
-def _check_guidance(manifest: Manifest, given: float | None) -> float:
+def _check_guidance(manifest: Manifest, asked: float | None) -> float:
     distilled = any(spec.source == "guidance" for spec in manifest.conditions)
     if not manifest.guidance and not distilled:
-        if given is not None:
+        if asked is not None:
             raise UserError("guidance_scale: this engine directory was exported without guidance; leave it out")
         return 1.0
-    scale = manifest.guidance_scale if given is None else arguments.number("guidance_scale", given)
+    scale = manifest.guidance_scale if asked is None else arguments.number("guidance_scale", asked)
     if scale is None:
         raise UserError("guidance_scale: missing, and the engine directory has no default; give one")
     # Below 1 diffusers turns guidance off, which is what 1 gives here: refuse what would not do the same.
@@ -411,18 +411,18 @@ def _with_control_scale(manifest: Manifest, asked: Asked) -> Mapping[str, np.nda
 
 
 def _check_control_image(
-    manifest: Manifest, given: Picture | Sequence[Picture] | None, rows: int, per_prompt: int
+    manifest: Manifest, asked: Picture | Sequence[Picture] | None, rows: int, per_prompt: int
 ) -> dict[str, np.ndarray]:
     """The picture that a ControlNet looks at, (images, 3, H, W) by the condition's name."""
     spec = next((spec for spec in manifest.conditions if spec.source == "image"), None)
     if spec is None:
-        if given is not None:
+        if asked is not None:
             raise UserError("control_image: this engine directory has no ControlNet; leave it out")
         return {}
-    if given is None:
+    if asked is None:
         raise UserError("control_image: missing; this engine directory has a ControlNet, which looks at a picture")
     height, width = spec.shape[2:]
-    pictures = to_pictures(given, height, width, name="control_image")
+    pictures = to_pictures(asked, height, width, name="control_image")
     if len(pictures) not in (1, rows):
         raise UserError(f"control_image: {len(pictures)} given for {rows} prompts; give one, or one for each")
     repeats = per_prompt if len(pictures) == rows else rows * per_prompt
@@ -478,11 +478,11 @@ def _check_image_latents(manifest: Manifest, latents: np.ndarray | None, rows: i
 
 
 def _repeat_text(text: TextRequest, times: int) -> TextRequest:
-    def strings(given: tuple[str, ...] | None) -> tuple[str, ...] | None:
-        return None if given is None else tuple(string for string in given for _ in range(times))
+    def strings(texts: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        return None if texts is None else tuple(string for string in texts for _ in range(times))
 
-    def rows(given: dict[str, np.ndarray] | None) -> dict[str, np.ndarray] | None:
-        return None if given is None else {name: np.repeat(array, times, axis=0) for name, array in given.items()}
+    def rows(arrays: dict[str, np.ndarray] | None) -> dict[str, np.ndarray] | None:
+        return None if arrays is None else {name: np.repeat(array, times, axis=0) for name, array in arrays.items()}
 
     return TextRequest(
         strings(text.prompts), rows(text.embeds), strings(text.negative_prompts), rows(text.negative_embeds)

@@ -192,7 +192,7 @@ def _walked(
     if noises:
         result, _ = walk(noises)
     rows = torch.stack([row.reshape(-1) for row in result.inputs]).numpy()
-    made = SamplerMatrix(
+    matrix = SamplerMatrix(
         class_name=type(scheduler).__name__,
         config=plain_config(scheduler),
         num_inference_steps=num_inference_steps,
@@ -203,7 +203,7 @@ def _walked(
         predictions=predictions,
         image=image,
     )
-    return made, slots
+    return matrix, slots
 
 
 def _is_finite(matrix: SamplerMatrix) -> bool:

@@ -146,7 +146,7 @@ def walk_loop(
         extra["eta"] = 0.0  # as diffusers' pipelines do; TCD's own default is another
 
     state = CacheState()
-    given = None if noises is None else _Given(sampler, latents.shape, noises)
+    recorded = None if noises is None else _Given(sampler, latents.shape, noises)
     for step, timestep in enumerate(timesteps):
         model_input = scale_input(sample, timestep)
         batch = torch.cat([model_input] * halves).to(dtype)
@@ -159,11 +159,11 @@ def walk_loop(
             unconditional, conditional = raw.chunk(2)
             prediction = unconditional + guidance_scale * (conditional - unconditional)
         yield _evaluation(step, model_input, timestep, conditions, state, after, raw, prediction)
-        with nullcontext() if given is None else GivenNoise(latents.shape, given.draw):
+        with nullcontext() if recorded is None else GivenNoise(latents.shape, recorded.draw):
             sample = sampler.step(prediction, timestep, sample, return_dict=False, **extra)[0]
         state = after
-    if given is not None:
-        given.check_all_used()
+    if recorded is not None:
+        recorded.check_all_used()
     return sample
 
 
