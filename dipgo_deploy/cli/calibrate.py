@@ -20,6 +20,7 @@ from dipgo_deploy.cli.common import (
     live,
 )
 from dipgo_deploy.cli.options import (
+    MODEL_HELP,
     PATH,
     Command,
     checkpoint_options,
@@ -50,18 +51,30 @@ if TYPE_CHECKING:
         "dipgo-calibrate --engine-dir engines/ten --reference-engine-dir engines/full --prompts prompts.txt",
     ),
 )
-@option(
-    "Model", "--model", help="A built-in model (fashion-sd, fashion-dit), a folder in diffusers' format, or a hub id."
-)
+@option("Model", "--model", show_default="required without --engine-dir", help=MODEL_HELP)
 @option(
     "Model",
     "--engine-dir",
     type=PATH,
+    show_default="none",
     help="In place of model and schedule: fit with the graphs of this directory, and change its launch list.",
 )
-@option("Model", "--reference-engine-dir", type=PATH, help="Export of the full run that --engine-dir is fitted to.")
+@option(
+    "Model",
+    "--reference-engine-dir",
+    type=PATH,
+    show_default="required with --engine-dir",
+    help="Export of the full run that --engine-dir is fitted to.",
+)
 @guidance_option
-@option("Schedule", "--schedule", "schedule_file", type=PATH, help="Schedule file to fit a solver to.")
+@option(
+    "Schedule",
+    "--schedule",
+    "schedule_file",
+    type=PATH,
+    show_default="required without --engine-dir",
+    help="Schedule file to fit a solver to.",
+)
 @option(
     "Schedule",
     "--reference",
@@ -92,7 +105,11 @@ if TYPE_CHECKING:
 @option("Runtime", "--batch", type=click.IntRange(min=1), default=20, help="Images in one evaluation.")
 @device_option
 @option(
-    "Runtime", "--backend", type=click.Choice(BACKENDS), default="auto", help="What runs the graphs of --engine-dir."
+    "Runtime",
+    "--backend",
+    type=click.Choice(BACKENDS),
+    default="auto",
+    help="Backend that runs the graphs of --engine-dir.",
 )
 @threads_option("torch's own")
 @option(
@@ -100,6 +117,7 @@ if TYPE_CHECKING:
     "-o",
     "--output",
     type=PATH,
+    show_default="required without --engine-dir",
     help="File for the schedule with its solver; with --engine-dir it goes there, too.",
 )
 @checkpoint_options("calibration")

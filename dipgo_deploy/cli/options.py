@@ -146,10 +146,9 @@ def version_option(function: F) -> F:
     return decorate(function)
 
 
-def model_option(function: F) -> F:
-    """Add ``--model``."""
-    text = "A built-in model (fashion-sd, fashion-dit), a folder in diffusers' format, or a hub id."
-    return option("Model", "--model", required=True, help=text)(function)
+MODEL_HELP = "A built-in model (fashion-sd, fashion-dit), a folder in diffusers' format, or a hub id."
+
+model_option = option("Model", "--model", required=True, help=MODEL_HELP)
 
 
 def engine_dir_option(function: F) -> F:
