@@ -55,7 +55,7 @@ def schedule_for(
 
 def plan_for(model: Path | str, schedule: Schedule, **options: Any) -> PlannedExport:
     """One trace of the model; ``replan`` gives it other gates of the same blocks."""
-    return plan_export(str(model), schedule, ExportOptions(**options))
+    return plan_export(str(model), schedule, ExportOptions(**{"layout": "variants", **options}))
 
 
 def loop_report(

@@ -140,7 +140,7 @@ def test_str_and_paths_are_alike(engine: Path, tmp_path: Path) -> None:
     ("name", "wrong"),
     [
         ("model", NOT_PATHS),
-        ("schedule", [None, "s.json", SCHEDULE, {}]),
+        ("schedule", [None, 3, {}]),
         ("engine_dir", NOT_PATHS),
         ("options", [3, "fp16", {"dtype": "fp16"}]),
     ],
@@ -162,7 +162,7 @@ def test_exporting(tmp_path: Path, name: str, wrong: list[Any]) -> None:
         ("height", ["64", 64.0]),
         ("width", ["64", 64.0]),
         ("max_variants", ["4", 0]),
-        ("layout", [None, "auto"]),
+        ("layout", [None, "fast"]),
         ("strength", ["0.5"]),
         ("check", [None, 1]),
         ("components", [1]),

@@ -23,7 +23,8 @@ from family_checks import random_weights
 from dipgo_deploy.bundle.directory import reseal
 from dipgo_deploy.bundle.manifest import VariantEntry, seal_of
 from dipgo_deploy.bundle.staging import staged_directory
-from dipgo_deploy.export.exporter import PlannedExport, write_bundle
+from dipgo_deploy.export.exporter import PlannedExport
+from dipgo_deploy.export.writing import write_bundle
 from dipgo_deploy.models.family import Granularity
 from dipgo_deploy.models.location import denoiser_config
 from dipgo_deploy.sampler import evaluations, make_scheduler

@@ -49,7 +49,7 @@ def command(model: str, folder: Path, repeats: int, threads: int | None, seed: i
     schedule = Schedule.load(SCHEDULES / MODELS[model])
     say(f"{model}, schedule {MODELS[model]}: {schedule.kept_share:.1%} of the gates kept")
     target = folder / model
-    pair = export_pair(model, schedule, target, ExportOptions(), say)
+    pair = export_pair(model, schedule, target, ExportOptions(layout="variants"), say)
     say(f"exported {pair.pruned} and, for comparison, {pair.full}")
     draws = [draw(path, threads, seed) for path in (pair.full, pair.pruned)]
     picture = target / "full-above-pruned.png"

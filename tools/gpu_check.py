@@ -156,7 +156,7 @@ def exported(model: Model, folder: Path, report: dict[str, Any]) -> tuple[Path, 
         schedule = target.schedule(gates(target), name, {})
         # The comparison of single variants on the CPU takes minutes at this size; the loops are compared below. Frugal
         # exports are written once, and this trace serves several.
-        options = ExportOptions(dtype="fp16", check=False, low_memory=False)
+        options = ExportOptions(layout="variants", dtype="fp16", check=False, low_memory=False)
         planned = plan_export(str(weights), schedule, options) if planned is None else replan(planned, schedule)
         bundle = publish(planned, folder / f"{model.name}-{name}")
         plan = bundle.manifest.plan

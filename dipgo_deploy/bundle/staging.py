@@ -65,22 +65,16 @@ def _check_own(target: Path) -> None:
 def staged_directory(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """A folder beside ``target`` that takes its name when the block ends without an error.
 
-    All files are flushed to disk before the rename; on an error, Ctrl-C or a signal that ends the process nothing is
-    left behind, and an older ``target`` stays as it was. What a killed process left is removed by the next one that
-    writes the same target.
+    All files are flushed to disk before the rename. On an error, Ctrl-C or a signal that ends the process nothing is
+    left behind, also no folder that was made for ``target`` to lie in, and an older ``target`` stays as it was. What a
+    killed process left is removed by the next one that writes the same target.
 
     Raises:
         UserError: see ``check_target``; another process is writing the target; or it cannot be written.
     """
     _tidy(target)
     check_target(target, overwrite=overwrite)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        stage = Path(tempfile.mkdtemp(prefix=_prefix(target, "partial"), dir=target.parent))
-    except OSError as error:
-        raise UserError(f"{target.parent}: cannot be written ({error.strerror}); give another --engine-dir") from None
-    lock = hold(stage)
-    try:
+    with _parents_made(target), scratch_directory(target) as stage:
         if any(_is_held(other) for other in _beside(target, "partial") if other != stage):
             raise UserError(f"{target}: another process is writing it; wait for it, or give another --engine-dir")
         try:
@@ -93,8 +87,21 @@ def staged_directory(target: Path, *, overwrite: bool = False) -> Iterator[Path]
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES):
                 raise
             raise UserError(f"{target}: cannot be written ({error.strerror}); give another --engine-dir") from None
+
+
+@contextlib.contextmanager
+def scratch_directory(target: Path) -> Iterator[Path]:
+    """A folder beside ``target`` that is gone when the block ends; what a killed process left goes with the next one
+    that writes the same target. Raises UserError where none can be made."""
+    try:
+        scratch = Path(tempfile.mkdtemp(prefix=_prefix(target, "partial"), dir=target.parent))
+    except OSError as error:
+        raise UserError(f"{target.parent}: cannot be written ({error.strerror}); give another --engine-dir") from None
+    lock = hold(scratch)
+    try:
+        yield scratch
     finally:
-        shutil.rmtree(stage, ignore_errors=True)
+        shutil.rmtree(scratch, ignore_errors=True)
         if lock is not None:
             os.close(lock)
 
@@ -126,6 +133,24 @@ def _link(source: str, target: str) -> None:
         os.link(source, target, follow_symlinks=False)
     except OSError:  # a file system without links, or a file that others may not be linked to
         shutil.copy2(source, target, follow_symlinks=False)
+
+
+@contextlib.contextmanager
+def _parents_made(target: Path) -> Iterator[None]:
+    """The folders that ``target`` lies in exist; those made for it go again on an error, as far as they are empty."""
+    made: list[Path] = []
+    try:
+        made += [folder for folder in target.parents if not folder.exists()]
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{target.parent}: cannot be written ({error.strerror}); give another --engine-dir") from None
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):
+            for folder in made:
+                folder.rmdir()
+        raise
 
 
 def _is_held(folder: Path) -> bool:

@@ -122,12 +122,10 @@ def command(
     **options: Any,
 ) -> None:
     """Compile a model and a schedule into an engine directory: graphs, one file of weights, a list of launches."""
-    from dipgo_deploy.bundle.staging import check_target
     from dipgo_deploy.engine.budget import parse_bytes
     from dipgo_deploy.errors import UserError
-    from dipgo_deploy.export.exporter import ExportOptions, plan_export, publish, with_layout_for_cpu
+    from dipgo_deploy.export.exporter import ExportOptions, export_bundle, plan_export
     from dipgo_deploy.reference.quiet import quiet_libraries
-    from dipgo_deploy.schedule.document import Schedule
 
     if plan_only == (engine_dir is not None):
         raise click.UsageError("give either --engine-dir or --plan-only")
@@ -137,15 +135,13 @@ def command(
     for name in ("batch", "height", "width"):
         if options[name] is not None:
             options[name] = size(f"--{name}", options[name])
-    auto = options["layout"] == "auto"
-    settings = ExportOptions(**options | ({"layout": "variants"} if auto else {}))
-    if engine_dir is not None:
-        check_target(engine_dir, overwrite=settings.overwrite)
+    settings = ExportOptions(**options)
     if budget is not None and any(isinstance(options[name], Range) for name in ("batch", "height", "width")):
         raise UserError("--memory-budget: not with ranges of sizes; give plain numbers for --batch, --height, --width")
-    schedule = Schedule.load(schedule_file)
     quiet_libraries()
     console = human_console(as_json)
+    exports: list[PlannedExport] = []
+    facts: dict[str, Any] = {}
     agreed: list[Agreement] = []
     notes: list[str] = []
     with console.status("starting") as status:
@@ -155,25 +151,35 @@ def command(
             if not console.is_terminal:
                 console.print(stage, markup=False)
 
-        planned, copies = plan_export(model, schedule, settings, notify), None
-        if auto:
-            planned, copies = with_layout_for_cpu(planned)
-        both_layouts = plan_only and planned.traced.shape.sizes is None  # segments are of one size
-        # Before the weights of the trace are released.
-        facts = _facts(planned, both_layouts=both_layouts) | ({} if copies is None else {"weight_copies": copies})
-        if engine_dir is not None:
-            publish(planned, engine_dir, notify, agreed.append, notes.append)
+        def planned(export: PlannedExport) -> None:
+            exports.append(export)
+            facts.update(_facts(export, both_layouts=plan_only))
+
+        if engine_dir is None:
+            planned(plan_export(model, schedule_file, settings, notify))
+        else:
+            export_bundle(
+                model,
+                schedule_file,
+                engine_dir,
+                settings,
+                notify,
+                planned=planned,
+                agreed=agreed.append,
+                note=notes.append,
+            )
+    (export,) = exports
     _show(console, facts)
-    if both_layouts:
+    if "layouts" in facts:
         facts["advice"] = _show_layouts(console, facts, budget)
     for agreement in agreed:
-        console.print(f"{planned.options.layout} against the supernet: {agreement}", soft_wrap=True)
+        console.print(f"{export.layout} against the supernet: {agreement}", soft_wrap=True)
         facts["agreement"] = {key: _finite(value) for key, value in agreement._asdict().items()}
     for note in notes:
         console.print(note, markup=False, soft_wrap=True)
     if notes:
         facts["not_compared"] = notes
-    if planned.options.low_memory and settings.low_memory is None:
+    if export.options.low_memory and settings.low_memory is None:
         console.print("large weights: held once, compared in processes of their own; --no-low-memory goes without")
     if engine_dir is not None:
         console.print(f"{engine_dir}: {_size(engine_dir)}, ready for dipgo-run", markup=False, soft_wrap=True)
@@ -188,15 +194,14 @@ def size(option: str, text: str) -> int | Range:
 
 
 def _facts(planned: PlannedExport, *, both_layouts: bool) -> dict[str, Any]:
-    from dipgo_deploy.export.exporter import in_segments
-    from dipgo_deploy.export.segments import read_pieces
+    from dipgo_deploy.export.planning import in_segments
     from dipgo_deploy.plan.explain import plan_summary
     from dipgo_deploy.plan.layouts import compare_layouts, segments_summary
     from dipgo_deploy.schedule.worth import worth_of
 
     launched = {launch.step for launch in planned.plan.launches}
     repeated = [step for step in range(planned.schedule.steps) if step not in launched]
-    facts: dict[str, Any] = {"model": planned.source.name, "layout": planned.options.layout}
+    facts: dict[str, Any] = {"model": planned.source.name, "layout": planned.layout}
     facts["worth"] = worth_of(planned.schedule, repeated).facts()
     if planned.image is not None:
         start = planned.image
@@ -205,9 +210,12 @@ def _facts(planned: PlannedExport, *, both_layouts: bool) -> dict[str, Any]:
             "begin": start.begin,
             "raised": [name for _, name in start.raised],
         }
+    if planned.copies is not None:
+        facts["weight_copies"] = planned.copies
+    both_layouts = both_layouts and planned.traced.shape.sizes is None  # segments are of one size
     if planned.segments is None and not both_layouts:
         return facts | plan_summary(planned.plan, planned.traced.graph)
-    pieces = read_pieces(planned.traced)
+    pieces = planned.traced.pieces
     segments = planned.segments or in_segments(planned)
     if both_layouts:
         shape = planned.traced.shape

@@ -8,10 +8,8 @@ from dipgo_deploy.bundle.names import PREDICTION, segment_input, segment_output
 from dipgo_deploy.bundle.stack import StackLayout
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.export.cut import as_model, like
-from dipgo_deploy.export.macs import node_macs
-from dipgo_deploy.export.tensors import PASSABLE
+from dipgo_deploy.export.pieces import tensor_of
 from dipgo_deploy.export.trace import TracedModel
-from dipgo_deploy.plan.pieces import Node, NodeGraph, PieceGraph, Tensor, split
 from dipgo_deploy.plan.segments import Segment
 
 if TYPE_CHECKING:
@@ -28,34 +26,6 @@ def writes_of(segment: Segment) -> tuple[str, ...]:
     if segment.kind == "part":
         return tuple(segment_output(cache.kind, cache.value) for cache in segment.writes)
     return tuple(cache.value for cache in segment.writes)
-
-
-def read_pieces(traced: TracedModel) -> PieceGraph:
-    """The pieces of a traced model."""
-    return split(node_graph(traced), traced.graph)
-
-
-def node_graph(traced: TracedModel) -> NodeGraph:
-    """A traced model node by node, for the plan."""
-    tensors: dict[str, Tensor] = {}
-    weights: dict[str, int] = {}
-    nodes = []
-    for node in traced.model.graph:
-        inputs = [value for value in node.inputs if value is not None]
-        owned = [value for value in inputs if value.is_initializer()]
-        for value in owned:
-            weights[str(value.name)] = 0 if value.const_value is None else int(value.const_value.nbytes)
-        for value in node.outputs:
-            tensors[str(value.name)] = _tensor(value)
-        nodes.append(
-            Node(
-                inputs=tuple(str(value.name) for value in inputs if not value.is_initializer()),
-                outputs=tuple(str(value.name) for value in node.outputs),
-                macs=node_macs(node),
-                weights=frozenset(str(value.name) for value in owned),
-            )
-        )
-    return NodeGraph(tuple(nodes), tensors, weights)
 
 
 def cut_segment(traced: TracedModel, segment: Segment, stack: StackLayout) -> ir.Model:
@@ -119,7 +89,7 @@ def _arithmetic(traced: TracedModel, segment: Segment) -> ir.Model:
     import onnx_ir as ir
 
     values = ir.convenience.create_value_mapping(traced.model.graph).values()
-    sample = next(value for value in values if _tensor(value).kind == segment.tensor)
+    sample = next(value for value in values if tensor_of(value).kind == segment.tensor)
     terms = [ir.val(name, dtype=sample.dtype, shape=sample.shape) for name in segment.reads]
     if len(terms) == 1:
         nodes = [ir.node("Identity", terms, name="copy")]
@@ -140,20 +110,8 @@ def _arithmetic(traced: TracedModel, segment: Segment) -> ir.Model:
     return ir.Model(graph, ir_version=traced.model.ir_version, producer_name="dipgo_deploy")
 
 
-def _tensor(value: ir.Value) -> Tensor:
-    known = value.shape is not None and all(isinstance(extent, int) for extent in value.shape)
-    if value.dtype is None or not known:
-        return Tensor(f"unknown {value.name}", 0, passable=False)
-    assert value.shape is not None
-    shape = tuple(int(extent) for extent in value.shape)
-    nbytes = value.dtype.itemsize
-    for extent in shape:
-        nbytes *= extent
-    return Tensor(f"{value.dtype.name.lower()} {shape}", int(nbytes), passable=value.dtype.name in PASSABLE)
-
-
 def _check_type(value: ir.Value, name: str) -> None:
-    if not _tensor(value).passable:
+    if not tensor_of(value).passable:
         raise UserError(
             f"{name}: a tensor of type {value.dtype} cannot be passed between segments; use --layout variants"
         )

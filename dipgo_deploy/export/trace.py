@@ -5,18 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from dipgo_deploy.bundle.shapes import SizeRanges
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.export.dynamic import Dimensions, concrete, example_sizes, macs_at, name_dimensions, shapes_from_sizes
 from dipgo_deploy.export.macs import node_macs
+from dipgo_deploy.export.pieces import node_graph
 from dipgo_deploy.export.program import to_onnx, torch_dtype
 from dipgo_deploy.export.projections import separate_projections
 from dipgo_deploy.models.family import BlockSpec, Granularity, InputSpec, ModelFamily
 from dipgo_deploy.models.shape import TraceShape, condition_specs
 from dipgo_deploy.models.target import NOMINAL_SIZE
 from dipgo_deploy.plan.graph import Block, BlockGraph, CacheKind, InputRole, Value
+from dipgo_deploy.plan.pieces import PieceGraph, split
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -40,6 +43,11 @@ class TracedModel:
     conditions: tuple[InputSpec, ...]
     shape: TraceShape
     dtype: str
+
+    @cached_property
+    def pieces(self) -> PieceGraph:
+        """What the layout ``segments`` is put together of; static sizes only."""
+        return split(node_graph(self.model), self.graph)
 
 
 def trace(

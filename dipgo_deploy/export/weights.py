@@ -21,6 +21,9 @@ PAGE = 4096
 def write_weights(graphs: Sequence[ir.Model], folder: Path) -> int:
     """Write the weights of ``graphs`` to ``folder/weights.bin``, each name once, and refer the graphs to them.
 
+    All are put in the order of their names first: cutting a graph leaves them in any, and one export is to be like the
+    other to the byte.
+
     The graphs are cut from one model: equal names are equal tensors. Tensors up to 256 bytes (shapes, scalars) stay
     inline. Larger ones start at page boundaries; small ones follow, widest items first, so that each stays aligned to
     its own item size. The data are streamed, one tensor in memory at a time. ``weights.json`` beside it says which
@@ -28,6 +31,11 @@ def write_weights(graphs: Sequence[ir.Model], folder: Path) -> int:
     """
     import onnx_ir as ir
 
+    for graph in graphs:
+        initializers = graph.graph.initializers
+        ordered = sorted(initializers.items())
+        initializers.clear()
+        initializers.update(ordered)
     tensors = {
         name: value.const_value
         for graph in graphs

@@ -37,7 +37,7 @@ from dipgo_deploy.bundle.shapes import Range  # noqa: E402
 from dipgo_deploy.cli.compare import main as compare  # noqa: E402
 from dipgo_deploy.engine.build import BuildOptions, build_engines  # noqa: E402
 from dipgo_deploy.errors import UserError  # noqa: E402
-from dipgo_deploy.export.exporter import ExportOptions, PlannedExport, in_segments, plan_export  # noqa: E402
+from dipgo_deploy.export.exporter import ExportOptions, PlannedExport, in_layout, plan_export  # noqa: E402
 from dipgo_deploy.runtime.loop import DenoisingLoop  # noqa: E402
 from dipgo_deploy.runtime.pipeline import Pipeline  # noqa: E402
 from dipgo_deploy.supernet.load import load_denoiser  # noqa: E402
@@ -65,7 +65,7 @@ def engine_dir(planned: PlannedExport, folder: Path, **flags: Any) -> Path:
 
 @pytest.fixture(scope="module")
 def planned(model: Path) -> PlannedExport:
-    return plan_export(str(model), schedule_for(model), ExportOptions())
+    return plan_export(str(model), schedule_for(model), ExportOptions(layout="variants"))
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,7 @@ def bare(planned: PlannedExport) -> PlannedExport:
 
 
 def as_segments(planned: PlannedExport) -> PlannedExport:
-    return replace(planned, options=replace(planned.options, layout="segments"), segments=in_segments(planned))
+    return in_layout(planned, "segments")
 
 
 @pytest.fixture
@@ -95,7 +95,7 @@ def dit(planned: PlannedExport, tmp_path_factory: pytest.TempPathFactory) -> Pat
 def open_unet(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """For 1 or 2 images, 64 to 128 pixels high."""
     model = save_unet(tmp_path_factory.mktemp("unet") / "model")
-    options = ExportOptions(batch=Range(min=1, opt=1, max=2), height=Range(min=64, opt=64, max=128))
+    options = ExportOptions(layout="variants", batch=Range(min=1, opt=1, max=2), height=Range(min=64, opt=64, max=128))
     planned = plan_export(str(model), schedule_for(model), options)
     with pytest.MonkeyPatch.context() as patch:
         install(patch)
@@ -201,7 +201,7 @@ def test_latents_whose_slots_are_not_aligned(cudart, tmp_path, monkeypatch, mode
     torch.manual_seed(0)
     model = DiTTransformer2DModel(2, 8, 4, 8, num_layers=3, sample_size=6, patch_size=2, num_embeds_ada_norm=10)
     random_weights(model).save_pretrained(tmp_path / "model")
-    options = ExportOptions(components=False, guidance=True)
+    options = ExportOptions(layout="variants", components=False, guidance=True)
     planned = plan_export(str(tmp_path / "model"), schedule_for(tmp_path / "model"), options)
     bundle = Bundle.open(engine_dir(planned, tmp_path / "engine"))
     assert bundle.manifest.latent.height * bundle.manifest.latent.width * 4 * 4 % 256

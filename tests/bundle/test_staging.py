@@ -41,6 +41,15 @@ def test_an_interrupted_folder_leaves_nothing(tmp_path: Path, failure: type[Base
     assert _names(tmp_path) == set()
 
 
+def test_folders_made_for_a_target_go_with_it_if_nothing_else_came_in(tmp_path: Path) -> None:
+    for kept in (False, True):
+        with pytest.raises(RuntimeError), staged_directory(tmp_path / "a" / "b" / "x"):
+            if kept:
+                (tmp_path / "a" / "theirs").write_text("")
+            raise RuntimeError
+        assert [path.name for path in sorted(tmp_path.rglob("*"))] == (["a", "theirs"] if kept else [])
+
+
 def test_an_interrupted_overwrite_keeps_the_old_one(tmp_path: Path) -> None:
     target = tmp_path / "x"
     shutil.copytree(EXPORTED, target)

@@ -125,4 +125,4 @@ def test_an_export_of_it_is_its_supernets_loop(problem: Problem, dit_folder: Pat
     report = loop_report(tmp_path / "engine")
     assert report.first_failure() is None and report.results is not None
     with torch.no_grad(), pytest.raises(UserError, match="--strength"):
-        export_bundle(str(dit_folder), fitted, tmp_path / "other", ExportOptions(strength=0.5))
+        export_bundle(str(dit_folder), fitted, tmp_path / "other", ExportOptions(layout="variants", strength=0.5))

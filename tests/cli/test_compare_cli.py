@@ -23,7 +23,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def engine(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    planned = plan_export(str(model), schedule_for(model), ExportOptions())
+    planned = plan_export(str(model), schedule_for(model), ExportOptions(layout="variants"))
     return write(planned, tmp_path_factory.mktemp("engines") / "dit")
 
 

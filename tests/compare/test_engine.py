@@ -166,7 +166,7 @@ def test_memory_that_was_never_written_is_not_zero(unet_ddim, opened, inputs, ba
 def test_promoted_and_half_precision_engines(dit_folder, tmp_path, compare):
     folder = dit_folder / "transformer"
     schedule = schedule_for(folder, seed=5)
-    options = ExportOptions(dtype="fp16", max_variants=2)
+    options = ExportOptions(layout="variants", dtype="fp16", max_variants=2)
     engine_dir = write(plan_export(str(folder), schedule, options), tmp_path / "fp16")
     plan, report = compare(engine_dir)
     assert len(plan.variants) == 2 and Bundle.open(engine_dir).manifest.promoted

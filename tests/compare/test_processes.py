@@ -32,7 +32,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def plan(model: Path) -> Callable[..., PlannedExport]:
     def make(**options: Any) -> PlannedExport:
-        return plan_export(str(model), schedule_for(model), ExportOptions(components=False, **options))
+        return plan_export(
+            str(model), schedule_for(model), ExportOptions(**{"layout": "variants", "components": False, **options})
+        )
 
     return make
 

@@ -23,7 +23,7 @@ torch.set_num_threads(1)
 def _traced(model: str, cache: str | None = None) -> PlannedExport:
     target = schedule_target(model, "ddim", 10, "block", cache)  # type: ignore[arg-type]
     gates = builders.full(target.steps, len(target.blocks))
-    return plan_export(model, target.schedule(gates, "full", {}), ExportOptions(check=False))
+    return plan_export(model, target.schedule(gates, "full", {}), ExportOptions(layout="variants", check=False))
 
 
 @pytest.fixture(scope="session")

@@ -34,7 +34,7 @@ STEPS = 11
 GUIDANCE = 5.0
 # diffusers hands torch tensors to numpy in ways that numpy has announced to drop.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers")
-OPTIONS = ExportOptions(check=False, components=False)
+OPTIONS = ExportOptions(layout="variants", check=False, components=False)
 
 torch.set_num_threads(1)
 

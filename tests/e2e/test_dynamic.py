@@ -95,7 +95,9 @@ def test_dit_leaves_its_batch_open(tmp_path: Path) -> None:
     model = save_dit_pipeline(tmp_path / "model", layers=2)
     schedule = schedule_for(model, steps=STEPS, ratio=0.4)
     engine = tmp_path / "engine"
-    publish(plan_export(str(model), schedule, ExportOptions(batch=Range(min=1, opt=1, max=3))), engine)
+    publish(
+        plan_export(str(model), schedule, ExportOptions(layout="variants", batch=Range(min=1, opt=1, max=3))), engine
+    )
     assert loop_report(engine).first_failure() is None  # at the largest batch
     pipeline = Pipeline.from_engine_dir(engine, "cpu", threads=1)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,8 @@ import pytest
 from dipgo_deploy.bundle.directory import Bundle
 from dipgo_deploy.cli import compare as compare_command
 from dipgo_deploy.cli import run as run_command
-from dipgo_deploy.export.exporter import PlannedExport, in_segments, publish, replan
+from dipgo_deploy.export.exporter import PlannedExport, publish, replan
+from dipgo_deploy.export.planning import in_layout
 from dipgo_deploy.runtime.pipeline import Pipeline
 
 ASKED = {"fashion_sd": {"prompt": "a sneaker"}, "fashion_dit": {"class_labels": 7}}
@@ -33,10 +33,9 @@ def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
             row = range(len(full.schedule.blocks))
             gates = [[step == 0 or source.random() < 0.5 for _ in row] for step in range(full.schedule.steps)]
             planned = replan(full, full.schedule.with_gates(gates))
-            options = replace(planned.options, layout="segments")
             folder = tmp_path_factory.mktemp(model)
             publish(planned, folder / "variants")
-            publish(replace(planned, options=options, segments=in_segments(planned)), folder / "segments")
+            publish(in_layout(planned, "segments"), folder / "segments")
             made[model] = {layout: folder / layout for layout in ("variants", "segments")}
         return made[model]
 

@@ -36,7 +36,7 @@ PUBLISHED = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "pu
 BETAS = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear", "clip_sample": False}
 GUIDANCE = 4.0
 LABEL, NULL = 7, 10
-OPTIONS = ExportOptions(check=False, components=False)
+OPTIONS = ExportOptions(layout="variants", check=False, components=False)
 RELEASED_DEPTH = 28
 
 torch.set_num_threads(1)

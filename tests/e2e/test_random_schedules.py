@@ -30,7 +30,7 @@ def _check(
     target = schedule_target(model, "ddim", 10, "block", cache)  # type: ignore[arg-type]
     gates = builders.random(target.steps, len(target.blocks), ratio, seed)
     planned = replan(traced, target.schedule(gates, "random", {"ratio": ratio, "seed": seed}))
-    publish(replace(planned, options=ExportOptions(check=False, components=False)), folder)
+    publish(replace(planned, options=ExportOptions(layout="variants", check=False, components=False)), folder)
     report = compare(folder)
     assert report.first_failure() is None
     assert report.results is not None

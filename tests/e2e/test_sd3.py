@@ -299,7 +299,7 @@ def test_refusals_are_one_line(act: Any, words: str) -> None:
 
 def test_a_size_that_is_no_multiple_of_a_patch_is_refused(model: Path) -> None:
     with pytest.raises(UserError, match="multiples of 16 pixels"):
-        plan_export(str(model), schedule_for(model), ExportOptions(width=72))
+        plan_export(str(model), schedule_for(model), ExportOptions(layout="variants", width=72))
 
 
 def test_sd3_has_less_than_sd35() -> None:

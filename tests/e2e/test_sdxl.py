@@ -213,7 +213,7 @@ def test_a_pipeline_that_does_not_fit_is_refused(model: Path, spoil: Any, words:
 
 def test_a_size_that_the_vae_cannot_make_is_refused(model: Path) -> None:
     with pytest.raises(UserError, match="--width 60: give a multiple of 8 pixels"):
-        plan_export(str(model), schedule_for(model), ExportOptions(width=60))
+        plan_export(str(model), schedule_for(model), ExportOptions(layout="variants", width=60))
 
 
 def test_random_schedule_of_layers_without_a_pipeline(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], P
         if (model, dtype) not in made:
             folder = tmp_path_factory.mktemp("export") / f"{model}-{dtype}"
             # Whether the graphs compute the right thing is tested where they are made.
-            export_bundle(model, schedule_of(model), folder, ExportOptions(dtype=dtype, check=False))
+            export_bundle(model, schedule_of(model), folder, ExportOptions(layout="variants", dtype=dtype, check=False))
             made[model, dtype] = folder
         return made[model, dtype]
 

@@ -12,7 +12,7 @@ from dipgo_deploy.bundle.directory import Bundle
 from dipgo_deploy.engine.budget import MemoryNeed
 from dipgo_deploy.engine.build import BuildOptions, Observer, build_engines, graphs_of
 from dipgo_deploy.errors import UserError
-from dipgo_deploy.export.exporter import ExportOptions, PlannedExport, in_segments, plan_export
+from dipgo_deploy.export.exporter import ExportOptions, PlannedExport, in_layout, plan_export
 
 pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed: engines cannot be built here")
 
@@ -22,14 +22,16 @@ ONE_GPU = BuildOptions(compute_capabilities=("8.6",))
 @pytest.fixture(scope="module")
 def planned(tmp_path_factory: pytest.TempPathFactory) -> PlannedExport:
     folder = save_dit_pipeline(tmp_path_factory.mktemp("dit"))
-    return plan_export(str(folder), schedule_for(folder), ExportOptions(dtype="fp16", components=False))
+    return plan_export(
+        str(folder), schedule_for(folder), ExportOptions(layout="variants", dtype="fp16", components=False)
+    )
 
 
 @pytest.fixture(scope="module")
 def both(planned: PlannedExport, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The same schedule in both layouts."""
     folder = tmp_path_factory.mktemp("layouts")
-    segments = replace(planned, options=replace(planned.options, layout="segments"), segments=in_segments(planned))
+    segments = in_layout(planned, "segments")
     return {"variants": write(planned, folder / "variants"), "segments": write(segments, folder / "segments")}
 
 

@@ -15,8 +15,9 @@ from dipgo_deploy.bundle.manifest import VariantEntry
 from dipgo_deploy.bundle.names import cache_input, cache_output
 from dipgo_deploy.compare.written import verify_written
 from dipgo_deploy.errors import ToleranceError
-from dipgo_deploy.export.exporter import PlannedExport, write_bundle, write_variants
+from dipgo_deploy.export.exporter import PlannedExport
 from dipgo_deploy.export.tensors import graph_entry
+from dipgo_deploy.export.writing import write_bundle, write_variants
 
 WithGates = Callable[[PlannedExport, list[list[bool]]], PlannedExport]
 MODELS = ("planned_unet", "planned_unet_layers", "planned_dit", "planned_dit_output", "planned_dit_layers")

@@ -32,7 +32,10 @@ from dipgo_deploy.runtime.pipeline import Pipeline
 torch.set_num_threads(1)
 
 OPTIONS = ExportOptions(
-    batch=Range(min=1, opt=2, max=3), height=Range(min=32, opt=64, max=128), width=Range(min=32, opt=64, max=128)
+    layout="variants",
+    batch=Range(min=1, opt=2, max=3),
+    height=Range(min=32, opt=64, max=128),
+    width=Range(min=32, opt=64, max=128),
 )
 
 

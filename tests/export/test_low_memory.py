@@ -34,7 +34,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def plan(model: Path) -> Callable[..., PlannedExport]:
     def make(**options: Any) -> PlannedExport:
-        return plan_export(str(model), schedule_for(model), ExportOptions(components=False, **options))
+        return plan_export(
+            str(model), schedule_for(model), ExportOptions(**{"layout": "variants", "components": False, **options})
+        )
 
     return make
 
@@ -127,7 +129,7 @@ def test_large_means_bytes_of_the_export(model: Path, half: Path, monkeypatch: p
 def test_half_precision_files_give_the_same_graphs(half: Path, tmp_path: Path, dtype: str) -> None:
     written = []
     for frugal in (False, True):
-        options = ExportOptions(components=False, dtype=dtype, low_memory=frugal)
+        options = ExportOptions(layout="variants", components=False, dtype=dtype, low_memory=frugal)
         written.append(publish(plan_export(str(half), schedule_for(half), options), tmp_path / f"{frugal}"))
     usual, held_once = written
     for entry in usual.manifest.plan.variants:

@@ -19,8 +19,10 @@ from dipgo_deploy.compare.engine import Options, compare_engine
 from dipgo_deploy.compare.report import Report
 from dipgo_deploy.compare.written import verify_written
 from dipgo_deploy.errors import ToleranceError, UserError
-from dipgo_deploy.export.exporter import ExportOptions, PlannedExport, in_segments, plan_export, write_bundle
-from dipgo_deploy.export.segments import node_graph, read_pieces
+from dipgo_deploy.export.exporter import ExportOptions, PlannedExport, plan_export
+from dipgo_deploy.export.pieces import node_graph
+from dipgo_deploy.export.planning import in_layout
+from dipgo_deploy.export.writing import write_bundle
 from dipgo_deploy.plan.layouts import compare_layouts
 from dipgo_deploy.plan.pieces import TRIVIAL_BYTES
 from dipgo_deploy.reference.conditions import ReferenceInputs, reference_inputs
@@ -30,9 +32,9 @@ WithGates = Callable[[PlannedExport, list[list[bool]]], PlannedExport]
 MODELS = ("planned_unet", "planned_unet_layers", "planned_dit", "planned_dit_output")
 
 
-def in_layout(planned: PlannedExport) -> PlannedExport:
-    options = replace(planned.options, layout="segments", components=False, check=False)
-    return replace(planned, options=options, segments=in_segments(planned))
+def in_segments(planned: PlannedExport) -> PlannedExport:
+    options = replace(planned.options, components=False, check=False)
+    return in_layout(replace(planned, options=options), "segments")
 
 
 def random_schedule(planned: PlannedExport, ratio: float, seed: int) -> list[list[bool]]:
@@ -65,7 +67,7 @@ def written(request: pytest.FixtureRequest, with_gates: WithGates, tmp_path_fact
         key = (model, ratio, seed)
         if key not in made:
             full: PlannedExport = request.getfixturevalue(model)
-            planned = in_layout(with_gates(full, random_schedule(full, ratio, seed)))
+            planned = in_segments(with_gates(full, random_schedule(full, ratio, seed)))
             folder = tmp_path_factory.mktemp("segments")
             write_bundle(planned, folder)
             made[key] = planned, folder
@@ -104,10 +106,10 @@ def test_each_weight_is_in_one_graph(model: str, written) -> None:
                 summed += tensor.length
     assert owners and all(len(names) == 1 for names in owners.values()), owners
     assert planned.segments is not None
-    weights = node_graph(planned.traced).weights
+    weights = node_graph(planned.traced.model).weights
     small = sum(nbytes for nbytes in weights.values() if nbytes <= TRIVIAL_BYTES) * len(planned.segments.segments)
     assert summed <= planned.segments.weight_bytes <= summed + small
-    needs, one_copy = compare_layouts(planned.plan, planned.segments, read_pieces(planned.traced), 0)
+    needs, one_copy = compare_layouts(planned.plan, planned.segments, planned.traced.pieces, 0)
     assert needs[1].weight_bytes <= one_copy + small < needs[0].weight_bytes + small
     assert needs[0].weight_bytes == sum(_inline_and_external(folder, planned))
 
@@ -117,7 +119,7 @@ def _inline_and_external(folder: Path, planned: PlannedExport) -> list[int]:
     from dipgo_deploy.export.cut import cut_variant
 
     sizes = []
-    weights = node_graph(planned.traced).weights
+    weights = node_graph(planned.traced.model).weights
     for variant in planned.plan.variants:
         graph = cut_variant(planned.traced, variant, planned.stack).graph
         sizes.append(sum(weights[name] for name in graph.initializers if name in weights))
@@ -128,7 +130,7 @@ def _inline_and_external(folder: Path, planned: PlannedExport) -> list[int]:
 def test_pieces_are_passed_not_copied(model: str, request: pytest.FixtureRequest) -> None:
     """No node that multiplies is in two pieces, so all pieces together cost one evaluation."""
     planned: PlannedExport = request.getfixturevalue(model)
-    pieces = read_pieces(planned.traced)
+    pieces = planned.traced.pieces
     assert sum(piece.macs for piece in pieces.pieces) == planned.plan.macs_full
     assert set(planned.traced.graph.values) <= {name for piece in pieces.pieces for name in piece.makes}
 
@@ -147,14 +149,14 @@ def test_removed_blocks_cost_sums_without_weights(written) -> None:
 
 
 def test_a_full_schedule_needs_no_cut(planned_dit: PlannedExport) -> None:
-    planned = in_layout(planned_dit)
+    planned = in_segments(planned_dit)
     assert planned.segments is not None and planned.segments.arena_bytes == 0
     assert [segment.name for segment in planned.segments.segments] == ["s00"]
     assert len(planned.segments.launches) == len(planned.plan.launches)
 
 
 def test_keys_and_values_of_a_text_are_computed_once(planned_unet: PlannedExport) -> None:
-    planned = in_layout(planned_unet)
+    planned = in_segments(planned_unet)
     assert planned.segments is not None
     once, rest = planned.segments.segments
     assert [launch.variant for launch in planned.segments.launches] == [0] + [1] * planned.plan.launches[-1].step + [1]
@@ -165,12 +167,12 @@ def test_keys_and_values_of_a_text_are_computed_once(planned_unet: PlannedExport
     text = planned.traced.conditions[0].shape
     width = planned.source.config["cross_attention_dim"]
     projected = {name for name in _weights(planned, once.pieces) if "attn2.to_k" in name or "attn2.to_v" in name}
-    outputs = sum(node_graph(planned.traced).weights[name] // 4 // width for name in projected)
+    outputs = sum(node_graph(planned.traced.model).weights[name] // 4 // width for name in projected)
     assert once.macs == text[0] * text[1] * width * outputs > 0
 
 
 def _weights(planned: PlannedExport, places: tuple[int, ...]) -> frozenset[str]:
-    pieces = read_pieces(planned.traced)
+    pieces = planned.traced.pieces
     return frozenset().union(*(pieces.pieces[place].weights for place in places))
 
 

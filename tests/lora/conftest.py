@@ -12,7 +12,8 @@ pytest.importorskip("diffusers")
 from lora_files import Engine  # noqa: E402
 from tiny_engines import save_dit_pipeline, save_unet, schedule_for, write  # noqa: E402
 
-from dipgo_deploy.export.exporter import ExportOptions, PlannedExport, in_segments, plan_export  # noqa: E402
+from dipgo_deploy.export.exporter import ExportOptions, PlannedExport, plan_export  # noqa: E402
+from dipgo_deploy.export.planning import in_layout  # noqa: E402
 
 torch.set_num_threads(1)
 
@@ -20,13 +21,13 @@ torch.set_num_threads(1)
 @pytest.fixture(scope="session")
 def planned_unet(tmp_path_factory: pytest.TempPathFactory) -> PlannedExport:
     model = save_unet(tmp_path_factory.mktemp("lora-unet") / "model")
-    return plan_export(str(model), schedule_for(model, ratio=0.6), ExportOptions(guidance=False))
+    return plan_export(str(model), schedule_for(model, ratio=0.6), ExportOptions(layout="variants", guidance=False))
 
 
 @pytest.fixture(scope="session")
 def planned_dit(tmp_path_factory: pytest.TempPathFactory) -> PlannedExport:
     model = save_dit_pipeline(tmp_path_factory.mktemp("lora-dit") / "model", layers=2)
-    return plan_export(str(model), schedule_for(model), ExportOptions())
+    return plan_export(str(model), schedule_for(model), ExportOptions(layout="variants"))
 
 
 def _engine(planned: PlannedExport, folder: Path) -> Engine:
@@ -35,8 +36,7 @@ def _engine(planned: PlannedExport, folder: Path) -> Engine:
 
 def _segments(planned: PlannedExport, folder: Path) -> Engine:
     """Without components, which the other layout has."""
-    options = replace(planned.options, layout="segments", components=False)
-    return _engine(replace(planned, options=options, segments=in_segments(planned)), folder)
+    return _engine(in_layout(replace(planned, options=replace(planned.options, components=False)), "segments"), folder)
 
 
 @pytest.fixture(scope="session")

@@ -30,7 +30,7 @@ def attention_layers(model: torch.nn.Module) -> list[str]:
 
 def test_prompt_to_latents_equals_the_merged_torch_models(tmp_path):
     schedule = schedule_for(resolve_model("fashion-sd"), ratio=0.6)
-    planned = plan_export("fashion-sd", schedule, ExportOptions())
+    planned = plan_export("fashion-sd", schedule, ExportOptions(layout="variants"))
     engine = write(planned, tmp_path / "engine")
 
     source = load_source("fashion-sd")

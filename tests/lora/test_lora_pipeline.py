@@ -326,7 +326,10 @@ def test_values_that_are_not_finite_are_refused(unet, dit, tmp_path):
             pipeline.load_lora(good, scale)
     half = Engine(
         dit.model,
-        write(plan_export(str(dit.model), schedule_for(dit.model), ExportOptions(dtype="fp16")), tmp_path / "engine"),
+        write(
+            plan_export(str(dit.model), schedule_for(dit.model), ExportOptions(layout="variants", dtype="fp16")),
+            tmp_path / "engine",
+        ),
     )
     module = "transformer_blocks.0.attn1.to_q"
     file = save_lora(tmp_path / "c.safetensors", make_updates(load_denoiser(dit.model)[0], [module]))
@@ -386,7 +389,7 @@ def test_sessions_share_one_copy_of_changed_weights_for_as_long_as_they_are_used
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 def test_merged_in_float32_and_rounded_once_to_the_export_s_dtype(dit, tmp_path, dtype):
-    planned = plan_export(str(dit.model), schedule_for(dit.model), ExportOptions(dtype=dtype))
+    planned = plan_export(str(dit.model), schedule_for(dit.model), ExportOptions(layout="variants", dtype=dtype))
     engine = Engine(dit.model, write(planned, tmp_path / "engine"))
     module = "transformer_blocks.0.attn1.to_q"
     model = load_denoiser(dit.model)[0]

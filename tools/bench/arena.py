@@ -44,7 +44,8 @@ def command(
     as_json: bool,
 ) -> None:
     """Plan every schedule in both layouts, one trace for each model and granularity."""
-    from dipgo_deploy.export.exporter import ExportOptions, in_segments, plan_export, replan
+    from dipgo_deploy.export.exporter import ExportOptions, plan_export, replan
+    from dipgo_deploy.export.planning import in_segments
     from dipgo_deploy.reference.quiet import quiet_libraries
 
     quiet_libraries()
@@ -54,7 +55,9 @@ def command(
         for granularity in granularities or ("block", "layer"):
             target = schedule_target(model, "ddim", steps, granularity)
             blank = target.schedule(builders.full(target.steps, len(target.blocks)), "full", {})
-            traced = plan_export(model, full_schedule(blank), ExportOptions(components=False, check=False))
+            traced = plan_export(
+                model, full_schedule(blank), ExportOptions(layout="variants", components=False, check=False)
+            )
             for name, schedule in _schedules(blank, files, seeds):
                 try:
                     planned = replan(traced, schedule)

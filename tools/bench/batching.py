@@ -53,7 +53,9 @@ def command(
     with tempfile.TemporaryDirectory() as folder:
         for batch in batches:
             for name, document in documents.items():
-                options = ExportOptions(components=False, check=False, batch=batch, height=height, width=height)
+                options = ExportOptions(
+                    layout="variants", components=False, check=False, batch=batch, height=height, width=height
+                )
                 path = Path(folder) / f"{name}-{batch}"
                 write_engine(plan_export(model, document, options), path)
                 loops[name, batch] = MeasuredLoop(path, 1, clock=time.thread_time)

@@ -50,14 +50,15 @@ def command(
     as_json: bool,
 ) -> None:
     """Time trace, planning and writing, without the comparison with the supernet; the directories stay."""
-    from dipgo_deploy.export.exporter import ExportOptions, in_segments, plan_export, replan
+    from dipgo_deploy.export.exporter import ExportOptions, plan_export, replan
+    from dipgo_deploy.export.planning import in_segments
     from dipgo_deploy.reference.quiet import quiet_libraries
     from tools.bench.pairs import full_schedule, write_engine
 
     quiet_libraries()
     console = human_console(as_json)
     schedules = dict(read_case(case, model, granularity) for case in cases)
-    options = ExportOptions(components=False, check=False, height=height, width=height, batch=batch)
+    options = ExportOptions(layout="variants", components=False, check=False, height=height, width=height, batch=batch)
     full, trace = _clocked(lambda: plan_export(model, full_schedule(next(iter(schedules.values()))), options))
     written: dict[str, Any] = {"full": (full, [0.0, 0.0])}
     for name, schedule in schedules.items():
@@ -65,7 +66,7 @@ def command(
         written[name] = (planned, seconds)
         if name in in_parts:
             parts, more = _clocked(lambda planned=planned: in_segments(planned))  # type: ignore[misc]
-            layout = replace(planned, options=replace(planned.options, layout="segments"), segments=parts)
+            layout = replace(planned, segments=parts)
             written[f"{name}, segments"] = (layout, [a + b for a, b in zip(seconds, more, strict=True)])
     rows: dict[str, Any] = {}
     for turn in range(repeats + 1):  # the first one reads the model's file

@@ -56,15 +56,16 @@ def make(
 ) -> None:
     """Trace once, plan every case, and cut the full graph and up to ``--most`` graphs of each."""
     from dipgo_deploy.export.cut import cut_variant
-    from dipgo_deploy.export.exporter import ExportOptions, plan_export, replan, write_graphs
+    from dipgo_deploy.export.exporter import ExportOptions, plan_export, replan
     from dipgo_deploy.export.tensors import graph_entry
+    from dipgo_deploy.export.writing import write_graphs
     from dipgo_deploy.reference.quiet import quiet_libraries
     from tools.bench.pairs import full_schedule
 
     quiet_libraries()
     schedules = dict(read_case(case, model, granularity) for case in cases)
     first = next(iter(schedules.values()))
-    options = ExportOptions(components=False, check=False, height=height, width=height, batch=batch)
+    options = ExportOptions(layout="variants", components=False, check=False, height=height, width=height, batch=batch)
     full = plan_export(model, full_schedule(first), options)
     models = [cut_variant(full.traced, full.plan.variants[0], full.stack)]
     models[0].graph.name = FULL

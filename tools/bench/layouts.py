@@ -12,7 +12,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +80,7 @@ def command(
 
 def export_both(model: str, steps: int, ratio: float, seed: int, folder: Path) -> dict[str, Path]:
     """Engine directories of both layouts from one trace, the denoiser only."""
-    from dipgo_deploy.export.exporter import ExportOptions, in_segments, plan_export
+    from dipgo_deploy.export.exporter import ExportOptions, in_layout, plan_export
     from dipgo_deploy.models.target import schedule_target
     from dipgo_deploy.schedule import builders
     from tools.bench.pairs import write_engine
@@ -89,8 +88,8 @@ def export_both(model: str, steps: int, ratio: float, seed: int, folder: Path) -
     target = schedule_target(model, "ddim", steps, "block", None)
     gates = builders.random(target.steps, len(target.blocks), ratio, seed)
     schedule = target.schedule(gates, "random", {"ratio": ratio, "seed": seed})
-    planned = plan_export(model, schedule, ExportOptions(components=False))
-    segments = replace(planned, options=replace(planned.options, layout="segments"), segments=in_segments(planned))
+    planned = plan_export(model, schedule, ExportOptions(layout="variants", components=False))
+    segments = in_layout(planned, "segments")
     paths = {"variants": folder / "variants", "segments": folder / "segments"}
     write_engine(planned, paths["variants"])
     write_engine(segments, paths["segments"])

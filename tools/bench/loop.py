@@ -46,7 +46,7 @@ def command(cases: tuple[str, ...], repeats: int, threads: tuple[int, ...], out:
         with tempfile.TemporaryDirectory() as folder:
             console.print(f"{name}: exporting", markup=False)
             schedule = Schedule.load(SCHEDULES / f"{name}.json")
-            pair = export_pair(CASES[name], schedule, Path(folder), ExportOptions())
+            pair = export_pair(CASES[name], schedule, Path(folder), ExportOptions(layout="variants"))
             case: dict[str, Any] = {
                 "model": CASES[name],
                 "weights_sha256": denoiser_hash(CASES[name]),

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dipgo_deploy.bundle.staging import staged_directory
-from dipgo_deploy.export.exporter import ExportOptions, PlannedExport, plan_export, replan, write_bundle
+from dipgo_deploy.export.exporter import ExportOptions, PlannedExport, plan_export, replan
+from dipgo_deploy.export.writing import write_bundle
 from dipgo_deploy.schedule import builders
 from dipgo_deploy.schedule.document import Schedule
 

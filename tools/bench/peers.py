@@ -81,7 +81,9 @@ def contest(model: str, steps: int, interval: int, height: int | None) -> Contes
         )
     schedule = target.schedule(gates, "bench", {"interval": interval})
     # Not with low memory: the supernet runs on the same weights afterwards.
-    options = ExportOptions(components=False, check=False, height=height, width=height, low_memory=False)
+    options = ExportOptions(
+        layout="variants", components=False, check=False, height=height, width=height, low_memory=False
+    )
     planned = plan_export(model, schedule, options)
     shape = planned.traced.shape
     channels = planned.source.family.latent_channels(planned.source.config)

@@ -119,7 +119,7 @@ def command(model: str, per_class: int, seed: int, threads: int, out: Path | Non
     traced: PlannedExport | None = None
     for case in CASES[model]:
         schedule = case.schedule()
-        traced = traced or plan_export(model, schedule, ExportOptions(batch=BATCH, check=False))
+        traced = traced or plan_export(model, schedule, ExportOptions(layout="variants", batch=BATCH, check=False))
         row = _measure(case.name, replan(traced, schedule), judge, per_class, seed, threads)
         console.print(f"{model}, {case.name}: {_words(row)}", markup=False, soft_wrap=True)
         facts["cases"].append(row)

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from dipgo_deploy.bundle.manifest import Layout, PlanEntry
 from dipgo_deploy.errors import UserError
-from dipgo_deploy.export.exporter import ExportOptions, PlannedExport, plan_export, replan, write_bundle
+from dipgo_deploy.export.exporter import ExportOptions, PlannedExport, plan_export, replan
+from dipgo_deploy.export.writing import write_bundle
 from tools.replay.cases import Case, Units, cases_of
 from tools.replay.computation import graph_digest
 
@@ -18,7 +19,7 @@ LAYOUTS: tuple[Layout, ...] = ("variants", "segments")
 
 def replay(model: str, units: Units, cases: list[Case], dtype: str = "fp32") -> str:
     """The text of some of a model's cases for one trace."""
-    options = ExportOptions(dtype=dtype, check=False, components=False, low_memory=False)
+    options = ExportOptions(layout="variants", dtype=dtype, check=False, components=False, low_memory=False)
     traced = plan_export(model, next(cases_of(model, units)).schedule, options)
     lines = []
     for case in cases:

@@ -1,0 +1,70 @@
+"""How a schedule is exported: everything that ``dipgo-export`` decides."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from dipgo_deploy import arguments
+from dipgo_deploy.bundle.manifest import Layout
+from dipgo_deploy.bundle.shapes import Range
+from dipgo_deploy.errors import UserError
+
+LayoutChoice = Literal["auto"] | Layout
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """How a schedule is exported; the defaults are those of ``dipgo-export``.
+
+    dtype: ``fp32``, ``fp16`` or ``bf16``.
+    batch: images per launch, a number or a range.
+    guidance: classifier-free guidance in the graphs (the denoiser sees twice the batch); None: as its pipeline does.
+    height, width: pixels, a number or a range; None: the model's native size.
+    max_variants: re-enable the cheapest skipped blocks until at most so many graphs are left.
+    layout: ``variants``, a graph for each kind of evaluation; ``segments``, each weight in one graph and several
+        launches an evaluation; ``auto``, segments for fp32 where variants would hold the weights more than four times.
+    strength: start from a picture and run this share of the steps, as diffusers' image-to-image pipelines do.
+    allow_other_config: accept a schedule made for another configuration of the same class.
+    check: compare what was written with the model before it is published.
+    components: export text encoders, tokenizers and VAE too; without them a bundle takes embeddings and gives latents.
+    overwrite: replace an engine directory that exists.
+    low_memory: hold the weights once and compare in processes of their own; a planned export is then written once.
+        None: for weights of more than ``low_memory.LARGE_BYTES``; a planned export says what it became.
+    """
+
+    dtype: str = "fp32"
+    batch: int | Range = 1
+    guidance: bool | None = None
+    height: int | Range | None = None
+    width: int | Range | None = None
+    max_variants: int | None = None
+    layout: LayoutChoice = "auto"
+    strength: float | None = None
+    allow_other_config: bool = False
+    check: bool = True
+    components: bool = True
+    overwrite: bool = False
+    low_memory: bool | None = None
+
+
+def check_options(options: ExportOptions) -> None:
+    """Refuse (UserError) options of another type, naming the first, and such as do not go together."""
+    arguments.instance("options", options, ExportOptions, "ExportOptions")
+    arguments.choice("dtype", options.dtype, ("fp32", "fp16", "bf16"))
+    arguments.choice("layout", options.layout, ("auto", "variants", "segments"))
+    for name in ("batch", "height", "width"):
+        value = getattr(options, name)
+        if not isinstance(value, Range) and not (value is None and name != "batch"):
+            arguments.whole(name, value, least=1)
+    if options.max_variants is not None:
+        arguments.whole("max_variants", options.max_variants, least=1)
+    if options.strength is not None:
+        arguments.number("strength", options.strength)
+    for name in ("allow_other_config", "check", "components", "overwrite"):
+        arguments.flag(name, getattr(options, name))
+    for name in ("guidance", "low_memory"):
+        if getattr(options, name) is not None:
+            arguments.flag(name, getattr(options, name))
+    if options.layout == "segments" and options.max_variants is not None:
+        raise UserError("--max-variants: not with --layout segments, where no weight is in two graphs; leave it out")

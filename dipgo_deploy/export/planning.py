@@ -1,0 +1,301 @@
+"""Model and schedule, traced once and planned; nothing is written."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from dipgo_deploy import arguments
+from dipgo_deploy.bundle.manifest import Layout
+from dipgo_deploy.bundle.shapes import corners
+from dipgo_deploy.bundle.stack import StackLayout
+from dipgo_deploy.errors import UserError
+from dipgo_deploy.export.conditions import open_conditions
+from dipgo_deploy.export.low_memory import convert_in_place, is_large, load_frugally
+from dipgo_deploy.export.options import ExportOptions, LayoutChoice, check_options
+from dipgo_deploy.export.program import torch_dtype
+from dipgo_deploy.export.trace import TracedModel, trace
+from dipgo_deploy.models.files import check_weights, left_out_parts
+from dipgo_deploy.models.location import denoiser_config
+from dipgo_deploy.models.shape import TraceShape, condition_specs
+from dipgo_deploy.models.stock import stock_configuration
+from dipgo_deploy.models.target import check_schedule, nominal_set_timesteps
+from dipgo_deploy.plan.compile import compile_plan
+from dipgo_deploy.plan.layouts import MANY_COPIES, copies_in_variants
+from dipgo_deploy.plan.model import Plan
+from dipgo_deploy.plan.segments import SegmentPlan, plan_segments
+from dipgo_deploy.reference.source import Source, load_source, unloaded_source
+from dipgo_deploy.schedule.document import Schedule
+from dipgo_deploy.schedule.image import ImageRun, image_run
+
+if TYPE_CHECKING:
+    import os
+
+    import torch
+
+    from dipgo_deploy.models.family import ModelFamily
+    from dipgo_deploy.sampler import SamplerMatrix
+
+Notify = Callable[[str], None]
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PlannedExport:
+    """A traced model with the plan for its schedule; nothing is written yet.
+
+    used: per evaluation, whether the sampler gives any weight to its prediction. segments: only in that layout.
+    copies: of the weights that graphs of ``variants`` hold, where ``auto`` chose by them. image: for image-to-image;
+    ``schedule`` then has the evaluations that are run only.
+    """
+
+    source: Source
+    schedule: Schedule
+    scheduler: Any
+    set_timesteps: Mapping[str, Any]
+    traced: TracedModel
+    plan: Plan
+    matrix: SamplerMatrix
+    used: tuple[bool, ...]
+    options: ExportOptions
+    segments: SegmentPlan | None = None
+    copies: float | None = None
+    image: ImageRun | None = None
+
+    @property
+    def layout(self) -> Layout:
+        """What it became, where the options say ``auto``."""
+        return "variants" if self.segments is None else "segments"
+
+    @property
+    def columns(self) -> tuple[int, ...]:
+        """The columns of the matrix that have a slot of the stack; predictions that nobody makes have none."""
+        made = {1 + launch.prediction for launch in self.plan.launches if launch.prediction is not None}
+        chain = 1 + self.matrix.predictions
+        return tuple(
+            column for column in range(len(self.matrix.final)) if column == 0 or column >= chain or column in made
+        )
+
+    @property
+    def stack(self) -> StackLayout:
+        """The stack: initial noise, predictions, the picture's latents, noise draws."""
+        slots = len(self.columns)
+        return StackLayout(slots, slots - self.matrix.noises - self.matrix.image)
+
+    @property
+    def promoted(self) -> tuple[tuple[int, str], ...]:
+        """Gates that were raised, as (row of the whole schedule, block)."""
+        return self.plan.promoted if self.image is None else self.image.in_full(self.plan.promoted)
+
+    @property
+    def exported_schedule(self) -> Schedule:
+        """The whole schedule as it is exported."""
+        if self.image is None:
+            return self.schedule.with_gates(self.plan.keep, provenance=_provenance(self))
+        return self.image.full.with_gates(self.image.whole(self.plan.keep), provenance=_provenance(self))
+
+
+def plan_export(
+    model: str | os.PathLike[str],
+    schedule: Schedule | str | os.PathLike[str],
+    options: ExportOptions | None = None,
+    notify: Notify = lambda stage: None,
+) -> PlannedExport:
+    """Load the model, trace it once and compile the schedule.
+
+    Raises:
+        UserError: model or schedule cannot be used, see the message.
+    """
+    options = options or ExportOptions()
+    model = arguments.path_text("model", model)
+    check_options(options)
+    schedule = read_schedule(schedule)
+    # Before the model: what its configuration and its files alone decide costs no weights and no trace.
+    check_schedule(schedule, model, allow_other_config=options.allow_other_config)
+    check_weights(model)
+    stock = stock_configuration(model)
+    stock.check(schedule.sampler)
+    if options.components and (left_out := left_out_parts(model)):
+        unchecked = "; nothing checks the pictures" if "safety_checker" in left_out else ""
+        _log.warning("%s: the engine directory has no %s%s", model, ", ".join(left_out), unchecked)
+    _check_shape(unloaded_source(model, stock), options)
+    sampling = _nominal_sampling(model, schedule, options.strength)
+    dtype = torch_dtype(options.dtype)
+    if options.low_memory is None:
+        options = replace(options, low_memory=is_large(model, dtype))
+    notify("loading the model" + (", holding its weights once" if options.low_memory else ""))
+    source = load_frugally(model, dtype) if options.low_memory else load_source(model)
+    source.check(schedule, allow_other_config=options.allow_other_config)
+    guidance = source.family.guidance if options.guidance is None else options.guidance
+    options = replace(options, guidance=guidance)
+    shape = source.trace_shape(batch=options.batch, guidance=guidance, height=options.height, width=options.width)
+    sampling = _sampling(source, schedule, shape, options.strength, sampling)
+    if shape.sizes is not None:
+        _check_open(source, sampling, shape, options, schedule.sampler.num_inference_steps)
+        open_conditions(source, shape, options.dtype)  # before the trace: conditions that cannot be told are refused
+    notify("tracing the denoiser")
+    specs = source.specs(schedule)
+    denoiser = source.denoiser if options.dtype == "fp32" else _denoiser_in(source, options, dtype)
+    traced = trace(denoiser, source.family, source.config, specs, schedule.cache_kinds, shape, options.dtype)
+    notify("planning")
+    return _planned(source, schedule, sampling, traced, options)
+
+
+def replan(planned: PlannedExport, schedule: Schedule) -> PlannedExport:
+    """The same trace with another schedule of the same blocks and cache kinds (gates and sampler may differ).
+
+    Raises:
+        UserError: blocks or cache kinds differ, which needs a trace of its own.
+    """
+    if schedule.blocks != planned.schedule.blocks or schedule.model.granularity != planned.schedule.model.granularity:
+        raise UserError("the schedules have different blocks or cache kinds; export each on its own")
+    planned.source.check(schedule, allow_other_config=planned.options.allow_other_config)
+    sampling = _sampling(planned.source, schedule, planned.traced.shape, planned.options.strength)
+    return _planned(planned.source, schedule, sampling, planned.traced, planned.options)
+
+
+def _check_shape(source: Source, options: ExportOptions) -> None:
+    """Refuse (UserError) sizes that the model does not take; before anything is loaded."""
+    guidance = source.family.guidance if options.guidance is None else options.guidance
+    shape = source.trace_shape(batch=options.batch, guidance=guidance, height=options.height, width=options.width)
+    condition_specs(source.family, source.config, shape)
+
+
+@dataclass(frozen=True)
+class _Sampling:
+    """A schedule's scheduler with what its ``set_timesteps`` is given besides the number of steps.
+
+    used: which evaluations' predictions reach the final latent or a model input. strength, begin: of a run that starts
+    from a picture, see ``sampler.begin_of``.
+    """
+
+    scheduler: Any
+    set_timesteps: Mapping[str, Any]
+    used: tuple[bool, ...]
+    strength: float | None
+    begin: int | None
+
+
+def _nominal_sampling(model: str, schedule: Schedule, strength: float | None) -> _Sampling:
+    """Of the model's native size; reads its configuration only."""
+    from dipgo_deploy.sampler import scheduler_of
+
+    family, config = denoiser_config(model)
+    scheduler = scheduler_of(schedule)
+    options = nominal_set_timesteps(family, config, scheduler, schedule.sampler.num_inference_steps)
+    return _with_options(family, schedule, scheduler, options, strength)
+
+
+def _sampling(
+    source: Source, schedule: Schedule, shape: TraceShape, strength: float | None, nominal: _Sampling | None = None
+) -> _Sampling:
+    """Of the size that is exported; ``nominal`` where it is the same."""
+    from dipgo_deploy.sampler import scheduler_of
+
+    scheduler = scheduler_of(schedule) if nominal is None else nominal.scheduler
+    options = source.set_timesteps(scheduler, shape.height, shape.width, schedule.sampler.num_inference_steps)
+    if nominal is not None and options == nominal.set_timesteps:
+        return nominal
+    return _with_options(source.family, schedule, scheduler, options, strength)
+
+
+def _check_open(source: Source, sampling: _Sampling, shape: TraceShape, options: ExportOptions, steps: int) -> None:
+    """Refuse what open sizes do not go together with."""
+    assert shape.sizes is not None
+    for option, chosen in (("--layout segments", options.layout == "segments"), ("--strength", options.strength)):
+        if chosen:
+            raise UserError(f"{option}: not with ranges of sizes; give plain numbers for --batch, --height and --width")
+    for height, width in {(size.height, size.width) for size in corners(shape.sizes)}:
+        if source.set_timesteps(sampling.scheduler, height, width, steps) != sampling.set_timesteps:
+            axis = "--height" if not shape.sizes.height.is_static else "--width"
+            raise UserError(
+                f"{axis}: the timesteps of {type(sampling.scheduler).__name__} depend on the size here "
+                f"({', '.join(sampling.set_timesteps)}); give plain numbers for --height and --width"
+            )
+
+
+def _with_options(
+    family: ModelFamily, schedule: Schedule, scheduler: Any, options: Mapping[str, Any], strength: float | None
+) -> _Sampling:
+    from dipgo_deploy.sampler import begin_of, evaluations, prediction_used, sampler_matrix
+
+    if strength is not None and family.image_to_image is None:
+        raise UserError(f"--strength: {family.class_name} cannot start from a picture here; leave it out")
+    if strength is not None and schedule.solver is not None and not schedule.solver.picture:
+        raise UserError("--strength: the schedule's solver was fitted to runs from noise alone; leave it out")
+    steps = schedule.sampler.num_inference_steps
+    schedule.check_evaluations(evaluations(scheduler, steps, set_timesteps_kwargs=options))
+    begin = None
+    if strength is not None and family.image_to_image is not None:
+        begin = begin_of(scheduler, steps, strength, family.image_to_image, set_timesteps_kwargs=options)
+    matrix = sampler_matrix(scheduler, steps, set_timesteps_kwargs=options, begin=begin)
+    return _Sampling(scheduler, options, prediction_used(matrix), strength, begin)
+
+
+def _planned(
+    source: Source, schedule: Schedule, sampling: _Sampling, traced: TracedModel, options: ExportOptions
+) -> PlannedExport:
+    from dipgo_deploy.sampler import sampler_matrix
+
+    image = None
+    if sampling.strength is not None and sampling.begin is not None:
+        schedule, image = image_run(schedule, sampling.strength, sampling.begin)
+    plan = compile_plan(traced.graph, schedule.gates, max_variants=options.max_variants, prediction_used=sampling.used)
+    steps = schedule.sampler.num_inference_steps
+    kwargs = sampling.set_timesteps
+    matrix = sampler_matrix(sampling.scheduler, steps, plan.source, set_timesteps_kwargs=kwargs, begin=sampling.begin)
+    planned = PlannedExport(
+        source, schedule, sampling.scheduler, kwargs, traced, plan, matrix, sampling.used, options, image=image
+    )
+    return in_layout(planned, options.layout)
+
+
+def read_schedule(schedule: object) -> Schedule:
+    """A schedule, or the one in a file. Raises UserError for anything else, and as ``Schedule.load`` does."""
+    return schedule if isinstance(schedule, Schedule) else Schedule.load(arguments.path("schedule", schedule))
+
+
+def in_segments(planned: PlannedExport) -> SegmentPlan:
+    """The same schedule in the layout ``segments``."""
+    return plan_segments(planned.traced.graph, planned.traced.pieces, planned.plan.keep, prediction_used=planned.used)
+
+
+def in_layout(planned: PlannedExport, layout: LayoutChoice) -> PlannedExport:
+    """The same trace and schedule in another layout; ``auto`` as ``ExportOptions`` has it.
+
+    ``auto`` looks at what ONNX Runtime on a CPU is better off with, where each session re-lays-out its weights for
+    itself. It is ``variants`` where segments cannot be (open sizes, a limit on the variants) and in half precision,
+    which is for GPUs.
+    """
+    options, copies = replace(planned.options, layout=layout), None
+    if layout == "auto":
+        layout = "variants"
+        if options.dtype == "fp32" and options.max_variants is None and planned.traced.shape.sizes is None:
+            copies = copies_in_variants(planned.plan, planned.traced.pieces)
+            layout = "segments" if copies > MANY_COPIES else "variants"
+    segments = in_segments(planned) if layout == "segments" else None
+    return replace(planned, options=options, segments=segments, copies=copies)
+
+
+def _denoiser_in(source: Source, options: ExportOptions, dtype: torch.dtype) -> Any:
+    """The denoiser in another dtype, loaded again so that the float32 reference stays as it is; with ``low_memory``
+    there is none."""
+    from dipgo_deploy.export.upcast import keep_upcast_attention
+    from dipgo_deploy.supernet.load import load_denoiser
+
+    if options.low_memory and convert_in_place(source.denoiser, dtype):
+        denoiser = source.denoiser
+    else:
+        denoiser = load_denoiser(source.name, dtype)[0]
+    keep_upcast_attention(denoiser)
+    return denoiser
+
+
+def _provenance(planned: PlannedExport) -> Mapping[str, Any]:
+    given = dict(planned.schedule.provenance)
+    if planned.promoted:
+        given["promoted"] = [[step, block] for step, block in planned.promoted]
+    return given

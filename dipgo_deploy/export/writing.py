@@ -1,0 +1,294 @@
+"""A planned export becomes an engine directory: cut the graphs, write the weights once, check, publish."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dipgo_deploy._version import __version__
+from dipgo_deploy.bundle.directory import Bundle
+from dipgo_deploy.bundle.files import hash_tree
+from dipgo_deploy.bundle.manifest import (
+    MANIFEST_NAME,
+    SCHEDULE_NAME,
+    Components,
+    ConditionSpec,
+    LatentSpec,
+    LaunchEntry,
+    Manifest,
+    ModelEntry,
+    PlanEntry,
+    SamplerEntry,
+    VariantEntry,
+)
+from dipgo_deploy.bundle.names import STACK, cache_input, cache_output
+from dipgo_deploy.bundle.staging import staged_directory
+from dipgo_deploy.compare.metrics import Agreement
+from dipgo_deploy.export.conditions import open_conditions
+from dipgo_deploy.export.cut import cut_variant
+from dipgo_deploy.export.options import ExportOptions
+from dipgo_deploy.export.planning import Notify, PlannedExport
+from dipgo_deploy.export.segments import cut_segment, reads_of, writes_of
+from dipgo_deploy.export.tensors import graph_entry
+from dipgo_deploy.export.weights import save_graph, write_weights
+from dipgo_deploy.reference.source import Source
+from dipgo_deploy.schedule.frozen import to_json
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+Agreed = Callable[[Agreement], None]
+
+_log = logging.getLogger(__name__)
+
+GRAPHS = "graphs"
+_TOOLS = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnx-ir", "numpy")
+
+
+def warn(line: str) -> None:
+    """Where notes go that nobody asked for."""
+    _log.warning("%s", line)
+
+
+def publish(
+    planned: PlannedExport,
+    engine_dir: Path,
+    notify: Notify = lambda stage: None,
+    agreed: Agreed = lambda agreement: None,
+    note: Notify = warn,
+) -> Bundle:
+    """Write a planned export to ``engine_dir``.
+
+    ``notify``, ``agreed`` and ``note`` as ``export_bundle`` has them. Raises as it does, and ValueError for an export
+    whose weights were released.
+    """
+    if next(planned.source.denoiser.parameters()).is_meta:
+        raise ValueError("an export with low_memory is written once; plan it again")
+    with staged_directory(engine_dir, overwrite=planned.options.overwrite) as stage:
+        write_bundle(planned, stage, notify, agreed, note)
+    return Bundle.open(engine_dir)
+
+
+def write_bundle(
+    planned: PlannedExport,
+    stage: Path,
+    notify: Notify = lambda stage: None,
+    agreed: Agreed = lambda agreement: None,
+    note: Notify = warn,
+    *,
+    model_name: str | None = None,
+) -> Manifest:
+    """Write everything of an engine directory into the empty folder ``stage``; see ``publish``.
+
+    model_name: what the manifest calls the model, if not ``planned.source.name``.
+    """
+    from dipgo_deploy.export.components import export_components
+
+    options, plan = planned.options, planned.plan
+    notify(f"cutting {len(plan.variants if planned.segments is None else planned.segments.segments)} {planned.layout}")
+    variants = write_entries(planned, stage / GRAPHS)
+    plan_entry = _plan_entry(planned, variants)
+    if options.low_memory:
+        _release(planned)
+    shape = planned.traced.shape
+    latent = LatentSpec(
+        channels=planned.source.family.latent_channels(planned.source.config),
+        height=shape.height,
+        width=shape.width,
+        scale=planned.source.scale,
+    )
+    # Without components too: the unconditional half of guidance needs the null class.
+    null = next((spec.null for spec in planned.traced.conditions if spec.source == "class"), None)
+    components = Components(null_class=null, classes=planned.source.config.get("num_class_embeds"))
+    conditions = _conditions(planned)
+    if planned.source.pipeline is not None and options.components:
+        notify("exporting text encoder and VAE")
+        components = export_components(
+            planned.source.pipeline,
+            planned.source.text,
+            conditions,
+            stage,
+            latent,
+            batch=shape.batch,
+            sizes=shape.sizes,
+            dtype=options.dtype,
+            pixels=planned.source.family.pixels,
+            encoder=planned.image is not None,
+            float32=planned.source.family.float32_in_fp16 if options.dtype == "fp16" else (),
+        )
+    planned.exported_schedule.save(stage / SCHEDULE_NAME)
+    name = model_name or planned.source.name
+    manifest = _manifest(planned, name, plan_entry, latent, conditions, components, hash_tree(stage))
+    (stage / MANIFEST_NAME).write_text(manifest.dumps(), encoding="utf-8")
+    if options.check:
+        agreement = _check(planned, Bundle(stage, manifest), notify, note)
+        if agreement is not None:
+            agreed(agreement)
+    return manifest
+
+
+def _release(planned: PlannedExport) -> None:
+    """Drop the weights of a planned export whose graphs are written; it cannot be written again."""
+    for value in planned.traced.model.graph.initializers.values():
+        value.const_value = None
+    planned.source.denoiser.to("meta")
+
+
+def _check(planned: PlannedExport, bundle: Bundle, notify: Notify, note: Notify) -> Agreement | None:
+    """Compare the written directory with the model; how far the denoiser agrees, None for bf16 graphs, which ONNX
+    Runtime's CPU provider cannot run."""
+    from dipgo_deploy.compare.processes import verify_in_processes
+    from dipgo_deploy.compare.written import verify_written
+
+    if planned.options.dtype == "bf16":
+        note("nothing was compared: bf16 graphs do not run on a CPU; dipgo-compare does it on a GPU")
+        return None
+    if not planned.options.low_memory:
+        return verify_written(bundle, _in_float32(planned.source, planned.options), notify, note)
+    notify(f"comparing the {planned.layout} with the supernet")
+    agreement = verify_in_processes(bundle.path, planned.source.name)
+    note("not compared at this size: the loop, the weights' values, text encoder and VAE; dipgo-compare does it")
+    return agreement
+
+
+def _in_float32(source: Source, options: ExportOptions) -> Source:
+    """The model as it was loaded; in half precision the exporter has converted what is beside the denoiser."""
+    from dipgo_deploy.supernet.load import load_pipeline
+
+    if options.dtype == "fp32" or not options.components or source.pipeline is None:
+        return source
+    denoiser: dict[str, Any] = {source.family.component: source.denoiser}
+    return replace(source, pipeline=load_pipeline(source.name, **denoiser))
+
+
+def write_entries(planned: PlannedExport, folder: Path) -> tuple[VariantEntry, ...]:
+    """Cut every variant or segment, write the graphs into ``folder`` and say for the manifest what they are."""
+    if planned.segments is None:
+        graphs = write_variants(planned, folder)
+        return tuple(
+            VariantEntry(
+                name=variant.name,
+                graph=graph_entry(graph, f"{GRAPHS}/{variant.name}.onnx", planned.traced.shape.sizes),
+                reads=tuple(cache_input(cache.kind, cache.value) for cache in variant.reads),
+                writes=tuple(cache_output(cache.kind, cache.value) for cache in variant.writes),
+                predicts=variant.predicts,
+                macs=variant.macs,
+            )
+            for variant, graph in zip(planned.plan.variants, graphs, strict=True)
+        )
+    segments = planned.segments.segments
+    graphs = [cut_segment(planned.traced, segment, planned.stack) for segment in segments]
+    write_graphs(graphs, folder)
+    return tuple(
+        VariantEntry(
+            name=segment.name,
+            graph=graph_entry(graph, f"{GRAPHS}/{segment.name}.onnx"),
+            reads=reads_of(segment),
+            writes=writes_of(segment),
+            predicts=segment.predicts,
+            macs=segment.macs,
+        )
+        for segment, graph in zip(segments, graphs, strict=True)
+    )
+
+
+def write_variants(planned: PlannedExport, folder: Path) -> list[ir.Model]:
+    """Cut every variant and write the graphs into ``folder``."""
+    graphs = [cut_variant(planned.traced, variant, planned.stack) for variant in planned.plan.variants]
+    write_graphs(graphs, folder)
+    return graphs
+
+
+def write_graphs(graphs: list[ir.Model], folder: Path) -> None:
+    """Write graphs, under their names, beside their one weights file; full checker and shape inference."""
+    import onnx
+
+    folder.mkdir(exist_ok=True)
+    write_weights(graphs, folder)
+    for graph in graphs:
+        path = folder / f"{graph.graph.name}.onnx"
+        save_graph(graph, path)
+        onnx.checker.check_model(str(path), full_check=True)
+
+
+def _manifest(
+    planned: PlannedExport,
+    name: str,
+    plan: PlanEntry,
+    latent: LatentSpec,
+    conditions: tuple[ConditionSpec, ...],
+    components: Components,
+    files: dict[str, str],
+) -> Manifest:
+    source, schedule, options, traced = planned.source, planned.schedule, planned.options, planned.traced
+    scaled = traced.shape.guidance or any(spec.source == "guidance" for spec in conditions)
+    return Manifest(
+        created_by=f"dipgo_deploy {__version__}",
+        model=ModelEntry(
+            class_name=source.family.class_name,
+            name=name,
+            config_hash=source.config_hash,
+            granularity=schedule.model.granularity,
+            config={key: value for key, value in source.config.items() if not key.startswith("_")},
+        ),
+        promoted=planned.promoted,
+        sampler=SamplerEntry(
+            class_name=planned.matrix.class_name if schedule.solver is None else schedule.sampler.class_name,
+            config=dict(planned.matrix.config) if schedule.solver is None else to_json(schedule.sampler.config),
+            num_inference_steps=planned.matrix.num_inference_steps,
+            set_timesteps=dict(planned.set_timesteps),
+            strength=None if planned.image is None else planned.image.strength,
+            begin=None if planned.image is None else planned.image.begin,
+        ),
+        dtype=options.dtype,  # type: ignore[arg-type]
+        batch=traced.shape.batch,
+        guidance=traced.shape.guidance,
+        guidance_scale=source.default_guidance_scale(from_picture=planned.image is not None) if scaled else None,
+        latent=latent,
+        sizes=traced.shape.sizes,
+        conditions=conditions,
+        plan=plan,
+        components=components,
+        tools={name: importlib.metadata.version(name) for name in _TOOLS},
+        files=files,
+    )
+
+
+def _conditions(planned: PlannedExport) -> tuple[ConditionSpec, ...]:
+    return open_conditions(planned.source, planned.traced.shape, planned.options.dtype)
+
+
+def _plan_entry(planned: PlannedExport, variants: tuple[VariantEntry, ...]) -> PlanEntry:
+    plan, matrix, columns = planned.plan, planned.matrix, planned.columns
+    laid_out = planned.segments or plan
+    with_stack = {place for place, entry in enumerate(variants) if STACK in {spec.name for spec in entry.graph.inputs}}
+    return PlanEntry(
+        layout=planned.layout,
+        variants=variants,
+        launches=tuple(
+            LaunchEntry(
+                step=launch.step,
+                variant=launch.variant,
+                timestep=float(matrix.timesteps[launch.step]),
+                coefficients=tuple(matrix.rows[launch.step, columns].tolist()) if launch.variant in with_stack else (),
+                reads=launch.reads,
+                writes=launch.writes,
+                slot=None if launch.prediction is None else columns.index(1 + launch.prediction),
+            )
+            for launch in laid_out.launches
+        ),
+        final=tuple(matrix.final[list(columns)].tolist()),
+        slots=len(columns),
+        noises=matrix.noises,
+        image_slot=planned.stack.chain if matrix.image else None,
+        arena_bytes=laid_out.arena_bytes,
+        lower_bound_bytes=laid_out.lower_bound_bytes,
+        macs_full=plan.macs_full,
+        macs_schedule=plan.macs_schedule,
+        macs_run=laid_out.macs_run,
+        evaluations=len(plan.keep),
+    )
