@@ -12,7 +12,10 @@ import torch
 from dipgo_deploy.bundle.manifest import Components, Graph, TextEncoderEntry, TokenizerEntry
 from dipgo_deploy.bundle.shapes import SizeRanges, Sizes
 from dipgo_deploy.errors import UserError
-from dipgo_deploy.export.dynamic import Dimensions, example_sizes, name_dimensions, shapes_from_sizes
+from dipgo_deploy.export.dynamic import Dimensions, example_sizes
+from dipgo_deploy.export.passes import apply
+from dipgo_deploy.export.passes.dimensions import NameDimensions
+from dipgo_deploy.export.passes.shapes import ShapesFromSizes
 from dipgo_deploy.export.program import to_onnx, torch_dtype
 from dipgo_deploy.export.tensors import graph_entry
 from dipgo_deploy.export.weights import save_graph, write_weights
@@ -240,8 +243,7 @@ def _export(
         dynamic_shapes=None if sizes is None else [Dimensions(sizes).latent],
     )
     if sizes is not None:
-        name_dimensions(model, inputs[0], sizes)
-        shapes_from_sizes(model, inputs[0])
+        apply(model, NameDimensions(inputs[0], sizes), ShapesFromSizes(inputs[0]))
     return _save(model, stage, name, sizes)
 
 

@@ -12,10 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.export.addends import keep_tiny_addends
-from dipgo_deploy.export.einsum import einsums_to_transposes
-from dipgo_deploy.export.layout import note_layouts
-from dipgo_deploy.export.names import restore_names, strip_metadata
-from dipgo_deploy.export.squeeze import drop_idle_squeezes
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -54,6 +50,14 @@ def to_onnx(
     """
     import torch
 
+    from dipgo_deploy.export.passes import apply
+    from dipgo_deploy.export.passes.einsum import PermutingEinsums
+    from dipgo_deploy.export.passes.layouts import NoteLayouts
+    from dipgo_deploy.export.passes.metadata import StripMetadata
+    from dipgo_deploy.export.passes.names import RestoreNames
+    from dipgo_deploy.export.passes.outputs import NameOutputs
+    from dipgo_deploy.export.passes.squeeze import IdleSqueezes
+
     with torch.no_grad(), _quiet():
         try:
             shapes = None if dynamic_shapes is None else tuple(dynamic_shapes)
@@ -80,16 +84,15 @@ def to_onnx(
             raise UserError(f"{label}: torch.export cannot trace it: {_first_line(error)}") from error
     assert exported is not None
     model = exported.model
-    einsums_to_transposes(model)
-    drop_idle_squeezes(model)
-    origins = restore_names(model, prefix)
-    strip_metadata(model)
-    note_layouts(model, module, origins, prefix)
-    outputs = list(model.graph.outputs)
-    if len(outputs) != len(names) or len(set(map(id, outputs))) != len(outputs):
-        raise UserError(f"{label}: two cut points are one tensor in the exported graph; choose another granularity")
-    for output, name in zip(outputs, names, strict=True):
-        output.name = name
+    apply(
+        model,
+        PermutingEinsums(),
+        IdleSqueezes(),
+        RestoreNames(prefix),
+        StripMetadata(),
+        NoteLayouts(module, prefix),
+        NameOutputs(tuple(names), label),
+    )
     return model
 
 

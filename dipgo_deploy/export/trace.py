@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from dipgo_deploy.bundle.shapes import SizeRanges
 from dipgo_deploy.errors import UserError
-from dipgo_deploy.export.dynamic import Dimensions, concrete, example_sizes, macs_at, name_dimensions, shapes_from_sizes
+from dipgo_deploy.export.dynamic import Dimensions, concrete, example_sizes, macs_at
 from dipgo_deploy.export.macs import node_macs
 from dipgo_deploy.export.pieces import node_graph
 from dipgo_deploy.export.program import to_onnx, torch_dtype
-from dipgo_deploy.export.projections import separate_projections
 from dipgo_deploy.models.family import BlockSpec, Granularity, InputSpec, ModelFamily
 from dipgo_deploy.models.shape import TraceShape, condition_specs
 from dipgo_deploy.models.target import NOMINAL_SIZE
@@ -67,6 +66,10 @@ def trace(
     import torch
 
     from dipgo_deploy.export.denoiser import PREDICTION, Layout, TracedDenoiser
+    from dipgo_deploy.export.passes import apply
+    from dipgo_deploy.export.passes.dimensions import NameDimensions
+    from dipgo_deploy.export.passes.projections import SeparateProjections
+    from dipgo_deploy.export.passes.shapes import ShapesFromSizes
 
     conditions = condition_specs(family, config, shape)
     example = shape if shape.sizes is None else shape.at(example_sizes(shape.sizes))
@@ -100,10 +103,9 @@ def trace(
         label=family.class_name,
         dynamic_shapes=_dynamic_shapes(shape, conditions),
     )
-    separate_projections(model)
+    apply(model, SeparateProjections())
     if shape.sizes is not None:
-        name_dimensions(model, LATENT, shape.sizes)
-        shapes_from_sizes(model, LATENT)
+        apply(model, NameDimensions(LATENT, shape.sizes), ShapesFromSizes(LATENT))
     roles: dict[str, InputRole] = {LATENT: "step", TIMESTEP: "step"}
     roles.update({name: "constant" for name in names[2:]})
     graph = read_block_graph(model, layout.blocks, roles, PREDICTION, shape.sizes)

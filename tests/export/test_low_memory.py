@@ -19,7 +19,9 @@ from dipgo_deploy.compare.processes import verify_in_processes
 from dipgo_deploy.errors import ToleranceError
 from dipgo_deploy.export import low_memory
 from dipgo_deploy.export.exporter import ExportOptions, PlannedExport, plan_export, publish
-from dipgo_deploy.export.layout import Layout, layout_of, note_layouts
+from dipgo_deploy.export.layout import Layout, layout_of
+from dipgo_deploy.export.passes.layouts import NoteLayouts
+from dipgo_deploy.export.passes.names import note_parameter
 from dipgo_deploy.export.weights import write_weights
 from dipgo_deploy.supernet.load import load_denoiser
 
@@ -148,7 +150,9 @@ def test_reading_all_weights_once_leaves_few_pages(tmp_path: Path) -> None:
         for name, weight in layers.named_parameters()
     }
     model = ir.Model(ir.Graph([], [], nodes=[], initializers=list(values.values())), ir_version=10)
-    note_layouts(model, layers, {name: name for name in values}, "")
+    for name, value in values.items():
+        note_parameter(value, name)
+    NoteLayouts(layers, "")(model)
     assert layout_of(values["2.weight"].const_value) == Layout("2.weight", transposed=False)
     assert resident_kib("layers.safetensors") < 100
     size = write_weights([model], tmp_path)

@@ -6,8 +6,8 @@ import onnxruntime
 import pytest
 import torch
 
+from dipgo_deploy.export.passes.squeeze import IdleSqueezes
 from dipgo_deploy.export.program import to_onnx
-from dipgo_deploy.export.squeeze import drop_idle_squeezes
 
 
 class Squeezes(torch.nn.Module):
@@ -43,17 +43,17 @@ def model_of(shape: list[int | None], axes: list[int], out: list[int | None]) ->
 @pytest.mark.parametrize(
     ("shape", "axes", "out", "changed", "ops"),
     [
-        ([2, 5, 3], [1], [2, 5, 3], 1, ["Identity"]),
-        ([2, 1, 3], [1], [2, 3], 0, ["Squeeze"]),
-        ([2, 1, 3], [0, 1], [2, 3], 1, ["Constant", "Squeeze"]),
-        ([2, 5, 1], [1, -1], [2, 5], 1, ["Constant", "Squeeze"]),
-        ([2, None, 3], [1], [2, None, 3], 1, ["Identity"]),
-        ([2, None, 3], [1], [2, 3], 0, ["Squeeze"]),
+        ([2, 5, 3], [1], [2, 5, 3], True, ["Identity"]),
+        ([2, 1, 3], [1], [2, 3], False, ["Squeeze"]),
+        ([2, 1, 3], [0, 1], [2, 3], True, ["Constant", "Squeeze"]),
+        ([2, 5, 1], [1, -1], [2, 5], True, ["Constant", "Squeeze"]),
+        ([2, None, 3], [1], [2, None, 3], True, ["Identity"]),
+        ([2, None, 3], [1], [2, 3], False, ["Squeeze"]),
     ],
 )
 def test_only_dimensions_of_one_are_squeezed(shape, axes, out, changed, ops) -> None:
     model = model_of(shape, axes, out)
-    assert drop_idle_squeezes(model) == changed
+    assert IdleSqueezes()(model).modified == changed
     assert [node.op_type for node in model.graph] == ops
     if None not in shape:
         x = np.random.default_rng(0).normal(size=shape).astype(np.float32)

@@ -16,8 +16,8 @@ from tiny_engines import save_dit_pipeline, schedule_for, write  # noqa: E402
 
 from dipgo_deploy.bundle.directory import Bundle  # noqa: E402
 from dipgo_deploy.export.exporter import ExportOptions, plan_export  # noqa: E402
-from dipgo_deploy.export.layout import Layout, layout_of  # noqa: E402
-from dipgo_deploy.export.projections import separate_projections  # noqa: E402
+from dipgo_deploy.export.layout import Layout, layout_of, note_layout  # noqa: E402
+from dipgo_deploy.export.passes.projections import SeparateProjections  # noqa: E402
 
 torch.set_num_threads(1)
 RANDOM = np.random.default_rng(0)
@@ -31,7 +31,7 @@ def value(name: str, shape: list[int]) -> ir.Value:
 def weight(name: str, shape: list[int]) -> ir.Value:
     made = value(name, shape)
     made.const_value = ir.tensor(RANDOM.normal(size=shape).astype(np.float32), name=name)
-    made.const_value.meta["dipgo_deploy.layout"] = Layout(name, False)
+    note_layout(made.const_value, Layout(name, False))
     return made
 
 
@@ -76,7 +76,7 @@ def results(model: ir.Model) -> list[np.ndarray]:
 def test_parts_go_to_those_who_need_them(needs, rows):
     model = model_of(needs)
     want = results(model)
-    assert separate_projections(model) == 1
+    assert SeparateProjections()(model).modified
     for got, expected in zip(results(model), want, strict=True):
         np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-6)
     held = {name: made for name, made in model.graph.initializers.items() if name.startswith("w")}
@@ -100,7 +100,7 @@ def test_parts_go_to_those_who_need_them(needs, rows):
 )
 def test_others_stay(model):
     before = [node.name for node in model.graph]
-    assert separate_projections(model) == 0
+    assert not SeparateProjections()(model).modified
     assert [node.name for node in model.graph] == before and set(model.graph.initializers) == {"w", "b"}
 
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import groupby
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
+
+import onnx_ir as ir
 
 from dipgo_deploy.export.layout import note_rows
-
-if TYPE_CHECKING:
-    import onnx_ir as ir
 
 
 class _Projection(NamedTuple):
@@ -22,34 +21,36 @@ class _Projection(NamedTuple):
     widths: tuple[int, ...]
 
 
-def separate_projections(model: ir.Model) -> int:
-    """Replace ``Split(Gemm(x, W, b))`` whose parts are needed by different outputs of ``model`` by a Gemm for each;
-    returns how many.
+class SeparateProjections(ir.passes.InPlacePass):
+    """Each ``Split(Gemm(x, W, b))`` whose parts are needed by different outputs of the graph becomes a Gemm for each.
 
     The modulation of a DiT block (adaLN) is one linear layer: shift, scale and gate of the attention, then of the MLP.
     A variant without the attention still applies its gate to the cached value, and would read all rows of the weight
     for it. Neighbouring parts with the same needs stay together, and a part that nothing needs goes. The new weights
     ``NAME.rows<first>-<last>`` are views of the old ones.
     """
-    needs = _needs(model.graph)
-    changed = 0
-    for node in list(model.graph):
-        found = _projection(node)
-        if found is None:
-            continue
-        groups = _runs([needs[output] for output in node.outputs])
-        if len(groups) == 1:
-            continue
-        for places in groups:
-            if needs[node.outputs[places[0]]]:
-                _compute(model.graph, found, places)
-        model.graph.remove(node, safe=True)
-        model.graph.remove(found.product, safe=True)
-        for value in (found.weight, found.bias):
-            if value is not None and not value.uses():
-                model.graph.initializers.pop(str(value.name))
-        changed += 1
-    return changed
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """See the class."""
+        graph, changed = model.graph, False
+        needs = _needs(graph)
+        for node in list(graph):
+            found = _projection(node)
+            if found is None:
+                continue
+            groups = _runs([needs[output] for output in node.outputs])
+            if len(groups) == 1:
+                continue
+            for places in groups:
+                if needs[node.outputs[places[0]]]:
+                    _compute(graph, found, places)
+            graph.remove(node, safe=True)
+            graph.remove(found.product, safe=True)
+            for value in (found.weight, found.bias):
+                if value is not None and not value.uses():
+                    graph.initializers.pop(str(value.name))
+            changed = True
+        return ir.passes.PassResult(model, changed)
 
 
 def _runs(needs: Sequence[frozenset[ir.Value]]) -> list[list[int]]:
@@ -95,8 +96,6 @@ def _is_constant(value: ir.Value | None) -> bool:
 
 def _compute(graph: ir.Graph, found: _Projection, places: Sequence[int]) -> None:
     """Put a product before the Split that gives the parts ``places`` of it, and their users that product's."""
-    import onnx_ir as ir
-
     first = sum(found.widths[: places[0]])
     last = first + sum(found.widths[place] for place in places)
     inputs = [found.product.inputs[0], _rows(graph, found.weight, first, last)]
@@ -130,8 +129,6 @@ def _compute(graph: ir.Graph, found: _Projection, places: Sequence[int]) -> None
 
 def _rows(graph: ir.Graph, value: ir.Value, first: int, last: int) -> ir.Value:
     """Rows of an initializer as one of their own, in the same memory."""
-    import onnx_ir as ir
-
     whole = value.const_value
     assert whole is not None
     name = f"{value.name}.rows{first}-{last}"
