@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from dipgo_deploy.errors import UserError
+from dipgo_deploy.export.options import ExportOptions
+from dipgo_deploy.schedule.document import Schedule
+from tools.replay import cases
 from tools.replay.__main__ import command, difference
 from tools.replay.computation import graph_digest
+from tools.replay.record import _outcome
 
 
 def save(
@@ -62,3 +68,20 @@ def test_record_then_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     recorded.write_text(text.replace("slot 1", "slot 2"))
     assert run(["check", *some]) == 1
     assert "fashion-dit-block-residual-fp32" in capsys.readouterr().err
+
+
+def test_a_sampler_that_is_refused_is_a_case(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It must not end a recording: a later version may refuse what this one takes, which is a difference to show."""
+    make = cases.schedule_target
+
+    def refusing(model: str, sampler: str | None, *rest: object) -> object:
+        if sampler == "pndm":
+            raise UserError("sampler pndm: not with this model")
+        return make(model, sampler, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(cases, "schedule_target", refusing)
+    found = {case.name: case for case in cases.cases_of("fashion-dit", cases.Units("block", "residual"))}
+    refused = found["random-0.5-pndm"]
+    assert isinstance(refused.schedule, UserError) and isinstance(found["random-0.5-heun"].schedule, Schedule)
+    planned = SimpleNamespace(options=ExportOptions())
+    assert list(_outcome(planned, refused, "variants")) == ["refused: sampler pndm: not with this model"]  # type: ignore[arg-type]

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from dipgo_deploy.errors import UserError
 from dipgo_deploy.models.family import CacheKind, Granularity
 from dipgo_deploy.models.location import BUILT_IN, config_folder, denoiser_config
 from dipgo_deploy.models.target import schedule_target
@@ -21,10 +22,11 @@ _FLOWING = ("SanaTransformer2DModel", "SD3Transformer2DModel", "FluxTransformer2
 
 @dataclass(frozen=True)
 class Case:
-    """One schedule with what the export of it is told besides; only ``variants`` knows ``max_variants``."""
+    """One schedule, or why there is none, with what the export of it is told besides; only ``variants`` knows
+    ``max_variants``."""
 
     name: str
-    schedule: Schedule
+    schedule: Schedule | UserError
     max_variants: int | None = None
     strength: float | None = None
 
@@ -51,10 +53,7 @@ def cases_of(model: str, units: Units) -> Iterator[Case]:
     """All cases of a model for one trace, the first a full run."""
     family, _ = denoiser_config(config_folder(model))
     samplers = _FLOW_SAMPLERS if family.diffusers_class in _FLOWING else _EPSILON_SAMPLERS
-    targets = [
-        schedule_target(model, sampler, STEPS, units.granularity, units.cache) for sampler in (*samplers[1:], None)
-    ]
-    own = targets.pop()
+    own = schedule_target(model, None, STEPS, units.granularity, units.cache)
     yield Case("full", _schedule(own, builders.full(own.steps, len(own.blocks))))
     for name, gates in _gates(own):
         yield Case(name, _schedule(own, gates))
@@ -62,8 +61,14 @@ def cases_of(model: str, units: Units) -> Iterator[Case]:
     yield Case("at-most-2-variants", busy, max_variants=2)
     if family.image_to_image is not None:
         yield Case("strength-0.6", busy, strength=0.6)
-    for sampler, target in zip(samplers[1:], targets, strict=True):
-        yield Case(f"random-0.5-{sampler}", _schedule(target, _random(target, 0.5, 4)))
+    for sampler in samplers[1:]:
+        name = f"random-0.5-{sampler}"
+        try:
+            target = schedule_target(model, sampler, STEPS, units.granularity, units.cache)
+        except UserError as error:
+            yield Case(name, error)
+        else:
+            yield Case(name, _schedule(target, _random(target, 0.5, 4)))
     if model in BUILT_IN:
         yield from _shipped(model, own)
 

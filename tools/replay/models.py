@@ -21,7 +21,7 @@ def makers() -> dict[str, Make]:
         "sd15": sd_pipelines.save_sd15,
         "sdxl": sd_pipelines.save_sdxl,
         "controlnet": lambda folder: sd_pipelines.with_controlnet(sd_pipelines.save_sd15(folder)),
-        "ddpm": lambda folder: _denoiser(tiny_denoisers.unet2d(), folder, "DDPMScheduler"),
+        "ddpm": lambda folder: _denoiser(tiny_denoisers.unet2d(), folder, "DDPMScheduler", clip_sample=False),
         "dit": tiny_engines.save_dit_pipeline,
         "pixart-alpha": pixart_pipelines.save_alpha,
         "pixart-sigma": pixart_pipelines.save_sigma,

@@ -11,6 +11,7 @@ from dipgo_deploy.bundle.manifest import Layout, PlanEntry
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.export.exporter import ExportOptions, PlannedExport, plan_export, replan
 from dipgo_deploy.export.writing import write_bundle
+from dipgo_deploy.schedule.document import Schedule
 from tools.replay.cases import Case, Units, cases_of
 from tools.replay.computation import graph_digest
 
@@ -20,7 +21,9 @@ LAYOUTS: tuple[Layout, ...] = ("variants", "segments")
 def replay(model: str, units: Units, cases: list[Case], dtype: str = "fp32") -> str:
     """The text of some of a model's cases for one trace."""
     options = ExportOptions(layout="variants", dtype=dtype, check=False, components=False, low_memory=False)
-    traced = plan_export(model, next(cases_of(model, units)).schedule, options)
+    full = next(cases_of(model, units)).schedule
+    assert isinstance(full, Schedule)
+    traced = plan_export(model, full, options)
     lines = []
     for case in cases:
         for layout in LAYOUTS if case.max_variants is None else LAYOUTS[:1]:
@@ -31,6 +34,8 @@ def replay(model: str, units: Units, cases: list[Case], dtype: str = "fp32") -> 
 def _outcome(traced: PlannedExport, case: Case, layout: Layout) -> Iterator[str]:
     options = replace(traced.options, layout=layout, max_variants=case.max_variants, strength=case.strength)
     try:
+        if isinstance(case.schedule, UserError):
+            raise case.schedule
         planned = replan(replace(traced, options=options), case.schedule)
     except UserError as error:
         yield f"refused: {error}"
