@@ -224,8 +224,13 @@ def _with_options(
 
     if strength is not None and family.image_to_image is None:
         raise UserError(f"--strength: {family.class_name} cannot start from a picture here; leave it out")
-    if strength is not None and schedule.solver is not None and not schedule.solver.picture:
-        raise UserError("--strength: the schedule's solver was fitted to runs from noise alone; leave it out")
+    if schedule.solver is not None and schedule.solver.picture:
+        raise UserError("solver.picture: solvers of runs that start from a picture cannot be exported; fit it without")
+    if strength is not None and schedule.solver is not None:
+        raise UserError(
+            "--strength: the schedule's solver was fitted to runs from noise alone and has no weights for a picture; "
+            "leave it out, or export the schedule that the solver was fitted to, which runs its sampler"
+        )
     steps = schedule.sampler.num_inference_steps
     schedule.check_evaluations(evaluations(scheduler, steps, set_timesteps_kwargs=options))
     begin = None

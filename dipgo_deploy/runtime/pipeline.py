@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
@@ -35,11 +36,14 @@ from dipgo_deploy.runtime.requests import (
     text_conditions,
 )
 from dipgo_deploy.runtime.text import TextEncoder
+from dipgo_deploy.schedule.solver import FittedTo
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     from dipgo_deploy.lora.merge import LoraReport, MergedWeights
+
+_log = logging.getLogger(__name__)
 
 LoadMode = Literal["eager", "call", "lazy", "auto"]
 LOAD_MODES: tuple[LoadMode, ...] = ("eager", "call", "lazy", "auto")
@@ -91,6 +95,8 @@ class Pipeline:
         self._busy = False
         self._loras: list[LoraChoice] = []
         self._weights: MergedWeights | None = None
+        self._fitted_to: FittedTo | None = _fitted_to(bundle)
+        self._said: set[str] = set()
         self._loop: DenoisingLoop | None = None
         self._text: TextEncoder | None = None
         self._decoder: Decoder | None = None
@@ -365,6 +371,7 @@ class Pipeline:
         self, request: Request, stream: TorchNoise, callback: Callable[[int, int], Any] | None, start: float
     ) -> PipelineOutput:
         loading = time.perf_counter()
+        self._say_what_the_fit_had_not(request)
         if not self._lazy:
             self._load()
         encoding = time.perf_counter()
@@ -383,6 +390,22 @@ class Pipeline:
             total=end - start,
         )
         return PipelineOutput(images=images, latents=denoised, timings=timings, launches=launches)
+
+    def _say_what_the_fit_had_not(self, request: Request) -> None:
+        """One line where a fitted solver runs with what it was not fitted to; each line once."""
+        if self._fitted_to is None:
+            return
+        manifest = self.bundle.manifest
+        guided = manifest.guidance or any(spec.source == "guidance" for spec in manifest.conditions)
+        line = self._fitted_to.beyond(
+            request.guidance_scale if guided else None,
+            request.size,
+            lora=any(choice.scale for choice in self._loras),
+            scale=manifest.latent.scale or 1,
+        )
+        if line and line not in self._said:
+            self._said.add(line)
+            _log.warning("%s: its solver %s: compare the pictures with the full run's", self.bundle.path, line)
 
     def tokens(self, prompt: str, *, negative: bool = False) -> dict[str, np.ndarray]:
         """What the text encoders get of a prompt, by graph input name: token ids and masks, int64 (1, length)."""
@@ -498,6 +521,13 @@ class Pipeline:
             f"{self.bundle.path}: {first}: the first output that is not finite (NaN or infinity), so there is no"
             f" picture; what may help: {', '.join(helps)}"
         )
+
+
+def _fitted_to(bundle: Bundle) -> FittedTo | None:
+    """What the solver of the directory's schedule was fitted to; None where it has none."""
+    manifest = bundle.manifest
+    solver = bundle.load_schedule().solver if manifest.schedule in manifest.files else None
+    return None if solver is None else solver.fitted_to
 
 
 def _lora_choices(files: Sequence[tuple[str | os.PathLike[str], float]], partial: bool) -> list[LoraChoice]:

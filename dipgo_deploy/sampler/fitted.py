@@ -71,6 +71,8 @@ class FittedSolver:
         """The latent of the next evaluation, or the final one, (B, C, h, w) in the dtype of ``sample``."""
         solver = self._solver
         if not self._predictions:
+            if solver.picture and self._picture is None:
+                raise ValueError("it was fitted to start from a picture, and there is none")
             if self._noise is None:
                 self._noise = sample / solver.rows[0][0]
             self._draws = [

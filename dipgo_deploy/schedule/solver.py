@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StrictFloat, StrictInt
@@ -28,7 +29,52 @@ def _only_numbers(values: Any) -> Any:
 
 Number = Annotated[StrictFloat | StrictInt, AfterValidator(float)]
 Numbers = Annotated[tuple[Number, ...], BeforeValidator(_only_numbers)]
+
+
+def _numbers(value: Any) -> tuple[float, ...]:
+    """The value where it is a row of numbers, else none."""
+    right = isinstance(value, tuple) and all(type(entry) in (int, float) for entry in value)
+    return tuple(value) if right else ()
+
+
 FrozenJson = Annotated[dict[str, Any], BeforeValidator(freeze), AfterValidator(freeze)]
+
+
+@dataclass(frozen=True)
+class FittedTo:
+    """What a solver was fitted to, as far as its provenance says.
+
+    guidance_scales: all of them, empty where there was no guidance or nothing is said.
+    latent: height and width, None where nothing is said.
+    """
+
+    guidance_scales: tuple[float, ...] = ()
+    latent: tuple[int, int] | None = None
+
+    def beyond(self, guidance_scale: float | None, latent: tuple[int, int], *, lora: bool, scale: int = 1) -> str:
+        """What a run has that the fit had not, in words; empty where there is nothing.
+
+        guidance_scale: None without guidance. latent: height and width. scale: pixels of a latent pixel.
+        """
+        known, new = [], []
+        scales = self.guidance_scales
+        if scales:
+            least, most = min(scales), max(scales)
+            known.append(f"guidance {least:g}" + (f" to {most:g}" if most > least else ""))
+            if guidance_scale is not None and not least <= guidance_scale <= most:
+                new.append(f"guidance {guidance_scale:g}")
+        if self.latent is not None:
+            known.append(_size(self.latent, scale))
+            if latent != self.latent:
+                new.append(_size(latent, scale))
+        if lora:
+            known.append("no LoRA")
+            new.append("a LoRA")
+        return f"was fitted to {', '.join(known)}; this run has {' and '.join(new)}" if new else ""
+
+
+def _size(latent: tuple[int, int], scale: int) -> str:
+    return f"{latent[1] * scale}x{latent[0] * scale} pixels"
 
 
 class Solver(BaseModel):
@@ -59,6 +105,12 @@ class Solver(BaseModel):
     def columns(self) -> int:
         """Columns of the history."""
         return 1 + len(self.timesteps) + self.picture + self.noises
+
+    @property
+    def fitted_to(self) -> FittedTo:
+        """What its provenance says. Provenance is free: what is not as ``dipgo-calibrate`` writes it says nothing."""
+        scales, latent = (_numbers(self.provenance.get(name)) for name in ("guidance_scales", "latent"))
+        return FittedTo(scales, (int(latent[0]), int(latent[1])) if len(latent) == 2 else None)
 
     def check(self, evaluations: int) -> None:
         """Refuse (UserError) a solver that does not fit a schedule of so many evaluations, or that cannot be run."""

@@ -7,11 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
+from dipgo_deploy.bundle.shapes import Range
 from dipgo_deploy.calibrate.fit import CalibrationOptions, calibrate
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.export.exporter import ExportOptions, export_bundle
+from dipgo_deploy.runtime.noise import TorchNoise
+from dipgo_deploy.runtime.pipeline import Pipeline
 from dipgo_deploy.schedule import builders
 from dipgo_deploy.schedule.document import Gates, Schedule
 from dipgo_deploy.search.evaluate import full_latents, sample
@@ -114,15 +116,81 @@ def test_too_few_images_are_refused(problem: Problem) -> None:
         calibrate(problem, uniform(problem, 2), CalibrationOptions(images=2))
 
 
+@pytest.fixture(scope="module")
+def partly_fitted(problem: Problem) -> Schedule:
+    gates = ((True,) * 3, (True, False, True), (False,) * 3, (False, False, True), (True,) * 3)
+    return calibrate(problem, schedule_of(problem, gates), SMALL)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
 @pytest.mark.parametrize("layout", ["variants", "segments"])
-def test_an_export_of_it_is_its_supernets_loop(problem: Problem, dit_folder: Path, tmp_path: Path, layout: Any) -> None:
+def test_an_export_of_it_is_its_supernets_loop(
+    partly_fitted: Schedule, dit_folder: Path, tmp_path: Path, layout: Any, dtype: str
+) -> None:
     from family_checks import loop_report
 
-    schedule = schedule_of(problem, ((True,) * 3, (True, False, True), (False,) * 3, (False, False, True), (True,) * 3))
-    fitted = calibrate(problem, schedule, SMALL)
-    bundle = export_bundle(str(dit_folder), fitted, tmp_path / "engine", ExportOptions(layout=layout, components=False))
-    assert bundle.manifest.plan.evaluations == 4
-    report = loop_report(tmp_path / "engine")
-    assert report.first_failure() is None and report.results is not None
-    with torch.no_grad(), pytest.raises(UserError, match="--strength"):
-        export_bundle(str(dit_folder), fitted, tmp_path / "other", ExportOptions(layout="variants", strength=0.5))
+    options = ExportOptions(layout=layout, dtype=dtype, components=False, check=False)
+    bundle = export_bundle(str(dit_folder), partly_fitted, tmp_path / "engine", options)
+    plan, solver = bundle.manifest.plan, partly_fitted.solver
+    assert plan.evaluations == 4 and solver is not None
+    rows = {launch.step: launch.coefficients for launch in plan.launches if launch.coefficients}
+    assert rows == dict(enumerate(solver.rows)) and plan.final == solver.final
+    if dtype != "bf16":  # which ONNX Runtime's CPU provider cannot run
+        report = loop_report(tmp_path / "engine")
+        assert report.first_failure() is None and report.results is not None
+
+
+def said(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.name == "dipgo_deploy.runtime.pipeline"]
+
+
+def test_an_export_of_it_with_open_sizes_runs_at_all_of_them(
+    partly_fitted: Schedule, dit_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Beyond what it was fitted to it runs, and says so once."""
+    options = ExportOptions(batch=Range(min=1, opt=2, max=3), check=False, components=False)
+    bundle = export_bundle(str(dit_folder), partly_fitted, tmp_path / "engine", options)
+    pipeline = Pipeline.from_engine_dir(bundle.path, "cpu", threads=1)
+    three = pipeline(class_labels=[0, 2, 0], guidance_scale=3.0, output_type="latent", seed=5).latents
+    assert not said(caplog)
+    noise = TorchNoise(5).randn((3, *three.shape[1:]))
+    one = pipeline(class_labels=2, guidance_scale=3.0, output_type="latent", latents=noise[1:2]).latents
+    np.testing.assert_allclose(one, three[1:2], atol=1e-4)
+    for _ in range(2):
+        pipeline(class_labels=2, guidance_scale=5.0, output_type="latent")
+    (line,) = said(caplog)
+    assert "its solver was fitted to guidance 3, " in line and "this run has guidance 5: compare" in line
+
+
+def test_a_lora_runs_on_it_and_is_said(
+    partly_fitted: Schedule, dit_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As an export of the merged model under the same solver."""
+    from diffusers import DiTPipeline
+    from lora_files import diffusers_keys, make_updates, merge_into, save_lora
+
+    options = ExportOptions(layout="variants", check=False, components=False)
+    bundle = export_bundle(str(dit_folder), partly_fitted, tmp_path / "engine", options)
+    stock = DiTPipeline.from_pretrained(dit_folder)
+    updates = make_updates(stock.transformer, ["transformer_blocks.1.attn1.to_q", "transformer_blocks.2.ff.net.2"])
+    file = save_lora(tmp_path / "lora.safetensors", updates, diffusers_keys("transformer."))
+    merge_into(stock.transformer, updates, 0.5)
+    stock.save_pretrained(tmp_path / "merged")
+    merged = export_bundle(str(tmp_path / "merged"), partly_fitted, tmp_path / "other", options)
+    asked: dict[str, Any] = {"class_labels": [0, 2], "guidance_scale": 3.0, "output_type": "latent"}
+    plain = Pipeline.from_engine_dir(bundle.path, "cpu", threads=1)
+    before = plain(**asked).latents
+    assert not said(caplog)
+    plain.load_lora(file, 0.5)
+    wanted = Pipeline.from_engine_dir(merged.path, "cpu", threads=1)(**asked).latents
+    got = plain(**asked).latents
+    np.testing.assert_allclose(got, wanted, atol=1e-4)
+    assert np.abs(got - before).max() > 1e-3
+    assert "no LoRA; this run has a LoRA" in said(caplog)[-1]
+
+
+def test_it_is_refused_from_a_picture(partly_fitted: Schedule, dit_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--strength"):
+        export_bundle(
+            str(dit_folder), partly_fitted, tmp_path / "other", ExportOptions(layout="variants", strength=0.5)
+        )

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from dipgo_deploy.errors import UserError
 from dipgo_deploy.sampler import evaluations, make_scheduler, sampler_matrix
 from dipgo_deploy.sampler.fitted import FittedSolver
 from dipgo_deploy.sampler.loop import run_loop
@@ -59,6 +60,12 @@ def test_a_picture_is_refused_where_none_was_fitted() -> None:
     solver = FittedSolver(solver_of(sampler_matrix(make_scheduler("ddim", BETAS), 3)))
     with pytest.raises(ValueError, match="not fitted to start from a picture"):
         solver.add_noise(torch.zeros(1), torch.zeros(1), torch.zeros(1))
+
+
+def test_a_picture_it_was_fitted_to_has_to_be_there() -> None:
+    rows = {"timesteps": [500], "rows": [[0.5, 0, 0.8]], "final": [0.1, 0.2, 0.4], "picture": True}
+    with pytest.raises(UserError, match="fitted to start from a picture, and there is none"):
+        sampler_matrix(FittedSolver(rows), 1)
 
 
 def test_a_picture_it_was_fitted_to_is_a_column() -> None:

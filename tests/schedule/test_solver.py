@@ -10,6 +10,7 @@ import pytest
 
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.schedule.document import Schedule, json_schema
+from dipgo_deploy.schedule.solver import FittedTo, Solver
 
 SOLVER: dict[str, Any] = {
     "timesteps": [901.0, 600.5, 300, 1],
@@ -81,3 +82,26 @@ def test_weights_that_are_not_finite_are_refused(document: dict[str, Any], numbe
 def test_an_older_format_has_none(document: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="format_version: 1 has no solver"):
         Schedule.from_json(json.dumps({**with_solver(document), "format_version": 1}))
+
+
+def fitted_to(**provenance: Any) -> FittedTo:
+    return Solver.model_validate({**SOLVER, "provenance": provenance}).fitted_to
+
+
+def test_what_it_was_fitted_to_is_said_where_a_run_is_beyond_it() -> None:
+    known = fitted_to(guidance_scales=[4.0, 7.5], latent=[32, 24])
+    assert known.beyond(5.0, (32, 24), lora=False) == known.beyond(None, (32, 24), lora=False) == ""
+    assert known.beyond(8.0, (32, 24), lora=False, scale=8) == (
+        "was fitted to guidance 4 to 7.5, 192x256 pixels; this run has guidance 8"
+    )
+    assert known.beyond(2.0, (32, 32), lora=True, scale=8) == (
+        "was fitted to guidance 4 to 7.5, 192x256 pixels, no LoRA; "
+        "this run has guidance 2 and 256x256 pixels and a LoRA"
+    )
+
+
+@pytest.mark.parametrize(
+    "provenance", [{}, {"guidance_scales": "4", "latent": [32]}, {"guidance_scales": [True], "latent": [[1], 2]}]
+)
+def test_provenance_that_says_nothing_known_says_nothing(provenance: dict[str, Any]) -> None:
+    assert fitted_to(**provenance).beyond(9.0, (1, 1), lora=False) == ""
