@@ -35,6 +35,7 @@ from dipgo_deploy.bundle.manifest import (
     TokenizerEntry,
     VariantEntry,
 )
+from dipgo_deploy.bundle.weights import WEIGHTS_INDEX, StoredWeight, WeightsIndex
 
 C, H, W = 4, 8, 8
 LENGTH, WIDTH, VOCABULARY = 6, 5, 12
@@ -101,6 +102,8 @@ def build(folder: Path, toy: Toy) -> Path:
         (folder / name).mkdir(parents=True)
     manifest = manifest_of(toy)
     external = _write_weights(folder / "graphs/weights.bin")
+    for component in ("text_encoder", "vae"):
+        _write_index(folder / "components" / component, {})
     for variant in manifest.plan.variants:
         _save(folder, variant.graph, _denoiser_nodes(toy, variant.name), external)
     table = weights()["tokens"]
@@ -314,7 +317,7 @@ def _constant(name: str, array: np.ndarray) -> onnx.TensorProto:
 
 def _write_weights(path: Path) -> list[onnx.TensorProto]:
     """All weights in one file at page boundaries, as external tensors."""
-    tensors = []
+    tensors, stored = [], {}
     with path.open("wb") as file:
         for name, array in weights().items():
             if name == "tokens":
@@ -324,8 +327,16 @@ def _write_weights(path: Path) -> list[onnx.TensorProto]:
             onnx.external_data_helper.set_external_data(tensor, path.name, offset=file.tell(), length=array.nbytes)
             file.write(tensor.raw_data)
             tensor.ClearField("raw_data")
+            stored[name] = StoredWeight(
+                parameter=None, shape=array.shape, dtype="float", offset=file.tell() - array.nbytes, length=array.nbytes
+            )
             tensors.append(tensor)
+    _write_index(path.parent, stored)
     return tensors
+
+
+def _write_index(folder: Path, stored: dict[str, StoredWeight]) -> None:
+    (folder / WEIGHTS_INDEX).write_text(WeightsIndex(tensors=stored).model_dump_json())
 
 
 def _save(folder: Path, graph: Graph, nodes: list[onnx.NodeProto], initializers: list[onnx.TensorProto]) -> None:

@@ -11,12 +11,12 @@ import numpy as np
 
 from dipgo_deploy import arguments
 from dipgo_deploy.backends.base import ALIGNMENT, ChangedWeights, Launchable, Memory
-from dipgo_deploy.backends.externals import external_tensors
 from dipgo_deploy.backends.install import check_onnxruntime_installation
 from dipgo_deploy.backends.onnxruntime_cuda import CPU, CUDA, FATAL, PROVIDERS, require_cuda
 from dipgo_deploy.backends.onnxruntime_weights import SharedWeights
 from dipgo_deploy.backends.storage import as_bytes, from_storage
 from dipgo_deploy.bundle.manifest import Graph, Manifest, TensorSpec
+from dipgo_deploy.bundle.weights import WEIGHTS_INDEX, weights_of
 from dipgo_deploy.errors import UserError, one_line
 
 _ONNX_TYPES = {"float32": 1, "int64": 7, "float16": 10, "bfloat16": 16}
@@ -278,8 +278,10 @@ def _one_arena(ort: Any) -> None:
 
 
 def _convolution_bytes(path: Path) -> int:
-    """Of the weights of two-dimensional convolutions outside the ONNX file: what has four axes."""
-    return sum(tensor.length for tensor in external_tensors(path) if len(tensor.shape) == 4)
+    """Of the weights of two-dimensional convolutions outside the ONNX file: what has four axes. 0 without an index."""
+    if not (path.parent / WEIGHTS_INDEX).is_file():
+        return 0
+    return sum(stored.length for stored in weights_of(path).values() if len(stored.shape) == 4)
 
 
 def _onnx_type(array: np.ndarray) -> int:

@@ -10,15 +10,26 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from dipgo_deploy.backends.base import ChangedWeights
-from dipgo_deploy.backends.externals import ExternalTensor, external_tensors
 from dipgo_deploy.backends.onnxruntime_cuda import PROVIDERS
+from dipgo_deploy.bundle.weights import ONNX_TYPES, WEIGHTS_INDEX, WEIGHTS_NAME, StoredWeight, weights_of
 from dipgo_deploy.errors import UserError
 
 _SMALLEST = 1024  # bytes; small constants (shapes, axes) are read by ONNX Runtime itself, on the host
-# By ONNX's numbers; numpy has no bfloat16, so that is bits.
-_STORED_AS = {1: np.float32, 6: np.int32, 7: np.int64, 9: np.bool_, 10: np.float16, 11: np.float64, 16: np.uint16}
+# numpy has no bfloat16, so that is bits.
+_STORED_AS = {
+    "float": np.float32,
+    "int32": np.int32,
+    "int64": np.int64,
+    "bool": np.bool_,
+    "float16": np.float16,
+    "double": np.float64,
+    "bfloat16": np.uint16,
+}
 # A value on the host is of its array's type; integers may feed nodes that ONNX Runtime leaves on the host.
-_SHARED = {"cpu": (1, 6, 7, 9, 10, 11), "cuda": (1, 10, 11, 16)}
+_SHARED = {
+    "cpu": ("float", "int32", "int64", "bool", "float16", "double"),
+    "cuda": ("float", "float16", "double", "bfloat16"),
+}
 # An ONNX model, the identity of one float ``x`` as ``y``: a session whose output can be bound to any memory.
 _IDENTITY = bytes.fromhex(
     "08083a370a100a017812017922084964656e746974791201675a0f0a0178120a0a08080112040a02080162"
@@ -45,7 +56,7 @@ class SharedWeights:
         self._ort = ort
         self._device = device
         self._identity: Any = None
-        self._stored: dict[tuple[Path, int, int, tuple[int, ...]], Shared] = {}
+        self._stored: dict[tuple[Path, str], Shared] = {}
         # Of changed weights too, for as long as somebody has them: initializer of a folder -> value.
         self._changed: WeakKeyDictionary[ChangedWeights, dict[tuple[Path, str], Shared]] = WeakKeyDictionary()
 
@@ -60,34 +71,36 @@ class SharedWeights:
         """Hand in the initializers of the graph ``path``; those of ``changed`` are returned, for the session to keep.
 
         Without prepacking and without the NCHWc layout pass (above EXTENDED) sessions make no copies of their own.
+        Nothing is shared where no index says what there is (a directory older than LoRA).
 
         Raises:
-            UserError: a weights file is missing, cut short, or outside the graph's folder.
+            UserError: a weights file is missing or cut short.
         """
+        if not (path.parent / WEIGHTS_INDEX).is_file():
+            return []
         options.add_session_config_entry("session.disable_prepacking", "1")
         options.graph_optimization_level = self._ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
         # The default order may convert the half-precision weights of many layers to float32 before it uses any.
         options.execution_order = self._ort.ExecutionOrder.PRIORITY_BASED
         own = {} if weights is None else self._changed.setdefault(weights, {})
         used = []
-        for tensor in external_tensors(path):
-            if tensor.length < _SMALLEST or tensor.dtype not in _SHARED[self._device]:
+        for name, stored in weights_of(path).items():
+            if stored.length < _SMALLEST or stored.dtype not in _SHARED[self._device]:
                 continue
-            if tensor.name in changed:
-                place = (path.parent, tensor.name)
+            place = (path.parent.resolve(), name)
+            if name in changed:
                 if place not in own:
-                    own[place] = self._share(changed[tensor.name], tensor.dtype)
+                    own[place] = self._share(changed[name], stored.dtype)
                 used.append(own[place])
-                options.add_initializer(tensor.name, own[place].value)
+                options.add_initializer(name, own[place].value)
                 continue
-            key = (tensor.file.resolve(), tensor.offset, tensor.dtype, tensor.shape)
-            if key not in self._stored:
-                self._stored[key] = self._share(_mapped(path, tensor), tensor.dtype)
-            options.add_initializer(tensor.name, self._stored[key].value)
+            if place not in self._stored:
+                self._stored[place] = self._share(_mapped(path.parent / WEIGHTS_NAME, name, stored), stored.dtype)
+            options.add_initializer(name, self._stored[place].value)
         return used
 
-    def _share(self, array: np.ndarray, dtype: int) -> Shared:
-        """The value of ``array``, which holds ONNX's type ``dtype``."""
+    def _share(self, array: np.ndarray, dtype: str) -> Shared:
+        """The value of ``array``, which holds a type of that name in the index."""
         if self._device == "cpu":
             return Shared(self._ort.OrtValue.ortvalue_from_numpy(array, "cpu", 0), array)
         # ONNX Runtime refuses initializers whose memory is a value's own, as it is of all that it puts on a device. Its
@@ -97,18 +110,13 @@ class SharedWeights:
         if self._identity is None:
             self._identity = self._ort.InferenceSession(_IDENTITY, providers=PROVIDERS["cpu"])
         binding = self._identity.io_binding()
-        binding.bind_output("y", self._device, 0, dtype, array.shape, owner.data_ptr())
+        binding.bind_output("y", self._device, 0, ONNX_TYPES[dtype], array.shape, owner.data_ptr())
         return Shared(binding.get_outputs()[0], owner)
 
 
-def _mapped(path: Path, tensor: ExternalTensor) -> np.ndarray:
+def _mapped(file: Path, name: str, stored: StoredWeight) -> np.ndarray:
     """The tensor in its file."""
     try:
-        return np.memmap(
-            tensor.file, dtype=_STORED_AS[tensor.dtype], mode="c", offset=tensor.offset, shape=tensor.shape
-        )
+        return np.memmap(file, dtype=_STORED_AS[stored.dtype], mode="c", offset=stored.offset, shape=stored.shape)
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"{tensor.file}: tensor {tensor.name} of {path.name} cannot be read ({error});"
-            " export the engine directory again"
-        ) from None
+        raise UserError(f"{file}: {name} cannot be read ({error}); export the engine directory again") from None

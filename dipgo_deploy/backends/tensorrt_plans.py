@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pydantic
 
-from dipgo_deploy.backends.externals import external_tensors
 from dipgo_deploy.bundle.files import sha256_file
 from dipgo_deploy.bundle.manifest import Graph
+from dipgo_deploy.bundle.weights import ONNX_TYPES, WEIGHTS_NAME, weights_of
 from dipgo_deploy.errors import UserError
 
 PLANS = "plans"
@@ -143,18 +143,15 @@ class WeightHashes:
         Only the bytes that this graph uses count, so a change elsewhere in a shared weights file does not show.
 
         Raises:
-            UserError: the ONNX file or its weights are missing, cut short, or outside its folder.
+            UserError: the ONNX file, its weights or their index are missing or cut short.
         """
         total = hashlib.sha256()
         size = 0
-        folder = onnx_file.parent.resolve()
-        for tensor in external_tensors(_existing(onnx_file)):
-            file = tensor.file.resolve()
-            if not file.is_relative_to(folder):
-                raise UserError(f"{onnx_file}: tensor {tensor.name} lies outside its folder ({tensor.file}); not used")
-            entry = [tensor.name, tensor.dtype, list(tensor.shape), self._range(file, tensor.offset, tensor.length)]
-            total.update(_canonical(entry))
-            size += tensor.length
+        file = onnx_file.parent.resolve() / WEIGHTS_NAME
+        for name, stored in weights_of(_existing(onnx_file)).items():
+            content = self._range(file, stored.offset, stored.length)
+            total.update(_canonical([name, ONNX_TYPES[stored.dtype], list(stored.shape), content]))
+            size += stored.length
         return total.hexdigest(), size
 
     def _range(self, file: Path, offset: int, length: int) -> str:

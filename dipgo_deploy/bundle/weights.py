@@ -1,7 +1,9 @@
-"""Which parameter of the model each stored weight is: an index beside a weights file."""
+"""Where each stored weight lies and which parameter of the model it is: an index beside a weights file."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -11,6 +13,21 @@ from dipgo_deploy.bundle.manifest import read_document
 from dipgo_deploy.errors import UserError
 
 WEIGHTS_INDEX = "weights.json"
+WEIGHTS_NAME = "weights.bin"
+ONNX_TYPES = {
+    "float": 1,
+    "uint8": 2,
+    "int8": 3,
+    "int32": 6,
+    "int64": 7,
+    "bool": 9,
+    "float16": 10,
+    "double": 11,
+    "bfloat16": 16,
+}
+"""ONNX's numbers of the types that an index has."""
+# Field 8 of a protobuf message, a text of at most 16383 bytes: where a graph has the name of a tensor.
+_NAME = re.compile(rb"(?=\x42(?:[\0-\x7f]|[\x80-\xff][\1-\x7f]))")
 MAX_INDEX_BYTES = 16 * 2**20
 
 
@@ -70,3 +87,32 @@ class WeightsIndex(_Frozen):
             raise UserError(
                 f"{path}: not an index of weights ({where}: {first['msg']}); export the engine directory again"
             ) from None
+
+
+def weights_of(graph: Path, index: WeightsIndex | None = None) -> Mapping[str, StoredWeight]:
+    """The weights that a graph takes from the weights file beside it, in the graph's order.
+
+    Args:
+        graph: an ONNX file.
+        index: of its folder; None reads it.
+
+    Raises:
+        UserError: the graph or the index cannot be read.
+    """
+    tensors = (index or WeightsIndex.load(graph.parent)).tensors
+    try:
+        data = graph.read_bytes()
+    except OSError as error:
+        raise UserError(f"{graph}: cannot be read ({error.strerror}); export the engine directory again") from None
+    names = {name.encode(): name for name in tensors}
+    longest = max(map(len, names), default=0)
+    found = {}
+    for match in _NAME.finditer(data):
+        at = match.start() + 1
+        size = data[at]
+        if size > 0x7F:
+            size += (data[at + 1] - 1) << 7
+            at += 1
+        if size <= longest and (name := names.get(data[at + 1 : at + 1 + size])) is not None:
+            found[name] = tensors[name]
+    return found

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from dipgo_deploy.backends.externals import external_tensors
-from dipgo_deploy.bundle.weights import StoredWeight, WeightsIndex
+from dipgo_deploy.bundle.weights import WEIGHTS_NAME, StoredWeight, WeightsIndex
 from dipgo_deploy.compare.metrics import Tolerance, tensor_error
 from dipgo_deploy.compare.report import Part
 from dipgo_deploy.reference.conditions import has_text_encoder
@@ -64,25 +63,28 @@ def check_weights(bundle: Bundle, source: Source) -> list[Part]:
 
 
 def _folder(path: Path, name: str, parameters: Mapping[str, torch.Tensor]) -> Iterator[Part]:
+    import onnx_ir as ir
+
     index = WeightsIndex.load(path)
-    files: dict[str, Path] = {}
+    used: set[str] = set()
     for graph in sorted(path.glob("*.onnx")):
-        for tensor in external_tensors(graph):
+        for value in ir.load(graph).graph.initializers.values():
+            tensor = value.const_value
+            if not isinstance(tensor, ir.ExternalTensor):
+                continue
             stored = index.tensors.get(tensor.name)
-            files.setdefault(tensor.name, tensor.file)
-            if stored is None or (stored.offset, stored.length) != (tensor.offset, tensor.length):
-                place = f"{name}/{graph.name}, {tensor.name}"
-                yield Part(NAME, place, MODEL, (), "the graph takes it from another place than weights.json says")
-    opened: dict[Path, memoryview] = {}
+            used.add(tensor.name)
+            place = stored and (WEIGHTS_NAME, stored.offset, stored.length)
+            if place != (str(tensor.location), tensor.offset, tensor.length):
+                where = f"{name}/{graph.name}, {tensor.name}"
+                yield Part(NAME, where, MODEL, (), "the graph takes it from another place than weights.json says")
+    if not used:
+        return
+    with (path / WEIGHTS_NAME).open("rb") as handle:
+        data = memoryview(mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ))
     for tensor_name, stored in index.tensors.items():
-        if tensor_name not in files or stored.parameter is None:
-            continue
-        file = files[tensor_name]
-        if file not in opened:
-            with file.open("rb") as handle:
-                opened[file] = memoryview(mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ))
-        data = opened[file][stored.offset : stored.offset + stored.length]
-        yield from _weight(name, data, stored, parameters)
+        if tensor_name in used and stored.parameter is not None:
+            yield from _weight(name, data[stored.offset : stored.offset + stored.length], stored, parameters)
 
 
 def _weight(

@@ -6,14 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dipgo_deploy.bundle.weights import WEIGHTS_INDEX, StoredWeight, WeightsIndex
+from dipgo_deploy.bundle.weights import WEIGHTS_INDEX, WEIGHTS_NAME, StoredWeight, WeightsIndex
 from dipgo_deploy.export.layout import layout_of
 from dipgo_deploy.reference.mapped import give_back, mapped_files
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-WEIGHTS_NAME = "weights.bin"
 INLINE_BYTES = 256
 PAGE = 4096
 

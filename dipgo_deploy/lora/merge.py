@@ -14,11 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
-from dipgo_deploy.backends.externals import external_tensors
 from dipgo_deploy.backends.storage import to_storage
 from dipgo_deploy.bundle.directory import Bundle
 from dipgo_deploy.bundle.manifest import Graph
-from dipgo_deploy.bundle.weights import StoredWeight, WeightsIndex
+from dipgo_deploy.bundle.weights import WEIGHTS_NAME, StoredWeight, WeightsIndex, weights_of
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.lora.file import Change, LoraChoice, LoraFile, check_scale, read_lora
 from dipgo_deploy.lora.keys import Layer
@@ -131,7 +130,7 @@ class MergedWeights:
         Raises:
             UserError: the weights file is cut short.
         """
-        return {name: self._tensor(onnx_file, name) for name in self._names(onnx_file)}
+        return {name: self._tensor(onnx_file.parent, name) for name in self._names(onnx_file)}
 
     @property
     def nbytes(self) -> int:
@@ -140,16 +139,13 @@ class MergedWeights:
 
     def _names(self, onnx_file: Path) -> Iterator[str]:
         changes = self._changes.get(onnx_file.parent, {})
-        return (
-            (tensor.name for tensor in external_tensors(onnx_file) if tensor.name in changes) if changes else iter(())
-        )
+        there = weights_of(onnx_file, self._index[onnx_file.parent]) if changes else ()
+        return (name for name in there if name in changes)
 
-    def _tensor(self, onnx_file: Path, name: str) -> np.ndarray:
-        folder = onnx_file.parent
+    def _tensor(self, folder: Path, name: str) -> np.ndarray:
         if (folder, name) not in self._merged:
             stored = self._index[folder].tensors[name]
-            (tensor,) = (tensor for tensor in external_tensors(onnx_file) if tensor.name == name)
-            values = _read(tensor.file, tensor.offset, stored)
+            values = _read(folder / WEIGHTS_NAME, stored)
             weight = values.T if stored.transposed else values
             rows = slice(*(stored.rows or (None,))[:2])
             total = weight + sum(_delta(change, weight.shape, rows) for change in self._changes[folder][name])
@@ -204,7 +200,7 @@ def merge_loras(bundle: Bundle, choices: Sequence[LoraChoice]) -> MergedWeights:
                 applied=sum(coverage.applied for coverage in components),
                 components=components,
                 left_out=tuple(key for key, _ in lora.others),
-                graphs=_count(bundle, used),
+                graphs=_count(bundle, used, weights.index),
             )
         )
     return MergedWeights(tuple(identity), tuple(reports), changes, weights.index)
@@ -305,13 +301,13 @@ def _folders(bundle: Bundle) -> dict[str, Path]:
     return folders
 
 
-def _count(bundle: Bundle, used: Mapping[Path, set[str]]) -> dict[str, int]:
+def _count(bundle: Bundle, used: Mapping[Path, set[str]], index: Mapping[Path, WeightsIndex]) -> dict[str, int]:
     graphs: list[Graph] = [variant.graph for variant in bundle.manifest.plan.variants]
     if bundle.manifest.components.text_encoder is not None:
         graphs.append(bundle.manifest.components.text_encoder.graph)
     files = {graph.file: bundle.path / graph.file for graph in graphs}
     return {
-        name: sum(tensor.name in used.get(file.parent, ()) for tensor in external_tensors(file))
+        name: len(used.get(file.parent, set()) & weights_of(file, index[file.parent]).keys())
         for name, file in files.items()
     }
 
@@ -440,12 +436,12 @@ def _finite(stored: np.ndarray, dtype: str) -> bool:
     return bool(np.isfinite(stored).all())
 
 
-def _read(file: Path, offset: int, stored: StoredWeight) -> np.ndarray:
+def _read(file: Path, stored: StoredWeight) -> np.ndarray:
     """A stored tensor as float32."""
     kind = _STORAGE[stored.dtype]
     count = int(np.prod(stored.shape))
     try:
-        raw = np.fromfile(file, kind, count, offset=offset)
+        raw = np.fromfile(file, kind, count, offset=stored.offset)
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror}); export the engine directory again") from None
     if raw.size != count:

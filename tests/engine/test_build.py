@@ -14,10 +14,10 @@ from devices import no_gpu
 from onnx import helper as oh
 from toy_engine import Toy, build, manifest_of, replace_manifest
 
-from dipgo_deploy.backends.externals import external_tensors
 from dipgo_deploy.backends.tensorrt_plans import BuildFlags
 from dipgo_deploy.bundle.directory import Bundle, reseal
 from dipgo_deploy.bundle.manifest import TensorSpec
+from dipgo_deploy.bundle.weights import weights_of
 from dipgo_deploy.cli.build import main
 from dipgo_deploy.engine.build import BuildOptions, BuildReport, Observer, build_engines
 from dipgo_deploy.engine.files import sole_writer
@@ -75,11 +75,11 @@ def test_everything_is_built_once(toy_dir):
     ("weight", "users"), [("wa", {"full", "mixed", "refresh"}), ("wb", {"full", "mixed", "cached"})]
 )
 def test_one_changed_weight_byte(built_dir, weight, users):
-    tensor = {t.name: t for t in external_tensors(built_dir / "graphs/full.onnx")}[weight]
-    flip(tensor.file, tensor.offset + tensor.length - 1)
+    tensor, file = weights_of(built_dir / "graphs/full.onnx")[weight], built_dir / "graphs/weights.bin"
+    flip(file, tensor.offset + tensor.length - 1)
     reseal(built_dir)
     assert built(build_engines(built_dir, BACKEND)) == dict.fromkeys(users, "changed: weights")
-    flip(tensor.file, tensor.offset - 1 if tensor.offset else tensor.length)  # padding, which no graph uses
+    flip(file, tensor.offset - 1 if tensor.offset else tensor.length)  # padding, which no graph uses
     reseal(built_dir)
     assert built(build_engines(built_dir, BACKEND)) == {}
 

@@ -13,8 +13,8 @@ import pytest
 from tiny_engines import changed, corrupted, schedule_for
 
 from dipgo_deploy.backends import create_backend
-from dipgo_deploy.backends.externals import external_tensors
 from dipgo_deploy.bundle.directory import Bundle
+from dipgo_deploy.bundle.weights import weights_of
 from dipgo_deploy.compare.engine import Options, compare_engine
 from dipgo_deploy.compare.report import Report
 from dipgo_deploy.compare.written import verify_written
@@ -100,7 +100,7 @@ def test_each_weight_is_in_one_graph(model: str, written) -> None:
     owners: dict[tuple[int, int], set[str]] = {}
     summed = 0
     for variant in Bundle.open(folder).manifest.plan.variants:
-        for tensor in external_tensors(folder / variant.graph.file):
+        for tensor in weights_of(folder / variant.graph.file).values():
             if tensor.length > TRIVIAL_BYTES:
                 owners.setdefault((tensor.offset, tensor.length), set()).add(variant.name)
                 summed += tensor.length
@@ -180,7 +180,7 @@ def test_a_wrong_weight_is_found_and_its_segment_named(written, tmp_path: Path) 
     planned, folder = written("planned_dit")
     weight = "transformer_blocks.2.ff.net.0.proj.weight"
     variants = Bundle.open(folder).manifest.plan.variants
-    (owner,) = [v for v in variants if weight in {t.name for t in external_tensors(folder / v.graph.file)}]
+    (owner,) = [v for v in variants if weight in weights_of(folder / v.graph.file)]
     bad = corrupted(folder, tmp_path / "bad", owner.graph.file.removeprefix("graphs/"), weight)
     with pytest.raises(ToleranceError, match=rf"weights, graphs, {weight}, values: .*nothing was written"):
         verify_written(Bundle.open(bad), planned.source)

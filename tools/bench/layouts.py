@@ -19,7 +19,7 @@ import click
 import numpy as np
 
 from dipgo_deploy.bundle.directory import Bundle
-from dipgo_deploy.bundle.weights import WEIGHTS_INDEX
+from dipgo_deploy.bundle.weights import WEIGHTS_INDEX, weights_of
 from dipgo_deploy.cli.common import emit, entry_point, human_console, json_option
 from dipgo_deploy.runtime.memory import process_memory
 from tools.bench.loops import MeasuredLoop
@@ -110,7 +110,7 @@ def measure(paths: Mapping[str, Path], repeats: int, loads: int, threads: int) -
         inside = np.array(loops[kind].inside[-repeats:])
         launches = len(plan.launches)
         facts[kind] = {
-            **weights_of(paths[layout]),
+            **bytes_of_weights(paths[layout]),
             "graphs": len(plan.variants),
             "launches": launches,
             "steps_with_launches": len({launch.step for launch in plan.launches}),
@@ -126,16 +126,14 @@ def measure(paths: Mapping[str, Path], repeats: int, loads: int, threads: int) -
     return facts
 
 
-def weights_of(engine_dir: Path) -> dict[str, int]:
+def bytes_of_weights(engine_dir: Path) -> dict[str, int]:
     """Bytes of the external weights, once in the file, and summed over the graphs that refer to them."""
-    from dipgo_deploy.backends.externals import external_tensors
-
     variants = Bundle.open(engine_dir).manifest.plan.variants
     index = json.loads((engine_dir / "graphs" / WEIGHTS_INDEX).read_text())["tensors"]
     return {
         "weights_bytes": sum(tensor["length"] for tensor in index.values()),
         "summed_weights_bytes": sum(
-            tensor.length for variant in variants for tensor in external_tensors(engine_dir / variant.graph.file)
+            stored.length for variant in variants for stored in weights_of(engine_dir / variant.graph.file).values()
         ),
     }
 
