@@ -11,10 +11,9 @@ from dipgo_deploy.models.family import (
     TextScheme,
     TokenizerSpec,
 )
-from dipgo_deploy.models.registry import FAMILIES, family_for
+from dipgo_deploy.models.registry import families, family_for
 
 __all__ = [
-    "FAMILIES",
     "BlockSpec",
     "CacheKind",
     "Granularity",
@@ -22,5 +21,6 @@ __all__ = [
     "ModelFamily",
     "TextScheme",
     "TokenizerSpec",
+    "families",
     "family_for",
 ]

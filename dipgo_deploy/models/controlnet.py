@@ -38,9 +38,7 @@ def blocks(config: Mapping[str, Any], granularity: Granularity) -> tuple[BlockSp
     )
 
 
-def inputs(
-    config: Mapping[str, Any], batch: int, height: int, width: int, text_length: int | None = None
-) -> tuple[InputSpec, ...]:
+def inputs(config: Mapping[str, Any], batch: int, height: int, width: int, text_length: int) -> tuple[InputSpec, ...]:
     """The UNet's inputs, ``controlnet_cond`` (batch, 3, 8 height, 8 width), a picture in [0, 1], and
     ``controlnet_conditioning_scale`` float32 (batch,), 1 by default.
 

@@ -21,12 +21,11 @@ def class_defaults(class_name: str) -> Mapping[str, Any]:
     return _table().get(class_name, MappingProxyType({}))
 
 
-def with_defaults(class_name: str, config: Mapping[str, Any]) -> dict[str, Any]:
+def with_defaults(defaults: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
     """A configuration with every setting of its class; one that the class does not know and that is null is dropped.
 
     A value equal to the default is written as that is (1 and 1.0 are the same setting).
     """
-    defaults = class_defaults(class_name)
     given = {key: value for key, value in config.items() if value is not None or key in defaults or key[:1] == "_"}
     return {**given, **{key: value for key, value in defaults.items() if given.get(key, value) == value}}
 

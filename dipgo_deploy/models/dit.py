@@ -16,49 +16,31 @@ what Learning-to-Cache stores (``att_out`` and ``mlp_out`` of its ``DiTBlock.for
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from dipgo_deploy.errors import UserError
-from dipgo_deploy.models.defaults import class_defaults
 from dipgo_deploy.models.family import BlockSpec, Granularity, InputSpec, ModelFamily
-from dipgo_deploy.models.sublayers import sublayers
+from dipgo_deploy.models.sublayers import sublayers, whole_blocks
 
 CLASS_NAME = "DiTTransformer2DModel"
 
-_DEFAULTS = class_defaults(CLASS_NAME)
 
-
-def _get(config: Mapping[str, Any], key: str) -> int:
-    return int(config.get(key, _DEFAULTS[key]))
-
-
-def _modules(index: int) -> tuple[str, ...]:
-    path = f"transformer_blocks.{index}"
-    # The model's head reads the embedding inside block 0 (`norm1.emb`), so that one does not go when block 0 goes.
-    first = (f"{path}.norm1.linear", f"{path}.norm1.norm", f"{path}.attn1", f"{path}.norm3", f"{path}.ff")
-    return (path,) if index else first
+# The model's head reads the embedding inside block 0 (`norm1.emb`), so that one does not go when block 0 goes.
+_FIRST = tuple(f"transformer_blocks.0.{part}" for part in ("norm1.linear", "norm1.norm", "attn1", "norm3", "ff"))
 
 
 def blocks(config: Mapping[str, Any], granularity: Granularity) -> tuple[BlockSpec, ...]:
-    """The blocks, or their attentions and feed-forwards, in order. Raises UserError for any other granularity."""
+    """The blocks, or their attentions and feed-forwards, in order."""
     if granularity == "layer":
-        return sublayers("transformer_blocks", _get(config, "num_layers"), ("attn1", "ff"))
-    if granularity != "block":
-        raise UserError(f"{CLASS_NAME}: unknown granularity {granularity!r}: use 'block' or 'layer'")
-    return tuple(
-        BlockSpec(
-            name=f"transformer_blocks.{index}",
-            modules=_modules(index),
-            caches=("residual", "output"),
-            residual_inputs=("hidden_states",),
-        )
-        for index in range(_get(config, "num_layers"))
-    )
+        return sublayers("transformer_blocks", int(config["num_layers"]), ("attn1", "ff"))
+    whole = whole_blocks("transformer_blocks", int(config["num_layers"]))
+    return (*(replace(first, modules=_FIRST) for first in whole[:1]), *whole[1:])
 
 
 def latent_channels(config: Mapping[str, Any]) -> int:
     """Channels of the latent; what the model returns beyond them is a learned variance."""
-    return _get(config, "in_channels")
+    return int(config["in_channels"])
 
 
 def inputs(
@@ -71,13 +53,13 @@ def inputs(
     Raises:
         UserError: height and width are not equal multiples of the patch size (the model cuts its tokens into a square).
     """
-    patch = _get(config, "patch_size")
+    patch = int(config["patch_size"])
     if height != width or height % patch:
         raise UserError(f"{CLASS_NAME}: latent of {height}x{width}: give a square whose side is a multiple of {patch}")
     return (
         InputSpec("hidden_states", (batch, latent_channels(config), height, width), "model", "latent"),
         InputSpec("timestep", (1,), "float32", "timestep"),
-        InputSpec("class_labels", (batch,), "int64", "condition", "class", _get(config, "num_embeds_ada_norm")),
+        InputSpec("class_labels", (batch,), "int64", "condition", "class", int(config["num_embeds_ada_norm"])),
     )
 
 

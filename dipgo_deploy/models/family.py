@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from dipgo_deploy.errors import UserError
+from dipgo_deploy.models.defaults import class_defaults
 from dipgo_deploy.schedule.kinds import CacheKind, Granularity
 
 if TYPE_CHECKING:
@@ -102,6 +104,13 @@ def no_timestep_options(
     return {}
 
 
+def _completed(function: Callable[..., Any], defaults: Mapping[str, Any]) -> Callable[..., Any]:
+    def completed(config: Mapping[str, Any], *arguments: Any, **named: Any) -> Any:
+        return function({**defaults, **config}, *arguments, **named)
+
+    return completed
+
+
 @dataclass(frozen=True)
 class ModelFamily:
     """A family of denoisers that share a diffusers class.
@@ -146,10 +155,41 @@ class ModelFamily:
     kind: Kind = "diffusion"
     float32_in_fp16: tuple[str, ...] = ()
     tolerances: Mapping[str, float] = field(default_factory=lambda: {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1})
+    defaults: Mapping[str, Any] | None = None
     tolerance_reason: str = (
         "relative to the largest value; fp32 leaves room for another order of summation over tens of layers, "
         "fp16 (11 bits) and bf16 (8 bits) for rounding after every layer, fed back through the denoising loop"
     )
+
+    def __post_init__(self) -> None:
+        """Every function that takes a configuration gets it with the class's defaults; what all refuse is refused."""
+        defaults = class_defaults(self.diffusers_class) if self.defaults is None else self.defaults
+        blocks, inputs, text = self.blocks, self.inputs, self.text
+
+        def known(config: Mapping[str, Any], granularity: Granularity) -> tuple[BlockSpec, ...]:
+            if granularity not in self.granularities:
+                names = " and ".join(self.granularities)
+                raise UserError(f"granularity {granularity!r}: {self.class_name} has {names}")
+            return blocks(config, granularity)
+
+        def sized(
+            config: Mapping[str, Any], batch: int, height: int, width: int, text_length: int | None = None
+        ) -> Any:
+            if text_length is None and text(config, None) is not None:
+                raise UserError(f"{self.class_name}: the number of text tokens is not known: give text_length")
+            return inputs(config, batch, height, width, text_length)
+
+        functions: dict[str, Callable[..., Any] | None] = {
+            "blocks": known,
+            "inputs": sized,
+            "latent_channels": self.latent_channels,
+            "text": text,
+            "set_timesteps": self.set_timesteps,
+            "size_multiple": self.size_multiple,
+        }
+        object.__setattr__(self, "defaults", defaults)
+        for name, function in functions.items():
+            object.__setattr__(self, name, function and _completed(function, defaults))
 
     @property
     def diffusers_class(self) -> str:

@@ -26,18 +26,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dipgo_deploy.errors import UserError
-from dipgo_deploy.models.defaults import class_defaults
 from dipgo_deploy.models.family import BlockSpec, Granularity, InputSpec, ModelFamily, TextScheme, TokenizerSpec
 from dipgo_deploy.models.image_start import rounded_down
 from dipgo_deploy.models.shift import dynamic_shift
-from dipgo_deploy.models.sublayers import sublayers
+from dipgo_deploy.models.sublayers import sublayers, whole_blocks
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 CLASS_NAME = "FluxTransformer2DModel"
-
-_DEFAULTS = class_defaults(CLASS_NAME)
 
 _DOUBLE, _SINGLE = "transformer_blocks", "single_transformer_blocks"
 # Two by two latent pixels are a token.
@@ -51,30 +48,13 @@ _TIMESTEPS = 1000
 _MOST_POSITIONS = 512
 
 
-def _get(config: Mapping[str, Any], key: str) -> Any:
-    return config.get(key, _DEFAULTS[key])
-
-
 def blocks(config: Mapping[str, Any], granularity: Granularity) -> tuple[BlockSpec, ...]:
-    """The double blocks and then the single ones, or their parts, in order of execution.
-
-    Raises UserError for any other granularity.
-    """
-    doubles, singles = int(_get(config, "num_layers")), int(_get(config, "num_single_layers"))
+    """The double blocks and then the single ones, or their parts, in order of execution."""
+    doubles, singles = int(config["num_layers"]), int(config["num_single_layers"])
     if granularity == "layer":
         return (*sublayers(_DOUBLE, doubles, ("attn", "ff", "ff_context")), *map(_branch, range(singles)))
-    if granularity != "block":
-        raise UserError(f"{CLASS_NAME}: unknown granularity {granularity!r}: use 'block' or 'layer'")
-    paths = [f"{_DOUBLE}.{index}" for index in range(doubles)] + [f"{_SINGLE}.{index}" for index in range(singles)]
-    return tuple(
-        BlockSpec(
-            name=path,
-            modules=(path,),
-            caches=("residual", "output"),
-            residual_inputs=("encoder_hidden_states", "hidden_states"),
-        )
-        for path in paths
-    )
+    both = ("encoder_hidden_states", "hidden_states")
+    return (*whole_blocks(_DOUBLE, doubles, both), *whole_blocks(_SINGLE, singles, both))
 
 
 def _branch(index: int) -> BlockSpec:
@@ -88,7 +68,7 @@ def _branch(index: int) -> BlockSpec:
 
 def latent_channels(config: Mapping[str, Any]) -> int:
     """Channels of the latent, a quarter of a token's. Raises UserError when the model takes more than the latent."""
-    into, patch = int(_get(config, "in_channels")), _get(config, "patch_size")
+    into, patch = int(config["in_channels"]), config["patch_size"]
     out = int(config.get("out_channels") or into)
     if into != out or patch != 1 or into % _PACK**2:
         raise UserError(
@@ -98,16 +78,14 @@ def latent_channels(config: Mapping[str, Any]) -> int:
     return into // _PACK**2
 
 
-def inputs(
-    config: Mapping[str, Any], batch: int, height: int, width: int, text_length: int | None = None
-) -> tuple[InputSpec, ...]:
+def inputs(config: Mapping[str, Any], batch: int, height: int, width: int, text_length: int) -> tuple[InputSpec, ...]:
     """Inputs: ``hidden_states`` (batch, C, height, width), ``timestep`` (1,), ``encoder_hidden_states`` (batch, L, D),
     ``pooled_projections`` (batch, P) and, with ``guidance_embeds``, ``guidance`` (batch,), the scale as users give it.
 
     ``text_length`` L is the number of T5's tokens.
 
     Raises:
-        UserError: an odd height or width, another input than the latent, or ``text_length`` is missing.
+        UserError: an odd height or width, or another input than the latent.
     """
     channels = latent_channels(config)
     if height % _PACK or width % _PACK:
@@ -115,16 +93,14 @@ def inputs(
             f"{CLASS_NAME}: latent of {height}x{width}: give a height and width whose latent sides are even "
             "(multiples of 16 pixels with FLUX's VAE)"
         )
-    if text_length is None:
-        raise UserError(f"{CLASS_NAME}: the number of text tokens is not known: give text_length")
-    text, pooled = int(_get(config, "joint_attention_dim")), int(_get(config, "pooled_projection_dim"))
+    text, pooled = int(config["joint_attention_dim"]), int(config["pooled_projection_dim"])
     guidance = InputSpec("guidance", (batch,), "float32", "condition", "guidance")
     return (
         InputSpec("hidden_states", (batch, channels, height, width), "model", "latent"),
         InputSpec("timestep", (1,), "float32", "timestep"),
         InputSpec("encoder_hidden_states", (batch, text_length, text), "model", "condition", "text"),
         InputSpec("pooled_projections", (batch, pooled), "model", "condition", "text"),
-        *((guidance,) if _get(config, "guidance_embeds") else ()),
+        *((guidance,) if config["guidance_embeds"] else ()),
     )
 
 

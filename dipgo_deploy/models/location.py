@@ -17,9 +17,9 @@ from urllib.parse import parse_qsl, urlencode
 
 from dipgo_deploy import documents
 from dipgo_deploy.errors import UserError
-from dipgo_deploy.models.defaults import with_defaults
+from dipgo_deploy.models.defaults import class_defaults, with_defaults
 from dipgo_deploy.models.family import ModelFamily
-from dipgo_deploy.models.registry import FAMILIES, family_for
+from dipgo_deploy.models.registry import families, family_for
 from dipgo_deploy.schedule.files import read_bytes
 from dipgo_deploy.schedule.identity import FILE_HASH, file_hash
 
@@ -188,9 +188,9 @@ def native_size(config: Mapping[str, Any]) -> tuple[int, int] | None:
 
 def _filled(family: ModelFamily, config: Mapping[str, Any], others: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """A denoiser's configuration, and its companions' in it, with the defaults of their classes."""
-    companions = {name: with_defaults(family.companions[name], other) for name, other in others.items()}
+    companions = {name: with_defaults(class_defaults(family.companions[name]), other) for name, other in others.items()}
     hashed = file_hash({**config, **others})
-    return {**with_defaults(family.diffusers_class, config), **companions, FILE_HASH: hashed}
+    return {**with_defaults(family.defaults or {}, config), **companions, FILE_HASH: hashed}
 
 
 def _check_settings(folder: Path, family: ModelFamily, config: Mapping[str, Any]) -> None:
@@ -254,9 +254,9 @@ def _check_vae(folder: Path, channels: int) -> None:
 
 def _family_of_pipeline(folder: Path, index: Mapping[str, Any], pipeline: str | None) -> ModelFamily:
     """pipeline: the class that the folder is read as, where it is not the one that its index names."""
-    allowed = [family for family in FAMILIES.values() if pipeline is None or pipeline in family.pipelines]
+    allowed = [family for family in families().values() if pipeline is None or pipeline in family.pipelines]
     if not allowed:
-        known = ", ".join(sorted({name for family in FAMILIES.values() for name in family.pipelines}))
+        known = ", ".join(sorted({name for family in families().values() for name in family.pipelines}))
         raise UserError(f"--pipeline {pipeline}: is not supported: use one of {known}")
     # What has more of its components there comes first: a UNet with a ControlNet is not a UNet alone.
     for family in sorted(allowed, key=lambda family: -len(family.companions)):

@@ -17,16 +17,13 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from dipgo_deploy.errors import UserError
-from dipgo_deploy.models.defaults import class_defaults
 from dipgo_deploy.models.family import BlockSpec, Granularity, InputSpec, ModelFamily, TextScheme, TokenizerSpec
-from dipgo_deploy.models.sublayers import sublayers
+from dipgo_deploy.models.sublayers import sublayers, whole_blocks
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 CLASS_NAME = "PixArtTransformer2DModel"
-
-_DEFAULTS = class_defaults(CLASS_NAME)
 
 # The default `max_sequence_length` of PixArtAlphaPipeline and PixArtSigmaPipeline.
 _ALPHA_LENGTH, _SIGMA_LENGTH = 120, 300
@@ -35,31 +32,20 @@ _ALPHA_LENGTH, _SIGMA_LENGTH = 120, 300
 _VAE_SCALE = 8
 
 
-def _get(config: Mapping[str, Any], key: str) -> Any:
-    return config.get(key, _DEFAULTS[key])
-
-
 def blocks(config: Mapping[str, Any], granularity: Granularity) -> tuple[BlockSpec, ...]:
-    """The blocks, or their attentions and feed-forwards, in order. Raises UserError for any other granularity."""
-    count = int(_get(config, "num_layers"))
+    """The blocks, or their attentions and feed-forwards, in order."""
+    count = int(config["num_layers"])
     if granularity == "layer":
         return sublayers("transformer_blocks", count, ("attn1", "attn2", "ff"))
-    if granularity != "block":
-        raise UserError(f"{CLASS_NAME}: unknown granularity {granularity!r}: use 'block' or 'layer'")
-    return tuple(
-        BlockSpec(name=path, modules=(path,), caches=("residual", "output"), residual_inputs=("hidden_states",))
-        for path in (f"transformer_blocks.{index}" for index in range(count))
-    )
+    return whole_blocks("transformer_blocks", count)
 
 
 def latent_channels(config: Mapping[str, Any]) -> int:
     """Channels of the latent; what the model returns beyond them is a learned variance."""
-    return int(_get(config, "in_channels"))
+    return int(config["in_channels"])
 
 
-def inputs(
-    config: Mapping[str, Any], batch: int, height: int, width: int, text_length: int | None = None
-) -> tuple[InputSpec, ...]:
+def inputs(config: Mapping[str, Any], batch: int, height: int, width: int, text_length: int) -> tuple[InputSpec, ...]:
     """Forward inputs, with C latent channels, L text tokens of D features:
 
     ``hidden_states`` (batch, C, height, width), ``timestep`` (1,), ``encoder_hidden_states`` (batch, L, D),
@@ -67,15 +53,13 @@ def inputs(
     ``resolution`` (batch, 2), height and width in pixels. ``batch`` counts both halves of guidance.
 
     Raises:
-        UserError: height or width is no multiple of the patch size, or ``text_length`` is missing.
+        UserError: height or width is no multiple of the patch size.
     """
-    patch = int(_get(config, "patch_size"))
+    patch = int(config["patch_size"])
     if height % patch or width % patch:
         raise UserError(f"{CLASS_NAME}: latent of {height}x{width}: give multiples of {patch}")
-    if text_length is None:
-        raise UserError(f"{CLASS_NAME}: the number of text tokens is not known: give text_length")
-    inner = int(_get(config, "num_attention_heads")) * int(_get(config, "attention_head_dim"))
-    features = int(_get(config, "caption_channels") or inner)
+    inner = int(config["num_attention_heads"]) * int(config["attention_head_dim"])
+    features = int(config["caption_channels"] or inner)
     specs = [
         InputSpec("hidden_states", (batch, latent_channels(config), height, width), "model", "latent"),
         InputSpec("timestep", (1,), "float32", "timestep"),
@@ -90,8 +74,8 @@ def inputs(
 
 def _sized(config: Mapping[str, Any]) -> bool:
     """Whether the model is told the picture's size: by diffusers' rule the one that was trained at 1024 pixels."""
-    given = _get(config, "use_additional_conditions")
-    return bool(_get(config, "sample_size") == 128 if given is None else given)
+    given = config["use_additional_conditions"]
+    return bool(config["sample_size"] == 128 if given is None else given)
 
 
 def call(model: nn.Module, latent: Tensor, timestep: Tensor, conditions: Mapping[str, Tensor]) -> Tensor:
@@ -116,7 +100,7 @@ def text(config: Mapping[str, Any], pipeline: Any) -> TextScheme:
     Without a pipeline its kind is told by the configuration: those of Sigma say ``use_additional_conditions: false``.
     """
     if pipeline is None:
-        sigma = _get(config, "use_additional_conditions") is False
+        sigma = config["use_additional_conditions"] is False
     else:
         sigma = type(pipeline).__name__.startswith("PixArtSigma")
     length = _SIGMA_LENGTH if sigma else _ALPHA_LENGTH
@@ -144,5 +128,5 @@ FAMILY = ModelFamily(
     granularities=("block", "layer"),
     call=call,
     text=text,
-    size_multiple=lambda config: int(_get(config, "patch_size")),
+    size_multiple=lambda config: int(config["patch_size"]),
 )

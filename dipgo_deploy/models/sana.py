@@ -17,7 +17,6 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from dipgo_deploy.errors import UserError
-from dipgo_deploy.models.defaults import class_defaults
 from dipgo_deploy.models.family import (
     BlockSpec,
     Granularity,
@@ -27,61 +26,46 @@ from dipgo_deploy.models.family import (
     TokenizerSpec,
     call_with_keywords,
 )
-from dipgo_deploy.models.sublayers import sublayers
+from dipgo_deploy.models.sublayers import sublayers, whole_blocks
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 CLASS_NAME = "SanaTransformer2DModel"
 
-_DEFAULTS = class_defaults(CLASS_NAME)
-
 # The default `max_sequence_length` of SanaPipeline.
 _TEXT_LENGTH = 300
 
 
-def _get(config: Mapping[str, Any], key: str) -> int:
-    return int(config.get(key, _DEFAULTS[key]))
-
-
 def blocks(config: Mapping[str, Any], granularity: Granularity) -> tuple[BlockSpec, ...]:
-    """The blocks, or their attentions and feed-forwards, in order. Raises UserError for any other granularity."""
+    """The blocks, or their attentions and feed-forwards, in order."""
+    count = int(config["num_layers"])
     if granularity == "layer":
-        return sublayers("transformer_blocks", _get(config, "num_layers"), ("attn1", "attn2", "ff"))
-    if granularity != "block":
-        raise UserError(f"{CLASS_NAME}: unknown granularity {granularity!r}: use 'block' or 'layer'")
-    paths = (f"transformer_blocks.{index}" for index in range(_get(config, "num_layers")))
-    return tuple(
-        BlockSpec(name=path, modules=(path,), caches=("residual", "output"), residual_inputs=("hidden_states",))
-        for path in paths
-    )
+        return sublayers("transformer_blocks", count, ("attn1", "attn2", "ff"))
+    return whole_blocks("transformer_blocks", count)
 
 
 def latent_channels(config: Mapping[str, Any]) -> int:
     """Channels of the latent."""
-    return _get(config, "in_channels")
+    return int(config["in_channels"])
 
 
-def inputs(
-    config: Mapping[str, Any], batch: int, height: int, width: int, text_length: int | None = None
-) -> tuple[InputSpec, ...]:
+def inputs(config: Mapping[str, Any], batch: int, height: int, width: int, text_length: int) -> tuple[InputSpec, ...]:
     """Forward inputs: ``hidden_states`` (batch, C, height, width), ``timestep`` (1,), ``encoder_hidden_states`` (batch,
     L, D), ``encoder_attention_mask`` int64 (batch, L) with 1 for a token.
 
     ``batch`` counts both halves of guidance; ``text_length`` L is the number of text tokens.
 
     Raises:
-        UserError: a model that was distilled from guidance (Sana-Sprint), height or width is no multiple of the patch
-            size, or ``text_length`` is missing.
+        UserError: a model that was distilled from guidance (Sana-Sprint), or height or width is no multiple of the
+            patch size.
     """
     if config.get("guidance_embeds"):
         raise UserError(f"{CLASS_NAME}: guidance_embeds (Sana-Sprint) is not supported: use a Sana model without it")
-    patch = _get(config, "patch_size")
+    patch = int(config["patch_size"])
     if height % patch or width % patch:
         raise UserError(f"{CLASS_NAME}: latent of {height}x{width}: give multiples of {patch}")
-    if text_length is None:
-        raise UserError(f"{CLASS_NAME}: the number of text tokens is not known: give text_length")
-    features = _get(config, "caption_channels")
+    features = int(config["caption_channels"])
     return (
         InputSpec("hidden_states", (batch, latent_channels(config), height, width), "model", "latent"),
         InputSpec("timestep", (1,), "float32", "timestep"),
@@ -165,5 +149,5 @@ FAMILY = ModelFamily(
     text=text,
     # Gemma 2 and DC-AE are run in bfloat16 by those who run the rest in float16.
     float32_in_fp16=("text_encoder", "vae"),
-    size_multiple=lambda config: _get(config, "patch_size"),
+    size_multiple=lambda config: int(config["patch_size"]),
 )

@@ -16,30 +16,25 @@ layers of DiT (see ``models/sublayers.py``).
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from dipgo_deploy.errors import UserError
-from dipgo_deploy.models.defaults import class_defaults
 from dipgo_deploy.models.family import BlockSpec, Granularity, InputSpec, ModelFamily, TextScheme, TokenizerSpec
 from dipgo_deploy.models.image_start import rounded_down
 from dipgo_deploy.models.shift import dynamic_shift
+from dipgo_deploy.models.sublayers import whole_blocks
 
 CLASS_NAME = "SD3Transformer2DModel"
-
-_DEFAULTS = class_defaults(CLASS_NAME)
 
 _CLIP_TOKENS = 77
 # `max_sequence_length` of the pipeline.
 _T5_TOKENS = 256
 
 
-def _get(config: Mapping[str, Any], key: str) -> Any:
-    return config.get(key, _DEFAULTS[key])
-
-
 def _sublayers(config: Mapping[str, Any]) -> tuple[BlockSpec, ...]:
     """The parts of each block in order of execution; not every block has all of them."""
-    count, dual = int(_get(config, "num_layers")), set(_get(config, "dual_attention_layers"))
+    count, dual = int(config["num_layers"]), set(config["dual_attention_layers"])
     paths = []
     for index in range(count):
         parts = ["attn", *(["attn2"] if index in dual else []), "ff", *(["ff_context"] if index < count - 1 else [])]
@@ -48,41 +43,30 @@ def _sublayers(config: Mapping[str, Any]) -> tuple[BlockSpec, ...]:
 
 
 def blocks(config: Mapping[str, Any], granularity: Granularity) -> tuple[BlockSpec, ...]:
-    """The blocks, or their attentions and feed-forwards, in order. Raises UserError for any other granularity."""
+    """The blocks, or their attentions and feed-forwards, in order."""
     if granularity == "layer":
         return _sublayers(config)
-    if granularity != "block":
-        raise UserError(f"{CLASS_NAME}: unknown granularity {granularity!r}: use 'block' or 'layer'")
-    count = int(_get(config, "num_layers"))
+    count = int(config["num_layers"])
     both = ("encoder_hidden_states", "hidden_states")
-    return tuple(
-        BlockSpec(
-            name=f"transformer_blocks.{index}",
-            modules=(f"transformer_blocks.{index}",),
-            caches=("residual", "output"),
-            residual_inputs=both if index < count - 1 else both[1:],
-        )
-        for index in range(count)
-    )
+    whole = whole_blocks("transformer_blocks", count, both)
+    return (*whole[:-1], *(replace(last, residual_inputs=both[1:]) for last in whole[-1:]))
 
 
 def latent_channels(config: Mapping[str, Any]) -> int:
     """Channels of the latent."""
-    return int(_get(config, "in_channels"))
+    return int(config["in_channels"])
 
 
-def inputs(
-    config: Mapping[str, Any], batch: int, height: int, width: int, text_length: int | None = None
-) -> tuple[InputSpec, ...]:
+def inputs(config: Mapping[str, Any], batch: int, height: int, width: int, text_length: int) -> tuple[InputSpec, ...]:
     """Forward inputs: ``hidden_states`` (batch, C, height, width), ``timestep`` (1,), ``encoder_hidden_states``
     (batch, L, D) and ``pooled_projections`` (batch, P).
 
     ``batch`` counts both halves of guidance; ``text_length`` L is the number of text tokens of all encoders.
 
     Raises:
-        UserError: a size that the patches do not divide or that has no position embedding, or no ``text_length``.
+        UserError: a size that the patches do not divide or that has no position embedding.
     """
-    patch, largest = int(_get(config, "patch_size")), _get(config, "pos_embed_max_size")
+    patch, largest = int(config["patch_size"]), config["pos_embed_max_size"]
     if height % patch or width % patch:
         raise UserError(
             f"{CLASS_NAME}: latent of {height}x{width}: give a height and width whose latent sides are multiples of "
@@ -93,9 +77,7 @@ def inputs(
             f"{CLASS_NAME}: latent of {height}x{width}: position embeddings end at {largest * patch}; use a smaller "
             "picture"
         )
-    if text_length is None:
-        raise UserError(f"{CLASS_NAME}: the number of text tokens is not known: give text_length")
-    text, pooled = int(_get(config, "joint_attention_dim")), int(_get(config, "pooled_projection_dim"))
+    text, pooled = int(config["joint_attention_dim"]), int(config["pooled_projection_dim"])
     return (
         InputSpec("hidden_states", (batch, latent_channels(config), height, width), "model", "latent"),
         InputSpec("timestep", (1,), "float32", "timestep"),
@@ -112,7 +94,7 @@ def text(config: Mapping[str, Any], pipeline: Any) -> TextScheme:
     """
     clip_tokens = _CLIP_TOKENS if pipeline is None else int(pipeline.tokenizer_max_length)
     has_t5 = pipeline is not None and getattr(pipeline, "text_encoder_3", None) is not None
-    width = int(_get(config, "joint_attention_dim"))
+    width = int(config["joint_attention_dim"])
 
     def encode(pipeline: Any, tokens: Mapping[str, Any]) -> Mapping[str, Any]:
         import torch
@@ -150,7 +132,7 @@ def set_timesteps(
     """``mu`` for a scheduler with dynamic shifting, nothing for SD3's own, whose shift is fixed."""
     if not scheduler.get("use_dynamic_shifting"):
         return {}
-    patch = int(_get(config, "patch_size"))
+    patch = int(config["patch_size"])
     return {"mu": dynamic_shift(scheduler, (height // patch) * (width // patch), max_shift=1.16)}
 
 
@@ -166,5 +148,5 @@ FAMILY = ModelFamily(
     text=text,
     set_timesteps=set_timesteps,
     image_to_image=rounded_down,
-    size_multiple=lambda config: int(_get(config, "patch_size")),
+    size_multiple=lambda config: int(config["patch_size"]),
 )

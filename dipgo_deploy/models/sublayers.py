@@ -1,4 +1,4 @@
-"""Granularity ``layer`` of a transformer: the parts of its blocks whose output is added to the hidden state."""
+"""The units of a transformer: its whole blocks, or the parts of them whose output is added to the hidden state."""
 
 from __future__ import annotations
 
@@ -7,8 +7,18 @@ from collections.abc import Sequence
 from dipgo_deploy.models.family import BlockSpec
 
 
+def whole_blocks(
+    container: str, count: int, residual_inputs: tuple[str, ...] = ("hidden_states",)
+) -> tuple[BlockSpec, ...]:
+    """Granularity ``block``: each of ``count`` blocks, with a residual cache as the default. container: as below."""
+    return tuple(
+        BlockSpec(name=path, modules=(path,), caches=("residual", "output"), residual_inputs=residual_inputs)
+        for path in (f"{container}.{index}" for index in range(count))
+    )
+
+
 def sublayers(container: str, count: int, parts: Sequence[str]) -> tuple[BlockSpec, ...]:
-    """One unit for each of ``parts`` of each of ``count`` blocks, in order of execution.
+    """Granularity ``layer``: one unit for each of ``parts`` of each of ``count`` blocks, in order of execution.
 
     container: dotted path of the list of blocks. parts: names of submodules of a block, in the order in which it runs
     them, such as ``("attn1", "ff")``. A unit ``container.i.part`` is that module alone: what normalises its input and

@@ -14,7 +14,6 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from dipgo_deploy.errors import UserError
-from dipgo_deploy.models.defaults import class_defaults
 from dipgo_deploy.models.family import BlockSpec, Granularity, InputSpec, ModelFamily
 from dipgo_deploy.models.unet_units import unet_units
 
@@ -23,8 +22,6 @@ if TYPE_CHECKING:
 
 CLASS_NAME = "UNet2DModel"
 PIPELINES = ("DDPMPipeline", "DDIMPipeline")
-
-_DEFAULTS = class_defaults(CLASS_NAME)
 
 # Block types whose inside is known to `layer`, and whether they have attentions.
 _ATTENTIONS: Mapping[str, bool] = {
@@ -39,26 +36,22 @@ _ATTENTIONS: Mapping[str, bool] = {
 _REFUSED = ("SkipDownBlock2D", "AttnSkipDownBlock2D", "SkipUpBlock2D", "AttnSkipUpBlock2D")
 
 
-def _get(config: Mapping[str, Any], key: str) -> Any:
-    return config.get(key, _DEFAULTS[key])
-
-
 def blocks(config: Mapping[str, Any], granularity: Granularity) -> tuple[BlockSpec, ...]:
     """The blocks of a UNet in order of execution, from its configuration (lists or tuples alike).
 
     Raises:
-        UserError: unknown granularity, as many up as down blocks are not there, a block type that cannot be cut, or
+        UserError: as many up as down blocks are not there, a block type that cannot be cut, or
             (``layer``) one whose inside is not known.
     """
-    for block_type in (*_get(config, "down_block_types"), *_get(config, "up_block_types")):
+    for block_type in (*config["down_block_types"], *config["up_block_types"]):
         if block_type in _REFUSED:
             raise UserError(f"{CLASS_NAME}: {block_type} is not supported: use a model without skip blocks")
-    return unet_units(CLASS_NAME, {**_DEFAULTS, **config}, _ATTENTIONS, granularity)
+    return unet_units(CLASS_NAME, config, _ATTENTIONS, granularity)
 
 
 def latent_channels(config: Mapping[str, Any]) -> int:
     """Channels of the picture. Raises UserError when the model takes more than the picture (super-resolution)."""
-    into, out = int(_get(config, "in_channels")), int(_get(config, "out_channels"))
+    into, out = int(config["in_channels"]), int(config["out_channels"])
     if out not in (into, 2 * into):
         raise UserError(
             f"{CLASS_NAME}: in_channels {into}, out_channels {out}: only models whose input is the picture work"
@@ -75,7 +68,7 @@ def inputs(
     Raises:
         UserError: a size that the down blocks cannot halve, or a class embedding that takes no class ids.
     """
-    if _get(config, "class_embed_type") is not None:
+    if config["class_embed_type"] is not None:
         raise UserError(
             f"{CLASS_NAME}: class_embed_type = {config['class_embed_type']!r} needs an input that is not supported: "
             "use another model"
@@ -87,14 +80,14 @@ def inputs(
         InputSpec("sample", (batch, latent_channels(config), height, width), "model", "latent"),
         InputSpec("timestep", (1,), "float32", "timestep"),
     ]
-    if _get(config, "num_class_embeds") is not None:
+    if config["num_class_embeds"] is not None:
         specs.append(InputSpec("class_labels", (batch,), "int64", "condition", "class"))
     return tuple(specs)
 
 
 def size_multiple(config: Mapping[str, Any]) -> int:
     """Every level but the last halves the picture."""
-    return 2 ** (len(_get(config, "down_block_types")) - 1)
+    return 2 ** (len(config["down_block_types"]) - 1)
 
 
 def call(model: nn.Module, latent: Tensor, timestep: Tensor, conditions: Mapping[str, Tensor]) -> Tensor:

@@ -15,7 +15,6 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from dipgo_deploy.errors import UserError
-from dipgo_deploy.models.defaults import class_defaults
 from dipgo_deploy.models.family import BlockSpec, Granularity, InputSpec, ModelFamily, TextScheme
 from dipgo_deploy.models.image_start import rounded_up
 from dipgo_deploy.models.unet_text import VAE_SCALE, one_clip, two_clips
@@ -25,8 +24,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 CLASS_NAME = "UNet2DConditionModel"
-
-_DEFAULTS = class_defaults(CLASS_NAME)
 
 # Block types whose inside is known to `layer`, and whether they have attentions.
 _ATTENTIONS: Mapping[str, bool] = {
@@ -50,22 +47,18 @@ _EXTRA_INPUTS = (
 _SIZES = 6
 
 
-def _get(config: Mapping[str, Any], key: str) -> Any:
-    return config.get(key, _DEFAULTS[key])
-
-
 def blocks(config: Mapping[str, Any], granularity: Granularity) -> tuple[BlockSpec, ...]:
     """The blocks of a UNet in order of execution, from its configuration (lists or tuples alike).
 
     Raises:
-        UserError: unknown granularity, as many up as down blocks are not there, or (``layer``) a block type whose
+        UserError: as many up as down blocks are not there, or (``layer``) a block type whose
             inside is not known.
     """
-    return unet_units(CLASS_NAME, {**_DEFAULTS, **config}, _ATTENTIONS, granularity)
+    return unet_units(CLASS_NAME, config, _ATTENTIONS, granularity)
 
 
 def _text_width(config: Mapping[str, Any]) -> int:
-    width = _get(config, "cross_attention_dim")
+    width = config["cross_attention_dim"]
     widths = {width} if isinstance(width, int) else set(width)
     if len(widths) != 1:
         raise UserError(
@@ -76,7 +69,7 @@ def _text_width(config: Mapping[str, Any]) -> int:
 
 def latent_channels(config: Mapping[str, Any]) -> int:
     """Channels of the latent. Raises UserError when the model takes more than the latent (inpainting)."""
-    into, out = int(_get(config, "in_channels")), int(_get(config, "out_channels"))
+    into, out = int(config["in_channels"]), int(config["out_channels"])
     if into not in (out, out // 2):
         raise UserError(
             f"{CLASS_NAME}: in_channels {into}, out_channels {out}: only models whose input is the latent work"
@@ -100,9 +93,7 @@ def _pooled_width(config: Mapping[str, Any]) -> int:
     return int(width)
 
 
-def inputs(
-    config: Mapping[str, Any], batch: int, height: int, width: int, text_length: int | None = None
-) -> tuple[InputSpec, ...]:
+def inputs(config: Mapping[str, Any], batch: int, height: int, width: int, text_length: int) -> tuple[InputSpec, ...]:
     """Forward inputs: ``sample`` (batch, C, height, width), ``timestep`` (1,), ``encoder_hidden_states`` (batch, L, D).
 
     SDXL has ``text_embeds`` (batch, P), the pooled embedding, and ``time_ids`` (batch, 6) too: original height and
@@ -111,7 +102,7 @@ def inputs(
     ``batch`` counts both halves of guidance; ``text_length`` L is the number of text tokens.
 
     Raises:
-        UserError: the model needs an input that is not supported, or ``text_length`` is missing.
+        UserError: the model needs an input that is not supported.
     """
     extra = _EXTRA_INPUTS if _is_sdxl(config) else ("addition_embed_type", *_EXTRA_INPUTS)
     for key in extra:
@@ -119,8 +110,6 @@ def inputs(
             raise UserError(
                 f"{CLASS_NAME}: {key} = {config[key]!r} needs an input that is not supported: use another model"
             )
-    if text_length is None:
-        raise UserError(f"{CLASS_NAME}: the number of text tokens is not known: give text_length")
     found = [
         InputSpec("sample", (batch, latent_channels(config), height, width), "model", "latent"),
         InputSpec("timestep", (1,), "float32", "timestep"),
@@ -157,7 +146,7 @@ def text(config: Mapping[str, Any], pipeline: Any) -> TextScheme:
 
 def size_multiple(config: Mapping[str, Any]) -> int:
     """Every level but the last halves the latent; with a rest its way back up would need sizes of its own."""
-    return 2 ** (len(_get(config, "down_block_types")) - 1)
+    return 2 ** (len(config["down_block_types"]) - 1)
 
 
 FAMILY = ModelFamily(

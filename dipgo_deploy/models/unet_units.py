@@ -22,7 +22,7 @@ def unet_units(
     whether they have attentions.
 
     Raises:
-        UserError: unknown granularity, as many up as down blocks are not there, or (``layer``) a block type whose
+        UserError: as many up as down blocks are not there, or (``layer``) a block type whose
             inside is not known or as many layers as blocks are not there.
     """
     downs, ups = len(config["down_block_types"]), len(config["up_block_types"])
@@ -30,11 +30,9 @@ def unet_units(
         raise UserError(f"{class_name}: {downs} down_block_types but {ups} up_block_types: correct the configuration")
     if granularity == "layer":
         return tuple(_chain(modules) for modules in _layers(class_name, config, attentions))
-    if granularity == "block":
-        mid = ["mid_block"] if config["mid_block_type"] is not None else []
-        names = [f"down_blocks.{i}" for i in range(downs)] + mid + [f"up_blocks.{i}" for i in range(ups)]
-        return tuple(_chain([name]) for name in names)
-    raise UserError(f"{class_name}: unknown granularity {granularity!r}: use 'block' or 'layer'")
+    mid = ["mid_block"] if config["mid_block_type"] is not None else []
+    names = [f"down_blocks.{i}" for i in range(downs)] + mid + [f"up_blocks.{i}" for i in range(ups)]
+    return tuple(_chain([name]) for name in names)
 
 
 def _layers(class_name: str, config: Mapping[str, Any], attentions: Mapping[str, bool]) -> list[list[str]]:

@@ -26,7 +26,7 @@ from sd_pipelines import PROMPT, assert_equals_supernet, relative, stock
 from dipgo_deploy.bundle.directory import Bundle
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.export.exporter import PlannedExport, publish
-from dipgo_deploy.models import FAMILIES
+from dipgo_deploy.models import families
 from dipgo_deploy.runtime.pipeline import Pipeline
 from dipgo_deploy.sampler import make_scheduler
 
@@ -191,7 +191,7 @@ def test_half_precision(model: Model, picture: Image.Image, dtype: str, tmp_path
 
 def test_families_without_an_image_to_image_pipeline_in_diffusers() -> None:
     """Theirs are refused by name; PixArt and DiT have none there, and Sana has one for its distilled Sprint only."""
-    able = {family.class_name for family in FAMILIES.values() if family.image_to_image is not None}
+    able = {family.class_name for family in families().values() if family.image_to_image is not None}
     assert able == {"UNet2DConditionModel", "SD3Transformer2DModel", "FluxTransformer2DModel"}
 
 

@@ -20,7 +20,7 @@ from dipgo_deploy.bundle.directory import Bundle
 from dipgo_deploy.bundle.shapes import Range, Sizes
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.export.exporter import publish
-from dipgo_deploy.models import FAMILIES
+from dipgo_deploy.models import families
 from dipgo_deploy.runtime.pipeline import Pipeline
 
 STEPS = 3
@@ -142,5 +142,5 @@ def test_position_embeddings_have_an_end(tmp_path: Path) -> None:
 
 def test_families_of_one_size_only() -> None:
     """DiT cuts its tokens into a square of the size that it was made for; a ControlNet's picture has the export's."""
-    fixed = {name for name, family in FAMILIES.items() if family.size_multiple is None}
+    fixed = {name for name, family in families().items() if family.size_multiple is None}
     assert fixed == {"DiTTransformer2DModel", "UNet2DConditionModel+ControlNetModel"}

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from dipgo_deploy.errors import UserError
-from dipgo_deploy.models import FAMILIES, family_for
+from dipgo_deploy.models import family_for
 
 SD15 = {
     "_class_name": "UNet2DConditionModel",
@@ -86,13 +86,13 @@ CASES = [
 
 
 def test_sd15_whole_blocks_are_the_published_nine() -> None:
-    names = [spec.name for spec in FAMILIES[UNET].blocks(SD15, "block")]
+    names = [spec.name for spec in family_for(UNET).blocks(SD15, "block")]
     downs, ups = [f"down_blocks.{i}" for i in range(4)], [f"up_blocks.{i}" for i in range(4)]
     assert names == [*downs, "mid_block", *ups]
 
 
 def test_sd15_layers_are_named_after_their_last_module() -> None:
-    specs = FAMILIES[UNET].blocks(SD15, "layer")
+    specs = family_for(UNET).blocks(SD15, "layer")
     names = [spec.name for spec in specs]
     assert names[:3] == ["down_blocks.0.attentions.0", "down_blocks.0.attentions.1", "down_blocks.0.downsamplers.0"]
     assert names[9:12] == ["down_blocks.3.resnets.0", "down_blocks.3.resnets.1", "mid_block"]
@@ -132,7 +132,7 @@ def test_blocks_are_disjoint_modules_of_the_real_model(class_name, config, granu
 
 
 def test_first_dit_block_leaves_the_shared_embedding_to_the_head() -> None:
-    first, second, *_ = FAMILIES[DIT].blocks(DIT_XL, "block")
+    first, second, *_ = family_for(DIT).blocks(DIT_XL, "block")
     assert "transformer_blocks.0" not in first.modules
     assert not any("emb" in path for path in first.modules)
     assert second.modules == ("transformer_blocks.1",)
@@ -140,7 +140,7 @@ def test_first_dit_block_leaves_the_shared_embedding_to_the_head() -> None:
 
 
 def test_unet_inputs() -> None:
-    sample, timestep, text = FAMILIES[UNET].inputs(SD15, 2, 64, 32, 77)
+    sample, timestep, text = family_for(UNET).inputs(SD15, 2, 64, 32, 77)
     assert (sample.name, sample.shape, sample.dtype, sample.role) == ("sample", (2, 4, 64, 32), "model", "latent")
     assert (timestep.name, timestep.shape, timestep.dtype) == ("timestep", (1,), "float32")
     assert (text.name, text.shape, text.role, text.source) == (
@@ -152,7 +152,7 @@ def test_unet_inputs() -> None:
 
 
 def test_sdxl_inputs_have_a_pooled_embedding_and_sizes_in_pixels() -> None:
-    *_, states, pooled, sizes = FAMILIES[UNET].inputs(SDXL, 2, 128, 96, 77)
+    *_, states, pooled, sizes = family_for(UNET).inputs(SDXL, 2, 128, 96, 77)
     assert (states.name, states.shape) == ("encoder_hidden_states", (2, 77, 2048))
     assert (pooled.name, pooled.shape, pooled.source) == ("text_embeds", (2, 1280), "text")
     assert (sizes.name, sizes.shape, sizes.dtype, sizes.source) == ("time_ids", (2, 6), "float32", "fixed")
@@ -160,7 +160,7 @@ def test_sdxl_inputs_have_a_pooled_embedding_and_sizes_in_pixels() -> None:
 
 
 def test_dit_inputs_use_the_last_embedding_as_null_class() -> None:
-    sample, timestep, labels = FAMILIES[DIT].inputs(DIT_XL, 4, 32, 32, None)
+    sample, timestep, labels = family_for(DIT).inputs(DIT_XL, 4, 32, 32, None)
     assert (sample.name, sample.shape, timestep.shape) == ("hidden_states", (4, 4, 32, 32), (1,))
     assert (labels.name, labels.shape, labels.dtype, labels.source, labels.null) == (
         "class_labels",
@@ -169,7 +169,7 @@ def test_dit_inputs_use_the_last_embedding_as_null_class() -> None:
         "class",
         1000,
     )
-    assert FAMILIES[DIT].latent_channels(DIT_XL) == 4
+    assert family_for(DIT).latent_channels(DIT_XL) == 4
 
 
 @pytest.mark.parametrize(
