@@ -5,23 +5,55 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
+from pathlib import Path
 from typing import Any, NoReturn
 
 from dipgo_deploy.errors import UserError, one_line
+from dipgo_deploy.files import MAX_BYTES, read_bytes, unfit_file
 
 MAX_DEPTH = 64
 MAX_VALUES = 1_000_000
 
 
-def parse_json(data: bytes | str, what: str, *, most: int = MAX_VALUES, depth: int = MAX_DEPTH) -> Any:
-    """The document in UTF-8 text, for a user's file.
+def read_document(
+    path: str | os.PathLike[str],
+    what: str,
+    remedy: str = "correct it or give another file",
+    *,
+    limit: int = MAX_BYTES,
+    most: int = MAX_VALUES,
+    infinite: bool = False,
+) -> dict[str, Any]:
+    """The JSON object in a file.
 
-    what: names the kind of document in errors ("a schedule"). Raises UserError where ``parse`` raises ValueError.
+    Args:
+        path: the file.
+        what: it should hold, for messages.
+        remedy: what to do about one that is no JSON object.
+        limit: bytes.
+        most: see ``parse``.
+        infinite: see ``parse``.
+
+    Raises:
+        UserError: it cannot be read, is larger than ``limit`` or ``most``, or is no strict JSON object.
     """
+    data = read_bytes(path, limit, what)
     try:
-        return parse(data, most=most, depth=depth)
+        return json_object(data, most=most, infinite=infinite)
+    except UserError as error:
+        raise UserError(f"{path}: {unfit_file(Path(path)) or f'{error}; {remedy}'}") from error
+
+
+def json_object(data: bytes | str, *, most: int = MAX_VALUES, infinite: bool = False) -> dict[str, Any]:
+    """The JSON object in UTF-8 text. Raises UserError where ``parse`` raises ValueError, and for anything else."""
+    try:
+        document = parse(data, most=most, infinite=infinite)
     except ValueError as error:
-        raise UserError(f"{one_line(error)}: not {what}") from error
+        raise UserError(f"not JSON ({one_line(error)})") from error
+    if not isinstance(document, dict):
+        raise UserError(f"not a JSON object but {'a list' if isinstance(document, list) else 'a single value'}")
+    return document
 
 
 def parse(data: bytes | str, *, most: int = MAX_VALUES, depth: int = MAX_DEPTH, infinite: bool = False) -> Any:
@@ -54,8 +86,8 @@ def parse(data: bytes | str, *, most: int = MAX_VALUES, depth: int = MAX_DEPTH, 
     except json.JSONDecodeError as error:
         content = text.rstrip()
         cut_off = error.pos >= len(content) or (content[:1] == "{" and content[-1] != "}")
-        reason = "the file is cut off" if cut_off else "not JSON"
-        raise ValueError(f"line {error.lineno}, column {error.colno}: {reason} ({error.msg})") from error
+        reason = f"the file is cut off ({error.msg})" if cut_off else error.msg
+        raise ValueError(f"line {error.lineno}, column {error.colno}: {reason}") from error
     except RecursionError as error:
         raise ValueError(_too_deep(depth)) from error
     _check_values(document, depth)

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and folders that one process at a time writes in."""
+"""Files read with a limit, files that appear whole or not at all, folders that one process at a time writes in."""
 
 from __future__ import annotations
 
@@ -6,14 +6,51 @@ import contextlib
 import fcntl
 import os
 import secrets
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from dipgo_deploy import arguments
 from dipgo_deploy.errors import UserError
 
+MAX_BYTES = 16 * 2**20
+"""Of a document, where nothing else is said."""
 # Of a name: what is written beside it has a longer one, and names end at 255 bytes.
 _SHORT = 40
+_LFS = b"version https://git-lfs"
+
+
+def read_bytes(path: str | os.PathLike[str], limit: int = MAX_BYTES, what: str = "schedule") -> bytes:
+    """The content of a regular file of at most ``limit`` bytes; otherwise a UserError that names the file.
+
+    what: it should hold, for the message.
+    """
+    path = arguments.path("path", path)
+    try:
+        if not path.exists():
+            raise UserError(f"{path}: no such file")
+        if not path.is_file():
+            raise UserError(f"{path}: not a regular file")
+        with path.open("rb") as file:
+            data = file.read(min(limit, os.fstat(file.fileno()).st_size) + 1)  # takes memory for all that it may read
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
+    if len(data) > limit:
+        raise UserError(f"{path}: larger than {limit / 2**20:g} MiB, which no {what} is: give another file")
+    return data
+
+
+def unfit_file(path: Path) -> str | None:
+    """What is in a file's place where it was not fetched, None for any other; raises OSError."""
+    mode = path.stat().st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        return "is a pipe or device, not a file"  # whose reading might never end
+    with path.open("rb") as file:
+        start = file.read(len(_LFS))
+    if not start:
+        return "is empty: fetch it again"
+    return "is a pointer of Git LFS, not the file itself: run `git lfs pull`" if start == _LFS else None
 
 
 def short_name(path: Path) -> str:
@@ -52,9 +89,8 @@ def write_atomic(path: Path, data: bytes | memoryview) -> None:
         with written_whole(path) as file:
             file.write(data)
     except OSError as error:
-        raise UserError(
-            f"{path}: cannot be written ({error.strerror or error}); it needs {memoryview(data).nbytes / 2**20:.0f} MiB"
-        ) from None
+        mebibytes = -(-memoryview(data).nbytes // 2**20)
+        raise UserError(f"{path}: cannot be written ({error.strerror or error}); it needs {mebibytes} MiB") from None
 
 
 def hold(folder: Path) -> int | None:

@@ -21,6 +21,7 @@ UNSEALED_VERSION = 3
 MANIFEST_NAME = "manifest.json"
 SCHEDULE_NAME = "schedule.json"
 # A thousand launches of a sampler that draws noise at each have two million coefficients.
+EXPORT_AGAIN = "export the engine directory again"
 MAX_MANIFEST_BYTES = 64 * 2**20
 MAX_MANIFEST_VALUES = 5_000_000
 
@@ -374,8 +375,10 @@ class Manifest(_Frozen):
         path = engine_dir / MANIFEST_NAME
         if not path.is_file():
             raise UserError(f"{engine_dir}: no {MANIFEST_NAME} there; give an engine directory made by dipgo-export")
-        data = read_document(path, MAX_MANIFEST_BYTES, "a manifest of dipgo-export", MAX_MANIFEST_VALUES)
-        version = data.get("format_version") if isinstance(data, dict) else None
+        data = documents.read_document(
+            path, "manifest of dipgo-export", EXPORT_AGAIN, limit=MAX_MANIFEST_BYTES, most=MAX_MANIFEST_VALUES
+        )
+        version = data.get("format_version")
         if version == UNSEALED_VERSION:
             _log.warning("%s: was exported before directories were sealed, so changes to it do not show", path)
         elif version != FORMAT_VERSION:
@@ -399,26 +402,6 @@ class Manifest(_Frozen):
 def seal_of(document: Mapping[str, Any]) -> str:
     """The seal of a manifest's plain data: it holds the digest of every file, that of the schedule among them."""
     return documents.digest({key: value for key, value in document.items() if key != "seal"})
-
-
-def read_document(path: Path, most_bytes: int, what: str, most_values: int = documents.MAX_VALUES) -> Any:
-    """The content of a JSON file of an engine directory.
-
-    Raises:
-        UserError: it cannot be read, is larger than ``most_bytes`` or ``most_values``, or is no strict JSON.
-    """
-    try:
-        if not path.is_file():
-            raise UserError(f"{path}: is not a regular file; export the engine directory again")
-        if path.stat().st_size > most_bytes:
-            raise UserError(f"{path}: larger than {most_bytes} bytes; not {what}")
-        data = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error}); look at its permissions") from None
-    try:
-        return documents.parse(data, most=most_values)
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error}); export the engine directory again") from None
 
 
 def json_schema() -> dict[str, Any]:

@@ -9,7 +9,8 @@ from typing import Literal
 
 import pydantic
 
-from dipgo_deploy.bundle.manifest import read_document
+from dipgo_deploy.bundle.manifest import EXPORT_AGAIN
+from dipgo_deploy.documents import read_document
 from dipgo_deploy.errors import UserError
 
 WEIGHTS_INDEX = "weights.json"
@@ -78,7 +79,7 @@ class WeightsIndex(_Frozen):
                 f"{path}: missing, so it is not known how this directory stores its weights;"
                 " export the engine directory again"
             )
-        data = read_document(path, MAX_INDEX_BYTES, "an index of weights")
+        data = read_document(path, "index of weights", EXPORT_AGAIN, limit=MAX_INDEX_BYTES)
         try:
             return cls.model_validate(data)
         except pydantic.ValidationError as error:

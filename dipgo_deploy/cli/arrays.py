@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dipgo_deploy.errors import UserError, one_line
-from dipgo_deploy.schedule.files import read_bytes
+from dipgo_deploy.files import read_bytes
 
 _log = logging.getLogger(__name__)
 

@@ -245,9 +245,9 @@ def quality(
         facts["fewest_launches"] = {f"{least:g}": fewest_launches(judged, least) for least in _WANTED_SSIM}
     _show(console, rows, facts)
     if output is not None:
-        from dipgo_deploy.schedule.files import write_text
+        from dipgo_deploy.files import write_atomic
 
-        write_text(output, json.dumps(facts, indent=2) + "\n")
+        write_atomic(output, (json.dumps(facts, indent=2) + "\n").encode())
     if plot is not None:
         plot_quality(judged, plot, f"{problem.options.model}, {facts['images']} images")
     emit(facts, as_json)

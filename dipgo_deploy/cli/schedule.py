@@ -100,7 +100,7 @@ def _pending(
 
 def _pending_for(file: Path, options: Mapping[str, Any]) -> PendingTarget:
     """The target of a file that can be read at all."""
-    from dipgo_deploy.schedule.files import read_bytes
+    from dipgo_deploy.files import read_bytes
 
     read_bytes(file)
     return _pending(**options)

@@ -7,11 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dipgo_deploy import documents
+from dipgo_deploy.documents import json_object, read_document
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.lora.keys import layer_of
 from dipgo_deploy.lora.patterns import PatternError, Patterns
-from dipgo_deploy.schedule.files import read_bytes
 
 ADAPTER_CONFIG = "adapter_config.json"
 METADATA = "lora_adapter_metadata"
@@ -102,8 +101,8 @@ def config_beside(file: Path) -> PeftConfig | None:
     path = file.with_name(ADAPTER_CONFIG)
     if not path.exists():
         return None
-    data = read_bytes(path, _CONFIG_BYTES, "configuration of PEFT's")
-    return PeftConfig(str(path), _document(str(path), data))
+    document = read_document(path, "configuration of PEFT's", "correct or remove it", limit=_CONFIG_BYTES)
+    return PeftConfig(str(path), document)
 
 
 def configs_within(where: str, metadata: Mapping[str, str]) -> dict[str, PeftConfig]:
@@ -113,20 +112,14 @@ def configs_within(where: str, metadata: Mapping[str, str]) -> dict[str, PeftCon
         UserError: they are not JSON, or see ``PeftConfig``.
     """
     fields: dict[str, dict[str, Any]] = {}
-    for name, value in _document(f"{where}: {METADATA}", metadata.get(METADATA, "{}")).items():
+    try:
+        metadata_of = json_object(metadata.get(METADATA, "{}"))
+    except UserError as error:
+        raise UserError(f"{where}: {METADATA}: {error}; correct or remove it") from None
+    for name, value in metadata_of.items():
         layer = layer_of(name)
         fields.setdefault(layer.components[0], {})[layer.module] = value
     return {component: PeftConfig(f"{where}: {METADATA}", found) for component, found in fields.items()}
-
-
-def _document(where: str, text: str | bytes) -> dict[str, Any]:
-    try:
-        document = documents.parse(text)
-    except ValueError as error:
-        raise UserError(f"{where}: not JSON ({str(error)[:100]}); correct or remove it") from None
-    if not isinstance(document, dict):
-        raise UserError(f"{where}: not a JSON object; correct or remove it")
-    return document
 
 
 def _shown(value: object) -> str:

@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from dipgo_deploy.errors import UserError
+from dipgo_deploy.files import unfit_file
 from dipgo_deploy.models.location import (
     INDEX,
     config_folder,
     denoiser_config,
     pipeline_index,
-    read_document,
+    read_configuration,
     read_options,
     resolve_model,
-    unfit_file,
 )
 
 # What diffusers and transformers call them.
@@ -240,7 +240,7 @@ def _why_none(part: Path, stem: str) -> str:
 
 def _of_index(path: Path) -> dict[Path, set[str] | None]:
     """The files that an index names, and the tensors that each has to have."""
-    names = read_document(path).get("weight_map")
+    names = read_configuration(path).get("weight_map")
     if not isinstance(names, dict) or not names or not all(isinstance(file, str) for file in names.values()):
         raise UserError(f"{path}: has no weight_map of tensors and files: the model is not whole")
     files: dict[Path, set[str] | None] = {}

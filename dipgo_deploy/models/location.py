@@ -7,7 +7,6 @@ variant where a part has them, and the parts of that pipeline where the folder n
 from __future__ import annotations
 
 import re
-import stat
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from os.path import commonprefix
@@ -15,12 +14,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, urlencode
 
-from dipgo_deploy import documents
+from dipgo_deploy.documents import read_document
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.models.defaults import class_defaults, with_defaults
 from dipgo_deploy.models.family import ModelFamily
 from dipgo_deploy.models.registry import families, family_for
-from dipgo_deploy.schedule.files import read_bytes
 from dipgo_deploy.schedule.identity import FILE_HASH, file_hash
 
 BUILT_IN = ("fashion-sd", "fashion-dit")
@@ -36,7 +34,6 @@ _BY_NORM = {"ada_norm_zero": "DiTTransformer2DModel", "ada_norm_single": "PixArt
 # Tokenizers whose length is the text encoder's, and what transformers takes for one that is not said (10^30).
 _SIZED_TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
 _NO_LENGTH = 10**6
-_LFS = b"version https://git-lfs"
 # Layers, or latent pixels of a side.
 _MOST = 2**16
 
@@ -131,13 +128,13 @@ def denoiser_config(model: str | Path) -> tuple[ModelFamily, dict[str, Any]]:
     folder = config_folder(model)
     pipeline = read_options(model).pipeline
     if _is_file(folder / INDEX):
-        index = read_document(folder / INDEX)
+        index = read_configuration(folder / INDEX)
         if _class_in(index, "transformer") == _SPLIT_CLASS:
-            actual = _class_of(read_document(folder / "transformer" / "config.json"))
+            actual = _class_of(read_configuration(folder / "transformer" / "config.json"))
             index = {**index, "transformer": ["diffusers", actual]}
         family = _family_of_pipeline(folder, index, pipeline)
-        config = read_document(folder / family.component / "config.json")
-        others = {name: read_document(folder / name / "config.json") for name in family.companions}
+        config = read_configuration(folder / family.component / "config.json")
+        others = {name: read_configuration(folder / name / "config.json") for name in family.companions}
         whole = _filled(family, config, others)
         _check_settings(folder, family, whole)
         _check_pipeline(folder, family, index, pipeline)
@@ -147,7 +144,7 @@ def denoiser_config(model: str | Path) -> tuple[ModelFamily, dict[str, Any]]:
     if pipeline is not None:
         raise UserError(f"{folder}: no {INDEX}: there is no pipeline to be read as {pipeline}")
     if _is_file(folder / "config.json"):
-        config = read_document(folder / "config.json")
+        config = read_configuration(folder / "config.json")
         family = family_for(_class_of(config))
         whole = _filled(family, config, {})
         _check_settings(folder, family, whole)
@@ -158,7 +155,7 @@ def denoiser_config(model: str | Path) -> tuple[ModelFamily, dict[str, Any]]:
 def scheduler_config(folder: str | Path) -> dict[str, Any] | None:
     """The scheduler's configuration in a pipeline's folder (with its ``_class_name``), None where there is none."""
     path = Path(folder) / "scheduler" / "scheduler_config.json"
-    return read_document(path) if _is_file(path) else None
+    return read_configuration(path) if _is_file(path) else None
 
 
 def pipeline_index(model: str | Path) -> dict[str, Any]:
@@ -167,13 +164,13 @@ def pipeline_index(model: str | Path) -> dict[str, Any]:
     if not _is_file(path):
         return {}
     chosen = read_options(model).pipeline
-    return {**read_document(path), **({} if chosen is None else {"_class_name": chosen})}
+    return {**read_configuration(path), **({} if chosen is None else {"_class_name": chosen})}
 
 
 def component_config(folder: str | Path, name: str) -> dict[str, Any] | None:
     """``config.json`` of a pipeline's part, None where there is none."""
     path = Path(folder) / name / "config.json"
-    return read_document(path) if _is_file(path) else None
+    return read_configuration(path) if _is_file(path) else None
 
 
 def native_size(config: Mapping[str, Any]) -> tuple[int, int] | None:
@@ -237,7 +234,7 @@ def _check_tokenizers(folder: Path, index: Mapping[str, Any]) -> None:
         path = folder / name / "tokenizer_config.json"
         if not name.startswith("tokenizer") or _class_in(index, name) not in _SIZED_TOKENIZERS or not _is_file(path):
             continue
-        length = read_document(path).get("model_max_length")
+        length = read_configuration(path).get("model_max_length")
         if not isinstance(length, int) or not 2 <= length <= _NO_LENGTH:
             raise UserError(
                 f"{path}: model_max_length is {'missing' if length is None else length}: "
@@ -285,18 +282,6 @@ def _class_in(index: Mapping[str, Any], component: str) -> str | None:
     return None
 
 
-def unfit_file(path: Path) -> str | None:
-    """What is in a file's place where it was not fetched, None for any other; raises OSError."""
-    mode = path.stat().st_mode
-    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
-        return "is a pipe or device, not a file"  # whose reading might never end
-    with path.open("rb") as file:
-        start = file.read(len(_LFS))
-    if not start:
-        return "is empty: fetch it again"
-    return "is a pointer of Git LFS, not the file itself: run `git lfs pull`" if start == _LFS else None
-
-
 def _is_file(path: Path) -> bool:
     """``Path.is_file``, but what cannot be looked at is a user's mistake."""
     return _looked_at(path, path.is_file)
@@ -314,12 +299,6 @@ def _looked_at(path: Path, look: Callable[[], bool]) -> bool:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
-def read_document(path: Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises UserError for a file that cannot be read, is too large, or holds none."""
-    try:
-        document = documents.parse(read_bytes(path, what="configuration"), infinite=True)
-    except ValueError as error:
-        raise UserError(f"{path}: {unfit_file(path) or f'not JSON ({error})'}") from error
-    if not isinstance(document, dict):
-        raise UserError(f"{path}: not a JSON object")
-    return document
+def read_configuration(path: Path) -> dict[str, Any]:
+    """One of a model's JSON files. Raises UserError for a file that cannot be read, is too large, or holds none."""
+    return read_document(path, "configuration", infinite=True)

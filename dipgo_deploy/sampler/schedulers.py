@@ -12,10 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from dipgo_deploy.documents import parse_json
+from dipgo_deploy.documents import read_document
 from dipgo_deploy.errors import UserError, one_line
 from dipgo_deploy.schedule.document import Schedule
-from dipgo_deploy.schedule.files import read_bytes
 
 MAX_STEPS = 2000
 """Most inference steps of a run: the matrix grows with their square."""
@@ -131,12 +130,8 @@ def scheduler_from_folder(folder: str | Path) -> Any:
     path = next((path for path in paths if path.is_file()), None)
     if path is None:
         raise UserError(f"{folder}: no scheduler/scheduler_config.json; point at a diffusers model folder")
-    data = read_bytes(path)
-    try:
-        config = parse_json(data, "a scheduler's configuration")
-    except UserError as error:
-        raise UserError(f"{path}: cannot be read as JSON: {error}") from error
-    if not isinstance(config, dict) or not isinstance(config.get("_class_name"), str):
+    config = read_document(path, "configuration of a scheduler")
+    if not isinstance(config.get("_class_name"), str):
         raise UserError(f"{path}: has no _class_name; save the scheduler with diffusers' save_pretrained")
     return make_scheduler(config["_class_name"], config)
 

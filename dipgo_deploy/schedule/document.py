@@ -25,10 +25,10 @@ from pydantic import (
 )
 
 from dipgo_deploy import arguments
-from dipgo_deploy.documents import parse_json
+from dipgo_deploy.documents import json_object
 from dipgo_deploy.errors import UserError
+from dipgo_deploy.files import read_bytes, write_atomic
 from dipgo_deploy.schedule import validation
-from dipgo_deploy.schedule.files import read_bytes, write_text
 from dipgo_deploy.schedule.frozen import freeze, freeze_config, to_json
 from dipgo_deploy.schedule.kinds import CacheKind, Granularity
 from dipgo_deploy.schedule.solver import FrozenJson, Solver
@@ -252,9 +252,7 @@ class Schedule(_Part):
     def from_json(cls, text: str | bytes) -> Schedule:
         """Read JSON text; raises UserError for text that is cut off, no JSON, or no valid schedule."""
         arguments.instance("text", text, (str, bytes), "JSON text (str or bytes)")
-        document = parse_json(text, "a schedule")
-        if not isinstance(document, dict):
-            raise UserError(f"a schedule is a JSON object, not a {type(document).__name__}")
+        document = json_object(text)
         if "format_version" not in document:
             raise UserError("format_version: is missing: not a schedule")
         return cls.model_validate(document)
@@ -270,7 +268,7 @@ class Schedule(_Part):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the document; the file appears under its name only when it is complete."""
-        write_text(path, self.to_json())
+        write_atomic(arguments.path("path", path), self.to_json().encode())
 
 
 def gate_rows(gates: Iterable[Sequence[bool]]) -> tuple[str, ...]:

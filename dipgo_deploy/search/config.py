@@ -8,9 +8,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from dipgo_deploy.documents import parse_json
+from dipgo_deploy.documents import read_document
 from dipgo_deploy.errors import UserError
-from dipgo_deploy.schedule.files import read_bytes
 from dipgo_deploy.schedule.validation import one_line
 
 _MAX_BYTES = 2**20
@@ -86,11 +85,8 @@ def load_config(path: str | os.PathLike[str]) -> PrunerConfig:
     Raises:
         UserError: it cannot be read, is no JSON object, or has a field that is unknown or out of range.
     """
-    data = read_bytes(path, _MAX_BYTES, "configuration")
+    document = read_document(path, "configuration of the pruner", 'write it as in {"lr": 0.1}', limit=_MAX_BYTES)
     try:
-        document = parse_json(data, "a configuration of the pruner")
-        if not isinstance(document, dict):
-            raise UserError('not a configuration of the pruner: a JSON object is needed, as in {"lr": 0.1}')
         return with_values(PrunerConfig(), document)
     except UserError as error:
         raise UserError(f"{os.fspath(path)}: {error}") from error

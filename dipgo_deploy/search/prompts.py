@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from dipgo_deploy.errors import UserError
+from dipgo_deploy.files import read_bytes
 from dipgo_deploy.quality.judge import CLASS_NAMES
-from dipgo_deploy.schedule.files import read_bytes
 
 
 def read_prompts(path: str | Path) -> tuple[str, ...]:

@@ -107,7 +107,7 @@ def test_folder(tmp_path: Path, inside: str) -> None:
 
 @pytest.mark.parametrize(
     ("content", "words"),
-    [(None, "no scheduler"), ("{", "JSON"), ("[]", "_class_name"), ('{"beta_end": 1}', "_class_name")],
+    [(None, "no scheduler"), ("{", "JSON"), ("[]", "not a JSON object"), ('{"beta_end": 1}', "_class_name")],
 )
 def test_a_folder_without_a_scheduler_is_refused(tmp_path: Path, content: str | None, words: str) -> None:
     if content is not None:

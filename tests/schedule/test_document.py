@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 import dipgo_deploy.schedule.document as document_module
+from dipgo_deploy import files
 from dipgo_deploy.errors import UserError, one_line
-from dipgo_deploy.schedule import files
 from dipgo_deploy.schedule.document import GateChange, Schedule, gate_rows, json_schema
 from dipgo_deploy.schedule.identity import config_hash
 
@@ -152,7 +152,7 @@ def test_a_file_cut_off_anywhere_is_refused(document: dict[str, Any], tmp_path: 
         path.write_text(text[:length])
         with pytest.raises(UserError) as caught:
             Schedule.load(path)
-        assert str(caught.value).startswith(f"{path}: line ")
+        assert str(caught.value).startswith(f"{path}: not JSON (line ")
         assert "cut off" in str(caught.value), (length, str(caught.value))
 
 
@@ -160,14 +160,14 @@ def test_a_file_cut_off_anywhere_is_refused(document: dict[str, Any], tmp_path: 
     ("content", "words"),
     [
         (b"\xff\xfe", "byte 0 is not UTF-8"),
-        (b"[1, 2]", "a schedule is a JSON object, not a list"),
+        (b"[1, 2]", "not a JSON object but a list"),
         (b"{}", "format_version: is missing"),
         (b'{"format_version": 1, "steps": 1, "steps": 2}', "'steps' stands twice"),
         (b'{"format_version": NaN}', "NaN is no JSON number"),
         (b'{"format_version": true}', "format_version: True is not known"),
         (b'{"format_version": 1e400}', "1e400 is too large a number"),
         (b'{"a" 1}', "not JSON"),
-        (b"[" * 100_000, "not a schedule"),
+        (b"[" * 100_000, "nested more than 64 deep"),
     ],
 )
 def test_files_that_are_no_schedule(tmp_path: Path, content: bytes, words: str) -> None:
@@ -203,7 +203,7 @@ def test_a_failed_save_leaves_the_old_file(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(files.os, "fsync", fail)
-    with pytest.raises(UserError, match="cannot be written: No space left on device"):
+    with pytest.raises(UserError, match="cannot be written .No space left on device"):
         schedule.with_gates([[True] * 3] * 4).save(path)
     assert path.read_text() == before
     assert [file.name for file in tmp_path.iterdir()] == ["s.json"]

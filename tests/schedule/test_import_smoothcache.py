@@ -74,8 +74,8 @@ def test_gates_come_cell_by_cell(rows: list[list[int]]) -> None:
 @pytest.mark.parametrize(
     ("document", "words"),
     [
-        ({}, "not a JSON object with a list"),
-        ([1, 0], "not a JSON object with a list"),
+        ({}, "has no list of 0 and 1"),
+        ([1, 0], "not a JSON object but a list"),
         ({"attn": 1}, "'attn': not a list of 0 and 1"),
         ({"attn": []}, "'attn': not a list of 0 and 1"),
         ({"attn": [1, 2]}, "'attn': step 1 is 2, not 0 or 1"),

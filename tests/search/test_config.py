@@ -51,7 +51,7 @@ def test_a_file_is_read_as_it_says(tmp_path: Path) -> None:
         ({"optimiser": "sgd"}, "optimiser: Extra inputs are not permitted (iterations, batch, accum"),
         ({"loss": "lpips"}, "loss: Input should be 'ssim'"),
         ({"temperature": [1, 0]}, "temperature.1: Input should be greater than 0"),
-        ([], "a JSON object is needed"),
+        ([], "not a JSON object but a list; write it as in"),
     ],
 )
 def test_mistakes_name_file_and_field(tmp_path: Path, document: Any, line: str) -> None:
@@ -65,7 +65,7 @@ def test_mistakes_name_file_and_field(tmp_path: Path, document: Any, line: str) 
 
 
 def test_what_cannot_be_read_is_said(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"pruner.json: line 1, column 2: .* not a configuration of the pruner"):
+    with pytest.raises(UserError, match=r"pruner.json: not JSON .line 1, column 2: .*; write it as in"):
         load_config(written(tmp_path, "{lr"))
     with pytest.raises(UserError, match=r"none.json: no such file"):
         load_config(tmp_path / "none.json")

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from dipgo_deploy.errors import UserError
+from dipgo_deploy.files import read_bytes
 from dipgo_deploy.schedule import validation
 from dipgo_deploy.schedule.builders import PendingTarget, Target
 from dipgo_deploy.schedule.document import Gates, Schedule
-from dipgo_deploy.schedule.files import read_bytes
 
 Reader = Callable[[bytes, tuple[str, ...], int], Gates]
 

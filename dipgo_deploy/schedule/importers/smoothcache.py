@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dipgo_deploy.documents import parse_json
+from dipgo_deploy.documents import json_object
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.schedule import validation
 from dipgo_deploy.schedule.builders import PendingTarget, Target
@@ -49,9 +49,9 @@ def read_gates(data: bytes, names: tuple[str, ...], most: int = validation.MAX_E
 
 
 def _document(data: bytes) -> Mapping[str, Any]:
-    document = parse_json(data, "a schedule of 0 and 1")
-    if not isinstance(document, dict) or not document:
-        raise UserError("not a JSON object with a list of 0 and 1 for each kind of layer")
+    document = json_object(data)
+    if not document:
+        raise UserError("has no list of 0 and 1 for any kind of layer")
     return document
 
 
