@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dipgo_deploy.errors import UserError
+from dipgo_deploy.files import write_atomic
 
 NAME = "checkpoint.safetensors"
 _MODEL, _OPTIMIZER = "model.", "optimiser."
@@ -53,25 +51,15 @@ def take(model: nn.Module, optimizer: torch.optim.Optimizer, iteration: int, set
 
 def save(checkpoint: Checkpoint, folder: Path) -> None:
     """Write it into ``folder`` (made if need be); an older one is replaced only when this one is complete."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save as serialised
 
     state = {"iteration": checkpoint.iteration, "settings": checkpoint.settings}
+    tensors = {name: tensor.contiguous().cpu() for name, tensor in checkpoint.tensors.items()}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        handle, aside = tempfile.mkstemp(prefix=f".{NAME}.", dir=folder)
-        os.close(handle)
-        try:
-            tensors = {name: tensor.contiguous().cpu() for name, tensor in checkpoint.tensors.items()}
-            save_file(tensors, aside, metadata={"state": json.dumps(state)})
-            with open(aside, "rb") as file:
-                os.fsync(file.fileno())
-            os.replace(aside, folder / NAME)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(aside)
-            raise
     except OSError as error:
         raise UserError(f"{folder}: the checkpoint cannot be written: {error.strerror or error}") from error
+    write_atomic(folder / NAME, serialised(tensors, metadata={"state": json.dumps(state)}))
 
 
 def load(folder: Path) -> Checkpoint:
