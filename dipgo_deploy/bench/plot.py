@@ -15,6 +15,9 @@ _COSTS: tuple[tuple[str, Callable[[Row], float]], ...] = (
     ("ms of one image's loop in torch", lambda row: row.milliseconds),
 )
 
+# Of an SSIM: what is far from the full run hides the differences of what is near.
+_BOTTOM = 0.8
+
 
 def check_plot(path: Path) -> None:
     """Refuse (UserError) a plot that could not be written, before anything is measured."""
@@ -56,7 +59,11 @@ def plot_quality(rows: Sequence[Row], path: Path, title: str) -> None:
             )
         axes.set_xlabel(label)
         axes.grid(alpha=0.3)
-    panels[0].set_ylabel("SSIM to the full run, same seeds (95% interval)")
+    label = "SSIM to the full run, same seeds (95% interval)"
+    if max(row.ssim.value for row in rows) > _BOTTOM > min(row.ssim.low for row in rows):
+        panels[0].set_ylim(_BOTTOM, 1 + (1 - _BOTTOM) / 20)
+        label += f"; below {_BOTTOM:g} is not shown"
+    panels[0].set_ylabel(label)
     figure.suptitle(title)
     figure.legend(*panels[0].get_legend_handles_labels(), fontsize="small", loc="outside lower center", ncols=4)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from dipgo_deploy.search.problem import Problem
 
 _FILE_WIDTH = 240
+_ALL_COLUMNS = 160
 # What a picture that is all but the full run's is asked for.
 _WANTED_SSIM = (0.99, 0.995)
 
@@ -130,6 +131,13 @@ def command() -> None:
     default=20,
     help="Images for each prompt or class.",
 )
+@option(
+    "Measurement",
+    "--metric-weights",
+    type=PATH,
+    show_default="none",
+    help="Folder with weights of learned judges, in folders lpips, clip, hps and image-reward.",
+)
 @option("Measurement", "--seed", type=click.IntRange(min=0), default=0, help="Seed of the first image.")
 @option(
     "Measurement", "--by-ratio", is_flag=True, help="Compare each case with the first one that saves about as much."
@@ -167,6 +175,7 @@ def quality(
     strip_images: int,
     as_json: bool,
     checkpoint: Path | None,
+    metric_weights: Path | None,
     **options: Any,
 ) -> None:
     """Measure the images of schedules against those of the full run with the same seeds.
@@ -186,7 +195,7 @@ def quality(
         check_plot(plot)
     import torch
 
-    from dipgo_deploy.bench.metrics import to_the_full_run
+    from dipgo_deploy.bench.metrics import learned, learned_there, to_the_full_run
     from dipgo_deploy.bench.quality import fewest_launches, measure, solver_case
     from dipgo_deploy.reference.quiet import quiet_libraries
     from dipgo_deploy.search.problem import load_problem, with_guidance_scale
@@ -200,6 +209,8 @@ def quality(
     def tell(line: str) -> None:
         console.print(line, markup=False, soft_wrap=True)
 
+    if metric_weights is not None:
+        learned_there(metric_weights)
     metrics, notes = to_the_full_run()
     measuring = {name: options.pop(name) for name in ("per_condition", "seed", "batch", "by_ratio", "resume")}
     taking = {name: options.pop(name) for name in ("any_sampler", "any_cache")}
@@ -207,6 +218,10 @@ def quality(
     with console.status("starting") as status:
         options["guidance_scale"] = guidance_scales[0] if guidance_scales else None
         problem = load_problem(_problem_options(options, [schedule for _, schedule in schedules]), status.update)
+        if metric_weights is not None:
+            status.update("loading the learned judges")
+            judges, left_out = learned(metric_weights, prompts=problem.source.text is not None)
+            metrics, notes = [*metrics, *judges], [*notes, *left_out]
         if calibration_images is not None:
             schedules = _with_fitted(problem, schedules, calibration_images, status.update)
         cases, more = _cases(problem, schedules, counts if baselines else None, taking)
@@ -429,41 +444,35 @@ def _show_profile(console: Any, facts: dict[str, Any]) -> None:
 
 
 def _show(console: Any, rows: Sequence[Row], facts: dict[str, Any]) -> None:
+    from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"{facts['model']}: {facts['images']} images beside the full run's, 95% intervals")
-    scales = {row.guidance_scale for row in rows}
+    wide = not console.is_terminal or console.width >= _ALL_COLUMNS
     names = [name for name in rows[0].metrics if name not in ("ssim", "psnr")]
-    headings = [
-        "case",
-        *(["guidance"] if len(scales) > 1 else []),
-        "GMACs",
-        "saved",
-        "launches",
-        "ms",
-        "SSIM",
-        "better by",
+    columns: list[tuple[str, bool, Callable[[Row], str]]] = [
+        ("case", True, lambda row: Path(row.name).name),
+        ("guidance", len({row.guidance_scale for row in rows}) > 1, lambda row: f"{row.guidance_scale:g}"),
+        ("GMACs", wide, lambda row: f"{row.macs / 1e9:,.2f}"),
+        ("saved", wide, lambda row: f"{row.ratio:.1%}"),
+        ("launches", True, lambda row: str(row.launches)),
+        ("ms", wide, lambda row: f"{row.milliseconds:.1f}"),
+        ("SSIM", True, lambda row: _pair(row.ssim, 4)),
+        ("better by", True, lambda row: _pair(row.differences.get("ssim"), 4)),
+        ("PSNR", wide, lambda row: _pair(row.psnr, 2)),
+        *((HEADINGS.get(name, name), wide, partial(_metric, name)) for name in names),
+        ("recognised", wide, lambda row: _pair(row.accuracy, 3)),
+        ("Frechet", wide, lambda row: _pair(row.frechet, 2)),
     ]
-    headings += ["PSNR", *map(_heading, names), "recognised", "Frechet"]
-    for heading in headings:
+    table = Table(title=f"{facts['model']}: {facts['images']} images beside the full run's, 95% intervals")
+    shown = [(heading, cell) for heading, there, cell in columns if there]
+    for heading, _ in shown:
         table.add_column(heading, justify="left" if heading == "case" else "right")
     for row in rows:
-        table.add_row(
-            Path(row.name).name,
-            *([f"{row.guidance_scale:g}"] if len(scales) > 1 else []),
-            f"{row.macs / 1e9:,.2f}",
-            f"{row.ratio:.1%}",
-            str(row.launches),
-            f"{row.milliseconds:.1f}",
-            _pair(row.ssim, 4),
-            _pair(row.differences.get("ssim"), 4),
-            _pair(row.psnr, 2),
-            *(_pair(row.metrics[name], 4) for name in names),
-            _pair(row.accuracy, 3),
-            _pair(row.frechet, 2),
-        )
+        table.add_row(*(cell(row) for _, cell in shown))
     # In a file a line may be as long as it needs to be.
-    console.print(table, width=console.width if console.is_terminal else _FILE_WIDTH)
+    (console if console.is_terminal else Console(file=console.file, width=_FILE_WIDTH, highlight=False)).print(table)
+    if not wide:
+        console.print("a wider terminal shows more columns, --output has everything", markup=False, soft_wrap=True)
     console.print(
         f"better by: difference of the SSIM to {facts['difference_to']}, image by image; ms: one image's loop in torch",
         markup=False,
@@ -478,8 +487,11 @@ def _show(console: Any, rows: Sequence[Row], facts: dict[str, Any]) -> None:
         )
 
 
-def _heading(name: str) -> str:
-    return {"flip": "FLIP", "haarpsi": "HaarPSI", "gmsd": "GMSD"}.get(name, name)
+HEADINGS = {"flip": "FLIP", "haarpsi": "HaarPSI", "gmsd": "GMSD", "lpips": "LPIPS", "clip": "CLIP", "hps": "HPS"}
+
+
+def _metric(name: str, row: Row) -> str:
+    return _pair(row.metrics[name], 4)
 
 
 def _pair(estimate: Estimate | None, digits: int) -> str:
