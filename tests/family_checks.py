@@ -18,7 +18,6 @@ from dipgo_deploy.compare.pictures import cases
 from dipgo_deploy.compare.report import Report
 from dipgo_deploy.export.exporter import ExportOptions, PlannedExport, plan_export, publish, replan
 from dipgo_deploy.models.target import schedule_target
-from dipgo_deploy.reference.conditions import reference_inputs
 from dipgo_deploy.reference.load import load_reference
 from dipgo_deploy.schedule import builders
 from dipgo_deploy.schedule.document import CacheKind, Granularity, Schedule
@@ -74,18 +73,7 @@ def loop_report(
     bundle = Bundle.open(engine_dir) if sizes is None else Bundle.open(engine_dir).at(sizes)
     manifest = bundle.manifest
     reference = load_reference(bundle)
-    latent = manifest.latent
-    inputs = reference_inputs(
-        reference.source,
-        reference.conditions,
-        (manifest.batch, latent.channels, latent.height, latent.width),
-        noises=manifest.plan.noises,
-        guidance=manifest.guidance,
-        guidance_scale=manifest.guidance_scale,
-        prompts=(prompt,),
-        labels=(label,),
-        begin=reference.begin,
-    )
+    inputs = reference.inputs(manifest, guidance_scale=manifest.guidance_scale, prompts=(prompt,), labels=(label,))
     chosen = tuple(cases(manifest)) if pictures else ()
     options = Options(variants=variants, pictures=pictures, cases=chosen)
     return compare_engine(bundle, reference, inputs, create_backend("cpu", threads=1), options)

@@ -162,7 +162,7 @@ def command(
     from dipgo_deploy.compare.engine import Options, compare_engine
     from dipgo_deploy.compare.pictures import cases
     from dipgo_deploy.compare.runners import graphs_on
-    from dipgo_deploy.reference.conditions import LABEL, PROMPT, reference_inputs
+    from dipgo_deploy.reference.conditions import LABEL, PROMPT
     from dipgo_deploy.reference.load import load_reference
     from dipgo_deploy.reference.quiet import quiet_libraries
 
@@ -173,20 +173,14 @@ def command(
         torch.set_num_threads(threads)
     console = human_console(as_json)
     manifest = bundle.manifest
-    latent = manifest.latent
     with console.status("loading the model") as status:
         reference = load_reference(bundle, model)
-        inputs = reference_inputs(
-            reference.source,
-            reference.conditions,
-            (manifest.batch, latent.channels, latent.height, latent.width),
-            noises=manifest.plan.noises,
-            guidance=manifest.guidance,
+        inputs = reference.inputs(
+            manifest,
             guidance_scale=manifest.guidance_scale if guidance_scale is None else guidance_scale,
             prompts=prompts or (PROMPT,),
             labels=labels or (LABEL,),
             seed=seed,
-            begin=reference.begin,
         )
         whole = not (variants_only or loop_only)
         asked = labels if class_labels else ()

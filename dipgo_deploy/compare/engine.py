@@ -175,15 +175,7 @@ def _denoiser(
         loop = compare_loop(bundle, backend, reference, inputs, tolerance, record)
     else:
         notify("running the supernet's loop")
-        run_until_complete(
-            recorder,
-            reference.supernet,
-            reference.scheduler,
-            reference.schedule.sampler.num_inference_steps,
-            reference.schedule.gates,
-            inputs,
-            reference.set_timesteps,
-        )
+        run_until_complete(recorder, reference, inputs)
     checked: tuple[Checked, ...] = ()
     recordings: Sequence[Recording] = ()
     if isinstance(recorder, StepRecorder):

@@ -21,7 +21,7 @@ from dipgo_deploy.reference.load import Reference
 from dipgo_deploy.reference.recording import cache_tensor
 from dipgo_deploy.reference.steps import stored_block
 from dipgo_deploy.runtime.loop import DenoisingLoop
-from dipgo_deploy.supernet.loop import Evaluation, walk_loop
+from dipgo_deploy.supernet.loop import Evaluation
 
 if TYPE_CHECKING:
     from dipgo_deploy.supernet.gated import CacheState
@@ -37,18 +37,7 @@ class ReferenceLoop:
         self._record = record
         self._step = -1
         self._evaluation: Evaluation | None = None
-        self._loop = walk_loop(
-            reference.supernet,
-            reference.scheduler,
-            reference.schedule.gates,
-            inputs.latents,
-            inputs.conditions,
-            num_inference_steps=reference.schedule.sampler.num_inference_steps,
-            guidance_scale=inputs.guidance_scale,
-            noises=inputs.noises,
-            set_timesteps_kwargs=reference.set_timesteps,
-            start=inputs.start,
-        )
+        self._loop = reference.walk(inputs)
         self.final: torch.Tensor | None = None
 
     def next(self) -> Evaluation | None:

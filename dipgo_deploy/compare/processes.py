@@ -69,7 +69,6 @@ def _record(engine_dir: Path, model: str, folder: Path) -> None:
     from dipgo_deploy.compare.facts import check_facts
     from dipgo_deploy.compare.launch_list import check_launch_list
     from dipgo_deploy.compare.written import sizes_compared
-    from dipgo_deploy.reference.conditions import reference_inputs
     from dipgo_deploy.reference.load import load_reference
     from dipgo_deploy.reference.mapped import MappedCaches, float32_files, give_back_after_use
     from dipgo_deploy.reference.quiet import quiet_libraries
@@ -78,38 +77,20 @@ def _record(engine_dir: Path, model: str, folder: Path) -> None:
     from dipgo_deploy.reference.steps import recorder_for
 
     quiet_libraries()
-    whole = Bundle.open(engine_dir)
-    for place, sizes in enumerate(sizes_compared(whole)):
-        bundle = whole if sizes is None else whole.at(sizes)
+    for place, (bundle, where) in enumerate(sizes_compared(Bundle.open(engine_dir))):
         manifest, plan = bundle.manifest, bundle.manifest.plan
         with float32_files(model, engine_dir) as weights:
             reference = load_reference(bundle, model, weights)
             for part in (*check_facts(manifest, reference), *check_launch_list(manifest, reference)):
                 for failure in part.failures():
-                    raise ToleranceError(f"{failure}; nothing was written")
+                    raise ToleranceError(f"{where}{failure}; nothing was written")
             give_back_after_use(reference.source.denoiser)
             caches = reference.supernet.store = MappedCaches(folder)
-            inputs = reference_inputs(
-                reference.source,
-                reference.conditions,
-                (manifest.batch, manifest.latent.channels, manifest.latent.height, manifest.latent.width),
-                noises=plan.noises,
-                guidance=manifest.guidance,
-                begin=reference.begin,
-            )
+            inputs = reference.inputs(manifest)
             recorder = recorder_for(plan, reference.schedule, inputs.guidance_scale, again=False)
             (folder / str(place)).mkdir()
             written = ToDisk(recorder, folder / str(place), caches)
-            run_until_complete(
-                written,
-                reference.supernet,
-                reference.scheduler,
-                reference.schedule.sampler.num_inference_steps,
-                reference.schedule.gates,
-                inputs,
-                reference.set_timesteps,
-                _caches_kept(reference.schedule, plan, recorder),
-            )
+            run_until_complete(written, reference, inputs, _caches_kept(reference.schedule, plan, recorder))
             written.close()
             del reference
             gc.collect()  # a model's hooks refer to it
@@ -144,7 +125,7 @@ def _compare(engine_dir: Path, folder: Path) -> Agreement:
     from dipgo_deploy.compare.graphs import compare_segments, compare_variants, frugal_session
     from dipgo_deploy.compare.metrics import Tolerance
     from dipgo_deploy.compare.report import Report
-    from dipgo_deploy.compare.written import sizes_compared
+    from dipgo_deploy.compare.written import passed, sizes_compared
     from dipgo_deploy.models.registry import family_for
     from dipgo_deploy.reference.recorded import read_recordings, read_steps
 
@@ -152,20 +133,14 @@ def _compare(engine_dir: Path, folder: Path) -> Agreement:
     manifest = whole.manifest
     tolerance = Tolerance(family_for(manifest.model.class_name).tolerances[manifest.dtype])
     found = []
-    for place, sizes in enumerate(sizes_compared(whole)):
-        bundle = whole if sizes is None else whole.at(sizes)
+    for place, (bundle, where) in enumerate(sizes_compared(whole)):
         if manifest.plan.layout == "segments":
             steps = read_steps(folder / str(place))
             checked, _ = compare_segments(bundle, steps, frugal_session, tolerance, keep_open=False)
         else:
             recordings = read_recordings(folder / str(place))
             checked = tuple(compare_variants(bundle, recordings, frugal_session, tolerance))
-        report = Report(tolerance, variants=checked)
-        failure = report.first_failure()
-        if failure is not None:
-            at = "" if sizes is None else f"at {sizes.batch} x {sizes.height}x{sizes.width}: "
-            raise ToleranceError(f"{at}{failure}; nothing was written")
-        found.append(report.agreement)
+        found.append(passed(Report(tolerance, variants=checked), where))
     return worst(found)
 
 

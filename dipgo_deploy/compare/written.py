@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from dipgo_deploy.bundle.directory import Bundle
-from dipgo_deploy.bundle.shapes import Sizes, corners
+from dipgo_deploy.bundle.shapes import corners
 from dipgo_deploy.compare.metrics import Agreement, worst
 from dipgo_deploy.errors import ToleranceError
 
@@ -32,44 +32,41 @@ def verify_written(
         ToleranceError: names what is wrong first. UserError: a graph cannot be run.
     """
     found = []
-    for place, sizes in enumerate(sizes_compared(bundle)):
-        at_sizes = bundle if sizes is None else bundle.at(sizes)
+    for place, (at_sizes, where) in enumerate(sizes_compared(bundle)):
         report = _report(at_sizes, source, notify, whole=place == 0)
-        failure = report.first_failure()
-        if failure is not None:
-            at = "" if sizes is None else f"at {sizes.batch} x {sizes.height}x{sizes.width}: "
-            raise ToleranceError(f"{at}{failure}; nothing was written")
+        found.append(passed(report, where))
         for line in report.skipped:
             note(line)
-        found.append(report.agreement)
     return worst(found)
 
 
-def sizes_compared(bundle: Bundle) -> tuple[Sizes | None, ...]:
-    """None where nothing is open; else the usual sizes, then the corners of the ranges."""
-    ranges = bundle.manifest.sizes
-    if ranges is None:
-        return (None,)
-    return tuple(dict.fromkeys((bundle.manifest.usual_sizes, *corners(ranges))))
+def sizes_compared(bundle: Bundle) -> Iterator[tuple[Bundle, str]]:
+    """The directory at each of the sizes that are compared, and how a message about it begins: at the usual sizes,
+    then at the corners of the ranges; as it is where nothing is open."""
+    manifest = bundle.manifest
+    if manifest.sizes is None:
+        yield bundle, ""
+        return
+    for sizes in dict.fromkeys((manifest.usual_sizes, *corners(manifest.sizes))):
+        yield bundle.at(sizes), f"at {sizes.batch} x {sizes.height}x{sizes.width}: "
+
+
+def passed(report: Report, where: str) -> Agreement:
+    """How far the denoiser agrees. Raises ToleranceError, which says that nothing was written, where anything fails."""
+    failure = report.first_failure()
+    if failure is not None:
+        raise ToleranceError(f"{where}{failure}; nothing was written")
+    return report.agreement
 
 
 def _report(bundle: Bundle, source: Source, notify: Callable[[str], None], *, whole: bool) -> Report:
     from dipgo_deploy.backends import create_backend
     from dipgo_deploy.compare.engine import Options, compare_engine
     from dipgo_deploy.compare.pictures import cases
-    from dipgo_deploy.reference.conditions import reference_inputs
     from dipgo_deploy.reference.load import reference_of
 
-    manifest, latent = bundle.manifest, bundle.manifest.latent
     reference = reference_of(bundle, source)
-    inputs = reference_inputs(
-        source,
-        reference.conditions,
-        (manifest.batch, latent.channels, latent.height, latent.width),
-        noises=manifest.plan.noises,
-        guidance=manifest.guidance,
-        begin=reference.begin,
-    )
-    options = Options(loop=whole, components=whole, cases=tuple(cases(manifest)) if whole else ())
+    inputs = reference.inputs(bundle.manifest)
+    options = Options(loop=whole, components=whole, cases=tuple(cases(bundle.manifest)) if whole else ())
     # One copy of the weights for all graphs: many variants would take that many times the model.
     return compare_engine(bundle, reference, inputs, create_backend("cpu", share_weights=True), options, notify)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Generator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,12 +10,16 @@ from dipgo_deploy.bundle.directory import Bundle
 from dipgo_deploy.bundle.manifest import Manifest
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.models.shape import TraceShape, condition_specs
+from dipgo_deploy.reference.conditions import ReferenceInputs, reference_inputs
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from dipgo_deploy.models.family import InputSpec
     from dipgo_deploy.reference.source import Source
     from dipgo_deploy.schedule.document import Schedule
     from dipgo_deploy.supernet.gated import Supernet
+    from dipgo_deploy.supernet.loop import Evaluation
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,39 @@ class Reference:
     supernet: Supernet
     conditions: tuple[InputSpec, ...]
     begin: int | None = None
+
+    def inputs(self, manifest: Manifest, **options: Any) -> ReferenceInputs:
+        """Noise and conditions of the size that ``manifest`` has; ``options`` as ``reference_inputs`` takes them."""
+        latent = manifest.latent
+        return reference_inputs(
+            self.source,
+            self.conditions,
+            (manifest.batch, latent.channels, latent.height, latent.width),
+            noises=manifest.plan.noises,
+            guidance=manifest.guidance,
+            begin=self.begin,
+            **options,
+        )
+
+    def walk(
+        self, inputs: ReferenceInputs, keep: Callable[[int], Collection[str]] | None = None
+    ) -> Generator[Evaluation, None, Tensor]:
+        """The supernet's loop under the schedule; ``keep`` as ``supernet.run_loop`` has it."""
+        from dipgo_deploy.supernet.loop import walk_loop
+
+        return walk_loop(
+            self.supernet,
+            self.scheduler,
+            self.schedule.gates,
+            inputs.latents,
+            inputs.conditions,
+            num_inference_steps=self.schedule.sampler.num_inference_steps,
+            guidance_scale=inputs.guidance_scale,
+            noises=inputs.noises,
+            set_timesteps_kwargs=self.set_timesteps,
+            start=inputs.start,
+            keep=keep,
+        )
 
 
 def load_reference(bundle: Bundle, model: str | None = None, weights: str | None = None) -> Reference:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -22,7 +21,8 @@ from dipgo_deploy.bundle.names import (
 from dipgo_deploy.reference.conditions import ReferenceInputs, as_arrays, host
 
 if TYPE_CHECKING:
-    from dipgo_deploy.supernet.gated import CacheState, Supernet
+    from dipgo_deploy.reference.load import Reference
+    from dipgo_deploy.supernet.gated import CacheState
     from dipgo_deploy.supernet.loop import Evaluation
 
 
@@ -109,10 +109,6 @@ class Recorder:
         self.recordings.append(Recording(index, evaluation.step, inputs, outputs))
 
 
-class _Done(Exception):
-    """All that is wanted was seen: the rest of the loop is not needed."""
-
-
 class LoopRecorder(Protocol):
     """Takes evaluations of the supernet's loop until it has what it wants."""
 
@@ -122,55 +118,21 @@ class LoopRecorder(Protocol):
     def __call__(self, evaluation: Evaluation) -> None: ...  # noqa: D102
 
 
-def record_variants(
-    recorder: Recorder,
-    supernet: Supernet,
-    scheduler: Any,
-    num_inference_steps: int,
-    gates: Sequence[Sequence[bool]],
-    inputs: ReferenceInputs,
-    set_timesteps_kwargs: Mapping[str, Any] | None = None,
-) -> list[Recording]:
-    """Run the supernet's loop until ``recorder`` is complete; its recordings."""
-    run_until_complete(recorder, supernet, scheduler, num_inference_steps, gates, inputs, set_timesteps_kwargs)
-    return recorder.recordings
-
-
 def run_until_complete(
     recorder: LoopRecorder,
-    supernet: Supernet,
-    scheduler: Any,
-    num_inference_steps: int,
-    gates: Sequence[Sequence[bool]],
+    reference: Reference,
     inputs: ReferenceInputs,
-    set_timesteps_kwargs: Mapping[str, Any] | None = None,
     keep: Callable[[int], Collection[str]] | None = None,
 ) -> None:
     """Run the supernet's loop for as long as ``recorder`` is not complete; ``keep`` as ``run_loop`` has it."""
     import torch
 
-    from dipgo_deploy.supernet.loop import run_loop
-
-    def record(evaluation: Evaluation) -> None:
-        recorder(evaluation)
-        if recorder.complete:
-            raise _Done
-
-    with torch.no_grad(), contextlib.suppress(_Done):
-        run_loop(
-            supernet,
-            scheduler,
-            gates,
-            inputs.latents,
-            inputs.conditions,
-            num_inference_steps=num_inference_steps,
-            guidance_scale=inputs.guidance_scale,
-            noises=inputs.noises,
-            set_timesteps_kwargs=set_timesteps_kwargs,
-            start=inputs.start,
-            record=record,
-            keep=keep,
-        )
+    with torch.no_grad():
+        for evaluation in reference.walk(inputs, keep):
+            recorder(evaluation)
+            if recorder.complete:
+                break
+            del evaluation  # its caches may go before the next ones are made
 
 
 def evaluation_inputs(evaluation: Evaluation, guidance_scale: float | None, slots: int) -> dict[str, np.ndarray]:

@@ -13,7 +13,7 @@ from dipgo_deploy.backends import create_backend
 from dipgo_deploy.backends.base import Backend
 from dipgo_deploy.bundle.directory import Bundle
 from dipgo_deploy.export.exporter import ExportOptions, PlannedExport, plan_export, replan
-from dipgo_deploy.reference.conditions import ReferenceInputs, reference_inputs
+from dipgo_deploy.reference.conditions import ReferenceInputs
 from dipgo_deploy.reference.load import Reference, load_reference
 
 torch.set_num_threads(1)
@@ -75,16 +75,7 @@ def inputs() -> Inputs:
     """Noise and conditions for an opened engine directory."""
 
     def make(bundle: Bundle, reference: Reference, **options: object) -> ReferenceInputs:
-        manifest = bundle.manifest
-        latent = manifest.latent
-        return reference_inputs(
-            reference.source,
-            reference.conditions,
-            (manifest.batch, latent.channels, latent.height, latent.width),
-            noises=manifest.plan.noises,
-            guidance=manifest.guidance,
-            **options,  # type: ignore[arg-type]
-        )
+        return reference.inputs(bundle.manifest, **options)
 
     return make
 

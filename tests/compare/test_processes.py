@@ -15,7 +15,6 @@ from dipgo_deploy.bundle.directory import Bundle
 from dipgo_deploy.compare import processes
 from dipgo_deploy.errors import ToleranceError, UserError
 from dipgo_deploy.export.exporter import ExportOptions, PlannedExport, plan_export, publish
-from dipgo_deploy.reference.conditions import reference_inputs
 from dipgo_deploy.reference.load import load_reference
 from dipgo_deploy.reference.recorded import read_recordings, read_steps
 from dipgo_deploy.reference.recording import run_until_complete
@@ -80,15 +79,11 @@ def test_recordings_are_those_of_a_loop_that_keeps_all_caches_in_memory(
     processes._record(bundle.path, str(model), folder)
     assert [part.name for part in folder.iterdir()] == ["0"]  # the caches' files are gone
 
-    reference, manifest, entries = load_reference(bundle), bundle.manifest, bundle.manifest.plan
-    shape = (manifest.batch, manifest.latent.channels, manifest.latent.height, manifest.latent.width)
-    given = reference_inputs(
-        reference.source, reference.conditions, shape, noises=entries.noises, guidance=manifest.guidance
-    )
+    reference, entries = load_reference(bundle), bundle.manifest.plan
+    given = reference.inputs(bundle.manifest)
     recorder = recorder_for(entries, reference.schedule, given.guidance_scale, again=False)
     found = list((read_recordings if layout == "variants" else read_steps)(folder / "0"))
-    steps = reference.schedule.sampler.num_inference_steps
-    run_until_complete(recorder, reference.supernet, reference.scheduler, steps, reference.schedule.gates, given)
+    run_until_complete(recorder, reference, given)
     assert len(found) == len(recorder.recordings) > 1
     for mine, kept in zip(found, recorder.recordings, strict=True):
         assert mine.step == kept.step

@@ -6,7 +6,7 @@ import torch
 
 from dipgo_deploy.compare.graphs import frugal_session
 from dipgo_deploy.compare.metrics import relative_error
-from dipgo_deploy.reference.recording import Recorder, cache_tensor, record_variants
+from dipgo_deploy.reference.recording import Recorder, cache_tensor, run_until_complete
 from dipgo_deploy.sampler import sampler_matrix
 from dipgo_deploy.supernet import CacheState
 
@@ -22,9 +22,8 @@ def record(bundle, reference, given, **options):
     plan = bundle.manifest.plan
     launches = [(launch.step, launch.variant) for launch in plan.launches]
     recorder = Recorder(plan.variants, launches, given.guidance_scale, plan.slots, **options)
-    schedule = reference.schedule
-    steps = schedule.sampler.num_inference_steps
-    return record_variants(recorder, reference.supernet, reference.scheduler, steps, schedule.gates, given)
+    run_until_complete(recorder, reference, given)
+    return recorder.recordings
 
 
 @pytest.mark.parametrize("engine", ENGINES)

@@ -25,7 +25,7 @@ from dipgo_deploy.compare.pictures import cases
 from dipgo_deploy.compare.stock import Case, StockPipeline, StockRun
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.export.exporter import ExportOptions, plan_export
-from dipgo_deploy.reference.conditions import ReferenceInputs, reference_inputs
+from dipgo_deploy.reference.conditions import ReferenceInputs
 from dipgo_deploy.reference.load import Reference, load_reference
 
 assert len(DEFECTS) >= 85
@@ -43,15 +43,8 @@ class Sound:
 
 def _sound(engine_dir: Path) -> Sound:
     bundle = Bundle.open(engine_dir)
-    reference, manifest, latent = load_reference(bundle), bundle.manifest, bundle.manifest.latent
-    inputs = reference_inputs(
-        reference.source,
-        reference.conditions,
-        (manifest.batch, latent.channels, latent.height, latent.width),
-        noises=manifest.plan.noises,
-        guidance=manifest.guidance,
-    )
-    return Sound(bundle, reference, inputs, tuple(cases(manifest)))
+    reference = load_reference(bundle)
+    return Sound(bundle, reference, reference.inputs(bundle.manifest), tuple(cases(bundle.manifest)))
 
 
 @pytest.fixture(scope="module")

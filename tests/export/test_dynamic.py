@@ -24,7 +24,7 @@ from dipgo_deploy.compare.engine import Options, compare_engine
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.export.exporter import ExportOptions, PlannedExport, plan_export, publish
 from dipgo_deploy.export.trace import TracedModel, trace
-from dipgo_deploy.reference.conditions import as_arrays, reference_inputs
+from dipgo_deploy.reference.conditions import as_arrays
 from dipgo_deploy.reference.load import Reference, load_reference
 from dipgo_deploy.runtime.loop import DenoisingLoop
 from dipgo_deploy.runtime.pipeline import Pipeline
@@ -67,20 +67,6 @@ def reference(engine: Path) -> Callable[[Sizes], tuple[Bundle, Reference]]:
         return bundle, load_reference(bundle)
 
     return at
-
-
-def _inputs(bundle: Bundle, reference: Reference, seed: int = 0) -> Any:
-    manifest = bundle.manifest
-    latent = manifest.latent
-    return reference_inputs(
-        reference.source,
-        reference.conditions,
-        (manifest.batch, latent.channels, latent.height, latent.width),
-        noises=manifest.plan.noises,
-        guidance=manifest.guidance,
-        guidance_scale=3.0,
-        seed=seed,
-    )
 
 
 def _static(planned: PlannedExport, sizes: Sizes) -> TracedModel:
@@ -137,7 +123,11 @@ def test_the_manifest_says_how_shapes_depend_on_the_sizes(engine: Path) -> None:
 def test_every_size_gives_the_supernets_result(sizes: Sizes, reference: Any) -> None:
     bundle, torch_side = reference(sizes)
     report = compare_engine(
-        bundle, torch_side, _inputs(bundle, torch_side), create_backend("cpu", threads=1), Options(tolerance=1e-4)
+        bundle,
+        torch_side,
+        torch_side.inputs(bundle.manifest, guidance_scale=3.0),
+        create_backend("cpu", threads=1),
+        Options(tolerance=1e-4),
     )
     assert report.first_failure() is None
     assert report.results is not None and report.results.tensors[0].relative < 1e-4
@@ -149,7 +139,7 @@ def test_one_loop_runs_all_sizes_in_turn(engine: Path, reference: Any) -> None:
     order = [Sizes(3, 16, 16), Sizes(1, 4, 4), Sizes(2, 4, 14), Sizes(1, 4, 4), Sizes(3, 16, 16)]
     for sizes in order:
         bundle, torch_side = reference(sizes)
-        inputs = _inputs(bundle, torch_side, seed=sum(sizes))
+        inputs = torch_side.inputs(bundle.manifest, guidance_scale=3.0, seed=sum(sizes))
         alone = DenoisingLoop(bundle, create_backend("cpu", threads=1))
         arguments = (inputs.latents.numpy(), as_arrays(inputs.conditions))
         expected = alone.run(*arguments, guidance_scale=3.0)

@@ -25,7 +25,6 @@ from dipgo_deploy.export.planning import in_layout
 from dipgo_deploy.export.writing import write_bundle
 from dipgo_deploy.plan.layouts import compare_layouts
 from dipgo_deploy.plan.pieces import TRIVIAL_BYTES
-from dipgo_deploy.reference.conditions import ReferenceInputs, reference_inputs
 from dipgo_deploy.reference.load import load_reference
 
 WithGates = Callable[[PlannedExport, list[list[bool]]], PlannedExport]
@@ -47,14 +46,8 @@ def random_schedule(planned: PlannedExport, ratio: float, seed: int) -> list[lis
 def compared(engine_dir: Path, options: Options | None = None) -> Report:
     bundle = Bundle.open(engine_dir)
     reference = load_reference(bundle)
-    return compare_engine(bundle, reference, _inputs(bundle, reference), create_backend("cpu", threads=1), options)
-
-
-def _inputs(bundle: Bundle, reference) -> ReferenceInputs:
-    manifest, latent = bundle.manifest, bundle.manifest.latent
-    shape = (manifest.batch, latent.channels, latent.height, latent.width)
-    return reference_inputs(
-        reference.source, reference.conditions, shape, noises=manifest.plan.noises, guidance=manifest.guidance
+    return compare_engine(
+        bundle, reference, reference.inputs(bundle.manifest), create_backend("cpu", threads=1), options
     )
 
 

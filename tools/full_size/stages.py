@@ -66,7 +66,6 @@ def compare(arguments: Mapping[str, Any]) -> dict[str, Any]:
     from dipgo_deploy.backends import create_backend
     from dipgo_deploy.bundle.directory import Bundle
     from dipgo_deploy.compare.engine import Options, compare_engine
-    from dipgo_deploy.reference.conditions import reference_inputs
     from dipgo_deploy.reference.load import load_reference
     from dipgo_deploy.reference.mapped import float32_files, give_back_after_use
     from dipgo_deploy.reference.quiet import quiet_libraries
@@ -75,18 +74,11 @@ def compare(arguments: Mapping[str, Any]) -> dict[str, Any]:
     clock = _Clock()
     clock("loading the model")
     bundle = Bundle.open(Path(arguments["engine_dir"]))
-    manifest, latent = bundle.manifest, bundle.manifest.latent
+    manifest = bundle.manifest
     with float32_files(arguments["folder"], bundle.path.parent) as weights:
         reference = load_reference(bundle, weights=weights)
         give_back_after_use(reference.source.denoiser)
-        inputs = reference_inputs(
-            reference.source,
-            reference.conditions,
-            (manifest.batch, latent.channels, latent.height, latent.width),
-            noises=manifest.plan.noises,
-            guidance=manifest.guidance,
-            guidance_scale=manifest.guidance_scale,
-        )
+        inputs = reference.inputs(manifest, guidance_scale=manifest.guidance_scale)
         backend = create_backend("cpu", threads=arguments["threads"], share_weights=True)
         report = compare_engine(bundle, reference, inputs, backend, Options(variants=False, components=False), clock)
     assert report.results is not None
