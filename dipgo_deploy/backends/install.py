@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib import metadata
 
 from dipgo_deploy.errors import UserError
+from dipgo_deploy.extras import install
 
 # All of these install the one importable module ``onnxruntime``.
 _DISTRIBUTIONS = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-directml", "onnxruntime-openvino")
@@ -20,7 +21,7 @@ def check_onnxruntime_installation() -> str | None:
         extra = "gpu" if "onnxruntime-gpu" in found else "cpu"
         raise UserError(
             f"{' and '.join(found)} are both installed and overwrite each other's files: "
-            f"pip uninstall -y {' '.join(found)}, then pip install 'dipgo-deploy[{extra}]'"
+            f"pip uninstall -y {' '.join(found)}, then {install(extra)}"
         )
     return found[0] if found else None
 

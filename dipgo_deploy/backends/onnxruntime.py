@@ -18,6 +18,7 @@ from dipgo_deploy.backends.storage import as_bytes, from_storage
 from dipgo_deploy.bundle.manifest import Graph, Manifest, TensorSpec
 from dipgo_deploy.bundle.weights import WEIGHTS_INDEX, weights_of
 from dipgo_deploy.errors import UserError, one_line
+from dipgo_deploy.extras import install
 
 _ONNX_TYPES = {"float32": 1, "int64": 7, "float16": 10, "bfloat16": 16}
 _SESSION_TYPES = {"float32": "float", "float16": "float16", "bfloat16": "bfloat16", "int64": "int64"}
@@ -296,9 +297,7 @@ def _import_onnxruntime() -> Any:
 
         _ = onnxruntime.InferenceSession
     except (ImportError, AttributeError):
-        raise UserError(
-            "ONNX Runtime is missing or broken; install dipgo-deploy with one of the extras: 'cpu' or 'gpu', never both"
-        ) from None
+        raise UserError(f"ONNX Runtime is missing or broken: {install('cpu')}, or [gpu], never both") from None
     return onnxruntime
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from dipgo_deploy.errors import UserError, one_line
+from dipgo_deploy.extras import install
 
 CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
 # TF32, on by default there, rounds fp32 products to 10 bits: beyond any fp32 tolerance.
@@ -32,8 +33,8 @@ def require_cuda(ort: Any) -> None:
     """
     if CUDA not in ort.get_available_providers():
         raise UserError(
-            "backend cuda: this ONNX Runtime has no CUDA provider; install the extra 'gpu' instead of 'cpu',"
-            " or use --backend cpu"
+            "backend cuda: this ONNX Runtime has no CUDA provider: pip uninstall -y onnxruntime, then "
+            f"{install('gpu')}, or use --backend cpu"
         )
     missing = _unloadable(_DRIVER) if sys.platform == "linux" else None
     if missing is not None:  # else the libraries would be loaded for nothing: 200 MB

@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import Any
 
 from dipgo_deploy.errors import UserError
+from dipgo_deploy.extras import install
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,6 @@ def import_flavour(flavour: Flavour) -> Any:
     except (ImportError, OSError, RuntimeError, AttributeError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"backend {flavour.backend}: {flavour.title} is missing or broken ({reason}); "
-            f"pip install 'dipgo-deploy[{flavour.backend}]'"
+            f"backend {flavour.backend}: {flavour.title} is missing or broken ({reason}); {install(flavour.backend)}"
         ) from None
     return module

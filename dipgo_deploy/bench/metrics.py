@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from dipgo_deploy.errors import UserError
+from dipgo_deploy.extras import install
 from dipgo_deploy.quality import similarity
 from dipgo_deploy.quality.learned import Judged, Lpips, clip_model, image_reward
 from dipgo_deploy.search.losses import psnr, ssim
@@ -44,7 +45,7 @@ def to_the_full_run() -> tuple[list[Metric], list[str]]:
     found = [SSIM, PSNR, HAARPSI, GMSD]
     if similarity.has_flip():
         return [*found, FLIP], []
-    return found, ["FLIP is not measured: pip install 'dipgo-deploy[bench]'"]
+    return found, [f"FLIP is not measured: {install('bench')}"]
 
 
 LEARNED = ("lpips", "clip", "hps", "image-reward")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from dipgo_deploy.bench.quality import Row
 from dipgo_deploy.errors import UserError
+from dipgo_deploy.extras import install
 
 _COSTS: tuple[tuple[str, Callable[[Row], float]], ...] = (
     ("launches", lambda row: row.launches),
@@ -24,7 +25,7 @@ def check_plot(path: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise UserError("--plot: needs matplotlib: pip install 'dipgo-deploy[bench]'") from error
+        raise UserError(f"--plot: needs matplotlib: {install('bench')}") from error
     kinds = Figure().canvas.get_supported_filetypes()
     if path.suffix[1:].lower() not in kinds:
         raise UserError(f"--plot {path}: give a file ending in one of {', '.join(sorted(kinds))}")

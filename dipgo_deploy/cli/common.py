@@ -51,8 +51,9 @@ def missing_extra(error: ModuleNotFoundError) -> str | None:
     extras = _EXTRA_OF_MODULE.get(module)
     if extras is None:
         return None
-    installs = " or ".join(f"pip install 'dipgo-deploy[{extra}]'" for extra in extras)
-    return f"this needs the package {module}, which is not installed: {installs}"
+    from dipgo_deploy.extras import install
+
+    return f"this needs the package {module}, which is not installed: {install(*extras)}"
 
 
 def entry_point(command: click.Command) -> Callable[[Sequence[str] | None], int]:

@@ -315,7 +315,9 @@ def validate(file: Path, model: str | None, allow_other_config: bool, as_json: b
     console.print(f"{file}: valid ({', '.join(checked)}): {_summary(schedule)}", markup=False, soft_wrap=True)
     console.print(_facts(schedule)["worth"]["line"], markup=False, soft_wrap=True)
     if "sampler" not in checked:
-        console.print("number of rows for the sampler not checked: pip install 'dipgo-deploy[export]'", markup=False)
+        from dipgo_deploy.extras import install
+
+        console.print(f"number of rows for the sampler not checked: {install('export')}", markup=False, soft_wrap=True)
     emit({"file": str(file), "valid": True, "checked": checked, **_facts(schedule)}, as_json)
 
 

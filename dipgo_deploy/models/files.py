@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dipgo_deploy.errors import UserError
+from dipgo_deploy.extras import install
 from dipgo_deploy.files import unfit_file
 from dipgo_deploy.models.location import (
     INDEX,
@@ -157,8 +158,7 @@ def _check_tokenizer(part: Path) -> None:
     except Exception as error:  # not there, or made for another protobuf, which has an error of its own
         reason = "is not installed" if isinstance(error, ModuleNotFoundError) else "does not fit the protobuf here"
         raise UserError(
-            f"{found}: is read with the package sentencepiece, which {reason}: "
-            "pip install 'dipgo-deploy[sentencepiece]'"
+            f"{found}: is read with the package sentencepiece, which {reason}: {install('sentencepiece')}"
         ) from error
 
 

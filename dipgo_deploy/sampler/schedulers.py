@@ -14,6 +14,7 @@ import numpy as np
 
 from dipgo_deploy.documents import read_document
 from dipgo_deploy.errors import UserError, one_line
+from dipgo_deploy.extras import install
 from dipgo_deploy.schedule.document import Schedule
 
 MAX_STEPS = 2000
@@ -228,7 +229,7 @@ def _scheduler_class(class_name: str) -> Any:
     try:
         import diffusers
     except ImportError as error:
-        raise UserError("samplers are built with diffusers; install the extra: dipgo-deploy[export]") from error
+        raise UserError(f"samplers are built with diffusers: {install('export')}") from error
     found = getattr(diffusers, class_name, None)
     # Classes whose packages are missing are placeholders without SchedulerMixin; from_config then says what is missing.
     if not isinstance(found, type) or not hasattr(found, "from_config"):

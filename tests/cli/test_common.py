@@ -15,6 +15,7 @@ from dipgo_deploy import __version__
 from dipgo_deploy.cli import common
 from dipgo_deploy.cli.main import main as dipgo
 from dipgo_deploy.errors import NotFiniteError, ToleranceError, UserError, one_line
+from dipgo_deploy.extras import install
 
 ASSETS = Path(dipgo_deploy.__file__).parent / "assets"
 
@@ -42,13 +43,12 @@ def run_raising(error: BaseException) -> int:
         (
             ModuleNotFoundError("No module named 'torch'", name="torch"),
             2,
-            "error: this needs the package torch, which is not installed: pip install 'dipgo-deploy[export]'\n",
+            f"error: this needs the package torch, which is not installed: {install('export')}\n",
         ),
         (
             ModuleNotFoundError("No module named 'onnxruntime.capi'", name="onnxruntime.capi"),
             2,
-            "error: this needs the package onnxruntime, which is not installed: "
-            "pip install 'dipgo-deploy[cpu]' or pip install 'dipgo-deploy[gpu]'\n",
+            f"error: this needs the package onnxruntime, which is not installed: {install('cpu', 'gpu')}\n",
         ),
     ],
 )
