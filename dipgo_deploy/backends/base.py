@@ -9,8 +9,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from dipgo_deploy.bundle.manifest import ALIGNMENT as ALIGNMENT
 from dipgo_deploy.bundle.manifest import Graph, Manifest, TensorSpec
+from dipgo_deploy.plan.buffers import ALIGNMENT as ALIGNMENT
 
 
 @dataclass(frozen=True)

@@ -25,9 +25,6 @@ EXPORT_AGAIN = "export the engine directory again"
 MAX_MANIFEST_BYTES = 64 * 2**20
 MAX_MANIFEST_VALUES = 5_000_000
 
-# Bytes. TensorRT wants every tensor at a multiple of it, CUDA allocates at such, and plans place caches so.
-ALIGNMENT = 256
-
 T = TypeVar("T")
 
 _log = logging.getLogger(__name__)

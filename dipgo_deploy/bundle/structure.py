@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from dipgo_deploy.bundle.manifest import ALIGNMENT, Graph, LaunchEntry, Manifest, PlanEntry, TensorSpec, VariantEntry
+from dipgo_deploy.bundle.manifest import Graph, LaunchEntry, Manifest, PlanEntry, TensorSpec, VariantEntry
 from dipgo_deploy.bundle.names import (
     COEFFICIENTS,
     GUIDANCE_SCALE,
@@ -20,6 +20,7 @@ from dipgo_deploy.bundle.names import (
     TIMESTEP,
 )
 from dipgo_deploy.errors import UserError
+from dipgo_deploy.plan.buffers import ALIGNMENT
 
 # No sampler's weights, and no timestep, come near these.
 MOST_WEIGHT = 1e6

@@ -240,7 +240,7 @@ def class_ids(
     """
     import numpy as np
 
-    from dipgo_deploy.reference.conditions import GUIDANCE_SCALE, LABEL, PROMPT
+    from dipgo_deploy.reference.conditions import DEFAULT_GUIDANCE_SCALE, LABEL, PROMPT
     from dipgo_deploy.runtime.requests import Asked, check_request, class_condition, text_conditions
 
     labels = parse_labels(class_labels)
@@ -255,7 +255,7 @@ def class_ids(
     scale = guidance_scale
     distilled = any(spec.source == "guidance" for spec in manifest.conditions)
     if (manifest.guidance or distilled) and scale is None and manifest.guidance_scale is None:
-        scale = GUIDANCE_SCALE
+        scale = DEFAULT_GUIDANCE_SCALE
     latent = manifest.latent
     asked = Asked(
         image_latents=None

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from dipgo_deploy.bundle.manifest import Manifest, TensorSpec
 from dipgo_deploy.errors import UserError
+from dipgo_deploy.plan.buffers import ALIGNMENT
 
 _UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 
@@ -52,7 +53,7 @@ def memory_need(manifest: Manifest, weights: Mapping[str, int]) -> MemoryNeed:
     if manifest.components.text_encoder is not None:
         graphs.append(manifest.components.text_encoder.graph)
     components = [spec for graph in graphs if graph is not None for spec in (*graph.inputs, *graph.outputs)]
-    rows = len(plan.launches) * (4 * plan.slots + 256)
+    rows = len(plan.launches) * (4 * plan.slots + ALIGNMENT)
     return MemoryNeed(
         weights=dict(weights),
         arena=plan.arena_bytes,

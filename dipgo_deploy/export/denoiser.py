@@ -11,8 +11,6 @@ from dipgo_deploy.models.family import BlockSpec
 from dipgo_deploy.plan.graph import Block, CacheKind
 from dipgo_deploy.supernet.cuts import collect
 
-PREDICTION = "noise_pred"
-
 
 class TracedDenoiser(torch.nn.Module):
     """Wraps a diffusers denoiser for one trace.

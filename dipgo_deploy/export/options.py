@@ -17,20 +17,23 @@ LayoutChoice = Literal["auto"] | Layout
 class ExportOptions:
     """How a schedule is exported; the defaults are those of ``dipgo-export``.
 
-    dtype: ``fp32``, ``fp16`` or ``bf16``.
-    batch: images per launch, a number or a range.
-    guidance: classifier-free guidance in the graphs (the denoiser sees twice the batch); None: as its pipeline does.
-    height, width: pixels, a number or a range; None: the model's native size.
-    max_variants: re-enable the cheapest skipped blocks until at most so many graphs are left.
-    layout: ``variants``, a graph for each kind of evaluation; ``segments``, each weight in one graph and several
-        launches an evaluation; ``auto``, segments for fp32 where variants would hold the weights more than four times.
-    strength: start from a picture and run this share of the steps, as diffusers' image-to-image pipelines do.
-    allow_other_config: accept a schedule made for another configuration of the same class.
-    check: compare what was written with the model before it is published.
-    components: export text encoders, tokenizers and VAE too; without them a bundle takes embeddings and gives latents.
-    overwrite: replace an engine directory that exists.
-    low_memory: hold the weights once and compare in processes of their own; a planned export is then written once.
-        None: for weights of more than ``low_memory.LARGE_BYTES``; a planned export says what it became.
+    Attributes:
+        dtype: ``fp32``, ``fp16`` or ``bf16``.
+        batch: images per launch, a number or a range.
+        guidance: classifier-free guidance in the graphs, which double the batch; None: as the pipeline has it.
+        height, width: pixels, a number or a range; None: the model's native size.
+        max_variants: re-enable the cheapest skipped blocks until at most so many graphs are left.
+        layout: ``variants``, a graph for each kind of evaluation; ``segments``, each weight in one graph and several
+            launches an evaluation; ``auto``, segments for fp32 where variants would hold the weights more than four
+            times.
+        strength: start from a picture and run this share of the steps, as diffusers' image-to-image pipelines do.
+        allow_other_config: accept a schedule made for another configuration of the same class.
+        check: compare what was written with the model before it is published.
+        components: export text encoders, tokenizers and VAE too; without them an engine directory takes embeddings
+            and gives latents.
+        overwrite: replace an engine directory that exists.
+        low_memory: hold the weights once and compare in processes of their own; a planned export is then written once.
+            None: for weights of more than ``low_memory.LARGE_BYTES``; a planned export says what it became.
     """
 
     dtype: str = "fp32"

@@ -47,9 +47,19 @@ _log = logging.getLogger(__name__)
 class PlannedExport:
     """A traced model with the plan for its schedule; nothing is written yet.
 
-    used: per evaluation, whether the sampler gives any weight to its prediction. segments: only in that layout.
-    copies: of the weights that graphs of ``variants`` hold, where ``auto`` chose by them. image: for image-to-image;
-    ``schedule`` then has the evaluations that are run only.
+    Attributes:
+        source: the loaded model.
+        schedule: the evaluations that are run; of image-to-image the later ones.
+        scheduler: its sampler.
+        set_timesteps: what that is given besides the number of steps.
+        traced: the model's one trace.
+        plan: launches of the layout ``variants``.
+        matrix: the sampler as coefficients.
+        used: per evaluation, whether the sampler gives any weight to its prediction.
+        options: as given, with ``guidance`` and ``low_memory`` decided.
+        segments: the launches in that layout; None where ``variants`` is exported.
+        copies: of the weights that graphs of ``variants`` would hold, where ``auto`` chose by them.
+        image: for image-to-image.
     """
 
     source: Source

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from dipgo_deploy.bundle.names import GUIDANCE_SCALE, PREDICTION, TIMESTEP
 from dipgo_deploy.bundle.shapes import SizeRanges
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.export.dynamic import Dimensions, concrete, example_sizes, macs_at
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
     import torch
 
-LATENT, TIMESTEP, GUIDANCE = "latent", "timestep", "guidance_scale"
+LATENT = "latent"
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def trace(
     """
     import torch
 
-    from dipgo_deploy.export.denoiser import PREDICTION, Layout, TracedDenoiser
+    from dipgo_deploy.export.denoiser import Layout, TracedDenoiser
     from dipgo_deploy.export.passes import apply
     from dipgo_deploy.export.passes.dimensions import NameDimensions
     from dipgo_deploy.export.passes.projections import SeparateProjections
@@ -89,7 +90,7 @@ def trace(
     names = [LATENT, TIMESTEP]
     if shape.guidance:
         arguments.append(torch.tensor([5.0]))
-        names.append(GUIDANCE)
+        names.append(GUIDANCE_SCALE)
     for spec in condition_specs(family, config, example):
         arguments.append(_example(spec, dtype))
         names.append(spec.name)

@@ -6,6 +6,9 @@ from bisect import insort
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+# Bytes. TensorRT wants every tensor at a multiple of it, CUDA allocates at such, and plans place caches so.
+ALIGNMENT = 256
+
 
 @dataclass(frozen=True)
 class Lifetime:

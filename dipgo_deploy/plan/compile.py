@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from dipgo_deploy.errors import UserError
-from dipgo_deploy.plan.buffers import Lifetime, allocate, lower_bound
+from dipgo_deploy.plan.buffers import ALIGNMENT, Lifetime, allocate, lower_bound
 from dipgo_deploy.plan.costs import bits
 from dipgo_deploy.plan.graph import BlockGraph
 from dipgo_deploy.plan.index import GraphIndex, index_graph
@@ -23,7 +23,7 @@ def compile_plan(
     *,
     max_variants: int | None = None,
     prediction_used: Sequence[bool] | None = None,
-    alignment: int = 256,
+    alignment: int = ALIGNMENT,
 ) -> Plan:
     """Turn T x N gates into launches of as few static graphs as possible, with the same predictions.
 
@@ -59,7 +59,7 @@ def demanded(
     *,
     max_variants: int | None = None,
     prediction_used: Sequence[bool] | None = None,
-    alignment: int = 256,
+    alignment: int = ALIGNMENT,
 ) -> Compiled:
     """What every step has to do, whatever the layout; arguments and errors are those of ``compile_plan``."""
     index = index_graph(graph)

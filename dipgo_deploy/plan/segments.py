@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
-from dipgo_deploy.plan.buffers import Lifetime, allocate, lower_bound
+from dipgo_deploy.plan.buffers import ALIGNMENT, Lifetime, allocate, lower_bound
 from dipgo_deploy.plan.compile import demanded
 from dipgo_deploy.plan.costs import bits
 from dipgo_deploy.plan.graph import BlockGraph
@@ -127,7 +127,7 @@ def plan_segments(
     gates: Sequence[Sequence[bool]],
     *,
     prediction_used: Sequence[bool] | None = None,
-    alignment: int = 256,
+    alignment: int = ALIGNMENT,
 ) -> SegmentPlan:
     """Cut the model where the schedule cuts it: the same predictions as ``compile_plan`` gives for these gates.
 

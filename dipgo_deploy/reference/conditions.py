@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 PROMPT = "a photo"
 LABEL = 0
-GUIDANCE_SCALE = 7.5
+DEFAULT_GUIDANCE_SCALE = 7.5
 
 
 @dataclass(frozen=True)
@@ -72,9 +72,7 @@ def reference_inputs(
     start = None if begin is None else ImageStart(begin, torch.from_numpy(stream.randn(sample_shape)))
     latents = torch.from_numpy(stream.randn(sample_shape))
     drawn = tuple(torch.from_numpy(stream.randn(sample_shape)) for _ in range(noises))
-    scale = None
-    if guidance:
-        scale = guidance_scale if guidance_scale is not None else source.default_guidance_scale() or GUIDANCE_SCALE
+    scale = _scale(source, guidance_scale) if guidance else None
     conditions = reference_conditions(
         source, specs, guidance=guidance, prompts=prompts, labels=labels, guidance_scale=guidance_scale
     )
@@ -116,8 +114,7 @@ def reference_conditions(
             null = torch.from_numpy(np.random.default_rng(0).random((1, *spec.shape[1:]), np.float32))
             rows = [null]
         else:
-            scale = guidance_scale if guidance_scale is not None else source.default_guidance_scale() or GUIDANCE_SCALE
-            row = spec.values or (scale,)
+            row = spec.values or (_scale(source, guidance_scale),)
             null = torch.tensor(row, dtype=torch.float32).reshape(1, *spec.shape[1:])
             rows = [null.to(torch.int64) if spec.dtype == "int64" else null]
             null = rows[0]
@@ -125,6 +122,10 @@ def reference_conditions(
         halves = [null.expand(batch, *null.shape[1:]), given] if guidance else [given]
         conditions[spec.name] = torch.cat(halves)
     return conditions
+
+
+def _scale(source: Source, chosen: float | None) -> float:
+    return chosen if chosen is not None else source.default_guidance_scale() or DEFAULT_GUIDANCE_SCALE
 
 
 def has_text_encoder(source: Source) -> bool:

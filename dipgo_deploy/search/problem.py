@@ -15,7 +15,7 @@ from dipgo_deploy.models.family import CacheKind, Granularity
 from dipgo_deploy.models.location import denoiser_config
 from dipgo_deploy.models.target import schedule_target
 from dipgo_deploy.plan.graph import BlockGraph
-from dipgo_deploy.reference.conditions import GUIDANCE_SCALE, reference_conditions
+from dipgo_deploy.reference.conditions import DEFAULT_GUIDANCE_SCALE, reference_conditions
 from dipgo_deploy.reference.source import Source, load_source
 from dipgo_deploy.reference.vae import to_vae
 from dipgo_deploy.runtime.noise import TorchNoise
@@ -203,7 +203,7 @@ def load_problem(options: ProblemOptions, notify: Notify = lambda stage: None) -
         costs=Costs(traced.graph, target.steps, prediction_used(matrix)),
         conditions=conditions,
         names=names,
-        guidance_scale=(scale or GUIDANCE_SCALE) if guidance else None,
+        guidance_scale=(scale or DEFAULT_GUIDANCE_SCALE) if guidance else None,
         sample_shape=(source.family.latent_channels(source.config), shape.height, shape.width),
         set_timesteps=set_timesteps,
         device=device,
