@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
     from dipgo_deploy.schedule.builders import PendingTarget
     from dipgo_deploy.schedule.document import Schedule
+    from dipgo_deploy.schedule.solver import Solver
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -343,7 +344,7 @@ def show(file: Path, model: str | None, allow_other_config: bool, as_json: bool)
         facts.update(_planned(schedule, model))
     console = human_console(as_json)
     _print_grid(schedule, console)
-    _print_facts(facts, console)
+    _print_facts(facts, schedule.solver, console)
     emit({"file": str(file), **facts, "keep": list(schedule.keep)}, as_json)
 
 
@@ -433,6 +434,7 @@ def _facts(schedule: Schedule) -> dict[str, Any]:
         "kept_gates": schedule.kept_share,
         "sampler": schedule.sampler.class_name,
         "num_inference_steps": schedule.sampler.num_inference_steps,
+        "solver": None if schedule.solver is None else to_json(schedule.solver.provenance),
         "provenance": to_json(schedule.provenance),
     }
 
@@ -464,11 +466,12 @@ def _print_grid(schedule: Schedule, console: Console) -> None:
         console.print()
 
 
-def _print_facts(facts: Mapping[str, Any], console: Console) -> None:
+def _print_facts(facts: Mapping[str, Any], solver: Solver | None, console: Console) -> None:
     provenance = facts["provenance"]
     lines = {
         "model": f"{facts['model']['class_name']}, {facts['blocks']} units ({facts['model']['granularity']})",
         "sampler": f"{facts['sampler']}, {facts['num_inference_steps']} steps, {facts['steps']} evaluations",
+        **({} if solver is None else {"solver": solver.summary}),
         "made by": str(provenance.get("method", "not said")),
         "kept gates": f"{facts['kept_gates']:.1%}",
         "worth": facts["worth"]["line"].removeprefix("worth: "),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -111,6 +111,22 @@ class Solver(BaseModel):
         """What its provenance says. Provenance is free: what is not as ``dipgo-calibrate`` writes it says nothing."""
         scales, latent = (_numbers(self.provenance.get(name)) for name in ("guidance_scales", "latent"))
         return FittedTo(scales, (int(latent[0]), int(latent[1])) if len(latent) == 2 else None)
+
+    @property
+    def summary(self) -> str:
+        """One line on what its provenance says."""
+        known = self.provenance
+        reference = known.get("reference")
+        words = [f"{len(self.timesteps)} launches fitted"]
+        if isinstance(reference, Mapping):
+            words.append(f"to {reference.get('sampler')}, {reference.get('num_inference_steps')} steps")
+        if "images" in known:
+            words.append(f"on {known['images']} images")
+        if scales := self.fitted_to.guidance_scales:
+            words.append(f"at guidance {', '.join(f'{scale:g}' for scale in scales)}")
+        if residuals := _numbers(known.get("residuals")):
+            words.append(f"(relative error of the final latent {residuals[-1]:.4g} on images held aside)")
+        return " ".join(words)
 
     def check(self, evaluations: int) -> None:
         """Refuse (UserError) a solver that does not fit a schedule of so many evaluations, or that cannot be run."""

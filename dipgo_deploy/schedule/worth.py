@@ -43,6 +43,13 @@ def worth_of(schedule: Schedule, without_launch: Collection[int] | None = None) 
     repeated = set(without_launch)
     whole = all(all(row) for step, row in enumerate(schedule.gates) if step not in repeated)
     run = steps - len(repeated)
+    if schedule.solver is not None:
+        cost = f"{steps}" if whole and run == steps else f"about {evaluations:.1f}"
+        line = (
+            f"worth: costs what {cost} plain evaluations cost, with weights fitted to a full run in place of those of "
+            f"{sampler}; compare pictures with plain solvers of as many"
+        )
+        return Worth(None, evaluations, line)
     if whole and run == steps:
         return Worth(None, evaluations, "worth: the full run, nothing is saved")
     if whole and _is_first_order(schedule):
@@ -53,8 +60,7 @@ def worth_of(schedule: Schedule, without_launch: Collection[int] | None = None) 
         )
         return Worth(run, evaluations, line)
     cost = f"{run}" if whole else f"about {evaluations:.1f}"
-    other = sampler if schedule.solver is None else "its fitted solver"
-    why = f" ({other} makes something else of repeated predictions than of fewer steps)" if whole else ""
+    why = f" ({sampler} makes something else of repeated predictions than of fewer steps)" if whole else ""
     line = f"worth: costs what {cost} of {steps} plain evaluations cost{why}; compare pictures with as many plain ones"
     return Worth(None, evaluations, line)
 
@@ -63,8 +69,7 @@ def _is_first_order(schedule: Schedule) -> bool:
     """Whether a step adds a multiple of the prediction to a multiple of the latent, and so do two with the same one."""
     config = schedule.sampler.config
     return (
-        schedule.solver is None
-        and schedule.sampler.class_name in _FIRST_ORDER
+        schedule.sampler.class_name in _FIRST_ORDER
         and config.get("prediction_type", "epsilon") == "epsilon"
         and not config.get("stochastic_sampling")
     )

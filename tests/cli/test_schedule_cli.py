@@ -14,6 +14,7 @@ from dipgo_deploy.cli import schedule as cli
 from dipgo_deploy.cli.schedule import main
 from dipgo_deploy.extras import install
 from dipgo_deploy.schedule.document import Schedule
+from dipgo_deploy.schedule.solver import Solver
 
 ASSETS = Path(cli.__file__).resolve().parents[1] / "assets"
 VERBS = ("full", "uniform", "deepcache", "random", "import", "validate", "show", "diff")
@@ -253,6 +254,34 @@ def test_show_draws_blocks_by_steps(made: Path, capsys: pytest.CaptureFixture[st
     assert "down_blocks.0  █··█··" in lines
     assert "mid_block      █··█··" in lines
     assert any(re.fullmatch(r"kept gates +33.3%", line) for line in lines)
+
+
+def test_show_knows_a_fitted_solver(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plain = Schedule.load(made)
+    solver = Solver.model_validate(
+        {
+            "timesteps": [900, 100],
+            "rows": [[1, 0, 0], [1, 1, 0]],
+            "final": [1, 1, 1],
+            "provenance": {
+                "reference": {"sampler": "DDIMScheduler", "num_inference_steps": 50},
+                "images": 200,
+                "guidance_scales": [4, 7.5],
+                "residuals": [0.0, 0.01, 0.0234],
+            },
+        }
+    )
+    fitted = plain.with_solver(solver, ((True,) * len(plain.blocks),) * 2)
+    fitted.save(tmp_path / "fitted.json")
+    assert main(["show", str(tmp_path / "fitted.json")]) == 0
+    shown = capsys.readouterr().out
+    assert (
+        "solver      2 launches fitted to DDIMScheduler, 50 steps on 200 images at guidance 4, 7.5 (relative" in shown
+    )
+    assert "costs what 2 plain evaluations cost" in shown and "nothing is saved" not in shown
+    assert main(["show", str(tmp_path / "fitted.json"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["solver"]["images"] == 200
+    assert Solver.model_validate({**solver.model_dump(), "provenance": {}}).summary == "2 launches fitted"
 
 
 def test_show_wraps_long_schedules(made: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -65,6 +65,15 @@ def test_other_schedules_are_no_fewer_steps(model: str, sampler: str, words: str
     assert "\n" not in worth.line
 
 
+def test_a_fitted_solver_costs_its_launches_and_is_not_the_full_run(document: dict[str, Any]) -> None:
+    solver = {"timesteps": [900, 100], "rows": [[1, 0, 0], [1, 1, 0]], "final": [1, 1, 1]}
+    changed = {**document, "format_version": 2, "steps": 2, "solver": solver}
+    whole, partly = (worth_of(Schedule.model_validate({**changed, "keep": ["111", row]})) for row in ("111", "101"))
+    assert whole.plain_steps is None and whole.evaluations == 2
+    assert "costs what 2 plain evaluations cost, with weights fitted to a full run" in whole.line
+    assert "costs what about 1.7 plain evaluations cost" in partly.line
+
+
 def test_v_prediction_is_not_along_one_line(document: dict[str, Any]) -> None:
     document["keep"] = ["111", "000", "111", "000"]
     assert worth_of(Schedule.model_validate(document)).plain_steps == 2
