@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from dipgo_deploy.bench.quality import Case
+from dipgo_deploy.calibrate.core import nearest
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.schedule.builders import full
 from dipgo_deploy.schedule.document import Schedule
@@ -78,3 +79,21 @@ def taylor(problem: Problem, launches: int) -> Schedule:
     )
     whole = problem.target.schedule(full(steps, len(problem.target.blocks)), "taylor", {"launches": launches})
     return whole.with_solver(solver, full(launches, len(problem.target.blocks)))
+
+
+def without_solver(problem: Problem, name: str, schedule: Schedule) -> tuple[Case | None, str]:
+    """A fitted schedule's launches under the full run's own sampler, at the steps whose timesteps are nearest.
+
+    Returns:
+        The case, or None and a line that says why there is none.
+    """
+    assert schedule.solver is not None
+    at = [nearest(problem.matrix.timesteps, timestep) for timestep in schedule.solver.timesteps]
+    label = f"{name}, without its solver"
+    if at != sorted(set(at)) or at[0] != 0:
+        return None, f"{label}: left out (its launches lie on no {len(at)} steps of the full run, the first among them)"
+    if {block.name: block.cache for block in schedule.blocks} != problem.cache_kinds:
+        return None, f"{label}: left out (it has other caches than the first schedule)"
+    rows = dict(zip(at, schedule.gates, strict=True))
+    nothing = (False,) * len(schedule.blocks)
+    return Case(label, gates=tuple(rows.get(step, nothing) for step in range(problem.steps))), ""

@@ -126,6 +126,12 @@ def command() -> None:
 )
 @option(
     "Measurement",
+    "--uncalibrated",
+    is_flag=True,
+    help="Also measure every fitted schedule without its solver, under the sampler of the full run.",
+)
+@option(
+    "Measurement",
     "--per-condition",
     type=click.IntRange(min=2),
     default=20,
@@ -167,6 +173,7 @@ def quality(
     baselines: bool,
     launches: str | None,
     calibration_images: int | None,
+    uncalibrated: bool,
     guidance_scales: tuple[float, ...],
     threads: int | None,
     output: Path | None,
@@ -224,7 +231,7 @@ def quality(
             metrics, notes = [*metrics, *judges], [*notes, *left_out]
         if calibration_images is not None:
             schedules = _with_fitted(problem, schedules, calibration_images, status.update)
-        cases, more = _cases(problem, schedules, counts if baselines else None, taking)
+        cases, more = _cases(problem, schedules, counts if baselines else None, uncalibrated, taking)
         cases += solver_cases
         for line in (*notes, *more):
             tell(line)
@@ -292,18 +299,26 @@ def _cases(
     problem: Problem,
     schedules: Sequence[tuple[str, Schedule]],
     counts: Sequence[int] | None,
+    uncalibrated: bool,
     taking: Mapping[str, bool],
 ) -> tuple[list[Case], list[str]]:
-    """The schedules' cases and, where ``counts`` is not None, the plain solvers beside them; and what was left out."""
-    from dipgo_deploy.bench.baselines import baseline_cases
+    """The schedules' cases, with ``uncalibrated`` those without their solvers, and, where ``counts`` is not None, the
+    plain solvers beside them; and what was left out."""
+    from dipgo_deploy.bench.baselines import baseline_cases, without_solver
     from dipgo_deploy.bench.quality import evaluations_worth, schedule_cases
 
     cases = schedule_cases(schedules, problem, **taking)
-    if counts is None:
-        return cases, []
     wanted = sorted(counts or {evaluations_worth(problem, case) for case in cases})
-    plain, left_out = baseline_cases(problem, wanted)
-    return [*cases, *plain], left_out
+    left_out = []
+    for name, schedule in schedules if uncalibrated else ():
+        if schedule.solver is not None:
+            case, line = without_solver(problem, name, schedule)
+            cases += [] if case is None else [case]
+            left_out += [line] if line else []
+    if counts is None:
+        return cases, left_out
+    plain, refused = baseline_cases(problem, wanted)
+    return [*cases, *plain], [*left_out, *refused]
 
 
 def _with_fitted(

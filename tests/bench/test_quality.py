@@ -11,7 +11,7 @@ import pytest
 import torch
 from search_models import STEPS, save_dit
 
-from dipgo_deploy.bench.baselines import baseline_cases, taylor
+from dipgo_deploy.bench.baselines import baseline_cases, taylor, without_solver
 from dipgo_deploy.bench.plot import check_plot
 from dipgo_deploy.bench.quality import (
     REFERENCE,
@@ -134,6 +134,20 @@ def test_taylor_extrapolates_the_prediction_along_the_full_runs_steps(problem: P
     for row, wanted in zip((*schedule.solver.rows, schedule.solver.final), (*inputs, latent), strict=True):
         got = torch.einsum("s,sbchw->bchw", torch.tensor(row, dtype=torch.float64), stack)
         torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_a_fitted_schedule_is_measured_without_its_solver_too(problem: Problem) -> None:
+    fitted = taylor(problem, 3)  # launches at the steps 0, 1 and 3
+    case, line = without_solver(problem, "a.json", fitted)
+    assert case is not None and not line and case.name == "a.json, without its solver"
+    kept = [step for step, row in enumerate(case.gates or ()) if any(row)]
+    assert kept == [0, 1, 3] and case.fitted is None and case.solver is None
+    assert fitted.solver is not None
+    late = fitted.solver.model_copy(update={"timesteps": tuple(t - 150 for t in fitted.solver.timesteps)})
+    case, line = without_solver(problem, "a.json", fitted.with_solver(late))
+    assert case is None and line.startswith("a.json, without its solver: left out (its launches lie on no 3 steps")
+    other, line = without_solver(with_cache(problem, "output"), "a.json", fitted)
+    assert other is None and "other caches" in line
 
 
 def test_fewest_launches_are_of_those_that_are_good_enough(problem: Problem) -> None:
