@@ -14,6 +14,7 @@ from dipgo_deploy import documents
 from dipgo_deploy.bundle.shapes import NAMES, Dim, SizeRanges, Sizes, evaluate, evaluate_shape
 from dipgo_deploy.bundle.stack import StackLayout
 from dipgo_deploy.errors import UserError
+from dipgo_deploy.schedule.validation import one_line
 
 FORMAT_VERSION = 4
 # What is read too: directories without a seal, of which nobody can tell whether the manifest was changed.
@@ -391,9 +392,7 @@ class Manifest(_Frozen):
         try:
             return cls.model_validate(data)
         except pydantic.ValidationError as error:
-            first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-            where = ".".join(str(part) for part in first["loc"])
-            raise UserError(f"{path}: {where}: {first['msg']}; export the engine directory again") from None
+            raise UserError(f"{path}: {one_line(error)}; {EXPORT_AGAIN}") from None
 
 
 def seal_of(document: Mapping[str, Any]) -> str:

@@ -165,13 +165,3 @@ class TensorFile:
                 raise OSError(f"{self.path}: was cut while it was read")
             done += got
         return buffer
-
-
-def read_tensors(path: Path) -> dict[str, np.ndarray]:
-    """All tensors by name, in their own dtype; bfloat16 and float8, which numpy lacks, as float32.
-
-    Raises:
-        OSError: the file cannot be read.
-        ValueError: not a safetensors file, or a tensor of another dtype; the message names it.
-    """
-    return {name: tensor.read() for name, tensor in TensorFile(path).tensors.items()}

@@ -12,6 +12,7 @@ import pydantic
 from dipgo_deploy.bundle.manifest import EXPORT_AGAIN
 from dipgo_deploy.documents import read_document
 from dipgo_deploy.errors import UserError
+from dipgo_deploy.schedule.validation import one_line
 
 WEIGHTS_INDEX = "weights.json"
 WEIGHTS_NAME = "weights.bin"
@@ -83,11 +84,7 @@ class WeightsIndex(_Frozen):
         try:
             return cls.model_validate(data)
         except pydantic.ValidationError as error:
-            first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-            where = ".".join(str(part) for part in first["loc"])
-            raise UserError(
-                f"{path}: not an index of weights ({where}: {first['msg']}); export the engine directory again"
-            ) from None
+            raise UserError(f"{path}: not an index of weights ({one_line(error)}); {EXPORT_AGAIN}") from None
 
 
 def weights_of(graph: Path, index: WeightsIndex | None = None) -> Mapping[str, StoredWeight]:

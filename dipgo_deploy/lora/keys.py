@@ -34,26 +34,26 @@ _PEFT_PREFIX = "base_model.model."
 _DENOISER = ("denoiser",)
 _T5 = ("text_encoder_3", "text_encoder_2")
 # Prefix, components that it can mean (the first that the model has), whether the path has underscores for dots.
-_PREFIXES: tuple[tuple[str, tuple[str, ...], bool], ...] = (
-    ("unet.", _DENOISER, False),
-    ("transformer.", _DENOISER, False),
-    ("model.diffusion_model.", _DENOISER, False),
-    ("diffusion_model.", _DENOISER, False),
-    ("lora_unet_", _DENOISER, True),
-    ("lora_transformer_", _DENOISER, True),
-    ("lycoris_", _DENOISER, True),
-    ("text_encoder.", ("text_encoder",), False),
-    ("text_encoder_2.", ("text_encoder_2",), False),
-    ("text_encoder_3.", ("text_encoder_3",), False),
-    ("text_encoders.clip_l.transformer.", ("text_encoder",), False),
-    ("text_encoders.clip_g.transformer.", ("text_encoder_2",), False),
-    ("text_encoders.t5xxl.transformer.", _T5, False),
-    ("lora_te_", ("text_encoder",), True),
-    ("lora_te1_", ("text_encoder",), True),
-    ("lora_te2_", ("text_encoder_2",), True),
-    ("lora_te3_", _T5, True),
+_PREFIXES: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("unet.", _DENOISER),
+    ("transformer.", _DENOISER),
+    ("model.diffusion_model.", _DENOISER),
+    ("diffusion_model.", _DENOISER),
+    ("lora_unet_", _DENOISER),
+    ("lora_transformer_", _DENOISER),
+    ("lycoris_", _DENOISER),
+    ("text_encoder.", ("text_encoder",)),
+    ("text_encoder_2.", ("text_encoder_2",)),
+    ("text_encoder_3.", ("text_encoder_3",)),
+    ("text_encoders.clip_l.transformer.", ("text_encoder",)),
+    ("text_encoders.clip_g.transformer.", ("text_encoder_2",)),
+    ("text_encoders.t5xxl.transformer.", _T5),
+    ("lora_te_", ("text_encoder",)),
+    ("lora_te1_", ("text_encoder",)),
+    ("lora_te2_", ("text_encoder_2",)),
+    ("lora_te3_", _T5),
     # a text encoder that PEFT wrote alone; this level of the path may be missing anyway
-    ("text_model.", ("text_encoder",), False),
+    ("text_model.", ("text_encoder",)),
 )
 # diffusers' attention processors: `attn1.processor.to_out_lora` is the update of `attn1.to_out.0`, and in a text
 # encoder `self_attn.to_q_lora` that of `self_attn.q_proj`.
@@ -66,12 +66,11 @@ class Layer:
     """The layer that a key is about.
 
     components: what it can be a layer of, ``denoiser``, ``text_encoder``, ``text_encoder_2`` or ``text_encoder_3``;
-    the first that the model has. module: its path as the file has it. flat: with underscores for dots.
+    the first that the model has. module: its path as the file has it.
     """
 
     components: tuple[str, ...]
     module: str
-    flat: bool
 
     @property
     def name(self) -> str:
@@ -82,13 +81,13 @@ class Layer:
 def layer_of(path: str) -> Layer:
     """The layer of a key without its end."""
     path = path.removeprefix(_PEFT_PREFIX)
-    for prefix, components, flat in _PREFIXES:
+    for prefix, components in _PREFIXES:
         if path.startswith(prefix):
             module = path.removeprefix(prefix)
             if components != _DENOISER:
                 module = _ENCODER_PROCESSOR.sub(lambda match: f".{match[1]}_proj", module)
-            return Layer(components, _denoiser_module(module), flat)
-    return Layer(_DENOISER, _denoiser_module(path), False)
+            return Layer(components, _denoiser_module(module))
+    return Layer(_DENOISER, _denoiser_module(path))
 
 
 def _denoiser_module(module: str) -> str:

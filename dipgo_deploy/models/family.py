@@ -132,8 +132,8 @@ class ModelFamily:
     an open latent height or width has to be a multiple of it; None where a trace is good for one size only. pixels: the
     latent is the picture itself, in [-1, 1]. kind: of the samplers it is for, where its folder has none that tells.
     float32_in_fp16: components of the pipeline that overflow in float16 and stay in float32 in a fp16 export.
-    tolerances: dtype -> largest allowed relative error against the fp32 supernet, with the reason in
-    ``tolerance_reason``.
+    tolerances: dtype -> largest allowed relative error against the fp32 supernet. defaults: setting ->
+    value of the class where a configuration leaves it out; None: as this project knows diffusers' classes.
     """
 
     class_name: str
@@ -154,12 +154,10 @@ class ModelFamily:
     pixels: bool = False
     kind: Kind = "diffusion"
     float32_in_fp16: tuple[str, ...] = ()
+    # Of the largest value. fp32: another order of summation over tens of layers; fp16 (11 bits) and bf16 (8 bits):
+    # rounding after every layer, fed back through the loop.
     tolerances: Mapping[str, float] = field(default_factory=lambda: {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1})
     defaults: Mapping[str, Any] | None = None
-    tolerance_reason: str = (
-        "relative to the largest value; fp32 leaves room for another order of summation over tens of layers, "
-        "fp16 (11 bits) and bf16 (8 bits) for rounding after every layer, fed back through the denoising loop"
-    )
 
     def __post_init__(self) -> None:
         """Every function that takes a configuration gets it with the class's defaults; what all refuse is refused."""

@@ -105,7 +105,6 @@ class _Model:
 
     pieces: PieceGraph
     maker: Mapping[str, int]
-    named: frozenset[str]
     source: Mapping[str, str]
     prediction: str
 
@@ -149,14 +148,13 @@ def plan_segments(
         )
     ]
     emitted = list(_Emitter(index, model, steps, runs, parts).launches())
-    return _assemble(index, model, parts, emitted, alignment)
+    return _assemble(model, parts, emitted, alignment)
 
 
 def _model(index: GraphIndex, pieces: PieceGraph) -> _Model:
     return _Model(
         pieces=pieces,
         maker={name: place for place, piece in enumerate(pieces.pieces) for name in piece.makes},
-        named=frozenset(index.names),
         source={index.names[v]: index.names[u] for v, u in enumerate(index.source) if u >= 0},
         prediction=index.names[index.prediction],
     )
@@ -367,7 +365,7 @@ def _predicts_directly(
 
 
 def _assemble(
-    index: GraphIndex, model: _Model, parts: Sequence[tuple[int, ...]], emitted: Sequence[_Emitted], alignment: int
+    model: _Model, parts: Sequence[tuple[int, ...]], emitted: Sequence[_Emitted], alignment: int
 ) -> SegmentPlan:
     """Segments with the outputs that somebody reads, and every version at its offset."""
     last_read = {version: number for number, launch in enumerate(emitted) for version in launch.reads}

@@ -78,8 +78,6 @@ IMAGE_LOSSES: Mapping[str, Distance] = MappingProxyType(
 LATENT_LOSSES: Mapping[str, Distance] = MappingProxyType({"latent-l1": _l1, "latent-l2": _l2})
 """Name -> distance (B,) of final latents (B, C, h, w)."""
 
-LOSSES = (*IMAGE_LOSSES, *LATENT_LOSSES)
-
 
 def sparsity(gates: Tensor, gamma: Sequence[float]) -> Tensor:
     """The price of kept gates, ``sum(gamma_k * g_tk) / (T * N)`` (DiP-GO, arXiv 2410.16942): (T, N), N -> scalar."""

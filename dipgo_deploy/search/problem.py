@@ -220,23 +220,27 @@ def with_sampler(problem: Problem, sampler: str, steps: int, config: Mapping[str
     Raises:
         UserError: an unknown sampler, or one whose steps are not linear.
     """
-    options = replace(problem.options, sampler=sampler, steps=steps, reference=None)
+    options = replace(problem.options, sampler=sampler, steps=steps)
     target = schedule_target(options.model, sampler, steps, options.granularity, options.cache)
     if config is not None:
         entry = SamplerEntry(class_name=target.sampler.class_name, config=dict(config), num_inference_steps=steps)
         target = replace(target, sampler=entry)
-    scheduler = make_scheduler(target.sampler.class_name, target.sampler.config)
-    set_timesteps = problem.source.set_timesteps(scheduler, *problem.sample_shape[1:], steps)
-    matrix = sampler_matrix(scheduler, steps, set_timesteps_kwargs=set_timesteps)
+    return _with_scheduler(problem, make_scheduler(target.sampler.class_name, target.sampler.config), target, options)
+
+
+def _with_scheduler(problem: Problem, scheduler: Any, target: Target, options: ProblemOptions) -> Problem:
+    """Without a reference of its own. target: but for T, which the scheduler decides."""
+    set_timesteps = problem.source.set_timesteps(scheduler, *problem.sample_shape[1:], options.steps)
+    matrix = sampler_matrix(scheduler, options.steps, set_timesteps_kwargs=set_timesteps)
     return replace(
         problem,
-        options=options,
+        options=replace(options, reference=None),
         scheduler=scheduler,
-        target=target,
+        target=replace(target, steps=len(matrix.timesteps)),
         matrix=matrix,
         set_timesteps=set_timesteps,
         reference=None,
-        costs=Costs(problem.traced.graph, target.steps, prediction_used(matrix)),
+        costs=Costs(problem.traced.graph, len(matrix.timesteps), prediction_used(matrix)),
     )
 
 
@@ -289,20 +293,9 @@ def with_schedule(problem: Problem, schedule: Schedule) -> Problem:
     """
     if schedule.blocks != problem.target.blocks:
         problem = _with_blocks(problem, schedule.blocks)
-    scheduler = scheduler_of(schedule)
-    steps = schedule.sampler.num_inference_steps
-    set_timesteps = problem.source.set_timesteps(scheduler, *problem.sample_shape[1:], steps)
-    matrix = sampler_matrix(scheduler, steps, set_timesteps_kwargs=set_timesteps)
-    return replace(
-        problem,
-        options=replace(problem.options, sampler=schedule.sampler.class_name, steps=steps, reference=None),
-        scheduler=scheduler,
-        target=replace(problem.target, sampler=schedule.sampler, steps=len(matrix.timesteps)),
-        matrix=matrix,
-        set_timesteps=set_timesteps,
-        reference=None,
-        costs=Costs(problem.traced.graph, len(matrix.timesteps), prediction_used(matrix)),
-    )
+    sampler = schedule.sampler
+    options = replace(problem.options, sampler=sampler.class_name, steps=sampler.num_inference_steps)
+    return _with_scheduler(problem, scheduler_of(schedule), replace(problem.target, sampler=sampler), options)
 
 
 def with_guidance_scale(problem: Problem, scale: float) -> Problem:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from dipgo_deploy.bundle.safetensors_file import TensorFile, read_tensors
+from dipgo_deploy.bundle.safetensors_file import TensorFile
 
 
 def write(path, header, data=b"", length=None):
@@ -20,6 +20,10 @@ TWICE = b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"a":{"dtype":"F3
 
 def entry(dtype, shape, first, last):
     return {"dtype": dtype, "shape": shape, "data_offsets": [first, last]}
+
+
+def read_tensors(path):
+    return {name: tensor.read() for name, tensor in TensorFile(path).tensors.items()}
 
 
 def test_every_type_as_torch_reads_it(tmp_path):

@@ -20,54 +20,50 @@ def written(folder, tensors, metadata=None, name="lora.safetensors"):
 
 
 @pytest.mark.parametrize(
-    ("down", "up", "component", "module", "flat"),
+    ("down", "up", "component", "module"),
     [
-        ("unet.a.to_q.lora_A.weight", "unet.a.to_q.lora_B.weight", "denoiser", "a.to_q", False),
-        ("unet.a.to_q.lora_A.default.weight", "unet.a.to_q.lora_B.default.weight", "denoiser", "a.to_q", False),
-        ("transformer.a.lora.down.weight", "transformer.a.lora.up.weight", "denoiser", "a", False),
-        ("base_model.model.a.lora_A.weight", "base_model.model.a.lora_B.weight", "denoiser", "a", False),
-        ("diffusion_model.a.lora_A.weight", "diffusion_model.a.lora_B.weight", "denoiser", "a", False),
+        ("unet.a.to_q.lora_A.weight", "unet.a.to_q.lora_B.weight", "denoiser", "a.to_q"),
+        ("unet.a.to_q.lora_A.default.weight", "unet.a.to_q.lora_B.default.weight", "denoiser", "a.to_q"),
+        ("transformer.a.lora.down.weight", "transformer.a.lora.up.weight", "denoiser", "a"),
+        ("base_model.model.a.lora_A.weight", "base_model.model.a.lora_B.weight", "denoiser", "a"),
+        ("diffusion_model.a.lora_A.weight", "diffusion_model.a.lora_B.weight", "denoiser", "a"),
         (
             "unet.a.attn1.processor.to_out_lora.down.weight",
             "unet.a.attn1.processor.to_out_lora.up.weight",
             "denoiser",
             "a.attn1.to_out.0",
-            False,
         ),
         (
             "text_encoder.b.q_proj.lora_linear_layer.down.weight",
             "text_encoder.b.q_proj.lora_linear_layer.up.weight",
             "text_encoder",
             "b.q_proj",
-            False,
         ),
         (
             "text_encoder_2.b.self_attn.to_out_lora.down.weight",
             "text_encoder_2.b.self_attn.to_out_lora.up.weight",
             "text_encoder_2",
             "b.self_attn.out_proj",
-            False,
         ),
-        ("lora_unet_a_to_q.lora_down.weight", "lora_unet_a_to_q.lora_up.weight", "denoiser", "a_to_q", True),
-        ("lora_te_b_fc1.lora_down.weight", "lora_te_b_fc1.lora_up.weight", "text_encoder", "b_fc1", True),
-        ("lora_te1_b_fc1.lora_down.weight", "lora_te1_b_fc1.lora_up.weight", "text_encoder", "b_fc1", True),
-        ("lora_te2_b_fc1.lora_down.weight", "lora_te2_b_fc1.lora_up.weight", "text_encoder_2", "b_fc1", True),
-        ("lora_te3_b_fc1.lora_down.weight", "lora_te3_b_fc1.lora_up.weight", "text_encoder_3", "b_fc1", True),
-        ("text_encoder_2.b.lora_A.weight", "text_encoder_2.b.lora_B.weight", "text_encoder_2", "b", False),
+        ("lora_unet_a_to_q.lora_down.weight", "lora_unet_a_to_q.lora_up.weight", "denoiser", "a_to_q"),
+        ("lora_te_b_fc1.lora_down.weight", "lora_te_b_fc1.lora_up.weight", "text_encoder", "b_fc1"),
+        ("lora_te1_b_fc1.lora_down.weight", "lora_te1_b_fc1.lora_up.weight", "text_encoder", "b_fc1"),
+        ("lora_te2_b_fc1.lora_down.weight", "lora_te2_b_fc1.lora_up.weight", "text_encoder_2", "b_fc1"),
+        ("lora_te3_b_fc1.lora_down.weight", "lora_te3_b_fc1.lora_up.weight", "text_encoder_3", "b_fc1"),
+        ("text_encoder_2.b.lora_A.weight", "text_encoder_2.b.lora_B.weight", "text_encoder_2", "b"),
         (
             "base_model.model.text_model.b.lora_A.weight",
             "base_model.model.text_model.b.lora_B.weight",
             "text_encoder",
             "b",
-            False,
         ),
     ],
 )
-def test_every_spelling(tmp_path, down, up, component, module, flat):
+def test_every_spelling(tmp_path, down, up, component, module):
     lora = read_lora(written(tmp_path, {down: DOWN, up: UP}))
     (update,) = lora.changes
     layer = update.layer
-    assert (layer.components[0], layer.module, layer.flat, update.factor) == (component, module, flat, 1.0)
+    assert (layer.components[0], layer.module, update.factor) == (component, module, 1.0)
     np.testing.assert_array_equal(update.rows(np.array([3, 0])), (UP @ DOWN)[[3, 0]])
     assert lora.others == ()
 

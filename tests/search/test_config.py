@@ -13,7 +13,7 @@ from dipgo_deploy.cli.search import command
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.search import config
 from dipgo_deploy.search.config import PrunerConfig, json_schema, load_config
-from dipgo_deploy.search.losses import LOSSES
+from dipgo_deploy.search.losses import IMAGE_LOSSES, LATENT_LOSSES
 from dipgo_deploy.search.pruner import PrunerSize
 from dipgo_deploy.search.run import SearchOptions
 from dipgo_deploy.search.train import TrainOptions
@@ -75,7 +75,7 @@ def test_the_fields_are_those_of_the_library() -> None:
     known = {field.name for kind in (TrainOptions, PrunerSize, SearchOptions) for field in fields(kind)}
     assert set(PrunerConfig.model_fields) <= known
     hints = get_type_hints(PrunerConfig)
-    assert get_args(get_args(hints["loss"])[0]) == LOSSES
+    assert get_args(get_args(hints["loss"])[0]) == (*IMAGE_LOSSES, *LATENT_LOSSES)
 
 
 def test_the_shipped_schema_and_the_documentation_are_current() -> None:
