@@ -31,10 +31,9 @@ from dipgo_deploy.bundle.directory import Bundle
 from dipgo_deploy.bundle.files import sha256_file
 from dipgo_deploy.bundle.manifest import Graph, Manifest
 from dipgo_deploy.engine.budget import MemoryNeed, check_budget, memory_need
-from dipgo_deploy.engine.files import sole_writer
 from dipgo_deploy.engine.network import CURRENT, Work, build_plan
 from dipgo_deploy.errors import UserError
-from dipgo_deploy.files import write_atomic
+from dipgo_deploy.files import sole_user, write_atomic
 from dipgo_deploy.lora.file import LoraChoice
 from dipgo_deploy.lora.merge import LoraReport, MergedWeights, merge_loras
 
@@ -174,7 +173,9 @@ def build_engines(
         listed = ", ".join(f"{job.name} ({job.stale})" for job in stale)
         raise UserError(f"{folder}: no engine with the right key of {listed}; build without --no-build")
     engines = []
-    with sole_writer(folder) if stale else contextlib.nullcontext():
+    with sole_user(folder, "--engine-dir") if stale else contextlib.nullcontext():
+        for left in folder.glob(".*.partial") if stale else ():  # of a build that was killed
+            left.unlink(missing_ok=True)
         for job in jobs:
             if job.stale is None:
                 assert job.record is not None  # what makes it up to date

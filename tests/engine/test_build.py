@@ -20,8 +20,8 @@ from dipgo_deploy.bundle.manifest import TensorSpec
 from dipgo_deploy.bundle.weights import weights_of
 from dipgo_deploy.cli.build import main
 from dipgo_deploy.engine.build import BuildOptions, BuildReport, Observer, build_engines
-from dipgo_deploy.engine.files import sole_writer
 from dipgo_deploy.errors import UserError
+from dipgo_deploy.files import sole_user
 
 pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed: engines cannot be built here")
 
@@ -64,7 +64,7 @@ def test_everything_is_built_once(toy_dir):
     first = build_engines(toy_dir, BACKEND)
     assert built(first) == dict.fromkeys(ALL, "not built yet")
     assert first.folder == toy_dir / "plans" / f"{BACKEND}-{first.version}-portable"
-    assert sorted(p.name for p in first.folder.iterdir() if p.name != ".lock") == sorted(
+    assert sorted(p.name for p in first.folder.iterdir()) == sorted(
         [f"{name}.{suffix}" for name in ALL for suffix in ("plan", "json")]
     )
     assert built(build_engines(toy_dir, BACKEND)) == {}
@@ -233,7 +233,7 @@ def test_ctrl_c_leaves_finished_engines_and_nothing_half_written(toy_dir):
         build_engines(toy_dir, BACKEND, observer=observer)
     assert observer.cancelled
     folder = next((toy_dir / "plans").iterdir())
-    assert sorted(p.name for p in folder.iterdir() if p.name != ".lock") == [
+    assert sorted(p.name for p in folder.iterdir()) == [
         "cached.json",
         "cached.plan",
         "full.json",
@@ -253,7 +253,7 @@ def test_what_a_killed_build_left_is_removed(built_dir):
 def test_one_build_at_a_time_in_a_folder(built_dir):
     folder = next((built_dir / "plans").iterdir())
     (folder / "full.plan").unlink()
-    with sole_writer(folder), pytest.raises(UserError, match="another dipgo-build"):
+    with sole_user(folder, "--engine-dir"), pytest.raises(UserError, match="another process works there"):
         build_engines(built_dir, BACKEND)
     assert list(built(build_engines(built_dir, BACKEND))) == ["full"]
 

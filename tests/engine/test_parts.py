@@ -103,7 +103,7 @@ def test_a_missing_module_is_named(monkeypatch):
     with pytest.raises(UserError, match="--backend cuda: has no engines"):
         flavour_of("cuda")
     monkeypatch.setitem(__import__("sys").modules, "tensorrt", None)
-    with pytest.raises(UserError, match=r"backend tensorrt: TensorRT is missing .*dipgo-deploy\[tensorrt\]"):
+    with pytest.raises(UserError, match=r"backend tensorrt: TensorRT is missing .*pip install .*\[tensorrt\]"):
         import_flavour(FLAVOURS["tensorrt"])
 
 
