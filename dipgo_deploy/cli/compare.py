@@ -334,8 +334,14 @@ def _numbers(tensor: TensorError) -> list[str]:
         f"{tensor.max_absolute:.2e}",
         f"{tensor.relative:.2e}",
         f"{tensor.cosine:.7f}",
-        "ok" if tensor.passed else "[bold red]beyond[/]",
+        _verdict(tensor),
     ]
+
+
+def _verdict(tensor: TensorError) -> str:
+    if not tensor.passed:
+        return "[bold red]beyond[/]"
+    return "ok" if tensor.made is None else "inherited"
 
 
 main = entry_point(command)

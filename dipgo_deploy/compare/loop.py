@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -11,9 +11,9 @@ import torch
 
 from dipgo_deploy.backends.base import Backend
 from dipgo_deploy.bundle.directory import Bundle
-from dipgo_deploy.bundle.names import COEFFICIENTS, PREDICTION, STACK
+from dipgo_deploy.bundle.names import COEFFICIENTS, PREDICTION, STACK, parse_cache
 from dipgo_deploy.bundle.stack import graph_latent
-from dipgo_deploy.compare.metrics import TensorError, Tolerance, tensor_error
+from dipgo_deploy.compare.metrics import TensorError, Tolerance, inherited, tensor_error
 from dipgo_deploy.compare.report import LATENT, Checked
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.reference.conditions import ReferenceInputs, as_arrays, host
@@ -21,7 +21,7 @@ from dipgo_deploy.reference.load import Reference
 from dipgo_deploy.reference.recording import cache_tensor
 from dipgo_deploy.reference.steps import stored_block
 from dipgo_deploy.runtime.loop import DenoisingLoop
-from dipgo_deploy.supernet.loop import Evaluation
+from dipgo_deploy.supernet.loop import Evaluation, guided_step
 
 if TYPE_CHECKING:
     from dipgo_deploy.supernet.gated import CacheState
@@ -35,6 +35,7 @@ class ReferenceLoop:
     ) -> None:
         """record: called with every evaluation."""
         self._record = record
+        self._reference, self._inputs = reference, inputs
         self._step = -1
         self._evaluation: Evaluation | None = None
         self._loop = reference.walk(inputs)
@@ -53,6 +54,24 @@ class ReferenceLoop:
         self._record(self._evaluation)
         return self._evaluation
 
+    @torch.no_grad()
+    def on_latent(self, latent: np.ndarray) -> tuple[torch.Tensor, CacheState]:
+        """Prediction and caches of the present evaluation from another latent, (B, C, h, w)."""
+        at = self._evaluation
+        assert at is not None
+        model_input = torch.from_numpy(latent).to(at.model_input)
+        _, prediction, after = guided_step(
+            self._reference.supernet,
+            model_input,
+            at.timestep,
+            self._inputs.conditions,
+            self._reference.schedule.gates[at.step],
+            at.before,
+            at.step,
+            self._inputs.guidance_scale,
+        )
+        return prediction, after
+
     def to_end(self) -> torch.Tensor:
         """The final latents, (B, C, h, w)."""
         while self.next() is not None:
@@ -63,11 +82,14 @@ class ReferenceLoop:
 
 @dataclass
 class _Step:
-    """One evaluation: what was launched, what the launches got and made."""
+    """One evaluation: what was launched, what the launches got and made; its latent in the engine, and by name what was
+    made and is beyond tolerance."""
 
     names: list[str] = field(default_factory=list)
     given: list[TensorError] = field(default_factory=list)
     made: list[TensorError] = field(default_factory=list)
+    latent: np.ndarray | None = None
+    beyond: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -91,6 +113,10 @@ def compare_loop(
 
     At each launch its latent, the caches that it reads and writes and its prediction are compared, in this order; at an
     evaluation without a launch the prediction that is used again. Buffers that the engine has not written yet hold NaN.
+
+    A model may answer a small change of its latent with a large one of its prediction (at the last timesteps, say). So
+    where a latent is within tolerance and what is made of it is not, the model is run on the engine's latent, and what
+    the launch made is judged by that; the latents that follow are compared all the same.
     record: called with every evaluation of the supernet.
 
     Raises:
@@ -104,12 +130,22 @@ def compare_loop(
     used = _predictions_used(reference)
     steps: list[_Step] = []
     latest: list[np.ndarray] = []
+    carried: dict[Hashable, np.ndarray] = {}
     evaluation: Evaluation | None = None
 
     def close() -> None:
         """Compare the prediction of the evaluation that ends."""
-        if evaluation is not None and latest and used[evaluation.step]:
-            steps[-1].made.append(tensor_error(PREDICTION, latest[0], host(evaluation.prediction), tolerance))
+        if evaluation is None or not steps:
+            return
+        at = steps[-1]
+        if latest and used[evaluation.step]:
+            made = tensor_error(PREDICTION, latest[0], host(evaluation.prediction), tolerance)
+            at.made.append(made)
+            if not made.passed:
+                at.beyond[PREDICTION] = latest[0]
+        if at.beyond:
+            at.made = _judged_alone(at, supernet, carried, tolerance)
+            at.beyond.clear()
 
     def advance(step: int) -> None:
         nonlocal evaluation
@@ -131,15 +167,24 @@ def compare_loop(
         if STACK in {spec.name for spec in entry.graph.inputs}:
             latent = graph_latent(loop.fetch(index, STACK), loop.fetch(index, COEFFICIENTS), plan.stack.chain)
             at.given.append(tensor_error(LATENT, latent, host(evaluation.model_input), tolerance))
+            at.latent = latent
         kept = dict(zip(kinds, reference.schedule.gates[launch.step], strict=True))
         # In a segment a value that is read may be one that this very evaluation made.
         before = evaluation.before if plan.layout == "variants" else evaluation.after
         for name in entry.reads:
-            at.given += _cache(loop, index, name, before, stored_block(name, kinds), tolerance)
+            for error in _cache(loop, index, name, before, stored_block(name, kinds), tolerance):
+                known = carried.get(_key(name))
+                if not error.passed and known is not None:
+                    error = inherited(error, tensor_error(name, loop.fetch(index, name), known, tolerance))
+                at.given.append(error)
         for name in sorted(entry.writes, key=lambda name: order.get(stored_block(name, kinds) or "", len(order))):
             block = stored_block(name, kinds)
             if plan.layout == "variants" or kept.get(block or ""):
-                at.made += _cache(loop, index, name, evaluation.after, block, tolerance)
+                for error in _cache(loop, index, name, evaluation.after, block, tolerance):
+                    carried.pop(_key(name), None)
+                    at.made.append(error)
+                    if not error.passed:
+                        at.beyond[name] = np.array(loop.fetch(index, name))
         if launch.slot is not None:
             latest[:] = [loop.fetch(index, PREDICTION)]
 
@@ -168,6 +213,37 @@ def _cache(
     if block is None or block not in state.tensors:
         return []
     return [tensor_error(name, loop.fetch(index, name), cache_tensor(name, state), tolerance)]
+
+
+def _judged_alone(
+    at: _Step, supernet: ReferenceLoop, carried: dict[Hashable, np.ndarray], tolerance: Tolerance
+) -> list[TensorError]:
+    """What an evaluation made; where that is beyond tolerance, judged by the model's values on the engine's latent.
+
+    carried: the engine's values that passed so, for those who read them later; extended.
+    """
+    if not all(error.passed for error in at.given):
+        return at.made
+    if at.latent is None:  # nothing was launched: the prediction is an earlier one
+        known = {name: carried[_key(name)] for name in at.beyond if _key(name) in carried}
+    else:
+        prediction, after = supernet.on_latent(at.latent)
+        known = {name: host(prediction) if name == PREDICTION else cache_tensor(name, after) for name in at.beyond}
+    judged = []
+    for error in at.made:
+        if error.name in known:
+            own = tensor_error(error.name, at.beyond[error.name], known[error.name], tolerance)
+            error = inherited(error, own)
+            if own.passed:
+                carried[_key(error.name)] = at.beyond[error.name]
+        judged.append(error)
+    return judged
+
+
+def _key(name: str) -> Hashable:
+    """What is the same of a cache where it is written and where it is read."""
+    cache = parse_cache(name)
+    return name if cache is None else (cache.block, cache.index)
 
 
 def _predictions_used(reference: Reference) -> list[bool]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -72,7 +72,9 @@ class TensorError:
 
     max_absolute: largest absolute difference. relative: that over the reference's largest absolute value. Both are
     infinite where the tensor has NaN or infinity, or another shape. cosine: -1 to 1. psnr: in dB over the reference's
-    largest value. limit: the largest relative error that passes by itself.
+    largest value. limit: the largest relative error that passes by itself. made: where a launch inherits an error from
+    its latent, the relative error that it makes itself, beside the model on that very latent; None where none was
+    looked for.
     """
 
     name: str
@@ -82,6 +84,7 @@ class TensorError:
     psnr: float
     passed: bool
     limit: float
+    made: float | None = None
 
 
 def tensor_error(name: str, actual: np.ndarray, expected: np.ndarray, tolerance: Tolerance) -> TensorError:
@@ -92,3 +95,8 @@ def tensor_error(name: str, actual: np.ndarray, expected: np.ndarray, tolerance:
     absolute = found.relative * peak(expected)
     passed = found.relative <= tolerance.relative or absolute <= tolerance.absolute
     return TensorError(name, absolute, found.relative, found.cosine, found.psnr, passed, tolerance.relative)
+
+
+def inherited(error: TensorError, own: TensorError) -> TensorError:
+    """``error`` of a launch in a loop, judged by the error that it makes on the latent that it got, ``own``."""
+    return replace(error, passed=own.passed, made=own.relative)

@@ -154,9 +154,10 @@ def _of_loop(checked: Checked, *, given: bool) -> Iterator[str]:
 
 
 def _failure(where: str, tensor: TensorError, reference: str = "the supernet") -> str:
+    itself = "" if tensor.made is None else f", {tensor.made:.2e} of them made by the launch itself"
     return (
         f"{where}, {tensor.name}: error {tensor.relative:.2e} of its largest value "
-        f"(absolute {tensor.max_absolute:.2e}) against {reference}, above {tensor.limit:g}"
+        f"(absolute {tensor.max_absolute:.2e}) against {reference}{itself}, above {tensor.limit:g}"
     )
 
 

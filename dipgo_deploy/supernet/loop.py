@@ -135,10 +135,7 @@ def walk_loop(
             f"{len(gates)} rows of gates, but {type(sampler).__name__} evaluates the denoiser {len(timesteps)} times "
             f"in {num_inference_steps} steps: give one row an evaluation"
         )
-    halves = 1 if guidance_scale is None else 2
-    _check_batches(conditions, halves * len(latents))
-    dtype = next(supernet.model.parameters()).dtype
-    channels = latents.shape[1]
+    _check_batches(conditions, (1 if guidance_scale is None else 2) * len(latents))
     scale_input = getattr(sampler, "scale_model_input", lambda sample, _: sample)
     takes = inspect.signature(sampler.step).parameters
     extra: dict[str, Any] = {"generator": generator} if "generator" in takes else {}
@@ -149,15 +146,10 @@ def walk_loop(
     recorded = None if noises is None else _Given(sampler, latents.shape, noises)
     for step, timestep in enumerate(timesteps):
         model_input = scale_input(sample, timestep)
-        batch = torch.cat([model_input] * halves).to(dtype)
-        times = timestep.expand(len(batch))
         kept = None if keep is None else keep(step)
-        output, after = supernet.step(batch, times, conditions, gates[step], state, step, kept)
-        raw = output[:, :channels].to(latents.dtype)  # the rest is a learned variance
-        prediction = raw
-        if guidance_scale is not None:
-            unconditional, conditional = raw.chunk(2)
-            prediction = unconditional + guidance_scale * (conditional - unconditional)
+        raw, prediction, after = guided_step(
+            supernet, model_input, timestep, conditions, gates[step], state, step, guidance_scale, kept
+        )
         yield _evaluation(step, model_input, timestep, conditions, state, after, raw, prediction)
         with nullcontext() if recorded is None else GivenNoise(latents.shape, recorded.draw):
             sample = sampler.step(prediction, timestep, sample, return_dict=False, **extra)[0]
@@ -165,6 +157,44 @@ def walk_loop(
     if recorded is not None:
         recorded.check_all_used()
     return sample
+
+
+def guided_step(
+    supernet: Supernet,
+    model_input: Tensor,
+    timestep: Tensor,
+    conditions: Mapping[str, Tensor],
+    gates: Sequence[Gate] | Tensor,
+    state: CacheState,
+    step: int,
+    guidance_scale: float | None,
+    keep: Collection[str] | None = None,
+) -> tuple[Tensor, Tensor, CacheState]:
+    """One evaluation of a loop.
+
+    Args:
+        supernet: the gated denoiser.
+        model_input: (B, C, h, w), as the scheduler scales it.
+        timestep: () or (1,).
+        conditions: forward inputs by keyword, (G*B, ...).
+        gates: see `Supernet.step`; so are ``state``, ``step`` and ``keep``.
+        state: caches after the evaluation before.
+        step: index of the evaluation, for messages.
+        guidance_scale: None for no guidance.
+        keep: blocks whose caches are kept.
+
+    Returns:
+        What the denoiser gives (G*B, C, h, w), without a learned variance; the guided prediction (B, C, h, w); the
+        caches. The first two have the dtype of ``model_input``.
+    """
+    batch = torch.cat([model_input] * (1 if guidance_scale is None else 2))
+    dtype = next(supernet.model.parameters()).dtype
+    output, after = supernet.step(batch.to(dtype), timestep.expand(len(batch)), conditions, gates, state, step, keep)
+    raw = output[:, : model_input.shape[1]].to(model_input.dtype)
+    if guidance_scale is None:
+        return raw, raw, after
+    unconditional, conditional = raw.chunk(2)
+    return raw, unconditional + guidance_scale * (conditional - unconditional), after
 
 
 def _check_batches(conditions: Mapping[str, Tensor], rows: int) -> None:
