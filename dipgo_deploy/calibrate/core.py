@@ -9,6 +9,8 @@ Related: S4S (arXiv 2502.17423) and L2P (2604.26365) fit weights of past predict
 from __future__ import annotations
 
 import hashlib
+import math
+import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,6 +98,7 @@ class Model(Protocol):
 
     sample_shape: tuple[int, int, int]
     noises: int  # that a full run draws after the initial one
+    kept_bytes: int  # of each image between two launches, in files
 
     def full_run(self, group: Group, wanted: Collection[int]) -> tuple[Mapping[int, np.ndarray], np.ndarray]:
         """The full run of these images: the latents of the ``wanted`` evaluations, and the final ones."""
@@ -152,6 +155,9 @@ def fitted_solver(
     settings = {**settings, **own, "sample_shape": list(model.sample_shape)}
     with sole_user(folder, "--checkpoint"):
         shape = model.sample_shape
+        each = 4 * math.prod(shape) * (columns + len(launches) + 1) + model.kept_bytes
+        if not resume:  # else much of it is there already
+            _check_room(folder, options.images, each)
         store = Store(folder, settings, options.images, columns, len(launches) + 1, shape, resume=resume)
         _full_runs(model, groups, launches, store, report)
         fits = _fit(model, launches, groups, store, options, report)
@@ -162,6 +168,16 @@ def fitted_solver(
         "seeds": [first, first + options.images - 1],
     }
     return _solver(model, launches, fits, {**provenance, **images, "tool_version": __version__})
+
+
+def _check_room(folder: Path, images: int, each: int) -> None:
+    """Refuse (UserError) more than the file system has left, before anything is written."""
+    free = shutil.disk_usage(folder).free
+    if images * each > free:
+        raise UserError(
+            f"{folder}: {images} images need {images * each / 2**30:,.1f} GiB in files, and {free / 2**30:,.1f} GiB are "
+            "free; give fewer --images or another --checkpoint folder"
+        )
 
 
 def conditions_digest(names: Sequence[str]) -> str:

@@ -257,6 +257,7 @@ class _Engines:
     ) -> None:
         self.sample_shape = _sample_shape(bundle.manifest)
         self.noises = bundle.manifest.plan.noises
+        self.kept_bytes = -(-bundle.manifest.plan.arena_bytes // bundle.manifest.batch)
         self._bundle, self._reference, self._backend = bundle, reference, backend
         self._conditions, self._folder = conditions, folder
         self._steps = launched(bundle.manifest.plan)

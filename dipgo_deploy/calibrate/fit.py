@@ -104,6 +104,7 @@ class _Model:
         }
         self.sample_shape = problem.sample_shape
         self.noises = (problem.reference or problem).matrix.noises
+        self.kept_bytes = 0  # what caches take is not known before they are made
         self._gates = gates
         self._names = [block.name for block in problem.target.blocks]
         self._supernet = problem.source.supernet(problem.options.granularity, problem.cache_kinds)

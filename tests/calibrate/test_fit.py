@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -114,6 +115,15 @@ def test_a_finer_run_may_be_the_reference(problem: Problem) -> None:
 def test_too_few_images_are_refused(problem: Problem) -> None:
     with pytest.raises(UserError, match="--images 2"):
         calibrate(problem, uniform(problem, 2), CalibrationOptions(images=2))
+
+
+def test_more_than_the_disk_has_is_refused_before_anything_is_written(
+    problem: Problem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=8 * 4 * 256 * 10))
+    with pytest.raises(UserError, match="8 images need .* GiB in files, and .* are free"):
+        calibrate(problem, uniform(problem, 1), SMALL, folder=tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.fixture(scope="module")
