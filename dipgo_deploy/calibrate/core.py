@@ -175,8 +175,8 @@ def _check_room(folder: Path, images: int, each: int) -> None:
     free = shutil.disk_usage(folder).free
     if images * each > free:
         raise UserError(
-            f"{folder}: {images} images need {images * each / 2**30:,.1f} GiB in files, and {free / 2**30:,.1f} GiB are "
-            "free; give fewer --images or another --checkpoint folder"
+            f"{folder}: {images} images need {images * each / 2**30:,.1f} GiB in files, and {free / 2**30:,.1f} GiB "
+            "are free; give fewer --images or another --checkpoint folder"
         )
 
 
