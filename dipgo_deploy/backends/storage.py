@@ -26,6 +26,11 @@ def fits(array: np.ndarray, dtype: TensorDType) -> bool:
         return bool(np.isfinite(array).all())
     with np.errstate(over="ignore", invalid="ignore"):
         stored = to_storage(array, dtype)
+    return finite(stored, dtype)
+
+
+def finite(stored: np.ndarray, dtype: TensorDType) -> bool:
+    """Are all values of what ``to_storage`` gives finite?"""
     if dtype == "bfloat16":
         return not bool(((stored & 0x7F80) == 0x7F80).any())  # an exponent of ones
     return bool(np.isfinite(stored).all())

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
-from dipgo_deploy.backends.storage import to_storage
+from dipgo_deploy.backends.storage import finite, from_storage, to_storage
 from dipgo_deploy.bundle.directory import Bundle
-from dipgo_deploy.bundle.manifest import Graph
+from dipgo_deploy.bundle.manifest import Graph, TensorDType, TensorSpec
 from dipgo_deploy.bundle.weights import WEIGHTS_NAME, StoredWeight, WeightsIndex, weights_of
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.lora.file import Change, LoraChoice, LoraFile, check_scale, read_lora
@@ -24,8 +24,8 @@ from dipgo_deploy.lora.keys import Layer
 from dipgo_deploy.lora.originals import kind_of_model, original_layer
 from dipgo_deploy.lora.sgm import diffusers_module
 
-_STORAGE = {"float": np.float32, "float16": np.float16, "bfloat16": np.uint16}
-_SPEC_DTYPES = {"float": "float32", "float16": "float16", "bfloat16": "bfloat16"}
+# ONNX's names of types that can change -> the manifest's.
+_DTYPES: Mapping[str, TensorDType] = {"float": "float32", "float16": "float16", "bfloat16": "bfloat16"}
 # text encoders lost this level of their names in later versions of transformers
 _OPTIONAL_LEVEL = "text_model_"
 # A layer with its number, `encoder_layers_` `11` `_mlp_fc1` or T5's `encoder_block_` `0` `_layer_0_...`.
@@ -151,8 +151,8 @@ class MergedWeights:
             total = weight + sum(_delta(change, weight.shape, rows) for change in self._changes[folder][name])
             placed = total.T if stored.transposed else total
             with np.errstate(over="ignore"):  # which is looked for below
-                placed = to_storage(placed, _SPEC_DTYPES[stored.dtype])  # type: ignore[arg-type]
-            if not _finite(placed, stored.dtype):
+                placed = to_storage(placed, _DTYPES[stored.dtype])
+            if not finite(placed, _DTYPES[stored.dtype]):
                 raise UserError(
                     f"--lora: the weight {name} is too large for {stored.dtype} with the LoRA; take a smaller scale"
                 )
@@ -416,7 +416,7 @@ def _check_stored(path: Path, change: Change, name: str, stored: StoredWeight) -
             f"{path}: {change.layer.module}: its {change.parameter} is stored as one with {', '.join(stored.equal)},"
             " which has equal values; it cannot be changed alone"
         )
-    if stored.dtype not in _STORAGE:
+    if stored.dtype not in _DTYPES:
         raise UserError(
             f"{path}: {change.layer.module}: its {change.parameter} {name} is {stored.dtype}; only floating-point ones"
             " change"
@@ -430,21 +430,13 @@ def _delta(change: _Change, shape: tuple[int, ...], rows: slice) -> np.ndarray:
     return result
 
 
-def _finite(stored: np.ndarray, dtype: str) -> bool:
-    if dtype == "bfloat16":
-        return bool((stored & 0x7F80 != 0x7F80).all())
-    return bool(np.isfinite(stored).all())
-
-
 def _read(file: Path, stored: StoredWeight) -> np.ndarray:
     """A stored tensor as float32."""
-    kind = _STORAGE[stored.dtype]
-    count = int(np.prod(stored.shape))
+    spec = TensorSpec(name="", shape=stored.shape, dtype=_DTYPES[stored.dtype])
     try:
-        raw = np.fromfile(file, kind, count, offset=stored.offset)
+        raw = np.fromfile(file, np.uint8, spec.nbytes, offset=stored.offset)
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror}); export the engine directory again") from None
-    if raw.size != count:
+    if raw.size != spec.nbytes:
         raise UserError(f"{file}: shorter than its graphs say; export the engine directory again")
-    values = (raw.astype(np.uint32) << 16).view(np.float32) if stored.dtype == "bfloat16" else raw.astype(np.float32)
-    return values.reshape(stored.shape)
+    return from_storage(raw, spec, copy=False).astype(np.float32, copy=False)
