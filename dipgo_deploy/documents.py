@@ -59,9 +59,11 @@ def json_object(data: bytes | str, *, most: int = MAX_VALUES, infinite: bool = F
 def parse(data: bytes | str, *, most: int = MAX_VALUES, depth: int = MAX_DEPTH, infinite: bool = False) -> Any:
     """The document in UTF-8 text, as plain data.
 
-    most: values of all lists and objects together; checked on the text before anything is made of it. depth: of lists
-    and objects inside each other. infinite: take ``Infinity`` and ``-Infinity``, which Python's libraries write into
-    the configurations of models.
+    Args:
+        most: values of all lists and objects together; checked on the text before anything is made of it.
+        depth: of lists and objects inside each other.
+        infinite: take ``Infinity`` and ``-Infinity``, which Python's libraries write into the configurations of
+            models.
 
     Raises:
         ValueError: one line that says what is wrong: no UTF-8, no JSON (with line and column), a key that stands twice

@@ -37,7 +37,7 @@ def read_bytes(path: str | os.PathLike[str], limit: int = MAX_BYTES, what: str =
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
     if len(data) > limit:
-        raise UserError(f"{path}: larger than {limit / 2**20:g} MiB, which no {what} is: give another file")
+        raise UserError(f"{path}: larger than {limit / 2**20:g} MiB, which no {what} is; give another file")
     return data
 
 
@@ -49,7 +49,7 @@ def unfit_file(path: Path) -> str | None:
     with path.open("rb") as file:
         start = file.read(len(_LFS))
     if not start:
-        return "is empty: fetch it again"
+        return "is empty; fetch it again"
     return "is a pointer of Git LFS, not the file itself: run `git lfs pull`" if start == _LFS else None
 
 

@@ -29,6 +29,9 @@ html_css_files = ["site.css"]
 # Links to a heading of another page work as on GitHub, and a wrong one is an error.
 myst_heading_anchors = 4
 
+# Attributes of a class as a list, without a heading for each.
+napoleon_use_ivar = True
+
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
 autodoc_member_order = "bysource"

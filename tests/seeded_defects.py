@@ -126,7 +126,7 @@ def _variant(index: int, to: int) -> Edit:
 
 
 LIST, LOOP = "launch list, ", "loop, step "
-_ROW = r"launch list, launch {} \(step \d+, variant \S+\), {}: error "
+_ROW = r"launch list, launch {} \(evaluation \d+, variant \S+\), {}: error "
 
 MANIFESTS = (
     *(
@@ -151,7 +151,7 @@ MANIFESTS = (
     Defect(
         "segment's coefficient",
         "segments",
-        r"launch list, launch \d+ \(step \d+",
+        r"launch list, launch \d+ \(evaluation \d+",
         _set(
             "plan/launches",
             lambda plan: [
@@ -207,16 +207,16 @@ MANIFESTS = (
     Defect(
         "two launches in the other order",
         "classes",
-        r"launch list, launch 2: step \d+ comes after step \d+",
+        r"launch list, launch 2: evaluation \d+ comes after evaluation \d+",
         _exchanged("plan/launches", 1, 2),
     ),
     Defect(
         "step of a launch moved",
         "classes",
-        r"launch list, launch \d+: step \d+ is none of",
+        r"launch list, launch \d+: evaluation \d+ is none of",
         _launch(-1, "step", lambda step, _: step + 90),
     ),
-    Defect("another variant launched", "classes", r"launch \d+|loop, step \d+", _variant(1, 0), quick=True),
+    Defect("another variant launched", "classes", r"launch \d+|loop, evaluation \d+", _variant(1, 0), quick=True),
     Defect(
         "fewer draws of noise",
         "text",
@@ -227,55 +227,58 @@ MANIFESTS = (
     Defect(
         "reads exchanged",
         "classes",
-        r"loop, step \d+, variant \S+, residual\.\S+: ",
+        r"loop, evaluation \d+, variant \S+, residual\.\S+: ",
         _reads(lambda r: [r[1], r[0], *r[2:]], 2),
         quick=True,
     ),
     Defect(
         "reads exchanged, text",
         "text",
-        r"loop, step \d+, variant \S+, cache\.\S+: |refused: .*manifest, launch \d+ \(v",
+        r"loop, evaluation \d+, variant \S+, cache\.\S+: |refused: .*manifest, launch \d+ \(v",
         _reads(lambda r: [r[1], r[0], *r[2:]], 2),
     ),
     Defect(
         "read of memory never written",
         "classes",
-        r"loop, step \d+, variant \S+, residual\.\S+: error inf",
+        r"loop, evaluation \d+, variant \S+, residual\.\S+: error inf",
         _beyond,
         quick=True,
     ),
     Defect(
-        "read of memory never written, text", "text", r"loop, step \d+, variant \S+, cache\.\S+: error inf", _beyond
+        "read of memory never written, text",
+        "text",
+        r"loop, evaluation \d+, variant \S+, cache\.\S+: error inf",
+        _beyond,
     ),
     Defect(
         "writes exchanged",
         "classes",
-        r"loop, step \d+, variant \S+, (new_)?residual\.\S+: ",
+        r"loop, evaluation \d+, variant \S+, (new_)?residual\.\S+: ",
         _writes(lambda w: [w[1], w[0], *w[2:]], 2),
         quick=True,
     ),
     Defect(
         "two writes to one place",
         "text",
-        r"loop, step \d+, variant \S+, (new_)?cache\.\S+: |manifest",
+        r"loop, evaluation \d+, variant \S+, (new_)?cache\.\S+: |manifest",
         _writes(lambda w: [w[1], *w[1:]], 2),
     ),
     Defect(
         "writes exchanged in a segment",
         "segments",
-        r"(variant \S+ by itself|loop), step \d+.*, \S+: ",
+        r"(variant \S+ by itself|loop), evaluation \d+.*, \S+: ",
         _writes(lambda w: [w[1], w[0], *w[2:]], 2),
     ),
     Defect(
         "reads exchanged in a segment",
         "segments",
-        r"loop, step \d+, variant \S+, \S+: |refused: .*manifest, launch \d+ \(s",
+        r"loop, evaluation \d+, variant \S+, \S+: |refused: .*manifest, launch \d+ \(s",
         _reads(lambda r: [r[1], r[0], *r[2:]], 2),
     ),
     Defect(
         "read of memory never written in a segment",
         "segments",
-        r"(loop|variant .*), step \d+, .*\S+: error inf",
+        r"(loop|variant .*), evaluation \d+, .*\S+: error inf",
         _beyond,
     ),
     Defect(
@@ -485,7 +488,7 @@ def helper_copy(entry: Any) -> Any:
 
 
 HALF = [("Mul", [3e5], {}), ("Cast", [], {"to": 10}), ("Cast", [], {"to": 1}), ("Div", [3e5], {})]
-FIRST = r"(variant \S+ by itself|loop), step \d+"
+FIRST = r"(variant \S+ by itself|loop), evaluation \d+"
 _VAE, _TEXT = "VAE, images: ", r"conditions, a plain prompt, (unconditional half of )?prompt 'a photo', "
 
 GRAPHS = (

@@ -20,7 +20,7 @@ def check_onnxruntime_installation() -> str | None:
     if len(found) > 1:
         extra = "gpu" if "onnxruntime-gpu" in found else "cpu"
         raise UserError(
-            f"{' and '.join(found)} are both installed and overwrite each other's files: "
+            f"{' and '.join(found)} are both installed and overwrite each other's files; "
             f"pip uninstall -y {' '.join(found)}, then {install(extra)}"
         )
     return found[0] if found else None

@@ -297,15 +297,15 @@ def _import_onnxruntime() -> Any:
 
         _ = onnxruntime.InferenceSession
     except (ImportError, AttributeError):
-        raise UserError(f"ONNX Runtime is missing or broken: {install('cpu')}, or [gpu], never both") from None
+        raise UserError(f"ONNX Runtime is missing or broken; {install('cpu')}, or [gpu], never both") from None
     return onnxruntime
 
 
-def _check_interface(path: Path, kind: str, found: Any, wanted: tuple[TensorSpec, ...]) -> None:
+def _check_interface(path: Path, kind: str, values: Any, specs: tuple[TensorSpec, ...]) -> None:
     """Compare a session's inputs or outputs with the manifest's: bound by address, a wrong shape would be memory
     read or written out of bounds."""
-    have = {value.name: f"{value.type} {tuple(value.shape)}" for value in found}
-    want = {spec.name: f"tensor({_SESSION_TYPES[spec.dtype]}) {spec.declared}" for spec in wanted}
+    have = {value.name: f"{value.type} {tuple(value.shape)}" for value in values}
+    want = {spec.name: f"tensor({_SESSION_TYPES[spec.dtype]}) {spec.declared}" for spec in specs}
     for name in [*want, *have]:
         if have.get(name) != want.get(name):
             raise UserError(

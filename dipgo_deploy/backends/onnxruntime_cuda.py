@@ -33,7 +33,7 @@ def require_cuda(ort: Any) -> None:
     """
     if CUDA not in ort.get_available_providers():
         raise UserError(
-            "backend cuda: this ONNX Runtime has no CUDA provider: pip uninstall -y onnxruntime, then "
+            "backend cuda: this ONNX Runtime has no CUDA provider; pip uninstall -y onnxruntime, then "
             f"{install('gpu')}, or use --backend cpu"
         )
     missing = _unloadable(_DRIVER) if sys.platform == "linux" else None

@@ -15,9 +15,9 @@ from dipgo_deploy.backends.tensorrt_cuda import Cuda, Device, require_device
 from dipgo_deploy.backends.tensorrt_flavour import Flavour, flavour_of, import_flavour, unsuited
 from dipgo_deploy.backends.tensorrt_kernels import KernelCache
 from dipgo_deploy.backends.tensorrt_plans import (
+    GpuTarget,
     KeyInputs,
     PlanRecord,
-    Target,
     WeightHashes,
     plan_name,
     profile_of,
@@ -138,7 +138,7 @@ class TensorRTBackend:
         self._grow_scratch(int(engine.device_memory_size_v2))
         kernels = None
         if self.flavour.runtime_cache:
-            here = Target(gpu=self.device.name, capabilities=(self.device.capability,)).label
+            here = GpuTarget(gpu=self.device.name, capabilities=(self.device.capability,)).label
             kernels = KernelCache(path.with_suffix(f".{here}.kernels"))
         executable = TensorRTExecutable(self, engine, graph, path, kernels)
         self._loaded[executable] = record.weights_bytes
@@ -471,7 +471,7 @@ def describe(mode: str, dtype: Any, shape: Any) -> str:
     return f"{mode.lower()} {DTYPE_NAMES.get(dtype.name, dtype.name)} {tuple(shape)}"
 
 
-def compare_interface(path: Path, found: Mapping[str, str], graph: Graph) -> None:
+def compare_interface(path: Path, actual: Mapping[str, str], graph: Graph) -> None:
     """Compare ``describe``d tensors by name with those of the manifest.
 
     Raises:
@@ -481,12 +481,12 @@ def compare_interface(path: Path, found: Mapping[str, str], graph: Graph) -> Non
     def described(mode: str, spec: TensorSpec) -> str:
         return f"{mode} {spec.dtype} {tuple(-1 if isinstance(dim, str) else dim for dim in spec.declared)}"
 
-    wanted = {spec.name: described("input", spec) for spec in graph.inputs}
-    wanted |= {spec.name: described("output", spec) for spec in graph.outputs}
-    for name in [*wanted, *found]:
-        if found.get(name) != wanted.get(name):
+    declared = {spec.name: described("input", spec) for spec in graph.inputs}
+    declared |= {spec.name: described("output", spec) for spec in graph.outputs}
+    for name in [*declared, *actual]:
+        if actual.get(name) != declared.get(name):
             raise UserError(
-                f"{path}: tensor {name} is {found.get(name, 'missing')} there, {wanted.get(name, 'missing')} in the"
+                f"{path}: tensor {name} is {actual.get(name, 'missing')} there, {declared.get(name, 'missing')} in the"
                 " manifest; export the engine directory again"
             )
 

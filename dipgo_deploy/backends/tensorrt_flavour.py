@@ -14,12 +14,17 @@ from dipgo_deploy.extras import install
 class Flavour:
     """One of the two modules, and what it can do that the other cannot.
 
-    backend: name of the backend, and of the extra that installs it. module: importable module. title: for messages.
-    builds_without_device: engines can be built where no GPU is. compute_capabilities: one engine can be built for a
-    choice of GPU generations, whatever the GPU at hand. timing_cache, version_compatible, hardware_compatible: these
-    build options have an effect. validity: the runtime can tell why it refuses an engine.
-    runtime_cache: kernels are compiled at run time, and can be kept. user_allocation: only engines that were built for
-    it leave all memory to their caller, which captured launches need.
+    Attributes:
+        backend: name of the backend, and of the extra that installs it.
+        module: importable module.
+        title: for messages.
+        builds_without_device: engines can be built where no GPU is.
+        compute_capabilities: one engine can be built for a choice of GPU generations, whatever the GPU at hand.
+        timing_cache, version_compatible, hardware_compatible: these build options have an effect.
+        validity: the runtime can tell why it refuses an engine.
+        runtime_cache: kernels are compiled at run time, and can be kept.
+        user_allocation: only engines that were built for it leave all memory to their caller, which captured launches
+            need.
     """
 
     backend: str
@@ -87,7 +92,7 @@ def unsuited(flavour: Flavour, module: Any, gpu: str, capability: str) -> list[s
     if capability in known:
         return []
     made_for = ", ".join(known)
-    return [f"it is made for compute capability {made_for}, and {gpu} has {capability}: try --backend tensorrt"]
+    return [f"it is made for compute capability {made_for}, and {gpu} has {capability}; try --backend tensorrt"]
 
 
 def import_flavour(flavour: Flavour) -> Any:

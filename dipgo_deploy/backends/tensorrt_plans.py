@@ -29,11 +29,15 @@ class _Frozen(pydantic.BaseModel):
 class BuildFlags(_Frozen):
     """Build options that change the engine.
 
-    workspace: bytes of scratch a tactic may use, None for the builder's default. opt_level: 0 to 5, None for the
-    builder's default. max_aux_streams: streams that an engine may use beside its own. tf32: float32 products may be
-    rounded to TF32. strip: the weights are left out and come from the graph's weights file when the engine is loaded.
-    refit: other weights can be put in when the engine is loaded, which may cost speed. user_allocation: no memory is
-    taken at run time but what the caller gives, where the builder knows the option (``Flavour.user_allocation``).
+    Attributes:
+        workspace: bytes of scratch a tactic may use, None for the builder's default.
+        opt_level: 0 to 5, None for the builder's default.
+        max_aux_streams: streams that an engine may use beside its own.
+        tf32: float32 products may be rounded to TF32.
+        strip: the weights are left out and come from the graph's weights file when the engine is loaded.
+        refit: other weights can be put in when the engine is loaded, which may cost speed.
+        user_allocation: no memory is taken at run time but what the caller gives, where the builder knows the option
+            (``Flavour.user_allocation``).
     """
 
     workspace: int | None = None
@@ -47,7 +51,7 @@ class BuildFlags(_Frozen):
     user_allocation: bool = True
 
 
-class Target(_Frozen):
+class GpuTarget(_Frozen):
     """What an engine is built for: one GPU (name and its capability), or GPU generations (no name; none: portable)."""
 
     gpu: str | None = None
@@ -81,7 +85,7 @@ class KeyInputs(_Frozen):
     flags: BuildFlags
     backend: str
     version: str
-    target: Target
+    target: GpuTarget
     lora: tuple[tuple[str, float], ...] = ()
 
     @property
@@ -188,7 +192,7 @@ def profile_of(graph: Graph) -> dict[str, ShapeRange]:
     }
 
 
-def plans_folder(engine_dir: Path, backend: str, version: str, target: Target) -> Path:
+def plans_folder(engine_dir: Path, backend: str, version: str, target: GpuTarget) -> Path:
     """Where engines of a backend's version for a target lie."""
     return engine_dir / PLANS / f"{backend}-{version}-{target.label}"
 

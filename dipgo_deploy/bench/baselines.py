@@ -29,7 +29,7 @@ def baseline_cases(problem: Problem, launches: Sequence[int]) -> tuple[list[Case
     """
     flow = "Flow" in problem.target.sampler.class_name or bool(problem.target.sampler.config.get("use_flow_sigmas"))
     heun = "flow-heun" if flow else "heun"
-    found, refused = [], []
+    cases, refused = [], []
     for count in dict.fromkeys(launches):
         if not 1 <= count <= problem.steps:
             raise UserError(f"--launches {count}: give 1 to {problem.steps}, the full run's")
@@ -43,10 +43,10 @@ def baseline_cases(problem: Problem, launches: Sequence[int]) -> tuple[list[Case
             if made.steps > count:
                 refused.append(f"{name}, {steps} steps: left out (evaluates the denoiser {made.steps} times)")
                 continue
-            found.append(Case(f"{name}, {steps} steps", solver=(name, steps), group=count))
+            cases.append(Case(f"{name}, {steps} steps", solver=(name, steps), group=count))
         if count > 1:
-            found.append(Case(f"taylor-1, {count} of {problem.steps}", fitted=taylor(problem, count), group=count))
-    return found, refused
+            cases.append(Case(f"taylor-1, {count} of {problem.steps}", fitted=taylor(problem, count), group=count))
+    return cases, refused
 
 
 def taylor(problem: Problem, launches: int) -> Schedule:

@@ -19,8 +19,11 @@ from dipgo_deploy.search.losses import psnr, ssim
 class Metric:
     """One number a picture.
 
-    measure: pictures (B, 3, H, W) in [0, 1], the full run's of the same seeds, and their prompts -> (B,). name: in
-    tables and files. higher: whether more is better. digits: that are shown.
+    Attributes:
+        measure: pictures (B, 3, H, W) in [0, 1], the full run's of the same seeds, and their prompts -> (B,).
+        name: in tables and files.
+        higher: whether more is better.
+        digits: that are shown.
     """
 
     name: str
@@ -45,7 +48,7 @@ def to_the_full_run() -> tuple[list[Metric], list[str]]:
     found = [SSIM, PSNR, HAARPSI, GMSD]
     if similarity.has_flip():
         return [*found, FLIP], []
-    return found, [f"FLIP is not measured: {install('bench')}"]
+    return found, [f"FLIP is not measured; {install('bench')}"]
 
 
 LEARNED = ("lpips", "clip", "hps", "image-reward")

@@ -33,18 +33,18 @@ class Pictures:
     ) -> None:
         self._folder, self._count, self._shape = folder, count, shape
         path = folder / _SETTINGS
-        given = json.loads(json.dumps(settings))
+        now = json.loads(json.dumps(settings))
         if path.is_file():
             if not resume:
-                raise UserError(f"{folder}: has a measurement already: give --resume to go on with it, or another one")
+                raise UserError(f"{folder}: has a measurement already; give --resume to go on with it, or another one")
             known = _read(path)
-            other = next((name for name in given if known.get(name) != given[name]), None)
+            other = next((name for name in now if known.get(name) != now[name]), None)
             if other is not None:
                 raise UserError(
-                    f"{path}: was begun with {other} {str(known.get(other))[:80]}, now it is {str(given[other])[:80]}: "
+                    f"{path}: was begun with {other} {str(known.get(other))[:80]}, now it is {str(now[other])[:80]}; "
                     "give the same, or another --checkpoint folder"
                 )
-        write_atomic(path, (json.dumps(given, indent=1) + "\n").encode())
+        write_atomic(path, (json.dumps(now, indent=1) + "\n").encode())
 
     def opened(self, name: str, dtype: Any, *, new: bool) -> np.memmap:
         """The pictures under a name, (count, 3, H, W); ``new`` ones are not filled yet."""

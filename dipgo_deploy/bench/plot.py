@@ -25,12 +25,12 @@ def check_plot(path: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise UserError(f"--plot: needs matplotlib: {install('bench')}") from error
+        raise UserError(f"--plot: needs matplotlib; {install('bench')}") from error
     kinds = Figure().canvas.get_supported_filetypes()
     if path.suffix[1:].lower() not in kinds:
         raise UserError(f"--plot {path}: give a file ending in one of {', '.join(sorted(kinds))}")
     if not path.parent.is_dir():
-        raise UserError(f"--plot {path}: the folder {path.parent} does not exist: make it first")
+        raise UserError(f"--plot {path}: the folder {path.parent} does not exist; make it first")
 
 
 def plot_quality(rows: Sequence[Row], path: Path, title: str) -> None:

@@ -32,9 +32,11 @@ COPIES = frozenset(
 class LoopProfile:
     """Seconds of one run, the means of several.
 
-    loop: the whole, measured without the profiler. launches: per launch of the plan, its part of that. blocks,
-    operators: of the kernels, as the profiler of ONNX Runtime measured them in runs of their own, by block of the
-    schedule (``OUTSIDE``: embeddings, head, sampler and guidance) and by operator.
+    Attributes:
+        loop: the whole, measured without the profiler.
+        launches: per launch of the plan, its part of that.
+        blocks, operators: of the kernels, as the profiler of ONNX Runtime measured them in runs of their own, by block
+            of the schedule (``OUTSIDE``: embeddings, head, sampler and guidance) and by operator.
     """
 
     loop: float

@@ -38,10 +38,14 @@ REFERENCE = "reference"  # the name of its pictures
 class Case:
     """One way to make the images: gates for the reference's sampler, or for another one.
 
-    name: what it is called. solver: (sampler, steps), None for the reference's own. config: of that sampler, None to
-    set it up from the model's. gates: T x N, None for all kept. cache: kind of all blocks, None for the reference's.
-    fitted: a schedule with a solver of its own, which says all of that. group: of a plain solver that others are
-    compared with, how many evaluations those are worth.
+    Attributes:
+        name: what it is called.
+        solver: (sampler, steps), None for the reference's own.
+        config: of that sampler, None to set it up from the model's.
+        gates: T x N, None for all kept.
+        cache: kind of all blocks, None for the reference's.
+        fitted: a schedule with a solver of its own, which says all of that.
+        group: of a plain solver that others are compared with, how many evaluations those are worth.
     """
 
     name: str
@@ -67,13 +71,20 @@ FULL_RUN = Case("full run")
 class Row:
     """What one case does.
 
-    macs: of one image's launches. ratio: share of the full run's that is saved. launches: of the denoiser.
-    milliseconds: of one image's loop in torch, as it was measured, in batches. metrics: by name, over images.
-    differences: of the metrics to those of the case ``against``, image by image: the first one; with ``by_ratio`` the
-    first that saves about as much; where there are plain solvers to compare with, the best of those (by SSIM) that cost
-    about as much. baseline: whether it is one of these.
-    accuracy: share of images recognised as what was asked for; frechet: distance to held-out images (both None for a
-    model without a judge). guidance_scale: None without guidance. per_image: the metrics of each image, (n,).
+    Attributes:
+        macs: of one image's launches.
+        ratio: share of the full run's that is saved.
+        launches: of the denoiser.
+        milliseconds: of one image's loop in torch, as it was measured, in batches.
+        metrics: by name, over images.
+        differences: of the metrics to those of the case ``against``, image by image: the first one; with ``by_ratio``
+            the first that saves about as much; where there are plain solvers to compare with, the best of those (by
+            SSIM) that cost about as much.
+        baseline: whether it is one of these.
+        accuracy: share of images recognised as what was asked for.
+        frechet: distance to held-out images (both None for a model without a judge).
+        guidance_scale: None without guidance.
+        per_image: the metrics of each image, (n,).
     """
 
     name: str
@@ -134,7 +145,7 @@ def schedule_cases(
         names = tuple(block.name for block in schedule.blocks)
         if schedule.model != target.model or names != target.block_names:
             raise UserError(
-                f"{name}: was made for another model, or for other blocks of it: give schedules of one model"
+                f"{name}: was made for another model, or for other blocks of it; give schedules of one model"
             )
         if schedule.solver is not None:
             cases.append(Case(name, gates=schedule.gates, fitted=schedule))
@@ -144,7 +155,7 @@ def schedule_cases(
             kinds = sorted(set(schedule.cache_kinds.values()))
             if not any_cache or len(kinds) > 1:
                 raise UserError(
-                    f"{name}: has {' and '.join(kinds)} caches, not those of the first schedule: compare like with "
+                    f"{name}: has {' and '.join(kinds)} caches, not those of the first schedule; compare like with "
                     "like, or give --any-cache where all blocks have the same kind"
                 )
             cache = kinds[0]
@@ -158,7 +169,7 @@ def schedule_cases(
         if own is not None and not any_sampler:
             raise UserError(
                 f"{name}: was made for {sampler.class_name} with {sampler.num_inference_steps} steps, the reference is "
-                f"{target.sampler.class_name} with {target.sampler.num_inference_steps}: compare like with like, or "
+                f"{target.sampler.class_name} with {target.sampler.num_inference_steps}; compare like with like, or "
                 "give --any-sampler"
             )
         config = None if own is None else sampler.config
@@ -210,10 +221,12 @@ def measure(
     The full run is made once, for all cases. Images and what was measured of them lie in ``folder`` (None: a temporary
     one); with ``resume`` what is complete there is not made again.
 
-    batch: images that go through the model at a time. by_ratio: the difference is to the first case that saves about as
-    much, not to the very first. metrics: SSIM at least. notify: told each row when it is measured, before it is known
-    what the case is compared with. strip: shown the rows and, by name and ``REFERENCE``, pictures uint8
-    (n, 3, H, W) before they go.
+    Args:
+        batch: images that go through the model at a time.
+        by_ratio: the difference is to the first case that saves about as much, not to the very first.
+        metrics: SSIM at least.
+        notify: told each row when it is measured, before it is known what the case is compared with.
+        strip: shown the rows and, by name and ``REFERENCE``, pictures uint8 (n, 3, H, W) before they go.
 
     Returns:
         A row a case, in their order.
@@ -222,9 +235,9 @@ def measure(
         UserError: a model without a VAE, nothing to measure, or a folder that cannot be used.
     """
     if not problem.can_decode:
-        raise UserError(f"{problem.options.model}: has no VAE to make images with: give a pipeline's folder")
+        raise UserError(f"{problem.options.model}: has no VAE to make images with; give a pipeline's folder")
     if not cases:
-        raise UserError("nothing to measure: give schedule files or --solver")
+        raise UserError("nothing to measure; give schedule files or --solver")
     if per_condition < 2:
         raise UserError("--per-condition: give at least 2, for an interval")
     pairs = held_out(len(problem.conditions), per_condition, seed)
@@ -390,12 +403,12 @@ def judged_labels(problem: Problem) -> list[int] | None:
     return labels
 
 
-def _frechet(judge: Judge, features: np.ndarray, wanted: np.ndarray) -> Estimate | None:
+def _frechet(judge: Judge, features: np.ndarray, classes: np.ndarray) -> Estimate | None:
     """To all held-out images, so only where all their classes were asked for."""
-    if len(np.unique(wanted)) < len(CLASS_NAMES):
+    if len(np.unique(classes)) < len(CLASS_NAMES):
         return None
     return bootstrap(
-        lambda rows: frechet_distance(*feature_statistics(features[rows]), judge.mean, judge.covariance), wanted
+        lambda rows: frechet_distance(*feature_statistics(features[rows]), judge.mean, judge.covariance), classes
     )
 
 

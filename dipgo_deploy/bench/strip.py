@@ -26,7 +26,9 @@ def worst(similarity: np.ndarray, count: int) -> list[int]:
 def strip(reference: np.ndarray, rows: Mapping[str, np.ndarray], headings: Sequence[str]) -> Image:
     """One sheet: a heading above each column, the reference's pictures, then each row's below them.
 
-    reference, rows: uint8 (n, 3, H, W), by label. headings: n.
+    Args:
+        reference, rows: uint8 (n, 3, H, W), by label.
+        headings: n.
     """
     from PIL import Image, ImageDraw
 

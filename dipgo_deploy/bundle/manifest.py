@@ -11,8 +11,8 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 import pydantic
 
 from dipgo_deploy import documents
+from dipgo_deploy.bundle.history import History
 from dipgo_deploy.bundle.shapes import NAMES, Dim, SizeRanges, Sizes, evaluate, evaluate_shape
-from dipgo_deploy.bundle.stack import StackLayout
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.schedule.validation import one_line
 
@@ -158,28 +158,28 @@ class LaunchEntry(_Frozen):
     variant: int
     timestep: float
     coefficients: Many[float] = pydantic.Field(
-        description="weights of the stack's slots: the model's latent input; empty where the graph takes no stack"
+        description="weights of the history's slots: the model's latent input; empty where the graph takes no stack"
     )
     reads: Many[int] = pydantic.Field(description="arena byte offsets, in the order of the variant's reads")
     writes: Many[int] = pydantic.Field(description="arena byte offsets, in the order of the variant's writes")
-    slot: int | None = pydantic.Field(description="slot of the stack that the prediction is written to")
+    slot: int | None = pydantic.Field(description="slot of the history that the prediction is written to")
 
 
 class PlanEntry(_Frozen):
-    """The loop: variants, launches, the stack and the cache arena.
+    """The loop: variants, launches, the history and the cache arena.
 
     In the layout ``variants`` each graph is a whole evaluation; in ``segments`` it is a part of one (or a sum of
     tensors), an evaluation is several launches with the same ``step``, and the arena also holds what parts pass on.
 
-    The stack is float32 (slots, batch, channels, height, width): slot 0 is the initial noise, then the predictions,
+    The history is float32 (slots, batch, channels, height, width): slot 0 is the initial noise, then the predictions,
     then the picture's latents where the run starts from one, then ``noises`` noise draws in the order in which the
-    sampler draws them. Graphs take the weights of a launch as ``bundle.stack.graph_coefficients`` makes them.
+    sampler draws them. Graphs take the weights of a launch as ``bundle.history.graph_coefficients`` makes them.
     """
 
     layout: Layout = "variants"
     variants: Many[VariantEntry]
     launches: Many[LaunchEntry]
-    final: Many[float] = pydantic.Field(description="weights of the stack's slots: the final latent")
+    final: Many[float] = pydantic.Field(description="weights of the history's slots: the final latent")
     slots: int
     noises: int
     image_slot: int | None = pydantic.Field(
@@ -193,9 +193,9 @@ class PlanEntry(_Frozen):
     evaluations: int
 
     @property
-    def stack(self) -> StackLayout:
-        """What the graphs know of the stack."""
-        return StackLayout(self.slots, self.slots - self.noises - (self.image_slot is not None))
+    def history(self) -> History:
+        """What the graphs know of the history."""
+        return History(self.slots, self.slots - self.noises - (self.image_slot is not None))
 
 
 class ModelEntry(_Frozen):

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from dipgo_deploy.schedule.kinds import CacheKind
 
-STACK = "stack"
-STACK_BEFORE = "stack_before"
+HISTORY = "stack"
+HISTORY_BEFORE = "stack_before"
 COEFFICIENTS = "coefficients"
 TIMESTEP = "timestep"
 GUIDANCE_SCALE = "guidance_scale"

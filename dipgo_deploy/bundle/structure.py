@@ -14,9 +14,9 @@ from dipgo_deploy.bundle.manifest import Graph, LaunchEntry, Manifest, PlanEntry
 from dipgo_deploy.bundle.names import (
     COEFFICIENTS,
     GUIDANCE_SCALE,
+    HISTORY,
+    HISTORY_BEFORE,
     PREDICTION,
-    STACK,
-    STACK_BEFORE,
     TIMESTEP,
 )
 from dipgo_deploy.errors import UserError
@@ -71,7 +71,7 @@ def _check(manifest: Manifest) -> None:
     _require(step < plan.evaluations, f"launches: evaluation {step} of {plan.evaluations}")
     for slot, weight in enumerate(plan.final):
         _require(not weight or slot in written, f"final: reads slot {slot}, which nothing writes")
-    unwritten = set(range(plan.stack.chain)) - written
+    unwritten = set(range(plan.history.chain)) - written
     _require(not unwritten, f"slots: nothing writes {sorted(unwritten)}")
 
 
@@ -124,17 +124,17 @@ def _check_variant(manifest: Manifest, variant: VariantEntry, sample: tuple[int,
     _require(len(set(variant.reads)) == len(variant.reads), f"{where}: reads one input twice")
     _require(len(set(variant.writes)) == len(variant.writes), f"{where}: writes one output twice")
     conditions = {spec.name: spec for spec in manifest.conditions}
-    known = {STACK, STACK_BEFORE, COEFFICIENTS, TIMESTEP, GUIDANCE_SCALE, *variant.reads, *conditions}
+    known = {HISTORY, HISTORY_BEFORE, COEFFICIENTS, TIMESTEP, GUIDANCE_SCALE, *variant.reads, *conditions}
     strange = sorted(inputs.keys() - known)
     _require(not strange, f"{where}: nothing fills its input {', '.join(strange[:3])}")
     lost = sorted(outputs.keys() - {PREDICTION, *variant.writes})
     _require(not lost, f"{where}: nothing takes its output {', '.join(lost[:3])}")
     _require(variant.predicts == (PREDICTION in outputs), f"{where}: predicts is {variant.predicts}")
-    _require((STACK in inputs) == (COEFFICIENTS in inputs), f"{where}: has the stack without its weights")
+    _require((HISTORY in inputs) == (COEFFICIENTS in inputs), f"{where}: has the history without its weights")
     slots = manifest.plan.slots
     wanted = {
-        STACK: (slots, *sample),
-        STACK_BEFORE: (slots, *sample),
+        HISTORY: (slots, *sample),
+        HISTORY_BEFORE: (slots, *sample),
         COEFFICIENTS: (slots,),
         PREDICTION: sample,
         **{name: spec.shape for name, spec in conditions.items()},
@@ -148,7 +148,7 @@ def _check_variant(manifest: Manifest, variant: VariantEntry, sample: tuple[int,
 
 def _given_slots(plan: PlanEntry) -> set[int]:
     """Slots that are filled before the first launch."""
-    return {0, *range(plan.stack.chain, plan.slots)}
+    return {0, *range(plan.history.chain, plan.slots)}
 
 
 def _check_launch(
@@ -161,12 +161,12 @@ def _check_launch(
         math.isfinite(launch.timestep) and 0 <= launch.timestep <= MOST_TIMESTEP,
         f"{where}: {launch.timestep} is no timestep",
     )
-    if STACK in inputs:
+    if HISTORY in inputs:
         _check_weights(where, launch.coefficients, plan.slots)
         for slot, weight in enumerate(launch.coefficients):
             _require(not weight or slot in written, f"{where}: reads slot {slot}, which is not written yet")
     else:
-        _require(not launch.coefficients, f"{where}: has weights for a stack that its graph does not take")
+        _require(not launch.coefficients, f"{where}: has weights for a history that its graph does not take")
     _require(len(launch.reads) == len(variant.reads), f"{where}: {len(launch.reads)} offsets to read from")
     _require(len(launch.writes) == len(variant.writes), f"{where}: {len(launch.writes)} offsets to write to")
     reads = [arena.read(where, offset, inputs[name]) for name, offset in zip(variant.reads, launch.reads, strict=True)]
@@ -179,8 +179,8 @@ def _check_launch(
         arena.write(span, outputs[name])
     if variant.predicts:
         slot = -1 if launch.slot is None else launch.slot
-        _require(1 <= slot < plan.stack.chain, f"{where}: its prediction has no slot ({launch.slot})")
-        # The sum over the stack takes differences of neighbours, so predictions come in the order of their slots.
+        _require(1 <= slot < plan.history.chain, f"{where}: its prediction has no slot ({launch.slot})")
+        # The sum over the history takes differences of neighbours, so predictions come in the order of their slots.
         _require(slot == _filled(written), f"{where}: writes slot {slot}, the next one is {_filled(written)}")
         written.add(slot)
     else:

@@ -37,12 +37,13 @@ Report = Callable[[str, int, int], None]
 class CalibrationOptions:
     """How a schedule is calibrated.
 
-    images: how many, all conditions in turn.
-    guidance_scales: each image has one of them, in turn; none: the problem's own.
-    held_aside: share of the images that choose the ridge and give the residuals.
-    ridges: relative to the mean squared column; chosen for each launch.
-    batch: images that go through the model at a time.
-    seed: of the first image's noise, counted from ``FIRST_SEED``.
+    Attributes:
+        images: how many, all conditions in turn.
+        guidance_scales: each image has one of them, in turn; none: the problem's own.
+        held_aside: share of the images that choose the ridge and give the residuals.
+        ridges: relative to the mean squared column; chosen for each launch.
+        batch: images that go through the model at a time.
+        seed: of the first image's noise, counted from ``FIRST_SEED``.
     """
 
     images: int = 200
@@ -61,7 +62,7 @@ class CalibrationOptions:
         """Refuse (UserError) too few images, before anything is loaded."""
         if self.aside < 1 or self.aside >= self.images:
             raise UserError(
-                f"--images {self.images}: {self.aside} of them would be held aside: give more, so that some are left "
+                f"--images {self.images}: {self.aside} of them would be held aside; give more, so that some are left "
                 "to fit and some to judge"
             )
 
@@ -70,8 +71,10 @@ class CalibrationOptions:
 class Launch:
     """One evaluation of the fitted schedule.
 
-    timestep: what the denoiser is told. target: the evaluation of the full run whose latent it is to have. predicts:
-    whether its prediction is a new one.
+    Attributes:
+        timestep: what the denoiser is told.
+        target: the evaluation of the full run whose latent it is to have.
+        predicts: whether its prediction is a new one.
     """
 
     timestep: float
@@ -83,8 +86,11 @@ class Launch:
 class Group:
     """Images that go through the model together.
 
-    pairs: the images. scale: their guidance scale, None without guidance. rows: theirs of the store. held_aside:
-    whether they choose the ridge, instead of being fitted to.
+    Attributes:
+        pairs: the images.
+        scale: their guidance scale, None without guidance.
+        rows: theirs of the store.
+        held_aside: whether they choose the ridge, instead of being fitted to.
     """
 
     pairs: tuple[Pair, ...]
@@ -144,8 +150,10 @@ def fitted_solver(
 ) -> Solver:
     """Rows and timesteps of these launches, fitted to the model's full runs.
 
-    folder: for what is kept of each image. settings: what has to be the same to go on with what is there. provenance:
-    what is known of model and reference; images, seeds, ridges and residuals are added to it.
+    Args:
+        folder: for what is kept of each image.
+        settings: what has to be the same to go on with what is there.
+        provenance: what is known of model and reference; images, seeds, ridges and residuals are added to it.
 
     Raises:
         UserError: a folder that cannot be used, or a run whose latents are not finite.
@@ -217,13 +225,13 @@ def _fit(
     for group in groups:
         for place, noise in zip(columns, noise_of(group.pairs, model.sample_shape, 1 + model.noises), strict=True):
             store.history[group.rows, place] = noise
-    found = []
+    fits = []
     predicted = 0
     for row in range(len(launches) + 1):
         report("fitting launches", row, len(launches) + 1)
         readable = [0, *range(1, 1 + predicted), *columns[1:]]
         fit = _fit_row(groups, store, row, readable, options)
-        found.append((readable, fit))
+        fits.append((readable, fit))
         if row == len(launches):
             break
         for latents, group in _latents(groups, store, readable, fit):
@@ -232,7 +240,7 @@ def _fit(
                 store.history[group.rows, 1 + predicted] = _finite(prediction, f"launch {row}")
         predicted += launches[row].predicts
     report("fitting launches", len(launches) + 1, len(launches) + 1)
-    return found
+    return fits
 
 
 def noise_of(pairs: Sequence[Pair], shape: tuple[int, ...], count: int) -> list[np.ndarray]:
@@ -292,5 +300,5 @@ def _solver(
 
 def _finite(array: np.ndarray, where: str) -> np.ndarray:
     if not np.isfinite(array).all():
-        raise UserError(f"{where}: a value is not finite, so nothing can be fitted: look at the model and its weights")
+        raise UserError(f"{where}: a value is not finite, so nothing can be fitted; look at the model and its weights")
     return array

@@ -17,8 +17,8 @@ import numpy as np
 
 from dipgo_deploy.backends.base import Backend
 from dipgo_deploy.bundle.directory import Bundle
+from dipgo_deploy.bundle.history import final_latent
 from dipgo_deploy.bundle.manifest import LaunchEntry, Manifest, PlanEntry, SamplerEntry
-from dipgo_deploy.bundle.stack import final_latent
 from dipgo_deploy.bundle.staging import replaced
 from dipgo_deploy.calibrate.core import (
     CalibrationOptions,
@@ -284,9 +284,9 @@ class _Engines:
                 noises=np.stack([pad_batch(draw[part], batch) for draw in noise[1:]]) if self.noises else None,
                 guidance_scale=1.0 if group.scale is None else group.scale,
             )
-            stack = at_work.loop.stack()
+            history = at_work.loop.history()
             for step, found in latents.items():
-                found.append(final_latent(stack, rows[step])[: part.stop - part.start])
+                found.append(final_latent(history, rows[step])[: part.stop - part.start])
             finals.append(final[: part.stop - part.start])
         return {step: np.concatenate(found) for step, found in latents.items()}, np.concatenate(finals)
 

@@ -41,7 +41,7 @@ class Store:
         if resume and path.is_file():
             self.done = self._read(path)
         elif path.is_file():
-            raise UserError(f"{folder}: has a calibration already: give --resume to go on with it, or another folder")
+            raise UserError(f"{folder}: has a calibration already; give --resume to go on with it, or another folder")
         mode = "r+" if self.done else "w+"
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -71,7 +71,7 @@ class Store:
         for name, value in json.loads(json.dumps(self._settings)).items():
             if settings.get(name) != value:
                 raise UserError(
-                    f"{path}: was begun with {name} {settings.get(name)!r}, now it is {value!r}: give the same, or "
+                    f"{path}: was begun with {name} {settings.get(name)!r}, now it is {value!r}; give the same, or "
                     "another --checkpoint folder"
                 )
         return done

@@ -288,10 +288,10 @@ def _counts(text: str | None, baselines: bool) -> tuple[int, ...]:
     if text is None:
         return ()
     if not baselines:
-        raise UserError("--launches: is for --baselines: give both")
+        raise UserError("--launches: is for --baselines; give both")
     parts = text.split(",")
     if not all(part.isdigit() for part in parts):
-        raise UserError(f"--launches {text}: is no list of numbers: give them as in 4,5,7")
+        raise UserError(f"--launches {text}: is no list of numbers; give them as in 4,5,7")
     return tuple(int(part) for part in parts)
 
 

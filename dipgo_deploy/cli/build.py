@@ -189,7 +189,7 @@ def command(
             "memory": {
                 "weights": dict(report.need.weights),
                 "arena": report.need.arena,
-                "stack": report.need.stack,
+                "stack": report.need.history,
                 "other": report.need.other,
                 "total": report.need.total,
             },

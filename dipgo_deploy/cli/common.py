@@ -53,7 +53,7 @@ def missing_extra(error: ModuleNotFoundError) -> str | None:
         return None
     from dipgo_deploy.extras import install
 
-    return f"this needs the package {module}, which is not installed: {install(*extras)}"
+    return f"this needs the package {module}, which is not installed; {install(*extras)}"
 
 
 def entry_point(command: click.Command) -> Callable[[Sequence[str] | None], int]:

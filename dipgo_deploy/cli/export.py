@@ -220,8 +220,8 @@ def _facts(planned: PlannedExport, *, both_layouts: bool) -> dict[str, Any]:
     if both_layouts:
         shape = planned.traced.shape
         channels = planned.source.family.latent_channels(planned.source.config)
-        stack_bytes = 4 * planned.stack.slots * shape.batch * channels * shape.height * shape.width
-        needs, one_copy = compare_layouts(planned.plan, segments, pieces, stack_bytes)
+        history_bytes = 4 * planned.history.slots * shape.batch * channels * shape.height * shape.width
+        needs, one_copy = compare_layouts(planned.plan, segments, pieces, history_bytes)
         facts["layouts"] = {need.layout: need.row() for need in needs}
         facts["weight_bytes"] = one_copy
     if planned.segments is None:
@@ -291,12 +291,12 @@ def _show(console: Any, facts: dict[str, Any]) -> None:
         limit = "above four it is segments, which ONNX Runtime loads faster, in the memory of one model"
         console.print(f"--layout auto is {facts['layout']}: {why}; {limit}")
     if facts["promoted"]:
-        console.print(f"{len(facts['promoted'])} gates raised to meet --max-variants")
+        console.print(f"{len(facts['promoted'])} skipped blocks computed after all, to meet --max-variants")
     if facts.get("image") is not None:
         image = facts["image"]
         console.print(
             f"starts from a picture at evaluation {image['begin']} of the schedule (strength {image['strength']:g}), "
-            f"where {len(image['raised'])} gates were raised: nothing is cached yet"
+            f"where {len(image['raised'])} skipped blocks are computed: nothing is cached yet"
         )
 
 

@@ -318,7 +318,7 @@ def validate(file: Path, model: str | None, allow_other_config: bool, as_json: b
     if "sampler" not in checked:
         from dipgo_deploy.extras import install
 
-        console.print(f"number of rows for the sampler not checked: {install('export')}", markup=False, soft_wrap=True)
+        console.print(f"number of rows for the sampler not checked; {install('export')}", markup=False, soft_wrap=True)
     emit({"file": str(file), "valid": True, "checked": checked, **_facts(schedule)}, as_json)
 
 
@@ -364,7 +364,7 @@ def diff(ctx: click.Context, before: Path, after: Path, as_json: bool) -> None:
         console.print(f"{name}: {to_json(old)} -> {to_json(new)}", markup=False, soft_wrap=True)
     for change in difference.gates:
         verb = "kept -> removed" if change.before else "removed -> kept"
-        console.print(f"step {change.step}, block {change.block}: {verb}", markup=False, soft_wrap=True)
+        console.print(f"evaluation {change.step}, block {change.block}: {verb}", markup=False, soft_wrap=True)
     if not difference:
         console.print("no difference")
     emit(
@@ -448,7 +448,7 @@ def _summary(schedule: Schedule) -> str:
 
 
 def _print_grid(schedule: Schedule, console: Console) -> None:
-    """One line a block; a dot is a removed gate. Steps that do not fit the width follow below."""
+    """One line a block; a dot is a removed gate. Evaluations that do not fit the width follow below."""
     from rich.text import Text
 
     kept, removed = tuple(drawable(console, "█·", "#."))

@@ -329,7 +329,7 @@ def class_label_numbers(text: str | None) -> tuple[int, ...] | None:
     try:
         labels = tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise UserError(f"--class-labels {text}: is no list of numbers: give them as in 0,1,2") from None
+        raise UserError(f"--class-labels {text}: is no list of numbers; give them as in 0,1,2") from None
     return labels
 
 
@@ -343,7 +343,7 @@ def _starts(files: Sequence[Path], target: Any) -> tuple[tuple[str, Any], ...]:
         schedule = Schedule.load(path)
         if schedule.model != target.model or schedule.blocks != target.blocks:
             raise UserError(
-                f"--start {path}: was made for another model, or for other blocks or caches of it: leave it out"
+                f"--start {path}: was made for another model, or for other blocks or caches of it; leave it out"
             )
         found.append((path.stem, schedule.gates))
     return tuple(found)

@@ -39,9 +39,12 @@ Notify = Callable[[str], None]
 class Options:
     """What is compared, and when it passes.
 
-    components: manifest, launch list, weights, tokens, conditions and VAE. pictures: from prompt to picture. Both at
-    ``cases``. tolerance: None for the model family's own, by dtype. open_graph: how a variant's graph is run by itself.
-    save_inputs: folder for each variant's recorded inputs, as polygraphy's JSON.
+    Attributes:
+        components: manifest, launch list, weights, tokens, conditions and VAE.
+        pictures: from prompt to picture. Both at ``cases``.
+        tolerance: None for the model family's own, by dtype.
+        open_graph: how a variant's graph is run by itself.
+        save_inputs: folder for each variant's recorded inputs, as polygraphy's JSON.
     """
 
     variants: bool = True
@@ -106,7 +109,7 @@ def _run(
 ) -> Report:
     """All that needs graphs to run, after ``parts``."""
     manifest = bundle.manifest
-    found: list[Part] = []
+    components: list[Part] = []
     drawn: list[Part] = []
     skipped: list[str] = []
     pictures: Pictures | None = None
@@ -122,12 +125,12 @@ def _run(
         pictures = None
     if pictures is not None and options.components:
         notify("comparing tokens and conditions")
-        found += _each_case(options.cases, pictures.components, skipped)
+        components += _each_case(options.cases, pictures.components, skipped)
     variants, loop = _denoiser(bundle, reference, inputs, backend, options, tolerance, notify)
     results = None
     if loop is not None:
         notify("decoding")
-        found += _vae(bundle, backend, reference, loop.expected, tolerance)
+        components += _vae(bundle, backend, reference, loop.expected, tolerance)
         results = _results(bundle, backend, reference, loop, tolerance)
     if pictures is not None and options.pictures:
         notify("drawing with both pipelines")
@@ -137,7 +140,7 @@ def _run(
         variants=variants,
         loop=() if loop is None else loop.checked,
         results=results,
-        parts=(*parts, *found),
+        parts=(*parts, *components),
         pictures=tuple(drawn),
         skipped=tuple(skipped),
     )
@@ -227,19 +230,19 @@ def _vae(
     bundle: Bundle, backend: Backend, reference: Reference, latents: np.ndarray, tolerance: Tolerance
 ) -> list[Part]:
     """The decoder on latents of the supernet's loop, and for image-to-image the encoder on a picture."""
-    wanted: dict[str, np.ndarray] = {}
-    found: dict[str, np.ndarray] = {}
+    expected: dict[str, np.ndarray] = {}
+    actual: dict[str, np.ndarray] = {}
     images = _decoded(bundle, reference, latents)
     graph, encoder = bundle.manifest.components.vae_decoder, bundle.manifest.components.vae_encoder
     if images is not None and graph is not None:
-        wanted[IMAGES] = images
-        found[IMAGES] = Decoder(bundle.path, graph, backend)(latents)
+        expected[IMAGES] = images
+        actual[IMAGES] = Decoder(bundle.path, graph, backend)(latents)
     vae = getattr(reference.source.pipeline, "vae", None)
     if encoder is not None and vae is not None:
         picture = np.random.default_rng(0).random(encoder.inputs[0].shape, np.float32)
-        wanted |= _encode(vae, picture)
-        found |= Encoder(bundle.path, encoder, backend)(picture)
-    errors = tuple(tensor_error(name, found[name], wanted[name], tolerance) for name in wanted)
+        expected |= _encode(vae, picture)
+        actual |= Encoder(bundle.path, encoder, backend)(picture)
+    errors = tuple(tensor_error(name, actual[name], expected[name], tolerance) for name in expected)
     return [Part("VAE", "", "the model's own", errors)] if errors else []
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dipgo_deploy.bundle.names import STACK
+from dipgo_deploy.bundle.names import HISTORY
 from dipgo_deploy.compare.metrics import Tolerance, tensor_error
 from dipgo_deploy.compare.report import Part
 
@@ -33,10 +33,10 @@ def check_launch_list(manifest: Manifest, reference: Reference) -> list[Part]:
     rows = len(schedule.gates)
     for index, launch in enumerate(plan.launches):
         if not 0 <= launch.step < rows:
-            note = f"step {launch.step} is none of the schedule's {rows}"
+            note = f"evaluation {launch.step} is none of the schedule's {rows}"
             return [Part(NAME, f"launch {index}", "the schedule", (), note)]
         if index and launch.step < plan.launches[index - 1].step:
-            note = f"step {launch.step} comes after step {plan.launches[index - 1].step}"
+            note = f"evaluation {launch.step} comes after evaluation {plan.launches[index - 1].step}"
             return [Part(NAME, f"launch {index}", "the schedule", (), note)]
     source, columns = _predictions(plan, len(reference.schedule.gates))
     matrix = sampler_matrix(
@@ -70,7 +70,7 @@ def check_launch_list(manifest: Manifest, reference: Reference) -> list[Part]:
         variant = plan.variants[launch.variant]
         expected = {"timestep": np.array([matrix.timesteps[launch.step]])}
         actual = {"timestep": np.array([launch.timestep])}
-        if STACK in {spec.name for spec in variant.graph.inputs}:
+        if HISTORY in {spec.name for spec in variant.graph.inputs}:
             expected["coefficients"] = weights(matrix.rows[launch.step])
             actual["coefficients"] = np.array(launch.coefficients)
         parts.append(_part(_place(plan, index), actual, expected))
@@ -100,7 +100,7 @@ def _differences(manifest: Manifest, reference: Reference) -> list[str]:
     return [f"{name} is {found}, not {wanted}" for name, (found, wanted) in facts.items() if found != wanted]
 
 
-def _settings(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+def _settings(exported: Mapping[str, Any], present: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
     """The sampler's settings side by side; what is not finite is null in JSON."""
 
     def finite(value: Any) -> Any:
@@ -108,8 +108,8 @@ def _settings(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> Iterator[t
             return None
         return list(value) if isinstance(value, tuple) else value
 
-    for name in sorted({*found, *wanted}):
-        yield f"sampler.config.{name}", finite(found.get(name)), finite(wanted.get(name))
+    for name in sorted({*exported, *present}):
+        yield f"sampler.config.{name}", finite(exported.get(name)), finite(present.get(name))
 
 
 def _begin(manifest: Manifest, reference: Reference) -> int | None:
@@ -138,9 +138,9 @@ def _predictions(plan: PlanEntry, evaluations: int) -> tuple[list[int], dict[int
     return source, made
 
 
-def _places(plan: PlanEntry, made: Mapping[int, int], predictions: int, noises: int) -> dict[int, int]:
-    """The slot of the stack of each column of the matrix."""
-    places = {0: 0, **{1 + number: slot for number, slot in made.items()}}
+def _places(plan: PlanEntry, slots: Mapping[int, int], predictions: int, noises: int) -> dict[int, int]:
+    """The slot of the history of each column of the matrix."""
+    places = {0: 0, **{1 + number: slot for number, slot in slots.items()}}
     if plan.image_slot is not None:
         places[1 + predictions] = plan.image_slot
     after = 1 + predictions + (plan.image_slot is not None)
@@ -148,7 +148,7 @@ def _places(plan: PlanEntry, made: Mapping[int, int], predictions: int, noises: 
 
 
 def _slots_wrong(plan: PlanEntry, places: Mapping[int, int]) -> Iterator[tuple[str, str]]:
-    """Where a slot of the stack is filled twice or never, and what is wrong there."""
+    """Where a slot of the history is filled twice or never, and what is wrong there."""
     given = {0, plan.image_slot, *range(plan.slots - plan.noises, plan.slots)}
     for index, launch in enumerate(plan.launches):
         if launch.slot is None:
@@ -166,4 +166,4 @@ def _slots_wrong(plan: PlanEntry, places: Mapping[int, int]) -> Iterator[tuple[s
 
 def _place(plan: PlanEntry, index: int) -> str:
     launch = plan.launches[index]
-    return f"launch {index} (step {launch.step}, variant {plan.variants[launch.variant].name})"
+    return f"launch {index} (evaluation {launch.step}, variant {plan.variants[launch.variant].name})"

@@ -11,8 +11,8 @@ import torch
 
 from dipgo_deploy.backends.base import Backend
 from dipgo_deploy.bundle.directory import Bundle
-from dipgo_deploy.bundle.names import COEFFICIENTS, PREDICTION, STACK, parse_cache
-from dipgo_deploy.bundle.stack import graph_latent
+from dipgo_deploy.bundle.history import graph_latent
+from dipgo_deploy.bundle.names import COEFFICIENTS, HISTORY, PREDICTION, parse_cache
 from dipgo_deploy.compare.metrics import TensorError, Tolerance, inherited, tensor_error
 from dipgo_deploy.compare.report import LATENT, Checked
 from dipgo_deploy.errors import UserError
@@ -155,7 +155,7 @@ def compare_loop(
             evaluation = supernet.next()
             if evaluation is None:
                 rows = len(reference.schedule.gates)
-                raise UserError(f"{bundle.path}: manifest: a launch at step {step} of {rows}; export it again")
+                raise UserError(f"{bundle.path}: manifest: a launch at evaluation {step} of {rows}; export it again")
             steps.append(_Step())
 
     def on_launch(index: int) -> None:
@@ -164,8 +164,8 @@ def compare_loop(
         assert evaluation is not None
         at = steps[-1]
         at.names.append(entry.name)
-        if STACK in {spec.name for spec in entry.graph.inputs}:
-            latent = graph_latent(loop.fetch(index, STACK), loop.fetch(index, COEFFICIENTS), plan.stack.chain)
+        if HISTORY in {spec.name for spec in entry.graph.inputs}:
+            latent = graph_latent(loop.fetch(index, HISTORY), loop.fetch(index, COEFFICIENTS), plan.history.chain)
             at.given.append(tensor_error(LATENT, latent, host(evaluation.model_input), tolerance))
             at.latent = latent
         kept = dict(zip(kinds, reference.schedule.gates[launch.step], strict=True))

@@ -51,9 +51,9 @@ def agreement(actual: np.ndarray, expected: np.ndarray) -> Agreement:
     return Agreement(relative, psnr, float(found @ wanted) / norms if norms else float(not found.any()))
 
 
-def worst(found: Iterable[Agreement]) -> Agreement:
+def worst(agreements: Iterable[Agreement]) -> Agreement:
     """The largest error, the smallest PSNR and the smallest cosine of several."""
-    relative, psnr, cosine = zip(*found, strict=True)
+    relative, psnr, cosine = zip(*agreements, strict=True)
     return Agreement(max(relative), min(psnr), min(cosine))
 
 
@@ -70,11 +70,15 @@ class Tolerance:
 class TensorError:
     """One tensor against its reference.
 
-    max_absolute: largest absolute difference. relative: that over the reference's largest absolute value. Both are
-    infinite where the tensor has NaN or infinity, or another shape. cosine: -1 to 1. psnr: in dB over the reference's
-    largest value. limit: the largest relative error that passes by itself. made: where a launch inherits an error from
-    its latent, the relative error that it makes itself, beside the model on that very latent; None where none was
-    looked for.
+    Attributes:
+        max_absolute: largest absolute difference.
+        relative: that over the reference's largest absolute value. Both are infinite where the tensor has NaN or
+            infinity, or another shape.
+        cosine: -1 to 1.
+        psnr: in dB over the reference's largest value.
+        limit: the largest relative error that passes by itself.
+        made: where a launch inherits an error from its latent, the relative error that it makes itself, beside the
+            model on that very latent; None where none was looked for.
     """
 
     name: str

@@ -46,7 +46,8 @@ def cases(
 ) -> list[Case]:
     """Calls that an engine directory is compared at: a plain one that leaves all defaults, and unusual ones.
 
-    prompts, labels, guidance_scale: what was asked for takes the place of them.
+    Args:
+        prompts, labels, guidance_scale: what was asked for takes the place of them.
     """
     one_picture = manifest.sampler.strength is not None or any(s.source == "image" for s in manifest.conditions)
     if text_conditions(manifest):
@@ -98,17 +99,17 @@ class Pictures:
         kind: OutputType = "np" if self._decodes(expected) else "latent"
         try:
             with _no_warnings():
-                found = self._ours(**self._call(case), seed=case.seed, output_type=kind)
+                actual = self._ours(**self._call(case), seed=case.seed, output_type=kind)
         except NotFiniteError as error:
             return [Part("picture", case.name, STOCK, (), str(error))]
         parts = []
         for row, place in enumerate(case.places):
             errors = []
             if expected.latents is not None:
-                errors.append(self._error(LATENTS, found.latents[row], expected.latents[row]))
+                errors.append(self._error(LATENTS, actual.latents[row], expected.latents[row]))
             if self._decodes(expected):
                 assert expected.images is not None
-                errors.append(self._error(IMAGES, np.asarray(found.images[row]), expected.images[row]))
+                errors.append(self._error(IMAGES, np.asarray(actual.images[row]), expected.images[row]))
             parts.append(Part("picture", f"{case.name}, {place}", STOCK, tuple(errors)))
         return parts
 
@@ -117,17 +118,17 @@ class Pictures:
 
     def _call(self, case: Case) -> dict[str, Any]:
         """The same call of the engine directory's pipeline."""
-        given: dict[str, Any] = {
+        arguments: dict[str, Any] = {
             "prompt": None if case.prompts is None else list(case.prompts),
             "negative_prompt": None if case.negatives is None else list(case.negatives),
             "class_labels": None if case.labels is None else list(case.labels),
             "guidance_scale": case.guidance_scale,
         }
         if self._manifest.sampler.strength is not None:
-            given["image"] = self._stock.picture()
+            arguments["image"] = self._stock.picture()
         if any(spec.source == "image" for spec in self._manifest.conditions):
-            given["control_image"] = self._stock.picture()
-        return {name: value for name, value in given.items() if value is not None}
+            arguments["control_image"] = self._stock.picture()
+        return {name: value for name, value in arguments.items() if value is not None}
 
     def _tokens(self, case: Case, expected: StockRun) -> Iterator[Part]:
         """The ids of each prompt and each negative one, as far as the stock pipeline's go: a longer row of ours is cut
@@ -156,30 +157,28 @@ class Pictures:
             found = self._ours.conditions(check_request(self._manifest, Asked(**call, output_type="latent")))
         for spec in self._manifest.conditions:
             halves = found[spec.name]
-            wanted = expected.conditions.get(spec.name)
+            stock = expected.conditions.get(spec.name)
             place = f"{case.name}, {spec.name}"
-            if wanted is None:
+            if stock is None:
                 yield Part("conditions", place, STOCK, (), "the stock pipeline gives its denoiser nothing of this name")
                 continue
             rows = np.concatenate([half for half in halves if half is not None])
             if self._stock.conditional_first and halves[0] is not None:
                 rows = np.concatenate([halves[1], halves[0]])
             parts = case.places * (1 if halves[0] is None else 2)
-            if rows.shape[1:] != wanted.shape[1:] or len(wanted) != len(rows):
-                yield Part(
-                    "conditions", place, STOCK, (), f"shape {rows.shape}, the stock pipeline's is {wanted.shape}"
-                )
+            if rows.shape[1:] != stock.shape[1:] or len(stock) != len(rows):
+                yield Part("conditions", place, STOCK, (), f"shape {rows.shape}, the stock pipeline's is {stock.shape}")
                 continue
-            rows, wanted = _as_seen(expected.conditions, rows), _as_seen(expected.conditions, wanted)
-            errors = tuple(self._error(spec.name, ours, theirs) for ours, theirs in zip(rows, wanted, strict=True))
+            rows, stock = _as_seen(expected.conditions, rows), _as_seen(expected.conditions, stock)
+            errors = tuple(self._error(spec.name, ours, theirs) for ours, theirs in zip(rows, stock, strict=True))
             half = len(rows) // 2 if halves[0] is not None else 0
             for row, error in enumerate(errors):
                 negative = halves[0] is not None and (row < half) != self._stock.conditional_first
                 label = "unconditional half of " if negative else ""
                 yield Part("conditions", f"{case.name}, {label}{parts[row]}", STOCK, (error,))
 
-    def _error(self, name: str, found: np.ndarray, expected: np.ndarray) -> TensorError:
-        return tensor_error(name, np.asarray(found, np.float64), np.asarray(expected, np.float64), self._tolerance)
+    def _error(self, name: str, actual: np.ndarray, expected: np.ndarray) -> TensorError:
+        return tensor_error(name, np.asarray(actual, np.float64), np.asarray(expected, np.float64), self._tolerance)
 
 
 def _as_seen(conditions: Mapping[str, np.ndarray], states: np.ndarray) -> np.ndarray:

@@ -97,9 +97,11 @@ def _record(engine_dir: Path, model: str, folder: Path) -> None:
 
 
 def _caches_kept(schedule: Schedule, plan: PlanEntry, recorder: Recorder | StepRecorder) -> Callable[[int], set[str]]:
-    """For each evaluation, the blocks whose caches are recorded or that the next one reads: those removed there, and
-    what its launch reads of blocks that are kept but have the same value again. All others are made anew before they
-    are read."""
+    """The blocks whose caches have to outlive an evaluation, by evaluation.
+
+    They are recorded, or the next evaluation reads them: its removed blocks, and kept ones whose value would be the
+    same again, so that its launch does not compute them. All other caches are written before they are read.
+    """
     from dipgo_deploy.reference.recording import cache_block
 
     names = [block.name for block in schedule.blocks]
@@ -132,7 +134,7 @@ def _compare(engine_dir: Path, folder: Path) -> Agreement:
     whole = Bundle.open(engine_dir)
     manifest = whole.manifest
     tolerance = Tolerance(family_for(manifest.model.class_name).tolerances[manifest.dtype])
-    found = []
+    agreements = []
     for place, (bundle, where) in enumerate(sizes_compared(whole)):
         if manifest.plan.layout == "segments":
             steps = read_steps(folder / str(place))
@@ -140,8 +142,8 @@ def _compare(engine_dir: Path, folder: Path) -> Agreement:
         else:
             recordings = read_recordings(folder / str(place))
             checked = tuple(compare_variants(bundle, recordings, frugal_session, tolerance))
-        found.append(passed(Report(tolerance, variants=checked), where))
-    return worst(found)
+        agreements.append(passed(Report(tolerance, variants=checked), where))
+    return worst(agreements)
 
 
 def _main() -> int:

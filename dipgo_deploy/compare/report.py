@@ -40,9 +40,12 @@ class Checked:
 class Part:
     """Something beside the denoiser's launches that was compared.
 
-    name: ``launch list``, ``weights``, ``tokens``, ``conditions``, ``VAE`` or ``picture``. place: of what, such as a
-    launch or a prompt. reference: what it was compared with. tensors: what was compared, in order. note: what is wrong
-    in words, where numbers do not say it.
+    Attributes:
+        name: ``launch list``, ``weights``, ``tokens``, ``conditions``, ``VAE`` or ``picture``.
+        place: of what, such as a launch or a prompt.
+        reference: what it was compared with.
+        tensors: what was compared, in order.
+        note: what is wrong in words, where numbers do not say it.
     """
 
     name: str
@@ -70,10 +73,15 @@ class Part:
 class Report:
     """Agreement of an engine directory with the model.
 
-    parts: what a run needs before its first launch (launch list, weights, tokens, conditions, VAE). variants: each
-    variant by itself on recorded inputs. loop: each evaluation of the whole loop, caches fed forward, in order; then
-    ``results``, its latents and images. pictures: from prompt to picture. skipped: a line for everything that was not
-    compared. What was not asked for is empty or None.
+    What was not asked for is empty or None.
+
+    Attributes:
+        parts: what a run needs before its first launch (launch list, weights, tokens, conditions, VAE).
+        variants: each variant by itself on recorded inputs.
+        loop: each evaluation of the whole loop, caches fed forward, in order; then ``results``, its latents and
+            images.
+        pictures: from prompt to picture.
+        skipped: a line for everything that was not compared.
     """
 
     tolerance: Tolerance
@@ -105,12 +113,14 @@ class Report:
             alone = [checked for checked in self.variants if checked.step == step]
             yield from (line for checked in loop for line in _of_loop(checked, given=True))
             for checked in alone:
-                where = f"variant {checked.variant} by itself, step {step}"
+                where = f"variant {checked.variant} by itself, evaluation {step}"
                 yield from (_failure(where, tensor) for tensor in checked.tensors if not tensor.passed)
             yield from (line for checked in loop for line in _of_loop(checked, given=False))
         if self.results is not None:
             yield from (
-                _failure("loop, after the last step", tensor) for tensor in self.results.tensors if not tensor.passed
+                _failure("loop, after the last evaluation", tensor)
+                for tensor in self.results.tensors
+                if not tensor.passed
             )
         for part in self.pictures:
             yield from part.failures()
@@ -150,7 +160,7 @@ def _of_loop(checked: Checked, *, given: bool) -> Iterator[str]:
     launched = "no launch" if checked.variant is None else f"variant {checked.variant}"
     for tensor in checked.tensors:
         if not tensor.passed and given_to_launch(tensor.name) == given:
-            yield _failure(f"loop, step {checked.step}, {launched}", tensor)
+            yield _failure(f"loop, evaluation {checked.step}, {launched}", tensor)
 
 
 def _failure(where: str, tensor: TensorError, reference: str = "the supernet") -> str:

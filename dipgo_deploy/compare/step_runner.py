@@ -44,15 +44,15 @@ class StepRunner:
                 continue
             entry = self._plan.variants[launch.variant]
             offsets = dict(zip(entry.reads, launch.reads, strict=True))
-            given = {
+            bound = {
                 spec.name: from_storage(self._arena[offsets[spec.name] :], spec)
                 if spec.name in offsets
                 else inputs[spec.name].astype(np.float32 if spec.dtype == "bfloat16" else spec.dtype)
                 for spec in entry.graph.inputs
             }
-            outputs = dict(self._run(launch.variant, given))
+            outputs = dict(self._run(launch.variant, bound))
             specs = {spec.name: spec for spec in entry.graph.outputs}
             for name, offset in zip(entry.writes, launch.writes, strict=True):
                 data = as_bytes(to_storage(outputs[name], specs[name].dtype))
                 self._arena[offset : offset + data.nbytes] = data
-            yield Launched(index, launch.variant, given, outputs)
+            yield Launched(index, launch.variant, bound, outputs)

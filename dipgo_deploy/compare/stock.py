@@ -36,7 +36,9 @@ _IMAGENET_NULL = 1000
 class Case:
     """One call of a pipeline, as a user would make it.
 
-    prompts, negatives, labels: None where they are not given. guidance_scale: None for the pipeline's default.
+    Attributes:
+        prompts, negatives, labels: None where they are not given.
+        guidance_scale: None for the pipeline's default.
     """
 
     name: str
@@ -62,9 +64,11 @@ def _short(prompt: str) -> str:
 class StockRun:
     """What a stock pipeline did.
 
-    tokens: by text encoder, the ids (n, L) of each call in order. conditions: by keyword, what the denoiser was given
-    at its first evaluation, (G*n, ...). latents: (n, C, h, w) before the VAE, None without one. images: float32 (n, H,
-    W, 3) in [0, 1], None for a pipeline that was stopped, or has no VAE.
+    Attributes:
+        tokens: by text encoder, the ids (n, L) of each call in order.
+        conditions: by keyword, what the denoiser was given at its first evaluation, (G*n, ...).
+        latents: (n, C, h, w) before the VAE, None without one.
+        images: float32 (n, H, W, 3) in [0, 1], None for a pipeline that was stopped, or has no VAE.
     """
 
     tokens: dict[str, list[np.ndarray]] = field(default_factory=dict)
@@ -157,7 +161,7 @@ class StockPipeline:
         manifest, latent = self._manifest, self._manifest.latent
         scale = self._reference.source.scale
         distilled = any(spec.source == "guidance" for spec in manifest.conditions)
-        given: dict[str, Any] = {
+        arguments: dict[str, Any] = {
             "num_inference_steps": self._reference.schedule.sampler.num_inference_steps,
             "generator": torch.Generator("cpu").manual_seed(case.seed),
             "output_type": "np" if decoded else "latent",
@@ -169,22 +173,22 @@ class StockPipeline:
             "use_resolution_binning": False,
             "clean_caption": False,
         }
-        given |= {name: value for name, value in optional.items() if name in self._takes}
+        arguments |= {name: value for name, value in optional.items() if name in self._takes}
         if case.prompts is not None:
-            given["prompt"] = list(case.prompts)
+            arguments["prompt"] = list(case.prompts)
             if case.negatives is not None:
-                given["negative_prompt"] = list(case.negatives)
+                arguments["negative_prompt"] = list(case.negatives)
         if case.labels is not None:
-            given["class_labels"] = list(case.labels)
+            arguments["class_labels"] = list(case.labels)
         if "guidance_scale" in self._takes and not (manifest.guidance or distilled):
-            given["guidance_scale"] = 1.0
+            arguments["guidance_scale"] = 1.0
         elif case.guidance_scale is not None and "guidance_scale" in self._takes:
-            given["guidance_scale"] = case.guidance_scale
+            arguments["guidance_scale"] = case.guidance_scale
         if manifest.sampler.strength is not None:
-            given |= {"image": self.picture(), "strength": manifest.sampler.strength}
+            arguments |= {"image": self.picture(), "strength": manifest.sampler.strength}
         if any(spec.source == "image" for spec in manifest.conditions):
-            given["image"] = self.picture()
-        return given
+            arguments["image"] = self.picture()
+        return arguments
 
 
 def _prepared(manifest: Manifest, reference: Reference) -> Any:
@@ -306,22 +310,22 @@ def _forward(module: Any, forward: Any) -> Iterator[None]:
             module.__dict__["forward"] = before
 
 
-def _control(given: Mapping[str, Any]) -> dict[str, Any]:
+def _control(keywords: Mapping[str, Any]) -> dict[str, Any]:
     """Of a ControlNet's arguments what the family calls conditions."""
-    found = {"controlnet_cond": given.get("controlnet_cond")}
-    scale = given.get("conditioning_scale")
-    return found if scale is None else {**found, "controlnet_conditioning_scale": torch.tensor([float(scale)])}
+    tensors = {"controlnet_cond": keywords.get("controlnet_cond")}
+    scale = keywords.get("conditioning_scale")
+    return tensors if scale is None else {**tensors, "controlnet_conditioning_scale": torch.tensor([float(scale)])}
 
 
-def _tensors(given: Mapping[str, Any], rows: int) -> dict[str, torch.Tensor]:
+def _tensors(keywords: Mapping[str, Any], rows: int) -> dict[str, torch.Tensor]:
     """Keyword arguments that are tensors, also those in dictionaries, each with a row for every one of the latent's."""
-    found: dict[str, torch.Tensor] = {}
-    for name, value in given.items():
+    tensors: dict[str, torch.Tensor] = {}
+    for name, value in keywords.items():
         if isinstance(value, Mapping):
-            found |= _tensors(value, rows)
+            tensors |= _tensors(value, rows)
         elif isinstance(value, torch.Tensor) and value.ndim:
-            found[name] = value.expand(rows, *value.shape[1:]) if len(value) == 1 else value
-    return found
+            tensors[name] = value.expand(rows, *value.shape[1:]) if len(value) == 1 else value
+    return tensors
 
 
 @contextmanager

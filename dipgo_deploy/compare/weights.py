@@ -96,17 +96,17 @@ def _weight(
         if parameter is None:
             yield Part(NAME, f"{folder}, {name}", MODEL, (), "the model has no parameter of this name")
             continue
-        wanted = parameter.detach()
+        expected = parameter.detach()
         if stored.rows is not None:
-            wanted = wanted[stored.rows[0] : stored.rows[1]]
-        wanted = (wanted.T if stored.transposed else wanted).to(dtype).contiguous()
-        if tuple(wanted.shape) != stored.shape or wanted.nbytes != len(data):
+            expected = expected[stored.rows[0] : stored.rows[1]]
+        expected = (expected.T if stored.transposed else expected).to(dtype).contiguous()
+        if tuple(expected.shape) != stored.shape or expected.nbytes != len(data):
             yield Part(
-                NAME, f"{folder}, {name}", MODEL, (), f"shape {stored.shape}, the model's is {tuple(wanted.shape)}"
+                NAME, f"{folder}, {name}", MODEL, (), f"shape {stored.shape}, the model's is {tuple(expected.shape)}"
             )
             continue
-        bits = wanted.reshape(-1).view(torch.uint8).numpy()
+        bits = expected.reshape(-1).view(torch.uint8).numpy()
         if not np.array_equal(bits, np.frombuffer(data, np.uint8)):
-            found = torch.frombuffer(bytearray(data), dtype=dtype).reshape(wanted.shape)
-            error = tensor_error("values", found.double().numpy(), wanted.double().numpy(), _EXACT)
+            found = torch.frombuffer(bytearray(data), dtype=dtype).reshape(expected.shape)
+            error = tensor_error("values", found.double().numpy(), expected.double().numpy(), _EXACT)
             yield Part(NAME, f"{folder}, {name}", MODEL, (error,))

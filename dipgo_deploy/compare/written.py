@@ -31,13 +31,13 @@ def verify_written(
     Raises:
         ToleranceError: names what is wrong first. UserError: a graph cannot be run.
     """
-    found = []
+    agreements = []
     for place, (at_sizes, where) in enumerate(sizes_compared(bundle)):
         report = _report(at_sizes, source, notify, whole=place == 0)
-        found.append(passed(report, where))
+        agreements.append(passed(report, where))
         for line in report.skipped:
             note(line)
-    return worst(found)
+    return worst(agreements)
 
 
 def sizes_compared(bundle: Bundle) -> Iterator[tuple[Bundle, str]]:

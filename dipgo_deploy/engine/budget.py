@@ -23,25 +23,25 @@ class MemoryNeed:
     Attributes:
         weights: by engine; engines do not share them.
         arena: cache tensors.
-        stack: latents and predictions.
+        history: latents and predictions.
         other: conditions, schedules, and what components read and write.
     """
 
     weights: Mapping[str, int]
     arena: int
-    stack: int
+    history: int
     other: int
 
     @property
     def total(self) -> int:
         """All of it."""
-        return sum(self.weights.values()) + self.arena + self.stack + self.other
+        return sum(self.weights.values()) + self.arena + self.history + self.other
 
     def line(self) -> str:
         """One line with the parts."""
         return (
             f"{mib(self.total)} (weights of {len(self.weights)} engines {mib(sum(self.weights.values()))}, caches "
-            f"{mib(self.arena)}, predictions {mib(self.stack)}, other {mib(self.other)}; scratch comes on top)"
+            f"{mib(self.arena)}, predictions {mib(self.history)}, other {mib(self.other)}; scratch comes on top)"
         )
 
 
@@ -57,7 +57,7 @@ def memory_need(manifest: Manifest, weights: Mapping[str, int]) -> MemoryNeed:
     return MemoryNeed(
         weights=dict(weights),
         arena=plan.arena_bytes,
-        stack=plan.slots * sample,
+        history=plan.slots * sample,
         other=_bytes(components) + _bytes(manifest.conditions) + rows,
     )
 

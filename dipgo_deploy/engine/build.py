@@ -18,9 +18,9 @@ from dipgo_deploy.backends.tensorrt_flavour import Flavour, flavour_of, import_f
 from dipgo_deploy.backends.tensorrt_plans import (
     RECORD_SUFFIX,
     BuildFlags,
+    GpuTarget,
     KeyInputs,
     PlanRecord,
-    Target,
     WeightHashes,
     plan_file,
     plan_name,
@@ -265,19 +265,19 @@ def _check_capabilities(module: Any, flavour: Flavour, options: BuildOptions) ->
             )
 
 
-def _target(flavour: Flavour, options: BuildOptions, device: Device | None) -> Target:
+def _target(flavour: Flavour, options: BuildOptions, device: Device | None) -> GpuTarget:
     if not flavour.compute_capabilities or options.compute_capabilities == (CURRENT,):
         device = device or require_device(flavour.backend)
-        return Target(gpu=device.name, capabilities=(device.capability,))
+        return GpuTarget(gpu=device.name, capabilities=(device.capability,))
     numbers = {tuple(int(part) for part in text.split(".")) for text in options.compute_capabilities}
-    return Target(capabilities=tuple(".".join(map(str, number)) for number in sorted(numbers)))
+    return GpuTarget(capabilities=tuple(".".join(map(str, number)) for number in sorted(numbers)))
 
 
 def _jobs(
     bundle: Bundle,
     flavour: Flavour,
     version: str,
-    target: Target,
+    target: GpuTarget,
     folder: Path,
     options: BuildOptions,
     merged: MergedWeights | None,

@@ -45,10 +45,14 @@ def export_components(
 ) -> Components:
     """Export what the diffusers pipeline has beside its denoiser into the folder ``stage``.
 
-    scheme: how its prompts are encoded. conditions: the denoiser's, of which those of source ``text`` become outputs.
-    pixels: the latent is the picture. encoder: export the VAE's encoder too, for image-to-image. The modules are
-    converted to ``dtype`` in place, but for what the model itself keeps in float32 and the components ``float32``. A
-    pipeline without text encoder or VAE gives a bundle that takes embeddings or gives latents.
+    The modules are converted to ``dtype`` in place, but for what the model itself keeps in float32 and the components
+    ``float32``.
+
+    Args:
+        scheme: how its prompts are encoded.
+        conditions: the denoiser's, of which those of source ``text`` become outputs.
+        pixels: the latent is the picture.
+        encoder: export the VAE's encoder too, for image-to-image.
 
     Raises:
         UserError: a component that the exporter refuses, or a tokenizer that has no ``tokenizers`` form.
@@ -179,7 +183,7 @@ def _latents(batch: int, latent: LatentSpec, sizes: SizeRanges | None) -> list[t
 
 def _vae_decoder(vae: Any, stage: Path, latent: LatentSpec, batch: int, sizes: SizeRanges | None, dtype: str) -> Graph:
     scaling_and_shift(vae)  # refused before the trace
-    wanted = torch_dtype(dtype)
+    torch_type = torch_dtype(dtype)
 
     class Decoder(torch.nn.Module):
         def __init__(self) -> None:
@@ -187,10 +191,10 @@ def _vae_decoder(vae: Any, stage: Path, latent: LatentSpec, batch: int, sizes: S
             self.vae = vae
 
         def forward(self, latents: torch.Tensor) -> torch.Tensor:
-            image = self.vae.decode(to_vae(vae, latents).to(wanted), return_dict=False)[0]
+            image = self.vae.decode(to_vae(vae, latents).to(torch_type), return_dict=False)[0]
             return (image.float() / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
 
-    vae.to(wanted).eval()
+    vae.to(torch_type).eval()
     latents = _latents(batch, latent, sizes)
     return _export(Decoder(), latents, ["latents"], ["images"], stage, "vae_decoder", dtype, "vae.", sizes=sizes)
 
@@ -198,7 +202,7 @@ def _vae_decoder(vae: Any, stage: Path, latent: LatentSpec, batch: int, sizes: S
 def _vae_encoder(vae: Any, stage: Path, decoder: Graph, dtype: str) -> Graph:
     """For pictures of the decoder's size. A VAE without a distribution (a tiny one) has no standard deviation."""
     scaling, _ = scaling_and_shift(vae)
-    wanted = torch_dtype(dtype)
+    torch_type = torch_dtype(dtype)
     outputs: list[str] = []
 
     class Encoder(torch.nn.Module):
@@ -207,14 +211,14 @@ def _vae_encoder(vae: Any, stage: Path, decoder: Graph, dtype: str) -> Graph:
             self.vae = vae
 
         def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            encoded = vae.encode((2 * images - 1).permute(0, 3, 1, 2).to(wanted))
+            encoded = vae.encode((2 * images - 1).permute(0, 3, 1, 2).to(torch_type))
             spread = getattr(encoded, "latent_dist", None)
             outputs[:] = ["mean"] if spread is None else ["mean", "std"]
             mean = encoded.latents if spread is None else spread.mean
             scaled = (from_vae(vae, mean.float()),)
             return scaled if spread is None else (*scaled, spread.std.float() * scaling)
 
-    vae.to(wanted).eval()
+    vae.to(torch_type).eval()
     images = torch.rand(decoder.outputs[0].shape)
     return _export(Encoder(), [images], ["images"], outputs, stage, "vae_encoder", dtype, "vae.")
 

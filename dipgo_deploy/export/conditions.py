@@ -25,13 +25,13 @@ def open_conditions(source: Source, shape: TraceShape, dtype: str) -> tuple[Cond
     specs = condition_specs(source.family, source.config, shape)
     probes = () if shape.sizes is None else corners(shape.sizes)
     elsewhere = [condition_specs(source.family, source.config, shape.at(sizes)) for sizes in probes]
-    found = []
+    conditions = []
     for place, spec in enumerate(specs):
         assert spec.source is not None  # every condition of a family has one
         others = [specs_there[place] for specs_there in elsewhere]
         dims = _fit(probes, [other.shape for other in others], f"the shape of {spec.name}")
         values = _fit(probes, [other.values for other in others], f"the values of {spec.name}")
-        found.append(
+        conditions.append(
             ConditionSpec(
                 name=spec.name,
                 shape=spec.shape,
@@ -42,7 +42,7 @@ def open_conditions(source: Source, shape: TraceShape, dtype: str) -> tuple[Cond
                 expressions=_only_open(values),
             )
         )
-    return tuple(found)
+    return tuple(conditions)
 
 
 def _only_open(entries: Sequence[Any]) -> tuple[Any, ...] | None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from dipgo_deploy.bundle.history import History
 from dipgo_deploy.bundle.names import cache_input, cache_output
-from dipgo_deploy.bundle.stack import StackLayout
-from dipgo_deploy.export.latent import latent_from_stack, prepend
+from dipgo_deploy.export.latent import latent_from_history, prepend
 from dipgo_deploy.export.trace import LATENT, TracedModel
 from dipgo_deploy.plan.graph import BlockGraph
 from dipgo_deploy.plan.model import Cache, Variant
@@ -24,7 +24,7 @@ class _Sources:
     sums: tuple[tuple[str, str, Cache], ...]  # value, its block's input value, residual; in order of execution
 
 
-def cut_variant(traced: TracedModel, variant: Variant, layout: StackLayout) -> ir.Model:
+def cut_variant(traced: TracedModel, variant: Variant, layout: History) -> ir.Model:
     """One variant as an onnx-ir model of its own.
 
     Removed blocks are gone with their weights; a removed block's value is a graph input (output cache) or the sum of
@@ -96,7 +96,7 @@ def as_model(
     inputs: list[ir.Value],
     caches: list[ir.Value],
     outputs: list[ir.Value],
-    layout: StackLayout,
+    layout: History,
 ) -> ir.Model:
     """A part of the traced graph, without inputs and outputs yet, as a model.
 
@@ -109,7 +109,7 @@ def as_model(
     latent = next((value for value in inputs if value.name == LATENT), None)
     heads = [value for value in inputs if value in used and value is not latent]
     if latent is not None and latent in used:
-        heads = [*latent_from_stack(part, latent, layout), *heads]
+        heads = [*latent_from_history(part, latent, layout), *heads]
     part.inputs.extend([*heads, *caches])
     part.outputs.extend(outputs)
     part.sort()
@@ -129,7 +129,7 @@ def _sources(graph: BlockGraph, variant: Variant) -> _Sources:
     return _Sources(read, sums)
 
 
-def _wanted(graph: BlockGraph, variant: Variant, sources: _Sources, given: set[str]) -> list[str]:
+def _wanted(graph: BlockGraph, variant: Variant, sources: _Sources, bound: set[str]) -> list[str]:
     """Values that must be computed: the prediction, what is stored, and what residual sums and differences need."""
     wanted = {cache.value for cache in variant.writes}
     if variant.predicts:
@@ -138,7 +138,7 @@ def _wanted(graph: BlockGraph, variant: Variant, sources: _Sources, given: set[s
     for block in graph.blocks:
         wanted.update(block.inputs[i] for i, output in enumerate(block.outputs) if output in stored and block.inputs)
     wanted.update(source for _, source, _ in sources.sums)
-    return sorted(wanted - given)
+    return sorted(wanted - bound)
 
 
 def like(value: ir.Value, other: ir.Value, name: str) -> None:

@@ -1,4 +1,4 @@
-"""The denoiser as it is traced: guidance inside, every cut point an output."""
+"""The denoiser as it is traced: guidance inside, every boundary tensor an output."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class TracedDenoiser(torch.nn.Module):
         *,
         channels: int,
         guidance: bool,
-        layout: Layout,
+        boundary: BoundaryTensors,
     ) -> None:
         super().__init__()
         self.denoiser = denoiser
@@ -42,7 +42,7 @@ class TracedDenoiser(torch.nn.Module):
         self._call = call
         self._channels = channels
         self._guidance = guidance
-        self._layout = layout
+        self._boundary = boundary
 
     def forward(self, latent: torch.Tensor, timestep: torch.Tensor, *rest: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """See the class."""
@@ -58,11 +58,11 @@ class TracedDenoiser(torch.nn.Module):
             halves = predicted.chunk(2) if isinstance(latent.shape[0], int) else ()
             unconditional, conditional = halves or predicted.unflatten(0, (2, -1)).unbind(0)
             predicted = unconditional + rest[0] * (conditional - unconditional)
-        values = self._layout.arrange(self._specs, self._cache_kinds, cuts)
+        values = self._boundary.arrange(self._specs, self._cache_kinds, cuts)
         return (predicted, *values)
 
 
-class Layout:
+class BoundaryTensors:
     """What the outputs after the prediction are: filled by ``arrange`` during a trace.
 
     names: one name per output tensor. blocks: the blocks in terms of these names, aliases resolved.
@@ -75,17 +75,17 @@ class Layout:
     def arrange(
         self, specs: Sequence[BlockSpec], cache_kinds: Mapping[str, CacheKind], cuts: Mapping[str, Any]
     ) -> list[torch.Tensor]:
-        """The distinct tensors among all cut points and residual inputs, named in order of execution."""
+        """The distinct tensors among all boundary tensors and residual inputs, named in order of execution."""
         self.names.clear()
         self.blocks.clear()
         name_of: dict[int, str] = {}
         tensors: list[torch.Tensor] = []
 
-        def named(tensor: torch.Tensor, wanted: str) -> str:
+        def named(tensor: torch.Tensor, name: str) -> str:
             known = name_of.get(id(tensor))
             if known is None:
-                name_of[id(tensor)] = known = wanted
-                self.names.append(wanted)
+                name_of[id(tensor)] = known = name
+                self.names.append(name)
                 tensors.append(tensor)
             return known
 

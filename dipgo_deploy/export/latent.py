@@ -1,4 +1,4 @@
-"""The denoiser's latent input, made inside the graph from the stack."""
+"""The denoiser's latent input, made inside the graph from the history."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dipgo_deploy.bundle.names import COEFFICIENTS, STACK, STACK_BEFORE
-from dipgo_deploy.bundle.stack import StackLayout
+from dipgo_deploy.bundle.history import History
+from dipgo_deploy.bundle.names import COEFFICIENTS, HISTORY, HISTORY_BEFORE
 from dipgo_deploy.export.dynamic import SIZES
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
 
-def latent_from_stack(part: ir.Graph, latent: ir.Value, layout: StackLayout) -> list[ir.Value]:
-    """Put the sum of the stack in the place of ``latent``, an input of ``part``; the inputs that it takes then.
+def latent_from_history(part: ir.Graph, latent: ir.Value, layout: History) -> list[ir.Value]:
+    """Put the sum of the history in the place of ``latent``, an input of ``part``; the inputs that it takes then.
 
-    ``stack`` float32 (slots, B, C, h, w) and ``coefficients`` float32 (slots,), see ``bundle.stack``; the first alone
+    ``stack`` float32 (slots, B, C, h, w) and ``coefficients`` float32 (slots,), see ``bundle.history``; the first alone
     where only the sizes of the latent are used. Where all slots are of the chain ``stack_before``, too: the slot before
     each, the same memory one slot earlier, so that one node makes the differences. All in float32, whatever the dtype
     of the model.
@@ -29,17 +29,17 @@ def latent_from_stack(part: ir.Graph, latent: ir.Value, layout: StackLayout) -> 
     slots = layout.slots
     extents = [extent if isinstance(extent, int) else str(extent.value) for extent in latent.shape]
     static = [extent for extent in extents if isinstance(extent, int)]
-    stack = ir.val(STACK, dtype=ir.DataType.FLOAT, shape=ir.Shape([slots, *extents]))
+    history = ir.val(HISTORY, dtype=ir.DataType.FLOAT, shape=ir.Shape([slots, *extents]))
     coefficients = ir.val(COEFFICIENTS, dtype=ir.DataType.FLOAT, shape=ir.Shape([slots]))
     if len(static) == len(extents):
         size: int | None = int(np.prod(static))
         latent_shape = _constant(part, "latent_shape", static)
     else:
         size = None
-        latent_shape = _sizes_from_stack(part, latent, stack, len(extents))
+        latent_shape = _sizes_from_history(part, latent, history, len(extents))
         if not latent.uses():
-            return [stack]
-    before = ir.val(STACK_BEFORE, dtype=ir.DataType.FLOAT, shape=stack.shape)
+            return [history]
+    before = ir.val(HISTORY_BEFORE, dtype=ir.DataType.FLOAT, shape=history.shape)
     nodes: list[ir.Node] = []
 
     def add(op: str, inputs: list[ir.Value], name: str, shape: list[int | str | None], **attributes: int) -> ir.Value:
@@ -51,7 +51,7 @@ def latent_from_stack(part: ir.Graph, latent: ir.Value, layout: StackLayout) -> 
         return node.outputs[0]
 
     chained = slots == layout.chain > 1
-    rows = add("Sub", [stack, before], "Differences", [slots, *extents]) if chained else stack
+    rows = add("Sub", [history, before], "Differences", [slots, *extents]) if chained else history
     flat = add("Reshape", [rows, _constant(part, "stack_shape", [slots, -1])], "Flatten", [slots, size])
     terms = flat if chained else _terms(part, flat, layout, size, add)
     total = add("MatMul", [coefficients, terms], "WeightedSum", [size])
@@ -60,12 +60,10 @@ def latent_from_stack(part: ir.Graph, latent: ir.Value, layout: StackLayout) -> 
     latent.replace_all_uses_with(shaped)
     for node in reversed(nodes):
         prepend(part, node)
-    return [stack, before, coefficients] if chained else [stack, coefficients]
+    return [history, before, coefficients] if chained else [history, coefficients]
 
 
-def _terms(
-    part: ir.Graph, flat: ir.Value, layout: StackLayout, size: int | None, add: Callable[..., ir.Value]
-) -> ir.Value:
+def _terms(part: ir.Graph, flat: ir.Value, layout: History, size: int | None, add: Callable[..., ir.Value]) -> ir.Value:
     """What the coefficients belong to, (slots, size): the first slot, differences along the chain, what is behind."""
     slots, chain = layout.slots, layout.chain
     if chain == 1:
@@ -91,11 +89,11 @@ def _constant(part: ir.Graph, name: str, values: list[int]) -> ir.Value:
     return made
 
 
-def _sizes_from_stack(part: ir.Graph, latent: ir.Value, stack: ir.Value, rank: int) -> ir.Value:
-    """The latent's shape, where it is open, read off the stack, for all who read it off the latent."""
+def _sizes_from_history(part: ir.Graph, latent: ir.Value, history: ir.Value, rank: int) -> ir.Value:
+    """The latent's shape, where it is open, read off the history, for all who read it off the latent."""
     import onnx_ir as ir
 
-    read = ir.node("Shape", [stack], attributes={"start": 1}, name=SIZES)
+    read = ir.node("Shape", [history], attributes={"start": 1}, name=SIZES)
     for node in [user for user, _ in latent.uses() if user.op_type == "Shape"]:
         node.outputs[0].replace_all_uses_with(read.outputs[0])
         part.remove(node, safe=True)

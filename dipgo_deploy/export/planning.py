@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from dipgo_deploy import arguments
+from dipgo_deploy.bundle.history import History
 from dipgo_deploy.bundle.manifest import Layout
 from dipgo_deploy.bundle.shapes import corners
-from dipgo_deploy.bundle.stack import StackLayout
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.export.conditions import open_conditions
 from dipgo_deploy.export.low_memory import convert_in_place, is_large, load_frugally
@@ -82,7 +82,7 @@ class PlannedExport:
 
     @property
     def columns(self) -> tuple[int, ...]:
-        """The columns of the matrix that have a slot of the stack; predictions that nobody makes have none."""
+        """The columns of the matrix that have a slot of the history; predictions that nobody makes have none."""
         made = {1 + launch.prediction for launch in self.plan.launches if launch.prediction is not None}
         chain = 1 + self.matrix.predictions
         return tuple(
@@ -90,14 +90,14 @@ class PlannedExport:
         )
 
     @property
-    def stack(self) -> StackLayout:
-        """The stack: initial noise, predictions, the picture's latents, noise draws."""
+    def history(self) -> History:
+        """The history: initial noise, predictions, the picture's latents, noise draws."""
         slots = len(self.columns)
-        return StackLayout(slots, slots - self.matrix.noises - self.matrix.image)
+        return History(slots, slots - self.matrix.noises - self.matrix.image)
 
     @property
     def promoted(self) -> tuple[tuple[int, str], ...]:
-        """Gates that were raised, as (row of the whole schedule, block)."""
+        """Gates that were re-enabled, as (row of the whole schedule, block)."""
         return self.plan.promoted if self.image is None else self.image.in_full(self.plan.promoted)
 
     @property
@@ -178,8 +178,9 @@ def _check_shape(source: Source, options: ExportOptions) -> None:
 class _Sampling:
     """A schedule's scheduler with what its ``set_timesteps`` is given besides the number of steps.
 
-    used: which evaluations' predictions reach the final latent or a model input. strength, begin: of a run that starts
-    from a picture, see ``sampler.begin_of``.
+    Attributes:
+        used: which evaluations' predictions reach the final latent or a model input.
+        strength, begin: of a run that starts from a picture, see ``sampler.begin_of``.
     """
 
     scheduler: Any
@@ -261,7 +262,9 @@ def _planned(
     plan = compile_plan(traced.graph, schedule.gates, max_variants=options.max_variants, prediction_used=sampling.used)
     steps = schedule.sampler.num_inference_steps
     kwargs = sampling.set_timesteps
-    matrix = sampler_matrix(sampling.scheduler, steps, plan.source, set_timesteps_kwargs=kwargs, begin=sampling.begin)
+    matrix = sampler_matrix(
+        sampling.scheduler, steps, plan.prediction_slots, set_timesteps_kwargs=kwargs, begin=sampling.begin
+    )
     planned = PlannedExport(
         source, schedule, sampling.scheduler, kwargs, traced, plan, matrix, sampling.used, options, image=image
     )

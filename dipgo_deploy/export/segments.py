@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from dipgo_deploy.bundle.history import History
 from dipgo_deploy.bundle.names import PREDICTION, segment_input, segment_output
-from dipgo_deploy.bundle.stack import StackLayout
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.export.cut import as_model, like
 from dipgo_deploy.export.pieces import tensor_of
@@ -28,20 +28,20 @@ def writes_of(segment: Segment) -> tuple[str, ...]:
     return tuple(cache.value for cache in segment.writes)
 
 
-def cut_segment(traced: TracedModel, segment: Segment, stack: StackLayout) -> ir.Model:
+def cut_segment(traced: TracedModel, segment: Segment, history: History) -> ir.Model:
     """One segment as an onnx-ir model of its own.
 
     A part takes its reads as inputs ``value.NAME`` and gives ``new_value.NAME``, ``new_residual.NAME`` and the
-    prediction; the latent is the weighted sum of the stack, as in a variant. A sum takes ``term0`` ... and gives
+    prediction; the latent is the weighted sum of the history, as in a variant. A sum takes ``term0`` ... and gives
     ``sum``, or the prediction; a difference gives ``difference``, ``term0`` minus ``term1``.
 
     Raises:
         UserError: a tensor between two segments has a type that no graph can have as an input.
     """
-    return _cut_part(traced, segment, stack) if segment.kind == "part" else _arithmetic(traced, segment)
+    return _cut_part(traced, segment, history) if segment.kind == "part" else _arithmetic(traced, segment)
 
 
-def _cut_part(traced: TracedModel, segment: Segment, stack: StackLayout) -> ir.Model:
+def _cut_part(traced: TracedModel, segment: Segment, history: History) -> ir.Model:
     import onnx_ir as ir
 
     graph = traced.graph
@@ -81,7 +81,7 @@ def _cut_part(traced: TracedModel, segment: Segment, stack: StackLayout) -> ir.M
         like(node.outputs[0], value, segment_output(cache.kind, cache.value))
         part.append(node)
         outputs.append(node.outputs[0])
-    return as_model(traced, part, segment.name, heads, caches, outputs, stack)
+    return as_model(traced, part, segment.name, heads, caches, outputs, history)
 
 
 def _arithmetic(traced: TracedModel, segment: Segment) -> ir.Model:

@@ -32,10 +32,15 @@ LATENT = "latent"
 class TracedModel:
     """The full model traced once.
 
-    model: onnx-ir model with inputs ``latent``, ``timestep``, [``guidance_scale``], conditions, and outputs
-    ``noise_pred`` and every named value. graph: its block graph. conditions: the condition inputs. dtype: the export's
-    dtype name. With open sizes the dimensions of ``model`` are expressions over them, the bytes in ``graph`` and the
-    shapes of ``conditions`` are those of the largest, and the multiply-accumulates those of the usual ones.
+    With open sizes the dimensions of ``model`` are expressions over them, the bytes in ``graph`` and the shapes of
+    ``conditions`` are those of the largest, and the multiply-accumulates those of the usual ones.
+
+    Attributes:
+        model: onnx-ir model with inputs ``latent``, ``timestep``, [``guidance_scale``], conditions, and outputs
+            ``noise_pred`` and every named value.
+        graph: its block graph.
+        conditions: the condition inputs.
+        dtype: the export's dtype name.
     """
 
     model: ir.Model
@@ -46,7 +51,7 @@ class TracedModel:
 
     @cached_property
     def pieces(self) -> PieceGraph:
-        """What the layout ``segments`` is put together of; static sizes only."""
+        """What the boundary ``segments`` is put together of; static sizes only."""
         return split(node_graph(self.model), self.graph)
 
 
@@ -59,14 +64,14 @@ def trace(
     shape: TraceShape,
     dtype: str,
 ) -> TracedModel:
-    """Trace ``denoiser`` (already in the torch dtype of ``dtype``) once, with every cut point as an output.
+    """Trace ``denoiser`` (already in the torch dtype of ``dtype``) once, with every boundary tensor as an output.
 
     Raises:
         UserError: the exporter refuses the model, or its open sizes, or its graph holds control flow.
     """
     import torch
 
-    from dipgo_deploy.export.denoiser import Layout, TracedDenoiser
+    from dipgo_deploy.export.denoiser import BoundaryTensors, TracedDenoiser
     from dipgo_deploy.export.passes import apply
     from dipgo_deploy.export.passes.dimensions import NameDimensions
     from dipgo_deploy.export.passes.projections import SeparateProjections
@@ -75,7 +80,7 @@ def trace(
     conditions = condition_specs(family, config, shape)
     example = shape if shape.sizes is None else shape.at(example_sizes(shape.sizes))
     channels = family.latent_channels(config)
-    layout = Layout()
+    boundary = BoundaryTensors()
     wrapper = TracedDenoiser(
         denoiser,
         specs,
@@ -84,7 +89,7 @@ def trace(
         family.call,
         channels=channels,
         guidance=shape.guidance,
-        layout=layout,
+        boundary=boundary,
     ).eval()
     arguments = [torch.randn(example.batch, channels, example.height, example.width), torch.tensor([500.0])]
     names = [LATENT, TIMESTEP]
@@ -98,7 +103,7 @@ def trace(
         wrapper,
         arguments,
         names,
-        lambda: [PREDICTION, *layout.names],
+        lambda: [PREDICTION, *boundary.names],
         dtype=dtype,
         prefix="denoiser.",
         label=family.class_name,
@@ -109,7 +114,7 @@ def trace(
         apply(model, NameDimensions(LATENT, shape.sizes), ShapesFromSizes(LATENT))
     roles: dict[str, InputRole] = {LATENT: "step", TIMESTEP: "step"}
     roles.update({name: "constant" for name in names[2:]})
-    graph = read_block_graph(model, layout.blocks, roles, PREDICTION, shape.sizes)
+    graph = read_block_graph(model, boundary.blocks, roles, PREDICTION, shape.sizes)
     return TracedModel(model=model, graph=graph, conditions=conditions, shape=shape, dtype=dtype)
 
 

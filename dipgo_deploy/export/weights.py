@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dipgo_deploy.bundle.weights import WEIGHTS_INDEX, WEIGHTS_NAME, StoredWeight, WeightsIndex
-from dipgo_deploy.export.layout import layout_of
+from dipgo_deploy.export.stored import stored_parameter
 from dipgo_deploy.reference.mapped import give_back, mapped_files
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def save_graph(model: ir.Model, path: Path) -> None:
 
 
 def _stored(tensor: ir.TensorProtocol, external: ir.ExternalTensor) -> StoredWeight:
-    layout = layout_of(tensor)
+    layout = stored_parameter(tensor)
     return StoredWeight(
         parameter=None if layout is None else layout.parameter,
         transposed=layout is not None and layout.transposed,

@@ -25,7 +25,7 @@ from dipgo_deploy.bundle.manifest import (
     SamplerEntry,
     VariantEntry,
 )
-from dipgo_deploy.bundle.names import STACK, cache_input, cache_output
+from dipgo_deploy.bundle.names import HISTORY, cache_input, cache_output
 from dipgo_deploy.bundle.staging import staged_directory
 from dipgo_deploy.compare.metrics import Agreement
 from dipgo_deploy.export.conditions import open_conditions
@@ -181,7 +181,7 @@ def write_entries(planned: PlannedExport, folder: Path) -> tuple[VariantEntry, .
             for variant, graph in zip(planned.plan.variants, graphs, strict=True)
         )
     segments = planned.segments.segments
-    graphs = [cut_segment(planned.traced, segment, planned.stack) for segment in segments]
+    graphs = [cut_segment(planned.traced, segment, planned.history) for segment in segments]
     write_graphs(graphs, folder)
     return tuple(
         VariantEntry(
@@ -198,7 +198,7 @@ def write_entries(planned: PlannedExport, folder: Path) -> tuple[VariantEntry, .
 
 def write_variants(planned: PlannedExport, folder: Path) -> list[ir.Model]:
     """Cut every variant and write the graphs into ``folder``."""
-    graphs = [cut_variant(planned.traced, variant, planned.stack) for variant in planned.plan.variants]
+    graphs = [cut_variant(planned.traced, variant, planned.history) for variant in planned.plan.variants]
     write_graphs(graphs, folder)
     return graphs
 
@@ -265,7 +265,9 @@ def _conditions(planned: PlannedExport) -> tuple[ConditionSpec, ...]:
 def _plan_entry(planned: PlannedExport, variants: tuple[VariantEntry, ...]) -> PlanEntry:
     plan, matrix, columns = planned.plan, planned.matrix, planned.columns
     laid_out = planned.segments or plan
-    with_stack = {place for place, entry in enumerate(variants) if STACK in {spec.name for spec in entry.graph.inputs}}
+    with_history = {
+        place for place, entry in enumerate(variants) if HISTORY in {spec.name for spec in entry.graph.inputs}
+    }
     return PlanEntry(
         layout=planned.layout,
         variants=variants,
@@ -274,7 +276,9 @@ def _plan_entry(planned: PlannedExport, variants: tuple[VariantEntry, ...]) -> P
                 step=launch.step,
                 variant=launch.variant,
                 timestep=float(matrix.timesteps[launch.step]),
-                coefficients=tuple(matrix.rows[launch.step, columns].tolist()) if launch.variant in with_stack else (),
+                coefficients=tuple(matrix.rows[launch.step, columns].tolist())
+                if launch.variant in with_history
+                else (),
                 reads=launch.reads,
                 writes=launch.writes,
                 slot=None if launch.prediction is None else columns.index(1 + launch.prediction),
@@ -284,7 +288,7 @@ def _plan_entry(planned: PlannedExport, variants: tuple[VariantEntry, ...]) -> P
         final=tuple(matrix.final[list(columns)].tolist()),
         slots=len(columns),
         noises=matrix.noises,
-        image_slot=planned.stack.chain if matrix.image else None,
+        image_slot=planned.history.chain if matrix.image else None,
         arena_bytes=laid_out.arena_bytes,
         lower_bound_bytes=laid_out.lower_bound_bytes,
         macs_full=plan.macs_full,

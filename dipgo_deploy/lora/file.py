@@ -32,7 +32,10 @@ _LARGEST = float(np.finfo(np.float32).max)
 class LowRank:
     """One update of a weight: W + scale * factor * up @ down.
 
-    down: (rank, in[, kh, kw]). up: (out, rank[, 1, 1]). factor: alpha / rank.
+    Attributes:
+        down: (rank, in[, kh, kw]).
+        up: (out, rank[, 1, 1]).
+        factor: alpha / rank.
     """
 
     layer: Layer
@@ -167,9 +170,9 @@ def parse_choice(text: str) -> tuple[Path, float]:
 def check_scale(scale: float) -> float:
     """The scale, if it is a number that float32 can hold; otherwise a UserError."""
     if isinstance(scale, bool) or not isinstance(scale, int | float | np.number):
-        raise UserError(f"--lora: scale {ascii(scale)[:40]}: give a number, such as 0.8")
+        raise UserError(f"--lora: scale {ascii(scale)[:40]}; give a number, such as 0.8")
     if not abs(float(scale)) <= _LARGEST:
-        raise UserError(f"--lora: scale {scale:g}: give a finite number, such as 0.8")
+        raise UserError(f"--lora: scale {scale:g}; give a finite number, such as 0.8")
     return float(scale)
 
 

@@ -44,8 +44,11 @@ _ENCODER = re.compile(r"(text_encoder(?:_\d+)?)\.(.+)")
 class Coverage:
     """What became of a file's layers of one component.
 
-    applied: layers of which every change was made. not_applied: names of the others. not_computed: names of those that
-    no output of this export depends on, such as the last layer of a text encoder of which an earlier one is read.
+    Attributes:
+        applied: layers of which every change was made.
+        not_applied: names of the others.
+        not_computed: names of those that no output of this export depends on, such as the last layer of a text encoder
+            of which an earlier one is read.
     """
 
     component: str
@@ -63,8 +66,10 @@ class Coverage:
 class LoraReport:
     """What became of one LoRA file.
 
-    applied: layers that were changed, of all components. left_out: keys of changes that are not supported.
-    graphs: changed tensors by graph; graphs that lack the layers have fewer, or none.
+    Attributes:
+        applied: layers that were changed, of all components.
+        left_out: keys of changes that are not supported.
+        graphs: changed tensors by graph; graphs that lack the layers have fewer, or none.
     """
 
     file: str

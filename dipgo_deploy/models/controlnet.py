@@ -1,9 +1,10 @@
 """Stable Diffusion's UNet with a ControlNet beside it (arXiv 2302.05543): ``UNet2DConditionModel`` and
 ``ControlNetModel`` of a pipeline that has both, 1.x, 2.x and XL.
 
-The ControlNet sees the current latent, so it runs at every step as the UNet does: it is traced together with it, as one
-more unit ``controlnet`` in front of the UNet's own, at both granularities (10 and 25 units for SD-1.5). Its cached
-outputs are the tensors that it adds to the UNet's skips and to the mid block's output, times the conditioning scale.
+The ControlNet sees the current latent, so it runs at every evaluation as the UNet does: it is traced together with it,
+as one more unit ``controlnet`` in front of the UNet's own, at both granularities (10 and 25 units for SD-1.5). Its
+cached outputs are the tensors that it adds to the UNet's skips and to the mid block's output, times the conditioning
+scale.
 
 As the model of a schedule it has a name of its own, and a configuration that is the UNet's with the ControlNet's in it.
 """
@@ -48,7 +49,7 @@ def inputs(config: Mapping[str, Any], batch: int, height: int, width: int, text_
     control: Mapping[str, Any] = config[COMPONENT]
     for key in _REFUSED:
         if control.get(key):
-            raise UserError(f"{CONTROLNET}: {key} = {control[key]!r} is not supported: use another ControlNet")
+            raise UserError(f"{CONTROLNET}: {key} = {control[key]!r} is not supported; use another ControlNet")
     channels = int(control.get("conditioning_channels", 3))
     if channels != 3:
         raise UserError(f"{CONTROLNET}: conditioning_channels = {channels}: only pictures with 3 are supported")
@@ -70,9 +71,9 @@ def join(unet: nn.Module, others: Mapping[str, nn.Module]) -> nn.Module:
             super().__init__()
             self.net = net
 
-        def forward(self, latent: Tensor, scale: Tensor, **given: Any) -> tuple[Tensor, ...]:
+        def forward(self, latent: Tensor, scale: Tensor, **keywords: Any) -> tuple[Tensor, ...]:
             """The skips' additions, the mid block's last, each times ``scale`` (B,)."""
-            downs, mid = self.net(latent, conditioning_scale=1.0, return_dict=False, **given)
+            downs, mid = self.net(latent, conditioning_scale=1.0, return_dict=False, **keywords)
             factor = scale.to(mid.dtype).reshape(-1, 1, 1, 1)
             return tuple(tensor * factor for tensor in (*downs, mid))
 
@@ -82,20 +83,20 @@ def join(unet: nn.Module, others: Mapping[str, nn.Module]) -> nn.Module:
 
 def call(model: nn.Module, latent: Tensor, timestep: Tensor, conditions: Mapping[str, Tensor]) -> Tensor:
     """The prediction (B, C', h, w) of the UNet with what its ControlNet adds."""
-    given: dict[str, Any] = {
+    shared: dict[str, Any] = {
         "timestep": timestep,
         "encoder_hidden_states": conditions["encoder_hidden_states"],
         "added_cond_kwargs": {name: conditions[name] for name in ("text_embeds", "time_ids") if name in conditions}
         or None,
     }
     branch = model.get_submodule(COMPONENT)
-    *downs, mid = branch(latent, conditions[SCALE], controlnet_cond=conditions[PICTURE].to(latent.dtype), **given)
+    *downs, mid = branch(latent, conditions[SCALE], controlnet_cond=conditions[PICTURE].to(latent.dtype), **shared)
     prediction: Tensor = model(
         latent,
         down_block_additional_residuals=tuple(downs),
         mid_block_additional_residual=mid,
         return_dict=False,
-        **given,
+        **shared,
     )[0]
     return prediction
 

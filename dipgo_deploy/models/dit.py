@@ -7,8 +7,8 @@ input is now).
 Granularity ``layer``: self-attention (``transformer_blocks.i.attn1``) and feed-forward (``transformer_blocks.i.ff``)
 of a block are a unit each, 56 for DiT-XL/2. A block computes ``x += gate_msa * attn1(modulate(norm1(x)))``, then
 ``x += gate_mlp * ff(modulate(norm3(x)))``. What is cached is the value of ``attn1(...)`` and ``ff(...)``, before the
-adaLN gate; the gate of a reused output is that of the current step, and so is the hidden state it is added to. That is
-what Learning-to-Cache stores (``att_out`` and ``mlp_out`` of its ``DiTBlock.forward``, which adds
+adaLN gate; the gate of a reused output is that of the current evaluation, and so is the hidden state it is added to.
+That is what Learning-to-Cache stores (``att_out`` and ``mlp_out`` of its ``DiTBlock.forward``, which adds
 ``gate_msa * att_out`` in either case), and SmoothCache, whose helper replaces the forward of exactly these modules
 (``attn`` and ``mlp`` in the original DiT code, ``attn1`` in diffusers' block).
 """
@@ -55,7 +55,7 @@ def inputs(
     """
     patch = int(config["patch_size"])
     if height != width or height % patch:
-        raise UserError(f"{CLASS_NAME}: latent of {height}x{width}: give a square whose side is a multiple of {patch}")
+        raise UserError(f"{CLASS_NAME}: latent of {height}x{width}; give a square whose side is a multiple of {patch}")
     return (
         InputSpec("hidden_states", (batch, latent_channels(config), height, width), "model", "latent"),
         InputSpec("timestep", (1,), "float32", "timestep"),

@@ -22,11 +22,14 @@ ConditionSource = Literal["text", "class", "guidance", "image", "fixed"]
 class BlockSpec:
     """One block of a family at one granularity.
 
-    name: dotted path of the module whose output tensors are the block's cut points (the last module of the unit);
-    it is also the block's name in a schedule. modules: dotted paths of all modules that belong to this block only.
-    caches: the cache kinds it supports, the default first. residual_inputs: for a residual cache, the names of the
-    forward arguments of module ``name`` that its output tensors are residuals of, one an output in the order in which
-    the module returns them; arguments that are passed by position are taken in the order of these names.
+    Attributes:
+        name: dotted path of the module whose output tensors are the block's boundary tensors (the last module of the
+            unit); it is also the block's name in a schedule.
+        modules: dotted paths of all modules that belong to this block only.
+        caches: the cache kinds it supports, the default first.
+        residual_inputs: for a residual cache, the names of the forward arguments of module ``name`` that its output
+            tensors are residuals of, one an output in the order in which the module returns them; arguments that are
+            passed by position are taken in the order of these names.
     """
 
     name: str
@@ -39,12 +42,15 @@ class BlockSpec:
 class InputSpec:
     """One input of the denoiser.
 
-    name: keyword of the model's ``forward``, or what the family's ``call`` makes of it. shape: ints, with the batch in
-    front. dtype: ``model`` (the export's dtype), ``float32`` or ``int64``. role: ``latent``, ``timestep`` or
-    ``condition`` (the same in all steps). source: where a condition comes from: ``text`` (an output of the encoded
-    prompt; the negative prompt's for the unconditional half of guidance), ``class`` (class ids; the unconditional half
-    gets ``null``), ``guidance`` (the guidance scale, of a model distilled from it), ``image`` (a picture (B, 3, H, W)
-    in [0, 1]) or ``fixed`` (the same ``values`` in every row, such as the size of the picture).
+    Attributes:
+        name: keyword of the model's ``forward``, or what the family's ``call`` makes of it.
+        shape: ints, with the batch in front.
+        dtype: ``model`` (the export's dtype), ``float32`` or ``int64``.
+        role: ``latent``, ``timestep`` or ``condition`` (the same in all evaluations).
+        source: where a condition comes from: ``text`` (an output of the encoded prompt; the negative prompt's for the
+            unconditional half of guidance), ``class`` (class ids; the unconditional half gets ``null``), ``guidance``
+            (the guidance scale, of a model distilled from it), ``image`` (a picture (B, 3, H, W) in [0, 1]) or
+            ``fixed`` (the same ``values`` in every row, such as the size of the picture).
     """
 
     name: str
@@ -71,11 +77,15 @@ class TokenizerSpec:
 class TextScheme:
     """How prompts become conditions.
 
-    length: text tokens that the denoiser sees. encode(pipeline, tokens): from int64 (n, length) ids and masks by name
-    to conditions by name, (n, ...), in torch; it is traced for the export. encoders: attributes of the pipeline that
-    ``encode`` uses. zeros_without_negative: a call without a negative prompt gets zeros in place of the encoded empty
-    prompt. lowercase: prompts are stripped and lowered first. prefix: text that is then put before a prompt, but not
-    before a negative one; the tokenizers' lengths may exceed ``length``, of which ``encode`` leaves that many.
+    Attributes:
+        length: text tokens that the denoiser sees.
+        encode(pipeline, tokens): from int64 (n, length) ids and masks by name to conditions by name, (n, ...), in
+            torch; it is traced for the export.
+        encoders: attributes of the pipeline that ``encode`` uses.
+        zeros_without_negative: a call without a negative prompt gets zeros in place of the encoded empty prompt.
+        lowercase: prompts are stripped and lowered first.
+        prefix: text that is then put before a prompt, but not before a negative one; the tokenizers' lengths may
+            exceed ``length``, of which ``encode`` leaves that many.
     """
 
     length: int
@@ -115,25 +125,34 @@ def _completed(function: Callable[..., Any], defaults: Mapping[str, Any]) -> Cal
 class ModelFamily:
     """A family of denoisers that share a diffusers class.
 
-    class_name: the diffusers class. pipelines: diffusers pipeline classes it is used by. component: attribute of the
-    pipeline (``unet`` or ``transformer``). blocks(config, granularity): the blocks in order of execution.
-    inputs(config, batch, height, width, text_length): inputs for latent height/width in latent pixels.
-    latent_channels(config): channels of the latent; a model with more output channels (learned variance) has the rest
-    dropped. call(model, latent, timestep, conditions): the model's prediction (B, C', h, w) from the latent (B, C, h,
-    w) in the model's dtype, timestep (B,) and the conditions by ``InputSpec.name``; it may import torch inside.
-    text(config, pipeline): how prompts are encoded, None for a model without text; with ``pipeline`` None only its
-    ``length`` counts. guidance: whether classifier-free guidance is the default. set_timesteps(config, scheduler
-    config, latent height, latent width, steps): what a pipeline gives the scheduler's ``set_timesteps`` besides the
-    number of steps; ``config`` may be empty. companions: other components of the pipeline that belong to the model,
-    with their classes; ``join(model, {component: module})`` makes one module of all, and their configurations are in
-    the model's under their names. ``class_name`` then has their class after a ``+``. image_to_image(steps,
-    strength): the steps that a run from a picture leaves out, of all that were asked for, as the ``get_timesteps`` of
-    diffusers' image-to-image pipeline has it; None where there is no such pipeline. size_multiple(config):
-    an open latent height or width has to be a multiple of it; None where a trace is good for one size only. pixels: the
-    latent is the picture itself, in [-1, 1]. kind: of the samplers it is for, where its folder has none that tells.
-    float32_in_fp16: components of the pipeline that overflow in float16 and stay in float32 in a fp16 export.
-    tolerances: dtype -> largest allowed relative error against the fp32 supernet. defaults: setting ->
-    value of the class where a configuration leaves it out; None: as this project knows diffusers' classes.
+    Attributes:
+        class_name: the diffusers class.
+        pipelines: diffusers pipeline classes it is used by.
+        component: attribute of the pipeline (``unet`` or ``transformer``).
+        blocks(config, granularity): the blocks in order of execution.
+        inputs(config, batch, height, width, text_length): inputs for latent height/width in latent pixels.
+        latent_channels(config): channels of the latent; a model with more output channels (learned variance) has the
+            rest dropped.
+        call(model, latent, timestep, conditions): the model's prediction (B, C', h, w) from the latent (B, C, h, w) in
+            the model's dtype, timestep (B,) and the conditions by ``InputSpec.name``; it may import torch inside.
+        text(config, pipeline): how prompts are encoded, None for a model without text; with ``pipeline`` None only its
+            ``length`` counts.
+        guidance: whether classifier-free guidance is the default.
+        set_timesteps(config, scheduler config, latent height, latent width, steps): what a pipeline gives the
+            scheduler's ``set_timesteps`` besides the number of steps; ``config`` may be empty.
+        companions: other components of the pipeline that belong to the model, with their classes; ``join(model,
+            {component: module})`` makes one module of all, and their configurations are in the model's under their
+            names. ``class_name`` then has their class after a ``+``.
+        image_to_image(steps, strength): the steps that a run from a picture leaves out, of all that were asked for, as
+            the ``get_timesteps`` of diffusers' image-to-image pipeline has it; None where there is no such pipeline.
+        size_multiple(config): an open latent height or width has to be a multiple of it; None where a trace is good
+            for one size only.
+        pixels: the latent is the picture itself, in [-1, 1].
+        kind: of the samplers it is for, where its folder has none that tells.
+        float32_in_fp16: components of the pipeline that overflow in float16 and stay in float32 in a fp16 export.
+        tolerances: dtype -> largest allowed relative error against the fp32 supernet.
+        defaults: setting -> value of the class where a configuration leaves it out; None: as this project knows
+            diffusers' classes.
     """
 
     class_name: str
@@ -174,7 +193,7 @@ class ModelFamily:
             config: Mapping[str, Any], batch: int, height: int, width: int, text_length: int | None = None
         ) -> Any:
             if text_length is None and text(config, None) is not None:
-                raise UserError(f"{self.class_name}: the number of text tokens is not known: give text_length")
+                raise UserError(f"{self.class_name}: the number of text tokens is not known; give text_length")
             return inputs(config, batch, height, width, text_length)
 
         functions: dict[str, Callable[..., Any] | None] = {

@@ -55,7 +55,7 @@ def weights_of(part: Path, library: str, variant: str | None = None) -> Weights:
         raise UserError(f"{part}: {_why_none(part, stem)}")
     if chosen not in (variant, None) and len(found) > 1:
         raise UserError(
-            f"{part}: has weights of the variants {', '.join(sorted(map(str, found)))}: choose with --variant"
+            f"{part}: has weights of the variants {', '.join(sorted(map(str, found)))}; choose with --variant"
         )
     first = found[chosen]
     files = _of_index(first) if first.suffix == ".json" else {first: None}
@@ -81,20 +81,20 @@ def check_weights(model: str | Path) -> dict[str, Weights]:
     """
     if not _here(model):
         return {}
-    folder, wanted = config_folder(model), read_options(model).variant
+    folder, variant = config_folder(model), read_options(model).variant
     _check_regular(folder, loaded_parts(model) or (".",))
-    found = denoiser_weights(model)
-    _check_units(model, found)
+    weights_by_part = denoiser_weights(model)
+    _check_units(model, weights_by_part)
     for name, (library, _) in loaded_parts(model).items():
-        if name not in found and not name.startswith(("tokenizer", "scheduler")):
-            found[name] = weights_of(folder / name, library, wanted)
+        if name not in weights_by_part and not name.startswith(("tokenizer", "scheduler")):
+            weights_by_part[name] = weights_of(folder / name, library, variant)
     for name in loaded_parts(model):
         _check_small_files(folder / name)
         if name.startswith("tokenizer"):
             _check_tokenizer(folder / name)
-    if wanted is not None and all(weights.variant != wanted for weights in found.values()):
-        raise UserError(f"{folder}: no part has weights of the variant {wanted}: leave out --variant")
-    return found
+    if variant is not None and all(weights.variant != variant for weights in weights_by_part.values()):
+        raise UserError(f"{folder}: no part has weights of the variant {variant}; leave out --variant")
+    return weights_by_part
 
 
 def _check_regular(folder: Path, parts: Iterable[str]) -> None:
@@ -107,16 +107,16 @@ def _check_regular(folder: Path, parts: Iterable[str]) -> None:
         except OSError as error:
             raise UserError(f"{folder / part}: cannot be read: {error.strerror or error}") from error
         if wrong:
-            raise UserError(f"{wrong[0]}: not a regular file: fetch it again")
+            raise UserError(f"{wrong[0]}: not a regular file; fetch it again")
 
 
-def _check_units(model: str | Path, found: Mapping[str, Weights]) -> None:
+def _check_units(model: str | Path, parts: Mapping[str, Weights]) -> None:
     """Refuse a configuration with more blocks than there are weights for, before all of them are made."""
     family, config = denoiser_config(model)
-    name = family.component if family.component in found else "."
-    if name not in found:
+    name = family.component if family.component in parts else "."
+    if name not in parts:
         return
-    stored = {tensor for path in found[name].files for tensor in _names_in(path)}
+    stored = {tensor for path in parts[name].files for tensor in _names_in(path)}
     stems = {tensor[:place] for tensor in stored for place, letter in enumerate(tensor) if letter == "."}
     units = [spec.name for spec in family.blocks(config, "block") if spec.name not in family.companions]
     without = [unit for unit in units if unit not in stems]
@@ -124,7 +124,7 @@ def _check_units(model: str | Path, found: Mapping[str, Weights]) -> None:
     if without and len(without) < len(units):
         raise UserError(
             f"{config_folder(model) / name}: its config.json says {len(units)} blocks, its weights have none for "
-            f"{len(without)} of them (first: {without[0]}): fetch both again"
+            f"{len(without)} of them (first: {without[0]}); fetch both again"
         )
 
 
@@ -158,15 +158,15 @@ def _check_tokenizer(part: Path) -> None:
     except Exception as error:  # not there, or made for another protobuf, which has an error of its own
         reason = "is not installed" if isinstance(error, ModuleNotFoundError) else "does not fit the protobuf here"
         raise UserError(
-            f"{found}: is read with the package sentencepiece, which {reason}: {install('sentencepiece')}"
+            f"{found}: is read with the package sentencepiece, which {reason}; {install('sentencepiece')}"
         ) from error
 
 
-def say_variants(model: str | Path, found: Mapping[str, Weights]) -> None:
+def say_variants(model: str | Path, parts: Mapping[str, Weights]) -> None:
     """One line in the log for each variant that is taken although nobody asked for it."""
     wanted = read_options(model).variant
-    for variant in sorted({weights.variant for weights in found.values() if weights.variant not in (None, wanted)}):
-        names = [name for name, weights in found.items() if weights.variant == variant]
+    for variant in sorted({weights.variant for weights in parts.values() if weights.variant not in (None, wanted)}):
+        names = [name for name, weights in parts.items() if weights.variant == variant]
         _log.warning("%s: has weights of the variant %s only (%s): they are taken", model, variant, ", ".join(names))
 
 
@@ -212,7 +212,7 @@ def _here(model: str | Path) -> bool:
 
 def _by_variant(part: Path, stem: str) -> dict[str | None, Path]:
     """Variant (None: without) -> its one file, or the index of its files."""
-    found: dict[str | None, Path] = {}
+    files: dict[str | None, Path] = {}
     pattern = re.compile(
         rf"{re.escape(stem)}(?:\.(?P<one>[^.]+))?{re.escape(_SUFFIX)}(?P<index>\.index(?:\.(?P<many>[^.]+))?\.json)?"
     )
@@ -225,9 +225,9 @@ def _by_variant(part: Path, stem: str) -> dict[str | None, Path]:
         if match is None or re.fullmatch(r".*-\d+-of-\d+", match["one"] or ""):
             continue  # one of several files: their index names it
         # One file is preferred to several, as diffusers and transformers do.
-        if match["index"] is None or (match["many"] or match["one"]) not in found:
-            found[match["many"] or match["one"]] = part / name
-    return found
+        if match["index"] is None or (match["many"] or match["one"]) not in files:
+            files[match["many"] or match["one"]] = part / name
+    return files
 
 
 def _why_none(part: Path, stem: str) -> str:
@@ -265,10 +265,10 @@ def _check(path: Path, names: set[str] | None) -> None:
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
     except safetensors.SafetensorError as error:
-        raise UserError(f"{path}: is not a whole safetensors file ({error}): fetch it again") from error
+        raise UserError(f"{path}: is not a whole safetensors file ({error}); fetch it again") from error
     if names is not None and stored != names:
         raise UserError(
-            f"{path}: has other tensors than its index says (first: {min(stored ^ names)}): fetch both again"
+            f"{path}: has other tensors than its index says (first: {min(stored ^ names)}); fetch both again"
         )
 
 

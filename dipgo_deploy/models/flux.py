@@ -12,7 +12,8 @@ Granularity ``block``: 19 double blocks (``transformer_blocks.i``), then 38 sing
 Granularity ``layer``: of a double block the joint attention (``attn``, a cache for each stream) and the feed-forwards
 of picture (``ff``) and text (``ff_context``); of a single block, whose attention and feed-forward run side by side and
 end in one projection, that projection with all that leads to it (``proj_out``): 95 units. Cached is what these
-modules return, before the gate of the current step. TaylorSeer (arXiv 2503.06923) caches a FLUX block at these places.
+modules return, before the gate of the current evaluation. TaylorSeer (arXiv 2503.06923) caches a FLUX block at these
+places.
 
 FLUX.1-dev is distilled from guidance: the scale is a condition, and there is no second half of the batch.
 """
@@ -90,7 +91,7 @@ def inputs(config: Mapping[str, Any], batch: int, height: int, width: int, text_
     channels = latent_channels(config)
     if height % _PACK or width % _PACK:
         raise UserError(
-            f"{CLASS_NAME}: latent of {height}x{width}: give a height and width whose latent sides are even "
+            f"{CLASS_NAME}: latent of {height}x{width}; give a height and width whose latent sides are even "
             "(multiples of 16 pixels with FLUX's VAE)"
         )
     text, pooled = int(config["joint_attention_dim"]), int(config["pooled_projection_dim"])
@@ -149,8 +150,8 @@ def _unrounded(model: nn.Module, timestep: Tensor, guidance: Tensor | None) -> I
 def _rotary_table(model: nn.Module, length: int, rows: int, columns: int) -> Iterator[None]:
     """``model.pos_embed`` inside the context gives the table for ``length`` text tokens and rows x columns of picture.
 
-    The model computes it in float64 from the ids of all tokens, in every step. A traced graph would do so too, and
-    TensorRT does not compute in float64; here it is put together from float32 constants, one for each axis.
+    The model computes it in float64 from the ids of all tokens, in every evaluation. A traced graph would do so too,
+    and TensorRT does not compute in float64; here it is put together from float32 constants, one for each axis.
     """
     import torch
 
@@ -158,7 +159,7 @@ def _rotary_table(model: nn.Module, length: int, rows: int, columns: int) -> Ite
     still, vertical, horizontal = embed.axes_dim
 
     def table(positions: Tensor) -> tuple[Tensor, ...]:
-        found = []
+        angles = []
         for function, at_origin in ((np.cos, 1.0), (np.sin, 0.0)):
             # Position (0, row, column) for the picture; the text is at the origin.
             axes = [
@@ -167,8 +168,8 @@ def _rotary_table(model: nn.Module, length: int, rows: int, columns: int) -> Ite
                 _along(function, embed.theta, horizontal, columns)[None].expand(rows, columns, horizontal),
             ]
             picture = torch.cat(axes, dim=2).flatten(0, 1)
-            found.append(torch.cat([torch.full((length, picture.shape[1]), at_origin), picture]).to(positions.device))
-        return tuple(found)
+            angles.append(torch.cat([torch.full((length, picture.shape[1]), at_origin), picture]).to(positions.device))
+        return tuple(angles)
 
     embed.__dict__["forward"] = table
     try:

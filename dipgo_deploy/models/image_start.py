@@ -4,10 +4,10 @@ from __future__ import annotations
 
 
 def rounded_up(steps: int, strength: float) -> int:
-    """Of the Stable Diffusion pipelines, 1.5 to XL: ``strength`` of the steps, without the broken one, are run."""
+    """As Stable Diffusion 1.5 to XL: the run has ``strength * steps`` steps, rounded down."""
     return steps - min(int(steps * strength), steps)
 
 
 def rounded_down(steps: int, strength: float) -> int:
-    """Of the pipelines of SD3 and FLUX: a step of which ``strength`` wants a part is run."""
+    """As SD3 and FLUX: the run has ``strength * steps`` steps, rounded up."""
     return int(max(steps - min(steps * strength, steps), 0))

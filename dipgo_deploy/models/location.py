@@ -87,12 +87,12 @@ def resolve_model(name_or_path: str | Path) -> str:
     if name in BUILT_IN:
         folder = _ASSETS / name
         if not (folder / INDEX).is_file():
-            raise UserError(f"{name}: the built-in model is missing from this installation: install dipgo-deploy again")
+            raise UserError(f"{name}: the built-in model is missing from this installation; install dipgo-deploy again")
         return str(folder)
     if name and _is_dir(Path(name)):
         return name
     if name and Path(name).exists():
-        raise UserError(f"{name}: is a file: give the model's folder")
+        raise UserError(f"{name}: is a file; give the model's folder")
     if _HUB_ID.fullmatch(name):
         return name
     raise UserError(f"{name or repr(name)}: no such folder, nor one of the built-in models {', '.join(BUILT_IN)}")
@@ -149,7 +149,7 @@ def denoiser_config(model: str | Path) -> tuple[ModelFamily, dict[str, Any]]:
         whole = _filled(family, config, {})
         _check_settings(folder, family, whole)
         return family, whole
-    raise UserError(f"{folder}: no {INDEX} or config.json: give a folder in diffusers' format")
+    raise UserError(f"{folder}: no {INDEX} or config.json; give a folder in diffusers' format")
 
 
 def scheduler_config(folder: str | Path) -> dict[str, Any] | None:
@@ -215,7 +215,7 @@ def _check_pipeline(folder: Path, family: ModelFamily, index: Mapping[str, Any],
     """Refuse a pipeline that may do more than prompt, denoiser and VAE: what it does beyond them would be dropped."""
     if index.get("requires_aesthetics_score"):
         raise UserError(
-            f"{folder}: requires_aesthetics_score: SDXL's refiner needs an input that is not supported: use the base"
+            f"{folder}: requires_aesthetics_score: SDXL's refiner needs an input that is not supported; use the base"
         )
     name = pipeline or index.get("_class_name")
     if name in family.pipelines:
@@ -237,7 +237,7 @@ def _check_tokenizers(folder: Path, index: Mapping[str, Any]) -> None:
         length = read_configuration(path).get("model_max_length")
         if not isinstance(length, int) or not 2 <= length <= _NO_LENGTH:
             raise UserError(
-                f"{path}: model_max_length is {'missing' if length is None else length}: "
+                f"{path}: model_max_length is {'missing' if length is None else length}; "
                 "write the number of tokens that the text encoder takes there (77 for CLIP)"
             )
 
@@ -254,17 +254,17 @@ def _family_of_pipeline(folder: Path, index: Mapping[str, Any], pipeline: str | 
     allowed = [family for family in families().values() if pipeline is None or pipeline in family.pipelines]
     if not allowed:
         known = ", ".join(sorted({name for family in families().values() for name in family.pipelines}))
-        raise UserError(f"--pipeline {pipeline}: is not supported: use one of {known}")
+        raise UserError(f"--pipeline {pipeline}: is not supported; use one of {known}")
     # What has more of its components there comes first: a UNet with a ControlNet is not a UNet alone.
     for family in sorted(allowed, key=lambda family: -len(family.companions)):
         wanted = {family.component: family.diffusers_class, **family.companions}
         if all(_class_in(index, name) == class_name for name, class_name in wanted.items()):
             control = _class_in(index, "controlnet")
             if control is not None and "controlnet" not in wanted and pipeline is None:
-                raise UserError(f"{folder}: {control} is not supported: use a pipeline with one ControlNetModel")
+                raise UserError(f"{folder}: {control} is not supported; use a pipeline with one ControlNetModel")
             return family
     raise UserError(
-        f"{folder}: {pipeline or index.get('_class_name')} has no supported denoiser: "
+        f"{folder}: {pipeline or index.get('_class_name')} has no supported denoiser; "
         f"use a pipeline with one of {', '.join(sorted(family.class_name for family in allowed))}"
     )
 

@@ -6,9 +6,9 @@ block adds its last computed change to its current input); on request ``output``
 Granularity ``layer``: self-attention (``attn1``), cross-attention (``attn2``) and feed-forward (``ff``) of a block are
 a unit each, 84 for PixArt-XL/2. A block is diffusers' ``BasicTransformerBlock`` with ``ada_norm_single``:
 ``x += gate_msa * attn1(modulate(norm1(x)))``, ``x += attn2(x, text)``, ``x += gate_mlp * ff(modulate(norm2(x)))``. What
-is cached is what the three modules return, before the gate, which is always that of the current step. SmoothCache's
-diffusers helper (arXiv 2411.10510) replaces the forward of such a block's ``attn1``, in one version ``ff`` too; FORA
-(2407.01425) caches attention and feed-forward of PixArt-alpha.
+is cached is what the three modules return, before the gate, which is always that of the current evaluation.
+SmoothCache's diffusers helper (arXiv 2411.10510) replaces the forward of such a block's ``attn1``, in one version
+``ff`` too; FORA (2407.01425) caches attention and feed-forward of PixArt-alpha.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def inputs(config: Mapping[str, Any], batch: int, height: int, width: int, text_
     """
     patch = int(config["patch_size"])
     if height % patch or width % patch:
-        raise UserError(f"{CLASS_NAME}: latent of {height}x{width}: give multiples of {patch}")
+        raise UserError(f"{CLASS_NAME}: latent of {height}x{width}; give multiples of {patch}")
     inner = int(config["num_attention_heads"]) * int(config["attention_head_dim"])
     features = int(config["caption_channels"] or inner)
     specs = [

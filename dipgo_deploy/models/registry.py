@@ -73,4 +73,4 @@ def family_for(class_name: str) -> ModelFamily:
         return families()[class_name]
     except KeyError:
         known = ", ".join(sorted(families()))
-        raise UserError(f"model class {class_name!r} is not supported: use one of {known}") from None
+        raise UserError(f"model class {class_name!r} is not supported; use one of {known}") from None

@@ -6,7 +6,7 @@ adds its last computed change to its current input); on request ``output``.
 Granularity ``layer``: linear self-attention (``attn1``), cross-attention (``attn2``) and convolutional feed-forward
 (``ff``) of a block are a unit each, 60 for Sana-1.6B. A block computes
 ``x += gate_msa * attn1(modulate(norm1(x)))``, ``x += attn2(x, text)``, ``x += gate_mlp * ff(modulate(norm2(x)))``. What
-is cached is what the three modules return, before the gate, which is always that of the current step.
+is cached is what the three modules return, before the gate, which is always that of the current evaluation.
 """
 
 from __future__ import annotations
@@ -61,10 +61,10 @@ def inputs(config: Mapping[str, Any], batch: int, height: int, width: int, text_
             patch size.
     """
     if config.get("guidance_embeds"):
-        raise UserError(f"{CLASS_NAME}: guidance_embeds (Sana-Sprint) is not supported: use a Sana model without it")
+        raise UserError(f"{CLASS_NAME}: guidance_embeds (Sana-Sprint) is not supported; use a Sana model without it")
     patch = int(config["patch_size"])
     if height % patch or width % patch:
-        raise UserError(f"{CLASS_NAME}: latent of {height}x{width}: give multiples of {patch}")
+        raise UserError(f"{CLASS_NAME}: latent of {height}x{width}; give multiples of {patch}")
     features = int(config["caption_channels"])
     return (
         InputSpec("hidden_states", (batch, latent_channels(config), height, width), "model", "latent"),

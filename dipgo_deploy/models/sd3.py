@@ -9,8 +9,8 @@ SD3.5-medium, 38 for SD3.5-large); the last block does not go on with the text a
 Granularity ``layer``: of each block the joint attention (``attn``, one unit with a cache for each stream), the second
 attention of the picture alone where there is one (``attn2``, the first 13 blocks of SD3.5-medium), and the feed-forward
 of the picture (``ff``) and of the text (``ff_context``, not in the last block): 71 units for SD3-medium, 84 for
-SD3.5-medium, 113 for SD3.5-large. Cached is what these modules return, before the gate of the current step, as for the
-layers of DiT (see ``models/sublayers.py``).
+SD3.5-medium, 113 for SD3.5-large. Cached is what these modules return, before the gate of the current evaluation, as
+for the layers of DiT (see ``models/sublayers.py``).
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def inputs(config: Mapping[str, Any], batch: int, height: int, width: int, text_
     patch, largest = int(config["patch_size"]), config["pos_embed_max_size"]
     if height % patch or width % patch:
         raise UserError(
-            f"{CLASS_NAME}: latent of {height}x{width}: give a height and width whose latent sides are multiples of "
+            f"{CLASS_NAME}: latent of {height}x{width}; give a height and width whose latent sides are multiples of "
             f"{patch} (multiples of {8 * patch} pixels with the usual VAE)"
         )
     if largest and max(height, width) > largest * patch:

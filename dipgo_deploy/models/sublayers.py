@@ -22,8 +22,8 @@ def sublayers(container: str, count: int, parts: Sequence[str]) -> tuple[BlockSp
 
     container: dotted path of the list of blocks. parts: names of submodules of a block, in the order in which it runs
     them, such as ``("attn1", "ff")``. A unit ``container.i.part`` is that module alone: what normalises its input and
-    the gate its output is multiplied by belong to no unit, so they are computed at every step that needs them. The
-    only cache is ``output``, the tensors that the module returns (two for a joint attention): its input is the
+    the gate its output is multiplied by belong to no unit, so they are computed at every evaluation that needs them.
+    The only cache is ``output``, the tensors that the module returns (two for a joint attention): its input is the
     normalised hidden state, so "input + last change" would not be what the block adds up.
 
     The units of SmoothCache (arXiv 2411.10510), FORA (2407.01425) and Learning-to-Cache (2406.01733).

@@ -16,7 +16,7 @@ from dipgo_deploy.schedule.identity import accepted_hashes, config_hash
 
 # Latent pixels of a model whose configuration does not say its size; the number of evaluations does not depend on it.
 NOMINAL_SIZE = 128
-# Of a step; Runge-Kutta steps make as many.
+# Of an evaluation; Runge-Kutta steps make as many.
 _MOST_EVALUATIONS = 4
 
 
@@ -43,9 +43,11 @@ def pending_target(
 ) -> PendingTarget:
     """What of a target the model's configuration decides; completing it needs the extra ``export`` (diffusers).
 
-    model: built-in name, folder or hub id. sampler: a name of ``dipgo_deploy.sampler`` or a diffusers scheduler class;
-    None takes the model folder's own. cache: kind for every block, None the family's default. T is the sampler's
-    number of evaluations of the denoiser.
+    Args:
+        model: built-in name, folder or hub id.
+        sampler: a name of ``dipgo_deploy.sampler`` or a diffusers scheduler class; None takes the model folder's own.
+        cache: kind for every block, None the family's default. T is the sampler's number of evaluations of the
+            denoiser.
 
     Raises UserError for an unknown model, sampler or granularity, and a cache kind that a block does not support.
     """
@@ -55,7 +57,7 @@ def pending_target(
         check_sampler_name(sampler)
     family, config = denoiser_config(model)
     if sampler is None and scheduler_config(config_folder(model)) is None:
-        raise UserError(f"{model}: has no scheduler/scheduler_config.json: name a sampler")
+        raise UserError(f"{model}: has no scheduler/scheduler_config.json; name a sampler")
     if granularity not in family.granularities:
         raise UserError(
             f"granularity: {family.class_name} has {' and '.join(family.granularities)}, not {granularity!r}"

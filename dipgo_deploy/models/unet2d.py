@@ -45,7 +45,7 @@ def blocks(config: Mapping[str, Any], granularity: Granularity) -> tuple[BlockSp
     """
     for block_type in (*config["down_block_types"], *config["up_block_types"]):
         if block_type in _REFUSED:
-            raise UserError(f"{CLASS_NAME}: {block_type} is not supported: use a model without skip blocks")
+            raise UserError(f"{CLASS_NAME}: {block_type} is not supported; use a model without skip blocks")
     return unet_units(CLASS_NAME, config, _ATTENTIONS, granularity)
 
 
@@ -70,12 +70,12 @@ def inputs(
     """
     if config["class_embed_type"] is not None:
         raise UserError(
-            f"{CLASS_NAME}: class_embed_type = {config['class_embed_type']!r} needs an input that is not supported: "
+            f"{CLASS_NAME}: class_embed_type = {config['class_embed_type']!r} needs an input that is not supported; "
             "use another model"
         )
     factor = size_multiple(config)
     if height % factor or width % factor:
-        raise UserError(f"{CLASS_NAME}: picture of {height}x{width}: give multiples of {factor}")
+        raise UserError(f"{CLASS_NAME}: picture of {height}x{width}; give multiples of {factor}")
     specs = [
         InputSpec("sample", (batch, latent_channels(config), height, width), "model", "latent"),
         InputSpec("timestep", (1,), "float32", "timestep"),
@@ -104,7 +104,7 @@ def text(config: Mapping[str, Any], pipeline: Any) -> None:
     behind it, corrector steps of its own)."""
     name = type(pipeline).__name__
     if pipeline is not None and name not in PIPELINES:
-        raise UserError(f"{CLASS_NAME}: {name} is not supported: use a model of {' or '.join(PIPELINES)}")
+        raise UserError(f"{CLASS_NAME}: {name} is not supported; use a model of {' or '.join(PIPELINES)}")
 
 
 FAMILY = ModelFamily(

@@ -87,8 +87,8 @@ def _pooled_width(config: Mapping[str, Any]) -> int:
     width = total - _SIZES * each if isinstance(total, int) and isinstance(each, int) else 0
     if width < 1:
         raise UserError(
-            f"{CLASS_NAME}: projection_class_embeddings_input_dim = {total}, addition_time_embed_dim = {each}: "
-            f"leave no room for a text embedding beside {_SIZES} sizes: correct the configuration"
+            f"{CLASS_NAME}: projection_class_embeddings_input_dim = {total} and addition_time_embed_dim = {each} "
+            f"leave no room for a text embedding beside {_SIZES} sizes; correct the configuration"
         )
     return int(width)
 
@@ -108,9 +108,9 @@ def inputs(config: Mapping[str, Any], batch: int, height: int, width: int, text_
     for key in extra:
         if config.get(key) is not None:
             raise UserError(
-                f"{CLASS_NAME}: {key} = {config[key]!r} needs an input that is not supported: use another model"
+                f"{CLASS_NAME}: {key} = {config[key]!r} needs an input that is not supported; use another model"
             )
-    found = [
+    specs = [
         InputSpec("sample", (batch, latent_channels(config), height, width), "model", "latent"),
         InputSpec("timestep", (1,), "float32", "timestep"),
         InputSpec("encoder_hidden_states", (batch, text_length, _text_width(config)), "model", "condition", "text"),
@@ -118,11 +118,11 @@ def inputs(config: Mapping[str, Any], batch: int, height: int, width: int, text_
     if _is_sdxl(config):
         size = (float(height * VAE_SCALE), float(width * VAE_SCALE))
         sizes = (*size, 0.0, 0.0, *size)
-        found += [
+        specs += [
             InputSpec("text_embeds", (batch, _pooled_width(config)), "model", "condition", "text"),
             InputSpec("time_ids", (batch, _SIZES), "float32", "condition", "fixed", values=sizes),
         ]
-    return tuple(found)
+    return tuple(specs)
 
 
 def call(model: nn.Module, latent: Tensor, timestep: Tensor, conditions: Mapping[str, Tensor]) -> Tensor:

@@ -30,7 +30,7 @@ def one_clip(pipeline: Any) -> TextScheme:
     length = _length(getattr(pipeline, "tokenizer", None))
     config = getattr(getattr(pipeline, "text_encoder", None), "config", None)
     if getattr(config, "use_attention_mask", None):
-        raise UserError("text_encoder: use_attention_mask is not supported: use another model, or export its denoiser")
+        raise UserError("text_encoder: use_attention_mask is not supported; use another model, or export its denoiser")
 
     def encode(pipeline: Any, tokens: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         return {"encoder_hidden_states": pipeline.text_encoder(tokens["input_ids"])[0]}
@@ -77,13 +77,13 @@ def two_clips(pooled_width: int, pipeline: Any) -> TextScheme:
 def _check(pooled_width: int, pipeline: Any) -> None:
     scale = int(getattr(pipeline, "vae_scale_factor", VAE_SCALE))
     if scale != VAE_SCALE:
-        raise UserError(f"vae: its scale is {scale}, SDXL's sizes are given to the UNet for {VAE_SCALE}: use that VAE")
+        raise UserError(f"vae: its scale is {scale}, SDXL's sizes are given to the UNet for {VAE_SCALE}; use that VAE")
     vae = getattr(pipeline, "vae", None)
     if vae is not None and vae.config.get("latents_mean") is not None:
-        raise UserError("vae: latents_mean is not supported: use another VAE")
+        raise UserError("vae: latents_mean is not supported; use another VAE")
     encoder = getattr(pipeline, "text_encoder_2", None)
     if encoder is not None and encoder.config.projection_dim != pooled_width:
         raise UserError(
-            f"text_encoder_2: projection_dim {encoder.config.projection_dim}, but the UNet takes {pooled_width}: "
+            f"text_encoder_2: projection_dim {encoder.config.projection_dim}, but the UNet takes {pooled_width}; "
             "use the encoder it was trained with"
         )

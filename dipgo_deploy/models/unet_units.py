@@ -17,9 +17,11 @@ def unet_units(
     ``block``: every down block, the mid block and every up block. ``layer``: every resnet with the attention behind it,
     every downsampler, the mid block; an upsampler belongs to the last pair of its up block.
 
-    class_name: for messages. config: with ``down_block_types``, ``up_block_types``, ``mid_block_type`` and
-    ``layers_per_block`` there, lists or tuples alike. attentions: block types whose inside is known to ``layer``, and
-    whether they have attentions.
+    Args:
+        class_name: for messages.
+        config: with ``down_block_types``, ``up_block_types``, ``mid_block_type`` and ``layers_per_block`` there, lists
+            or tuples alike.
+        attentions: block types whose inside is known to ``layer``, and whether they have attentions.
 
     Raises:
         UserError: as many up as down blocks are not there, or (``layer``) a block type whose
@@ -27,7 +29,7 @@ def unet_units(
     """
     downs, ups = len(config["down_block_types"]), len(config["up_block_types"])
     if downs != ups:
-        raise UserError(f"{class_name}: {downs} down_block_types but {ups} up_block_types: correct the configuration")
+        raise UserError(f"{class_name}: {downs} down_block_types but {ups} up_block_types; correct the configuration")
     if granularity == "layer":
         return tuple(_chain(modules) for modules in _layers(class_name, config, attentions))
     mid = ["mid_block"] if config["mid_block_type"] is not None else []
@@ -46,7 +48,7 @@ def _layers(class_name: str, config: Mapping[str, Any], attentions: Mapping[str,
         if block_type not in attentions:
             raise UserError(
                 f"{class_name}: {parent} is a {block_type}, which granularity 'layer' does not know "
-                f"({', '.join(attentions)}): use granularity 'block'"
+                f"({', '.join(attentions)}); use granularity 'block'"
             )
         return [f"{parent}.resnets.{index}"] + ([f"{parent}.attentions.{index}"] if attentions[block_type] else [])
 
@@ -73,7 +75,7 @@ def _resnets(class_name: str, layers: int | Sequence[int], levels: int) -> tuple
     counts = (layers,) * levels if isinstance(layers, int) else tuple(layers)
     if len(counts) != levels:
         raise UserError(
-            f"{class_name}: layers_per_block has {len(counts)} entries for {levels} down blocks: correct it"
+            f"{class_name}: layers_per_block has {len(counts)} entries for {levels} down blocks; correct it"
         )
     return counts
 

@@ -13,7 +13,7 @@ from dipgo_deploy.plan.graph import BlockGraph
 from dipgo_deploy.plan.index import GraphIndex, index_graph
 from dipgo_deploy.plan.live import Demand, demand
 from dipgo_deploy.plan.model import Cache, Launch, Plan, Variant
-from dipgo_deploy.plan.values import Request
+from dipgo_deploy.plan.values import Assignment
 from dipgo_deploy.plan.variants import Group, group_launches, promote
 
 
@@ -28,10 +28,10 @@ def compile_plan(
     """Turn T x N gates into launches of as few static graphs as possible, with the same predictions.
 
     Args:
-        gates: ``gates[t][k]`` says whether block k of ``graph.blocks`` is computed at step t.
-        max_variants: raise gates until at most this many variants are left.
-        prediction_used: per step, whether the sampler gives any weight to that step's prediction (default: all); at
-            least one must be.
+        gates: ``gates[t][k]`` says whether block k of ``graph.blocks`` is computed at evaluation t.
+        max_variants: re-enable blocks until at most this many variants are left.
+        prediction_used: per evaluation, whether the sampler gives any weight to that evaluation's prediction (default:
+            all); at least one must be.
         alignment: of cache offsets, in bytes.
 
     The result depends on the arguments only. Raises UserError for gates of the wrong shape, for a limit below one,
@@ -44,8 +44,8 @@ def compile_plan(
 
 @dataclass(frozen=True)
 class Compiled:
-    """A schedule on a block graph before it is laid out. asked, kept: per step the mask of kept blocks, as asked for
-    and after promotion."""
+    """A schedule on a block graph before it is laid out. asked, kept: per evaluation the mask of kept blocks, as asked
+    for and after promotion."""
 
     index: GraphIndex
     asked: tuple[int, ...]
@@ -61,7 +61,7 @@ def demanded(
     prediction_used: Sequence[bool] | None = None,
     alignment: int = ALIGNMENT,
 ) -> Compiled:
-    """What every step has to do, whatever the layout; arguments and errors are those of ``compile_plan``."""
+    """What every evaluation has to do, whatever the layout; arguments and errors are those of ``compile_plan``."""
     index = index_graph(graph)
     rows = _gate_masks(graph, gates)
     used = [True] * len(rows) if prediction_used is None else [bool(use) for use in prediction_used]
@@ -71,28 +71,28 @@ def demanded(
         raise ValueError(f"alignment must be at least 1, it is {alignment}")
     if max_variants is not None and max_variants < 1:
         raise UserError(f"the most variants allowed must be at least 1, it is {max_variants}")
-    requests: tuple[Request, ...] = tuple(Request(row) for row in rows)
-    demands = demand(index, requests, used)
+    assignments: tuple[Assignment, ...] = tuple(Assignment(row) for row in rows)
+    demands = demand(index, assignments, used)
     if demands.missing:
         step, value = demands.missing[0]
         block = index.block_names[index.block[value]]
         raise UserError(
-            f"step {step} removes block {block!r}, whose output is needed there but was never computed before: "
-            f"keep the block at step {step} or at an earlier one"
+            f"evaluation {step} removes block {block!r}, whose output is needed there but was never computed before; "
+            f"keep the block at evaluation {step} or at an earlier one"
         )
     if max_variants is not None:
-        requests, demands = promote(index, requests, used, max_variants)
-    return Compiled(index, tuple(rows), tuple(request.gates for request in requests), demands)
+        assignments, demands = promote(index, assignments, used, max_variants)
+    return Compiled(index, tuple(rows), tuple(assignment.gates for assignment in assignments), demands)
 
 
 def _gate_masks(graph: BlockGraph, gates: Sequence[Sequence[bool]]) -> list[int]:
-    """Each step's kept blocks as a mask."""
+    """Each evaluation's kept blocks as a mask."""
     if not gates:
         raise UserError("the schedule has no steps: it needs at least one row of gates")
     for step, row in enumerate(gates):
         if len(row) != len(graph.blocks):
             raise UserError(
-                f"step {step} of the schedule has {len(row)} gates, but the model has {len(graph.blocks)} blocks"
+                f"evaluation {step} of the schedule has {len(row)} gates, but the model has {len(graph.blocks)} blocks"
             )
     return [sum(1 << block for block, kept in enumerate(row) if kept) for row in gates]
 
@@ -140,7 +140,7 @@ def _assemble(compiled: Compiled, alignment: int) -> Plan:
         keep=tuple(tuple(bool(row >> block & 1) for block in blocks) for row in kept),
         variants=variants,
         launches=tuple(launches),
-        source=demands.source,
+        prediction_slots=demands.prediction_slots,
         arena_bytes=arena,
         lower_bound_bytes=lower_bound(lifetimes, alignment),
         macs_full=macs_of_gates((1 << len(index.outputs)) - 1),

@@ -11,10 +11,10 @@ from dipgo_deploy.plan.model import Cache, Plan
 def plan_summary(plan: Plan, graph: BlockGraph) -> dict[str, Any]:
     """What a plan costs, as JSON-able data.
 
-    ``variants``: one row each with its name, the steps it runs at, counts of values computed and caches read and
+    ``variants``: one row each with its name, the evaluations it runs at, counts of values computed and caches read and
     written with their bytes, whether it predicts, and its multiply-accumulates per launch. ``launches``: one row
-    each with step, variant name and prediction slot. ``promoted``: step and block of each raised gate. The rest are
-    totals; sizes are in bytes, and ``macs_full_run`` is T full evaluations.
+    each with evaluation, variant name and prediction slot. ``promoted``: evaluation and block of each re-enabled gate.
+    The rest are totals; sizes are in bytes, and ``macs_full_run`` is T full evaluations.
     """
 
     def nbytes(caches: tuple[Cache, ...]) -> int:

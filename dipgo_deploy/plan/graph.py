@@ -13,7 +13,7 @@ InputRole = Literal["step", "constant"]
 
 @dataclass(frozen=True)
 class Value:
-    """A named tensor: a cut point, the input of a residual block, or the noise prediction.
+    """A named tensor: a boundary tensor, the input of a residual block, or the noise prediction.
 
     Attributes:
         name: unique name.
@@ -33,7 +33,7 @@ class Value:
 class Block:
     """A unit whose outputs can come from a cache.
 
-    outputs: names of its cut points, aliases resolved. inputs: for a residual cache, ``inputs[i]`` is the value
+    outputs: names of its boundary tensors, aliases resolved. inputs: for a residual cache, ``inputs[i]`` is the value
     that ``outputs[i]`` is ``inputs[i] + residual`` of; empty for an output cache.
     """
 

@@ -19,8 +19,8 @@ class GraphIndex:
         names: topological order, so whatever a value needs has a lower position.
         reads: positions read by the value's own nodes.
         reads_mask: the same as a mask.
-        stepwise: whether those nodes also read a graph input that changes at every step.
-        source: for an output of a residual block the position of the value it is a residual of, else -1.
+        stepwise: whether those nodes also read a graph input that changes at every evaluation.
+        base: for an output of a residual block the position of the value it is a residual of, else -1.
         block: position of the block the value is an output of, else -1.
         outputs: per block, the mask of its outputs.
         free: mask of the values that belong to no block and so are always computed.
@@ -32,7 +32,7 @@ class GraphIndex:
     reads: tuple[tuple[int, ...], ...]
     reads_mask: tuple[int, ...]
     stepwise: tuple[bool, ...]
-    source: tuple[int, ...]
+    base: tuple[int, ...]
     block: tuple[int, ...]
     outputs: tuple[int, ...]
     block_names: tuple[str, ...]
@@ -43,10 +43,10 @@ class GraphIndex:
 
     def cache(self, value: int) -> Cache:
         """The cache that a block output is stored in."""
-        return Cache(self.names[value], "output" if self.source[value] < 0 else "residual")
+        return Cache(self.names[value], "output" if self.base[value] < 0 else "residual")
 
     def gated(self, gates: int) -> int:
-        """Mask of the values that a step computes when it keeps the blocks in the mask ``gates``."""
+        """Mask of the values that an evaluation computes when it keeps the blocks in the mask ``gates``."""
         mask = self.free
         for block in bits(gates):
             mask |= self.outputs[block]
@@ -59,14 +59,14 @@ def index_graph(graph: BlockGraph) -> GraphIndex:
     Raises ValueError for a graph that no trace can give: an unknown or doubly owned name, a residual block whose
     inputs do not match its outputs, a cycle, or work without a cost.
     """
-    owner, source = _outputs(graph)
+    owner, base = _outputs(graph)
     for name, value in graph.values.items():
         for read in value.reads:
             if read not in graph.values and read not in graph.inputs:
                 raise ValueError(f"value {name!r} reads {read!r}, which is neither a value nor a graph input")
     if graph.prediction not in graph.values:
         raise ValueError(f"the prediction {graph.prediction!r} is not a value of the graph")
-    names = _topological(graph, source)
+    names = _topological(graph, base)
     position = {name: place for place, name in enumerate(names)}
     reads = tuple(tuple(sorted(position[r] for r in graph.values[n].reads if r in position)) for n in names)
     outputs = tuple(sum(1 << position[name] for name in set(block.outputs)) for block in graph.blocks)
@@ -75,7 +75,7 @@ def index_graph(graph: BlockGraph) -> GraphIndex:
         reads=reads,
         reads_mask=tuple(sum(1 << place for place in places) for places in reads),
         stepwise=tuple(any(graph.inputs.get(r) == "step" for r in graph.values[n].reads) for n in names),
-        source=tuple(position[source[n]] if n in source else -1 for n in names),
+        base=tuple(position[base[n]] if n in base else -1 for n in names),
         block=tuple(owner.get(n, -1) for n in names),
         outputs=outputs,
         block_names=tuple(block.name for block in graph.blocks),
@@ -89,7 +89,7 @@ def index_graph(graph: BlockGraph) -> GraphIndex:
 def _outputs(graph: BlockGraph) -> tuple[dict[str, int], dict[str, str]]:
     """Block of each block output, and what each residual output is a residual of."""
     owner: dict[str, int] = {}
-    source: dict[str, str] = {}
+    base: dict[str, str] = {}
     for place, block in enumerate(graph.blocks):
         wanted = len(block.outputs) if block.cache == "residual" else 0
         if len(block.inputs) != wanted:
@@ -100,17 +100,17 @@ def _outputs(graph: BlockGraph) -> tuple[dict[str, int], dict[str, str]]:
         for name in block.outputs:
             if owner.setdefault(name, place) != place:
                 raise ValueError(f"{name!r} is an output of two blocks")
-        source.update(zip(block.outputs, block.inputs, strict=False))
-    return owner, source
+        base.update(zip(block.outputs, block.inputs, strict=False))
+    return owner, base
 
 
-def _topological(graph: BlockGraph, source: Mapping[str, str]) -> tuple[str, ...]:
+def _topological(graph: BlockGraph, base: Mapping[str, str]) -> tuple[str, ...]:
     """Value names, each after all that it reads or is a residual of; ties by the order of ``graph.values``."""
     before: dict[str, list[str]] = {}
     for name, value in graph.values.items():
         before[name] = sorted(r for r in value.reads if r in graph.values)
-        if name in source:
-            before[name].append(source[name])
+        if name in base:
+            before[name].append(base[name])
     try:
         return tuple(TopologicalSorter(before).static_order())
     except CycleError as error:

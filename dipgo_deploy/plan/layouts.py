@@ -17,20 +17,20 @@ MANY_COPIES = 4.0
 @dataclass(frozen=True)
 class LayoutNeed:
     """What a layout takes. weight_bytes: summed over the graphs, as engines that share nothing hold them. arena_bytes:
-    of tensors in the arena. stack_bytes: of latents and predictions. macs_run: of all launches."""
+    of tensors in the arena. history_bytes: of latents and predictions. macs_run: of all launches."""
 
     layout: str
     graphs: int
     launches: int
     weight_bytes: int
     arena_bytes: int
-    stack_bytes: int
+    history_bytes: int
     macs_run: int
 
     @property
     def total_bytes(self) -> int:
         """Of the denoiser, without the scratch of its engines."""
-        return self.weight_bytes + self.arena_bytes + self.stack_bytes
+        return self.weight_bytes + self.arena_bytes + self.history_bytes
 
     def row(self) -> dict[str, Any]:
         """As JSON-able data."""
@@ -38,7 +38,7 @@ class LayoutNeed:
 
 
 def compare_layouts(
-    plan: Plan, segments: SegmentPlan, pieces: PieceGraph, stack_bytes: int
+    plan: Plan, segments: SegmentPlan, pieces: PieceGraph, history_bytes: int
 ) -> tuple[tuple[LayoutNeed, LayoutNeed], int]:
     """The needs of ``variants`` and ``segments``, and the bytes of one copy of all weights that are used."""
     graphs = _pieces_of_variants(plan, pieces)
@@ -49,7 +49,7 @@ def compare_layouts(
             launches=len(plan.launches),
             weight_bytes=sum(map(pieces.weight_bytes, graphs)),
             arena_bytes=plan.arena_bytes,
-            stack_bytes=stack_bytes,
+            history_bytes=history_bytes,
             macs_run=plan.macs_run,
         ),
         LayoutNeed(
@@ -58,7 +58,7 @@ def compare_layouts(
             launches=len(segments.launches),
             weight_bytes=segments.weight_bytes,
             arena_bytes=segments.arena_bytes,
-            stack_bytes=stack_bytes,
+            history_bytes=history_bytes,
             macs_run=segments.macs_run,
         ),
     )

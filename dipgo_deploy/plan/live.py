@@ -1,4 +1,4 @@
-"""The demand walk: what must be computed, read and stored at each step for the predictions used. Pure Python."""
+"""The demand walk: what must be computed, read and stored at each evaluation for the predictions used. Pure Python."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from dipgo_deploy.plan.costs import bits
 from dipgo_deploy.plan.index import GraphIndex
-from dipgo_deploy.plan.values import Numbering, Request, number_values
+from dipgo_deploy.plan.values import Assignment, Numbering, number_values
 
 
 @dataclass(frozen=True)
@@ -34,16 +34,16 @@ class Demand:
     """Everything the used predictions need.
 
     Attributes:
-        launches: the steps at which something is needed, ascending.
-        stored: per step and value, the step whose store a read gets.
-        source: per step, the prediction slot its sampler is given.
+        launches: the evaluations at which something is needed, ascending.
+        stored: per evaluation and value, the evaluation whose store a read gets.
+        prediction_slots: per evaluation, the prediction slot that its sampler is given.
         missing: (step, value) of each needed read of a cache that was never stored, ascending; the demand is only
             meaningful when it is empty.
     """
 
     launches: tuple[Need, ...]
     stored: tuple[tuple[int, ...], ...]
-    source: tuple[int, ...]
+    prediction_slots: tuple[int, ...]
     missing: tuple[tuple[int, int], ...]
 
     def macs(self, index: GraphIndex) -> int:
@@ -51,22 +51,22 @@ class Demand:
         return sum(index.costs.macs(launch.computed) for launch in self.launches)
 
 
-def demand(index: GraphIndex, requests: Sequence[Request], used: Sequence[bool]) -> Demand:
-    """Number the values, then walk back from the predictions, last step first.
+def demand(index: GraphIndex, assignments: Sequence[Assignment], used: Sequence[bool]) -> Demand:
+    """Number the values, then walk back from the predictions, last evaluation first.
 
-    used: per step, whether the sampler gives any weight to its prediction; a prediction that no used step has is not
-    made, and a step whose prediction equals an earlier one gets that one.
+    used: per evaluation, whether the sampler gives any weight to its prediction; a prediction that no used evaluation
+    has is not made, and an evaluation whose prediction equals an earlier one gets that one.
     """
-    numbering = number_values(index, requests)
-    predicts = _new_predictions(numbering, requests, used)
-    stores = [0] * len(requests)
+    numbering = number_values(index, assignments)
+    predicts = _new_predictions(numbering, assignments, used)
+    stores = [0] * len(assignments)
     launches, missing = [], []
-    for step in range(len(requests) - 1, -1, -1):
-        request, stored, ready = requests[step], numbering.stored[step], numbering.computed[step]
-        needed = request.need | stores[step]
+    for step in range(len(assignments) - 1, -1, -1):
+        assignment, stored, ready = assignments[step], numbering.stored[step], numbering.computed[step]
+        needed = assignment.need | stores[step]
         for value in bits(stores[step]):
-            if index.source[value] >= 0:
-                needed |= 1 << index.source[value]  # the residual is output - input: both are needed
+            if index.base[value] >= 0:
+                needed |= 1 << index.base[value]  # the residual is output - input: both are needed
         if predicts[step]:
             needed |= 1 << index.prediction
         computed = reads = 0
@@ -84,36 +84,37 @@ def demand(index: GraphIndex, requests: Sequence[Request], used: Sequence[bool])
                 missing.append((step, value))
             else:
                 stores[stored[value]] |= bit
-            if index.source[value] >= 0:
-                needed |= 1 << index.source[value]
+            if index.base[value] >= 0:
+                needed |= 1 << index.base[value]
         if computed or reads:
             launches.append(Need(step, computed, reads, stores[step], predicts[step]))
     launches.reverse()
-    source = _sources(numbering, [launch.step for launch in launches if launch.predicts])
-    return Demand(tuple(launches), numbering.stored, source, tuple(sorted(missing)))
+    slots = _slots(numbering, [launch.step for launch in launches if launch.predicts])
+    return Demand(tuple(launches), numbering.stored, slots, tuple(sorted(missing)))
 
 
-def _new_predictions(numbering: Numbering, requests: Sequence[Request], used: Sequence[bool]) -> list[bool]:
-    """Whether each step makes a prediction: the first with its number, if any used step has that number."""
+def _new_predictions(numbering: Numbering, assignments: Sequence[Assignment], used: Sequence[bool]) -> list[bool]:
+    """Whether each evaluation makes a prediction: the first with its number, if any used evaluation has that number."""
     used_numbers = {number for number, use in zip(numbering.prediction, used, strict=True) if use}
     numbered: set[int] = set()
     predicts = []
-    for number, request in zip(numbering.prediction, requests, strict=True):
-        predicts.append(request.predict or (number in used_numbers and number not in numbered))
+    for number, assignment in zip(numbering.prediction, assignments, strict=True):
+        predicts.append(assignment.predict or (number in used_numbers and number not in numbered))
         if predicts[-1]:
             numbered.add(number)
     return predicts
 
 
-def _sources(numbering: Numbering, steps: Sequence[int]) -> tuple[int, ...]:
-    """Slot of each step's prediction; for a prediction never made, which has no weight, the last slot before it."""
+def _slots(numbering: Numbering, steps: Sequence[int]) -> tuple[int, ...]:
+    """Slot of each evaluation's prediction; for a prediction never made, which has no weight, the last slot before
+    it."""
     first: dict[int, int] = {}
     for slot, step in enumerate(steps):
         first.setdefault(numbering.prediction[step], slot)
-    source, latest, made = [], 0, set(steps)
+    slots, latest, made = [], 0, set(steps)
     slot_of = {step: slot for slot, step in enumerate(steps)}
     for step, number in enumerate(numbering.prediction):
         if step in made:
             latest = slot_of[step]
-        source.append(first.get(number, latest))
-    return tuple(source)
+        slots.append(first.get(number, latest))
+    return tuple(slots)

@@ -1,4 +1,4 @@
-"""Pieces that run at the same steps joined into as few segments as can be. Pure Python."""
+"""Pieces that run at the same evaluations joined into as few segments as can be. Pure Python."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ _WIDTH = 64
 def merge_pieces(
     colours: Sequence[Hashable], before: Sequence[Sequence[int]], apart: Sequence[Sequence[int]]
 ) -> list[tuple[int, ...]]:
-    """Put pieces into segments, in an order in which all launches of a step can follow each other.
+    """Put pieces into segments, in an order in which all launches of an evaluation can follow each other.
 
     Args:
-        colours: per piece what must be equal within a segment (the steps at which it runs).
+        colours: per piece what must be equal within a segment (the evaluations at which it runs).
         before: the pieces that come before each; together they must be free of cycles.
         apart: the pieces that must not share its segment.
 

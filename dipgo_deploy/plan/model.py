@@ -58,19 +58,19 @@ class Plan:
 
     Attributes:
         keep: the T x N gates that are run (after promotion).
-        source: per step, the prediction slot that the sampler is given.
+        prediction_slots: per evaluation, the prediction slot that the sampler is given.
         arena_bytes: size of the one cache buffer.
         lower_bound_bytes: the most cache bytes alive at one launch, which no allocation can beat.
         macs_full: of one full evaluation.
         macs_schedule: of a run that skips exactly what the schedule removes, launch or not, dead computation included.
         macs_run: of the launches.
-        promoted: (step, block name) of each gate raised to meet ``max_variants``.
+        promoted: (step, block name) of each gate re-enabled to meet ``max_variants``.
     """
 
     keep: tuple[tuple[bool, ...], ...]
     variants: tuple[Variant, ...]
     launches: tuple[Launch, ...]
-    source: tuple[int, ...]
+    prediction_slots: tuple[int, ...]
     arena_bytes: int
     lower_bound_bytes: int
     macs_full: int

@@ -84,9 +84,9 @@ def split(nodes: NodeGraph, graph: BlockGraph) -> PieceGraph:
     """Group the nodes by the named values of ``graph`` that need them.
 
     Of such a group, what depends on constant inputs only (the keys and values of a text) is a piece of its own where it
-    multiplies anything, because it need not be computed again at every step. A tensor that leaves its piece, such as
-    the time embedding, is passed. What cannot be passed is computed again where it is needed (the node is copied), and
-    so is what depends on nothing but trivial weights.
+    multiplies anything, because it need not be computed again at every evaluation. A tensor that leaves its piece, such
+    as the time embedding, is passed. What cannot be passed is computed again where it is needed (the node is copied),
+    and so is what depends on nothing but trivial weights.
 
     Groups of equal owners form no cycle: along an unnamed tensor the owners become fewer, along a named value the first
     owner in topological order comes strictly later, and neither can lead back. What is constant comes before the rest.
@@ -167,10 +167,10 @@ def _reads(
         pending = list(node.inputs)
         while pending:
             name = pending.pop()
-            source = maker.get(name)
-            if source in copied:
-                pending.extend(nodes.nodes[source].inputs)
-            elif source is None or name in graph.values or groups[source] != groups[place]:
+            origin = maker.get(name)
+            if origin in copied:
+                pending.extend(nodes.nodes[origin].inputs)
+            elif origin is None or name in graph.values or groups[origin] != groups[place]:
                 reads.add((groups[place], name))
     return reads
 
@@ -208,10 +208,10 @@ def _with_copies(nodes: NodeGraph, maker: Mapping[str, int], places: set[int], c
     work = set(places)
     pending = [name for place in places for name in nodes.nodes[place].inputs]
     while pending:
-        source = maker.get(pending.pop())
-        if source in copied and source not in work:
-            work.add(source)
-            pending.extend(nodes.nodes[source].inputs)
+        origin = maker.get(pending.pop())
+        if origin in copied and origin not in work:
+            work.add(origin)
+            pending.extend(nodes.nodes[origin].inputs)
     return work
 
 

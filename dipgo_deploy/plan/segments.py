@@ -1,10 +1,11 @@
-"""Layout ``segments``: the model cut so that each weight is in one graph, and a step is a few launches. Pure Python.
+"""Layout ``segments``: the model cut so that each weight is in one graph, and an evaluation is a few launches. Pure
+Python.
 
-A *segment* is a set of pieces (see ``pieces``) that run at exactly the same steps. What one segment makes and another
-reads lies in the arena, like a cache; whether it was made at this step or at an earlier one is only a matter of the
-offset that the launch is bound to, so reading an output cache costs nothing. A removed block with a residual cache is
-its input plus the residual: such sums are launches of graphs without weights, which only know how many tensors of what
-shape they add, so that one of them serves the whole model.
+A *segment* is a set of pieces (see ``pieces``) that run at exactly the same evaluations. What one segment makes and
+another reads lies in the arena, like a cache; whether it was made at this evaluation or at an earlier one is only a
+matter of the offset that the launch is bound to, so reading an output cache costs nothing. A removed block with a
+residual cache is its input plus the residual: such sums are launches of graphs without weights, which only know how
+many tensors of what shape they add, so that one of them serves the whole model.
 """
 
 from __future__ import annotations
@@ -60,8 +61,8 @@ class Segment:
 class SegmentPlan:
     """Segments, launches in order (``Launch.variant`` is an index into ``segments``), and the arena.
 
-    A step has any number of launches; one of them predicts where the step has a prediction of its own. The gates, the
-    prediction slots and their sources are those of the ``Plan`` for the same schedule. Sizes are in bytes.
+    An evaluation has any number of launches; one of them predicts where the evaluation has a prediction of its own. The
+    gates, the prediction slots and their sources are those of the ``Plan`` for the same schedule. Sizes are in bytes.
     """
 
     segments: tuple[Segment, ...]
@@ -89,7 +90,7 @@ class Version(NamedTuple):
 
 @dataclass(frozen=True)
 class _Step:
-    """What one evaluation with launches does, by names. reads: cached values with the step that stored them."""
+    """What one evaluation with launches does, by names. reads: cached values with the evaluation that stored them."""
 
     step: int
     computed: frozenset[str]
@@ -101,11 +102,11 @@ class _Step:
 
 @dataclass(frozen=True)
 class _Model:
-    """What stays the same over the steps. source: of a residual cache's value, what it is a residual of."""
+    """What stays the same over the evaluations. base: of a residual cache's value, what it is a residual of."""
 
     pieces: PieceGraph
     maker: Mapping[str, int]
-    source: Mapping[str, str]
+    base: Mapping[str, str]
     prediction: str
 
 
@@ -130,7 +131,8 @@ def plan_segments(
 ) -> SegmentPlan:
     """Cut the model where the schedule cuts it: the same predictions as ``compile_plan`` gives for these gates.
 
-    pieces: of the same trace (``pieces.split``). The other arguments and what is raised are those of ``compile_plan``.
+    pieces: of the same trace (``pieces.split``). The other arguments and what is re-enabled are those of
+    ``compile_plan``.
     """
     compiled = demanded(graph, gates, prediction_used=prediction_used, alignment=alignment)
     index, demands = compiled.index, compiled.demand
@@ -155,7 +157,7 @@ def _model(index: GraphIndex, pieces: PieceGraph) -> _Model:
     return _Model(
         pieces=pieces,
         maker={name: place for place, piece in enumerate(pieces.pieces) for name in piece.makes},
-        source={index.names[v]: index.names[u] for v, u in enumerate(index.source) if u >= 0},
+        base={index.names[v]: index.names[u] for v, u in enumerate(index.base) if u >= 0},
         prediction=index.names[index.prediction],
     )
 
@@ -174,7 +176,7 @@ def _steps(index: GraphIndex, demands: Demand) -> list[_Step]:
 
 
 def _runs(graph: BlockGraph, model: _Model, steps: Sequence[_Step], macs_full: int) -> dict[int, frozenset[int]]:
-    """The steps at which each piece runs; pieces that never do are left out.
+    """The evaluations at which each piece runs; pieces that never do are left out.
 
     A piece runs when one of its owners is computed. One that depends on constant inputs only runs once. The cheap
     ones among those that depend on inputs only run together.
@@ -209,10 +211,10 @@ def _runs(graph: BlockGraph, model: _Model, steps: Sequence[_Step], macs_full: i
 def _order(
     model: _Model, steps: Sequence[_Step], runs: Mapping[int, frozenset[int]]
 ) -> tuple[dict[int, set[int]], dict[int, set[int]]]:
-    """Per piece those that must come before it at some step, and those that must not be in a segment with it.
+    """Per piece those that must come before it at some evaluation, and those that must not be in a segment with it.
 
     Two pieces are kept apart when a launch in between makes the one's input of the other's output, and when the one
-    makes a value at a step at which the other wants the cached one.
+    makes a value at an evaluation at which the other wants the cached one.
     """
     before: dict[int, set[int]] = {place: set() for place in runs}
     apart: dict[int, set[int]] = {place: set() for place in runs}
@@ -237,8 +239,8 @@ def _order(
                 if step.step in runs.get(maker, ()):
                     separate(maker, place)
                 base = name
-                while base in step.reads and base in model.source:
-                    base = model.source[base]
+                while base in step.reads and base in model.base:
+                    base = model.base[base]
                 if base != name and base not in step.reads and step.step in runs[model.maker[base]]:
                     before[place].add(model.maker[base])
                     separate(model.maker[base], place)
@@ -246,7 +248,7 @@ def _order(
 
 
 class _Emitter:
-    """Walks the steps and writes down launches with the versions that they read and write."""
+    """Walks the evaluations and writes down launches with the versions that they read and write."""
 
     def __init__(
         self,
@@ -286,8 +288,8 @@ class _Emitter:
             launch.writes += [Version("residual", name, step.step) for name in self._fused[number]]
             self._queue.append(launch)
         fused = {name for names in self._fused for name in names}
-        for name in sorted(step.stores & model.source.keys() - fused):
-            terms = [Version("value", name, step.step), self._effective(step, model.source[name])]
+        for name in sorted(step.stores & model.base.keys() - fused):
+            terms = [Version("value", name, step.step), self._effective(step, model.base[name])]
             key = ("difference", 2, model.pieces.tensors[name].kind, False)
             self._queue.append(_Emitted(step.step, key, terms, [Version("residual", name, step.step)]))
         if step.predicts and not self._direct:
@@ -297,28 +299,28 @@ class _Emitter:
         return self._queue
 
     def _count_uses(self, step: _Step) -> dict[str, int]:
-        """How often each value is wanted at a step; one that only one sum wants need not exist by itself."""
+        """How often each value is wanted at an evaluation; one that only one sum wants need not exist by itself."""
         model = self._model
         running = [number for number, part in enumerate(self._parts) if step.step in self._runs[part[0]]]
         wanted = [name for number in running for name in self.externals[number]]
-        wanted += [model.source[name] for name in (*step.reads, *step.stores) if name in model.source]
+        wanted += [model.base[name] for name in (*step.reads, *step.stores) if name in model.base]
         wanted += [model.prediction] * step.predicts
         return {name: wanted.count(name) for name in wanted}
 
     def _effective(self, step: _Step, name: str) -> Version:
-        """The version of a tensor that a consumer reads at a step; sums are launched at their first use."""
+        """The version of a tensor that a consumer reads at an evaluation; sums are launched at their first use."""
         model = self._model
         if name not in step.reads:
             maker = model.maker[name]
             return Version("value", name, step.step if step.step in self._runs[maker] else self._made_once[maker])
-        if name not in model.source:
+        if name not in model.base:
             return Version("value", name, step.reads[name])
         if name not in self._sums:
             terms = [Version("residual", name, step.reads[name])]
-            base = model.source[name]
-            while base in step.reads and base in model.source and self._uses[base] == 1:
+            base = model.base[name]
+            while base in step.reads and base in model.base and self._uses[base] == 1:
                 terms.append(Version("residual", base, step.reads[base]))
-                base = model.source[base]
+                base = model.base[base]
             terms.append(self._effective(step, base))
             key = ("sum", len(terms), model.pieces.tensors[name].kind, False)
             self._sums[name] = Version("sum", name, step.step)
@@ -341,11 +343,11 @@ def _fused_residuals(
     for part, external in zip(parts, externals, strict=True):
         made = {name for place in part for name in model.pieces.pieces[place].makes}
         names = []
-        for name in sorted(made & model.source.keys()):
+        for name in sorted(made & model.base.keys()):
             stored = [step for step in steps if name in step.stores]
-            source = model.source[name]
-            inside = source in made and all(source in step.computed for step in stored)
-            if stored and (inside or source in external):
+            base = model.base[name]
+            inside = base in made and all(base in step.computed for step in stored)
+            if stored and (inside or base in external):
                 names.append(name)
         fused.append(tuple(names))
     return fused
@@ -358,7 +360,7 @@ def _predicts_directly(
     every launch. So it is in a traced model; a prediction that is a block's output is copied to its slot."""
     if index.block[index.prediction] >= 0 or any(model.prediction in piece.reads for piece in model.pieces.pieces):
         return False
-    if model.prediction in model.source.values():
+    if model.prediction in model.base.values():
         return False
     predicting = {step.step for step in steps if step.predicts and model.prediction in step.computed}
     return runs[model.maker[model.prediction]] == predicting

@@ -9,11 +9,11 @@ from dipgo_deploy.plan.index import GraphIndex
 
 
 @dataclass(frozen=True)
-class Request:
-    """What one step is asked to do: by the schedule, and by whoever wants two steps to share a variant.
+class Assignment:
+    """What one evaluation is asked to do: by the schedule, and by whoever wants two evaluations to share a variant.
 
     Attributes:
-        gates: mask of the blocks that the step keeps.
+        gates: mask of the blocks that the evaluation keeps.
         compute: mask of kept values to compute even when they are what the cache holds already.
         need: mask of values to make available even when nothing uses them.
         predict: make a new prediction even when nothing uses it.
@@ -30,9 +30,9 @@ class Numbering:
     """Per step: what is computed and what the caches hold.
 
     Attributes:
-        computed: mask of the values that this step computes, if it needs them; the other block outputs come from their
-            cache.
-        stored: per value, the step whose store a read at this step would get, or -1 if there is none.
+        computed: mask of the values that this evaluation computes, if it needs them; the other block outputs come from
+            their cache.
+        stored: per value, the evaluation whose store a read at this evaluation would get, or -1 if there is none.
         prediction: number of the noise prediction; equal numbers are equal tensors.
     """
 
@@ -41,8 +41,8 @@ class Numbering:
     prediction: tuple[int, ...]
 
 
-def number_values(index: GraphIndex, requests: Sequence[Request]) -> Numbering:
-    """Give every value at every step a number such that equal numbers mean equal tensors.
+def number_values(index: GraphIndex, assignments: Sequence[Assignment]) -> Numbering:
+    """Give every value at every evaluation a number such that equal numbers mean equal tensors.
 
     A kept block output whose number is the stored one is not computed again: it counts as removed. For a residual
     cache its input must be the stored one too, because ``input + (output - input)`` is only then the output.
@@ -53,27 +53,27 @@ def number_values(index: GraphIndex, requests: Sequence[Request]) -> Numbering:
     held_source = [-1] * count  # number of what it is a residual of, at that time
     stored = [-1] * count
     computed_rows, stored_rows, predictions = [], [], []
-    for step, request in enumerate(requests):
-        kept = index.gated(request.gates)
+    for step, assignment in enumerate(assignments):
+        kept = index.gated(assignment.gates)
         computed = 0
         now: list[int] = []
         for value in range(count):
-            source = index.source[value]
-            source_now = now[source] if source >= 0 else -1
+            base = index.base[value]
+            base_now = now[base] if base >= 0 else -1
             if kept >> value & 1:
                 moment = step if index.stepwise[value] else -1
                 key = (value, moment, *[now[read] for read in index.reads[value]])
                 number = numbers.setdefault(key, len(numbers))
-                unchanged = index.block[value] >= 0 and number == held[value] and source_now == held_source[value]
-                if not unchanged or request.compute >> value & 1:
+                unchanged = index.block[value] >= 0 and number == held[value] and base_now == held_source[value]
+                if not unchanged or assignment.compute >> value & 1:
                     computed |= 1 << value
-                    held[value], held_source[value], stored[value] = number, source_now, step
-            elif source_now == held_source[value]:
+                    held[value], held_source[value], stored[value] = number, base_now, step
+            elif base_now == held_source[value]:
                 # An output cache (both -1), or a residual added to the very input it was taken from. A value that was
                 # never stored has no number (-1): reading it is an error that the demand walk reports.
                 number = held[value]
             else:
-                key = (~value, source_now, held[value], held_source[value])
+                key = (~value, base_now, held[value], held_source[value])
                 number = numbers.setdefault(key, len(numbers))
             now.append(number)
         computed_rows.append(computed)

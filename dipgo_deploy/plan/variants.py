@@ -9,11 +9,12 @@ from dataclasses import dataclass, replace
 from dipgo_deploy.plan.costs import bits
 from dipgo_deploy.plan.index import GraphIndex
 from dipgo_deploy.plan.live import Demand, Need, demand
-from dipgo_deploy.plan.values import Request
+from dipgo_deploy.plan.values import Assignment
 
 # Up to this many variants too many, merges are chosen by what they really cost; above it, by estimate.
 _NEAR = 32
-# Merges compiled to learn their real cost, a round: as many as keep a round under a number of cells (steps x values).
+# Merges compiled to learn their real cost, a round: as many as keep a round under a number of cells (evaluations x
+# values).
 _LEAST_TRIALS, _MOST_TRIALS, _CELLS_PER_ROUND = 4, 32, 100_000
 
 
@@ -47,20 +48,21 @@ def group_launches(launches: Sequence[Need]) -> tuple[Group, ...]:
 
 
 def promote(
-    index: GraphIndex, requests: Sequence[Request], used: Sequence[bool], limit: int
-) -> tuple[tuple[Request, ...], Demand]:
-    """Raise gates (0 -> 1) until at most ``limit`` variants are left; returns the new requests and their demand.
+    index: GraphIndex, assignments: Sequence[Assignment], used: Sequence[bool], limit: int
+) -> tuple[tuple[Assignment, ...], Demand]:
+    """Re-enable blocks (gates 0 -> 1) until at most ``limit`` variants are left; returns the new assignments and their
+    demand.
 
-    Greedy: two variants become one by asking all their steps for the union of what both compute, read and predict;
-    the pair that adds the fewest multiply-accumulates goes first. Added work changes what later steps find in the
-    caches, and often costs more there than in the merged steps, so the demand is computed anew after each round.
-    Close to the limit, the merges that look cheapest are compiled and the one with the cheapest run is taken; far above
-    it, where that would take long, a round merges half of the excess by estimate.
+    Greedy: two variants become one by asking all their evaluations for the union of what both compute, read and
+    predict; the pair that adds the fewest multiply-accumulates goes first. Added work changes what later evaluations
+    find in the caches, and often costs more there than in the merged evaluations, so the demand is computed anew after
+    each round. Close to the limit, the merges that look cheapest are compiled and the one with the cheapest run is
+    taken; far above it, where that would take long, a round merges half of the excess by estimate.
 
-    Always ends: a merge makes the requests of at least one step strictly larger, and steps that are all asked for
-    everything share one variant. ``requests`` must have no missing reads.
+    Always ends: a merge makes the assignments of at least one evaluation strictly larger, and evaluations that are all
+    asked for everything share one variant. ``assignments`` must have no missing reads.
     """
-    current = tuple(requests)
+    current = tuple(assignments)
     demands = demand(index, current, used)
     cells = len(current) * len(index.names)
     trials_per_round = max(_LEAST_TRIALS, min(_MOST_TRIALS, _CELLS_PER_ROUND // cells))
@@ -80,9 +82,11 @@ def promote(
         )
 
 
-def _merge(index: GraphIndex, requests: Sequence[Request], clusters: Sequence[Sequence[Group]]) -> list[Request]:
-    """Ask every step of each cluster for the union of what its groups do."""
-    merged = list(requests)
+def _merge(
+    index: GraphIndex, assignments: Sequence[Assignment], clusters: Sequence[Sequence[Group]]
+) -> list[Assignment]:
+    """Ask every evaluation of each cluster for the union of what its groups do."""
+    merged = list(assignments)
     for cluster in clusters:
         computed = reads = gates = 0
         for group in cluster:
@@ -94,17 +98,17 @@ def _merge(index: GraphIndex, requests: Sequence[Request], clusters: Sequence[Se
         for group in cluster:
             for step in group.steps:
                 old = merged[step]
-                merged[step] = Request(
+                merged[step] = Assignment(
                     old.gates | gates, old.compute | computed, old.need | computed | reads, old.predict or predicts
                 )
     return merged
 
 
 def _complete(
-    index: GraphIndex, requests: Sequence[Request], used: Sequence[bool]
-) -> tuple[tuple[Request, ...], Demand]:
-    """Keep also the blocks that the requests would read before they were ever stored."""
-    current = list(requests)
+    index: GraphIndex, assignments: Sequence[Assignment], used: Sequence[bool]
+) -> tuple[tuple[Assignment, ...], Demand]:
+    """Keep also the blocks that the assignments would read before they were ever stored."""
+    current = list(assignments)
     while True:
         found = demand(index, current, used)
         if not found.missing:

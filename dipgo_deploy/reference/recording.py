@@ -11,9 +11,9 @@ import numpy as np
 from dipgo_deploy.bundle.names import (
     COEFFICIENTS,
     GUIDANCE_SCALE,
+    HISTORY,
+    HISTORY_BEFORE,
     PREDICTION,
-    STACK,
-    STACK_BEFORE,
     TIMESTEP,
     CacheName,
     parse_cache,
@@ -60,7 +60,7 @@ class Recorder:
     """Records each variant at its first launch and its last; give it to ``run_loop`` as ``record``. For the layout
     ``variants``.
 
-    launches: (step, variant) of each launch, in order. slots: entries of the stack. again: False for the first launch
+    launches: (step, variant) of each launch, in order. slots: entries of the history. again: False for the first launch
     only, so that the loop need not run to its end.
     """
 
@@ -145,14 +145,14 @@ def evaluation_inputs(evaluation: Evaluation, guidance_scale: float | None, slot
 
 
 def launch_inputs(model_input: np.ndarray, timestep: float, slots: int) -> dict[str, np.ndarray]:
-    """Graph inputs that make ``model_input`` (B, C, h, w) the latent: it stands alone in slot 0 of the stack."""
-    stack = np.zeros((slots, *model_input.shape), np.float32)
-    stack[0] = model_input
+    """Graph inputs that make ``model_input`` (B, C, h, w) the latent: it stands alone in slot 0 of the history."""
+    history = np.zeros((slots, *model_input.shape), np.float32)
+    history[0] = model_input
     coefficients = np.zeros(slots, np.float32)
     coefficients[0] = 1.0
-    before = np.concatenate([np.zeros_like(stack[:1]), stack[:-1]])
+    before = np.concatenate([np.zeros_like(history[:1]), history[:-1]])
     time = np.array([timestep], np.float32)
-    return {STACK: stack, STACK_BEFORE: before, COEFFICIENTS: coefficients, TIMESTEP: time}
+    return {HISTORY: history, HISTORY_BEFORE: before, COEFFICIENTS: coefficients, TIMESTEP: time}
 
 
 def cache_tensor(name: str, state: CacheState) -> np.ndarray:

@@ -49,7 +49,7 @@ class StepRecorder:
         *,
         again: bool = True,
     ) -> None:
-        """launches: (step, segment) in order. schedule: after promotion. slots: entries of the stack. again: False
+        """launches: (step, segment) in order. schedule: after promotion. slots: entries of the history. again: False
         until every segment was launched once."""
         first: dict[int, int] = {}
         second: dict[int, int] = {}

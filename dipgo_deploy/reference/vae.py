@@ -16,7 +16,7 @@ def scaling_and_shift(vae: Any) -> tuple[float, float]:
     factor = vae.config.get("scaling_factor")
     if not isinstance(factor, float | int) or not factor:
         raise UserError(
-            f"vae: {type(vae).__name__} has no scaling_factor, which these pipelines divide latents by: use another "
+            f"vae: {type(vae).__name__} has no scaling_factor, which these pipelines divide latents by; use another "
             "VAE, or --no-components"
         )
     return float(factor), float(vae.config.get("shift_factor") or 0.0)

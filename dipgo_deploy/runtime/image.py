@@ -119,7 +119,7 @@ def as_8_bit(picture: Image, name: str) -> Image:
         kind = "whole numbers" if picture.mode == "I" else "floats"
         raise UserError(
             f"{name}: a picture of 32-bit {kind}, which say nothing of what is black and white; save it with 8 or 16"
-            " bits (in Python: give an array of floats from 0 to 1)"
+            " bits (in Python: an array of floats from 0 to 1)"
         )
     return picture
 

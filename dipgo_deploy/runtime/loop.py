@@ -9,10 +9,10 @@ import numpy as np
 from dipgo_deploy.backends.base import ALIGNMENT, Backend, ChangedWeights, Executable, Launchable, Memory
 from dipgo_deploy.backends.storage import to_storage
 from dipgo_deploy.bundle.directory import Bundle
+from dipgo_deploy.bundle.history import final_latent, graph_coefficients
 from dipgo_deploy.bundle.manifest import Graph, LaunchEntry, Manifest, TensorSpec, VariantEntry
-from dipgo_deploy.bundle.names import COEFFICIENTS, GUIDANCE_SCALE, PREDICTION, STACK, STACK_BEFORE, TIMESTEP
+from dipgo_deploy.bundle.names import COEFFICIENTS, GUIDANCE_SCALE, HISTORY, HISTORY_BEFORE, PREDICTION, TIMESTEP
 from dipgo_deploy.bundle.shapes import Sizes
-from dipgo_deploy.bundle.stack import final_latent, graph_coefficients
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.runtime.component import MOST_SIZES
 
@@ -25,17 +25,20 @@ _POISON_PREDICTION = np.float32(1e30)
 class _View:
     """The loop at one choice of sizes: every shape is known.
 
-    sample_shape: (B, C, h, w). start: the stack before a run, on the host; of a run's own are only the slots that it
-    is given. tensors: where each input and output of each launch lives. calls: launches, once bound.
+    Attributes:
+        sample_shape: (B, C, h, w).
+        start: the history before a run, on the host; a run puts in its noise and its picture and leaves the rest.
+        tensors: where each input and output of each launch lives.
+        calls: launches, once bound.
     """
 
     def __init__(self, manifest: Manifest, unwritten: np.float32) -> None:
         plan, latent = manifest.plan, manifest.latent
         self.manifest = manifest
         self.sample_shape = (manifest.batch, latent.channels, latent.height, latent.width)
-        self.stack = TensorSpec(name=STACK, shape=(plan.slots, *self.sample_shape), dtype="float32")
+        self.history = TensorSpec(name=HISTORY, shape=(plan.slots, *self.sample_shape), dtype="float32")
         self.noises = TensorSpec(name="noises", shape=(plan.noises, *self.sample_shape), dtype="float32")
-        self.start = np.full(self.stack.shape, unwritten)
+        self.start = np.full(self.history.shape, unwritten)
         self.tensors: tuple[dict[str, Memory], ...] = ()
         self.calls: list[Launchable | None] = [None] * len(plan.launches)
 
@@ -47,9 +50,9 @@ class _View:
 class DenoisingLoop:
     """The launches of an engine directory, bound to one set of buffers on a backend; one or several an evaluation.
 
-    Buffers: the stack float32 (slots, B, C, h, w), with zeros in front of it; coefficients, one row of ``slots``
+    Buffers: the history float32 (slots, B, C, h, w), with zeros in front of it; coefficients, one row of ``slots``
     float32 per launch; timesteps, one float32 per launch; the guidance scale; the conditions; the cache arena. A
-    prediction is bound to its slot of the stack and a cache to its offset in the arena, so nothing is copied between
+    prediction is bound to its slot of the history and a cache to its offset in the arena, so nothing is copied between
     launches. One run at a time.
 
     Where sizes are open the buffers are made for the largest, and each run is of the sizes of its noise: the launches
@@ -86,13 +89,13 @@ class DenoisingLoop:
         self._unwritten = _POISON_PREDICTION if poison else np.float32(0)
         self._view = _View(manifest, self._unwritten)  # of the last run; before the first one, of the largest sizes
         self.sample_shape = self._view.sample_shape
-        # Zeros in front of the stack: what comes before its first slot, at any sizes.
-        zeros = _aligned(self._view.stack.nbytes // plan.slots)
-        room = backend.allocate(zeros + self._view.stack.nbytes)
-        self._stack = room.at(zeros, self._view.stack.nbytes)
+        # Zeros in front of the history: what comes before its first slot, at any sizes.
+        zeros = _aligned(self._view.history.nbytes // plan.slots)
+        room = backend.allocate(zeros + self._view.history.nbytes)
+        self._history = room.at(zeros, self._view.history.nbytes)
         self._room, self._zeros = room, zeros
         self._coefficients = _upload_rows(
-            backend, [graph_coefficients(launch.coefficients, plan.stack.chain) for launch in plan.launches]
+            backend, [graph_coefficients(launch.coefficients, plan.history.chain) for launch in plan.launches]
         )
         self._timesteps = _upload_rows(backend, [(launch.timestep,) for launch in plan.launches])
         self._guidance_scale = backend.allocate(4)
@@ -161,19 +164,19 @@ class DenoisingLoop:
         variant = plan.variants[launch.variant]
         specs = {spec.name: spec for spec in (*variant.graph.inputs, *variant.graph.outputs)}
         tensors: dict[str, Memory] = {
-            STACK: self._stack,
-            STACK_BEFORE: self._room.at(self._zeros - view.stack.nbytes // plan.slots, view.stack.nbytes),
+            HISTORY: self._history,
+            HISTORY_BEFORE: self._room.at(self._zeros - view.history.nbytes // plan.slots, view.history.nbytes),
             COEFFICIENTS: self._coefficients[index],
             TIMESTEP: self._timesteps[index],
             GUIDANCE_SCALE: self._guidance_scale,
             **self._conditions,
         }
         try:
-            if STACK in specs and len(launch.coefficients) != plan.slots:
+            if HISTORY in specs and len(launch.coefficients) != plan.slots:
                 raise ValueError(f"{len(launch.coefficients)} coefficients for {plan.slots} slots")
             if launch.slot is not None:
-                slot_bytes = view.stack.nbytes // plan.slots
-                tensors[PREDICTION] = self._stack.at(launch.slot * slot_bytes, slot_bytes)
+                slot_bytes = view.history.nbytes // plan.slots
+                tensors[PREDICTION] = self._history.at(launch.slot * slot_bytes, slot_bytes)
             caches = [*zip(variant.reads, launch.reads, strict=True), *zip(variant.writes, launch.writes, strict=True)]
             for name, offset in caches:
                 tensors[name] = self._arena.at(offset, specs[name].nbytes)
@@ -217,7 +220,7 @@ class DenoisingLoop:
             if on_launch is not None:
                 on_launch(index)
         self._backend.synchronize()
-        return final_latent(self.stack(), view.manifest.plan.final)
+        return final_latent(self.history(), view.manifest.plan.final)
 
     def _begin(
         self,
@@ -231,22 +234,22 @@ class DenoisingLoop:
         """Put everything in its place that a run is given."""
         plan = view.manifest.plan
         noises = np.zeros(view.noises.shape, np.float32) if noises is None and not plan.noises else noises
-        stack = view.start  # all of it is uploaded: that also clears what the run before left
+        history = view.start  # all of it is uploaded: that also clears what the run before left
         if self._poison:
             self._backend.upload(self._arena, np.full(plan.arena_bytes, _POISON_BYTE, np.uint8))
-        stack[0] = noise
-        stack[plan.slots - plan.noises :] = _with_shape("noises", noises, view.noises.shape)
+        history[0] = noise
+        history[plan.slots - plan.noises :] = _with_shape("noises", noises, view.noises.shape)
         if plan.image_slot is not None:
-            stack[plan.image_slot] = _with_shape("image", image, view.sample_shape)
-        self._backend.upload(self._stack, stack)
+            history[plan.image_slot] = _with_shape("image", image, view.sample_shape)
+        self._backend.upload(self._history, history)
         self._backend.upload(self._guidance_scale, np.array([guidance_scale], np.float32))
         for spec in view.manifest.conditions:
             array = _with_shape(spec.name, conditions.get(spec.name), spec.shape)
             self._backend.upload(self._conditions[spec.name], to_storage(array, spec.dtype))
 
-    def stack(self) -> np.ndarray:
-        """The stack after a run, float32 (slots, B, C, h, w): it holds only until the next one."""
-        return self._backend.download(self._stack, self._view.stack, copy=False)
+    def history(self) -> np.ndarray:
+        """The history after a run, float32 (slots, B, C, h, w): it holds only until the next one."""
+        return self._backend.download(self._history, self._view.history, copy=False)
 
     def evaluate(
         self,
@@ -275,12 +278,12 @@ class DenoisingLoop:
         """
         view = self._at(latent)
         plan = view.manifest.plan
-        # The latent in the place of the initial noise, and the sum of the stack is that slot alone.
+        # The latent in the place of the initial noise, and the sum of the history is that slot alone.
         image = None if plan.image_slot is None else np.zeros(view.sample_shape, np.float32)
         self._begin(view, latent, conditions, np.zeros(view.noises.shape, np.float32), image, guidance_scale)
         if arena is not None:
             self._backend.upload(self._arena, arena)
-        alone = graph_coefficients([1.0] + [0.0] * (plan.slots - 1), plan.stack.chain)
+        alone = graph_coefficients([1.0] + [0.0] * (plan.slots - 1), plan.history.chain)
         prediction = None
         for index, launch in enumerate(self.launches):
             if launch.step != step:
@@ -288,11 +291,11 @@ class DenoisingLoop:
             self._tell(index, alone, timestep)
             self._ready(index)()
             self._backend.synchronize()
-            self._tell(index, graph_coefficients(launch.coefficients, plan.stack.chain), launch.timestep)
+            self._tell(index, graph_coefficients(launch.coefficients, plan.history.chain), launch.timestep)
             if launch.slot is not None:
-                slot_bytes = view.stack.nbytes // plan.slots
+                slot_bytes = view.history.nbytes // plan.slots
                 spec = TensorSpec(name=PREDICTION, shape=view.sample_shape, dtype="float32")
-                prediction = self._backend.download(self._stack.at(launch.slot * slot_bytes, slot_bytes), spec)
+                prediction = self._backend.download(self._history.at(launch.slot * slot_bytes, slot_bytes), spec)
         whole = TensorSpec(name="arena", shape=(plan.arena_bytes // 8,), dtype="int64")  # bytes, eight at a time
         return prediction, self._backend.download(self._arena, whole).view(np.uint8)
 
@@ -304,9 +307,9 @@ class DenoisingLoop:
     def not_finite(self) -> str | None:
         """The first launch of the last run whose prediction was not finite, in words; None where all were."""
         plan = self._view.manifest.plan
-        stack = self.stack()
+        history = self.history()
         for index, launch in enumerate(self.launches):
-            if launch.slot is not None and not np.isfinite(stack[launch.slot]).all():
+            if launch.slot is not None and not np.isfinite(history[launch.slot]).all():
                 name = plan.variants[launch.variant].name
                 return f"launch {index + 1} of {len(self.launches)} (evaluation {launch.step}, graph {name})"
         return None

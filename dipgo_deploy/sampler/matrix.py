@@ -43,7 +43,7 @@ _REMEDIES: tuple[tuple[Mapping[str, Any], str], ...] = (
 
 @dataclass(frozen=True, eq=False)
 class SamplerMatrix:
-    """The weights of a sampler's latents over the stack [x_T, prediction 0 .. P-1, picture, noise 0 .. M-1].
+    """The weights of a sampler's latents over the history [x_T, prediction 0 .. P-1, picture, noise 0 .. M-1].
 
     Arrays are read-only.
 
@@ -82,7 +82,7 @@ class SamplerMatrix:
 def sampler_matrix(
     scheduler: Any,
     num_inference_steps: int,
-    source: Sequence[int] | None = None,
+    prediction_slots: Sequence[int] | None = None,
     *,
     set_timesteps_kwargs: Mapping[str, Any] | None = None,
     begin: int | None = None,
@@ -94,19 +94,20 @@ def sampler_matrix(
     learned variance.
 
     Args:
-        source: for each evaluation, the prediction slot it hands to the scheduler; slots are numbered in the order of
-            their first use, and a repeated one is an evaluation without a launch. None: each evaluation has its own.
+        prediction_slots: for each evaluation, the prediction slot it hands to the scheduler; slots are numbered in the
+            order of their first use, and a repeated one is an evaluation without a launch. None: each evaluation has
+            its own.
         set_timesteps_kwargs: passed on, such as ``mu`` for flow matching with dynamic shifting.
         begin: start at this evaluation, from a picture that the initial noise is added to (see ``begin_of``).
         check: also run ``check_linear``.
 
-    Raises UserError naming the scheduler if it is not linear or cannot be run this way; ValueError for a ``source``
-    that does not fit the evaluations.
+    Raises UserError naming the scheduler if it is not linear or cannot be run this way; ValueError for a
+    ``prediction_slots`` that does not fit the evaluations.
     """
     _refuse_learned_variance(scheduler)
-    matrix, slots = _walked(scheduler, num_inference_steps, source, set_timesteps_kwargs, begin)
+    matrix, slots = _walked(scheduler, num_inference_steps, prediction_slots, set_timesteps_kwargs, begin)
     if not _is_finite(matrix):
-        helps = _against_infinity(scheduler, num_inference_steps, source, set_timesteps_kwargs, begin)
+        helps = _against_infinity(scheduler, num_inference_steps, prediction_slots, set_timesteps_kwargs, begin)
         raise UserError(f"sampler {matrix.class_name}: infinite weights at {num_inference_steps} steps; {helps}")
     if check:
         _check(matrix, scheduler, slots, set_timesteps_kwargs, begin)
@@ -116,7 +117,7 @@ def sampler_matrix(
 def check_linear(
     scheduler: Any,
     num_inference_steps: int,
-    source: Sequence[int] | None = None,
+    prediction_slots: Sequence[int] | None = None,
     *,
     set_timesteps_kwargs: Mapping[str, Any] | None = None,
     begin: int | None = None,
@@ -131,9 +132,14 @@ def check_linear(
     scheduler, and the setting to blame where one is known, beyond ``TOLERANCE`` or the statistical one.
     """
     matrix = sampler_matrix(
-        scheduler, num_inference_steps, source, set_timesteps_kwargs=set_timesteps_kwargs, begin=begin, check=False
+        scheduler,
+        num_inference_steps,
+        prediction_slots,
+        set_timesteps_kwargs=set_timesteps_kwargs,
+        begin=begin,
+        check=False,
     )
-    return _check(matrix, scheduler, _slots(source, len(matrix.timesteps)), set_timesteps_kwargs, begin)
+    return _check(matrix, scheduler, _slots(prediction_slots, len(matrix.timesteps)), set_timesteps_kwargs, begin)
 
 
 def prediction_used(matrix: SamplerMatrix) -> tuple[bool, ...]:
@@ -145,7 +151,7 @@ def prediction_used(matrix: SamplerMatrix) -> tuple[bool, ...]:
 def _walked(
     scheduler: Any,
     num_inference_steps: int,
-    source: Sequence[int] | None,
+    prediction_slots: Sequence[int] | None,
     set_timesteps_kwargs: Mapping[str, Any] | None,
     begin: int | None,
 ) -> tuple[SamplerMatrix, tuple[int, ...]]:
@@ -155,7 +161,7 @@ def _walked(
     from dipgo_deploy.sampler.loop import run_loop
 
     count = evaluations(scheduler, num_inference_steps, set_timesteps_kwargs=set_timesteps_kwargs) - (begin or 0)
-    slots = _slots(source, count)
+    slots = _slots(prediction_slots, count)
     predictions = max(slots) + 1
     image = begin is not None
 
@@ -222,8 +228,8 @@ def _check(
     from dipgo_deploy.sampler.loop import run_loop
 
     columns = len(matrix.final)
-    stack = np.random.default_rng(0).standard_normal((columns, *_CHECK_SHAPE))
-    parts = torch.from_numpy(stack)
+    history = np.random.default_rng(0).standard_normal((columns, *_CHECK_SHAPE))
+    parts = torch.from_numpy(history)
     noise = iter(parts[columns - matrix.noises :])
     result = _scheduler_at_work(
         scheduler,
@@ -240,7 +246,7 @@ def _check(
     )
     weights = np.vstack([matrix.rows, matrix.final])
     expected = np.stack([part.numpy() for part in (*result.inputs, result.final)])
-    actual = np.tensordot(weights, stack, axes=1)
+    actual = np.tensordot(weights, history, axes=1)
     axes = tuple(range(1, expected.ndim))
     difference = np.sqrt(np.square(actual - expected).sum(axes))
     error = float((difference / np.maximum(np.sqrt(np.square(expected).sum(axes)), 1e-12)).max())
@@ -293,7 +299,7 @@ def _check_draws(
 def _against_infinity(
     scheduler: Any,
     num_inference_steps: int,
-    source: Sequence[int] | None,
+    prediction_slots: Sequence[int] | None,
     set_timesteps_kwargs: Mapping[str, Any] | None,
     begin: int | None,
 ) -> str:
@@ -304,7 +310,7 @@ def _against_infinity(
             continue
         try:
             changed = type(scheduler).from_config({**own, **change})
-            helped = _is_finite(_walked(changed, num_inference_steps, source, set_timesteps_kwargs, begin)[0])
+            helped = _is_finite(_walked(changed, num_inference_steps, prediction_slots, set_timesteps_kwargs, begin)[0])
         except Exception:  # a class refuses in its own way; then this is no help
             continue
         if not helped:
@@ -346,15 +352,17 @@ def _scheduler_at_work(scheduler: Any, work: Any) -> Any:
         ) from error
 
 
-def _slots(source: Sequence[int] | None, count: int) -> tuple[int, ...]:
-    if source is None:
+def _slots(prediction_slots: Sequence[int] | None, count: int) -> tuple[int, ...]:
+    if prediction_slots is None:
         return tuple(range(count))
-    slots = tuple(int(slot) for slot in source)
+    slots = tuple(int(slot) for slot in prediction_slots)
     if len(slots) != count:
-        raise ValueError(f"source has {len(slots)} entries for {count} evaluations")
+        raise ValueError(f"prediction_slots has {len(slots)} entries for {count} evaluations")
     filled = 0
     for index, slot in enumerate(slots):
         if not 0 <= slot <= filled:
-            raise ValueError(f"source[{index}] is {slot}, but only slots 0 to {filled - 1} are filled by then")
+            raise ValueError(
+                f"prediction_slots[{index}] is {slot}, but only slots 0 to {filled - 1} are filled by then"
+            )
         filled = max(filled, slot + 1)
     return slots

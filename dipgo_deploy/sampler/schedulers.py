@@ -138,7 +138,7 @@ def scheduler_from_folder(folder: str | Path) -> Any:
 
 
 def fresh(scheduler: Any) -> Any:
-    """A new scheduler with the same config and none of the history that schedulers keep between steps."""
+    """A new scheduler with the same config and none of the history that schedulers keep between evaluations."""
     own = own_config(scheduler)
     copy = type(scheduler).from_config(own)
     # The other settings are there for schedulers that hand them on; given to from_config, they are warned of each time.
@@ -216,7 +216,8 @@ def step_positions(
 ) -> tuple[int, ...]:
     """For each evaluation, the first evaluation at the same timestep: PNDM's go 0, 1, 1, 3, 4, ...
 
-    Caching methods that find out the step from the timestep count like this. Arguments and errors as ``evaluations``.
+    Caching methods that find out the evaluation from the timestep count like this. Arguments and errors as
+    ``evaluations``.
     """
     copy = fresh(scheduler)
     set_timesteps(copy, num_inference_steps, set_timesteps_kwargs)
@@ -229,7 +230,7 @@ def _scheduler_class(class_name: str) -> Any:
     try:
         import diffusers
     except ImportError as error:
-        raise UserError(f"samplers are built with diffusers: {install('export')}") from error
+        raise UserError(f"samplers are built with diffusers; {install('export')}") from error
     found = getattr(diffusers, class_name, None)
     # Classes whose packages are missing are placeholders without SchedulerMixin; from_config then says what is missing.
     if not isinstance(found, type) or not hasattr(found, "from_config"):

@@ -1,1 +1,1 @@
-"""The document that goes in: which blocks run at which step, its validation, builders and importers."""
+"""The document that goes in: which blocks run at which evaluation, its validation, builders and importers."""

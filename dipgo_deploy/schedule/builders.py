@@ -1,4 +1,5 @@
-"""Schedules made by rule: full, uniform, DeepCache, random. Each gives T x N gates; step 0 always runs in full."""
+"""Schedules made by rule: full, uniform, DeepCache, random. Each gives T x N gates; evaluation 0 always runs in
+full."""
 
 from __future__ import annotations
 
@@ -45,9 +46,10 @@ class Target:
 class PendingTarget:
     """A `Target` for which the sampler has yet to be made, which takes seconds: a file is read before.
 
-    block_names: in order of execution.
-    most_steps: more evaluations than any sampler makes.
-    complete: makes the sampler.
+    Attributes:
+        block_names: in order of execution.
+        most_steps: more evaluations than any sampler makes.
+        complete: makes the sampler.
     """
 
     block_names: tuple[str, ...]
@@ -56,12 +58,12 @@ class PendingTarget:
 
 
 def full(steps: int, blocks: int) -> Gates:
-    """Everything runs at every step."""
+    """Everything runs at every evaluation."""
     return ((True,) * blocks,) * steps
 
 
 def uniform(steps: int, blocks: int, interval: int) -> Gates:
-    """Every block runs at steps 0, interval, 2*interval, ...; nothing runs in between."""
+    """Every block runs at evaluations 0, interval, 2*interval, ...; nothing runs in between."""
     _check_interval(interval)
     return tuple((step % interval == 0,) * blocks for step in range(steps))
 
@@ -69,10 +71,10 @@ def uniform(steps: int, blocks: int, interval: int) -> Gates:
 def deepcache(
     steps: int, names: Sequence[str], interval: int, branch: int, positions: Sequence[int] | None = None
 ) -> Gates:
-    """DeepCache (Ma et al., CVPR 2024) on a UNet: between full steps only the shallow branches run.
+    """DeepCache (Ma et al., CVPR 2024) on a UNet: between full evaluations only the shallow branches run.
 
-    Every block runs at steps 0, interval, 2*interval, ... . In between, the branches up to ``branch`` run, counted
-    from the outermost (0) inwards:
+    Every block runs at evaluations 0, interval, 2*interval, ... . In between, the branches up to ``branch`` run,
+    counted from the outermost (0) inwards:
 
     - layers: exactly what the DeepCache package (0.1.1) computes for ``cache_interval`` and ``cache_branch_id``.
       Branch b is the skip connection of layer l of the p-th pair of down block p and up block n-1-p, where b counts the
@@ -97,12 +99,12 @@ def deepcache(
 
 
 def random(steps: int, blocks: int, ratio: float, seed: int, costs: Sequence[float] | None = None) -> Gates:
-    """Gates removed at random, never at step 0.
+    """Gates removed at random, never at evaluation 0.
 
     ratio: share of the cost of all T x N gates that is removed, 0 to 1 (0.8 removes 80 %), met from below: gates go in
     a random order, each that would exceed the ratio is kept. costs: cost of each block (N numbers, e.g. its MACs);
     None counts gates. The same arguments give the same gates on every machine and Python version. Raises UserError
-    when the ratio cannot be reached because step 0 stays.
+    when the ratio cannot be reached because evaluation 0 stays.
     """
     if not 0 <= ratio <= 1:
         raise UserError(f"ratio: {ratio:g} is not between 0 and 1")
@@ -112,7 +114,7 @@ def random(steps: int, blocks: int, ratio: float, seed: int, costs: Sequence[flo
     slack = 1e-9 * max(budget, 1.0)
     if budget > removable + slack:
         raise UserError(
-            f"ratio: {ratio:g} cannot be reached: step 0 runs in full, so at most "
+            f"ratio: {ratio:g} cannot be reached: evaluation 0 runs in full, so at most "
             f"{removable / (steps * sum(weights)):.4g} can be removed in {steps} steps"
         )
     # Only Random.random() is promised to give the same numbers in every Python version, so the order comes from it.
@@ -133,7 +135,7 @@ def _check_interval(interval: int) -> None:
 
 
 def _shallow_blocks(names: Sequence[str], branch: int) -> frozenset[str]:
-    """The blocks that run at every step, for DeepCache's ``branch``."""
+    """The blocks that run at every evaluation, for DeepCache's ``branch``."""
     down: dict[int, list[str]] = {}
     up: dict[int, list[str]] = {}
     whole = True

@@ -91,8 +91,8 @@ class GateChange:
 class ScheduleDiff:
     """What differs between two schedules.
 
-    fields: dotted name -> (before, after) of everything but the gates. gates: the gates that differ, by step and then
-    block, over the steps and blocks that both schedules have. Falsy when nothing differs.
+    fields: dotted name -> (before, after) of everything but the gates. gates: the gates that differ, by evaluation and
+    then block, over the evaluations and blocks that both schedules have. Falsy when nothing differs.
     """
 
     fields: Mapping[str, tuple[Any, Any]]
@@ -105,12 +105,14 @@ class ScheduleDiff:
 class Schedule(_Part):
     """Which blocks run at which evaluation of the denoiser, for one model and one sampler.
 
-    blocks: N blocks in order of execution. steps: T, the number of EVALUATIONS of the denoiser (PNDM evaluates more
-    often than it steps). keep: T strings of N characters, ``1`` = the block is computed, ``0`` = its cache is read.
-    solver: the fitted solver that is run in place of ``sampler``; T is then its number of evaluations.
-    provenance: how it was made (``method``, ``parameters``, ``tool_version``).
+    Attributes:
+        blocks: N blocks in order of execution.
+        steps: T, the number of EVALUATIONS of the denoiser (PNDM evaluates more often than it steps).
+        keep: T strings of N characters, ``1`` = the block is computed, ``0`` = its cache is read.
+        solver: the fitted solver that is run in place of ``sampler``; T is then its number of evaluations.
+        provenance: how it was made (``method``, ``parameters``, ``tool_version``).
 
-    Whatever is wrong with a document raises UserError with one line that names field, step and block.
+    Whatever is wrong with a document raises UserError with one line that names field, evaluation and block.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", title="dipgo_deploy schedule")
@@ -131,7 +133,7 @@ class Schedule(_Part):
         version = data.get("format_version", 1) if isinstance(data, Mapping) else 1
         if type(version) is not int or version not in (1, FORMAT_VERSION):  # True is 1
             raise UserError(
-                f"format_version: {repr(version)[:60]} is not known, only 1 to {FORMAT_VERSION}: "
+                f"format_version: {repr(version)[:60]} is not known, only 1 to {FORMAT_VERSION}; "
                 f"use the version of dipgo-deploy that wrote it"
             )
         if isinstance(data, Mapping):
@@ -147,7 +149,7 @@ class Schedule(_Part):
         if schedule.solver is None:
             return schedule
         if schedule.format_version == 1:
-            raise UserError("format_version: 1 has no solver: give 2")
+            raise UserError("format_version: 1 has no solver; give 2")
         schedule.solver.check(schedule.steps)
         return schedule
 
@@ -188,9 +190,11 @@ class Schedule(_Part):
     ) -> None:
         """Refuse (UserError) a model that this schedule was not made for.
 
-        config_hash: the hash of its configuration, or all that are accepted for it, the one that is recorded first.
-        caches: block name -> cache kinds it supports, in order of execution, at this schedule's granularity.
-        allow_other_config: accept another configuration of the same class, as long as the blocks are the same.
+        Args:
+            config_hash: the hash of its configuration, or all that are accepted for it, the one that is recorded
+                first.
+            caches: block name -> cache kinds it supports, in order of execution, at this schedule's granularity.
+            allow_other_config: accept another configuration of the same class, as long as the blocks are the same.
         """
         if class_name != self.model.class_name:
             raise UserError(f"model.class_name: made for {self.model.class_name}, this model is {class_name}")
@@ -226,7 +230,7 @@ class Schedule(_Part):
         return ScheduleDiff(fields, gates)
 
     def to_json(self) -> str:
-        """The document as JSON text: one line a block and one line a step."""
+        """The document as JSON text: one line a block and one line an evaluation."""
         document = to_json(self.model_dump())
         parts = []
         for name, value in document.items():
@@ -277,7 +281,7 @@ def gate_rows(gates: Iterable[Sequence[bool]]) -> tuple[str, ...]:
     for step, row in enumerate(gates):
         for column, cell in enumerate(row):
             if cell not in (0, 1):
-                raise UserError(f"keep: step {step}, column {column}: {repr(cell)[:60]} is not 0 or 1")
+                raise UserError(f"keep: evaluation {step}, column {column}: {repr(cell)[:60]} is not 0 or 1")
         rows.append("".join("1" if cell else "0" for cell in row))
     return tuple(rows)
 

@@ -12,8 +12,12 @@ from dipgo_deploy.schedule.document import Schedule, gate_rows
 class ImageRun:
     """What an export for image-to-image runs of a schedule's evaluations.
 
-    strength: as asked for. begin: evaluation of the full run that comes first. full: the schedule as given. raised: the
-    gates (evaluation of the full run, block) that the first evaluation has to keep: nothing was cached before it.
+    Attributes:
+        strength: as asked for.
+        begin: evaluation of the full run that comes first.
+        full: the schedule as given.
+        raised: the gates (evaluation of the full run, block) that the first evaluation has to keep: nothing was cached
+            before it.
     """
 
     strength: float
@@ -26,7 +30,7 @@ class ImageRun:
         return (*self.full.gates[: self.begin], *(tuple(row) for row in keep))
 
     def in_full(self, promoted: Sequence[tuple[int, str]]) -> tuple[tuple[int, str], ...]:
-        """Gates raised by the plan, and those that the start raised, by evaluation of the full run."""
+        """Gates re-enabled by the plan, and those that the start re-enabled, by evaluation of the full run."""
         return (*self.raised, *((step + self.begin, block) for step, block in promoted))
 
 

@@ -54,7 +54,10 @@ class FittedTo:
     def beyond(self, guidance_scale: float | None, latent: tuple[int, int], *, lora: bool, scale: int = 1) -> str:
         """What a run has that the fit had not, in words; empty where there is nothing.
 
-        guidance_scale: None without guidance. latent: height and width. scale: pixels of a latent pixel.
+        Args:
+            guidance_scale: None without guidance.
+            latent: height and width.
+            scale: pixels of a latent pixel.
         """
         known, new = [], []
         scales = self.guidance_scales
@@ -84,12 +87,13 @@ class Solver(BaseModel):
     predictions (guided), the picture's latents where ``picture`` says so, and ``noises`` draws in the order in which
     the sampler that it stands for draws them.
 
-    timesteps: what the denoiser is told at each of the L evaluations, any real numbers.
-    rows: L rows of weights; a row has zeros for the predictions from its own on.
-    final: weights of the final latent.
-    noises: how many noise draws there are.
-    picture: whether the loop starts from a picture.
-    provenance: what it was fitted to, and on what.
+    Attributes:
+        timesteps: what the denoiser is told at each of the L evaluations, any real numbers.
+        rows: L rows of weights; a row has zeros for the predictions from its own on.
+        final: weights of the final latent.
+        noises: how many noise draws there are.
+        picture: whether the loop starts from a picture.
+        provenance: what it was fitted to, and on what.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -132,28 +136,28 @@ class Solver(BaseModel):
         """Refuse (UserError) a solver that does not fit a schedule of so many evaluations, or that cannot be run."""
         if len(self.timesteps) != evaluations:
             raise UserError(
-                f"solver.timesteps: {len(self.timesteps)} for {evaluations} evaluations: give one for each row of keep"
+                f"solver.timesteps: {len(self.timesteps)} for {evaluations} evaluations; give one for each row of keep"
             )
         if len(self.rows) != evaluations:
-            raise UserError(f"solver.rows: {len(self.rows)} rows for {evaluations} evaluations: give one for each")
+            raise UserError(f"solver.rows: {len(self.rows)} rows for {evaluations} evaluations; give one for each")
         for place, timestep in enumerate(self.timesteps):
             if not (math.isfinite(timestep) and 0 <= timestep <= MOST_TIMESTEP):
-                raise UserError(f"solver.timesteps: {timestep:g} at evaluation {place} is no timestep: fit it again")
+                raise UserError(f"solver.timesteps: {timestep:g} at evaluation {place} is no timestep; fit it again")
         for place, row in enumerate(self.rows):
             self._check_weights(f"solver.rows: evaluation {place}", row)
             early = next((later for later in range(place, evaluations) if row[1 + later]), None)
             if early is not None:
                 raise UserError(
                     f"solver.rows: evaluation {place} reads the prediction of evaluation {early}, which does not exist "
-                    "yet: fit it again"
+                    "yet; fit it again"
                 )
         self._check_weights("solver.final", self.final)
         if not self.rows[0][0]:
-            raise UserError("solver.rows: evaluation 0 has no weight for the initial noise: fit it again")
+            raise UserError("solver.rows: evaluation 0 has no weight for the initial noise; fit it again")
 
     def _check_weights(self, where: str, weights: Sequence[float]) -> None:
         if len(weights) != self.columns:
-            raise UserError(f"{where}: {len(weights)} weights for {self.columns} columns of the history: fit it again")
+            raise UserError(f"{where}: {len(weights)} weights for {self.columns} columns of the history; fit it again")
         absurd = next((weight for weight in weights if not abs(weight) <= MOST_WEIGHT), None)
         if absurd is not None:
-            raise UserError(f"{where}: the weight {absurd:g} is not finite or beyond {MOST_WEIGHT:g}: fit it again")
+            raise UserError(f"{where}: the weight {absurd:g} is not finite or beyond {MOST_WEIGHT:g}; fit it again")

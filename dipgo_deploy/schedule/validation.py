@@ -1,4 +1,4 @@
-"""What a schedule has to satisfy, each rule a function that raises one line naming step and block."""
+"""What a schedule has to satisfy, each rule a function that raises one line naming evaluation and block."""
 
 from __future__ import annotations
 
@@ -44,33 +44,33 @@ def check_sizes(document: Mapping[str, Any]) -> None:
 def check_names(names: Sequence[str]) -> None:
     """Refuse an empty block list and a block that is listed twice."""
     if not names:
-        raise UserError("blocks: the list is empty: name at least one block")
+        raise UserError("blocks: the list is empty; name at least one block")
     seen: dict[str, int] = {}
     for position, name in enumerate(names):
         if name in seen:
-            raise UserError(f"blocks: {name} is listed twice (positions {seen[name]} and {position}): remove one")
+            raise UserError(f"blocks: {name} is listed twice (positions {seen[name]} and {position}); remove one")
         seen[name] = position
 
 
 def check_rows(rows: Sequence[str], names: Sequence[str], steps: int) -> None:
     """Refuse a keep matrix that is not ``steps`` rows of one 0 or 1 a block."""
     if len(rows) != steps:
-        raise UserError(f"keep: {len(rows)} rows, but steps is {steps}: give one row for each evaluation")
+        raise UserError(f"keep: {len(rows)} rows, but steps is {steps}; give one row for each evaluation")
     for step, row in enumerate(rows):
         for column, cell in enumerate(row[: len(names)]):
             if cell not in "01":
-                raise UserError(f"keep: step {step}, block {names[column]}: {cell!r} is not 0 or 1")
+                raise UserError(f"keep: evaluation {step}, block {names[column]}: {cell!r} is not 0 or 1")
         if len(row) < len(names):
             raise UserError(
-                f"keep: step {step} has {len(row)} cells, block {names[len(row)]} is the first without one: "
+                f"keep: evaluation {step} has {len(row)} cells, block {names[len(row)]} is the first without one; "
                 f"give {len(names)}, one a block"
             )
         if len(row) > len(names):
-            raise UserError(f"keep: step {step} has {len(row)} cells, but there are {len(names)} blocks")
+            raise UserError(f"keep: evaluation {step} has {len(row)} cells, but there are {len(names)} blocks")
 
 
 def check_caches_written(gates: Iterable[Sequence[bool]], names: Sequence[str]) -> None:
-    """Refuse a removed block whose cache was never written by an earlier step."""
+    """Refuse a removed block whose cache was never written by an earlier evaluation."""
     written = [False] * len(names)
     for step, row in enumerate(gates):
         for column, kept in enumerate(row):
@@ -78,8 +78,8 @@ def check_caches_written(gates: Iterable[Sequence[bool]], names: Sequence[str]) 
                 written[column] = True
             elif not written[column]:
                 raise UserError(
-                    f"keep: step {step}, block {names[column]}: its cache is read before it was ever written: "
-                    f"keep the block at step 0"
+                    f"keep: evaluation {step}, block {names[column]}: its cache is read before it was ever written; "
+                    f"keep the block at evaluation 0"
                 )
 
 
@@ -96,7 +96,7 @@ def check_block_names(names: Sequence[str], model_names: Sequence[str]) -> None:
     for position, (name, expected) in enumerate(zip(names, model_names, strict=True)):
         if name != expected:
             raise UserError(
-                f"blocks: {name} stands at position {position}, where the model runs {expected}: "
+                f"blocks: {name} stands at position {position}, where the model runs {expected}; "
                 f"list the blocks in order of execution"
             )
 
@@ -108,12 +108,12 @@ def check_cache_kinds(kinds: Mapping[str, str], supported: Mapping[str, Sequence
             raise UserError(f"blocks: {name} cannot have a cache of kind {kind!r}, only {' or '.join(supported[name])}")
 
 
-def check_config_hash(given: str, accepted: Sequence[str], *, allow_other: bool = False) -> None:
+def check_config_hash(recorded: str, accepted: Sequence[str], *, allow_other: bool = False) -> None:
     """Refuse a schedule that was made for another model's configuration, unless ``allow_other``."""
-    if given not in accepted and not allow_other:
+    if recorded not in accepted and not allow_other:
         raise UserError(
-            f"model.config_hash: made for the configuration {given[:_SHOWN_HASH_DIGITS]}..., this model has "
-            f"{accepted[0][:_SHOWN_HASH_DIGITS]}...: make a schedule for it, or allow another configuration"
+            f"model.config_hash: made for the configuration {recorded[:_SHOWN_HASH_DIGITS]}..., this model has "
+            f"{accepted[0][:_SHOWN_HASH_DIGITS]}...; make a schedule for it, or allow another configuration"
         )
 
 
@@ -122,7 +122,7 @@ def check_steps(steps: int, evaluations: int, sampler: str, num_inference_steps:
     if steps != evaluations:
         raise UserError(
             f"steps: {steps} rows, but {sampler} with {num_inference_steps} steps evaluates the denoiser "
-            f"{evaluations} times: give {evaluations} rows"
+            f"{evaluations} times; give {evaluations} rows"
         )
 
 

@@ -16,8 +16,10 @@ _FIRST_ORDER = frozenset({"DDIMScheduler", "EulerDiscreteScheduler", "FlowMatchE
 class Worth:
     """What a schedule is worth.
 
-    plain_steps: the number of plain steps of the same sampler that give the same result, None where there is none.
-    evaluations: the evaluations of the full model that have as many gates. line: one line for a reader.
+    Attributes:
+        plain_steps: the number of plain steps of the same sampler that give the same result, None where there is none.
+        evaluations: the evaluations of the full model that have as many gates.
+        line: one line for a reader.
     """
 
     plain_steps: int | None

@@ -72,7 +72,7 @@ def load(folder: Path) -> Checkpoint:
 
     path = folder / NAME
     if not path.is_file():
-        raise UserError(f"{path}: no such checkpoint: leave out --resume to start afresh")
+        raise UserError(f"{path}: no such checkpoint; leave out --resume to start afresh")
     try:
         with safe_open(path, framework="pt") as file:
             state = json.loads(file.metadata()["state"])
@@ -82,12 +82,12 @@ def load(folder: Path) -> Checkpoint:
         raise UserError(f"{path}: is no checkpoint of a search: {error}") from error
 
 
-def check_settings(saved: Mapping[str, Any], given: Mapping[str, Any], folder: Path) -> None:
+def check_settings(saved: Mapping[str, Any], settings: Mapping[str, Any], folder: Path) -> None:
     """Refuse (UserError) to go on with other settings than the checkpoint was made with."""
-    plain = json.loads(json.dumps(given))
+    plain = json.loads(json.dumps(settings))
     for name in sorted({*saved, *plain}):
         if saved.get(name) != plain.get(name):
             raise UserError(
-                f"{folder}: was made with {name} = {saved.get(name)!r}, now it is {plain.get(name)!r}: "
+                f"{folder}: was made with {name} = {saved.get(name)!r}, now it is {plain.get(name)!r}; "
                 "give the same settings, or another folder"
             )

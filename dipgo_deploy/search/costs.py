@@ -10,7 +10,7 @@ from dipgo_deploy.plan.compile import compile_plan
 from dipgo_deploy.plan.graph import BlockGraph
 from dipgo_deploy.plan.index import index_graph
 from dipgo_deploy.plan.live import Demand, demand
-from dipgo_deploy.plan.values import Request
+from dipgo_deploy.plan.values import Assignment
 from dipgo_deploy.schedule.document import Gates
 
 _REMEMBERED = 20_000
@@ -20,15 +20,19 @@ _REMEMBERED = 20_000
 class Analysis:
     """What is left of T x N gates when nothing without effect is computed.
 
-    gates: the gates that do something; the first step whole. cost: of all launches. launches: the steps at which
-    something is computed. source: per step, the number of the prediction that its sampler is given; steps with the
-    same number have the same prediction. predicts: the steps that make a new prediction, in the order of the numbers.
+    Attributes:
+        gates: the gates that do something; the first evaluation whole.
+        cost: of all launches.
+        launches: the evaluations at which something is computed.
+        prediction_slots: per evaluation, the number of the prediction that its sampler is given; evaluations with the
+            same number have the same prediction.
+        predicts: the evaluations that make a new prediction, in the order of the numbers.
     """
 
     gates: Gates
     cost: int
     launches: frozenset[int]
-    source: tuple[int, ...]
+    prediction_slots: tuple[int, ...]
     predicts: tuple[int, ...]
 
 
@@ -36,9 +40,9 @@ class Costs:
     """Costs of T x N gates of one traced model, in the unit of its graph's ``costs`` (multiply-accumulates).
 
     full: cost of the full run that ratios are shares of. own_full: of T full evaluations, the same unless another run
-    is the reference. gamma: per block, the share of one full evaluation that goes when the block goes at one step,
-    together with all that is then computed for nothing (DiP-GO's weight of a gate). own: per block, the share of its
-    own nodes.
+    is the reference. gamma: per block, the share of one full evaluation that goes when the block goes at one
+    evaluation, together with all that is then computed for nothing (DiP-GO's weight of a gate). own: per block, the
+    share of its own nodes.
     """
 
     def __init__(
@@ -49,7 +53,7 @@ class Costs:
         *,
         reference_steps: int | None = None,
     ) -> None:
-        """Take the graph, T, and per step whether the sampler gives its prediction any weight (default: all).
+        """Take the graph, T, and per evaluation whether the sampler gives its prediction any weight (default: all).
 
         reference_steps: full evaluations of the run that ratios are shares of, None for T.
         """
@@ -67,7 +71,7 @@ class Costs:
         self.gamma = tuple(1 - self._cost_without(block) / self.step_cost for block in range(len(self.blocks)))
 
     def analyse(self, gates: Sequence[Sequence[bool]]) -> Analysis:
-        """What is left of ``gates`` (T x N); the first step counts as kept whole, whatever it says."""
+        """What is left of ``gates`` (T x N); the first evaluation counts as kept whole, whatever it says."""
         everything = (1 << len(self.blocks)) - 1
         rows = (everything, *(_mask(row) for row in gates[1:]))
         if len(rows) != self.steps:
@@ -75,7 +79,7 @@ class Costs:
         if rows not in self._known:
             if len(self._known) >= _REMEMBERED:
                 self._known.clear()
-            self._known[rows] = self._analysis(demand(self._index, [Request(row) for row in rows], self._used))
+            self._known[rows] = self._analysis(demand(self._index, [Assignment(row) for row in rows], self._used))
         return self._known[rows]
 
     def ratio(self, gates: Sequence[Sequence[bool]]) -> float:
@@ -87,7 +91,7 @@ class Costs:
         return self.analyse(gates).gates
 
     def limited(self, gates: Sequence[Sequence[bool]], max_variants: int) -> Gates:
-        """``gates`` with as many raised as it takes to need at most ``max_variants`` distinct graphs."""
+        """``gates`` with as many re-enabled as it takes to need at most ``max_variants`` distinct graphs."""
         plan = compile_plan(self.graph, self.clean(gates), max_variants=max_variants, prediction_used=list(self._used))
         return plan.keep
 
@@ -96,7 +100,8 @@ class Costs:
         return len(compile_plan(self.graph, self.clean(gates), prediction_used=list(self._used)).variants)
 
     def patterns(self) -> tuple[tuple[bool, ...], ...]:
-        """Rows that make sense of themselves: what is left of a step when one block is removed, most costly first.
+        """Rows that make sense of themselves: what is left of an evaluation when one block is removed, most costly
+        first.
 
         For a UNet with output caches these are the shallow paths of DeepCache, from the graph alone. The full and the
         empty row are among them.
@@ -106,27 +111,27 @@ class Costs:
         rows = {full, empty, *(self._row_without(block) for block in range(count))}
         return tuple(sorted(rows, key=lambda row: (-self._index.costs.macs(self._index.gated(_mask(row))), row)))
 
-    def _analysis(self, found: Demand) -> Analysis:
+    def _analysis(self, demands: Demand) -> Analysis:
         index, count = self._index, len(self.blocks)
         rows = [[False] * count for _ in range(self.steps)]
         rows[0] = [True] * count
-        for launch in found.launches:
+        for launch in demands.launches:
             for block in range(count):
                 if launch.computed & index.outputs[block]:
                     rows[launch.step][block] = True
         return Analysis(
             gates=tuple(tuple(row) for row in rows),
-            cost=found.macs(index),
-            launches=frozenset(launch.step for launch in found.launches),
-            source=found.source,
-            predicts=tuple(launch.step for launch in found.launches if launch.predicts),
+            cost=demands.macs(index),
+            launches=frozenset(launch.step for launch in demands.launches),
+            prediction_slots=demands.prediction_slots,
+            predicts=tuple(launch.step for launch in demands.launches if launch.predicts),
         )
 
     def _without(self, block: int) -> Demand:
-        """Three steps, the block removed at the middle one."""
+        """Three evaluations, the block removed at the middle one."""
         everything = (1 << len(self.blocks)) - 1
         rows = (everything, everything & ~(1 << block), everything)
-        return demand(self._index, [Request(row) for row in rows], (True,) * 3)
+        return demand(self._index, [Assignment(row) for row in rows], (True,) * 3)
 
     def _cost_without(self, block: int) -> int:
         return self._without(block).macs(self._index) - 2 * self.step_cost
@@ -146,7 +151,7 @@ def latency_graph(graph: BlockGraph, seconds: dict[str, float]) -> BlockGraph:
     """
     missing = sorted(set(graph.values) - set(seconds))
     if missing:
-        raise UserError(f"latency table: no time for {missing[0]}: measure again")
+        raise UserError(f"latency table: no time for {missing[0]}; measure again")
     names = list(graph.values)
     values = {name: replace(graph.values[name], work=frozenset({place})) for place, name in enumerate(names)}
     return replace(graph, values=values, costs=tuple(max(0, round(seconds[name] * 1e9)) for name in names))

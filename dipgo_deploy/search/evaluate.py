@@ -18,7 +18,8 @@ from dipgo_deploy.supernet import CacheState, Gate, Supernet
 
 
 class LaunchedSupernet(Supernet):
-    """A supernet that does at each step what a plan would: a step whose prediction is an earlier one gives that one.
+    """A supernet that does at each evaluation what a plan would: an evaluation whose prediction is an earlier one gives
+    that one.
 
     Good for one loop: it keeps that loop's predictions.
     """
@@ -40,7 +41,7 @@ class LaunchedSupernet(Supernet):
         keep: Collection[str] | None = None,
     ) -> tuple[Tensor, CacheState]:
         """See `Supernet.step`."""
-        wanted = self._analysis.source[step]
+        wanted = self._analysis.prediction_slots[step]
         if step not in self._analysis.launches:
             return self._made[wanted], state
         prediction, state = super().step(latent, timestep, conditions, gates, state, step, keep)
@@ -73,8 +74,11 @@ def full_latents(problem: Problem, pairs: Sequence[Pair]) -> Tensor:
 class Objective:
     """A loss of T x N gates, with their costs: all that a search method sees. Each distinct set of gates is run once.
 
-    costs: what gates cost. score: loss of gates without dead ones. evaluations: runs so far. on_evaluation: told their
-    number and the lowest loss so far after each run.
+    Attributes:
+        costs: what gates cost.
+        score: loss of gates without dead ones.
+        evaluations: runs so far.
+        on_evaluation: told their number and the lowest loss so far after each run.
     """
 
     costs: Costs

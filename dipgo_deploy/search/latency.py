@@ -28,7 +28,7 @@ def measure_latency(traced: TracedModel, *, threads: int | None = None, repeats:
     try:
         import onnxruntime
     except ImportError as error:
-        raise UserError(f"--prune-by latency: needs ONNX Runtime: {install('cpu')}") from error
+        raise UserError(f"--prune-by latency: needs ONNX Runtime; {install('cpu')}") from error
     options = onnxruntime.SessionOptions()
     if threads is not None:
         options.intra_op_num_threads = threads
@@ -42,7 +42,7 @@ def measure_latency(traced: TracedModel, *, threads: int | None = None, repeats:
             table[name] = _median_seconds(session, feeds, repeats)
         except Exception as error:  # ONNX Runtime's exceptions have no base of their own
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise UserError(f"--prune-by latency: {name} cannot be measured: {reason}: use --prune-by macs") from error
+            raise UserError(f"--prune-by latency: {name} cannot be measured: {reason}; use --prune-by macs") from error
     return table
 
 

@@ -24,7 +24,8 @@ _REFERENCES = 4096
 
 
 class CheckpointedSupernet(Supernet):
-    """A supernet that keeps nothing of a step but its inputs and outputs: the step is run again on the way back.
+    """A supernet that keeps nothing of an evaluation but its inputs and outputs: the evaluation is run again on the way
+    back.
 
     So the memory of a loop with gradients grows with T only by latents, predictions and caches.
     """
@@ -62,8 +63,8 @@ class CheckpointedSupernet(Supernet):
         soft = [gate for gate in gates if not isinstance(gate, bool)]
         if not any(tensor.requires_grad for tensor in (latent, *soft, *caches)):
             return super().step(latent, timestep, conditions, gates, state, step, keep)
-        # The re-entrant kind wants flat tensors, but keeps no graph of the step. The other one does: a node for every
-        # operation of every step, which for a small model is more than the tensors.
+        # The re-entrant kind wants flat tensors, but keeps no graph of the evaluation. The other one does: a node for
+        # every operation of every evaluation, which for a small model is more than the tensors.
         outputs = checkpointed(run, latent, *soft, *caches, use_reentrant=True, preserve_rng_state=False)
         rest = iter(outputs[1:])
         tensors = {name: [next(rest) for _ in range(count)] for name, count in written}
@@ -87,7 +88,7 @@ class LoopLoss:
         self._references: dict[Pair, Tensor] = {}
 
     def __call__(self, gates: Tensor, pairs: Sequence[Pair]) -> Tensor:
-        """The loss (scalar) of ``gates`` (T, N) in [0, 1] for these images; the first step is whole."""
+        """The loss (scalar) of ``gates`` (T, N) in [0, 1] for these images; the first evaluation is whole."""
         problem = self._problem
         rows: list[Sequence[Gate]] = [[True] * gates.shape[1], *(list(row) for row in gates[1:])]
         with self._autocast():
@@ -121,5 +122,5 @@ class LoopLoss:
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self._precision == "fp32":
             return contextlib.nullcontext()
-        # Without the cache of cast weights: it would not outlive a checkpointed step.
+        # Without the cache of cast weights: it would not outlive a checkpointed evaluation.
         return torch.autocast(self._problem.device.type, torch.bfloat16, cache_enabled=False)

@@ -1,4 +1,4 @@
-"""What it costs to go from one computed step to the next on reused blocks: measured along the real path."""
+"""What it costs to go from one computed evaluation to the next on reused blocks: measured along the real path."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from dipgo_deploy.search.evaluate import LaunchedSupernet
 from dipgo_deploy.search.problem import Batch, Pair, Problem
 from dipgo_deploy.supernet import Evaluation
 
-# The skip that the sensitivity is measured with, and from how many steps to the next one.
+# The skip that the sensitivity is measured with, and from how many evaluations to the next one.
 _SKIP = 3
 _STRIDE = 5
 
 
 def path_costs(problem: Problem, pairs: Sequence[Pair]) -> np.ndarray:
-    """Estimated squared error in the final latent from computing steps i and j whole and nothing in between.
+    """Estimated squared error in the final latent from computing evaluations i and j whole and nothing in between.
 
     The error that such a skip makes in the latent at j is measured for every i and j, by T loops that stop computing
-    after step i. What becomes of an error at j until the end is measured at some steps, by loops with one skip only,
-    and interpolated: errors made early are mostly healed by the steps behind them.
+    after evaluation i. What becomes of an error at j until the end is measured at some evaluations, by loops with one
+    skip only, and interpolated: errors made early are mostly healed by the evaluations behind them.
 
     Returns:
         (T, T + 1) float64; [i, j] for j <= i is infinite, [i, i + 1] is 0.
@@ -40,7 +40,7 @@ def path_costs(problem: Problem, pairs: Sequence[Pair]) -> np.ndarray:
 
 
 def _survival(problem: Problem, batch: Batch, full: Sequence[Tensor]) -> np.ndarray:
-    """(T + 1,): the share of an error in the latent at each step that is left in the final one."""
+    """(T + 1,): the share of an error in the latent at each evaluation that is left in the final one."""
     steps = problem.steps
     places, shares = [float(steps)], [0.0]
     for j in range(_SKIP + 1, steps, _STRIDE):
@@ -56,7 +56,7 @@ def _survival(problem: Problem, batch: Batch, full: Sequence[Tensor]) -> np.ndar
 
 @torch.no_grad()
 def _path(problem: Problem, batch: Batch, computed: Sequence[int]) -> list[Tensor]:
-    """The model input at every step, and the final latent, when only these steps are computed."""
+    """The model input at every evaluation, and the final latent, when only these evaluations are computed."""
     kept, count = set(computed), len(problem.target.blocks)
     gates: Gates = tuple((step in kept,) * count for step in range(problem.steps))
     analysis = problem.costs.analyse(gates)

@@ -34,11 +34,11 @@ def select(
 ) -> Selection:
     """Remove every gate whose score lies below one global threshold, which is chosen to save ``target`` of the cost.
 
-    What was computed for removed blocks only goes too, and counts as saved; the first step is kept. With
-    ``max_variants`` gates are raised until so few graphs are left, and the ratio is what is saved then.
+    What was computed for removed blocks only goes too, and counts as saved; the first evaluation is kept. With
+    ``max_variants`` gates are re-enabled until so few graphs are left, and the ratio is what is saved then.
 
     Args:
-        scores: (T, N) keep scores; those of the first step are not looked at.
+        scores: (T, N) keep scores; those of the first evaluation are not looked at.
         target: share to save, 0 to 1. tolerance: how far from it the result may be.
 
     Raises:
@@ -74,7 +74,7 @@ def unreachable(target: float, closest: float, tolerance: float = TOLERANCE) -> 
 
 
 def highest_ratio(costs: Costs) -> float:
-    """What is saved when only the first step runs."""
+    """What is saved when only the first evaluation runs."""
     return costs.ratio([[False] * len(costs.blocks)] * costs.steps)
 
 

@@ -33,10 +33,15 @@ from dipgo_deploy.supernet import Evaluation, Gate, Supernet, run_loop
 class ProblemOptions:
     """What is pruned, and how images are made while it is.
 
-    model, sampler, steps, granularity, cache: as for a schedule. height, width: pixels, None the model's own.
-    guidance_scale: None the pipeline's own. guidance: whether there is any, None as the pipeline has it. prompts: a
-    text file; class_labels: for a class-conditioned model, None all that the model names. reference: sampler and steps
-    of the full run whose images are to be kept and whose cost is to be saved of, None for that of sampler and steps.
+    Attributes:
+        model, sampler, steps, granularity, cache: as for a schedule.
+        height, width: pixels, None the model's own.
+        guidance_scale: None the pipeline's own.
+        guidance: whether there is any, None as the pipeline has it.
+        prompts: a text file.
+        class_labels: for a class-conditioned model, None all that the model names.
+        reference: sampler and steps of the full run whose images are to be kept and whose cost is to be saved of, None
+            for that of sampler and steps.
     """
 
     model: str
@@ -67,11 +72,16 @@ class Batch:
 class Problem:
     """A model to be pruned.
 
-    target: what a schedule for it says. conditions: one set of forward inputs a prompt or class, each (G, ...), the
-    unconditional row first. names: of the conditions. matrix: the sampler as a matrix. traced: the model's one trace.
-    sample_shape: (C, h, w). set_timesteps: what the scheduler's ``set_timesteps`` gets besides the number of steps.
-    reference: the same model and images with the sampler of the full run that images are compared with, None for its
-    own; costs are shares of that run's.
+    Attributes:
+        target: what a schedule for it says.
+        conditions: one set of forward inputs a prompt or class, each (G, ...), the unconditional row first.
+        names: of the conditions.
+        matrix: the sampler as a matrix.
+        traced: the model's one trace.
+        sample_shape: (C, h, w).
+        set_timesteps: what the scheduler's ``set_timesteps`` gets besides the number of steps.
+        reference: the same model and images with the sampler of the full run that images are compared with, None for
+            its own; costs are shares of that run's.
     """
 
     options: ProblemOptions
@@ -157,7 +167,7 @@ class Problem:
     def check_loss(self, name: str) -> None:
         """Refuse (UserError) a loss on images for a model that makes none."""
         if not name.startswith("latent") and not self.can_decode:
-            raise UserError(f"--loss {name}: {self.options.model} has no VAE to make images with: use latent-l2")
+            raise UserError(f"--loss {name}: {self.options.model} has no VAE to make images with; use latent-l2")
 
 
 Notify = Callable[[str], None]
@@ -260,7 +270,7 @@ def with_reference(problem: Problem, sampler: str, steps: int) -> Problem:
 
 
 def costs_of(problem: Problem, graph: BlockGraph) -> Costs:
-    """What gates of the problem's steps cost on this graph, as shares of the reference's full run."""
+    """What gates of the problem's evaluations cost on this graph, as shares of the reference's full run."""
     steps = None if problem.reference is None else problem.reference.steps
     return Costs(graph, problem.steps, prediction_used(problem.matrix), reference_steps=steps)
 
@@ -360,7 +370,7 @@ def _prompts(options: ProblemOptions) -> tuple[str, ...] | None:
     built_in = built_in_prompts(options.model)
     family, config = denoiser_config(options.model)
     if built_in is None and family.text(config, None) is not None:
-        raise UserError(f"{options.model}: is guided by text: give --prompts, a text file with one prompt a line")
+        raise UserError(f"{options.model}: is guided by text; give --prompts, a text file with one prompt a line")
     return built_in
 
 
@@ -370,16 +380,16 @@ def _names_and_labels(
     """One name and one label a condition; a text model looks at the names, a class model at the labels."""
     if _takes_text(source):
         if options.class_labels is not None:
-            raise UserError(f"--class-labels: {options.model} is guided by text: give --prompts")
+            raise UserError(f"--class-labels: {options.model} is guided by text; give --prompts")
         assert prompts is not None
         return prompts, (0,) * len(prompts)
     if not _takes_classes(source):
         for option, given in (("--prompts", prompts), ("--class-labels", options.class_labels)):
             if given is not None:
-                raise UserError(f"{option}: {options.model} is guided by neither text nor classes: leave it out")
+                raise UserError(f"{option}: {options.model} is guided by neither text nor classes; leave it out")
         return ("",), (0,)
     if prompts is not None:
-        raise UserError(f"--prompts: {options.model} is guided by class labels: give --class-labels")
+        raise UserError(f"--prompts: {options.model} is guided by class labels; give --class-labels")
     labels = options.class_labels
     if labels is None:
         labels = known_labels(getattr(source.pipeline, "labels", {}), source.config)
@@ -404,7 +414,7 @@ def _device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UserError(f"--device {name}: is no device of torch: give cpu or cuda") from None
+        raise UserError(f"--device {name}: is no device of torch; give cpu or cuda") from None
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"--device {name}: torch sees no CUDA device here: use cpu")
+        raise UserError(f"--device {name}: torch sees no CUDA device here; use cpu")
     return device

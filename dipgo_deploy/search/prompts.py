@@ -20,10 +20,10 @@ def read_prompts(path: str | Path) -> tuple[str, ...]:
     try:
         text = read_bytes(path).decode("utf-8")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: byte {error.start} is not UTF-8 text: give a text file, one prompt a line") from error
+        raise UserError(f"{path}: byte {error.start} is not UTF-8 text; give a text file, one prompt a line") from error
     prompts = tuple(line.strip() for line in text.splitlines() if line.strip())
     if not prompts:
-        raise UserError(f"{path}: holds no prompt: write one a line")
+        raise UserError(f"{path}: holds no prompt; write one a line")
     return prompts
 
 
@@ -50,4 +50,4 @@ def check_labels(labels: tuple[int, ...], model_config: Mapping[str, Any]) -> No
     count = class_count(model_config) or 0
     for label in labels:
         if not 0 <= label < count:
-            raise UserError(f"--class-labels: {label} is no class of this model: give 0 to {count - 1}")
+            raise UserError(f"--class-labels: {label} is no class of this model; give 0 to {count - 1}")

@@ -17,8 +17,13 @@ Heads = Literal["per-gate", "shared"]
 class PrunerSize:
     """How large the pruner is.
 
-    width: of a query. encoder: self-attention over all gates, or stacked linear layers. layers: of the encoder.
-    attention_heads: of self-attention. hidden: widths inside a head's MLP. heads: one MLP a gate, or one for all.
+    Attributes:
+        width: of a query.
+        encoder: self-attention over all gates, or stacked linear layers.
+        layers: of the encoder.
+        attention_heads: of self-attention.
+        hidden: widths inside a head's MLP.
+        heads: one MLP a gate, or one for all.
     """
 
     width: int = 64
@@ -40,7 +45,7 @@ class Pruner(nn.Module):
     """
 
     def __init__(self, steps: int, blocks: int, size: PrunerSize | None = None) -> None:
-        """Build for T steps and N blocks.
+        """Build for T evaluations and N blocks.
 
         Raises:
             ValueError: the width is not a multiple of the attention heads.

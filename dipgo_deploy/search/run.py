@@ -35,7 +35,7 @@ METHODS = ("dipgo", "dipgo+refine", "refine", *BASELINES)
 _WITHOUT_OBJECTIVE = ("dipgo", "uniform", "dp")
 # Seeds of the images that hard gates are judged on while searching, away from those the pruner learns from.
 _JUDGED = 500_000
-# Images that the costs of paths are measured on: they take more than two loops a step.
+# Images that the costs of paths are measured on: they take more than two loops an evaluation.
 _PATH_IMAGES = 4
 # Images of one gradient.
 _GRADIENT_IMAGES = 4
@@ -45,12 +45,17 @@ _GRADIENT_IMAGES = 4
 class SearchOptions:
     """How schedules are searched.
 
-    method: one of ``METHODS``. ratios: shares of the cost to save. budget: evaluations of the true objective a ratio
-    (``dipgo`` makes none). images: that objective's images, of which image_batch go through the model at a time. pool,
-    one_noise: see `SampleStream`. warm_start: gates that the pruner starts at instead of keep-all; ``uniform``: each
-    ratio has a pruner of its own, which starts at the uniform interval there and is priced down to it. starts: more
-    gates by name that the refinement may start at, where their ratio is the one asked for. max_variants: most distinct
-    graphs of a schedule. prune_by: what is saved.
+    Attributes:
+        method: one of ``METHODS``.
+        ratios: shares of the cost to save.
+        budget: evaluations of the true objective a ratio (``dipgo`` makes none).
+        images: that objective's images, of which image_batch go through the model at a time.
+        pool, one_noise: see `SampleStream`.
+        warm_start: gates that the pruner starts at instead of keep-all; ``uniform``: each ratio has a pruner of its
+            own, which starts at the uniform interval there and is priced down to it.
+        starts: more gates by name that the refinement may start at, where their ratio is the one asked for.
+        max_variants: most distinct graphs of a schedule.
+        prune_by: what is saved.
     """
 
     method: str = "dipgo+refine"
@@ -85,8 +90,10 @@ class Reporter:
 class Found:
     """A schedule for one ratio.
 
-    target: what was asked for. ratio: the share of the cost saved (what ``prune_by`` says). loss: of the true
-    objective, None for a method that makes no use of it.
+    Attributes:
+        target: what was asked for.
+        ratio: the share of the cost saved (what ``prune_by`` says).
+        loss: of the true objective, None for a method that makes no use of it.
     """
 
     target: float
@@ -106,9 +113,12 @@ def search(
 ) -> list[Found]:
     """Find one schedule a ratio; all come from one trained pruner, unless each has one that starts near the ratio.
 
-    folder: for the pruner's checkpoints and log. resume: go on from there. paths: `measured_paths` of several searches
-    on the same images, None to measure them when they are needed. Each schedule is reported as soon as it is
-    found; a ratio that turns out to be out of reach does not keep the others from being searched.
+    Args:
+        folder: for the pruner's checkpoints and log.
+        resume: go on from there.
+        paths: `measured_paths` of several searches on the same images, None to measure them when they are needed. Each
+            schedule is reported as soon as it is found; a ratio that turns out to be out of reach does not keep the
+            others from being searched.
 
     Raises:
         UserError: an unknown method, a start of another size, a ratio out of reach (before anything is searched, where
@@ -116,7 +126,7 @@ def search(
     """
     reporter = reporter or Reporter()
     if options.method not in METHODS:
-        raise UserError(f"--method {options.method}: is unknown: use {', '.join(METHODS)}")
+        raise UserError(f"--method {options.method}: is unknown; use {', '.join(METHODS)}")
     problem = _by_latency(problem, options, reporter) if options.prune_by == "latency" else problem
     for ratio in options.ratios:
         check_ratio(ratio, problem.costs, options.tolerance)
@@ -194,7 +204,7 @@ def _scores(
         reporter.stage("training the pruner")
         scores = train_pruner(problem, options, folder=folder, resume=resume, reporter=reporter)
         return dict.fromkeys(options.ratios, scores)
-    found = {}
+    by_ratio = {}
     for ratio in options.ratios:
         reporter.stage(f"training the pruner for {ratio:g}")
         kept = (1 - ratio) * problem.costs.full / problem.costs.own_full
@@ -206,8 +216,8 @@ def _scores(
         own = None if folder is None else folder / f"{ratio:g}"
         # An interrupted run has not come to the later ratios yet.
         begun = resume and (own is None or (own / checkpoint.NAME).is_file())
-        found[ratio] = train_pruner(problem, start, folder=own, resume=begun, reporter=reporter)
-    return found
+        by_ratio[ratio] = train_pruner(problem, start, folder=own, resume=begun, reporter=reporter)
+    return by_ratio
 
 
 def train_pruner(
@@ -328,7 +338,7 @@ def _one(
         parameters["max_variants"] = limit
     if loss is not None:
         parameters["objective"] = loss
-    # The schedule is written without its dead gates, first step whole: what it says is what is run.
+    # The schedule is written without its dead gates, first evaluation whole: what it says is what is run.
     schedule = problem.target.schedule(problem.costs.clean(gates), options.method, parameters)
     return Found(ratio, achieved, loss, schedule)
 
@@ -386,7 +396,7 @@ def _within(costs: Costs, gates: Gates, limit: int, task: Task) -> Gates:
     if abs(ratio - task.target) > task.tolerance:
         raise UserError(
             f"--max-variants {limit}: these gates need {costs.variants(gates)} graphs; with {limit} they save "
-            f"{ratio:.4f} instead of {task.target:g}: allow more, or use --method dipgo"
+            f"{ratio:.4f} instead of {task.target:g}; allow more, or use --method dipgo"
         )
     return limited
 
@@ -395,7 +405,7 @@ def _check_start(problem: Problem, gates: Gates, name: str) -> None:
     if len(gates) != problem.steps or len(gates[0]) != len(problem.target.blocks):
         raise UserError(
             f"{name}: {len(gates)} x {len(gates[0])} gates, the search has {problem.steps} x "
-            f"{len(problem.target.blocks)}: give a schedule for this model, sampler and number of steps"
+            f"{len(problem.target.blocks)}; give a schedule for this model, sampler and number of steps"
         )
 
 

@@ -38,8 +38,8 @@ class SampleStream:
         turn, place = divmod(position, self.conditions)
         order = list(range(self.conditions))
         # Only Random.random() is promised to give the same numbers in every Python version.
-        source = random.Random(self.seed * 1_000_003 + turn)
-        order.sort(key=[source.random() for _ in order].__getitem__)
+        rng = random.Random(self.seed * 1_000_003 + turn)
+        order.sort(key=[rng.random() for _ in order].__getitem__)
         return Pair(order[place], self.seed if self.one_noise else self.seed + position)
 
     def pairs(self, start: int, count: int) -> tuple[Pair, ...]:

@@ -30,12 +30,18 @@ OptimizerName = Literal["sgd", "adam", "adamw"]
 class TrainOptions:
     """How the pruner is optimized. The defaults are the paper's, but for the learning rate and number of iterations.
 
-    iterations: optimizer steps. batch: images a run; accumulation: runs an optimizer step. alpha: weight of the
-    sparsity term, which is dropped while the share of kept gates is below ``stop_share``. relative_price: prices of
-    gates are divided by their mean, so that one alpha suits models of few and of many blocks. lr: its peak, after
-    ``warmup`` iterations, then a half cosine to 0. clip: largest gradient norm, 0 for no clipping. temperature: of the
-    softmax, at the first and last iteration, geometric in between. save_every: iterations from one checkpoint to the
-    next. precision: bf16 runs the denoiser under autocast.
+    Attributes:
+        iterations: optimizer steps.
+        batch: images a run.
+        accumulation: runs an optimizer step.
+        alpha: weight of the sparsity term, which is dropped while the share of kept gates is below ``stop_share``.
+        relative_price: prices of gates are divided by their mean, so that one alpha suits models of few and of many
+            blocks.
+        lr: its peak, after ``warmup`` iterations, then a half cosine to 0.
+        clip: largest gradient norm, 0 for no clipping.
+        temperature: of the softmax, at the first and last iteration, geometric in between.
+        save_every: iterations from one checkpoint to the next.
+        precision: bf16 runs the denoiser under autocast.
     """
 
     iterations: int = 200
@@ -142,20 +148,22 @@ def train(
 ) -> list[list[float]]:
     """Run all iterations and return the keep scores (T x N).
 
-    settings: what made the run, checked on resuming. folder: checkpoints (at regular intervals) and ``log.jsonl`` go
-    there. resume: go on from the checkpoint there, to the same result as a run that was never interrupted.
+    Args:
+        settings: what made the run, checked on resuming.
+        folder: checkpoints (at regular intervals) and ``log.jsonl`` go there.
+        resume: go on from the checkpoint there, to the same result as a run that was never interrupted.
 
     Raises:
         UserError: nothing to resume, other settings, or a loss that is not a number: then the state before that
             iteration is kept.
     """
     options = trainer.options
-    given = {**settings, "train": asdict(options), "samples": asdict(trainer.samples)}
+    described = {**settings, "train": asdict(options), "samples": asdict(trainer.samples)}
     if resume:
         if folder is None:
             raise UserError("--resume: needs --checkpoint, the folder to go on from")
         state = checkpoint.load(folder)
-        checkpoint.check_settings(state.settings, given, folder)
+        checkpoint.check_settings(state.settings, described, folder)
         state.restore(trainer.pruner, trainer.optimizer)
         trainer.iteration = state.iteration
     with _Log(folder, trainer.iteration) as log:
@@ -165,12 +173,12 @@ def train(
                 log.write(progress)
                 notify(progress)
                 if trainer.iteration % options.save_every == 0 or trainer.iteration == options.iterations:
-                    _save(trainer, given, folder)
+                    _save(trainer, described, folder)
         except FloatingPointError as error:
-            _save(trainer, given, folder)
+            _save(trainer, described, folder)
             kept = f"; {folder} keeps the state before it" if folder is not None else ""
             raise UserError(
-                f"iteration {trainer.iteration + 1}: {error}{kept}: try a lower --lr, --clip 1, or --precision fp32"
+                f"iteration {trainer.iteration + 1}: {error}{kept}; try a lower --lr, --clip 1, or --precision fp32"
             ) from error
     with torch.no_grad():
         scores: list[list[float]] = trainer.pruner.scores().tolist()

@@ -23,7 +23,7 @@ Gate = bool | Tensor
 
 @dataclass(frozen=True)
 class CacheState:
-    """The caches between two evaluations of one image (or batch). Never changed: a step returns a new one.
+    """The caches between two evaluations of one image (or batch). Never changed: an evaluation returns a new one.
 
     tensors: block name -> what the block last stored, one tensor a cut: its outputs, or for a residual cache
     ``output - input``. structures: block name -> how the tensors make up the module's output.
@@ -46,7 +46,7 @@ class CacheStore(Protocol):
 
 
 class Supernet:
-    """A denoiser whose blocks can be removed at each step. Holds no state between calls; the caches are passed.
+    """A denoiser whose blocks can be removed at each evaluation. Holds no state between calls; the caches are passed.
 
     The model's own forward runs, with hooks on the modules named by the specs; it is left as it was found.
 
@@ -75,7 +75,7 @@ class Supernet:
         for spec, kind in zip(specs, kinds, strict=True):
             if kind not in spec.caches:
                 raise UserError(
-                    f"block {spec.name}: cache kind {kind!r} is not supported: use {' or '.join(spec.caches)}"
+                    f"block {spec.name}: cache kind {kind!r} is not supported; use {' or '.join(spec.caches)}"
                 )
         self.model = model
         self.specs = tuple(specs)
@@ -116,7 +116,7 @@ class Supernet:
                 which was never written.
         """
         if len(gates) != len(self.specs):
-            raise UserError(f"step {step}: {len(gates)} gates for {len(self.specs)} blocks: give one a block")
+            raise UserError(f"evaluation {step}: {len(gates)} gates for {len(self.specs)} blocks; give one a block")
         tensors = {name: values for name, values in state.tensors.items() if keep is None or name in keep}
         structures = {name: state.structures[name] for name in tensors}
         with ExitStack() as stack:
@@ -127,8 +127,8 @@ class Supernet:
                 if stored is None:
                     if not (gate if isinstance(gate, bool) else bool(gate == 1)):
                         raise UserError(
-                            f"step {step}, block {spec.name}: removed, but its cache was never written: "
-                            "keep the block at this step or an earlier one"
+                            f"evaluation {step}, block {spec.name}: removed, but its cache was never written; "
+                            "keep the block at this evaluation or an earlier one"
                         )
                     gate = True
                 if gate is False:
@@ -147,7 +147,9 @@ def _checked(gate: Any, spec: BlockSpec, step: int) -> Gate:
     if isinstance(gate, Tensor) and gate.numel() == 1 and gate.dtype != torch.bool:
         return gate.reshape(())
     if isinstance(gate, Tensor) and gate.numel() != 1 or gate not in (0, 1):
-        raise UserError(f"step {step}, block {spec.name}: gate {gate!r}: give true, false or a tensor of one element")
+        raise UserError(
+            f"evaluation {step}, block {spec.name}: gate {gate!r}; give true, false or a tensor of one element"
+        )
     return bool(gate)
 
 

@@ -92,7 +92,7 @@ def load_pipeline(folder_or_id: str | Path, dtype: torch.dtype = torch.float32, 
     index = pipeline_index(folder_or_id)
     denoiser_config(folder_or_id)
     if not index:
-        raise UserError(f"{folder_or_id}: has no {INDEX}: give the folder of a pipeline")
+        raise UserError(f"{folder_or_id}: has no {INDEX}; give the folder of a pipeline")
     source = resolve_model(folder_or_id)
     parts = loaded_parts(folder_or_id)
     absent = {name: None for name, value in index.items() if isinstance(value, list) and name not in parts}
@@ -120,7 +120,7 @@ def _load_part(
     what = source if name == "." else f"{source}/{name}"
     owner = getattr(importlib.import_module(library), class_name, None)
     if owner is None:
-        raise UserError(f"{what}: {library} has no class {class_name}: update it, or use another model")
+        raise UserError(f"{what}: {library} has no class {class_name}; update it, or use another model")
     if weights is None and Path(source).is_dir():
         weights = weights_of(Path(source) / name, library, read_options(model).variant)
     several = weights is not None and library == "diffusers" and len(weights.files) > 1

@@ -61,7 +61,7 @@ def run_loop(
 ) -> Tensor:
     """Denoise ``latents`` with one row of gates an evaluation.
 
-    Gradients flow through all steps where they are enabled; call it under ``torch.no_grad()`` to only sample.
+    Gradients flow through all evaluations where they are enabled; call it under ``torch.no_grad()`` to only sample.
 
     Args:
         supernet: the gated denoiser.
@@ -125,7 +125,7 @@ def walk_loop(
     keep: Callable[[int], Collection[str]] | None = None,
 ) -> Generator[Evaluation, None, Tensor]:
     """The loop of ``run_loop`` for a caller that goes along: each evaluation is made when it is asked for, and the
-    generator's value is the final latents. The caller's gradient mode counts, at every step."""
+    generator's value is the final latents. The caller's gradient mode counts, at every evaluation."""
     sampler = fresh(scheduler)
     set_timesteps(sampler, num_inference_steps, set_timesteps_kwargs)
     sample, timesteps = first_latent(sampler, latents, start)
@@ -133,7 +133,7 @@ def walk_loop(
     if len(gates) != len(timesteps):
         raise UserError(
             f"{len(gates)} rows of gates, but {type(sampler).__name__} evaluates the denoiser {len(timesteps)} times "
-            f"in {num_inference_steps} steps: give one row an evaluation"
+            f"in {num_inference_steps} steps; give one row an evaluation"
         )
     _check_batches(conditions, (1 if guidance_scale is None else 2) * len(latents))
     scale_input = getattr(sampler, "scale_model_input", lambda sample, _: sample)
@@ -200,7 +200,7 @@ def guided_step(
 def _check_batches(conditions: Mapping[str, Tensor], rows: int) -> None:
     for name, tensor in conditions.items():
         if len(tensor) != rows:
-            raise UserError(f"condition {name}: {len(tensor)} rows for a model batch of {rows}: give one row an entry")
+            raise UserError(f"condition {name}: {len(tensor)} rows for a model batch of {rows}; give one row an entry")
 
 
 def _evaluation(
@@ -242,7 +242,7 @@ class _Given:
         if noise is None or noise.shape != self._shape:
             got = "no more" if noise is None else f"one of {tuple(noise.shape)}"
             raise UserError(
-                f"{self._name} draws noise of {tuple(self._shape)}, but `noises` has {got}: "
+                f"{self._name} draws noise of {tuple(self._shape)}, but `noises` has {got}; "
                 "give every draw of the loop in order"
             )
         self._used += 1
@@ -251,6 +251,6 @@ class _Given:
     def check_all_used(self) -> None:
         if self._used != len(self._noises):
             raise UserError(
-                f"{self._name} draws noise {self._used} times in this loop, but `noises` has {len(self._noises)}: "
+                f"{self._name} draws noise {self._used} times in this loop, but `noises` has {len(self._noises)}; "
                 "give that many"
             )

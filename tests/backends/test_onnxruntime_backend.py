@@ -14,8 +14,8 @@ from dipgo_deploy.backends import create_backend, onnxruntime_weights
 from dipgo_deploy.backends import onnxruntime as backend_module
 from dipgo_deploy.backends.onnxruntime import OnnxRuntimeBackend
 from dipgo_deploy.backends.storage import from_storage, to_storage
+from dipgo_deploy.bundle.history import graph_coefficients
 from dipgo_deploy.bundle.manifest import Graph, TensorSpec
-from dipgo_deploy.bundle.stack import graph_coefficients
 from dipgo_deploy.bundle.weights import StoredWeight, WeightsIndex
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.runtime.memory import process_memory

@@ -315,7 +315,7 @@ def test_an_engine_that_does_not_deserialize_says_why(dit, cudart, tmp_path, mon
 def test_a_gpu_that_tensorrt_rtx_is_not_made_for_is_named(dit, cudart, monkeypatch):
     monkeypatch.setattr(simulated_gpu.cuda, "CAPABILITY", (9, 0))
     monkeypatch.setattr(simulated_tensorrt.Runtime, "deserialize_cuda_engine", lambda *arguments: None)
-    message = r"made for compute capability 8\.6, 8\.9, and Simulated GPU has 9\.0: try --backend tensorrt"
+    message = r"made for compute capability 8\.6, 8\.9, and Simulated GPU has 9\.0; try --backend tensorrt"
     with pytest.raises(UserError, match=message):
         Pipeline.from_engine_dir(dit, RTX)
 

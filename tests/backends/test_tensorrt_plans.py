@@ -14,9 +14,9 @@ from dipgo_deploy.backends.tensorrt_cuda import Device, NoDeviceError, find_devi
 from dipgo_deploy.backends.tensorrt_flavour import FLAVOURS
 from dipgo_deploy.backends.tensorrt_plans import (
     BuildFlags,
+    GpuTarget,
     KeyInputs,
     PlanRecord,
-    Target,
     WeightHashes,
     plan_name,
     plans_folder,
@@ -38,13 +38,13 @@ def store(
     engine_dir: Path,
     backend: str = "tensorrt",
     version: str = VERSION,
-    target: Target | None = None,
+    target: GpuTarget | None = None,
     plan: bytes = b"engine",
     **flags: bool,
 ) -> Path:
     """An engine file with a record, as a build would leave it."""
     graph = full()
-    target = target or Target(gpu=L4.name, capabilities=(L4.capability,))
+    target = target or GpuTarget(gpu=L4.name, capabilities=(L4.capability,))
     inputs = KeyInputs(
         graph=sha256_file(engine_dir / graph.file),
         weights=WeightHashes().digest(engine_dir / graph.file)[0],
@@ -81,14 +81,14 @@ def engine_dir(tmp_path: Path) -> Path:
 def test_an_engine_of_this_gpu_and_version_is_found(engine_dir):
     path = store(engine_dir)
     store(engine_dir, version="10.16.0.1")
-    store(engine_dir, target=Target(gpu="NVIDIA A100", capabilities=("8.0",)))
+    store(engine_dir, target=GpuTarget(gpu="NVIDIA A100", capabilities=("8.0",)))
     assert find(engine_dir) == path
 
 
 def test_an_engine_for_exactly_this_gpu_goes_first(engine_dir):
-    portable = store(engine_dir, "tensorrt-rtx", target=Target())
+    portable = store(engine_dir, "tensorrt-rtx", target=GpuTarget())
     assert find(engine_dir, "tensorrt-rtx") == portable
-    exact = store(engine_dir, "tensorrt-rtx", target=Target(gpu=L4.name, capabilities=("8.9",)))
+    exact = store(engine_dir, "tensorrt-rtx", target=GpuTarget(gpu=L4.name, capabilities=("8.9",)))
     assert find(engine_dir, "tensorrt-rtx") == exact
     assert find(engine_dir, "tensorrt-rtx", Device("NVIDIA A10", "8.6", 1)) == portable
 
@@ -100,10 +100,10 @@ def test_an_engine_for_exactly_this_gpu_goes_first(engine_dir):
         ({"version": "11.5.0.1", "version_compatible": True}, "built with version 11.5.0.1"),
         ({"version": "10.5.0.1", "version_compatible": True}, "built with version 10.5.0.1"),
         (
-            {"target": Target(gpu="NVIDIA A100", capabilities=("8.0",))},
+            {"target": GpuTarget(gpu="NVIDIA A100", capabilities=("8.0",))},
             r"built for NVIDIA A100, this is NVIDIA L4 \(8.9",
         ),
-        ({"target": Target(capabilities=("8.0", "8.6"))}, "built for compute capability 8.0, 8.6"),
+        ({"target": GpuTarget(capabilities=("8.0", "8.6"))}, "built for compute capability 8.0, 8.6"),
     ],
 )
 def test_what_does_not_fit_is_said(engine_dir, stored, message):
@@ -116,7 +116,7 @@ def test_what_does_not_fit_is_said(engine_dir, stored, message):
 def test_compatible_engines_are_found(engine_dir):
     older = store(engine_dir, version="11.3.0.1", version_compatible=True)
     assert find(engine_dir) == older
-    ampere = store(engine_dir, target=Target(gpu="NVIDIA A100", capabilities=("8.0",)), hardware_compatible=True)
+    ampere = store(engine_dir, target=GpuTarget(gpu="NVIDIA A100", capabilities=("8.0",)), hardware_compatible=True)
     assert find(engine_dir, device=Device("NVIDIA A10", "8.6", 1), version=VERSION) == ampere
     with pytest.raises(UserError, match="built for NVIDIA A100, this is NVIDIA T4"):
         find(engine_dir, device=Device("NVIDIA T4", "7.5", 1))
@@ -135,7 +135,7 @@ def test_an_engine_of_something_else_is_not_used(engine_dir, what, message):
 def test_none_was_built(engine_dir):
     with pytest.raises(UserError, match="no TensorRT engine of full; build them first: dipgo-build"):
         find(engine_dir)
-    store(engine_dir, "tensorrt-rtx", target=Target())  # TensorRT-RTX's name starts with TensorRT's
+    store(engine_dir, "tensorrt-rtx", target=GpuTarget())  # TensorRT-RTX's name starts with TensorRT's
     with pytest.raises(UserError, match="no TensorRT engine of full; build them first"):
         find(engine_dir)
 

@@ -137,7 +137,7 @@ def test_taylor_extrapolates_the_prediction_along_the_full_runs_steps(problem: P
 
 
 def test_a_fitted_schedule_is_measured_without_its_solver_too(problem: Problem) -> None:
-    fitted = taylor(problem, 3)  # launches at the steps 0, 1 and 3
+    fitted = taylor(problem, 3)  # launches at the evaluations 0, 1 and 3
     case, line = without_solver(problem, "a.json", fitted)
     assert case is not None and not line and case.name == "a.json, without its solver"
     kept = [step for step, row in enumerate(case.gates or ()) if any(row)]

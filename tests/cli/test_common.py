@@ -31,8 +31,8 @@ def run_raising(error: BaseException) -> int:
 @pytest.mark.parametrize(
     ("error", "status", "line"),
     [
-        (UserError("s.json: keep: step 3\nis wrong"), 2, "error: s.json: keep: step 3 is wrong\n"),
-        (ToleranceError("step 3 is off"), 1, "error: step 3 is off\n"),
+        (UserError("s.json: keep: evaluation 3\nis wrong"), 2, "error: s.json: keep: evaluation 3 is wrong\n"),
+        (ToleranceError("evaluation 3 is off"), 1, "error: evaluation 3 is off\n"),
         (NotFiniteError("launch 3 is off"), 1, "error: launch 3 is off\n"),
         (UserError("a\x1b[2Jb\udce9\u202e"), 2, "error: a\\x1b[2Jb\\udce9\\u202e\n"),
         (PermissionError(13, "Permission denied", "x.json"), 2, "error: x.json: Permission denied\n"),
@@ -43,12 +43,12 @@ def run_raising(error: BaseException) -> int:
         (
             ModuleNotFoundError("No module named 'torch'", name="torch"),
             2,
-            f"error: this needs the package torch, which is not installed: {install('export')}\n",
+            f"error: this needs the package torch, which is not installed; {install('export')}\n",
         ),
         (
             ModuleNotFoundError("No module named 'onnxruntime.capi'", name="onnxruntime.capi"),
             2,
-            f"error: this needs the package onnxruntime, which is not installed: {install('cpu', 'gpu')}\n",
+            f"error: this needs the package onnxruntime, which is not installed; {install('cpu', 'gpu')}\n",
         ),
     ],
 )

@@ -66,7 +66,9 @@ def test_beyond_tolerance_is_status_1_and_one_line(engine, tmp_path, capfd):
     printed = capfd.readouterr()
     line = printed.err.splitlines()[-1]
     assert line.startswith("error: weights, graphs, transformer_blocks.3.ff.net.0.proj.weight, values: error 2.00e+00")
-    assert any(failure.startswith("variant v00 by itself, step 0, ") for failure in json.loads(printed.out)["failures"])
+    assert any(
+        failure.startswith("variant v00 by itself, evaluation 0, ") for failure in json.loads(printed.out)["failures"]
+    )
     report = json.loads(printed.out)
     assert report["passed"] is False and f"error: {report['first_failure']}" == line
     assert "beyond" in printed.err
@@ -83,7 +85,7 @@ def test_the_loop_names_its_first_bad_step(engine, tmp_path, capfd):
     bad = changed(engine, tmp_path / "bad", edit)
     assert main(command(bad, "--variants-only")) == 0
     assert main(command(bad, "--loop-only")) == 1
-    wanted = f"error: loop, step {found['step']}, variant {found['variant']}, latent: error "
+    wanted = f"error: loop, evaluation {found['step']}, variant {found['variant']}, latent: error "
     assert capfd.readouterr().err.splitlines()[-1].startswith(wanted)
     assert main(command(bad, "--loop-only", "--tolerance", "1000")) == 0
     assert main(command(bad, "--loop-only", "--atol", "1000")) == 0

@@ -195,7 +195,10 @@ def test_hostile_content_is_refused_before_torch_and_diffusers_are_loaded(
             ["deepcache", "--model", "fashion-sd", "--interval", "2", "--branch", "9", "-o", "x.json"],
             "branch: 9 is not one of this model's branches 0 to 3",
         ),
-        (["random", "--model", "fashion-sd", "--ratio", "1", "--steps", "2", "-o", "x.json"], "step 0 runs in full"),
+        (
+            ["random", "--model", "fashion-sd", "--ratio", "1", "--steps", "2", "-o", "x.json"],
+            "evaluation 0 runs in full",
+        ),
         (["validate", "none.json"], "none.json: no such file"),
     ],
 )
@@ -236,7 +239,7 @@ def test_validate_without_diffusers_says_what_it_did_not_check(
     assert main(["validate", str(made)]) == 0
     out = capsys.readouterr().out
     assert "valid (format, gates):" in out
-    assert f"not checked: {install('export')}" in out
+    assert f"not checked; {install('export')}" in out
 
 
 def test_another_configuration_can_be_allowed(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -320,7 +323,7 @@ def test_diff_names_what_changed_and_exits_1(made: Path, tmp_path: Path, capsys:
     capsys.readouterr()
     assert main(["diff", str(made), str(other)]) == 1
     out = capsys.readouterr().out
-    assert "step 4, block mid_block: removed -> kept\n" in out
+    assert "evaluation 4, block mid_block: removed -> kept\n" in out
     assert "provenance.method: uniform -> by hand\n" in out
     assert main(["diff", str(made), str(other), "--json"]) == 1
     result = json.loads(capsys.readouterr().out)

@@ -100,7 +100,7 @@ def test_a_wrong_weight_is_found_in_the_variants_that_have_it(dit_residual, tmp_
     assert "v00" in wrong and len(wrong) < len(plan.variants)
     weight, variant, *_ = report.failures()
     assert weight.startswith("weights, graphs, transformer_blocks.3.ff.net.0.proj.weight, values: error 2.00e+00 ")
-    assert variant.startswith("variant v00 by itself, step 0, ")
+    assert variant.startswith("variant v00 by itself, evaluation 0, ")
     bad = next(checked for checked in report.variants if checked.variant == "v00")
     names = {tensor.name for tensor in bad.tensors if not tensor.passed}
     assert names == {"noise_pred", "new_residual.transformer_blocks.3/out0"} & {tensor.name for tensor in bad.tensors}
@@ -116,9 +116,9 @@ def test_a_wrong_coefficient_shows_at_its_own_step(launch, dit_residual, tmp_pat
     name = plan.variants[plan.launches[launch].variant].name
     assert all(checked.passed for checked in report.variants)
     row, loop, *_ = report.failures()
-    assert row.startswith(f"launch list, launch {launch} (step {step}, variant {name}), coefficients: error ")
+    assert row.startswith(f"launch list, launch {launch} (evaluation {step}, variant {name}), coefficients: error ")
     assert row.endswith(" against the sampler, above 1e-12")
-    assert loop.startswith(f"loop, step {step}, variant {name}, latent: ")
+    assert loop.startswith(f"loop, evaluation {step}, variant {name}, latent: ")
     assert all(checked.passed for checked in report.loop[:step])
 
 
@@ -147,7 +147,7 @@ def test_a_cache_at_the_wrong_place_shows_where_it_is_read(dit_residual, tmp_pat
 
     _, report = compare(changed(dit_residual, tmp_path / "bad", edit))
     assert all(checked.passed for checked in report.variants)
-    assert report.first_failure().startswith(f"loop, step {found['step']}, variant v")
+    assert report.first_failure().startswith(f"loop, evaluation {found['step']}, variant v")
     assert f", {found['name']}: " in report.first_failure()
 
 

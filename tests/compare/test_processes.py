@@ -45,7 +45,9 @@ def test_a_wrong_graph_is_found_by_the_process(plan: Callable[..., PlannedExport
     variant = Bundle.open(engine).manifest.plan.variants[0]
     weight = next(name for name in stored_weights(engine, variant) if name.startswith("transformer_blocks.0.ff"))
     wrong = corrupted(engine, tmp_path / "wrong", Path(variant.graph.file).name, weight)
-    with pytest.raises(ToleranceError, match=r"variant v\d+ by itself, step \d+, .*: error .* against the supernet"):
+    with pytest.raises(
+        ToleranceError, match=r"variant v\d+ by itself, evaluation \d+, .*: error .* against the supernet"
+    ):
         processes.verify_in_processes(wrong, str(model))
     with pytest.raises(UserError, match="nowhere: no such folder"):
         processes.verify_in_processes(tmp_path / "nowhere", str(model))

@@ -155,7 +155,7 @@ def test_several_controlnets_and_other_kinds_are_refused(folder: Path, tmp_path:
     index = json.loads((folder / "model_index.json").read_text())
     index["controlnet"] = ["diffusers", "MultiControlNetModel"]
     (tmp_path / "model_index.json").write_text(json.dumps(index))
-    with pytest.raises(UserError, match="MultiControlNetModel is not supported: use a pipeline with one Con"):
+    with pytest.raises(UserError, match="MultiControlNetModel is not supported; use a pipeline with one Con"):
         denoiser_config(tmp_path)
     config = {**denoiser_config(folder)[1], "controlnet": {"global_pool_conditions": True}}
     with pytest.raises(UserError, match="global_pool_conditions = True is not supported"):

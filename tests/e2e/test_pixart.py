@@ -269,7 +269,7 @@ def test_inputs_of_the_published_sizes() -> None:
 
 def test_refusals_are_one_line(alpha: Path) -> None:
     schedule = schedule_for(alpha, steps=STEPS)
-    for size, words in (({"height": 60}, "--height 60: give a multiple of 8"), ({"width": 72}, "128x9: give mul")):
+    for size, words in (({"height": 60}, "--height 60: give a multiple of 8"), ({"width": 72}, "128x9; give mul")):
         with pytest.raises(UserError) as error:
             plan_for(alpha, schedule, **size)
         assert words in str(error.value) and "\n" not in str(error.value)

@@ -244,7 +244,7 @@ def test_refusals_are_one_line(model: Path) -> None:
     family = family_for(CLASS_NAME)
     for config, height, words in (
         ({"guidance_embeds": True}, 32, "Sana-Sprint"),
-        ({"patch_size": 2}, 33, "33x32: give multiples of 2"),
+        ({"patch_size": 2}, 33, "33x32; give multiples of 2"),
     ):
         with pytest.raises(UserError) as error:
             family.inputs(config, 2, height, 32, 300)

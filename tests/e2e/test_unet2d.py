@@ -158,7 +158,7 @@ def test_other_blocks_and_learned_timesteps_are_the_supernets(tmp_path: Path) ->
 @pytest.mark.parametrize("granularity", ["block", "layer"])
 def test_skip_blocks_are_refused(granularity: Any) -> None:
     config = {"down_block_types": ["SkipDownBlock2D"] * 2, "up_block_types": ["SkipUpBlock2D"] * 2}
-    with pytest.raises(UserError, match="SkipDownBlock2D is not supported: use a model without skip blocks"):
+    with pytest.raises(UserError, match="SkipDownBlock2D is not supported; use a model without skip blocks"):
         family_for("UNet2DModel").blocks(config, granularity)
 
 
@@ -246,7 +246,7 @@ def test_clipping_is_refused_with_what_to_do(tmp_path: Path, sampler: str | None
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"height": 18}, "picture of 18x16: give multiples of 4"),
+        ({"height": 18}, "picture of 18x16; give multiples of 4"),
         ({"guidance": True}, "takes no prompt and has no null class; leave it out"),
     ],
 )
@@ -293,5 +293,5 @@ def _prompts(folder: Path) -> Path:
 
 def test_another_pipeline_is_refused(folder: Path) -> None:
     family = family_for("UNet2DModel")
-    with pytest.raises(UserError, match="LDMPipeline is not supported: use a model of DDPMPipeline or DDIMPipeline"):
+    with pytest.raises(UserError, match="LDMPipeline is not supported; use a model of DDPMPipeline or DDIMPipeline"):
         family.text({}, type("LDMPipeline", (), {})())

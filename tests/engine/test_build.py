@@ -266,7 +266,7 @@ def test_over_budget_nothing_starts(toy_dir):
     need = build_engines(toy_dir, BACKEND, BuildOptions(memory_budget=2**30)).need
     assert need.weights == {"full": 2048, "cached": 1024, "mixed": 2048, "refresh": 1024, "text_encoder": 0, "vae": 0}
     assert need.arena == manifest_of(Toy()).plan.arena_bytes
-    assert need.stack == Toy().slots * 2 * 4 * 8 * 8 * 4
+    assert need.history == Toy().slots * 2 * 4 * 8 * 8 * 4
 
 
 REFUSED = [

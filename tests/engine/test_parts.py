@@ -6,7 +6,7 @@ import pytest
 from toy_engine import Toy, manifest_of
 
 from dipgo_deploy.backends.tensorrt_flavour import FLAVOURS, flavour_of, import_flavour
-from dipgo_deploy.backends.tensorrt_plans import BuildFlags, KeyInputs, ShapeRange, Target
+from dipgo_deploy.backends.tensorrt_plans import BuildFlags, GpuTarget, KeyInputs, ShapeRange
 from dipgo_deploy.engine import timing_cache
 from dipgo_deploy.engine.budget import MemoryNeed, check_budget, memory_need, mib, parse_bytes
 from dipgo_deploy.engine.phases import Phases
@@ -20,7 +20,7 @@ INPUTS = KeyInputs(
     flags=BuildFlags(),
     backend="tensorrt",
     version="11.4.0",
-    target=Target(gpu="NVIDIA L4", capabilities=("8.9",)),
+    target=GpuTarget(gpu="NVIDIA L4", capabilities=("8.9",)),
 )
 
 
@@ -33,8 +33,8 @@ INPUTS = KeyInputs(
         ({"flags": BuildFlags(opt_level=4, tf32=True)}, ["opt_level", "tf32"]),
         ({"flags": BuildFlags(max_aux_streams=1)}, ["max_aux_streams"]),
         ({"version": "11.4.1"}, ["version"]),
-        ({"target": Target(gpu="NVIDIA L4", capabilities=("9.0",))}, ["target"]),
-        ({"target": Target(gpu="NVIDIA L40", capabilities=("8.9",))}, ["target"]),
+        ({"target": GpuTarget(gpu="NVIDIA L4", capabilities=("9.0",))}, ["target"]),
+        ({"target": GpuTarget(gpu="NVIDIA L40", capabilities=("8.9",))}, ["target"]),
         ({"backend": "tensorrt-rtx", "version": "1"}, ["backend", "version"]),
     ],
 )
@@ -47,9 +47,9 @@ def test_every_input_is_part_of_the_key(change, named):
 
 
 def test_targets_have_folder_names():
-    assert Target().label == "portable"
-    assert Target(capabilities=("8.6", "12.0")).label == "sm86-sm120"
-    assert Target(gpu="NVIDIA GeForce RTX 4090", capabilities=("8.9",)).label == "nvidia-geforce-rtx-4090-sm89"
+    assert GpuTarget().label == "portable"
+    assert GpuTarget(capabilities=("8.6", "12.0")).label == "sm86-sm120"
+    assert GpuTarget(gpu="NVIDIA GeForce RTX 4090", capabilities=("8.9",)).label == "nvidia-geforce-rtx-4090-sm89"
 
 
 def test_phases_are_one_number_that_never_goes_back():
@@ -89,9 +89,9 @@ def test_the_budget_counts_everything_and_says_by_how_much_it_is_over():
     manifest = manifest_of(Toy(batch=2))
     need = memory_need(manifest, {"full": 3 * 2**20, "cached": 2**20})
     sample = 2 * 4 * 8 * 8 * 4
-    assert need.stack == Toy().slots * sample
+    assert need.history == Toy().slots * sample
     assert need.arena == manifest.plan.arena_bytes
-    assert need.total == 4 * 2**20 + need.arena + need.stack + need.other
+    assert need.total == 4 * 2**20 + need.arena + need.history + need.other
     assert need.other > 2 * sample  # at least what the VAE reads and writes
     check_budget(need, need.total, "--memory-budget")
     with pytest.raises(UserError, match=r"weights of 2 engines 4\.0 MiB.* 2\.0 MiB more than the memory of NVIDIA L4"):

@@ -19,9 +19,9 @@ from dipgo_deploy.compare.processes import verify_in_processes
 from dipgo_deploy.errors import ToleranceError
 from dipgo_deploy.export import low_memory
 from dipgo_deploy.export.exporter import ExportOptions, PlannedExport, plan_export, publish
-from dipgo_deploy.export.layout import Layout, layout_of
 from dipgo_deploy.export.passes.layouts import NoteLayouts
 from dipgo_deploy.export.passes.names import note_parameter
+from dipgo_deploy.export.stored import StoredParameter, stored_parameter
 from dipgo_deploy.export.weights import write_weights
 from dipgo_deploy.supernet.load import load_denoiser
 
@@ -94,7 +94,9 @@ def test_segments_are_the_same_too(plan: Callable[..., PlannedExport], model: Pa
     owner = {weight: entry for entry in frugal.manifest.plan.variants for weight in stored_weights(frugal.path, entry)}
     weight = next(name for name in owner if name.startswith("transformer_blocks.0.ff"))
     wrong = corrupted(frugal.path, tmp_path / "wrong", Path(owner[weight].graph.file).name, weight)
-    with pytest.raises(ToleranceError, match=r"variant \S+ by itself, step \d+, .*: error .* against the supernet"):
+    with pytest.raises(
+        ToleranceError, match=r"variant \S+ by itself, evaluation \d+, .*: error .* against the supernet"
+    ):
         verify_in_processes(wrong, str(model))
 
 
@@ -153,7 +155,7 @@ def test_reading_all_weights_once_leaves_few_pages(tmp_path: Path) -> None:
     for name, value in values.items():
         note_parameter(value, name)
     NoteLayouts(layers, "")(model)
-    assert layout_of(values["2.weight"].const_value) == Layout("2.weight", transposed=False)
+    assert stored_parameter(values["2.weight"].const_value) == StoredParameter("2.weight", transposed=False)
     assert resident_kib("layers.safetensors") < 100
     size = write_weights([model], tmp_path)
     assert size >= 4 * 2**20

@@ -114,7 +114,7 @@ def _inline_and_external(folder: Path, planned: PlannedExport) -> list[int]:
     sizes = []
     weights = node_graph(planned.traced.model).weights
     for variant in planned.plan.variants:
-        graph = cut_variant(planned.traced, variant, planned.stack).graph
+        graph = cut_variant(planned.traced, variant, planned.history).graph
         sizes.append(sum(weights[name] for name in graph.initializers if name in weights))
     return sizes
 
@@ -179,7 +179,7 @@ def test_a_wrong_weight_is_found_and_its_segment_named(written, tmp_path: Path) 
         verify_written(Bundle.open(bad), planned.source)
     report = compared(bad, Options(loop=False, components=False))
     failed = report.first_failure()
-    assert failed is not None and failed.startswith(f"variant {owner.name} by itself, step 0, ")
+    assert failed is not None and failed.startswith(f"variant {owner.name} by itself, evaluation 0, ")
 
 
 @pytest.mark.parametrize("model", ["planned_unet", "planned_dit"])

@@ -66,7 +66,7 @@ def test_files_with_and_without_variants(tmp_path: Path) -> None:
     found = weights_of(tmp_path, "diffusers")
     assert (found.files, found.variant) == ((half,), "fp16")
     weights(tmp_path, f"{STEM}.non_ema.safetensors")
-    with pytest.raises(UserError, match="has weights of the variants fp16, non_ema: choose with --variant"):
+    with pytest.raises(UserError, match="has weights of the variants fp16, non_ema; choose with --variant"):
         weights_of(tmp_path, "diffusers")
     assert weights_of(tmp_path, "diffusers", "non_ema").variant == "non_ema"
 
@@ -88,7 +88,7 @@ def test_files_that_are_not_whole_are_named(tmp_path: Path) -> None:
             b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n",
             "is a pointer of Git LFS, not the file",
         ),
-        (b"", "is empty: fetch it again"),
+        (b"", "is empty; fetch it again"),
         (b"\x10\x00\x00\x00\x00\x00\x00\x00{", "is not a whole safetensors file"),
     ):
         file.write_bytes(content)
@@ -142,7 +142,7 @@ def test_what_is_loaded_of_a_pipeline_and_what_is_not(tmp_path: Path) -> None:
 
 def test_a_variant_that_is_taken_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = model(tmp_path)
-    with pytest.raises(UserError, match="no part has weights of the variant fp16: leave out --variant"):
+    with pytest.raises(UserError, match="no part has weights of the variant fp16; leave out --variant"):
         check_weights(f"{folder}?variant=fp16")
     rename(folder, "fp16")
     asked = f"{folder}?variant=fp16"
@@ -169,7 +169,7 @@ def test_what_sentencepiece_reads_needs_that_package(tmp_path: Path, monkeypatch
     (folder / "tokenizer").mkdir()
     (folder / "tokenizer" / "spiece.model").write_bytes(b"x")
     monkeypatch.setitem(sys.modules, "sentencepiece.sentencepiece_model_pb2", None)
-    hint = "tokenizer/spiece.model: is read with the package sentencepiece, which is not installed: pip install"
+    hint = "tokenizer/spiece.model: is read with the package sentencepiece, which is not installed; pip install"
     with pytest.raises(UserError, match=hint):
         check_weights(folder)
     (folder / "tokenizer" / "tokenizer.json").write_text("{}")

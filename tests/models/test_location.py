@@ -36,7 +36,7 @@ def test_folders_and_hub_ids(tmp_path: Path) -> None:
         with pytest.raises(UserError, match="no such folder, nor one of the built-in models fashion-sd, fashion-dit"):
             location.resolve_model(nothing)
     write(tmp_path / "file.json", {})
-    with pytest.raises(UserError, match="is a file: give the model's folder"):
+    with pytest.raises(UserError, match="is a file; give the model's folder"):
         location.resolve_model(tmp_path / "file.json")
 
 
@@ -191,7 +191,7 @@ def test_a_pipeline_that_does_more_is_named_with_what_is_offered(tmp_path: Path)
     assert location.denoiser_config(chosen)[0].class_name == "UNet2DConditionModel"
     assert location.pipeline_index(chosen)["_class_name"] == "StableDiffusionPipeline"
     with pytest.raises(
-        UserError, match="--pipeline NoPipeline: is not supported: use one of DDIMPipeline, DDPMPipeline"
+        UserError, match="--pipeline NoPipeline: is not supported; use one of DDIMPipeline, DDPMPipeline"
     ):
         location.denoiser_config(f"{folder}?pipeline=NoPipeline")
     with pytest.raises(UserError, match="StableDiffusionControlNetPipeline has no supported denoiser"):
@@ -208,7 +208,7 @@ def test_a_tokenizer_says_how_long_its_texts_are(tmp_path: Path, length: Any) ->
     index = json.loads((folder / "model_index.json").read_text())
     write(folder / "model_index.json", {**index, "tokenizer": ["transformers", "CLIPTokenizer"]})
     write(folder / "tokenizer" / "tokenizer_config.json", {} if length is None else {"model_max_length": length})
-    with pytest.raises(UserError, match="tokenizer_config.json: model_max_length is .*: write the number of tokens"):
+    with pytest.raises(UserError, match="tokenizer_config.json: model_max_length is .*; write the number of tokens"):
         location.denoiser_config(folder)
     write(folder / "tokenizer" / "tokenizer_config.json", {"model_max_length": 77})
     location.denoiser_config(folder)

@@ -80,7 +80,7 @@ def test_granularity() -> None:
 
 def test_a_denoiser_folder_needs_a_sampler() -> None:
     folder = str(Path(resolve_model("fashion-sd")) / "unet")
-    with pytest.raises(UserError, match="has no scheduler/scheduler_config.json: name a sampler"):
+    with pytest.raises(UserError, match="has no scheduler/scheduler_config.json; name a sampler"):
         schedule_target(folder)
     assert schedule_target(folder, "ddim", 4).model == schedule_target("fashion-sd", "ddim", 4).model
 

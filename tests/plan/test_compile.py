@@ -89,11 +89,11 @@ def cases(draw):
 def check(plan: Plan, graph: BlockGraph, used: Sequence[bool], expected: Sequence[int | None], tight: bool) -> None:
     """The plan gives the expected predictions at all used steps, and its numbers agree with each other."""
     predictions = execute(plan, graph, tight=tight)
-    assert len(plan.source) == len(expected)
+    assert len(plan.prediction_slots) == len(expected)
     for step, use in enumerate(used):
         if use:
-            assert predictions[plan.source[step]] == expected[step], f"step {step}"
-    assert all(0 <= slot < len(predictions) for slot in plan.source)
+            assert predictions[plan.prediction_slots[step]] == expected[step], f"evaluation {step}"
+    assert all(0 <= slot < len(predictions) for slot in plan.prediction_slots)
     assert plan.lower_bound_bytes <= plan.arena_bytes
     assert [launch.step for launch in plan.launches] == sorted({launch.step for launch in plan.launches})
     assert [variant.name for variant in plan.variants] == [f"v{i:02d}" for i in range(len(plan.variants))]
@@ -115,7 +115,7 @@ def test_plan_equals_supernet(case):
     expected = naive(graph, gates)
     broken = any(use and prediction is None for use, prediction in zip(used, expected, strict=True))
     if broken:
-        with pytest.raises(UserError, match=r"step \d+ removes block 'b\d'"):
+        with pytest.raises(UserError, match=r"evaluation \d+ removes block 'b\d'"):
             compile_plan(graph, gates, prediction_used=used, alignment=alignment)
         return
     plan = compile_plan(graph, gates, prediction_used=used, alignment=alignment)
@@ -164,7 +164,7 @@ def test_nothing_computed_is_dead(case):
 
     def outcome(spoil=None):
         predictions = execute(plan, graph, spoil)
-        return [predictions[plan.source[step]] for step in steps]
+        return [predictions[plan.prediction_slots[step]] for step in steps]
 
     right = outcome()
     for number, launch in enumerate(plan.launches):
@@ -183,4 +183,4 @@ def test_no_launch_repeats_a_prediction(case):
         return
     predictions = execute(plan, graph)
     assert len(set(predictions)) == len(predictions)
-    assert {plan.source[step] for step, use in enumerate(used) if use} == set(range(len(predictions)))
+    assert {plan.prediction_slots[step] for step, use in enumerate(used) if use} == set(range(len(predictions)))

@@ -36,7 +36,7 @@ def test_published_unet_schedule(unet):
     assert [launch.step for launch in plan.launches] == list(KEPT)
     assert [launch.variant for launch in plan.launches] == [0, 1] + [0] * 8
     assert [launch.prediction for launch in plan.launches] == list(range(10))
-    assert plan.source == tuple(sum(kept <= step for kept in KEPT) - 1 for step in range(50))
+    assert plan.prediction_slots == tuple(sum(kept <= step for kept in KEPT) - 1 for step in range(50))
     full, partial = plan.variants
     d3 = (Cache("D3/out0", "output"), Cache("D3/out1", "output"))
     assert (full.reads, full.writes) == ((), d3)
@@ -75,7 +75,8 @@ def test_removed_residual_block_still_gets_the_current_input(chain):
 
 def test_removed_output_block_makes_what_is_before_it_dead(chain):
     plan = compile_plan(chain("output"), rows("1111", "1101", "0011"))
-    # Step 1: b2's store is read, b3 reads the timestep. b0 and b1 are needed only for step 2, which reads b1.
+    # Evaluation 1: b2's store is read, b3 reads the timestep. b0 and b1 are needed only for evaluation 2, which reads
+    # b1.
     assert plan.variants[1].reads == (Cache("b2/out0", "output"),)
     assert plan.variants[1].computed == {"embed", "b0/out0", "b1/out0", "b3/out0", "noise_pred"}
     assert plan.variants[1].writes == (Cache("b1/out0", "output"),)
@@ -86,10 +87,10 @@ def test_a_step_may_only_refresh_caches(chain):
     graph = chain("output")
     head = Value("noise_pred", 8, frozenset({"b3/out0"}), frozenset({5}))
     graph = replace(graph, values={**graph.values, "noise_pred": head})
-    # Step 1 computes b0 .. b2 for step 2, but its own prediction reads the old b3.
+    # Evaluation 1 computes b0 .. b2 for evaluation 2, but its own prediction reads the old b3.
     plan = compile_plan(graph, rows("1111", "1110", "0001"))
     assert [launch.prediction for launch in plan.launches] == [0, None, 1]
-    assert plan.source == (0, 0, 1)
+    assert plan.prediction_slots == (0, 0, 1)
     assert plan.variants[1].computed == {"embed", "b0/out0", "b1/out0", "b2/out0"}
     assert not plan.variants[1].predicts
 
@@ -99,7 +100,7 @@ def test_unused_predictions_are_not_made(chain):
     gates = rows("1111", "1111", "1111")
     plan = compile_plan(graph, gates, prediction_used=[False, True, False])
     assert [launch.step for launch in plan.launches] == [1]
-    assert plan.source == (0, 0, 0)
+    assert plan.prediction_slots == (0, 0, 0)
     refreshed = compile_plan(graph, rows("1111", "0000"), prediction_used=[False, True])
     assert [(launch.step, launch.prediction) for launch in refreshed.launches] == [(0, None), (1, 0)]
 
@@ -140,7 +141,7 @@ def test_a_prediction_can_be_that_of_an_older_step_than_the_last():
         prediction="noise_pred",
     )
     plan = compile_plan(graph, rows("1", "0", "1"))
-    assert plan.source == (0, 1, 0)
+    assert plan.prediction_slots == (0, 1, 0)
     assert [launch.step for launch in plan.launches] == [0, 1]
 
 
@@ -152,14 +153,15 @@ def test_one_variant_is_reached_even_where_no_gate_is_left_to_raise():
 
 
 def test_promotion_takes_the_cheap_merge(chain):
-    # Raising b0 (10) at step 1 or b3 (10,000) at step 2 makes one variant of two; b0 is the cheap one.
+    # Raising b0 (10) at evaluation 1 or b3 (10,000) at evaluation 2 makes one variant of two; b0 is the cheap one.
     plan = compile_plan(chain("residual"), rows("1111", "0111", "1110"), max_variants=2)
     assert plan.promoted == ((1, "b0"),)
     assert len(plan.variants) == 2
 
 
 def test_a_merge_may_compute_what_is_dead_and_raise_no_gate(chain):
-    # Step 1 keeps b0 .. b2 for nobody, step 2 for steps 3 to 5: computing them twice is the cheapest merge.
+    # Evaluation 1 keeps b0 .. b2 for nobody, evaluation 2 for evaluations 3 to 5: computing them twice is the cheapest
+    # merge.
     gates = rows("1111", "1110", "1110", "0001", "0001", "0001")
     free = compile_plan(chain("output"), gates)
     plan = compile_plan(chain("output"), gates, max_variants=3)
@@ -169,7 +171,8 @@ def test_a_merge_may_compute_what_is_dead_and_raise_no_gate(chain):
 
 
 def test_a_merge_never_reads_a_cache_before_it_is_written(chain):
-    # Steps 0 and 2 look alike, but step 2 reads b3, which step 0 has no store of: they cannot share a variant.
+    # Evaluations 0 and 2 look alike, but evaluation 2 reads b3, which evaluation 0 has no store of: they cannot share a
+    # variant.
     graph = replace(chain("output"), costs=(1000, 1000, 1000, 1, 1, 1))
     gates = rows("1100", "0011", "1100", "0011")
     plan = compile_plan(graph, gates, prediction_used=[False, True, True, True], max_variants=2)
@@ -182,7 +185,7 @@ def test_a_merge_never_reads_a_cache_before_it_is_written(chain):
 
 @pytest.mark.parametrize("cache", ["output", "residual"])
 def test_a_read_before_any_store_names_step_and_block(chain, cache):
-    with pytest.raises(UserError, match="^step 1 removes block 'b2'") as error:
+    with pytest.raises(UserError, match="^evaluation 1 removes block 'b2'") as error:
         compile_plan(chain(cache), rows("1101", "1101", "1101"), prediction_used=[False, True, True])
     assert "\n" not in str(error.value)
 
@@ -196,7 +199,7 @@ def test_a_missing_store_that_nothing_needs_is_no_error(chain):
     ("gates", "options", "message"),
     [
         ([], {}, "no steps"),
-        ([[True] * 4, [True] * 3], {}, "step 1 of the schedule has 3 gates, but the model has 4 blocks"),
+        ([[True] * 4, [True] * 3], {}, "evaluation 1 of the schedule has 3 gates, but the model has 4 blocks"),
         ([[True] * 4], {"max_variants": 0}, "at least 1"),
     ],
 )
@@ -264,7 +267,8 @@ graph = BlockGraph({"stack": "step"}, values, blocks, "noise_pred", tuple(range(
 gates = [[True] * 8] + [[rng.random() < 0.5 for _ in names] for _ in range(15)]
 for limit in (None, 3):
     plan = compile_plan(graph, gates, max_variants=limit, alignment=8)
-    print([(sorted(v.computed), v.reads, v.writes) for v in plan.variants], plan.launches, plan.promoted, plan.source)
+    print([(sorted(v.computed), v.reads, v.writes) for v in plan.variants], plan.launches)
+    print(plan.promoted, plan.prediction_slots)
 """
 
 

@@ -129,7 +129,7 @@ def test_segments_equal_the_supernet(case):
     traced, gates, used, alignment = case
     expected = supernet(traced, gates)
     if any(use and prediction is None for use, prediction in zip(used, expected, strict=True)):
-        with pytest.raises(UserError, match=r"step \d+ removes block 'b\d'"):
+        with pytest.raises(UserError, match=r"evaluation \d+ removes block 'b\d'"):
             planned(traced, gates, used, alignment)
         return
     pieces, plan = planned(traced, gates, used, alignment)
@@ -137,7 +137,7 @@ def test_segments_equal_the_supernet(case):
     predictions, weights = execute(plan, traced)
     for step, use in enumerate(used):
         if use:
-            assert predictions[variants.source[step]] == expected[step], f"step {step}"
+            assert predictions[variants.prediction_slots[step]] == expected[step], f"evaluation {step}"
     steps = [launch.step for launch in plan.launches]
     assert steps == sorted(steps) and set(steps) == {launch.step for launch in variants.launches}
     assert plan.lower_bound_bytes <= plan.arena_bytes
@@ -199,7 +199,7 @@ def test_every_tensor_in_the_arena_is_some_launchs_business(case):
             if any(offset in other.reads for other in later):
                 read.add((launch.variant, offset))
         written = [any(offset in other.reads for other in plan.launches) for offset in launch.writes]
-        assert segment.predicts or any(written), f"{segment.name} at step {launch.step} is for nothing"
+        assert segment.predicts or any(written), f"{segment.name} at evaluation {launch.step} is for nothing"
     assert all(segment.writes or segment.predicts for segment in plan.segments)
     assert read or all(not segment.writes for segment in plan.segments)
 
@@ -219,8 +219,8 @@ def test_pieces_cover_the_nodes(case):
 
 
 def test_what_is_constant_is_made_before_the_entrance_that_reads_it():
-    """At step 0 only ``a`` is computed. The entrance of ``b`` runs then too, because all entrances run together, and
-    so must what it reads, which no input that changes reaches."""
+    """At evaluation 0 only ``a`` is computed. The entrance of ``b`` runs then too, because all entrances run together,
+    and so must what it reads, which no input that changes reaches."""
     nodes = NodeGraph(
         nodes=(
             Node(("text",), ("caption",), 7, frozenset({"w0"})),

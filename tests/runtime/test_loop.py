@@ -8,7 +8,7 @@ from toy_engine import LENGTH, ROUTE, WIDTH, C, H, Toy, W, build, manifest_of, r
 
 from dipgo_deploy.backends.onnxruntime import OnnxRuntimeBackend
 from dipgo_deploy.bundle.directory import Bundle
-from dipgo_deploy.bundle.stack import final_latent
+from dipgo_deploy.bundle.history import final_latent
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.runtime.loop import DenoisingLoop
 

@@ -326,9 +326,9 @@ def test_a_later_launch_that_is_not_finite_is_named(tmp_path):
 
     def run(*args, **options):
         result = inner(*args, **options)
-        stack = loop._backend.download(loop._stack, loop._view.stack)
+        stack = loop._backend.download(loop._history, loop._view.history)
         stack[loop.launches[2].slot, 0, 1, 2, 3] = np.inf
-        loop._backend.upload(loop._stack, stack)
+        loop._backend.upload(loop._history, stack)
         return result * np.nan
 
     loop.run = run  # type: ignore[method-assign]

@@ -363,5 +363,5 @@ def test_arrays_are_float64_and_read_only() -> None:
 
 @pytest.mark.parametrize("source", [(0, 1, 2), (0, 2, 1, 3, 4), (1, 0, 0, 0, 0), (0, 0, -1, 0, 0)])
 def test_a_source_that_does_not_fit_is_an_error(source: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match="source"):
+    with pytest.raises(ValueError, match="prediction_slots"):
         sampler_matrix(make_scheduler("ddim", STABLE_DIFFUSION), 5, source)

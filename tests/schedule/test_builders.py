@@ -109,7 +109,7 @@ def test_random_is_the_same_everywhere() -> None:
 
 
 def test_random_refusals() -> None:
-    with pytest.raises(UserError, match="step 0 runs in full, so at most 0.75"):
+    with pytest.raises(UserError, match="evaluation 0 runs in full, so at most 0.75"):
         builders.random(4, 5, 0.8, 0)
     with pytest.raises(UserError, match="not between 0 and 1"):
         builders.random(4, 5, 1.2, 0)

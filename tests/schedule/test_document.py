@@ -85,7 +85,7 @@ def test_a_cache_read_before_it_was_written_is_refused(schedule: Schedule, data:
         gates[step][column] = False
     with pytest.raises(UserError) as caught:
         schedule.with_gates(gates)
-    said = one_line(f"step 0, block {schedule.block_names[column]}: its cache is read before")
+    said = one_line(f"evaluation 0, block {schedule.block_names[column]}: its cache is read before")
     assert said in str(caught.value)
 
 
@@ -110,11 +110,11 @@ def test_the_file_is_readable_line_by_line(document: dict[str, Any], tmp_path: P
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"keep": ["111", "000", "1x1", "010"]}, "keep: step 2, block mid_block: 'x' is not 0 or 1"),
-        ({"keep": ["111", "000", "1", "010"]}, "step 2 has 1 cells, block mid_block is the first without one"),
-        ({"keep": ["111", "000", "1111", "010"]}, "step 2 has 4 cells, but there are 3 blocks"),
+        ({"keep": ["111", "000", "1x1", "010"]}, "keep: evaluation 2, block mid_block: 'x' is not 0 or 1"),
+        ({"keep": ["111", "000", "1", "010"]}, "evaluation 2 has 1 cells, block mid_block is the first without one"),
+        ({"keep": ["111", "000", "1111", "010"]}, "evaluation 2 has 4 cells, but there are 3 blocks"),
         ({"keep": ["111", "000", "101"]}, "keep: 3 rows, but steps is 4"),
-        ({"keep": ["011", "111", "101", "010"]}, "step 0, block down_blocks.0: its cache is read before"),
+        ({"keep": ["011", "111", "101", "010"]}, "evaluation 0, block down_blocks.0: its cache is read before"),
         ({"keep": [[1, 1, 1], "000", "101", "010"]}, "keep.0: Input should be a valid string"),
         ({"steps": 0}, "steps: Input should be greater than or equal to 1, not 0"),
         ({"steps": "4"}, "steps: Input should be a valid integer, not '4'"),
@@ -242,7 +242,7 @@ def test_with_gates_checks_and_keeps_the_rest(document: dict[str, Any]) -> None:
     assert other.provenance == {"method": "promoted"}
     assert other.sampler == schedule.sampler
     assert schedule.with_gates(schedule.gates) == schedule
-    with pytest.raises(UserError, match="step 1, column 2: 2 is not 0 or 1"):
+    with pytest.raises(UserError, match="evaluation 1, column 2: 2 is not 0 or 1"):
         schedule.with_gates([[1, 1, 1], [1, 1, 2], [1, 1, 1], [1, 1, 1]])
 
 

@@ -22,12 +22,12 @@ def test_written_gates_are_read_back(gates: list[tuple[bool, bool, bool]], heade
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("1,1,1\n1,2,0", "step 1, block b: '2' is not 0 or 1"),
-        ("1,1,1\n1,,0", "step 1, block b: '' is not 0 or 1"),
-        ("1,1,1\n1,0.5,0", "step 1, block b: '0.5' is not 0 or 1"),
-        ("1,1,1\n1,True,0", "step 1, block b: 'True' is not 0 or 1"),
-        ("1,1,1\n1", "step 1 has 1 cells, block b is the first without one"),
-        ("1,1,1\n1,1,1,1", "step 1 has 4 cells, but the model has 3 blocks"),
+        ("1,1,1\n1,2,0", "evaluation 1, block b: '2' is not 0 or 1"),
+        ("1,1,1\n1,,0", "evaluation 1, block b: '' is not 0 or 1"),
+        ("1,1,1\n1,0.5,0", "evaluation 1, block b: '0.5' is not 0 or 1"),
+        ("1,1,1\n1,True,0", "evaluation 1, block b: 'True' is not 0 or 1"),
+        ("1,1,1\n1", "evaluation 1 has 1 cells, block b is the first without one"),
+        ("1,1,1\n1,1,1,1", "evaluation 1 has 4 cells, but the model has 3 blocks"),
         ("a,c,b\n1,1,1", "blocks: c stands at position 1, where the model runs b"),
         ("a,b\n1,1,1", "blocks: c of this model is missing"),
         ("a,b,x\n1,1,1", "blocks: x is no block of this model"),
@@ -79,4 +79,4 @@ def test_a_cache_read_before_it_was_written_is_refused(tmp_path: Path, unet_targ
     path.write_text("1,0,1\n1,1,1\n")
     with pytest.raises(UserError) as caught:
         import_csv(path, unet_target(2, NAMES))
-    assert f"{path}: keep: step 0, block b: its cache is read before" in str(caught.value)
+    assert f"{path}: keep: evaluation 0, block b: its cache is read before" in str(caught.value)

@@ -183,7 +183,7 @@ def test_allowed_names_are_never_called() -> None:
     # torch would run the inner pickle of these bytes; here they are bytes.
     evil = Named("torch.storage._load_from_bytes", pickle.dumps(Evil(os.system, "true")))
     data = dump([dict.fromkeys(KEYS, evil)])
-    with pytest.raises(UserError, match="step 0, block down_blocks.0: not a tensor"):
+    with pytest.raises(UserError, match="evaluation 0, block down_blocks.0: not a tensor"):
         read_gates(data, NAMES)
 
 
@@ -259,20 +259,20 @@ def test_bad_gates_name_step_and_block(value: Any, words: str) -> None:
     good = dict(zip(KEYS, [gate(True)] * 9, strict=True))
     with pytest.raises(UserError) as caught:
         read_gates(dump([good, {**good, ("mid", "mid_block", 0, 0): value}]), NAMES)
-    assert str(caught.value).startswith("step 1, block mid_block: ")
+    assert str(caught.value).startswith("evaluation 1, block mid_block: ")
     assert words in str(caught.value)
 
 
 def test_bad_blocks_are_named() -> None:
     good = dict(zip(KEYS, [gate(True)] * 9, strict=True))
     missing = {key: value for key, value in good.items() if key[0] != "mid"}
-    with pytest.raises(UserError, match="step 1: blocks: mid_block of this model is missing"):
+    with pytest.raises(UserError, match="evaluation 1: blocks: mid_block of this model is missing"):
         read_gates(dump([good, missing]), NAMES)
-    with pytest.raises(UserError, match=r"step 0: blocks: down_blocks.7 is no block of this model"):
+    with pytest.raises(UserError, match=r"evaluation 0: blocks: down_blocks.7 is no block of this model"):
         read_gates(dump([{**good, ("down", "block", 7, 0): gate(True)}]), NAMES)
-    with pytest.raises(UserError, match=r"step 0: \('down', 'attentions', 0, 1\) is no whole block"):
+    with pytest.raises(UserError, match=r"evaluation 0: \('down', 'attentions', 0, 1\) is no whole block"):
         read_gates(dump([{**good, ("down", "attentions", 0, 1): gate(True)}]), NAMES)
-    with pytest.raises(UserError, match="one dictionary of gates a step"):
+    with pytest.raises(UserError, match="one dictionary of gates an evaluation"):
         read_gates(dump([]), NAMES)
 
 
@@ -281,4 +281,4 @@ def test_a_step_0_that_reads_unwritten_caches_is_refused(tmp_path: Path, unet_ta
     path.write_bytes(released([[key[0] != "mid" for key in KEYS], [True] * 9]))
     with pytest.raises(UserError) as caught:
         import_dipgo_gates(path, unet_target(2))
-    assert f"{path}: keep: step 0, block mid_block: its cache is read before" in str(caught.value)
+    assert f"{path}: keep: evaluation 0, block mid_block: its cache is read before" in str(caught.value)

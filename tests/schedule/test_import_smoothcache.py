@@ -78,15 +78,15 @@ def test_gates_come_cell_by_cell(rows: list[list[int]]) -> None:
         ([1, 0], "not a JSON object but a list"),
         ({"attn": 1}, "'attn': not a list of 0 and 1"),
         ({"attn": []}, "'attn': not a list of 0 and 1"),
-        ({"attn": [1, 2]}, "'attn': step 1 is 2, not 0 or 1"),
-        ({"attn": [1, True]}, "'attn': step 1 is True, not 0 or 1"),
-        ({"attn": [1, 0.0]}, "'attn': step 1 is 0.0, not 0 or 1"),
+        ({"attn": [1, 2]}, "'attn': evaluation 1 is 2, not 0 or 1"),
+        ({"attn": [1, True]}, "'attn': evaluation 1 is True, not 0 or 1"),
+        ({"attn": [1, 0.0]}, "'attn': evaluation 1 is 0.0, not 0 or 1"),
         ({"norm1": [1, 0]}, "no layers of kind 'norm1', only attn1, ff"),
         ({"attn": [1, 0], "mlp": [1]}, "transformer_blocks.0.attn1 has 2 entries, but transformer_blocks.0.ff has 1"),
         ({"attn": [1, 0], "attn1": [1, 1]}, "'attn1': transformer_blocks.0.attn1 has a list already"),
         ({"attn": [1, 0], "attn-1": [1, 1]}, "'attn-1': transformer_blocks.1.attn1 has a list already"),
         ({"attn-3": [1, 0]}, "attn-3: no such layer in this model, whose blocks count to 2"),
-        ({"attn-0": [1, 0], "attn-2": [1, 0]}, "attn-1 is missing: give all layers of a kind, or none"),
+        ({"attn-0": [1, 0], "attn-2": [1, 0]}, "attn-1 is missing; give all layers of a kind, or none"),
     ],
 )
 def test_refusals_are_one_line(document: Any, words: str) -> None:
@@ -133,7 +133,7 @@ def test_a_file_makes_a_schedule(tmp_path: Path, dit_target: MakeTarget) -> None
     with pytest.raises(UserError, match=r"fora.json: .*evaluates the denoiser 6 times"):
         import_smoothcache(path, dit_target(3, 6))
     path.write_text(json.dumps({"attn": [0, 1], "mlp": [1, 0]}))
-    with pytest.raises(UserError, match=r"step 0, block transformer_blocks.0.attn1: its cache is read before"):
+    with pytest.raises(UserError, match=r"evaluation 0, block transformer_blocks.0.attn1: its cache is read before"):
         import_smoothcache(path, dit_target(3, 2))
 
 

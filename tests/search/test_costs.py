@@ -30,7 +30,7 @@ def test_removal_goes_on_to_what_is_computed_for_nothing() -> None:
 
 def test_a_kept_block_that_a_later_step_reads_stays() -> None:
     costs = Costs(skip_graph(), 3)
-    # U1 of step 1 is not used there (U0 is removed), but U0 of step 2 reads its cache.
+    # U1 of evaluation 1 is not used there (U0 is removed), but U0 of evaluation 2 reads its cache.
     gates = [[True] * 4, [True, True, True, False], [True, False, False, True]]
     assert costs.clean(gates)[1] == (True, True, True, False)
 
@@ -44,7 +44,7 @@ def test_the_first_step_is_whole_whatever_is_said() -> None:
 def test_steps_without_a_launch_take_an_earlier_prediction() -> None:
     found = Costs(skip_graph(), 4).analyse([[True] * 4, [False] * 4, [True] * 4, [False] * 4])
     assert found.launches == {0, 2}
-    assert found.source == (0, 0, 1, 1)
+    assert found.prediction_slots == (0, 0, 1, 1)
     assert found.predicts == (0, 2)
 
 

@@ -92,7 +92,7 @@ def test_it_goes_through_export_and_compare(
 
 
 def test_late_steps_with_large_weights_agree_with_the_supernet(tmp_path: Path) -> None:
-    """Weights of the stack up to 130 that cancel: as one float32 sum, step 48 was 1.5e-4 from the supernet."""
+    """Weights of the stack up to 130 that cancel: as one float32 sum, evaluation 48 was 1.5e-4 from the supernet."""
     path = FILES["fashion-dit-ddim50-refine40"]
     assert export(["--model", "fashion-dit", "--schedule", str(path), "--engine-dir", str(tmp_path / "engine")]) == 0
     plan = Bundle.open(tmp_path / "engine").manifest.plan

@@ -260,14 +260,14 @@ def test_reading_what_was_never_written_names_step_and_block(unet) -> None:
     supernet = Supernet(unet, specs_of(unet))
     row = evaluations(1, labels=False)[0]
     for missing in (False, torch.tensor(0.5)):
-        with pytest.raises(UserError, match=r"step 3, block mid_block: removed, but its cache was never written"):
+        with pytest.raises(UserError, match=r"evaluation 3, block mid_block: removed, but its cache was never written"):
             supernet.step(*row, [k != 4 or missing for k in range(9)], CacheState(), 3)
 
 
 @pytest.mark.parametrize("gate", [2, 0.5, "1", None, torch.zeros(2)])
 def test_what_is_no_gate_is_refused(dit, gate) -> None:
     supernet = Supernet(dit, specs_of(dit))
-    with pytest.raises(UserError, match=r"step 0, block transformer_blocks.1: gate"):
+    with pytest.raises(UserError, match=r"evaluation 0, block transformer_blocks.1: gate"):
         supernet.step(*evaluations(1, labels=True)[0], [True, gate, True, True], CacheState(), 0)
 
 

@@ -268,7 +268,7 @@ def test_wrong_rows_and_batches_are_refused(dit) -> None:
     with pytest.raises(UserError, match="class_labels: 1 rows for a model batch of 2"):
         run_loop(supernet, DDIM, full(2, 4), latents, labels, num_inference_steps=2, guidance_scale=3.0)
     gates = [[True, False, True, True]] * 2
-    with pytest.raises(UserError, match="step 0, block transformer_blocks.1"):
+    with pytest.raises(UserError, match="evaluation 0, block transformer_blocks.1"):
         run_loop(supernet, DDIM, gates, latents, labels, num_inference_steps=2)
 
 
@@ -277,7 +277,7 @@ def test_wrong_rows_and_batches_are_refused(dit) -> None:
     [("unet", "block", None), ("unet", "layer", None), ("dit", "block", "residual"), ("dit", "block", "output")],
 )
 def test_gradient_of_a_gate_goes_through_time(request, name, granularity, kind) -> None:
-    """A gate of step 2 acts on later steps through the caches; central differences in float64 see all of it."""
+    """A gate of evaluation 2 acts on later steps through the caches; central differences in float64 see all of it."""
     model = request.getfixturevalue(name).double()
     supernet = supernet_of(model, granularity, kind)
     blocks = len(supernet.specs)
@@ -309,7 +309,7 @@ def test_gradient_of_a_gate_goes_through_time(request, name, granularity, kind) 
 
 
 def test_caches_are_not_detached(dit) -> None:
-    """A block that is only computed at step 1 and read later still receives gradient from the last step."""
+    """A block that is only computed at evaluation 1 and read later still receives gradient from the last step."""
     supernet = supernet_of(dit, kind="output")
     gate = torch.tensor(0.5, requires_grad=True)
     gates = [[True] * 4, [True, gate, True, True], [True, False, True, True]]

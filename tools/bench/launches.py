@@ -67,7 +67,7 @@ def make(
     first = next(iter(schedules.values()))
     options = ExportOptions(layout="variants", components=False, check=False, height=height, width=height, batch=batch)
     full = plan_export(model, full_schedule(first), options)
-    models = [cut_variant(full.traced, full.plan.variants[0], full.stack)]
+    models = [cut_variant(full.traced, full.plan.variants[0], full.history)]
     models[0].graph.name = FULL
     rows: dict[str, Any] = {}
     for name, schedule in schedules.items():
@@ -76,7 +76,7 @@ def make(
         launched = [sum(launch.variant == place for launch in plan.launches) for place in range(len(plan.variants))]
         chosen = sample([variant.macs for variant in plan.variants], most)
         for place in chosen:
-            cut = cut_variant(full.traced, plan.variants[place], planned.stack)
+            cut = cut_variant(full.traced, plan.variants[place], planned.history)
             cut.graph.name = f"{name}.{plan.variants[place].name}"
             models.append(cut)
         rows[name] = {

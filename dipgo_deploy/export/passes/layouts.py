@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx_ir as ir
 
-from dipgo_deploy.export.layout import Layout, note_layout
 from dipgo_deploy.export.passes.names import parameter_of
+from dipgo_deploy.export.stored import StoredParameter, note_parameter
 from dipgo_deploy.reference.mapped import give_back, mapped_files
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class NoteLayouts(ir.passes.InPlacePass):
                     for other, rival in merged.items()
                     if rival.shape == parameter.shape and np.array_equal(_torch_bits(rival), _torch_bits(parameter))
                 )
-                note_layout(tensor, Layout(origin, transposed, equal))
+                note_parameter(tensor, StoredParameter(origin, transposed, equal))
             # Else this alone would bring all weights of a mapped model into memory.
             give_back(parameter.data, mapped)
         return ir.passes.PassResult(model, True)

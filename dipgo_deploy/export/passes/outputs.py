@@ -20,7 +20,7 @@ class NameOutputs(ir.passes.InPlacePass):
         """As many outputs as names, all of them tensors of their own; UserError."""
         if len(model.graph.outputs) != len(self.names) or len({*map(id, model.graph.outputs)}) != len(self.names):
             raise UserError(
-                f"{self.label}: two cut points are one tensor in the exported graph; choose another granularity"
+                f"{self.label}: two boundary tensors are one tensor in the exported graph; choose another granularity"
             )
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import onnx_ir as ir
 
-from dipgo_deploy.export.layout import note_rows
+from dipgo_deploy.export.stored import note_rows
 
 
 class _Projection(NamedTuple):
@@ -35,18 +35,18 @@ class SeparateProjections(ir.passes.InPlacePass):
         graph, changed = model.graph, False
         needs = _needs(graph)
         for node in list(graph):
-            found = _projection(node)
-            if found is None:
+            projection = _projection(node)
+            if projection is None:
                 continue
             groups = _runs([needs[output] for output in node.outputs])
             if len(groups) == 1:
                 continue
             for places in groups:
                 if needs[node.outputs[places[0]]]:
-                    _compute(graph, found, places)
+                    _compute(graph, projection, places)
             graph.remove(node, safe=True)
-            graph.remove(found.product, safe=True)
-            for value in (found.weight, found.bias):
+            graph.remove(projection.product, safe=True)
+            for value in (projection.weight, projection.bias):
                 if value is not None and not value.uses():
                     graph.initializers.pop(str(value.name))
             changed = True
@@ -59,7 +59,7 @@ def _runs(needs: Sequence[frozenset[ir.Value]]) -> list[list[int]]:
 
 
 def _needs(graph: ir.Graph) -> Mapping[ir.Value, frozenset[ir.Value]]:
-    """Of each value the outputs of the graph whose walk back, which stops at outputs, comes to it."""
+    """For each value, the graph outputs that depend on it without another graph output in between."""
     reached: dict[ir.Value, set[ir.Value]] = {output: {output} for output in graph.outputs}
     for node in reversed(graph):
         wanted = set().union(*(reached.setdefault(output, set()) for output in node.outputs))
@@ -94,16 +94,16 @@ def _is_constant(value: ir.Value | None) -> bool:
     return value is not None and value.is_initializer() and value.const_value is not None
 
 
-def _compute(graph: ir.Graph, found: _Projection, places: Sequence[int]) -> None:
+def _compute(graph: ir.Graph, projection: _Projection, places: Sequence[int]) -> None:
     """Put a product before the Split that gives the parts ``places`` of it, and their users that product's."""
-    first = sum(found.widths[: places[0]])
-    last = first + sum(found.widths[place] for place in places)
-    inputs = [found.product.inputs[0], _rows(graph, found.weight, first, last)]
-    if found.bias is not None:
-        inputs.append(_rows(graph, found.bias, first, last))
-    name = f"{found.product.name}.rows{first}-{last}"
-    product = ir.node("Gemm", inputs, attributes=dict(found.product.attributes), name=name)
-    olds = [found.split.outputs[place] for place in places]
+    first = sum(projection.widths[: places[0]])
+    last = first + sum(projection.widths[place] for place in places)
+    inputs = [projection.product.inputs[0], _rows(graph, projection.weight, first, last)]
+    if projection.bias is not None:
+        inputs.append(_rows(graph, projection.bias, first, last))
+    name = f"{projection.product.name}.rows{first}-{last}"
+    product = ir.node("Gemm", inputs, attributes=dict(projection.product.attributes), name=name)
+    olds = [projection.split.outputs[place] for place in places]
     nodes = [product]
     whole = product.outputs[0]
     whole.name, whole.dtype = f"{name}:0", olds[0].dtype
@@ -112,7 +112,7 @@ def _compute(graph: ir.Graph, found: _Projection, places: Sequence[int]) -> None
     if len(places) > 1:
         widths = ir.Value(
             name=f"{name}/widths",
-            const_value=ir.tensor([found.widths[place] for place in places], dtype=ir.DataType.INT64),
+            const_value=ir.tensor([projection.widths[place] for place in places], dtype=ir.DataType.INT64),
         )
         widths.dtype, widths.shape = ir.DataType.INT64, ir.Shape([len(places)])
         graph.register_initializer(widths)
@@ -123,7 +123,7 @@ def _compute(graph: ir.Graph, found: _Projection, places: Sequence[int]) -> None
         news = list(split.outputs)
         for index, (new, old) in enumerate(zip(news, olds, strict=True)):
             new.name, new.dtype, new.shape = f"{name}/Split:{index}", old.dtype, old.shape
-    graph.insert_before(found.split, nodes)
+    graph.insert_before(projection.split, nodes)
     ir.convenience.replace_all_uses_with(olds, news)
 
 

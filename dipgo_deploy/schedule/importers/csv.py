@@ -13,7 +13,8 @@ from dipgo_deploy.schedule.importers.rows import check_rows, import_file
 
 
 def import_csv(path: str | Path, target: Target | PendingTarget) -> Schedule:
-    """The schedule of a CSV file (UTF-8, commas, at most 16 MiB) for ``target``; UserError names step and block."""
+    """The schedule of a CSV file (UTF-8, commas, at most 16 MiB) for ``target``; UserError names evaluation and
+    block."""
     return import_file(path, target, "import csv", read_gates)
 
 
@@ -38,17 +39,17 @@ def read_gates(data: bytes, names: tuple[str, ...], most: int = validation.MAX_E
             rows.append(row)
             check_rows(len(rows), most)
     if not rows:
-        raise UserError("no rows: give one row of 0 and 1 for each evaluation")
+        raise UserError("no rows; give one row of 0 and 1 for each evaluation")
     return tuple(_gates(step, row, names) for step, row in enumerate(rows))
 
 
 def _gates(step: int, row: tuple[str, ...], names: tuple[str, ...]) -> tuple[bool, ...]:
     for cell, name in zip(row, names, strict=False):
         if cell not in ("0", "1"):
-            raise UserError(f"step {step}, block {name}: {cell[:60]!r} is not 0 or 1")
+            raise UserError(f"evaluation {step}, block {name}: {cell[:60]!r} is not 0 or 1")
     if len(row) < len(names):
-        raise UserError(f"step {step} has {len(row)} cells, block {names[len(row)]} is the first without one")
+        raise UserError(f"evaluation {step} has {len(row)} cells, block {names[len(row)]} is the first without one")
     if len(row) > len(names):
         cells = len(row) + row[-1].count(",")
-        raise UserError(f"step {step} has {cells} cells, but the model has {len(names)} blocks")
+        raise UserError(f"evaluation {step} has {cells} cells, but the model has {len(names)} blocks")
     return tuple(cell == "1" for cell in row)

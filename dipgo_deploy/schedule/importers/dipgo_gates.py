@@ -1,4 +1,4 @@
-"""The gates that the DiP-GO authors released: a pickle of one dictionary a step.
+"""The gates that the DiP-GO authors released: a pickle of one dictionary an evaluation.
 
 Each dictionary maps (``down`` | ``mid`` | ``up``, kind, i, j) to a tensor [gate of the cached value, gate of the
 current value] with one 1 and one 0. i counts from the outside of the UNet inwards on both sides, as DeepCache does:
@@ -49,7 +49,7 @@ def read_gates(data: bytes, names: tuple[str, ...], most: int = validation.MAX_E
     if stream.read(1):
         raise UserError("there are more bytes behind the pickle's end: refused")
     if not isinstance(document, list) or not document or not all(isinstance(step, dict) for step in document):
-        raise UserError("not a list with one dictionary of gates a step")
+        raise UserError("not a list with one dictionary of gates an evaluation")
     check_rows(len(document), most)
     ups = sum(name.startswith("up_blocks.") for name in names)
     return tuple(_step_gates(step, units, names, ups) for step, units in enumerate(document))
@@ -63,7 +63,7 @@ def _step_gates(step: int, units: dict[Any, Any], names: tuple[str, ...], ups: i
         given = [name for name in names if name in blocks] + [name for name in blocks if name not in names]
         validation.check_block_names(given, names)
     except UserError as error:
-        raise UserError(f"step {step}: {error}") from error
+        raise UserError(f"evaluation {step}: {error}") from error
     return tuple(_is_kept(step, name, blocks[name]) for name in names)
 
 
@@ -71,10 +71,10 @@ def _is_kept(step: int, name: str, tensor: Any) -> bool:
     try:
         values = vector(tensor, 2, _storage)
     except UserError as error:
-        raise UserError(f"step {step}, block {name}: {error}") from error
+        raise UserError(f"evaluation {step}, block {name}: {error}") from error
     if values not in ((0, 1), (1, 0)):
         shown = ", ".join(f"{value:g}" for value in values)
-        raise UserError(f"step {step}, block {name}: [{shown}] is neither [0, 1] (kept) nor [1, 0] (removed)")
+        raise UserError(f"evaluation {step}, block {name}: [{shown}] is neither [0, 1] (kept) nor [1, 0] (removed)")
     return values == (0, 1)
 
 

@@ -1,8 +1,8 @@
 """The router checkpoints of Learning-to-Cache (arXiv 2406.01733) and HarmoniCa (arXiv 2410.01723) for DiT.
 
-A file of ``torch.save``: ``routers`` holds a tensor ``{index}.prob`` of 2 * depth numbers for each of T steps, column
-2i for the attention and 2i + 1 for the feed-forward of block i. As the authors' ``load_ranking`` and ``forward`` read
-them: routers count the timesteps upwards, so router T - 1 is the first evaluation; a layer is computed where its
+A file of ``torch.save``: ``routers`` holds a tensor ``{index}.prob`` of 2 * depth numbers for each of T evaluations,
+column 2i for the attention and 2i + 1 for the feed-forward of block i. As the authors' ``load_ranking`` and ``forward``
+read them: routers count the timesteps upwards, so router T - 1 is the first evaluation; a layer is computed where its
 ``sigmoid(prob)`` is above a threshold, and its last output is reused where not.
 
 - Learning-to-Cache samples in pairs: the first evaluation of a pair (odd index) computes every layer, whatever its
@@ -106,7 +106,7 @@ def _rule_of(document: Mapping[str, Any], scores: Sequence[Sequence[float]]) -> 
         return "l2c"
     raise UserError(
         f"cannot tell whether it is Learning-to-Cache's or HarmoniCa's ({len(trained)} of {len(scores)} routers were "
-        f"trained, the last one {'is' if fixed else 'is not'} fixed): say --rule l2c or --rule harmonica"
+        f"trained, the last one {'is' if fixed else 'is not'} fixed); say --rule l2c or --rule harmonica"
     )
 
 

@@ -26,7 +26,7 @@ def units_of_kind(kind: str, names: Sequence[str]) -> dict[str, dict[int, str]]:
             parts.setdefault(match["part"], {}).setdefault(match["stack"], {})[int(match["number"])] = name
     if not parts:
         raise UserError(
-            f"{names[0]} of this model is no layer inside a transformer block: "
+            f"{names[0]} of this model is no layer inside a transformer block; "
             "use a transformer with --granularity layer"
         )
     for part in _DIFFUSERS_NAMES.get(kind, (kind,)):

@@ -79,7 +79,7 @@ def _rows_of_units(document: Mapping[str, Any], names: tuple[str, ...]) -> dict[
     for kind in by_layer:
         for number, unit in numbered_units(kind, names).items():
             if unit not in rows:
-                raise UserError(f"{kind}-{number} is missing: give all layers of a kind, or none")
+                raise UserError(f"{kind}-{number} is missing; give all layers of a kind, or none")
     return rows
 
 
@@ -88,5 +88,5 @@ def _row(key: str, entries: Any) -> tuple[bool, ...]:
         raise UserError(f"{key[:60]!r}: not a list of 0 and 1")
     for step, entry in enumerate(entries):
         if type(entry) is not int or entry not in (0, 1):
-            raise UserError(f"{key[:60]!r}: step {step} is {repr(entry)[:60]}, not 0 or 1")
+            raise UserError(f"{key[:60]!r}: evaluation {step} is {repr(entry)[:60]}, not 0 or 1")
     return tuple(entry == 1 for entry in entries)

@@ -1,4 +1,5 @@
-"""Simulated annealing of which steps run in full, at a fixed number of them, on the final output (as BudCache does)."""
+"""Simulated annealing of which evaluations run in full, at a fixed number of them, on the final output (as BudCache
+does)."""
 
 from __future__ import annotations
 
@@ -21,8 +22,8 @@ class Annealing:
     reach: int = 5
 
     def search(self, task: Task) -> Gates:
-        """See `Method.search`. Starts at the uniform interval; a move shifts one full step to an empty place."""
-        source, start = random.Random(task.seed), task.objective.evaluations
+        """See `Method.search`. Starts at the uniform interval; a move shifts one full evaluation to an empty place."""
+        rng, start = random.Random(task.seed), task.objective.evaluations
         current = Uniform().search(task)
         loss = task.objective(current)
         best, best_loss, scale = current, loss, loss
@@ -32,19 +33,19 @@ class Annealing:
                 break
             used = max(turn / (4 * task.budget), (task.objective.evaluations - start) / max(1, task.budget))
             temperature = scale * self.hot * (self.cold / self.hot) ** used
-            moved = self._move(current, source)
+            moved = self._move(current, rng)
             new = task.objective(moved)
-            if new <= loss or source.random() < math.exp((loss - new) / max(temperature, 1e-12)):
+            if new <= loss or rng.random() < math.exp((loss - new) / max(temperature, 1e-12)):
                 current, loss = moved, new
             if loss < best_loss:
                 best, best_loss = current, loss
         return best
 
-    def _move(self, gates: Gates, source: random.Random) -> Gates:
+    def _move(self, gates: Gates, rng: random.Random) -> Gates:
         full = [step for step in range(1, len(gates)) if any(gates[step])]
         if not full:
             return gates
-        step = full[int(source.random() * len(full))]
+        step = full[int(rng.random() * len(full))]
         places = [
             place
             for place in range(max(1, step - self.reach), min(len(gates), step + self.reach + 1))
@@ -52,7 +53,7 @@ class Annealing:
         ]
         if not places:
             return gates
-        other = places[int(source.random() * len(places))]
+        other = places[int(rng.random() * len(places))]
         rows = list(gates)
         rows[step], rows[other] = rows[other], rows[step]
         return tuple(rows)

@@ -19,11 +19,16 @@ from dipgo_deploy.search.postprocess import TOLERANCE
 class Task:
     """A ratio to reach, and the means.
 
-    target: share of the cost to save. objective: loss of gates. budget: how often it may be called. seed: of all that
-    is drawn. tolerance: how far the ratio may be off. path_costs: lazily, for a method that looks at those instead of
-    the objective, (T, T + 1) costs of computing nothing between two steps (see ``search.paths``). max_variants: most
-    distinct graphs that ``refine`` may make of its gates. gradient: of the loss with respect to hard gates (T, N), on
-    other images each time, for ``refine``.
+    Attributes:
+        target: share of the cost to save.
+        objective: loss of gates.
+        budget: how often it may be called.
+        seed: of all that is drawn.
+        tolerance: how far the ratio may be off.
+        path_costs: lazily, for a method that looks at those instead of the objective, (T, T + 1) costs of computing
+            nothing between two evaluations (see ``search.paths``).
+        max_variants: most distinct graphs that ``refine`` may make of its gates.
+        gradient: of the loss with respect to hard gates (T, N), on other images each time, for ``refine``.
     """
 
     target: float
@@ -75,7 +80,7 @@ class Method(Protocol):
 
 
 def spread_rows(steps: int, kept: int, on: Sequence[bool], off: Sequence[bool]) -> Gates:
-    """``kept`` rows ``on``, evenly spread from step 0, and ``off`` in between."""
+    """``kept`` rows ``on``, evenly spread from evaluation 0, and ``off`` in between."""
     places = {place * steps // kept for place in range(kept)}
     return tuple(tuple(on) if step in places else tuple(off) for step in range(steps))
 

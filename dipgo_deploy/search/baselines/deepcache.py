@@ -1,4 +1,5 @@
-"""DeepCache (Ma et al., CVPR 2024) and its like: full steps evenly spread, and a shallow path at the steps between."""
+"""DeepCache (Ma et al., CVPR 2024) and its like: full evaluations evenly spread, and a shallow path at the evaluations
+between."""
 
 from __future__ import annotations
 
@@ -12,11 +13,11 @@ from dipgo_deploy.search.postprocess import unreachable
 
 
 def shallow_rows(costs: Costs) -> list[tuple[bool, ...]]:
-    """What may run between full steps.
+    """What may run between full evaluations.
 
     A model where the removal of one block makes others useless (a UNet, or a chain with output caches) tells it
     itself: what is left then. One where it does not (a transformer with residual caches) runs its outer blocks: the
-    first and last m, m = 1, 2, ..., because the middle ones change least from step to step.
+    first and last m, m = 1, 2, ..., because the middle ones change least from evaluation to evaluation.
     """
     count = len(costs.blocks)
     rows = [row for row in costs.patterns() if 0 < sum(row) < count - 1]
@@ -26,7 +27,7 @@ def shallow_rows(costs: Costs) -> list[tuple[bool, ...]]:
 
 
 class DeepCache:
-    """The combination of a shallow path and a number of full steps with the lowest loss at the ratio."""
+    """The combination of a shallow path and a number of full evaluations with the lowest loss at the ratio."""
 
     def search(self, task: Task) -> Gates:
         """See `Method.search`; one evaluation for each shallow path that has gates at this ratio."""

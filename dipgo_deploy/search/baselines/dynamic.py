@@ -1,4 +1,5 @@
-"""Which steps run in full, by dynamic programming over a path-aware cost of skipping the steps between (as DPCache)."""
+"""Which evaluations run in full, by dynamic programming over a path-aware cost of skipping the evaluations between (as
+DPCache)."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ from dipgo_deploy.search.postprocess import unreachable
 
 
 def best_path(costs: np.ndarray, kept: int) -> tuple[int, ...]:
-    """The ``kept`` steps, 0 among them, with the smallest sum of costs from each to the next and from the last to T."""
+    """The ``kept`` evaluations, 0 among them, with the smallest sum of costs from each to the next and from the last to
+    T."""
     steps = len(costs)
     if not 1 <= kept <= steps:
         raise ValueError(f"{kept} of {steps} steps cannot be kept")
@@ -22,7 +24,7 @@ def best_path(costs: np.ndarray, kept: int) -> tuple[int, ...]:
     before = np.zeros((kept + 1, steps + 1), dtype=int)
     reach[0, 0] = 0.0
     for count in range(1, kept + 1):
-        # reach[count, j]: the cheapest way to cover the steps below j with `count` kept ones, the next at j.
+        # reach[count, j]: the cheapest way to cover the evaluations below j with `count` kept ones, the next at j.
         through = reach[count - 1, :steps, None] + costs
         before[count] = through.argmin(axis=0)
         reach[count] = through.min(axis=0)
@@ -34,7 +36,7 @@ def best_path(costs: np.ndarray, kept: int) -> tuple[int, ...]:
 
 
 class DynamicProgramming:
-    """As many full steps as the uniform interval has, at the places that cost least."""
+    """As many full evaluations as the uniform interval has, at the places that cost least."""
 
     def search(self, task: Task) -> Gates:
         """See `Method.search`; needs the costs of paths and no evaluation."""

@@ -26,10 +26,10 @@ class Genetic:
 
     def search(self, task: Task) -> Gates:
         """See `Method.search`. Starts at random schedules; the uniform interval is not among them."""
-        source, costs, start = random.Random(task.seed), task.costs, task.objective.evaluations
+        rng, costs, start = random.Random(task.seed), task.costs, task.objective.evaluations
         band = Band(max(0.0, task.target - self.slack), task.target + self.slack)
         people = [
-            random_gates(costs, task.target, source, task.tolerance)
+            random_gates(costs, task.target, rng, task.tolerance)
             for _ in range(min(self.population, max(2, task.budget)))
         ]
         for person in people:
@@ -41,7 +41,7 @@ class Genetic:
             children: list[Gates] = []
             while len(children) < len(people) and not task.spent(start) and idle < 10 * self.population:
                 idle += 1
-                child = self._child(ranked, costs, band, source)
+                child = self._child(ranked, costs, band, rng)
                 if child is not None:
                     task.objective(child)
                     children.append(child)
@@ -53,23 +53,23 @@ class Genetic:
         if not usable:
             # All of the last generation strayed: bring its best back.
             for person in people:
-                returned = repair(person, costs, task.band, source)
+                returned = repair(person, costs, task.band, rng)
                 if returned is not None:
                     return returned
             ratio = min((costs.ratio(person) for person in people), key=lambda value: abs(value - task.target))
             raise UserError(unreachable(task.target, ratio, task.tolerance))
         return min(usable, key=task.objective)
 
-    def _child(self, ranked: Sequence[Gates], costs: Costs, band: Band, source: random.Random) -> Gates | None:
+    def _child(self, ranked: Sequence[Gates], costs: Costs, band: Band, rng: random.Random) -> Gates | None:
         """Rows of two parents, each the better of two drawn, then mutated and brought into the band."""
         mother, father = (
-            ranked[min(int(source.random() * len(ranked)), int(source.random() * len(ranked)))] for _ in range(2)
+            ranked[min(int(rng.random() * len(ranked)), int(rng.random() * len(ranked)))] for _ in range(2)
         )
-        rows = tuple(a if source.random() < 0.5 else b for a, b in zip(mother, father, strict=True))
-        child = repair(rows, costs, band, source)
+        rows = tuple(a if rng.random() < 0.5 else b for a, b in zip(mother, father, strict=True))
+        child = repair(rows, costs, band, rng)
         for _ in range(self.mutation):
             if child is not None:
-                child = propose(child, costs, band, source)
+                child = propose(child, costs, band, rng)
         return child
 
     def parameters(self) -> dict[str, Any]:

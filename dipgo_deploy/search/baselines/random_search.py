@@ -15,14 +15,14 @@ from dipgo_deploy.search.postprocess import select
 _ATTEMPTS = 50
 
 
-def random_gates(costs: Costs, target: float, source: random.Random, tolerance: float) -> Gates:
+def random_gates(costs: Costs, target: float, rng: random.Random, tolerance: float) -> Gates:
     """Random keep scores, post-processed as the pruner's are: removal goes on to what is computed for nothing.
 
     Raises:
         UserError: none of many draws has gates at the ratio.
     """
     for attempt in range(_ATTEMPTS):
-        scores = [[source.random() for _ in costs.blocks] for _ in range(costs.steps)]
+        scores = [[rng.random() for _ in costs.blocks] for _ in range(costs.steps)]
         try:
             return select(scores, costs, target, tolerance=tolerance).gates
         except UserError:
@@ -36,8 +36,8 @@ class RandomSearch:
 
     def search(self, task: Task) -> Gates:
         """See `Method.search`."""
-        source = random.Random(task.seed)
-        draws = [random_gates(task.costs, task.target, source, task.tolerance) for _ in range(max(1, task.budget))]
+        rng = random.Random(task.seed)
+        draws = [random_gates(task.costs, task.target, rng, task.tolerance) for _ in range(max(1, task.budget))]
         return draws[0] if len(draws) == 1 else min(draws, key=task.objective)
 
     def parameters(self) -> dict[str, Any]:

@@ -30,22 +30,21 @@ def refine(task: Task, starts: Sequence[Gates]) -> Gates:
     """The best gates found from the best of several starts; they cost no more than the target or the uniform interval.
 
     A start that costs more, or is further from the target than the tolerance, is brought there first; its loss is that
-    of what it becomes. (Uniform intervals cost a little more than their target where every step costs something.)
-    Three kinds of moves take turns, and a kind that helped goes on: launches move to other steps (`moved_places`); the
-    gradient of the loss with respect to the gates names the kept ones that matter least and the removed ones that are
-    missed most, and several of each change places, fewer and fewer; random moves (`propose`). Only what lowers the true
-    loss is kept, so the result is no worse on the objective's images than any start.
+    of what it becomes. (Uniform intervals cost a little more than their target where every evaluation costs something.)
+    Three kinds of moves take turns, and a kind that helped goes on: launches move to other evaluations
+    (`moved_places`); the gradient of the loss with respect to the gates names the kept ones that matter least and the
+    removed ones that are missed most, and several of each change places, fewer and fewer; random moves (`propose`).
+    Only what lowers the true loss is kept, so the result is no worse on the objective's images than any start.
 
     Raises:
         UserError: no start can be brought to the target.
     """
-    source, begun = random.Random(task.seed), task.objective.evaluations
+    rng, begun = random.Random(task.seed), task.objective.evaluations
     uniform = task.costs.ratio(uniform_gates(task.costs, task.target))
     near = abs(uniform - task.target) <= task.tolerance
     allowed = Band(min(task.band.low, uniform) if near else task.band.low, task.band.high)
     repaired = [
-        start if allowed.holds(task.costs.ratio(start)) else repair(start, task.costs, allowed, source)
-        for start in starts
+        start if allowed.holds(task.costs.ratio(start)) else repair(start, task.costs, allowed, rng) for start in starts
     ]
     usable = [gates for gates in repaired if gates is not None and task.allows(gates)]
     if not usable:
@@ -53,7 +52,7 @@ def refine(task: Task, starts: Sequence[Gates]) -> Gates:
         nearest = min(ratios, key=lambda ratio: abs(ratio - task.target))
         raise UserError(unreachable(task.target, nearest, task.tolerance))
     best = min(usable, key=task.objective)
-    kinds = _Kinds(task, allowed, source)
+    kinds = _Kinds(task, allowed, rng)
     # Moves to gates that were tried before are free, so the number of rounds is limited too.
     for _ in range(4 * task.budget):
         if task.spent(begun):
@@ -69,8 +68,8 @@ def refine(task: Task, starts: Sequence[Gates]) -> Gates:
 class _Kinds:
     """The kinds of moves and whose turn it is."""
 
-    def __init__(self, task: Task, band: Band, source: random.Random) -> None:
-        self._task, self._band, self._source = task, band, source
+    def __init__(self, task: Task, band: Band, rng: random.Random) -> None:
+        self._task, self._band, self._rng = task, band, rng
         self._fruitless = 0
         self._kinds: list[Callable[[Gates], Proposals]] = [self._places, self._random]
         if task.gradient is not None:
@@ -102,25 +101,25 @@ class _Kinds:
         return self._band.holds(self._task.costs.ratio(gates)) and self._task.allows(gates)
 
     def _places(self, gates: Gates) -> Proposals:
-        return moved_places(gates, self._source)
+        return moved_places(gates, self._rng)
 
     def _exchanges(self, gates: Gates) -> Proposals:
         assert self._task.gradient is not None
         gradient = self._task.gradient(gates)
         for size in _SIZES:
-            moved = exchange(self._task.costs, gates, gradient, size, self._band, self._source)
+            moved = exchange(self._task.costs, gates, gradient, size, self._band, self._rng)
             if moved is not None and moved != gates:
                 yield moved
 
     def _random(self, gates: Gates) -> Proposals:
         for _ in range(2 * _TRIES):
-            moved = propose(gates, self._task.costs, self._band, self._source)
+            moved = propose(gates, self._task.costs, self._band, self._rng)
             if moved is not None:
                 yield moved
 
 
 def exchange(
-    costs: Costs, gates: Gates, gradient: np.ndarray, size: int, band: Band, source: random.Random
+    costs: Costs, gates: Gates, gradient: np.ndarray, size: int, band: Band, rng: random.Random
 ) -> Gates | None:
     """The ``size`` removed gates that the loss falls most with are kept, and as much is removed that it rises least by.
 
@@ -141,7 +140,7 @@ def exchange(
         if costs.ratio(_gates(kept)) >= band.low - 1e-9:
             break
         kept[cell] = False
-    return repair(_gates(kept), costs, band, source)
+    return repair(_gates(kept), costs, band, rng)
 
 
 def _gates(kept: np.ndarray) -> Gates:

@@ -1,4 +1,4 @@
-"""Every block at evenly spread steps, nothing in between."""
+"""Every block at evenly spread evaluations, nothing in between."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dipgo_deploy.search.postprocess import unreachable
 
 
 def uniform_gates(costs: Costs, target: float) -> Gates:
-    """As many full steps as come nearest to the target."""
+    """As many full evaluations as come nearest to the target."""
     count = len(costs.blocks)
     candidates = [
         costs.clean(spread_rows(costs.steps, kept, (True,) * count, (False,) * count))
@@ -22,7 +22,7 @@ def uniform_gates(costs: Costs, target: float) -> Gates:
 
 
 class Uniform:
-    """The uniform interval, where the number of full steps need not divide T."""
+    """The uniform interval, where the number of full evaluations need not divide T."""
 
     def search(self, task: Task) -> Gates:
         """See `Method.search`; needs no evaluation."""

@@ -4,9 +4,9 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from dipgo_deploy.export.layout import Layout, layout_of
 from dipgo_deploy.export.passes.layouts import NoteLayouts
 from dipgo_deploy.export.passes.names import note_parameter
+from dipgo_deploy.export.stored import StoredParameter, stored_parameter
 
 
 def test_a_weight_is_told_by_its_values() -> None:
@@ -25,9 +25,9 @@ def test_a_weight_is_told_by_its_values() -> None:
     model = ir.Model(ir.Graph([], [], nodes=[], initializers=list(values.values())), ir_version=10)
     wrapper = torch.nn.ModuleDict({"denoiser": module})
     NoteLayouts(wrapper, "denoiser.")(model)
-    assert {name: layout_of(value.const_value) for name, value in values.items()} == {
-        "plain.weight": Layout("plain.weight", transposed=False, equal=("twin.weight",)),
-        "turned.weight": Layout("turned.weight", transposed=True),
+    assert {name: stored_parameter(value.const_value) for name, value in values.items()} == {
+        "plain.weight": StoredParameter("plain.weight", transposed=False, equal=("twin.weight",)),
+        "turned.weight": StoredParameter("turned.weight", transposed=True),
         "scaled.weight": None,
         "val_1": None,
     }
@@ -40,4 +40,4 @@ def test_not_a_number_is_equal_to_itself() -> None:
     value = ir.Value(name="weight", const_value=ir.tensor(module.weight.detach().numpy(), name="weight"))
     note_parameter(value, "weight")
     NoteLayouts(module, "")(ir.Model(ir.Graph([], [], nodes=[], initializers=[value]), ir_version=10))
-    assert layout_of(value.const_value) == Layout("weight", transposed=False)
+    assert stored_parameter(value.const_value) == StoredParameter("weight", transposed=False)

@@ -22,6 +22,6 @@ def test_outputs_are_named_in_order() -> None:
 
 
 @pytest.mark.parametrize(("same", "names"), [(True, ("a", "b")), (False, ("a",)), (False, ("a", "b", "c"))])
-def test_cut_points_that_are_one_tensor_are_refused(same: bool, names: tuple[str, ...]) -> None:
-    with pytest.raises(UserError, match="^DiT: two cut points are one tensor .*; choose another granularity"):
+def test_boundary_tensors_that_are_one_tensor_are_refused(same: bool, names: tuple[str, ...]) -> None:
+    with pytest.raises(UserError, match="^DiT: two boundary tensors are one tensor .*; choose another granularity"):
         apply(model_of(same=same), NameOutputs(names, "DiT"))

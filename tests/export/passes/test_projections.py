@@ -16,8 +16,8 @@ from tiny_engines import save_dit_pipeline, schedule_for, write  # noqa: E402
 
 from dipgo_deploy.bundle.directory import Bundle  # noqa: E402
 from dipgo_deploy.export.exporter import ExportOptions, plan_export  # noqa: E402
-from dipgo_deploy.export.layout import Layout, layout_of, note_layout  # noqa: E402
 from dipgo_deploy.export.passes.projections import SeparateProjections  # noqa: E402
+from dipgo_deploy.export.stored import StoredParameter, note_parameter, stored_parameter  # noqa: E402
 
 torch.set_num_threads(1)
 RANDOM = np.random.default_rng(0)
@@ -31,7 +31,7 @@ def value(name: str, shape: list[int]) -> ir.Value:
 def weight(name: str, shape: list[int]) -> ir.Value:
     made = value(name, shape)
     made.const_value = ir.tensor(RANDOM.normal(size=shape).astype(np.float32), name=name)
-    note_layout(made.const_value, Layout(name, False))
+    note_parameter(made.const_value, StoredParameter(name, False))
     return made
 
 
@@ -82,7 +82,7 @@ def test_parts_go_to_those_who_need_them(needs, rows):
     held = {name: made for name, made in model.graph.initializers.items() if name.startswith("w")}
     assert sorted(held) == sorted(f"w.rows{part}" for part in rows)
     for name, made in held.items():
-        layout = layout_of(made.const_value)
+        layout = stored_parameter(made.const_value)
         assert layout is not None and layout.parameter == "w" and layout.rows is not None
         first, last, count = layout.rows
         assert name == f"w.rows{first}-{last}" and count == 2 * PARTS

@@ -1,4 +1,4 @@
-"""The latent as a weighted sum of the stack: initial noise, predictions, a picture's latents, noise draws."""
+"""The latent as a weighted sum of the history: initial noise, predictions, a picture's latents, noise draws."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import numpy as np
 
 
 @dataclass(frozen=True)
-class StackLayout:
-    """What a graph has to know of the stack.
+class History:
+    """What a graph has to know of the history.
 
     slots: entries of it. chain: how many of the first are the initial noise and the predictions in the order in which
     they are written; what comes behind them is there before the run begins.
 
     Raises:
-        ValueError: the chain is empty or longer than the stack.
+        ValueError: the chain is empty or longer than the history.
     """
 
     slots: int
@@ -24,7 +24,7 @@ class StackLayout:
 
     def __post_init__(self) -> None:
         if not 1 <= self.chain <= self.slots:
-            raise ValueError(f"a chain of {self.chain} in a stack of {self.slots} slots")
+            raise ValueError(f"a chain of {self.chain} in a history of {self.slots} slots")
 
 
 def graph_coefficients(weights: Sequence[float], chain: int) -> np.ndarray:
@@ -40,20 +40,20 @@ def graph_coefficients(weights: Sequence[float], chain: int) -> np.ndarray:
     return row.astype(np.float32)
 
 
-def graph_latent(stack: np.ndarray, coefficients: np.ndarray, chain: int) -> np.ndarray:
+def graph_latent(history: np.ndarray, coefficients: np.ndarray, chain: int) -> np.ndarray:
     """The latent that a graph makes of its inputs ``stack`` (slots, B, C, h, w) and ``coefficients`` (slots,).
 
     In float64, as float32 (B, C, h, w).
     """
     row = np.array(coefficients, np.float64)
     row[: chain - 1] -= row[1:chain]
-    return final_latent(stack, row.tolist())
+    return final_latent(history, row.tolist())
 
 
-def final_latent(stack: np.ndarray, weights: Sequence[float]) -> np.ndarray:
-    """The weighted sum of the stack (slots, B, C, h, w), in float64, as float32 (B, C, h, w)."""
-    total = np.zeros(stack.shape[1:], np.float64)
+def final_latent(history: np.ndarray, weights: Sequence[float]) -> np.ndarray:
+    """The weighted sum of the history (slots, B, C, h, w), in float64, as float32 (B, C, h, w)."""
+    total = np.zeros(history.shape[1:], np.float64)
     for slot, weight in enumerate(weights):
         if weight:
-            total += weight * stack[slot].astype(np.float64)
+            total += weight * history[slot].astype(np.float64)
     return total.astype(np.float32)
