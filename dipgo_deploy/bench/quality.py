@@ -94,7 +94,7 @@ class Row:
     milliseconds: float
     metrics: Mapping[str, Estimate]
     differences: Mapping[str, Estimate]
-    against: str
+    against: str | None
     accuracy: Estimate | None
     frechet: Estimate | None
     guidance_scale: float | None = None
@@ -335,7 +335,7 @@ class _Measurement:
             milliseconds=float(values["milliseconds"]),
             metrics={name: mean(found) for name, found in per_image.items()},
             differences={},
-            against="",
+            against=None,
             accuracy=accuracy,
             frechet=frechet,
             guidance_scale=problem.guidance_scale,
@@ -422,11 +422,11 @@ def _compared(problem: Problem, cases: Sequence[Case], rows: Sequence[Row], by_r
     firsts: list[Row] = []
     for case, row in zip(cases, rows, strict=True):
         if best:
-            other = best.get(_worth(problem, row.macs) if case.group is None else case.group, rows[0])
+            other = best.get(_worth(problem, row.macs) if case.group is None else case.group)
         else:
             other = next((one for one in firsts if not by_ratio or abs(one.ratio - row.ratio) <= SAME_RATIO), row)
             firsts += [row] if other is row else []
-        found.append(replace(row, against=other.name, differences=_differences(row, other)))
+        found.append(row if other is None else replace(row, against=other.name, differences=_differences(row, other)))
     return found
 
 
@@ -434,12 +434,17 @@ def _differences(row: Row, other: Row) -> dict[str, Estimate]:
     return {name: mean(values - other.per_image[name]) for name, values in row.per_image.items()}
 
 
-def fewest_launches(rows: Sequence[Row], least: float) -> dict[str, int | None]:
-    """The fewest launches with which a plain solver (``baseline``) and anything else (``ours``) reach an SSIM."""
-    found = {}
-    for kind, is_baseline in (("ours", False), ("baseline", True)):
-        enough = [row.launches for row in rows if row.baseline == is_baseline and row.ssim.value >= least]
-        found[kind] = min(enough, default=None)
+def fewest_launches(rows: Sequence[Row], least: float) -> list[dict[str, Any]]:
+    """At each guidance scale the fewest launches with which a plain solver (``baseline``) and anything else (``ours``)
+    reach an SSIM of ``least``, None where nothing does."""
+    found = []
+    for scale in dict.fromkeys(row.guidance_scale for row in rows):
+        enough = [row for row in rows if row.guidance_scale == scale and row.ssim.value >= least]
+        fewest = {
+            kind: min((row.launches for row in enough if row.baseline == plain), default=None)
+            for kind, plain in (("ours", False), ("baseline", True))
+        }
+        found.append({"guidance_scale": scale, "ssim": least, **fewest})
     return found
 
 

@@ -113,8 +113,8 @@ def command() -> None:
 @option(
     "Measurement",
     "--launches",
-    show_default="those of the schedules",
-    help="Numbers of launches of the baselines, as in 4,5,7.",
+    show_default="none",
+    help="Numbers of launches of further baselines, as in 4,5,7.",
 )
 @option(
     "Measurement",
@@ -203,7 +203,7 @@ def quality(
     import torch
 
     from dipgo_deploy.bench.metrics import learned, learned_there, to_the_full_run
-    from dipgo_deploy.bench.quality import fewest_launches, measure, solver_case
+    from dipgo_deploy.bench.quality import FULL_RUN, fewest_launches, measure, solver_case
     from dipgo_deploy.reference.quiet import quiet_libraries
     from dipgo_deploy.search.problem import load_problem, with_guidance_scale
 
@@ -250,7 +250,7 @@ def quality(
                 strip=None if strip is None else _strip_writer(strip, strip_images, scale, len(guidance_scales) > 1),
             )
     sampler = problem.target.sampler
-    judged = [row for row in rows if row.against]
+    judged = [row for row in rows if row.name != FULL_RUN.name]
     facts = {
         "model": problem.options.model,
         "reference": {"sampler": sampler.class_name, "steps": sampler.num_inference_steps},
@@ -260,11 +260,11 @@ def quality(
         "seed": measuring["seed"],
         "difference_to": _opponents(baselines, measuring["by_ratio"]),
         "macs_full": problem.costs.full,
-        "full_run": [row.as_json() for row in rows if not row.against],
+        "full_run": [row.as_json() for row in rows if row.name == FULL_RUN.name],
         "cases": [row.as_json() for row in judged],
     }
     if baselines:
-        facts["fewest_launches"] = {f"{least:g}": fewest_launches(judged, least) for least in _WANTED_SSIM}
+        facts["fewest_launches"] = [line for least in _WANTED_SSIM for line in fewest_launches(judged, least)]
     _show(console, rows, facts)
     if output is not None:
         from dipgo_deploy.files import write_atomic
@@ -308,7 +308,7 @@ def _cases(
     from dipgo_deploy.bench.quality import evaluations_worth, schedule_cases
 
     cases = schedule_cases(schedules, problem, **taking)
-    wanted = sorted(counts or {evaluations_worth(problem, case) for case in cases})
+    wanted = sorted({*(counts or ()), *(evaluations_worth(problem, case) for case in cases)})
     left_out = []
     for name, schedule in schedules if uncalibrated else ():
         if schedule.solver is not None:
@@ -493,10 +493,11 @@ def _show(console: Any, rows: Sequence[Row], facts: dict[str, Any]) -> None:
         markup=False,
         soft_wrap=True,
     )
-    for least, found in facts.get("fewest_launches", {}).items():
-        ours, plain = (found[kind] or "none of these" for kind in ("ours", "baseline"))
+    for found in facts.get("fewest_launches", []):
+        ours, plain = (found[kind] or "none of those measured" for kind in ("ours", "baseline"))
+        at = "" if found["guidance_scale"] is None else f", guidance {found['guidance_scale']:g}"
         console.print(
-            f"fewest launches for SSIM {least}: {ours} of the schedules', {plain} of the plain solvers'",
+            f"fewest launches for SSIM {found['ssim']:g}{at}: schedules {ours}, plain solvers {plain}",
             markup=False,
             soft_wrap=True,
         )

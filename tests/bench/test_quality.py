@@ -152,8 +152,15 @@ def test_a_fitted_schedule_is_measured_without_its_solver_too(problem: Problem) 
 
 def test_fewest_launches_are_of_those_that_are_good_enough(problem: Problem) -> None:
     rows = measure(problem, [Case("full", full(STEPS, 3)), replace(solver_case("ddim:2"), group=2)], 2)
-    assert fewest_launches(rows, 0.999) == {"ours": STEPS, "baseline": None}
-    assert fewest_launches(rows, -1.0) == {"ours": STEPS, "baseline": 2}
+    at = {"guidance_scale": problem.guidance_scale}
+    assert fewest_launches(rows, 0.999) == [{**at, "ssim": 0.999, "ours": STEPS, "baseline": None}]
+    other = [replace(row, guidance_scale=9.0, launches=1) for row in rows]
+    assert fewest_launches([*rows, *other], -1.0) == [
+        {**at, "ssim": -1.0, "ours": STEPS, "baseline": 2},
+        {"guidance_scale": 9.0, "ssim": -1.0, "ours": 1, "baseline": 1},
+    ]
+    assert rows[0].against is None and not rows[0].differences  # no plain solver costs as much as the full run
+    assert rows[1].against == rows[1].name
 
 
 def test_an_interrupted_measurement_goes_on_to_the_same_result(problem: Problem, tmp_path: Path) -> None:
@@ -291,7 +298,7 @@ def test_the_command_writes_table_json_and_plot(
     assert names[: len(names) // 2] == names[len(names) // 2 :]
     assert [row["guidance_scale"] for row in facts["full_run"]] == [3, 2]
     assert facts["cases"][0]["against"] in names and facts["cases"][0]["differences"]["gmsd"]["value"] != 0
-    assert set(facts["fewest_launches"]) == {"0.99", "0.995"}
+    assert [line["ssim"] for line in facts["fewest_launches"]] == [0.99, 0.99, 0.995, 0.995]
     assert facts["cases"][0]["ssim"]["low"] <= facts["cases"][0]["ssim"]["value"]
     assert plot.read_bytes().startswith(b"\x89PNG")
     assert all((tmp_path / f"s-{scale}.png").read_bytes().startswith(b"\x89PNG") for scale in (2, 3))
