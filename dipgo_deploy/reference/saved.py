@@ -15,7 +15,9 @@ from dipgo_deploy.models.location import INDEX, lasting_name
 
 
 def is_pipeline(model: object) -> bool:
-    """Whether ``model`` is a diffusers pipeline; does not import diffusers, without which there is none."""
+    """Whether ``model`` is a diffusers pipeline; imports nothing of diffusers for a name, a path or a number."""
+    if type(model).__module__.partition(".")[0] in sys.stdlib_module_names:
+        return False
     diffusers = sys.modules.get("diffusers")
     return diffusers is not None and isinstance(model, diffusers.DiffusionPipeline)
 
