@@ -71,7 +71,7 @@ def test_what_configurations_decide_is_refused_before_anything_is_loaded(
 ) -> None:
     path = str(tmp_path / "s.json")
     assert schedule(["full", "--model", "fashion-sd", "--sampler", "ddim", "--steps", "2", "-o", path]) == 0
-    monkeypatch.setattr("dipgo_deploy.export.exporter.load_source", None)  # would raise when called
+    monkeypatch.setattr("dipgo_deploy.export.planning.load_source", None)  # would raise when called
     assert export([*arguments, "--schedule", path, "--engine-dir", str(tmp_path / "engine")]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "engine").exists()
