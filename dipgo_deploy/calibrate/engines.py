@@ -1,4 +1,4 @@
-"""A schedule's own solver, fitted with the predictions of the engines that will run it; see ``calibrate.core``.
+"""A schedule's own solver, fitted with the predictions of the engines that will run it; see ``calibrate.fitted``.
 
 Nothing is exported again and nothing of torch is needed: a solver is the timesteps and coefficients of a launch list,
 which stand in the manifest alone.
@@ -26,11 +26,11 @@ from dipgo_deploy.calibrate.core import (
     Launch,
     Report,
     conditions_digest,
-    fitted_solver,
     grouped,
     nearest,
     noise_of,
 )
+from dipgo_deploy.calibrate.fitted import fitted_solver
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.runtime.image import batch_for, pad_batch
 from dipgo_deploy.runtime.loop import DenoisingLoop

@@ -1,22 +1,31 @@
-"""A schedule's own solver, fitted with the predictions of the model in torch; see ``calibrate.core``."""
+"""Schedules with solvers of their own, fitted with the predictions of the model in torch."""
 
 from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
-from dipgo_deploy.calibrate.core import FIRST_SEED as FIRST_SEED
-from dipgo_deploy.calibrate.core import CalibrationOptions as CalibrationOptions
-from dipgo_deploy.calibrate.core import Group, Launch, Report, conditions_digest, fitted_solver, grouped, nearest
-from dipgo_deploy.schedule.document import Gates, Schedule
-from dipgo_deploy.search.problem import Problem, with_guidance_scale
-from dipgo_deploy.supernet import CacheState
+from dipgo_deploy.calibrate.core import (
+    CalibrationOptions,
+    Launch,
+    Report,
+    conditions_digest,
+    grouped,
+    nearest,
+)
+from dipgo_deploy.calibrate.fitted import Refine, fitted_solver, fitted_to, opened_runs
+from dipgo_deploy.calibrate.launch_search import KNOWN, LaunchSearchOptions, check_counts, search_launches
+from dipgo_deploy.calibrate.refine import RefineOptions, refined
+from dipgo_deploy.calibrate.supernet_model import SupernetModel
+from dipgo_deploy.files import sole_user
+from dipgo_deploy.schedule.document import FORMAT_VERSION, Gates, Schedule, gate_rows
+from dipgo_deploy.schedule.solver import Solver
+from dipgo_deploy.search.problem import Problem
 
 
 def calibrate(
@@ -24,6 +33,7 @@ def calibrate(
     schedule: Schedule,
     options: CalibrationOptions | None = None,
     *,
+    refine: RefineOptions | None = None,
     folder: Path | None = None,
     resume: bool = False,
     report: Report = lambda stage, done, total: None,
@@ -37,6 +47,7 @@ def calibrate(
         problem: the schedule's model, sampler, number of steps and kinds of cache.
         schedule: gates for it, with a solver or without one.
         options: see there.
+        refine: how the fit is refined by gradients, None: not at all.
         folder: where a calibration that was interrupted can go on from.
         resume: go on from what is in ``folder``.
         report: told (stage, done, total).
@@ -46,38 +57,124 @@ def calibrate(
     """
     options = options or CalibrationOptions()
     options.check()
-    gates, launches = _launches(problem, schedule)
+    gates, launches = launches_of(problem, schedule.gates)
     scales: Sequence[float | None] = options.guidance_scales or (problem.guidance_scale,)
     facts = _facts(problem, scales)
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = folder or Path(temporary)
+    with _folder(folder) as work:
+        model = SupernetModel(problem, gates, scales, work)
         solver = fitted_solver(
-            _Model(problem, gates, scales, folder),
+            model,
             launches,
             grouped(len(problem.conditions), scales, options),
             options,
-            folder=folder,
+            folder=work,
             settings={**facts, "schedule": hashlib.sha256(schedule.to_json().encode()).hexdigest()},
             provenance=facts,
+            refine=_refine(model, refine, report),
             resume=resume,
             report=report,
         )
-    return schedule.with_solver(solver, gates)
+    return _with_solver(schedule, gates, solver)
 
 
-def _launches(problem: Problem, schedule: Schedule) -> tuple[Gates, list[Launch]]:
-    """The launches with their rows of gates."""
-    analysis = problem.costs.analyse(schedule.gates)
+def calibrated_launches(
+    problem: Problem,
+    counts: Sequence[int],
+    options: CalibrationOptions | None = None,
+    *,
+    search: LaunchSearchOptions | None = None,
+    refine: RefineOptions | None = None,
+    folder: Path | None = None,
+    resume: bool = False,
+    report: Report = lambda stage, done, total: None,
+    found: Callable[[int, Schedule], None] = lambda count, schedule: None,
+) -> dict[int, Schedule]:
+    """For each number of launches the whole launches that come closest to the full run, with their fitted solver.
+
+    Args:
+        problem: model and sampler; its reference's full run is fitted to, if it has one.
+        counts: numbers of launches.
+        options: see there.
+        search: see there.
+        refine: how each fit is refined by gradients, None: not at all.
+        folder: for full runs, where an interrupted search can go on from.
+        resume: go on from what is in ``folder``.
+        report: told (stage, done, total).
+        found: told each schedule when it is there.
+
+    Raises:
+        UserError: more launches than the full run has, too few images, a folder that cannot be used, or latents that
+            are not finite.
+    """
+    options = options or CalibrationOptions()
+    options.check()
+    full = [float(timestep) for timestep in (problem.reference or problem).matrix.timesteps]
+    check_counts(counts, len(full))
+    scales: Sequence[float | None] = options.guidance_scales or (problem.guidance_scale,)
+    facts = _facts(problem, scales)
+    blocks = len(problem.target.blocks)
+    whole: dict[int, Schedule] = {}
+    with _folder(folder) as work, sole_user(work, "--checkpoint"):
+        model = SupernetModel(problem, ((True,) * blocks,) * max(counts), scales, work)
+        groups = grouped(len(problem.conditions), scales, options)
+        settings = {**facts, "model": problem.target.model.config_hash}
+        columns = 1 + model.noises + max(counts) + KNOWN
+        runs = opened_runs(
+            model,
+            groups,
+            range(len(full)),
+            options,
+            columns,
+            folder=work,
+            settings=settings,
+            resume=resume,
+            report=report,
+        )
+        searched = search_launches(runs, model.predict, full, counts, search or LaunchSearchOptions(), report)
+        for count, (launches, tried) in searched:
+            provenance = {**facts, "searched": {"fits": tried}}
+            solver = fitted_to(runs, model, launches, options, provenance, _refine(model, refine, report), report)
+            gates: Gates = ((True,) * blocks,) * count
+            parameters = {"launches": count, "guidance_scale": problem.guidance_scale}
+            schedule = problem.target.schedule(((True,) * blocks,) * problem.steps, "launch search", parameters)
+            whole[count] = _with_solver(schedule, gates, solver)
+            found(count, whole[count])
+    return whole
+
+
+def _refine(model: SupernetModel, options: RefineOptions | None, report: Report) -> Refine | None:
+    return None if options is None else partial(refined, model, options=options, report=report)
+
+
+def _with_solver(schedule: Schedule, gates: Gates, solver: Solver) -> Schedule:
+    fields = {name: getattr(schedule, name) for name in Schedule.model_fields}
+    changed = {"format_version": FORMAT_VERSION, "steps": len(gates), "solver": solver}
+    return Schedule.model_validate({**fields, **changed, "keep": gate_rows(gates)})
+
+
+@contextmanager
+def _folder(folder: Path | None) -> Iterator[Path]:
+    """``folder``, or a temporary one."""
+    if folder is not None:
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        yield Path(temporary)
+
+
+def launches_of(problem: Problem, gates: Gates) -> tuple[Gates, list[Launch]]:
+    """The launches of T x N gates with their rows of gates; those in which no block runs are left out."""
+    analysis = problem.costs.analyse(gates)
     own = problem.matrix.timesteps
     full = (problem.reference or problem).matrix.timesteps
-    gates, launches = [], []
+    rows, launches = [], []
     for step in sorted(analysis.launches):
-        if not any(schedule.gates[step]):
+        if not any(gates[step]):
             continue  # caches alone: with the solver's own rows there is no need for such a prediction
         target = nearest(full, own[step])
-        gates.append(schedule.gates[step])
+        rows.append(gates[step])
         launches.append(Launch(float(full[target]), target, step in analysis.predicts))
-    return tuple(gates), launches
+    return tuple(rows), launches
 
 
 def _facts(problem: Problem, scales: Sequence[float | None]) -> dict[str, Any]:
@@ -92,71 +189,3 @@ def _facts(problem: Problem, scales: Sequence[float | None]) -> dict[str, Any]:
         "dtype": "fp32",
         "backend": "torch",
     }
-
-
-class _Model:
-    """The schedule's evaluations in torch, for all groups side by side; caches that are read later lie in files."""
-
-    def __init__(self, problem: Problem, gates: Gates, scales: Sequence[float | None], folder: Path) -> None:
-        self._at = {
-            scale: problem if scale in (None, problem.guidance_scale) else with_guidance_scale(problem, scale)
-            for scale in dict.fromkeys(scales)
-        }
-        self.sample_shape = problem.sample_shape
-        self.noises = (problem.reference or problem).matrix.noises
-        self.kept_bytes = 0  # what caches take is not known before they are made
-        self._gates = gates
-        self._names = [block.name for block in problem.target.blocks]
-        self._supernet = problem.source.supernet(problem.options.granularity, problem.cache_kinds)
-        self._folder = folder
-        self._states: dict[int, CacheState] = {}
-
-    @torch.no_grad()
-    def full_run(self, group: Group, wanted: Collection[int]) -> tuple[Mapping[int, np.ndarray], np.ndarray]:
-        """See ``core.Model``."""
-        problem = self._at[group.scale]
-        problem = problem.reference or problem
-        latents: dict[int, np.ndarray] = {}
-
-        def record(evaluation: Any) -> None:
-            if evaluation.step in wanted:
-                latents[evaluation.step] = _array(evaluation.model_input)
-
-        gates = [[True] * len(problem.target.blocks)] * problem.steps
-        final = problem.run(problem.batch(group.pairs), gates, record=record, keep=lambda step: ())
-        return latents, _array(final)
-
-    @torch.no_grad()
-    def predict(self, place: int, launch: Launch, group: Group, latents: np.ndarray) -> np.ndarray:
-        """See ``core.Model``."""
-        from dipgo_deploy.reference.mapped import MappedCaches
-
-        if not place and not all(map(all, self._gates)):
-            self._supernet.store = self._supernet.store or MappedCaches(self._folder)
-        problem = self._at[group.scale]
-        conditions = (problem.reference or problem).conditions_of(group.pairs)
-        halves = 1 if problem.guidance_scale is None else 2
-        model_input = torch.cat([torch.from_numpy(latents).to(problem.device)] * halves)
-        output, after = self._supernet.step(
-            model_input,
-            torch.full((len(model_input),), launch.timestep, device=problem.device),
-            conditions,
-            self._gates[place],
-            self._states.get(group.rows.start, CacheState()),
-            place,
-            {name for later in self._gates[place + 1 :] for name in self._removed(later)},
-        )
-        self._states[group.rows.start] = after
-        raw = output[:, : latents.shape[1]].float()
-        if problem.guidance_scale is None:
-            return _array(raw)
-        unconditional, conditional = raw.chunk(2)
-        return _array(unconditional + problem.guidance_scale * (conditional - unconditional))
-
-    def _removed(self, gates: Sequence[bool]) -> Iterator[str]:
-        return (name for name, kept in zip(self._names, gates, strict=True) if not kept)
-
-
-def _array(tensor: torch.Tensor) -> np.ndarray:
-    array: np.ndarray = tensor.float().cpu().numpy()
-    return array

@@ -29,6 +29,7 @@ from dipgo_deploy.cli.options import (
     guidance_option,
     option,
     prompts_option,
+    refine_option,
     size_options,
     threads_option,
     version_option,
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 
     from dipgo_deploy.bundle.manifest import Manifest
     from dipgo_deploy.calibrate.engines import Conditions
+    from dipgo_deploy.calibrate.refine import RefineOptions
     from dipgo_deploy.schedule.document import Schedule
 
 
@@ -100,6 +102,7 @@ if TYPE_CHECKING:
     default=0.2,
     help="Share of the images that choose the ridge and give the residuals.",
 )
+@refine_option
 @option("Calibration", "--seed", type=click.IntRange(min=0), default=0, help="Seed of the first image.")
 @size_options
 @option("Runtime", "--batch", type=click.IntRange(min=1), default=20, help="Images in one evaluation.")
@@ -159,7 +162,7 @@ def command(
     facts = _facts(target, fitted)
     console.print(
         f"{target}: {fitted.steps} launches fitted to {facts['reference']}; relative error of the final latent "
-        f"{facts['residuals'][-1]:.4g} on images held aside",
+        f"{facts['residual']:.4g} on images held aside",
         markup=False,
         soft_wrap=True,
     )
@@ -167,7 +170,7 @@ def command(
 
 
 # Options that mean something with a model or with engines only.
-_OF_TORCH = ("model", "schedule_file", "reference", "guidance", "height", "width", "device")
+_OF_TORCH = ("model", "schedule_file", "reference", "guidance", "height", "width", "device", "refine_iterations")
 _OF_ENGINES = ("reference_engine_dir", "backend")
 
 
@@ -271,7 +274,15 @@ def _with_torch(console: Console, given: dict[str, Any], how: dict[str, Any]) ->
             problem = with_reference(with_schedule(problem, schedule), *fit_to)
         else:
             problem = with_schedule(problem, schedule)
-        return calibrate(problem, schedule, **how, report=report)
+        refine = refine_options(given["refine_iterations"])
+        return calibrate(problem, schedule, **how, refine=refine, report=report)
+
+
+def refine_options(iterations: int) -> RefineOptions | None:
+    """What ``--refine-iterations`` says."""
+    from dipgo_deploy.calibrate.refine import RefineOptions
+
+    return RefineOptions(iterations=iterations) if iterations else None
 
 
 def _facts(output: Path, fitted: Schedule) -> dict[str, Any]:
@@ -286,6 +297,7 @@ def _facts(output: Path, fitted: Schedule) -> dict[str, Any]:
         "guidance_scales": list(known["guidance_scales"]),
         "ridges": list(known["ridges"]),
         "residuals": list(known["residuals"]),
+        "residual": known.get("refined", {}).get("residual", known["residuals"][-1]),
     }
 
 

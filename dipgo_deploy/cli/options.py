@@ -265,3 +265,15 @@ def checkpoint_options(what: str) -> Callable[[F], F]:
             "Output", "--resume", is_flag=True, help="Go on from --checkpoint, to the result of an uninterrupted run."
         ),
     )
+
+
+def refine_option(function: F) -> F:
+    """Add ``--refine-iterations``."""
+    return option(
+        "Calibration",
+        "--refine-iterations",
+        type=click.IntRange(min=0),
+        default=60,
+        help="Steps of gradient descent that refine rows and timesteps of the fitted solver together; kept only if "
+        "the images held aside come closer. 0 leaves the fit as it is.",
+    )(function)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from dipgo_deploy.cli.calibrate import refine_options
 from dipgo_deploy.cli.common import (
     emit,
     entry_point,
@@ -34,6 +36,7 @@ from dipgo_deploy.cli.options import (
     model_option,
     option,
     prompts_option,
+    refine_option,
     sampler_options,
     size_options,
     threads_option,
@@ -43,10 +46,13 @@ from dipgo_deploy.cli.options import (
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from dipgo_deploy.schedule.document import Schedule
     from dipgo_deploy.search.config import PrunerConfig
+    from dipgo_deploy.search.problem import Problem
     from dipgo_deploy.search.run import Found, Reporter, SearchOptions
 
 _RATIO = "--prune-ratio"
+_MOST_LAUNCHES = 1000
 # They stand here so that the help imports no torch; a test holds them against the library's.
 _METHODS = ("dipgo", "dipgo+refine", "refine", "random", "uniform", "deepcache", "genetic", "annealing", "dp")
 # Flags of earlier releases, now fields of --config: the type of the value, and the field.
@@ -105,6 +111,7 @@ def _pruner_flags(function: F) -> F:
     cls=_ManyRatios,
     epilog=examples(
         "dipgo-search --model fashion-dit --steps 50 --prune-ratio 0.8 -o schedule.json",
+        "dipgo-search --model fashion-sd --sampler ddim --front 4:10 -o schedule.json",
         "dipgo-search --model fashion-sd --sampler ddim --prune-ratio 0.4 0.6 0.8 --checkpoint run -o schedule.json",
         "dipgo-search --model ./sd15 --prompts prompts.txt --preset paper --method dipgo --prune-ratio 0.8 -o s.json",
         "dipgo-search --model fashion-dit --method uniform --prune-ratio 0.8 -o uniform.json",
@@ -133,9 +140,19 @@ def _pruner_flags(function: F) -> F:
     "ratios",
     type=click.FloatRange(0, 1, max_open=True),
     multiple=True,
-    required=True,
+    show_default="none",
     help="Share of the cost of the full run to save; several numbers give several schedules from one pruner.",
 )
+@option(
+    "Search",
+    "--launches",
+    type=click.IntRange(min=1),
+    multiple=True,
+    show_default="none",
+    help="Instead of a ratio: this many launches of the whole denoiser, where under the solver that is fitted to them "
+    "they come closest to the full run; can be given several times.",
+)
+@option("Search", "--front", show_default="none", help="Every number of launches from one to another, as in 4:10.")
 @option(
     "Search",
     "--method",
@@ -214,6 +231,21 @@ def _pruner_flags(function: F) -> F:
     "the uniform interval.",
 )
 @_pruner_flags
+@option(
+    "Calibration",
+    "--calibrate/--no-calibrate",
+    default=True,
+    help="Judge gates under the solver that is fitted to them, and write it into the schedule; without it a schedule "
+    "keeps the sampler, as in the paper.",
+)
+@option(
+    "Calibration",
+    "--calibration-images",
+    type=click.IntRange(min=2),
+    default=200,
+    help="Images that the solver of a schedule is fitted to.",
+)
+@refine_option
 @size_options
 @option(
     "Runtime",
@@ -237,7 +269,8 @@ def _pruner_flags(function: F) -> F:
     "--output",
     type=PATH,
     required=True,
-    help="Schedule file; with several ratios each is put before the suffix, as in schedule-0.80.json.",
+    help="Schedule file; with several ratios or numbers of launches each is put before the suffix, as in "
+    "schedule-0.80.json.",
 )
 @checkpoint_options("training of the pruner, and its log")
 @option(
@@ -259,11 +292,14 @@ def command(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Search schedules that save a share of the cost and keep the images as they are."""
+    """Search schedules that save a share of the cost, or have few launches, and keep the images as they are."""
     from dipgo_deploy.errors import UserError
 
-    named = output_files(output, options["ratios"])
-    outputs = [free_output(path, "--output", overwrite=overwrite) for path in named]
+    targets = _targets(options)
+    named = output_files(output, targets)
+    paths = {
+        target: free_output(path, "--output", overwrite=overwrite) for target, path in zip(targets, named, strict=True)
+    }
     if resume and checkpoint is None:
         raise UserError("--resume: needs --checkpoint, the folder to go on from")
     pruner = pruner_config(options)
@@ -271,7 +307,6 @@ def command(
 
     from dipgo_deploy.reference.quiet import quiet_libraries
     from dipgo_deploy.search.problem import load_problem
-    from dipgo_deploy.search.run import choose_cache, search
 
     quiet_libraries()
     if threads is not None:
@@ -279,29 +314,139 @@ def command(
     console = human_console(as_json)
     with _reporting(console, options) as reporter:
         problem = load_problem(_problem_options(options), reporter.stage)
-        settings = _search_options(options, pruner, problem.target.model.class_name, threads)
-        if options["cache"] is None and settings.method.endswith("refine"):
-            problem = choose_cache(problem, settings, reporter)
-        settings = replace(settings, starts=_starts(options["starts"], problem.target))
-        paths = dict(zip(options["ratios"], outputs, strict=True))
 
-        def save(one: Found) -> None:
-            one.schedule.save(paths[one.target])
-            console.print(f"{paths[one.target]}: {_words(one)}", markup=False, soft_wrap=True)
+        def save(target: float, schedule: Schedule, words: str) -> None:
+            schedule.save(paths[target])
+            console.print(f"{paths[target]}: {words}", markup=False, soft_wrap=True)
 
-        found = search(problem, settings, folder=checkpoint, resume=resume, reporter=replace(reporter, found=save))
-    emit({"schedules": [_facts(paths[one.target], one) for one in found]}, as_json)
+        if options["ratios"]:
+            settings = _search_options(options, pruner, problem.target.model.class_name, threads)
+            facts = _search_ratios(problem, settings, options, save, checkpoint, resume, reporter)
+        else:
+            facts = _search_launches(problem, targets, options, save, checkpoint, resume, reporter)
+    emit({"schedules": [{"file": str(paths[target]), **one} for target, one in facts.items()]}, as_json)
+
+
+def _targets(options: dict[str, Any]) -> tuple[float, ...]:
+    """Ratios, or numbers of launches."""
+    front = _front(options["front"])
+    given = [name for name, values in ((_RATIO, options["ratios"]), ("--launches", options["launches"])) if values]
+    if front:
+        given.append("--front")
+    if len(given) != 1:
+        both = f"{' and '.join(given)}: " if given else ""
+        raise click.UsageError(f"{both}give one of {_RATIO}, --launches and --front")
+    if not options["ratios"] and not options["calibrate"]:
+        raise click.UsageError(f"--no-calibrate: launches are searched under their fitted solver; use {_RATIO}")
+    targets: tuple[float, ...] = options["ratios"] or options["launches"] or front
+    return targets
+
+
+def _front(text: str | None) -> tuple[int, ...]:
+    if text is None:
+        return ()
+    low, colon, high = text.partition(":")
+    if not (colon and low.isdecimal() and high.isdecimal() and 1 <= int(low) <= int(high) <= _MOST_LAUNCHES):
+        raise click.UsageError(f"--front {text}: is no range; give the least and the most launches, as in 4:10")
+    return tuple(range(int(low), int(high) + 1))
+
+
+def _search_ratios(
+    problem: Problem,
+    settings: SearchOptions,
+    options: dict[str, Any],
+    save: Callable[[float, Schedule, str], None],
+    checkpoint: Path | None,
+    resume: bool,
+    reporter: Reporter,
+) -> dict[float, dict[str, Any]]:
+    from dipgo_deploy.calibrate.core import CalibrationOptions
+    from dipgo_deploy.calibrate.fit import calibrate
+    from dipgo_deploy.calibrate.objective import calibrated_objective
+    from dipgo_deploy.search.evaluate import Objective
+    from dipgo_deploy.search.run import choose_cache, search
+
+    fit = CalibrationOptions(images=options["calibration_images"], batch=options["image_batch"])
+    if options["calibrate"]:
+        fit.check("--calibration-images")
+    if options["cache"] is None and settings.method.endswith("refine"):
+        problem = choose_cache(problem, settings, reporter)
+    settings = replace(settings, starts=_starts(options["starts"], problem.target))
+
+    def finish(schedule: Schedule) -> Schedule:
+        refine = refine_options(options["refine_iterations"])
+        return calibrate(problem, schedule, fit, refine=refine, report=reporter.progress)
+
+    with TemporaryDirectory() as folder:
+
+        def objective(searched: Problem) -> Objective:
+            return calibrated_objective(
+                searched, settings.train.loss, Path(folder), settings.images, on_evaluation=reporter.evaluation
+            )
+
+        found = search(
+            problem,
+            settings,
+            folder=checkpoint,
+            resume=resume,
+            reporter=replace(reporter, found=lambda one: save(one.target, one.schedule, _words(one))),
+            objective=objective if options["calibrate"] else None,
+            finish=finish if options["calibrate"] else None,
+        )
+    return {one.target: _facts(one) for one in found}
+
+
+def _search_launches(
+    problem: Problem,
+    counts: Sequence[float],
+    options: dict[str, Any],
+    save: Callable[[float, Schedule, str], None],
+    checkpoint: Path | None,
+    resume: bool,
+    reporter: Reporter,
+) -> dict[float, dict[str, Any]]:
+    from dipgo_deploy.calibrate.core import CalibrationOptions
+    from dipgo_deploy.calibrate.fit import calibrated_launches
+    from dipgo_deploy.calibrate.launch_search import LaunchSearchOptions
+
+    def found(count: int, schedule: Schedule) -> None:
+        error = _launch_facts(schedule)["residual"]
+        words = f"{count} launches; relative error of the final latent {error:.4g} on images held aside"
+        save(count, schedule, words)
+
+    schedules = calibrated_launches(
+        problem,
+        [int(count) for count in counts],
+        CalibrationOptions(images=options["calibration_images"], batch=options["image_batch"]),
+        search=LaunchSearchOptions(budget=options["budget"]),
+        refine=refine_options(options["refine_iterations"]),
+        folder=checkpoint,
+        resume=resume,
+        report=reporter.progress,
+        found=found,
+    )
+    return {count: _launch_facts(schedule) for count, schedule in schedules.items()}
+
+
+def _launch_facts(schedule: Schedule) -> dict[str, Any]:
+    assert schedule.solver is not None
+    known = schedule.solver.provenance
+    return {
+        "launches": schedule.steps,
+        "timesteps": list(schedule.solver.timesteps),
+        "residual": known.get("refined", {}).get("residual", known["residuals"][-1]),
+    }
 
 
 def output_files(output: Path, ratios: Sequence[float]) -> list[Path]:
-    """One file a ratio."""
+    """One file a ratio, or a number of launches."""
     if len(ratios) == 1:
         return [output]
-    names = [f"{ratio:.2f}" for ratio in ratios]
+    names = [f"{ratio}" if isinstance(ratio, int) else f"{ratio:.2f}" for ratio in ratios]
     if len(set(names)) < len(names):
         names = [f"{ratio:g}" for ratio in ratios]
     if len(set(names)) < len(names):
-        raise click.UsageError(f"{_RATIO}: the same ratio is given twice")
+        raise click.UsageError(f"{_RATIO}, --launches: the same number is given twice")
     return [output.with_name(f"{output.stem}-{name}{output.suffix}") for name in names]
 
 
@@ -438,7 +583,14 @@ def _reporting(console: Console, options: dict[str, Any]) -> Iterator[Reporter]:
             if not console.is_terminal and count % 50 == 0:
                 console.print(f"evaluation {count}: lowest loss {best:.4f}", markup=False)
 
-        yield Reporter(stage, iteration, evaluation)
+        def progress(name: str, done: int, total: int) -> None:
+            if name != progressing[-1]:
+                progressing.append(name)
+                stage(name)
+            bars.update(current, completed=done, total=total or None)
+
+        progressing = [""]
+        yield Reporter(stage, iteration, evaluation, progress=progress)
 
 
 def _words(found: Found) -> str:
@@ -446,13 +598,13 @@ def _words(found: Found) -> str:
     return f"saves {found.ratio:.4f} of the cost, {found.schedule.kept_share:.1%} of the gates kept{loss}"
 
 
-def _facts(path: Path, found: Found) -> dict[str, Any]:
+def _facts(found: Found) -> dict[str, Any]:
     return {
-        "file": str(path),
         "target_ratio": found.target,
         "achieved_ratio": found.ratio,
         "kept_gates": found.schedule.kept_share,
         "loss": found.loss,
+        "launches": found.schedule.steps if found.schedule.solver is not None else None,
     }
 
 

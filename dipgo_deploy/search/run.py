@@ -78,12 +78,20 @@ class SearchOptions:
 
 @dataclass(frozen=True)
 class Reporter:
-    """Who is told what: a stage by name, each iteration, each evaluation (count, lowest loss so far), each schedule."""
+    """Who is told what.
+
+    stage: a stage by name.
+    iteration: each iteration of the pruner.
+    evaluation: each evaluation (count, lowest loss so far).
+    found: each schedule.
+    progress: of a calibration (stage, done, total).
+    """
 
     stage: Callable[[str], None] = lambda stage: None
     iteration: Callable[[Progress], None] = lambda progress: None
     evaluation: Callable[[int, float], None] = lambda count, best: None
     found: Callable[[Found], None] = lambda found: None
+    progress: Callable[[str, int, int], None] = lambda stage, done, total: None
 
 
 @dataclass(frozen=True)
@@ -110,15 +118,23 @@ def search(
     resume: bool = False,
     reporter: Reporter | None = None,
     paths: Callable[[], np.ndarray] | None = None,
+    objective: Callable[[Problem], Objective] | None = None,
+    finish: Callable[[Schedule], Schedule] | None = None,
 ) -> list[Found]:
     """Find one schedule a ratio; all come from one trained pruner, unless each has one that starts near the ratio.
 
+    Each schedule is reported as soon as it is found; a ratio that turns out to be out of reach does not keep the others
+    from being searched.
+
     Args:
+        problem: what is pruned.
+        options: see there.
         folder: for the pruner's checkpoints and log.
         resume: go on from there.
-        paths: `measured_paths` of several searches on the same images, None to measure them when they are needed. Each
-            schedule is reported as soon as it is found; a ratio that turns out to be out of reach does not keep the
-            others from being searched.
+        reporter: told what happens.
+        paths: `measured_paths` of several searches on the same images, None to measure them when they are needed.
+        objective: makes what methods are judged by, None the loss under the problem's own sampler.
+        finish: what is made of each schedule, None: nothing.
 
     Raises:
         UserError: an unknown method, a start of another size, a ratio out of reach (before anything is searched, where
@@ -137,16 +153,10 @@ def search(
     if options.method.startswith("dipgo"):
         with nullcontext() if folder is None else sole_user(folder, "--checkpoint"):
             scores = _scores(problem, options, folder, resume, reporter)
-    objective = None
+    seen = None
     if options.method not in _WITHOUT_OBJECTIVE:
         reporter.stage("running the full loop for the objective")
-        objective = image_objective(
-            problem,
-            judged(problem, options),
-            options.train.loss,
-            options.image_batch,
-            on_evaluation=reporter.evaluation,
-        )
+        seen = objective(problem) if objective is not None else _plain_objective(problem, options, reporter)
 
     paths = paths or measured_paths(problem, options, reporter)
     found: list[Found] = []
@@ -154,15 +164,27 @@ def search(
     for ratio in options.ratios:
         reporter.stage(f"searching gates at {ratio:g}")
         try:
-            one = _one(problem, options, ratio, scores.get(ratio), objective and objective.afresh(), paths)
+            one = _one(problem, options, ratio, scores.get(ratio), seen and seen.afresh(), paths)
         except UserError as error:
             refused = refused or error
             continue
+        if finish is not None:
+            one = replace(one, schedule=finish(one.schedule))
         found.append(one)
         reporter.found(one)
     if refused is not None:
         raise refused
     return found
+
+
+def _plain_objective(problem: Problem, options: SearchOptions, reporter: Reporter) -> Objective:
+    return image_objective(
+        problem,
+        judged(problem, options),
+        options.train.loss,
+        options.image_batch,
+        on_evaluation=reporter.evaluation,
+    )
 
 
 def measured_paths(

@@ -56,6 +56,7 @@ def test_a_search_writes_schedules_and_says_what_it_found(
 ) -> None:
     args = ["--model", str(dit_folder), "--steps", "40", "--prune-ratio", "0.5", "0.75", "--iterations", "1"]
     args += ["--width-of-queries", "16", "--batch", "1", "--images", "1", "--method", "uniform", "--threads", "1"]
+    args += ["--no-calibrate"]
     assert main([*args, "-o", str(tmp_path / "s.json"), "--json"]) == 0
     said = json.loads(capsys.readouterr().out)["schedules"]
     assert [Path(one["file"]).name for one in said] == ["s-0.50.json", "s-0.75.json"]
@@ -68,7 +69,7 @@ def test_refinement_takes_schedule_files_as_starts_if_they_fit(
     dit_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     args = ["--model", str(dit_folder), "--steps", "40", "--prune-ratio", "0.75", "--budget", "2", "--images", "1"]
-    args += ["--threads", "1"]
+    args += ["--threads", "1", "--no-calibrate"]
     for kind in ("output", "residual"):
         file = str(tmp_path / f"{kind}.json")
         assert main([*args, "--method", "uniform", "--cache", kind, "-o", file]) == 0
@@ -101,6 +102,53 @@ def test_mistakes_are_one_line(
     assert line in error
     assert error.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("targets", "line"),
+    [
+        ([], "give one of --prune-ratio, --launches and --front"),
+        (["--launches", "3", "--front", "2:4"], "--launches and --front: give one of"),
+        (["--front", "4"], "--front 4: is no range; give the least and the most launches, as in 4:10"),
+        (["--front", "5:4"], "--front 5:4: is no range; give the least and the most launches"),
+        (["--launches", "2", "--no-calibrate"], "--no-calibrate: launches are searched under their fitted solver"),
+        (["--launches", "2", "--launches", "2"], "the same number is given twice"),
+        (["--prune-ratio", "0.5", "--calibration-images", "2"], "--calibration-images 2: 0 of them"),
+        (["--launches", "5"], "--launches 5: the full run has 4 evaluations"),
+    ],
+)
+def test_what_is_searched_is_said_once(
+    dit_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], targets: list[str], line: str
+) -> None:
+    assert main(["--model", str(dit_folder), "--steps", "4", "-o", str(tmp_path / "s.json"), *targets]) == 2
+    assert line in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_front_of_launches_has_a_solver_each(
+    dit_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = ["--model", str(dit_folder), "--steps", "6", "--front", "2:3", "--budget", "6", "--threads", "1"]
+    args += ["--calibration-images", "10", "--refine-iterations", "2", "-o", str(tmp_path / "s.json"), "--json"]
+    assert main(args) == 0
+    said = json.loads(capsys.readouterr().out)["schedules"]
+    assert [(Path(one["file"]).name, one["launches"]) for one in said] == [("s-2.json", 2), ("s-3.json", 3)]
+    for one in said:
+        schedule = Schedule.load(one["file"])
+        assert schedule.solver is not None and list(schedule.solver.timesteps) == one["timesteps"]
+    assert said[1]["residual"] < said[0]["residual"]
+
+
+def test_a_search_of_gates_is_judged_and_written_with_a_solver(
+    dit_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = ["--model", str(dit_folder), "--steps", "8", "--prune-ratio", "0.5", "--method", "random", "--budget", "2"]
+    args += ["--images", "2", "--calibration-images", "6", "--refine-iterations", "0", "--threads", "1"]
+    assert main([*args, "-o", str(tmp_path / "s.json"), "--json"]) == 0
+    (said,) = json.loads(capsys.readouterr().out)["schedules"]
+    schedule = Schedule.load(said["file"])
+    assert schedule.solver is not None and said["launches"] == schedule.steps < 8
+    assert said["achieved_ratio"] == schedule.provenance["parameters"]["achieved_ratio"]
 
 
 def test_an_empty_prompts_file_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
