@@ -13,7 +13,9 @@ from dipgo_deploy.errors import UserError, one_line
 from dipgo_deploy.files import MAX_BYTES, read_bytes, unfit_file
 
 MAX_DEPTH = 64
+"""Of lists and objects inside each other."""
 MAX_VALUES = 1_000_000
+_TOO_DEEP = f"lists and objects are nested more than {MAX_DEPTH} deep"
 
 
 def read_document(
@@ -56,12 +58,11 @@ def json_object(data: bytes | str, *, most: int = MAX_VALUES, infinite: bool = F
     return document
 
 
-def parse(data: bytes | str, *, most: int = MAX_VALUES, depth: int = MAX_DEPTH, infinite: bool = False) -> Any:
+def parse(data: bytes | str, *, most: int = MAX_VALUES, infinite: bool = False) -> Any:
     """The document in UTF-8 text, as plain data.
 
     Args:
         most: values of all lists and objects together; checked on the text before anything is made of it.
-        depth: of lists and objects inside each other.
         infinite: take ``Infinity`` and ``-Infinity``, which Python's libraries write into the configurations of
             models.
 
@@ -91,8 +92,8 @@ def parse(data: bytes | str, *, most: int = MAX_VALUES, depth: int = MAX_DEPTH, 
         reason = f"the file is cut off ({error.msg})" if cut_off else error.msg
         raise ValueError(f"line {error.lineno}, column {error.colno}: {reason}") from error
     except RecursionError as error:
-        raise ValueError(_too_deep(depth)) from error
-    _check_values(document, depth)
+        raise ValueError(_TOO_DEEP) from error
+    _check_values(document)
     return document
 
 
@@ -102,9 +103,9 @@ def digest(document: Any) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
-def _check_values(document: Any, depth: int) -> None:
+def _check_values(document: Any) -> None:
     layer = [document]
-    for _ in range(depth + 1):
+    for _ in range(MAX_DEPTH + 1):
         below: list[Any] = []
         for value in layer:
             if isinstance(value, dict):
@@ -117,11 +118,7 @@ def _check_values(document: Any, depth: int) -> None:
         if not below:
             return
         layer = below
-    raise ValueError(_too_deep(depth))
-
-
-def _too_deep(depth: int) -> str:
-    return f"lists and objects are nested more than {depth} deep"
+    raise ValueError(_TOO_DEEP)
 
 
 def _check_text(value: str) -> None:
