@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from dipgo_deploy import __version__
+from dipgo_deploy._version import __version__
 from dipgo_deploy.calibrate.core import FIRST_SEED, CalibrationOptions, Group, Launch, Model, Report
 from dipgo_deploy.calibrate.rows import FittedRows, fit_rows, solver_of
 from dipgo_deploy.calibrate.runs import Runs

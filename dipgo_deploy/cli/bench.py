@@ -368,7 +368,7 @@ def _strip_writer(path: Path, count: int, scale: float | None, several: bool) ->
 
 def _problem_options(options: dict[str, Any], schedules: Sequence[Any]) -> Any:
     """The full run's settings: what was given, else the first schedule's."""
-    from dipgo_deploy.cli.search import class_label_numbers
+    from dipgo_deploy.cli.options import class_label_numbers
     from dipgo_deploy.search.problem import ProblemOptions
 
     chosen = dict(options)

@@ -196,7 +196,7 @@ def _with_engines(console: Console, given: dict[str, Any], how: dict[str, Any]) 
     from dipgo_deploy.backends import create_backend
     from dipgo_deploy.bundle.directory import Bundle
     from dipgo_deploy.calibrate.engines import calibrate_engines, with_solver
-    from dipgo_deploy.cli.search import class_label_numbers
+    from dipgo_deploy.cli.options import class_label_numbers
 
     bundle, reference = Bundle.open(given["engine_dir"]), Bundle.open(given["reference_engine_dir"])
     conditions = _conditions(bundle.manifest, given["prompts"], class_label_numbers(given["class_labels"]))
@@ -239,7 +239,7 @@ def _with_torch(console: Console, given: dict[str, Any], how: dict[str, Any]) ->
     import torch
 
     from dipgo_deploy.calibrate.fit import calibrate
-    from dipgo_deploy.cli.search import class_label_numbers
+    from dipgo_deploy.cli.options import class_label_numbers
     from dipgo_deploy.reference.quiet import quiet_libraries
     from dipgo_deploy.search.problem import (
         ProblemOptions,

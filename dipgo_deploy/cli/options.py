@@ -277,3 +277,16 @@ def refine_option(function: F) -> F:
         help="Steps of gradient descent that refine rows and timesteps of the fitted solver together; kept only if "
         "the images held aside come closer. 0 leaves the fit as it is.",
     )(function)
+
+
+def class_label_numbers(text: str | None) -> tuple[int, ...] | None:
+    """``0,1,2`` as numbers; raises UserError for anything else."""
+    from dipgo_deploy.errors import UserError
+
+    if text is None:
+        return None
+    try:
+        labels = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise UserError(f"--class-labels {text}: is no list of numbers; give them as in 0,1,2") from None
+    return labels

@@ -28,6 +28,7 @@ from dipgo_deploy.cli.options import (
     F,
     cache_option,
     checkpoint_options,
+    class_label_numbers,
     class_labels_option,
     device_option,
     granularity_option,
@@ -463,19 +464,6 @@ def _problem_options(options: dict[str, Any]) -> Any:
         reference=None if reference is None else sampler_and_steps(reference, "--reference", options["steps"]),
         device=options["device"],
     )
-
-
-def class_label_numbers(text: str | None) -> tuple[int, ...] | None:
-    """``0,1,2`` as numbers; raises UserError for anything else."""
-    from dipgo_deploy.errors import UserError
-
-    if text is None:
-        return None
-    try:
-        labels = tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise UserError(f"--class-labels {text}: is no list of numbers; give them as in 0,1,2") from None
-    return labels
 
 
 def _starts(files: Sequence[Path], target: Any) -> tuple[tuple[str, Any], ...]:
