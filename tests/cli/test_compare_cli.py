@@ -50,7 +50,7 @@ def test_json_is_all_there_is_on_stdout(engine, capfd):
     assert report["passed"] is True and report["first_failure"] is None
     assert report["tolerance"] == {"relative": 1e-4, "absolute": 0.0}
     assert (report["dtype"], report["backend"], report["seed"], report["guidance_scale"]) == ("fp32", "cpu", 5, 2.0)
-    keys = {"name", "max_absolute", "relative", "cosine", "psnr", "passed", "limit"}
+    keys = {"name", "max_absolute", "relative", "cosine", "psnr", "passed", "limit", "made"}
     assert keys == set(report["variants"][0]["tensors"][0])
     assert len(report["loop"]) == 6 and report["loop"][0]["step"] == 0
     assert [tensor["name"] for tensor in report["results"]["tensors"]] == ["latents", "images"]

@@ -51,7 +51,7 @@ def test_every_other_change_does(tmp_path: Path, change: dict[str, object]) -> N
 def test_a_difference_names_its_place() -> None:
     lines = difference("dit", "== full\nstep 0\nstep 1", "== full\nstep 0\nstep 2")
     assert lines[:2] == ["--- dit recorded", "+++ dit now"]
-    assert {"-evaluation 1", "+evaluation 2"} <= set(lines)
+    assert {"-step 1", "+step 2"} <= set(lines)
 
 
 def test_record_then_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
