@@ -1,4 +1,5 @@
-"""The main job on a built-in model: shipped schedule -> export -> run -> a picture, and the speed-up that came out.
+"""The main job on a built-in model: calibrated schedule -> export -> run -> a picture, the speed-up that came out, and
+how close its images are to the full run's, beside plain solvers with as many launches.
 
 ``tools/demo.sh`` sets everything up and runs this; by itself: ``python -m tools.demo``.
 """
@@ -24,21 +25,43 @@ from tools.bench.pairs import SCHEDULES, export_pair
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-MODELS = {"fashion-sd": "fashion-sd-ddim50.json", "fashion-dit": "fashion-dit-uniform5.json"}
+MODELS = ("fashion-sd", "fashion-dit")
+LAUNCHES = ("4", "5", "7", "10")
+SOLVERS = ("ddim", "dpm++2m", "deis", "unipc")
+"""Plain solvers, with as many steps as the schedule has launches."""
 MARGIN = 4
 SCALE = 2
 """The built-in models draw 32 x 32 pixels: too small to look at."""
 
 
 @click.command(name="demo")
-@click.option("--model", type=click.Choice(list(MODELS)), default="fashion-sd", show_default=True)
+@click.option("--model", type=click.Choice(MODELS), default="fashion-sd", show_default=True)
+@click.option(
+    "--launches", type=click.Choice(LAUNCHES), default="5", show_default=True, help="Of the calibrated schedule."
+)
+@click.option(
+    "--per-condition",
+    type=click.IntRange(min=0),
+    default=4,
+    show_default=True,
+    help="Images of each class that quality is measured on; 0 leaves that out.",
+)
 @click.option("--folder", type=click.Path(path_type=Path), default=Path("engines/demo"), show_default=True)
 @click.option("--repeats", type=click.IntRange(min=1), default=9, show_default=True, help="Timed runs of each loop.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: the physical cores]")
 @click.option("--seed", type=int, default=0, show_default=True)
 @json_option
-def command(model: str, folder: Path, repeats: int, threads: int | None, seed: int, as_json: bool) -> None:
-    """Export a built-in model with its shipped schedule and without one, run both, draw both, time both."""
+def command(
+    model: str,
+    launches: str,
+    per_condition: int,
+    folder: Path,
+    repeats: int,
+    threads: int | None,
+    seed: int,
+    as_json: bool,
+) -> None:
+    """Export a built-in model with a calibrated schedule and without one, run both, draw both, time and judge both."""
     quiet_libraries()
     console = human_console(as_json)
     start = time.perf_counter()
@@ -46,8 +69,9 @@ def command(model: str, folder: Path, repeats: int, threads: int | None, seed: i
     def say(line: str) -> None:
         console.print(f"[{time.perf_counter() - start:5.1f} s] {line}", markup=False, soft_wrap=True)
 
-    schedule = Schedule.load(SCHEDULES / MODELS[model])
-    say(f"{model}, schedule {MODELS[model]}: {schedule.kept_share:.1%} of the gates kept")
+    path = SCHEDULES / "calibrated" / f"{model}-ddim50-{launches}.json"
+    schedule = Schedule.load(path)
+    say(f"{model}, schedule {path.name}: {launches} launches with their own solver, for 50 steps of DDIM")
     target = folder / model
     pair = export_pair(model, schedule, target, ExportOptions(layout="variants"), say)
     say(f"exported {pair.pruned} and, for comparison, {pair.full}")
@@ -66,10 +90,28 @@ def command(model: str, folder: Path, repeats: int, threads: int | None, seed: i
         f"speed-up: measured {facts['speedup']['median']:.2f}x, ideal {facts['ideal_speedup']:.2f}x (the ratio of the "
         f"multiply-accumulates), quotient {facts['quotient']:.2f}"
     )
+    facts["quality"] = []
+    if per_condition:
+        say(f"making {10 * per_condition} images of each to compare with the full run's")
+        facts["quality"] = quality(model, schedule, per_condition)
+        for one in facts["quality"]:
+            say(f"{one['name']:<18} SSIM to the full run {one['ssim']:.4f} ({one['low']:.4f} to {one['high']:.4f})")
     emit({"model": model, "picture": str(picture), "seconds": time.perf_counter() - start, **facts}, as_json)
 
 
 main = entry_point(command)
+
+
+def quality(model: str, schedule: Schedule, per_condition: int) -> list[dict[str, Any]]:
+    """SSIM to the full run of the schedule, and of plain solvers with as many steps, on the same images."""
+    from dipgo_deploy.bench.quality import measure, schedule_cases, solver_case
+    from dipgo_deploy.search.problem import ProblemOptions, load_problem
+
+    problem = load_problem(ProblemOptions(model=model, sampler="ddim", steps=50, guidance_scale=GUIDANCE_SCALE))
+    cases = schedule_cases([("this schedule", schedule)], problem)
+    cases += [solver_case(f"{solver}:{schedule.steps}") for solver in SOLVERS]
+    rows = measure(problem, cases, max(2, per_condition))
+    return [{"name": row.name, "ssim": row.ssim.value, "low": row.ssim.low, "high": row.ssim.high} for row in rows]
 
 
 def draw(engine_dir: Path, threads: int | None, seed: int) -> list[Image]:
