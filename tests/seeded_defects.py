@@ -125,7 +125,7 @@ def _variant(index: int, to: int) -> Edit:
     return _launch(index, "variant", lambda *_: to)
 
 
-LIST, LOOP = "launch list, ", "loop, step "
+LIST, LOOP = "launch list, ", "loop, evaluation "
 _ROW = r"launch list, launch {} \(evaluation \d+, variant \S+\), {}: error "
 
 MANIFESTS = (
@@ -771,7 +771,7 @@ PACKAGE = (
     Defect(
         "final sum off",
         "classes",
-        "loop, after the last step, latents: ",
+        "loop, after the last evaluation, latents: ",
         patch=_wrapped(
             "dipgo_deploy.runtime.loop",
             "final_latent",
@@ -782,7 +782,7 @@ PACKAGE = (
     Defect(
         "final sum without the last slot",
         "text",
-        "loop, after the last step, latents: ",
+        "loop, after the last evaluation, latents: ",
         patch=_wrapped(
             "dipgo_deploy.runtime.loop",
             "final_latent",

@@ -13,6 +13,7 @@ import torch
 from dipgo_deploy.bundle.weights import WEIGHTS_NAME, StoredWeight, WeightsIndex
 from dipgo_deploy.compare.metrics import Tolerance, tensor_error
 from dipgo_deploy.compare.report import Part
+from dipgo_deploy.errors import UserError, one_line
 from dipgo_deploy.reference.conditions import has_text_encoder
 
 if TYPE_CHECKING:
@@ -68,7 +69,11 @@ def _folder(path: Path, name: str, parameters: Mapping[str, torch.Tensor]) -> It
     index = WeightsIndex.load(path)
     used: set[str] = set()
     for graph in sorted(path.glob("*.onnx")):
-        for value in ir.load(graph).graph.initializers.values():
+        try:
+            model = ir.load(graph)
+        except Exception as error:  # protobuf's own, and what onnx-ir makes of a graph that is half one
+            raise UserError(f"{graph}: is no ONNX graph ({one_line(error)}); export the directory again") from error
+        for value in model.graph.initializers.values():
             tensor = value.const_value
             if not isinstance(tensor, ir.ExternalTensor):
                 continue

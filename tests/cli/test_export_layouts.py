@@ -32,7 +32,7 @@ def test_both_layouts_are_shown_and_the_budget_chooses(schedule: Path, capsys: p
     assert variants["weight_bytes"] > 30 * 2**20 > segments["total_bytes"]
     assert facts["weight_bytes"] <= segments["weight_bytes"] < 1.01 * facts["weight_bytes"]
     assert segments["launches"] > variants["launches"] == 6
-    assert segments["total_bytes"] == sum(segments[f"{part}_bytes"] for part in ("weight", "arena", "stack"))
+    assert segments["total_bytes"] == sum(segments[f"{part}_bytes"] for part in ("weight", "arena", "history"))
     assert facts["advice"] == "segments" and "--layout segments" in shown.err
     assert facts["layout"] == "segments" and {row["name"] for row in facts["variants"]} >= {"s00", "sum2"}
     assert len(facts["variants"]) == segments["graphs"] and len(facts["launches"]) == segments["launches"]

@@ -130,7 +130,7 @@ def test_a_wrong_final_weight_shows_after_the_last_step(dit_residual, tmp_path, 
     assert all(checked.passed for checked in (*report.variants, *report.loop))
     row, loop, *_ = report.failures()
     assert row.startswith("launch list, after the last launch, final: ")
-    assert loop.startswith("loop, after the last step, latents: ")
+    assert loop.startswith("loop, after the last evaluation, latents: ")
 
 
 def test_a_cache_at_the_wrong_place_shows_where_it_is_read(dit_residual, tmp_path, compare):

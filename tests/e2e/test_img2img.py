@@ -265,7 +265,7 @@ def test_the_plan_says_what_was_raised(folder: Path, tmp_path: Path) -> None:
     image = json.loads(shown.stdout)["image"]
     missing = [name for name, kept in zip(schedule.block_names, schedule.gates[4], strict=True) if not kept]
     assert image == {"strength": 0.6, "begin": 4, "raised": missing} and missing
-    assert f"at evaluation 4 of the schedule (strength 0.6), where {len(missing)} gates" in " ".join(
+    assert f"at evaluation 4 of the schedule (strength 0.6), where {len(missing)} skipped blocks" in " ".join(
         shown.stderr.split()
     )
 
