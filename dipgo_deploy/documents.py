@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -15,6 +16,7 @@ from dipgo_deploy.files import MAX_BYTES, read_bytes, unfit_file
 MAX_DEPTH = 64
 """Of lists and objects inside each other."""
 MAX_VALUES = 1_000_000
+OTHER_FOLDER = "give another --checkpoint folder"
 _TOO_DEEP = f"lists and objects are nested more than {MAX_DEPTH} deep"
 
 
@@ -95,6 +97,24 @@ def parse(data: bytes | str, *, most: int = MAX_VALUES, infinite: bool = False) 
         raise ValueError(_TOO_DEEP) from error
     _check_values(document)
     return document
+
+
+def check_same_settings(path: Path, settings: Mapping[str, Any], known: Any) -> None:
+    """Refuse (UserError) to go on with work that was begun with other settings.
+
+    Args:
+        path: the file that says what it was begun with.
+        settings: what it would be now, as JSON holds it.
+        known: what the file says.
+    """
+    if not isinstance(known, dict):
+        raise UserError(f"{path}: does not say what it was begun with; {OTHER_FOLDER}")
+    for name, now in json.loads(json.dumps(settings)).items():
+        if known.get(name) != now:
+            raise UserError(
+                f"{path}: was begun with {name} {one_line(repr(known.get(name)), 80)}, now it is "
+                f"{one_line(repr(now), 80)}; give the same, or another --checkpoint folder"
+            )
 
 
 def digest(document: Any) -> str:

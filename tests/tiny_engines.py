@@ -23,13 +23,14 @@ from family_checks import random_weights
 from dipgo_deploy.bundle.directory import reseal
 from dipgo_deploy.bundle.manifest import VariantEntry, seal_of
 from dipgo_deploy.bundle.staging import staged_directory
-from dipgo_deploy.export.exporter import PlannedExport
+from dipgo_deploy.export.exporter import ExportOptions, PlannedExport, plan_export
 from dipgo_deploy.export.writing import write_bundle
 from dipgo_deploy.models.family import Granularity
 from dipgo_deploy.models.location import denoiser_config
 from dipgo_deploy.sampler import evaluations, make_scheduler
 from dipgo_deploy.schedule.document import Schedule, gate_rows
 from dipgo_deploy.schedule.identity import config_hash
+from dipgo_deploy.supernet.load import load_denoiser
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
 LABELS = {"boot": 0, "bag": 1, "coat": 2}
@@ -156,3 +157,18 @@ def stored_weights(engine: Path, entry: VariantEntry) -> list[str]:
 
     graph = onnx.load(engine / entry.graph.file, load_external_data=False).graph
     return [tensor.name for tensor in graph.initializer if tensor.external_data]
+
+
+def save_in_half(model: Path, folder: Path) -> Path:
+    """The same pipeline with its denoiser, a transformer, stored in float16, in several files."""
+    shutil.copytree(model, folder)
+    shutil.rmtree(folder / "transformer")
+    load_denoiser(model)[0].half().save_pretrained(folder / "transformer", max_shard_size="20KB")
+    return folder
+
+
+def plan_variants(model: Path, **options: Any) -> PlannedExport:
+    """The export of a schedule for this model, in variants and without components unless told else."""
+    return plan_export(
+        str(model), schedule_for(model), ExportOptions(**{"layout": "variants", "components": False, **options})
+    )

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from dipgo_deploy.documents import OTHER_FOLDER, check_same_settings, read_document
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.files import write_atomic
 
@@ -33,18 +34,11 @@ class Pictures:
     ) -> None:
         self._folder, self._count, self._shape = folder, count, shape
         path = folder / _SETTINGS
-        now = json.loads(json.dumps(settings))
         if path.is_file():
             if not resume:
                 raise UserError(f"{folder}: has a measurement already; give --resume to go on with it, or another one")
-            known = _read(path)
-            other = next((name for name in now if known.get(name) != now[name]), None)
-            if other is not None:
-                raise UserError(
-                    f"{path}: was begun with {other} {str(known.get(other))[:80]}, now it is {str(now[other])[:80]}; "
-                    "give the same, or another --checkpoint folder"
-                )
-        write_atomic(path, (json.dumps(now, indent=1) + "\n").encode())
+            check_same_settings(path, settings, read_document(path, "settings of a measurement", OTHER_FOLDER))
+        write_atomic(path, (json.dumps(settings, indent=1) + "\n").encode())
 
     def opened(self, name: str, dtype: Any, *, new: bool) -> np.memmap:
         """The pictures under a name, (count, 3, H, W); ``new`` ones are not filled yet."""
@@ -54,7 +48,7 @@ class Pictures:
                 return np.lib.format.open_memmap(path, "w+", dtype, (self._count, *self._shape))
             return np.lib.format.open_memmap(path, "r")
         except (OSError, ValueError) as error:
-            raise UserError(f"{path}: cannot be used ({error}); give another --checkpoint folder") from None
+            raise UserError(f"{path}: cannot be used ({error}); {OTHER_FOLDER}") from None
 
     def values(self, name: str) -> dict[str, np.ndarray] | None:
         """What was measured under a name; None where it is not complete."""
@@ -65,7 +59,7 @@ class Pictures:
             with np.load(path, allow_pickle=False) as arrays:
                 return {key: arrays[key] for key in arrays.files}
         except (OSError, ValueError, zipfile.BadZipFile) as error:
-            raise UserError(f"{path}: cannot be read ({error}); give another --checkpoint folder") from None
+            raise UserError(f"{path}: cannot be read ({error}); {OTHER_FOLDER}") from None
 
     def complete(self, name: str, values: Mapping[str, np.ndarray]) -> None:
         """What is under a name is complete, and stays so if the process ends now."""
@@ -77,11 +71,3 @@ class Pictures:
 def key_of(data: Any) -> str:
     """A file name for a case, from plain data that says all of it."""
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:20]
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        return dict(found)
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{path}: is no measurement ({error}); give another --checkpoint folder") from None

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from dipgo_deploy.calibrate.core import (
@@ -23,8 +23,7 @@ from dipgo_deploy.calibrate.launch_search import KNOWN, LaunchSearchOptions, che
 from dipgo_deploy.calibrate.refine import RefineOptions, refined
 from dipgo_deploy.calibrate.supernet_model import SupernetModel
 from dipgo_deploy.files import sole_user
-from dipgo_deploy.schedule.document import FORMAT_VERSION, Gates, Schedule, gate_rows
-from dipgo_deploy.schedule.solver import Solver
+from dipgo_deploy.schedule.document import Gates, Schedule
 from dipgo_deploy.search.problem import Problem
 
 
@@ -60,7 +59,8 @@ def calibrate(
     gates, launches = launches_of(problem, schedule.gates)
     scales: Sequence[float | None] = options.guidance_scales or (problem.guidance_scale,)
     facts = _facts(problem, scales)
-    with _folder(folder) as work:
+    with TemporaryDirectory() as temporary:
+        work = folder or Path(temporary)
         model = SupernetModel(problem, gates, scales, work)
         solver = fitted_solver(
             model,
@@ -74,7 +74,7 @@ def calibrate(
             resume=resume,
             report=report,
         )
-    return _with_solver(schedule, gates, solver)
+    return schedule.with_solver(solver, gates)
 
 
 def calibrated_launches(
@@ -114,7 +114,9 @@ def calibrated_launches(
     facts = _facts(problem, scales)
     blocks = len(problem.target.blocks)
     whole: dict[int, Schedule] = {}
-    with _folder(folder) as work, sole_user(work, "--checkpoint"):
+    with ExitStack() as stack:
+        work = folder or Path(stack.enter_context(TemporaryDirectory()))
+        stack.enter_context(sole_user(work, "--checkpoint"))
         model = SupernetModel(problem, ((True,) * blocks,) * max(counts), scales, work)
         groups = grouped(len(problem.conditions), scales, options)
         settings = {**facts, "model": problem.target.model.config_hash}
@@ -137,29 +139,13 @@ def calibrated_launches(
             gates: Gates = ((True,) * blocks,) * count
             parameters = {"launches": count, "guidance_scale": problem.guidance_scale}
             schedule = problem.target.schedule(((True,) * blocks,) * problem.steps, "launch search", parameters)
-            whole[count] = _with_solver(schedule, gates, solver)
+            whole[count] = schedule.with_solver(solver, gates)
             found(count, whole[count])
     return whole
 
 
 def _refine(model: SupernetModel, options: RefineOptions | None, report: Report) -> Refine | None:
     return None if options is None else partial(refined, model, options=options, report=report)
-
-
-def _with_solver(schedule: Schedule, gates: Gates, solver: Solver) -> Schedule:
-    fields = {name: getattr(schedule, name) for name in Schedule.model_fields}
-    changed = {"format_version": FORMAT_VERSION, "steps": len(gates), "solver": solver}
-    return Schedule.model_validate({**fields, **changed, "keep": gate_rows(gates)})
-
-
-@contextmanager
-def _folder(folder: Path | None) -> Iterator[Path]:
-    """``folder``, or a temporary one."""
-    if folder is not None:
-        yield folder
-        return
-    with tempfile.TemporaryDirectory() as temporary:
-        yield Path(temporary)
 
 
 def launches_of(problem: Problem, gates: Gates) -> tuple[Gates, list[Launch]]:

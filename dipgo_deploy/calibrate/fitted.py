@@ -140,6 +140,12 @@ def fitted_to(
     return solver_of(better.launches, better.weights, model.noises, facts)
 
 
+def residual_of(solver: Solver) -> float:
+    """Relative error of the final latent on the images held aside, as ``fitted_to`` recorded it."""
+    known = solver.provenance
+    return float(known["refined"]["residual"] if "refined" in known else known["residuals"][-1])
+
+
 def _check_room(folder: Path, images: int, each: int) -> None:
     """Refuse (UserError) more than the file system has left, before anything is written."""
     free = shutil.disk_usage(folder).free

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from dipgo_deploy.calibrate.core import Group, Model, Report, finite, noise_of
-from dipgo_deploy.errors import UserError
+from dipgo_deploy.documents import OTHER_FOLDER, check_same_settings, read_document
+from dipgo_deploy.errors import UserError, one_line
 from dipgo_deploy.files import write_atomic
 
 _STATE = "calibration.json"
@@ -104,9 +105,9 @@ class Runs:
             else:
                 self._targets = np.lib.format.open_memmap(path, "w+", np.float32, shape)
         except (OSError, ValueError) as error:
-            raise UserError(f"{self._folder}: cannot be used ({error}); give another --checkpoint folder") from None
+            raise UserError(f"{self._folder}: cannot be used ({error}); {OTHER_FOLDER}") from None
         if self._targets.shape != shape or self._targets.dtype != np.float32:
-            raise UserError(f"{path}: does not have this calibration's latents; give another --checkpoint folder")
+            raise UserError(f"{path}: does not have this calibration's latents; {OTHER_FOLDER}")
         return done
 
     def _save(self, done: int) -> None:
@@ -116,15 +117,9 @@ class Runs:
         write_atomic(self._folder / _STATE, (json.dumps(state, indent=1) + "\n").encode())
 
     def _read(self, path: Path) -> int:
-        try:
-            state = json.loads(path.read_text(encoding="utf-8"))
-            done, settings = int(state["done"]), dict(state["settings"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path}: is no calibration ({error}); give another --checkpoint folder") from None
-        for name, value in json.loads(json.dumps(self._settings)).items():
-            if settings.get(name) != value:
-                raise UserError(
-                    f"{path}: was begun with {name} {settings.get(name)!r}, now it is {value!r}; give the same, or "
-                    "another --checkpoint folder"
-                )
+        state = read_document(path, "state of a calibration", OTHER_FOLDER)
+        check_same_settings(path, self._settings, state.get("settings"))
+        done = state.get("done")
+        if type(done) is not int or not 0 <= done <= self._shape[0]:
+            raise UserError(f"{path}: says that {one_line(repr(done), 80)} images are complete; {OTHER_FOLDER}")
         return done

@@ -15,6 +15,7 @@ from dipgo_deploy.calibrate.core import Group, Launch
 from dipgo_deploy.schedule.document import Gates
 from dipgo_deploy.search.problem import Problem, with_guidance_scale
 from dipgo_deploy.supernet import CacheState, Supernet
+from dipgo_deploy.supernet.loop import guided_step
 
 
 class SupernetModel:
@@ -87,21 +88,18 @@ class SupernetModel:
     ) -> tuple[Tensor, CacheState]:
         problem = self._at[group.scale]
         conditions = (problem.reference or problem).conditions_of(group.pairs)
-        halves = 1 if problem.guidance_scale is None else 2
-        output, after = supernet.step(
-            torch.cat([latents] * halves),
-            timestep.expand(halves * len(latents)),
+        _, prediction, after = guided_step(
+            supernet,
+            latents,
+            timestep,
             conditions,
             self._gates[place],
             state,
             place,
+            problem.guidance_scale,
             {name for later in self._gates[place + 1 :] for name in self._removed(later)},
         )
-        raw = output[:, : latents.shape[1]].float()
-        if problem.guidance_scale is None:
-            return raw, after
-        unconditional, conditional = raw.chunk(2)
-        return unconditional + problem.guidance_scale * (conditional - unconditional), after
+        return prediction, after
 
     def _removed(self, gates: Sequence[bool]) -> Iterator[str]:
         return (name for name, kept in zip(self._names, gates, strict=True) if not kept)

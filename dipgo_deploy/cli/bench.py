@@ -191,13 +191,10 @@ def quality(
     the built-in models a classifier says what it recognises.
     """
     from dipgo_deploy.bench.plot import check_plot, plot_quality
-    from dipgo_deploy.errors import UserError
     from dipgo_deploy.schedule.document import Schedule
 
     schedules = [(str(path), Schedule.load(path)) for path in files]
     counts = _counts(launches, baselines)
-    if options["resume"] and checkpoint is None:
-        raise UserError("--resume: needs --checkpoint, the folder to go on from")
     if plot is not None:
         check_plot(plot)
     import torch

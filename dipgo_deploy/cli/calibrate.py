@@ -142,12 +142,9 @@ def command(
 ) -> None:
     """Fit the sampler's weights to a schedule, so that its few launches come closest to the full run."""
     from dipgo_deploy.calibrate.core import CalibrationOptions
-    from dipgo_deploy.errors import UserError
 
     on_engines = given["engine_dir"] is not None
     _check_options(context, on_engines)
-    if resume and checkpoint is None:
-        raise UserError("--resume: needs --checkpoint, the folder to go on from")
     options = CalibrationOptions(
         images=images, guidance_scales=guidance_scales, held_aside=held_aside, batch=batch, seed=seed
     )
@@ -286,6 +283,8 @@ def refine_options(iterations: int) -> RefineOptions | None:
 
 
 def _facts(output: Path, fitted: Schedule) -> dict[str, Any]:
+    from dipgo_deploy.calibrate.fitted import residual_of
+
     assert fitted.solver is not None
     known = fitted.solver.provenance
     reference = known["reference"]
@@ -297,7 +296,7 @@ def _facts(output: Path, fitted: Schedule) -> dict[str, Any]:
         "guidance_scales": list(known["guidance_scales"]),
         "ridges": list(known["ridges"]),
         "residuals": list(known["residuals"]),
-        "residual": known.get("refined", {}).get("residual", known["residuals"][-1]),
+        "residual": residual_of(fitted.solver),
     }
 
 

@@ -6,6 +6,7 @@ shown beside ours. A name that an option had in an earlier release is taken for 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
@@ -252,8 +253,8 @@ def threads_option(default: str) -> Callable[[F], F]:
 
 
 def checkpoint_options(what: str) -> Callable[[F], F]:
-    """``--checkpoint`` and ``--resume`` of a search or a calibration, as ``what`` says."""
-    return options(
+    """``--checkpoint`` and ``--resume`` of a search or a calibration, as ``what`` says; the second needs the first."""
+    add = options(
         option(
             "Output",
             "--checkpoint",
@@ -265,6 +266,19 @@ def checkpoint_options(what: str) -> Callable[[F], F]:
             "Output", "--resume", is_flag=True, help="Go on from --checkpoint, to the result of an uninterrupted run."
         ),
     )
+
+    def decorate(function: F) -> F:
+        @functools.wraps(function)
+        def checked(*args: Any, checkpoint: Path | None, resume: bool, **rest: Any) -> Any:
+            from dipgo_deploy.errors import UserError
+
+            if resume and checkpoint is None:
+                raise UserError("--resume: needs --checkpoint, the folder to go on from")
+            return function(*args, checkpoint=checkpoint, resume=resume, **rest)
+
+        return add(checked)  # type: ignore[return-value]
+
+    return decorate
 
 
 def refine_option(function: F) -> F:

@@ -47,6 +47,7 @@ from dipgo_deploy.cli.options import (
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from dipgo_deploy.calibrate.core import CalibrationOptions
     from dipgo_deploy.schedule.document import Schedule
     from dipgo_deploy.search.config import PrunerConfig
     from dipgo_deploy.search.problem import Problem
@@ -294,16 +295,17 @@ def command(
     **options: Any,
 ) -> None:
     """Search schedules that save a share of the cost, or have few launches, and keep the images as they are."""
-    from dipgo_deploy.errors import UserError
+    from dipgo_deploy.calibrate.core import CalibrationOptions
 
     targets = _targets(options)
     named = output_files(output, targets)
     paths = {
         target: free_output(path, "--output", overwrite=overwrite) for target, path in zip(targets, named, strict=True)
     }
-    if resume and checkpoint is None:
-        raise UserError("--resume: needs --checkpoint, the folder to go on from")
     pruner = pruner_config(options)
+    fit = CalibrationOptions(images=options["calibration_images"], batch=options["image_batch"])
+    if options["calibrate"]:
+        fit.check("--calibration-images")
     import torch
 
     from dipgo_deploy.reference.quiet import quiet_libraries
@@ -322,9 +324,9 @@ def command(
 
         if options["ratios"]:
             settings = _search_options(options, pruner, problem.target.model.class_name, threads)
-            facts = _search_ratios(problem, settings, options, save, checkpoint, resume, reporter)
+            facts = _search_ratios(problem, settings, fit, options, save, checkpoint, resume, reporter)
         else:
-            facts = _search_launches(problem, targets, options, save, checkpoint, resume, reporter)
+            facts = _search_launches(problem, targets, fit, options, save, checkpoint, resume, reporter)
     emit({"schedules": [{"file": str(paths[target]), **one} for target, one in facts.items()]}, as_json)
 
 
@@ -355,21 +357,18 @@ def _front(text: str | None) -> tuple[int, ...]:
 def _search_ratios(
     problem: Problem,
     settings: SearchOptions,
+    fit: CalibrationOptions,
     options: dict[str, Any],
     save: Callable[[float, Schedule, str], None],
     checkpoint: Path | None,
     resume: bool,
     reporter: Reporter,
 ) -> dict[float, dict[str, Any]]:
-    from dipgo_deploy.calibrate.core import CalibrationOptions
     from dipgo_deploy.calibrate.fit import calibrate
     from dipgo_deploy.calibrate.objective import calibrated_objective
     from dipgo_deploy.search.evaluate import Objective
     from dipgo_deploy.search.run import choose_cache, search
 
-    fit = CalibrationOptions(images=options["calibration_images"], batch=options["image_batch"])
-    if options["calibrate"]:
-        fit.check("--calibration-images")
     if options["cache"] is None and settings.method.endswith("refine"):
         problem = choose_cache(problem, settings, reporter)
     settings = replace(settings, starts=_starts(options["starts"], problem.target))
@@ -400,13 +399,13 @@ def _search_ratios(
 def _search_launches(
     problem: Problem,
     counts: Sequence[float],
+    fit: CalibrationOptions,
     options: dict[str, Any],
     save: Callable[[float, Schedule, str], None],
     checkpoint: Path | None,
     resume: bool,
     reporter: Reporter,
 ) -> dict[float, dict[str, Any]]:
-    from dipgo_deploy.calibrate.core import CalibrationOptions
     from dipgo_deploy.calibrate.fit import calibrated_launches
     from dipgo_deploy.calibrate.launch_search import LaunchSearchOptions
 
@@ -418,7 +417,7 @@ def _search_launches(
     schedules = calibrated_launches(
         problem,
         [int(count) for count in counts],
-        CalibrationOptions(images=options["calibration_images"], batch=options["image_batch"]),
+        fit,
         search=LaunchSearchOptions(budget=options["budget"]),
         refine=refine_options(options["refine_iterations"]),
         folder=checkpoint,
@@ -430,12 +429,13 @@ def _search_launches(
 
 
 def _launch_facts(schedule: Schedule) -> dict[str, Any]:
+    from dipgo_deploy.calibrate.fitted import residual_of
+
     assert schedule.solver is not None
-    known = schedule.solver.provenance
     return {
         "launches": schedule.steps,
         "timesteps": list(schedule.solver.timesteps),
-        "residual": known.get("refined", {}).get("residual", known["residuals"][-1]),
+        "residual": residual_of(schedule.solver),
     }
 
 

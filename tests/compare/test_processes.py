@@ -3,18 +3,18 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from tiny_engines import corrupted, save_dit_pipeline, schedule_for, stored_weights
+from tiny_engines import corrupted, plan_variants, save_dit_pipeline, stored_weights
 
 from dipgo_deploy.bundle.directory import Bundle
 from dipgo_deploy.compare import processes
 from dipgo_deploy.errors import ToleranceError, UserError
-from dipgo_deploy.export.exporter import ExportOptions, PlannedExport, plan_export, publish
+from dipgo_deploy.export.exporter import PlannedExport, publish
 from dipgo_deploy.reference.load import load_reference
 from dipgo_deploy.reference.recorded import read_recordings, read_steps
 from dipgo_deploy.reference.recording import run_until_complete
@@ -30,12 +30,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def plan(model: Path) -> Callable[..., PlannedExport]:
-    def make(**options: Any) -> PlannedExport:
-        return plan_export(
-            str(model), schedule_for(model), ExportOptions(**{"layout": "variants", "components": False, **options})
-        )
-
-    return make
+    return partial(plan_variants, model)
 
 
 def test_a_wrong_graph_is_found_by_the_process(plan: Callable[..., PlannedExport], model: Path, tmp_path: Path) -> None:

@@ -1,9 +1,8 @@
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -12,7 +11,7 @@ import pytest
 import torch
 from resident import resident_kib
 from safetensors.torch import load_file, save_file
-from tiny_engines import corrupted, save_dit_pipeline, schedule_for, stored_weights
+from tiny_engines import corrupted, plan_variants, save_dit_pipeline, save_in_half, schedule_for, stored_weights
 
 from dipgo_deploy.compare.metrics import Agreement
 from dipgo_deploy.compare.processes import verify_in_processes
@@ -35,22 +34,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def plan(model: Path) -> Callable[..., PlannedExport]:
-    def make(**options: Any) -> PlannedExport:
-        return plan_export(
-            str(model), schedule_for(model), ExportOptions(**{"layout": "variants", "components": False, **options})
-        )
-
-    return make
+    return partial(plan_variants, model)
 
 
 @pytest.fixture(scope="module")
 def half(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same model with its denoiser stored in float16, in several files."""
-    folder = tmp_path_factory.mktemp("half") / "model"
-    shutil.copytree(model, folder)
-    shutil.rmtree(folder / "transformer")
-    load_denoiser(model)[0].half().save_pretrained(folder / "transformer", max_shard_size="20KB")
-    return folder
+    return save_in_half(model, tmp_path_factory.mktemp("half") / "model")
 
 
 def _content(path: Path) -> tuple[list[str], list[bytes]]:

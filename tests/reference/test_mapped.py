@@ -1,13 +1,12 @@
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from resident import resident_kib
 from safetensors.torch import load_file, save_file
-from tiny_engines import save_dit_pipeline
+from tiny_engines import save_dit_pipeline, save_in_half
 
 from dipgo_deploy.reference import mapped
 from dipgo_deploy.supernet.load import load_denoiser, stored_dtype
@@ -22,12 +21,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def half(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same model with its denoiser stored in float16, in several files."""
-    folder = tmp_path_factory.mktemp("half") / "model"
-    shutil.copytree(model, folder)
-    shutil.rmtree(folder / "transformer")
-    load_denoiser(model)[0].half().save_pretrained(folder / "transformer", max_shard_size="20KB")
-    return folder
+    return save_in_half(model, tmp_path_factory.mktemp("half") / "model")
 
 
 def test_a_float32_copy_loads_mapped_and_is_gone_afterwards(model: Path, half: Path, tmp_path: Path) -> None:

@@ -10,9 +10,9 @@ from pathlib import Path
 from dipgo_deploy.bundle.staging import staged_directory
 from dipgo_deploy.export.exporter import ExportOptions, PlannedExport, plan_export, replan
 from dipgo_deploy.export.writing import write_bundle
-from dipgo_deploy.sampler import make_scheduler, sampler_matrix
+from dipgo_deploy.sampler import evaluations, make_scheduler
 from dipgo_deploy.schedule import builders
-from dipgo_deploy.schedule.document import Schedule, gate_rows
+from dipgo_deploy.schedule.document import Schedule
 
 ASSETS = Path(__file__).resolve().parents[2] / "dipgo_deploy" / "assets"
 SCHEDULES = ASSETS / "schedules"
@@ -37,15 +37,11 @@ class Pair:
 
 def full_schedule(schedule: Schedule) -> Schedule:
     """The full run that it stands for: every gate kept, its sampler in place of a fitted solver."""
+    steps, sampler = schedule.steps, schedule.sampler
     if schedule.solver is not None:
-        sampler = schedule.sampler
-        scheduler = make_scheduler(sampler.class_name, sampler.config)
-        steps = len(sampler_matrix(scheduler, sampler.num_inference_steps).timesteps)
-        gates = builders.full(steps, len(schedule.blocks))
-        fields = {name: getattr(schedule, name) for name in Schedule.model_fields}
-        schedule = Schedule.model_validate({**fields, "solver": None, "steps": steps, "keep": gate_rows(gates)})
-    gates = builders.full(schedule.steps, len(schedule.blocks))
-    return schedule.with_gates(gates, provenance={"method": "full", "parameters": {}})
+        steps = evaluations(make_scheduler(sampler.class_name, sampler.config), sampler.num_inference_steps)
+    gates = builders.full(steps, len(schedule.blocks))
+    return schedule.with_solver(None, gates).with_gates(gates, provenance={"method": "full", "parameters": {}})
 
 
 def write_engine(planned: PlannedExport, engine_dir: Path, notify: Notify = lambda stage: None) -> float:
