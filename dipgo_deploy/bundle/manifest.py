@@ -171,9 +171,10 @@ class PlanEntry(_Frozen):
     In the layout ``variants`` each graph is a whole evaluation; in ``segments`` it is a part of one (or a sum of
     tensors), an evaluation is several launches with the same ``step``, and the arena also holds what parts pass on.
 
-    The history is float32 (slots, batch, channels, height, width): slot 0 is the initial noise, then the predictions,
-    then the picture's latents where the run starts from one, then ``noises`` noise draws in the order in which the
-    sampler draws them. Graphs take the weights of a launch as ``bundle.history.graph_coefficients`` makes them.
+    The history is float32 (slots, batch, channels, [frames,] height, width): slot 0 is the initial noise, then the
+    predictions, then the picture's latents where the run starts from one, then ``noises`` noise draws in the order in
+    which the sampler draws them. Graphs take the weights of a launch as ``bundle.history.graph_coefficients`` makes
+    them.
     """
 
     layout: Layout = "variants"
@@ -258,11 +259,41 @@ class LatentSpec(_Frozen):
     """Shape of the latent (without the batch)."""
 
     channels: int
+    frames: int | None = pydantic.Field(
+        default=None, exclude_if=_is_none, description="extent of the time axis, of a model of videos"
+    )
     height: int
     width: int
     scale: int | None = pydantic.Field(
         default=None, exclude_if=_is_none, description="pixels of the picture to one latent pixel, on each side"
     )
+    time_scale: int | None = pydantic.Field(
+        default=None,
+        exclude_if=_is_none,
+        description="frames of the video to one of the latent; the first one of the latent makes one",
+    )
+
+    @property
+    def extents(self) -> tuple[int, ...]:
+        """[frames,] height, width."""
+        return (*(() if self.frames is None else (self.frames,)), self.height, self.width)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Channels and extents."""
+        return (self.channels, *self.extents)
+
+    @property
+    def video_frames(self) -> int | None:
+        """Frames of the video; None for pictures."""
+        return None if self.frames is None else (self.frames - 1) * (self.time_scale or 1) + 1
+
+
+class DecoderChunk(_Frozen):
+    """A part of a video that is decoded at once."""
+
+    graph: int = pydantic.Field(ge=0, description="0: vae_decoder, else the place in vae_following, from 1 on")
+    start: int = pydantic.Field(ge=0, description="first of the latent frames that the graph takes")
 
 
 class Components(_Frozen):
@@ -270,7 +301,18 @@ class Components(_Frozen):
 
     text_encoder: TextEncoderEntry | None = None
     vae_decoder: Graph | None = pydantic.Field(
-        default=None, description="latents float32 (batch, C, h, w) -> images float32 (batch, H, W, 3) in [0, 1]"
+        default=None,
+        description="latents float32 (batch, C, h, w) -> images float32 (batch, H, W, 3) in [0, 1]; of a "
+        "video (batch, C, f, h, w) -> (batch, F, H, W, 3), all of it or the first chunk",
+    )
+    vae_following: Many[Graph] = pydantic.Field(
+        default=(),
+        exclude_if=_is_empty,
+        description="graphs that decode later chunks of a video: inputs latents and state_N, outputs images and "
+        "next_N; what a chunk leaves as next_N is state_N of the one after it, zeros in front of the first",
+    )
+    vae_chunks: Many[DecoderChunk] = pydantic.Field(
+        default=(), exclude_if=_is_empty, description="the chunks of a video in order; none: it is decoded at once"
     )
     vae_encoder: Graph | None = pydantic.Field(
         default=None,
@@ -283,6 +325,17 @@ class Components(_Frozen):
     classes: int | None = pydantic.Field(
         default=None, exclude_if=_is_none, description="how many class ids there are, of a model without a null class"
     )
+
+    @property
+    def decoders(self) -> tuple[Graph, ...]:
+        """All graphs of the VAE's decoder."""
+        return () if self.vae_decoder is None else (self.vae_decoder, *self.vae_following)
+
+    @property
+    def graphs(self) -> tuple[Graph, ...]:
+        """All of them: text encoder, decoder, encoder."""
+        text = () if self.text_encoder is None else (self.text_encoder.graph,)
+        return (*text, *self.decoders, *(() if self.vae_encoder is None else (self.vae_encoder,)))
 
 
 class Manifest(_Frozen):
@@ -351,10 +404,10 @@ class Manifest(_Frozen):
 
     def graph_files(self) -> tuple[str, ...]:
         """Paths of all graphs and of the tokenizers, relative to the directory."""
-        encoder, decoder = self.components.text_encoder, self.components.vae_decoder
+        encoder = self.components.text_encoder
         names = [variant.graph.file for variant in self.plan.variants]
-        names += [encoder.graph.file, *(entry.file for entry in encoder.tokenizers)] if encoder is not None else []
-        names += [graph.file for graph in (decoder, self.components.vae_encoder) if graph is not None]
+        names += [graph.file for graph in self.components.graphs]
+        names += [entry.file for entry in encoder.tokenizers] if encoder is not None else []
         return tuple(names)
 
     def dumps(self) -> str:

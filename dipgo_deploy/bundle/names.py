@@ -13,6 +13,8 @@ COEFFICIENTS = "coefficients"
 TIMESTEP = "timestep"
 GUIDANCE_SCALE = "guidance_scale"
 PREDICTION = "noise_pred"
+# What a decoder of videos hands on from chunk to chunk: inputs and outputs, with a number behind.
+STATE, NEXT = "state_", "next_"
 
 _CACHE = re.compile(r"(?:new_)?(?P<prefix>cache|residual|value)\.(?P<block>.+)/out(?P<index>\d+)")
 

@@ -54,7 +54,7 @@ def _check(manifest: Manifest) -> None:
     for where, graph in _graphs(manifest):
         _check_graph(where, graph)
     latent = manifest.latent
-    sample = (manifest.batch, latent.channels, latent.height, latent.width)
+    sample = (manifest.batch, *latent.shape)
     _require(min(sample) >= 1, f"latent: {sample} has an extent below 1")
     for variant in plan.variants:
         _check_variant(manifest, variant, sample)
@@ -95,9 +95,10 @@ def _graphs(manifest: Manifest) -> Iterator[tuple[str, Graph]]:
         yield f"variant {variant.name}", variant.graph
     if components.text_encoder is not None:
         yield "text_encoder", components.text_encoder.graph
-    for name, graph in (("vae_decoder", components.vae_decoder), ("vae_encoder", components.vae_encoder)):
-        if graph is not None:
-            yield name, graph
+    for graph in components.decoders:
+        yield "vae_decoder", graph
+    if components.vae_encoder is not None:
+        yield "vae_encoder", components.vae_encoder
 
 
 def _check_graph(where: str, graph: Graph) -> None:

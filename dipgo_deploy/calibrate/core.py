@@ -89,7 +89,7 @@ class Group:
 class Model(Protocol):
     """What is calibrated. Latents and predictions are float32 (images, C, h, w)."""
 
-    sample_shape: tuple[int, int, int]
+    sample_shape: tuple[int, ...]
     noises: int  # that a full run draws after the initial one
     kept_bytes: int  # of each image between two launches, in files
 

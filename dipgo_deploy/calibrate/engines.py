@@ -218,9 +218,8 @@ def plan_with(plan: PlanEntry, solver: Solver, steps: Sequence[int], dropped: in
     )
 
 
-def _sample_shape(manifest: Manifest) -> tuple[int, int, int]:
-    sizes = manifest.usual_sizes
-    return manifest.latent.channels, sizes.height, sizes.width
+def _sample_shape(manifest: Manifest) -> tuple[int, ...]:
+    return manifest.at(manifest.usual_sizes).latent.shape
 
 
 def _scales(manifest: Manifest, options: CalibrationOptions) -> tuple[float | None, ...]:
@@ -243,7 +242,7 @@ def _facts(
         "conditions": len(conditions.names),
         "conditions_sha256": conditions_digest(conditions.names),
         "guidance_scales": [scale for scale in scales if scale is not None],
-        "latent": list(_sample_shape(bundle.manifest)[1:]),
+        "latent": list(_sample_shape(bundle.manifest)[-2:]),
         "dtype": bundle.manifest.dtype,
         "backend": backend.name,
     }

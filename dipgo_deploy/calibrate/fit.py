@@ -171,7 +171,7 @@ def _facts(problem: Problem, scales: Sequence[float | None]) -> dict[str, Any]:
         "conditions": len(problem.conditions),
         "conditions_sha256": conditions_digest(problem.names),
         "guidance_scales": [scale for scale in scales if scale is not None],
-        "latent": list(problem.sample_shape[1:]),
+        "latent": list(problem.sample_shape[-2:]),
         "dtype": "fp32",
         "backend": "torch",
     }

@@ -258,9 +258,7 @@ def class_ids(
         scale = DEFAULT_GUIDANCE_SCALE
     latent = manifest.latent
     asked = Asked(
-        image_latents=None
-        if manifest.sampler.strength is None
-        else np.zeros((1, latent.channels, latent.height, latent.width), np.float32),
+        image_latents=None if manifest.sampler.strength is None else np.zeros((1, *latent.shape), np.float32),
         control_image=next(
             (np.zeros((*spec.shape[2:], 3), np.uint8) for spec in manifest.conditions if spec.source == "image"), None
         ),

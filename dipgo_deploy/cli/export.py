@@ -73,6 +73,13 @@ SIZES = "N|MIN:MAX|MIN:OPT:MAX"
 @option("Shape", "--batch", default="1", metavar=SIZES, help="Images in one launch.")
 @option("Shape", "--height", metavar=SIZES, show_default="the model's own", help="Image height in pixels.")
 @option("Shape", "--width", metavar=SIZES, show_default="the model's own", help="Image width in pixels.")
+@option(
+    "Shape",
+    "--num-frames",
+    type=click.IntRange(min=1),
+    show_default="as its pipeline",
+    help="Frames of the video, of a model that makes videos.",
+)
 @option("Engine", "--dtype", type=click.Choice(["fp32", "fp16", "bf16"]), default="fp32", help="Type of the graphs.")
 @option(
     "Engine",
@@ -220,7 +227,7 @@ def _facts(planned: PlannedExport, *, both_layouts: bool) -> dict[str, Any]:
     if both_layouts:
         shape = planned.traced.shape
         channels = planned.source.family.latent_channels(planned.source.config)
-        history_bytes = 4 * planned.history.slots * shape.batch * channels * shape.height * shape.width
+        history_bytes = 4 * planned.history.slots * shape.batch * channels * math.prod(shape.extents)
         needs, one_copy = compare_layouts(planned.plan, segments, pieces, history_bytes)
         facts["layouts"] = {need.layout: need.row() for need in needs}
         facts["weight_bytes"] = one_copy

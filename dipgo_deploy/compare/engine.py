@@ -28,7 +28,7 @@ from dipgo_deploy.reference.conditions import ReferenceInputs, host
 from dipgo_deploy.reference.load import Reference
 from dipgo_deploy.reference.recording import Recording, run_until_complete
 from dipgo_deploy.reference.steps import StepRecorder, recorder_for
-from dipgo_deploy.reference.vae import from_vae, scaling_and_shift, to_vae
+from dipgo_deploy.reference.vae import decoded, from_vae, scaling_and_shift, to_images
 from dipgo_deploy.runtime.image import Decoder, Encoder
 from dipgo_deploy.runtime.pipeline import Pipeline
 
@@ -233,10 +233,11 @@ def _vae(
     expected: dict[str, np.ndarray] = {}
     actual: dict[str, np.ndarray] = {}
     images = _decoded(bundle, reference, latents)
-    graph, encoder = bundle.manifest.components.vae_decoder, bundle.manifest.components.vae_encoder
-    if images is not None and graph is not None:
+    components = bundle.manifest.components
+    encoder = components.vae_encoder
+    if images is not None:
         expected[IMAGES] = images
-        actual[IMAGES] = Decoder(bundle.path, graph, backend)(latents)
+        actual[IMAGES] = Decoder(bundle.path, components, backend)(latents)
     vae = getattr(reference.source.pipeline, "vae", None)
     if encoder is not None and vae is not None:
         picture = np.random.default_rng(0).random(encoder.inputs[0].shape, np.float32)
@@ -250,9 +251,9 @@ def _results(bundle: Bundle, backend: Backend, reference: Reference, loop: LoopR
     """The final latents, and the images that each side's own VAE makes of its own latents."""
     errors = [tensor_error(LATENTS, loop.actual, loop.expected, tolerance)]
     images = _decoded(bundle, reference, loop.expected)
-    graph = bundle.manifest.components.vae_decoder
-    if images is not None and graph is not None:
-        errors.append(tensor_error(IMAGES, Decoder(bundle.path, graph, backend)(loop.actual), images, tolerance))
+    if images is not None:
+        decoder = Decoder(bundle.path, bundle.manifest.components, backend)
+        errors.append(tensor_error(IMAGES, decoder(loop.actual), images, tolerance))
     return Checked(None, None, tuple(errors))
 
 
@@ -273,10 +274,9 @@ def _pictures(latents: np.ndarray) -> np.ndarray:
 
 
 def _decode(vae: Any, latents: np.ndarray) -> np.ndarray:
-    """Images float32 (B, H, W, 3) in [0, 1], as diffusers' pipelines make them of latents."""
+    """Images float32 (B, [F,] H, W, 3) in [0, 1], as diffusers' pipelines make them of latents."""
     with torch.no_grad():
-        images = vae.decode(to_vae(vae, torch.from_numpy(latents)), return_dict=False)[0]
-    return host((images / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1))
+        return host(to_images(decoded(vae, torch.from_numpy(latents))))
 
 
 def _encode(vae: Any, images: np.ndarray) -> dict[str, np.ndarray]:

@@ -89,7 +89,7 @@ def _differences(manifest: Manifest, reference: Reference) -> list[str]:
     schedule, sampler = reference.schedule.sampler, manifest.sampler
     latent, source = manifest.latent, reference.source
     steps = schedule.num_inference_steps
-    timesteps = source.set_timesteps(reference.scheduler, latent.height, latent.width, steps)
+    timesteps = source.set_timesteps(reference.scheduler, latent.extents, steps)
     facts: dict[str, tuple[Any, Any]] = {
         "sampler.class_name": (sampler.class_name, schedule.class_name),
         "sampler.num_inference_steps": (sampler.num_inference_steps, steps),

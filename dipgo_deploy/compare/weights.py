@@ -56,7 +56,7 @@ def check_weights(bundle: Bundle, source: Source) -> list[Part]:
         }
         folders[str(Path(encoder.graph.file).parent)] = named
     vae = getattr(source.pipeline, "vae", None)
-    for graph in (components.vae_decoder, components.vae_encoder):
+    for graph in (components.vae_decoder, components.vae_encoder):  # what follows lies beside the decoder
         if graph is not None and vae is not None:
             folders[str(Path(graph.file).parent)] = vae.state_dict(keep_vars=True)
     wrong = [part for folder, named in folders.items() for part in _folder(bundle.path / folder, folder, named)]

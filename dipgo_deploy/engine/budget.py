@@ -48,11 +48,8 @@ class MemoryNeed:
 def memory_need(manifest: Manifest, weights: Mapping[str, int]) -> MemoryNeed:
     """The need of a manifest whose engines have ``weights`` bytes of weights."""
     plan, latent = manifest.plan, manifest.latent
-    sample = manifest.batch * latent.channels * latent.height * latent.width * 4
-    graphs = [manifest.components.vae_decoder, manifest.components.vae_encoder]
-    if manifest.components.text_encoder is not None:
-        graphs.append(manifest.components.text_encoder.graph)
-    components = [spec for graph in graphs if graph is not None for spec in (*graph.inputs, *graph.outputs)]
+    sample = manifest.batch * math.prod(latent.shape) * 4
+    components = [spec for graph in manifest.components.graphs for spec in (*graph.inputs, *graph.outputs)]
     rows = len(plan.launches) * (4 * plan.slots + ALIGNMENT)
     return MemoryNeed(
         weights=dict(weights),

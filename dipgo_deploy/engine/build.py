@@ -194,12 +194,7 @@ def graphs_of(manifest: Manifest) -> list[Graph]:
     """Graphs of all variants that are launched, then of the components."""
     launched = {launch.variant for launch in manifest.plan.launches}
     graphs = [variant.graph for index, variant in enumerate(manifest.plan.variants) if index in launched]
-    if manifest.components.text_encoder is not None:
-        graphs.append(manifest.components.text_encoder.graph)
-    for graph in (manifest.components.vae_decoder, manifest.components.vae_encoder):
-        if graph is not None:
-            graphs.append(graph)
-    return graphs
+    return [*graphs, *manifest.components.graphs]
 
 
 def _check_options(flavour: Flavour, options: BuildOptions) -> None:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dipgo_deploy.bundle.manifest import Components, Graph, TextEncoderEntry, TokenizerEntry
+from dipgo_deploy.bundle.manifest import Components, DecoderChunk, Graph, TextEncoderEntry, TokenizerEntry
+from dipgo_deploy.bundle.names import NEXT, STATE
 from dipgo_deploy.bundle.shapes import SizeRanges, Sizes
 from dipgo_deploy.errors import UserError
+from dipgo_deploy.export.chunks import Chunks, Part, chunks_of, state_shapes
 from dipgo_deploy.export.dynamic import Dimensions, example_sizes
 from dipgo_deploy.export.passes import apply
 from dipgo_deploy.export.passes.dimensions import NameDimensions
@@ -20,7 +22,7 @@ from dipgo_deploy.export.program import to_onnx, torch_dtype
 from dipgo_deploy.export.tensors import graph_entry
 from dipgo_deploy.export.weights import save_graph, write_weights
 from dipgo_deploy.reference.conditions import as_tokenized
-from dipgo_deploy.reference.vae import from_vae, scaling_and_shift, to_vae
+from dipgo_deploy.reference.vae import decoded, from_vae, scaling_and_shift, to_images, to_vae
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -60,7 +62,11 @@ def export_components(
     vae = getattr(pipeline, "vae", None)
     vae_dtype = "fp32" if "vae" in float32 or vae is None else _vae_dtype(pipeline, dtype)
     decoder: Graph | None = None
-    if vae is not None:
+    following: list[Graph] = []
+    chunks = None if vae is None else chunks_of(vae, latent.frames)
+    if chunks is not None:
+        decoder, *following = _decoder_in_chunks(vae, chunks, stage, latent, batch, vae_dtype)
+    elif vae is not None:
         decoder = _vae_decoder(vae, stage, latent, batch, sizes, vae_dtype)
     elif pixels and latent.channels in (1, 3):
         decoder = _export(
@@ -80,6 +86,10 @@ def export_components(
         if scheme is not None and scheme.has_encoders(pipeline)
         else None,
         vae_decoder=decoder,
+        vae_following=tuple(following),
+        vae_chunks=()
+        if chunks is None
+        else tuple(DecoderChunk(graph=part, start=start) for part, start in chunks.order),
         vae_encoder=_vae_encoder(vae, stage, decoder, vae_dtype) if encoder and decoder is not None else None,
         class_labels=dict(labels) if labels else None,
         null_class=classes,
@@ -178,12 +188,12 @@ class _PixelDecoder(torch.nn.Module):
 
 def _latents(batch: int, latent: LatentSpec, sizes: SizeRanges | None) -> list[torch.Tensor]:
     example = Sizes(batch, latent.height, latent.width) if sizes is None else example_sizes(sizes)
-    return [torch.randn(example.batch, latent.channels, example.height, example.width)]
+    at_example = latent.model_copy(update={"height": example.height, "width": example.width})
+    return [torch.randn(example.batch, *at_example.shape)]
 
 
 def _vae_decoder(vae: Any, stage: Path, latent: LatentSpec, batch: int, sizes: SizeRanges | None, dtype: str) -> Graph:
     scaling_and_shift(vae)  # refused before the trace
-    torch_type = torch_dtype(dtype)
 
     class Decoder(torch.nn.Module):
         def __init__(self) -> None:
@@ -191,12 +201,61 @@ def _vae_decoder(vae: Any, stage: Path, latent: LatentSpec, batch: int, sizes: S
             self.vae = vae
 
         def forward(self, latents: torch.Tensor) -> torch.Tensor:
-            image = self.vae.decode(to_vae(vae, latents).to(torch_type), return_dict=False)[0]
-            return (image.float() / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
+            return to_images(decoded(self.vae, latents))
 
-    vae.to(torch_type).eval()
+    vae.to(torch_dtype(dtype)).eval()
     latents = _latents(batch, latent, sizes)
     return _export(Decoder(), latents, ["latents"], ["images"], stage, "vae_decoder", dtype, "vae.", sizes=sizes)
+
+
+def _decoder_in_chunks(
+    vae: Any, chunks: Chunks, stage: Path, latent: LatentSpec, batch: int, dtype: str
+) -> list[Graph]:
+    """The graph of each distinct part, beside one file of weights."""
+    vae.to(torch_dtype(dtype)).eval()
+    shapes = state_shapes(vae, chunks, (batch, *latent.shape))
+    models = []
+    for number, part in enumerate(chunks.parts):
+        taken = torch.randn(batch, latent.channels, part.stop - part.start, *latent.extents[1:])
+        states = [torch.zeros(shape, dtype=vae.dtype) for shape in shapes] if number else []
+        outputs: list[str] = []
+        model = to_onnx(
+            _DecoderPart(vae, part, outputs, last=len(chunks.order) == 1).eval(),
+            [taken, *states],
+            ["latents", *(f"{STATE}{place}" for place in range(len(states)))],
+            lambda outputs=outputs: outputs,  # type: ignore[misc]
+            dtype=dtype,
+            prefix="vae.",
+            label="vae decoder",
+        )
+        _name_constants(model, number, vae)
+        models.append(model)
+    names = ["model", *(f"vae_decoder_{number}" for number in range(1, len(models)))]
+    return _save_all(dict(zip(names, models, strict=True)), stage, "vae_decoder")
+
+
+def _name_constants(model: ir.Model, number: int, vae: Any) -> None:
+    """Constants of graph ``number`` under names of its own: only parameters are the same in all."""
+    parameters = vae.state_dict().keys()
+    for value in list(model.graph.initializers.values()):
+        if value.name not in parameters:
+            value.name = f"{value.name}/{number}"
+
+
+class _DecoderPart(torch.nn.Module):
+    """Latents of a chunk and the state in front of it -> images and the state behind it; ``outputs`` are its names."""
+
+    def __init__(self, vae: Any, part: Part, outputs: list[str], *, last: bool) -> None:
+        super().__init__()
+        self.vae = vae
+        self._part, self._outputs, self._last = part, outputs, last
+
+    def forward(self, latents: torch.Tensor, *state: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        given = to_vae(self.vae, latents).to(self.vae.dtype)
+        video, left = self._part.decode(self.vae, given, state)
+        kept = {} if self._last else {f"{NEXT}{place}": entry for place, entry in enumerate(left) if entry is not None}
+        self._outputs[:] = ["images", *kept]
+        return to_images(video), *kept.values()
 
 
 def _vae_encoder(vae: Any, stage: Path, decoder: Graph, dtype: str) -> Graph:
@@ -248,16 +307,20 @@ def _export(
     )
     if sizes is not None:
         apply(model, NameDimensions(inputs[0], sizes), ShapesFromSizes(inputs[0]))
-    return _save(model, stage, name, sizes)
+    return _save_all({"model": model}, stage, name, sizes)[0]
 
 
-def _save(model: ir.Model, stage: Path, name: str, sizes: SizeRanges | None) -> Graph:
+def _save_all(models: Mapping[str, ir.Model], stage: Path, name: str, sizes: SizeRanges | None = None) -> list[Graph]:
+    """Graphs of one component, by file name, beside one file of weights."""
     folder = stage / "components" / name
     folder.mkdir(parents=True)
-    write_weights([model], folder)
-    path = folder / "model.onnx"
-    save_graph(model, path)
-    return graph_entry(model, path.relative_to(stage).as_posix(), sizes)
+    write_weights(list(models.values()), folder)
+    entries = []
+    for file, model in models.items():
+        path = folder / f"{file}.onnx"
+        save_graph(model, path)
+        entries.append(graph_entry(model, path.relative_to(stage).as_posix(), sizes))
+    return entries
 
 
 def _save_tokenizer(tokenizer: Any, path: Path) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from dipgo_deploy.models.family import BlockSpec
 from dipgo_deploy.plan.graph import Block, CacheKind
-from dipgo_deploy.supernet.cuts import collect
+from dipgo_deploy.supernet.cuts import collect, model_dtype
 
 
 class TracedDenoiser(torch.nn.Module):
@@ -48,7 +48,7 @@ class TracedDenoiser(torch.nn.Module):
         """See the class."""
         given = rest[1:] if self._guidance else rest
         batch = torch.cat([latent, latent]) if self._guidance else latent
-        batch = batch.to(next(self.denoiser.parameters()).dtype)
+        batch = batch.to(model_dtype(self.denoiser))
         conditions = dict(zip(self._conditions, given, strict=True))
         with collect(self.denoiser, self._specs) as cuts:
             predicted = self._call(self.denoiser, batch, timestep.expand(batch.shape[0]), conditions)

@@ -22,6 +22,7 @@ class ExportOptions:
         batch: images per launch, a number or a range.
         guidance: classifier-free guidance in the graphs, which double the batch; None: as the pipeline has it.
         height, width: pixels, a number or a range; None: the model's native size.
+        num_frames: frames of the video, of a model of videos; None: as many as its pipeline makes.
         max_variants: re-enable the cheapest skipped blocks until at most so many graphs are left.
         layout: ``variants``, a graph for each kind of evaluation; ``segments``, each weight in one graph and several
             launches an evaluation; ``auto``, segments for fp32 where variants would hold the weights more than four
@@ -41,6 +42,7 @@ class ExportOptions:
     guidance: bool | None = None
     height: int | Range | None = None
     width: int | Range | None = None
+    num_frames: int | None = None
     max_variants: int | None = None
     layout: LayoutChoice = "auto"
     strength: float | None = None
@@ -60,8 +62,9 @@ def check_options(options: ExportOptions) -> None:
         value = getattr(options, name)
         if not isinstance(value, Range) and not (value is None and name != "batch"):
             arguments.whole(name, value, least=1)
-    if options.max_variants is not None:
-        arguments.whole("max_variants", options.max_variants, least=1)
+    for name in ("max_variants", "num_frames"):
+        if getattr(options, name) is not None:
+            arguments.whole(name, getattr(options, name), least=1)
     if options.strength is not None:
         arguments.number("strength", options.strength)
     for name in ("allow_other_config", "check", "components", "overwrite"):

@@ -141,7 +141,7 @@ def plan_export(
     source.check(schedule, allow_other_config=options.allow_other_config)
     guidance = source.family.guidance if options.guidance is None else options.guidance
     options = replace(options, guidance=guidance)
-    shape = source.trace_shape(batch=options.batch, guidance=guidance, height=options.height, width=options.width)
+    shape = _shape(source, options, guidance)
     sampling = _sampling(source, schedule, shape, options.strength, sampling)
     if shape.sizes is not None:
         _check_open(source, sampling, shape, options, schedule.sampler.num_inference_steps)
@@ -167,10 +167,20 @@ def replan(planned: PlannedExport, schedule: Schedule) -> PlannedExport:
     return _planned(planned.source, schedule, sampling, planned.traced, planned.options)
 
 
+def _shape(source: Source, options: ExportOptions, guidance: bool) -> TraceShape:
+    return source.trace_shape(
+        batch=options.batch,
+        guidance=guidance,
+        height=options.height,
+        width=options.width,
+        num_frames=options.num_frames,
+    )
+
+
 def _check_shape(source: Source, options: ExportOptions) -> None:
     """Refuse (UserError) sizes that the model does not take; before anything is loaded."""
     guidance = source.family.guidance if options.guidance is None else options.guidance
-    shape = source.trace_shape(batch=options.batch, guidance=guidance, height=options.height, width=options.width)
+    shape = _shape(source, options, guidance)
     condition_specs(source.family, source.config, shape)
 
 
@@ -207,7 +217,7 @@ def _sampling(
     from dipgo_deploy.sampler import scheduler_of
 
     scheduler = scheduler_of(schedule) if nominal is None else nominal.scheduler
-    options = source.set_timesteps(scheduler, shape.height, shape.width, schedule.sampler.num_inference_steps)
+    options = source.set_timesteps(scheduler, shape.extents, schedule.sampler.num_inference_steps)
     if nominal is not None and options == nominal.set_timesteps:
         return nominal
     return _with_options(source.family, schedule, scheduler, options, strength)
@@ -219,8 +229,8 @@ def _check_open(source: Source, sampling: _Sampling, shape: TraceShape, options:
     for option, chosen in (("--layout segments", options.layout == "segments"), ("--strength", options.strength)):
         if chosen:
             raise UserError(f"{option}: not with ranges of sizes; give plain numbers for --batch, --height and --width")
-    for height, width in {(size.height, size.width) for size in corners(shape.sizes)}:
-        if source.set_timesteps(sampling.scheduler, height, width, steps) != sampling.set_timesteps:
+    for extents in {shape.at(sizes).extents for sizes in corners(shape.sizes)}:
+        if source.set_timesteps(sampling.scheduler, extents, steps) != sampling.set_timesteps:
             axis = "--height" if not shape.sizes.height.is_static else "--width"
             raise UserError(
                 f"{axis}: the timesteps of {type(sampling.scheduler).__name__} depend on the size here "

@@ -17,7 +17,7 @@ from dipgo_deploy.export.pieces import node_graph
 from dipgo_deploy.export.program import to_onnx, torch_dtype
 from dipgo_deploy.models.family import BlockSpec, Granularity, InputSpec, ModelFamily
 from dipgo_deploy.models.shape import TraceShape, condition_specs
-from dipgo_deploy.models.target import NOMINAL_SIZE
+from dipgo_deploy.models.target import nominal_size
 from dipgo_deploy.plan.graph import Block, BlockGraph, CacheKind, InputRole, Value
 from dipgo_deploy.plan.pieces import PieceGraph, split
 
@@ -91,7 +91,7 @@ def trace(
         guidance=shape.guidance,
         boundary=boundary,
     ).eval()
-    arguments = [torch.randn(example.batch, channels, example.height, example.width), torch.tensor([500.0])]
+    arguments = [torch.randn(example.batch, channels, *example.extents), torch.tensor([500.0])]
     names = [LATENT, TIMESTEP]
     if shape.guidance:
         arguments.append(torch.tensor([5.0]))
@@ -175,10 +175,12 @@ def trace_blocks(
     denoiser, family, config = load_denoiser(model)
     specs = family.blocks(config, granularity)
     kinds = {spec.name: (cache_kinds or {}).get(spec.name, spec.caches[0]) for spec in specs}
-    height, width = native or (NOMINAL_SIZE, NOMINAL_SIZE)
+    *frames, height, width = native or nominal_size(family)
     scheme = family.text(config, None)
     length = 0 if scheme is None else scheme.length
-    shape = TraceShape(height=height, width=width, text_length=length, guidance=family.guidance)
+    shape = TraceShape(
+        height=height, width=width, text_length=length, guidance=family.guidance, frames=frames[0] if frames else None
+    )
     return trace(denoiser, family, config, specs, kinds, shape, "fp32").graph
 
 

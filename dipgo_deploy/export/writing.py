@@ -97,9 +97,11 @@ def write_bundle(
     shape = planned.traced.shape
     latent = LatentSpec(
         channels=planned.source.family.latent_channels(planned.source.config),
+        frames=shape.frames,
         height=shape.height,
         width=shape.width,
         scale=planned.source.scale,
+        time_scale=planned.source.time_scale,
     )
     # Without components too: the unconditional half of guidance needs the null class.
     null = next((spec.null for spec in planned.traced.conditions if spec.source == "class"), None)

@@ -102,13 +102,13 @@ class TextScheme:
 
 
 def call_with_keywords(model: nn.Module, latent: Tensor, timestep: Tensor, conditions: Mapping[str, Tensor]) -> Tensor:
-    """The prediction (B, C', h, w) of a model whose conditions are keywords of its ``forward``."""
+    """The prediction, in the latent's extents, of a model whose conditions are keywords of its ``forward``."""
     prediction: Tensor = model(latent, timestep=timestep, return_dict=False, **conditions)[0]
     return prediction
 
 
 def no_timestep_options(
-    config: Mapping[str, Any], scheduler: Mapping[str, Any], height: int, width: int, steps: int
+    config: Mapping[str, Any], scheduler: Mapping[str, Any], *size_and_steps: int
 ) -> Mapping[str, Any]:
     """A pipeline gives ``set_timesteps`` the number of steps only."""
     return {}
@@ -130,16 +130,17 @@ class ModelFamily:
         pipelines: diffusers pipeline classes it is used by.
         component: attribute of the pipeline (``unet`` or ``transformer``).
         blocks(config, granularity): the blocks in order of execution.
-        inputs(config, batch, height, width, text_length): inputs for latent height/width in latent pixels.
+        inputs(config, batch, [frames,] height, width, text_length): inputs for the latent's extents in latent pixels.
         latent_channels(config): channels of the latent; a model with more output channels (learned variance) has the
             rest dropped.
-        call(model, latent, timestep, conditions): the model's prediction (B, C', h, w) from the latent (B, C, h, w) in
-            the model's dtype, timestep (B,) and the conditions by ``InputSpec.name``; it may import torch inside.
+        call(model, latent, timestep, conditions): the model's prediction (B, C', [f,] h, w) from the latent
+            (B, C, [f,] h, w) in the model's dtype, timestep (B,) and the conditions by ``InputSpec.name``; it may
+            import torch inside.
         text(config, pipeline): how prompts are encoded, None for a model without text; with ``pipeline`` None only its
             ``length`` counts.
         guidance: whether classifier-free guidance is the default.
-        set_timesteps(config, scheduler config, latent height, latent width, steps): what a pipeline gives the
-            scheduler's ``set_timesteps`` besides the number of steps; ``config`` may be empty.
+        set_timesteps(config, scheduler config, [frames,] latent height, latent width, steps): what a pipeline gives
+            the scheduler's ``set_timesteps`` besides the number of steps; ``config`` may be empty.
         companions: other components of the pipeline that belong to the model, with their classes; ``join(model,
             {component: module})`` makes one module of all, and their configurations are in the model's under their
             names. ``class_name`` then has their class after a ``+``.
@@ -148,6 +149,9 @@ class ModelFamily:
         size_multiple(config): an open latent height or width has to be a multiple of it; None where a trace is good
             for one size only.
         pixels: the latent is the picture itself, in [-1, 1].
+        frames_per_latent: of a model of videos, whose latent has a time axis: how many frames of the video each of
+            the latent's makes but the first, which makes one; where a VAE says another number, that one.
+        pixels_per_latent: pixels of the picture to one of the latent, on each side, where no VAE says.
         kind: of the samplers it is for, where its folder has none that tells.
         float32_in_fp16: components of the pipeline that overflow in float16 and stay in float32 in a fp16 export.
         tolerances: dtype -> largest allowed relative error against the fp32 supernet.
@@ -171,6 +175,8 @@ class ModelFamily:
     image_to_image: Callable[[int, float], int] | None = None
     size_multiple: Callable[[Mapping[str, Any]], int] | None = None
     pixels: bool = False
+    frames_per_latent: int | None = None
+    pixels_per_latent: int = 8
     kind: Kind = "diffusion"
     float32_in_fp16: tuple[str, ...] = ()
     # Of the largest value. fp32: another order of summation over tens of layers; fp16 (11 bits) and bf16 (8 bits):
@@ -189,12 +195,12 @@ class ModelFamily:
                 raise UserError(f"granularity {granularity!r}: {self.class_name} has {names}")
             return blocks(config, granularity)
 
-        def sized(
-            config: Mapping[str, Any], batch: int, height: int, width: int, text_length: int | None = None
-        ) -> Any:
-            if text_length is None and text(config, None) is not None:
+        def sized(config: Mapping[str, Any], batch: int, *size: int, text_length: int | None = None) -> Any:
+            extents, rest = size[: self.axes], size[self.axes :]
+            length = rest[0] if rest else text_length
+            if length is None and text(config, None) is not None:
                 raise UserError(f"{self.class_name}: the number of text tokens is not known; give text_length")
-            return inputs(config, batch, height, width, text_length)
+            return inputs(config, batch, *extents, length)
 
         functions: dict[str, Callable[..., Any] | None] = {
             "blocks": known,
@@ -207,6 +213,11 @@ class ModelFamily:
         object.__setattr__(self, "defaults", defaults)
         for name, function in functions.items():
             object.__setattr__(self, name, function and _completed(function, defaults))
+
+    @property
+    def axes(self) -> int:
+        """Extents of the latent behind its channels: height and width, and the frames in front of them."""
+        return 2 if self.frames_per_latent is None else 3
 
     @property
     def diffusers_class(self) -> str:

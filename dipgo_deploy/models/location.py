@@ -173,7 +173,7 @@ def component_config(folder: str | Path, name: str) -> dict[str, Any] | None:
     return read_configuration(path) if _is_file(path) else None
 
 
-def native_size(config: Mapping[str, Any]) -> tuple[int, int] | None:
+def native_size(config: Mapping[str, Any]) -> tuple[int, ...] | None:
     """Height and width of the latent that a denoiser was made for, None where its configuration does not say."""
     match config.get("sample_size"):
         case int(side) if side > 0:
@@ -199,9 +199,9 @@ def _check_settings(folder: Path, family: ModelFamily, config: Mapping[str, Any]
         family.blocks(config, family.granularities[0])
         family.latent_channels(config)
         # The least size that the family's own check of sizes lets through.
-        side = native_size(config) if family.size_multiple is None else (family.size_multiple(config),) * 2
-        height, width = side or (64, 64)
-        family.inputs(config, batch=1, height=height, width=width, text_length=1)
+        multiple = 64 if family.size_multiple is None else family.size_multiple(config)
+        size = (native_size(config) if family.size_multiple is None else None) or (multiple,) * family.axes
+        family.inputs(config, 1, *size, text_length=1)
     except UserError as error:
         raise UserError(f"{folder}: {error}") from None
     except (TypeError, ValueError, KeyError, AttributeError, ZeroDivisionError) as error:
@@ -244,7 +244,8 @@ def _check_tokenizers(folder: Path, index: Mapping[str, Any]) -> None:
 
 def _check_vae(folder: Path, channels: int) -> None:
     """Refuse a VAE whose latents are not those of the denoiser."""
-    made = (component_config(folder, "vae") or {}).get("latent_channels")
+    config = component_config(folder, "vae") or {}
+    made = config.get("latent_channels", config.get("z_dim"))
     if isinstance(made, int) and made != channels:
         raise UserError(f"{folder}: its VAE makes latents of {made} channels, its denoiser takes {channels}")
 

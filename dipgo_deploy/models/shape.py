@@ -13,7 +13,8 @@ from dipgo_deploy.models.family import InputSpec, ModelFamily
 @dataclass(frozen=True)
 class TraceShape:
     """Extents of a trace: images per launch, latent height and width, text tokens, and whether guidance doubles the
-    batch inside the graph. ``sizes``: ranges of the first three, which are then the largest."""
+    batch inside the graph. ``sizes``: ranges of the first three, which are then the largest. ``frames``: of the latent,
+    where it has a time axis."""
 
     batch: int = 1
     height: int = 64
@@ -21,10 +22,16 @@ class TraceShape:
     text_length: int = 77
     guidance: bool = True
     sizes: SizeRanges | None = None
+    frames: int | None = None
 
     def at(self, sizes: Sizes) -> TraceShape:
         """The static extents of one choice of sizes."""
         return replace(self, batch=sizes.batch, height=sizes.height, width=sizes.width, sizes=None)
+
+    @property
+    def extents(self) -> tuple[int, ...]:
+        """Of the latent behind its channels: [frames,] height, width."""
+        return (*(() if self.frames is None else (self.frames,)), self.height, self.width)
 
     @property
     def model_batch(self) -> int:
@@ -34,7 +41,5 @@ class TraceShape:
 
 def condition_specs(family: ModelFamily, config: Mapping[str, Any], shape: TraceShape) -> tuple[InputSpec, ...]:
     """The condition inputs at ``shape``."""
-    inputs = family.inputs(
-        config, batch=shape.model_batch, height=shape.height, width=shape.width, text_length=shape.text_length
-    )
+    inputs = family.inputs(config, shape.model_batch, *shape.extents, text_length=shape.text_length)
     return tuple(spec for spec in inputs if spec.role == "condition")

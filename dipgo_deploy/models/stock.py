@@ -37,13 +37,14 @@ _WITHOUT = {"requires_safety_checker": False, "add_watermarker": False}
 @dataclass(frozen=True)
 class Stock:
     """What a model's stock pipeline runs. scheduler: None where the folder has none; corrected: its settings that are
-    not those of its file. native: height and width in latent pixels, None where nothing says. scale: pixels of the
-    picture to one of the latent."""
+    not those of its file. native: [frames,] height and width in latent pixels, None where nothing says. scale: pixels
+    of the picture to one of the latent. time_scale: frames of the video to one of the latent, None for pictures."""
 
     scheduler: Any | None
     corrected: Mapping[str, Any]
-    native: tuple[int, int] | None
+    native: tuple[int, ...] | None
     scale: int
+    time_scale: int | None = None
 
     def check(self, sampler: SamplerEntry) -> None:
         """Say in the log where a schedule's sampler is the model's own without what its pipeline corrects."""
@@ -77,7 +78,7 @@ def stock_configuration(model: str) -> Stock:
     scheduler = None if base is None else make_scheduler(str(base.get("_class_name")), base)
     index = pipeline_index(model)
     if not index:
-        return Stock(scheduler, {}, native_size(config), scale_of(None, family))
+        return Stock(scheduler, {}, native_size(config), scale_of(None, family), time_scale_of(None, family))
     name = str(index["_class_name"])
     before = ("", {}) if scheduler is None else (type(scheduler).__name__, dict(scheduler.config))
     pipeline = _without_weights(name, scheduler, {family.component: _configured(config), "vae": _vae(folder, index)})
@@ -91,19 +92,42 @@ def stock_configuration(model: str) -> Stock:
     found = {**corrected, **_changes(config, getattr(pipeline, family.component).config)}
     for key, value in found.items():
         _log.warning("%s: %s corrects %s to %r", model, name, key, value)
-    return Stock(scheduler, corrected, native, scale_of(pipeline, family))
+    return Stock(scheduler, corrected, native, scale_of(pipeline, family), time_scale_of(pipeline, family))
 
 
-def native_of(pipeline: Any, family: ModelFamily) -> tuple[int, int] | None:
-    """Latent height and width that a loaded stock pipeline draws when it is asked for none."""
+def native_of(pipeline: Any, family: ModelFamily) -> tuple[int, ...] | None:
+    """[Frames,] height and width of the latent that a loaded stock pipeline draws when it is asked for none."""
     own = native_size(getattr(pipeline, family.component).config)
     # Some transformers do not say for what size they were trained, but their pipelines do.
-    return own or native_size({"sample_size": getattr(pipeline, "default_sample_size", None)})
+    own = own or native_size({"sample_size": getattr(pipeline, "default_sample_size", None)})
+    time_scale = time_scale_of(pipeline, family)
+    if own is not None and time_scale is None:
+        return own
+    parameters = inspect.signature(type(pipeline).__call__).parameters
+    defaults = [getattr(parameters.get(name), "default", None) for name in ("num_frames", "height", "width")]
+    numbers = [value for value in defaults if isinstance(value, int)]
+    if time_scale is None or len(numbers) < len(defaults):
+        return None
+    scale = scale_of(pipeline, family)
+    return ((numbers[0] - 1) // time_scale + 1, *(extent // scale for extent in numbers[1:]))
 
 
 def scale_of(pipeline: Any | None, family: ModelFamily) -> int:
     """Pixels of the picture to one of the latent, of each side."""
-    return 1 if family.pixels else int(getattr(pipeline, "vae_scale_factor", 0) or 8)
+    names = ("vae_scale_factor", "vae_scale_factor_spatial", "vae_spatial_compression_ratio")
+    return 1 if family.pixels else _first(pipeline, names) or family.pixels_per_latent
+
+
+def time_scale_of(pipeline: Any | None, family: ModelFamily) -> int | None:
+    """Frames of the video to one of the latent, None for a model of pictures."""
+    if family.frames_per_latent is None:
+        return None
+    return _first(pipeline, ("vae_scale_factor_temporal", "vae_temporal_compression_ratio")) or family.frames_per_latent
+
+
+def _first(pipeline: Any | None, names: tuple[str, ...]) -> int:
+    """The first of these attributes that a pipeline has, 0 where it has none."""
+    return next((int(value) for name in names if (value := getattr(pipeline, name, 0))), 0)
 
 
 def _without_weights(name: str, scheduler: Any, models: Mapping[str, Any]) -> Any:

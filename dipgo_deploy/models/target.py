@@ -16,6 +16,7 @@ from dipgo_deploy.schedule.identity import accepted_hashes, config_hash
 
 # Latent pixels of a model whose configuration does not say its size; the number of evaluations does not depend on it.
 NOMINAL_SIZE = 128
+NOMINAL_FRAMES = 8
 # Of an evaluation; Runge-Kutta steps make as many.
 _MOST_EVALUATIONS = 4
 
@@ -98,8 +99,13 @@ def nominal_set_timesteps(family: ModelFamily, config: Mapping[str, Any], schedu
     from dipgo_deploy.sampler.schedulers import check_steps
 
     check_steps(type(scheduler).__name__, steps)  # FLUX makes a list of that length
-    height, width = native_size(config) or (NOMINAL_SIZE, NOMINAL_SIZE)
-    return dict(family.set_timesteps(config, scheduler.config, height, width, steps))
+    size = native_size(config) or nominal_size(family)
+    return dict(family.set_timesteps(config, scheduler.config, *size, steps))
+
+
+def nominal_size(family: ModelFamily) -> tuple[int, ...]:
+    """The latent's extents where nothing says them."""
+    return (*(NOMINAL_FRAMES,) * (family.axes - 2), NOMINAL_SIZE, NOMINAL_SIZE)
 
 
 def check_sampler_kind(model: str, class_name: str, config: Mapping[str, Any]) -> None:

@@ -44,7 +44,7 @@ class ReferenceInputs:
 def reference_inputs(
     source: Source,
     specs: Sequence[InputSpec],
-    sample_shape: tuple[int, int, int, int],
+    sample_shape: tuple[int, ...],
     *,
     noises: int,
     guidance: bool,
@@ -58,7 +58,7 @@ def reference_inputs(
 
     Args:
         specs: the denoiser's condition inputs.
-        sample_shape: (B, C, h, w).
+        sample_shape: (B, C, [f,] h, w).
         noises: how often the sampler draws.
         guidance_scale: by default the pipeline's own, or 7.5.
         prompts, labels: one for all images, or one each.

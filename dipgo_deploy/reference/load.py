@@ -44,7 +44,7 @@ class Reference:
         return reference_inputs(
             self.source,
             self.conditions,
-            (manifest.batch, latent.channels, latent.height, latent.width),
+            (manifest.batch, *latent.shape),
             noises=manifest.plan.noises,
             guidance=manifest.guidance,
             begin=self.begin,
@@ -126,6 +126,7 @@ def _condition_specs(source: Source, manifest: Manifest) -> tuple[InputSpec, ...
         batch=manifest.batch,
         height=latent.height,
         width=latent.width,
+        frames=latent.frames,
         text_length=0 if scheme is None else scheme.length,
         guidance=manifest.guidance,
     )

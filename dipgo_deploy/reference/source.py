@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -33,8 +33,9 @@ class Source:
         name: as a manifest has it, good in any working directory.
         denoiser: None where nothing is loaded.
         pipeline: None for a folder that holds only a denoiser.
-        native: latent height and width that the stock pipeline draws.
+        native: [frames,] height and width of the latent that the stock pipeline draws.
         scale: pixels of the picture to one of the latent.
+        time_scale: frames of the video to one of the latent, None for a model of pictures.
     """
 
     name: str
@@ -42,8 +43,9 @@ class Source:
     family: ModelFamily
     config: Mapping[str, Any]
     pipeline: Any | None
-    native: tuple[int, int] | None
+    native: tuple[int, ...] | None
     scale: int
+    time_scale: int | None = None
 
     @property
     def config_hash(self) -> str:
@@ -65,18 +67,28 @@ class Source:
         schedule.check_model(self.family.class_name, self.config_hashes, caches, allow_other_config=allow_other_config)
 
     def trace_shape(
-        self, *, batch: int | Range, guidance: bool, height: int | Range | None, width: int | Range | None
+        self,
+        *,
+        batch: int | Range,
+        guidance: bool,
+        height: int | Range | None,
+        width: int | Range | None,
+        num_frames: int | None = None,
     ) -> TraceShape:
-        """Extents; ``height`` and ``width`` in pixels, the model's native size where None.
+        """Extents; ``height`` and ``width`` in pixels, ``num_frames`` of the video, the model's native size where None.
 
         Raises:
             UserError: a size that the VAE's scale does not divide, or no native size is known; guidance for a model
                 that has nothing to be guided away from; a range for a model that works at one size only.
         """
         given = (batch, height, width)
+        if self.time_scale is not None and any(isinstance(value, Range) for value in given):
+            raise UserError(f"{self.name}: videos are exported for one size and batch; give plain numbers")
         if any(isinstance(value, Range) for value in given):
             most = [value.max if isinstance(value, Range) else value for value in given]
-            shape = self.trace_shape(batch=most[0] or 1, guidance=guidance, height=most[1], width=most[2])
+            shape = self.trace_shape(
+                batch=most[0] or 1, guidance=guidance, height=most[1], width=most[2], num_frames=num_frames
+            )
             return replace(shape, sizes=self._ranges(shape, *given))
         assert isinstance(batch, int) and not isinstance(height, Range) and not isinstance(width, Range)
         if batch < 1:
@@ -84,7 +96,7 @@ class Source:
         if guidance and not self.can_guide:
             reason = "takes the scale as an input" if self._distilled else "takes no prompt and has no null class"
             raise UserError(f"--guidance: {self.name} {reason}; leave it out")
-        native_height, native_width = self.native or (None, None)
+        *native_frames, native_height, native_width = self.native or (None, None)
         latent_height = self._latent_extent("--height", height, native_height)
         latent_width = self._latent_extent("--width", width, native_width)
         scheme = self.text
@@ -94,6 +106,7 @@ class Source:
             width=latent_width,
             text_length=0 if scheme is None else scheme.length,
             guidance=guidance,
+            frames=self._latent_frames(num_frames, native_frames[0] if native_frames else None),
         )
 
     @property
@@ -111,8 +124,8 @@ class Source:
     @property
     def _inputs(self) -> tuple[InputSpec, ...]:
         """At the native size, or any."""
-        height, width = self.native or (_ANY_SIZE, _ANY_SIZE)
-        return self.family.inputs(self.config, batch=1, height=height, width=width, text_length=1)
+        size = self.native or (_ANY_SIZE,) * self.family.axes
+        return self.family.inputs(self.config, 1, *size, text_length=1)
 
     @property
     def text(self) -> TextScheme | None:
@@ -126,9 +139,9 @@ class Source:
         specs = self.family.blocks(self.config, granularity)
         return Supernet(self.denoiser, specs, [kinds[spec.name] for spec in specs], self.family.call)
 
-    def set_timesteps(self, scheduler: Any, height: int, width: int, steps: int) -> dict[str, Any]:
-        """What the scheduler's ``set_timesteps`` is given besides the number of steps, at a latent's size."""
-        return dict(self.family.set_timesteps(self.config, scheduler.config, height, width, steps))
+    def set_timesteps(self, scheduler: Any, extents: Sequence[int], steps: int) -> dict[str, Any]:
+        """What the scheduler's ``set_timesteps`` is given besides the number of steps, at a latent's extents."""
+        return dict(self.family.set_timesteps(self.config, scheduler.config, *extents, steps))
 
     def default_guidance_scale(self, *, from_picture: bool = False) -> float | None:
         """The stock pipeline's own default, None without a pipeline. from_picture: that of its image-to-image pipeline,
@@ -166,6 +179,21 @@ class Source:
             ranges[option] = Range(min=least, opt=usual, max=most, multiple=multiple)
         return None if all(allowed.is_static for allowed in ranges.values()) else SizeRanges(**ranges)
 
+    def _latent_frames(self, frames: int | None, native: int | None) -> int | None:
+        """Of the latent, for so many frames of the video; None for a model of pictures."""
+        scale = self.time_scale
+        if scale is None:
+            if frames is not None:
+                raise UserError(f"--num-frames {frames}: {self.name} makes pictures; leave it out")
+            return None
+        if frames is None:
+            if native is None:
+                raise UserError(f"{self.name}: nothing says how many frames its videos have; give --num-frames")
+            return native
+        if frames < 1 or (frames - 1) % scale:
+            raise UserError(f"--num-frames {frames}: give a multiple of {scale} and 1, such as {4 * scale + 1}")
+        return (frames - 1) // scale + 1
+
     def _latent_extent(self, option: str, pixels: int | None, native: int | None) -> int:
         if pixels is None:
             if native is None:
@@ -180,7 +208,7 @@ class Source:
 def unloaded_source(name: str, stock: Stock) -> Source:
     """What a model's configuration says of it, nothing loaded: for refusals that need no weights."""
     family, config = denoiser_config(name)
-    return Source(lasting_name(name), None, family, config, None, stock.native, stock.scale)
+    return Source(lasting_name(name), None, family, config, None, stock.native, stock.scale, stock.time_scale)
 
 
 def load_source(name: str, dtype: torch.dtype | None = None, weights: str | None = None) -> Source:
@@ -193,7 +221,7 @@ def load_source(name: str, dtype: torch.dtype | None = None, weights: str | None
         UserError: no such model, or one that cannot be read or is not whole.
     """
     from dipgo_deploy.models.files import check_weights, say_variants
-    from dipgo_deploy.models.stock import native_of, scale_of
+    from dipgo_deploy.models.stock import native_of, scale_of, time_scale_of
     from dipgo_deploy.supernet.load import load_denoiser, load_pipeline
 
     say_variants(name, check_weights(name))
@@ -205,7 +233,8 @@ def load_source(name: str, dtype: torch.dtype | None = None, weights: str | None
         pipeline = load_pipeline(name, **components)
         _check_tokenizers(name, pipeline, family.text(config, pipeline))
         native = native_of(pipeline, family)
-    return Source(lasting_name(name), denoiser, family, config, pipeline, native, scale_of(pipeline, family))
+    scales = scale_of(pipeline, family), time_scale_of(pipeline, family)
+    return Source(lasting_name(name), denoiser, family, config, pipeline, native, *scales)
 
 
 def _check_tokenizers(name: str, pipeline: Any, scheme: TextScheme | None) -> None:

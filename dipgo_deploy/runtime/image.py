@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 
 from dipgo_deploy.backends.base import Backend
-from dipgo_deploy.bundle.manifest import Graph
+from dipgo_deploy.bundle.manifest import Components, Graph
 from dipgo_deploy.bundle.shapes import SizeRanges, Sizes
 from dipgo_deploy.errors import NotFiniteError, UserError
+from dipgo_deploy.runtime.chunks import ChunkedDecoder
 from dipgo_deploy.runtime.component import Component
 
 if TYPE_CHECKING:
@@ -29,19 +30,26 @@ class Decoder:
         UserError: the graph cannot be loaded.
     """
 
-    def __init__(self, engine_dir: Path, graph: Graph, backend: Backend) -> None:
-        self._component = Component(engine_dir, graph, backend)
+    def __init__(self, engine_dir: Path, components: Components, backend: Backend) -> None:
+        graph = components.vae_decoder
+        assert graph is not None  # checked by the caller
+        self._graph = graph
+        self._decode: Component | ChunkedDecoder
+        if components.vae_chunks:
+            self._decode = ChunkedDecoder(engine_dir, components, backend)
+        else:
+            self._decode = Component(engine_dir, graph, backend)
 
     def __call__(self, latents: np.ndarray) -> np.ndarray:
-        """Latents (n, C, h, w), any n -> images float32 (n, H, W, 3) in [0, 1]."""
-        graph = self._component.graph
+        """Latents (n, C, [f,] h, w), any n -> images float32 (n, [F,] H, W, 3) in [0, 1]."""
+        graph = self._graph
         most = graph.inputs[0].shape[0]
         parts = []
         for start in range(0, len(latents), most):
             part = latents[start : start + most]
             batch = batch_for(len(part), most, graph.sizes)
-            sizes = None if graph.sizes is None else Sizes(batch, *latents.shape[2:])
-            outputs = self._component({graph.inputs[0].name: pad_batch(part, batch)}, sizes)
+            sizes = None if graph.sizes is None else Sizes(batch, *latents.shape[-2:])
+            outputs = self._decode({graph.inputs[0].name: pad_batch(part, batch)}, sizes)
             parts.append(outputs[graph.outputs[0].name][: len(part)].astype(np.float32))
         return np.concatenate(parts)
 

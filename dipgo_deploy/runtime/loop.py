@@ -35,7 +35,7 @@ class _View:
     def __init__(self, manifest: Manifest, unwritten: np.float32) -> None:
         plan, latent = manifest.plan, manifest.latent
         self.manifest = manifest
-        self.sample_shape = (manifest.batch, latent.channels, latent.height, latent.width)
+        self.sample_shape = (manifest.batch, *latent.shape)
         self.history = TensorSpec(name=HISTORY, shape=(plan.slots, *self.sample_shape), dtype="float32")
         self.noises = TensorSpec(name="noises", shape=(plan.noises, *self.sample_shape), dtype="float32")
         self.start = np.full(self.history.shape, unwritten)
@@ -142,13 +142,13 @@ class DenoisingLoop:
     def _at(self, noise: np.ndarray) -> _View:
         """The view for the shape of ``noise``; raises ValueError or UserError for one that it cannot have."""
         manifest = self._bundle.manifest
-        if manifest.sizes is None or noise.ndim != 4 or noise.shape[1] != manifest.latent.channels:
+        fixed = manifest.latent.shape[:-2]  # all but height and width
+        if manifest.sizes is None or noise.ndim != len(fixed) + 3 or noise.shape[1:-2] != fixed:
             _with_shape("noise", noise, self.sample_shape)
             return self._view
-        batch, channels, height, width = noise.shape
-        view = self._views.pop((batch, channels, height, width), None)
+        view = self._views.pop(noise.shape, None)
         if view is None:
-            view = _View(manifest.at(Sizes(batch, height, width)), self._unwritten)
+            view = _View(manifest.at(Sizes(len(noise), *noise.shape[-2:])), self._unwritten)
             self._place(view)
         while len(self._views) >= MOST_SIZES:
             del self._views[next(iter(self._views))]

@@ -66,8 +66,10 @@ class PipelineOutput:
     """What a call gives.
 
     Attributes:
-        images: pictures (``pil``), float32 (n, H, W, 3) in [0, 1] (``np``), or the latents again (``latent``).
-        latents: float32 (n, C, h, w).
+        images: pictures, or the frames of all videos, one video behind the other (``pil``); float32 (n, [F,] H, W, 3)
+            in [0, 1] (``np``); or the latents again (``latent``).
+        latents: float32 (n, C, [f,] h, w).
+        frames: of each video, None for pictures.
         launches: graph launches of the whole call.
     """
 
@@ -75,6 +77,13 @@ class PipelineOutput:
     latents: np.ndarray
     timings: Timings
     launches: int
+    frames: int | None = None
+
+    @property
+    def videos(self) -> list[list[Image]]:
+        """The frames of each video, of output type ``pil``."""
+        count = self.frames or 1
+        return [list(self.images[start : start + count]) for start in range(0, len(self.images), count)]
 
 
 class Pipeline:
@@ -202,9 +211,7 @@ class Pipeline:
 
     def _ready_decoder(self) -> Decoder:
         if self._decoder is None:
-            graph = self.bundle.manifest.components.vae_decoder
-            assert graph is not None  # checked with the request
-            loaded = Decoder(self.bundle.path, graph, self.backend)
+            loaded = Decoder(self.bundle.path, self.bundle.manifest.components, self.backend)
             self.bundle.check_unchanged()
             self._decoder = loaded
         return self._decoder
@@ -304,6 +311,7 @@ class Pipeline:
         control_scale: float | None = None,
         height: int | None = None,
         width: int | None = None,
+        num_frames: int | None = None,
         output_type: OutputType = "pil",
         callback: Callable[[int, int], Any] | None = None,
     ) -> PipelineOutput:
@@ -332,6 +340,7 @@ class Pipeline:
             control_scale: of what the ControlNet adds; default 1.
             height, width: of the pictures in pixels, where the engine directory leaves them open; the usual ones of its
                 ranges by default.
+            num_frames: that of the engine directory, or nothing.
             output_type: ``pil``, ``np`` or ``latent``.
             callback: called with (launches done, launches in all) after each launch.
 
@@ -358,6 +367,7 @@ class Pipeline:
             control_scale=control_scale,
             height=height,
             width=width,
+            num_frames=num_frames,
             output_type=output_type,
         )
         request = check_request(self.bundle.manifest, asked)
@@ -389,7 +399,8 @@ class Pipeline:
             decode=end - decoding,
             total=end - start,
         )
-        return PipelineOutput(images=images, latents=denoised, timings=timings, launches=launches)
+        frames = self.bundle.manifest.latent.video_frames
+        return PipelineOutput(images=images, latents=denoised, timings=timings, launches=launches, frames=frames)
 
     def _say_what_the_fit_had_not(self, request: Request) -> None:
         """One line where a fitted solver runs with what it was not fitted to; each line once."""
@@ -399,7 +410,7 @@ class Pipeline:
         guided = manifest.guidance or any(spec.source == "guidance" for spec in manifest.conditions)
         line = self._fitted_to.beyond(
             request.guidance_scale if guided else None,
-            request.size,
+            (request.size[-2], request.size[-1]),
             lora=any(choice.scale for choice in self._loras),
             scale=manifest.latent.scale or 1,
         )
@@ -508,7 +519,9 @@ class Pipeline:
         images = self._ready_decoder()(latents)
         if not np.isfinite(images).all():
             raise self._not_finite("VAE decoder")
-        return to_pil(images) if request.output_type == "pil" else images
+        if request.output_type == "np":
+            return images
+        return to_pil(images.reshape(-1, *images.shape[-3:]))
 
     def _not_finite(self, first: str) -> NotFiniteError:
         """The error for a run whose first values that are not finite came from ``first``."""

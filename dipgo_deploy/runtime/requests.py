@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -47,6 +48,7 @@ class Asked:
     control_scale: float | None = None
     height: int | None = None
     width: int | None = None
+    num_frames: int | None = None
     output_type: OutputType = "pil"
 
 
@@ -74,14 +76,14 @@ class Request:
     """A checked call, everything per image: ``images`` pictures in the order prompt by prompt.
 
     Attributes:
-        size: height and width in latent pixels.
+        size: of the latent: [frames,] height and width in latent pixels.
         fixed: the conditions that depend on neither text nor class, (images, ...) by name.
         image: pictures to start from, float32 (1 or prompts, H, W, 3) in [0, 1].
         image_latents: or their latents (1 or prompts, C, h, w).
     """
 
     images: int
-    size: tuple[int, int]
+    size: tuple[int, ...]
     guidance_scale: float
     text: TextRequest | None
     classes: np.ndarray | None
@@ -102,6 +104,7 @@ def check_request(manifest: Manifest, asked: Asked) -> Request:
     per_prompt = arguments.whole("number of images", asked.num_images_per_prompt, least=1)
     arguments.choice("output type", asked.output_type, OUTPUT_TYPES)
     manifest = _at_size(manifest, asked)
+    _check_frames(manifest, asked.num_frames)
     if asked.output_type != "latent" and manifest.components.vae_decoder is None:
         raise UserError(
             f"output type {asked.output_type!r}: this engine directory has no VAE decoder; use output type 'latent'"
@@ -121,7 +124,7 @@ def check_request(manifest: Manifest, asked: Asked) -> Request:
     _check_strength(manifest, asked)
     return Request(
         images=images,
-        size=(manifest.latent.height, manifest.latent.width),
+        size=manifest.latent.extents,
         guidance_scale=scale,
         text=text and _repeat_text(text, per_prompt),
         classes=None if classes is None else np.repeat(classes, per_prompt),
@@ -139,7 +142,8 @@ def _at_size(manifest: Manifest, asked: Asked) -> Manifest:
     """The manifest at the size that was asked for: the usual one, or that of the latents, where nothing else is."""
     ranges, latent = manifest.sizes, manifest.latent
     given = asked.latents if asked.latents is not None else asked.image_latents
-    there = given.shape[2:] if isinstance(given, np.ndarray) and given.ndim == 4 and ranges is not None else None
+    rank = 1 + len(latent.shape)
+    there = given.shape[-2:] if isinstance(given, np.ndarray) and given.ndim == rank and ranges is not None else None
     usual = manifest.usual_sizes[1:]
     extents = []
     for place, (option, given_pixels) in enumerate((("height", asked.height), ("width", asked.width))):
@@ -161,10 +165,25 @@ def _at_size(manifest: Manifest, asked: Asked) -> Manifest:
     return manifest if ranges is None else manifest.at(Sizes(ranges.batch.max, *extents))
 
 
+def _check_frames(manifest: Manifest, asked: int | None) -> None:
+    """The number of frames is the engine directory's."""
+    if asked is None:
+        return
+    frames = manifest.latent.video_frames
+    asked = arguments.whole("num_frames", asked, least=1)
+    if frames is None:
+        raise UserError(f"num_frames {asked}: this engine directory makes pictures; leave it out")
+    if asked != frames:
+        raise UserError(
+            f"num_frames {asked}: this engine directory makes videos of {frames} frames; leave it out, or export "
+            "another one with --num-frames"
+        )
+
+
 def _check_memory(manifest: Manifest, images: int) -> None:
     """Refuse so many pictures that what is made for each at the start would not fit the machine's memory."""
     latent = manifest.latent
-    values = latent.channels * latent.height * latent.width
+    values = math.prod(latent.shape)
     each = 4 * values * (2 + manifest.plan.noises)  # initial latents, noise, results
     each += sum(spec.nbytes // max(spec.shape[0], 1) for spec in manifest.conditions)
     there = machine_memory()
@@ -392,7 +411,7 @@ def _check_latents(manifest: Manifest, latents: np.ndarray | None, images: int) 
     if latents is None:
         return None
     _check_floats("latents", latents)
-    wanted = (images, manifest.latent.channels, manifest.latent.height, manifest.latent.width)
+    wanted = (images, *manifest.latent.shape)
     if latents.shape != wanted:
         raise UserError(f"latents: shape {latents.shape}, needs {wanted} (one of unit noise for each image)")
     if not fits(latents, "float32"):
@@ -468,7 +487,7 @@ def _check_image_latents(manifest: Manifest, latents: np.ndarray | None, rows: i
     if latents is None:
         return None
     _check_floats("image_latents", latents)
-    wanted = (manifest.latent.channels, manifest.latent.height, manifest.latent.width)
+    wanted = manifest.latent.shape
     if latents.shape[1:] != wanted or len(latents) not in (1, rows):
         sizes = ", ".join(map(str, wanted))
         raise UserError(f"image_latents: shape {latents.shape}, needs (1 or {rows}, {sizes})")

@@ -17,7 +17,7 @@ from dipgo_deploy.models.target import schedule_target
 from dipgo_deploy.plan.graph import BlockGraph
 from dipgo_deploy.reference.conditions import DEFAULT_GUIDANCE_SCALE, reference_conditions
 from dipgo_deploy.reference.source import Source, load_source
-from dipgo_deploy.reference.vae import to_vae
+from dipgo_deploy.reference.vae import decoded
 from dipgo_deploy.runtime.noise import TorchNoise
 from dipgo_deploy.sampler import make_scheduler, prediction_used, sampler_matrix, scheduler_of
 from dipgo_deploy.sampler.matrix import SamplerMatrix
@@ -78,7 +78,7 @@ class Problem:
         names: of the conditions.
         matrix: the sampler as a matrix.
         traced: the model's one trace.
-        sample_shape: (C, h, w).
+        sample_shape: (C, [f,] h, w).
         set_timesteps: what the scheduler's ``set_timesteps`` gets besides the number of steps.
         reference: the same model and images with the sampler of the full run that images are compared with, None for
             its own; costs are shares of that run's.
@@ -95,7 +95,7 @@ class Problem:
     conditions: tuple[dict[str, Tensor], ...]
     names: tuple[str, ...]
     guidance_scale: float | None
-    sample_shape: tuple[int, int, int]
+    sample_shape: tuple[int, ...]
     set_timesteps: Mapping[str, Any] = field(default_factory=dict)
     reference: Problem | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -161,7 +161,7 @@ class Problem:
             return pixels.expand(-1, 3, -1, -1) if pixels.shape[1] == 1 else pixels
         assert self.source.pipeline is not None
         vae = self.source.pipeline.vae
-        images: Tensor = vae.decode(to_vae(vae, latents), return_dict=False)[0]
+        images: Tensor = decoded(vae, latents)
         return images / 2 + 0.5
 
     def check_loss(self, name: str) -> None:
@@ -195,7 +195,7 @@ def load_problem(options: ProblemOptions, notify: Notify = lambda stage: None) -
     traced = trace(source.denoiser, source.family, source.config, specs, kinds, shape, "fp32")
     notify("preparing the search")
     scheduler = make_scheduler(target.sampler.class_name, target.sampler.config)
-    set_timesteps = source.set_timesteps(scheduler, shape.height, shape.width, options.steps)
+    set_timesteps = source.set_timesteps(scheduler, shape.extents, options.steps)
     matrix = sampler_matrix(scheduler, options.steps, set_timesteps_kwargs=set_timesteps)
     scale = options.guidance_scale if options.guidance_scale is not None else source.default_guidance_scale()
     conditions = _encoded(source, traced, guidance, names, labels, scale)
@@ -214,7 +214,7 @@ def load_problem(options: ProblemOptions, notify: Notify = lambda stage: None) -
         conditions=conditions,
         names=names,
         guidance_scale=(scale or DEFAULT_GUIDANCE_SCALE) if guidance else None,
-        sample_shape=(source.family.latent_channels(source.config), shape.height, shape.width),
+        sample_shape=(source.family.latent_channels(source.config), *shape.extents),
         set_timesteps=set_timesteps,
         device=device,
     )
@@ -240,7 +240,7 @@ def with_sampler(problem: Problem, sampler: str, steps: int, config: Mapping[str
 
 def _with_scheduler(problem: Problem, scheduler: Any, target: Target, options: ProblemOptions) -> Problem:
     """Without a reference of its own. target: but for T, which the scheduler decides."""
-    set_timesteps = problem.source.set_timesteps(scheduler, *problem.sample_shape[1:], options.steps)
+    set_timesteps = problem.source.set_timesteps(scheduler, problem.sample_shape[1:], options.steps)
     matrix = sampler_matrix(scheduler, options.steps, set_timesteps_kwargs=set_timesteps)
     return replace(
         problem,

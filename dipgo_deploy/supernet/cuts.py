@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from dipgo_deploy.models.family import BlockSpec
@@ -25,6 +26,12 @@ class Cuts:
 
     outputs: list[Tensor] = field(default_factory=list)
     inputs: list[Tensor] = field(default_factory=list)
+
+
+def model_dtype(model: nn.Module) -> torch.dtype:
+    """What a denoiser computes in: that of its parameters but for those that its class keeps in float32."""
+    own = getattr(model, "dtype", None)
+    return own if isinstance(own, torch.dtype) else next(model.parameters()).dtype
 
 
 def flatten(output: object) -> tuple[list[Tensor], Structure]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import nn
@@ -135,20 +137,37 @@ def _load_part(
             shards = load_shards(owner, Path(source) / name, weights.files, dtype)
             if shards is not None:
                 return shards
-        loaded, info = owner.from_pretrained(
-            source,
-            dtype=dtype,
-            use_safetensors=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # else the first stops the loading; all are refused below
-            **options,
-        )
+        with _nothing_kept(owner) as kept:
+            stored = _floating(weights.files) if kept and weights is not None else {dtype}
+            loaded, info = owner.from_pretrained(
+                source,
+                dtype=dtype if stored == {dtype} else torch.float32,
+                use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # else the first stops the loading; all are refused below
+                **options,
+            )
     except Exception as error:  # diffusers, transformers, the hub's client and safetensors each raise their own
         raise UserError(f"{what}: {class_name} cannot be loaded: {_reason(error)}") from error
     wrong = describe_keys(info, {key for key, _ in loaded.named_buffers()})
     if wrong is not None:
         raise UserError(f"{what}: not the weights of {class_name} as its config.json has it: {wrong}")
+    for name, parameter in loaded.named_parameters() if kept else ():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(torch.float32 if kept.intersection(name.split(".")) else dtype)
     return loaded
+
+
+@contextmanager
+def _nothing_kept(owner: Any) -> Iterator[frozenset[str]]:
+    """The names of modules that stay in float32 and that diffusers does not keep by itself: without accelerate it loads
+    no model of a class that has some, unless the class is without them for as long as the block runs."""
+    kept = frozenset(getattr(owner, "_keep_in_fp32_modules", None) or ())
+    if not kept or _frugal() or not owner.__module__.startswith("diffusers."):
+        yield frozenset()
+        return
+    with mock.patch.object(owner, "_keep_in_fp32_modules", None):
+        yield kept
 
 
 def _frugal() -> bool:

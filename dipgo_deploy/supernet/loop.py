@@ -15,6 +15,7 @@ from dipgo_deploy.errors import UserError
 from dipgo_deploy.sampler.loop import GivenNoise
 from dipgo_deploy.sampler.schedulers import fresh, set_timesteps
 from dipgo_deploy.sampler.start import ImageStart, first_latent
+from dipgo_deploy.supernet.cuts import model_dtype
 from dipgo_deploy.supernet.gated import CacheState, Gate, Supernet
 
 
@@ -188,7 +189,7 @@ def guided_step(
         caches. The first two have the dtype of ``model_input``.
     """
     batch = torch.cat([model_input] * (1 if guidance_scale is None else 2))
-    dtype = next(supernet.model.parameters()).dtype
+    dtype = model_dtype(supernet.model)
     output, after = supernet.step(batch.to(dtype), timestep.expand(len(batch)), conditions, gates, state, step, keep)
     raw = output[:, : model_input.shape[1]].to(model_input.dtype)
     if guidance_scale is None:

@@ -115,5 +115,5 @@ def make_inputs(bundle: Bundle) -> Inputs:
         else random.normal(size=spec.shape).astype(np.float32)
         for spec in manifest.conditions
     }
-    shape = (manifest.batch, latent.channels, latent.height, latent.width)
+    shape = (manifest.batch, *latent.shape)
     return Inputs(random.normal(size=shape).astype(np.float32), conditions)

@@ -1,0 +1,95 @@
+"""Decoders of videos in chunks of latent frames, so that memory does not grow with the length of the video.
+
+A VAE that goes through time hands its decoder's last frames on from one chunk to the next: ``state``. The first chunk
+starts with zeros, which is what a causal convolution has in front of a video.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+# What AutoencoderKLWan writes for zeros.
+_ZEROS = "Rep"
+
+State = tuple[torch.Tensor | None, ...]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One graph of a decoder.
+
+    Attributes:
+        start, stop: the latent frames of the first chunk that it decodes.
+        decode(vae, latents, state): latents as the VAE takes them, (B, C, stop - start, h, w) -> what it makes of them,
+            (B, 3, F, H, W), and the state that it leaves; None in it for what stays zero.
+    """
+
+    start: int
+    stop: int
+    decode: Callable[[Any, torch.Tensor, State], tuple[torch.Tensor, State]]
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """How a video is decoded: the distinct ``parts``, and for each chunk in order the part and its first frame."""
+
+    parts: tuple[Part, ...]
+    order: tuple[tuple[int, int], ...]
+
+
+def chunks_of(vae: Any, frames: int | None) -> Chunks | None:
+    """The chunks that a VAE decodes ``frames`` latent frames in, as it does by itself; None: all at once."""
+    of_class = _CLASSES.get(type(vae).__name__)
+    return None if of_class is None or frames is None else of_class(vae, frames)
+
+
+def state_shapes(vae: Any, chunks: Chunks, latents: Sequence[int]) -> tuple[torch.Size, ...]:
+    """Shapes of the state between chunks for latents (B, C, f, h, w); nothing is computed."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        state: State = ()
+        for number, _ in chunks.order[:2]:
+            part = chunks.parts[number]
+            chunk = torch.zeros(*latents[:2], part.stop - part.start, *latents[3:], dtype=vae.dtype)
+            _, state = part.decode(vae, chunk, state)
+            last = state
+    return tuple(entry.shape for entry in last if entry is not None)
+
+
+def _wan(vae: Any, frames: int) -> Chunks:
+    """One latent frame after the other, as its ``_decode`` does."""
+
+    def first(vae: Any, latents: torch.Tensor, _: State) -> tuple[torch.Tensor, State]:
+        return _wan_frame(vae, latents, None)
+
+    parts = [Part(0, 1, first), Part(1, 2, _wan_frame)]
+    return Chunks(tuple(parts[: min(frames, 2)]), tuple((min(frame, 1), frame) for frame in range(frames)))
+
+
+def _wan_frame(vae: Any, latents: torch.Tensor, state: State | None) -> tuple[torch.Tensor, State]:
+    """state: of each causal convolution in turn its last two frames; None in front of a video."""
+    kept: list[Any] = [None] * vae._cached_conv_counts["decoder"]
+    if state is not None:
+        kept[: len(state)] = [_ZEROS if entry is None else entry for entry in state]
+    place = [0]
+    video = vae.decoder(vae.post_quant_conv(latents), feat_cache=kept, feat_idx=place, first_chunk=state is None)
+    if vae.config.patch_size is not None:
+        from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
+
+        video = unpatchify(video, patch_size=vae.config.patch_size)
+    # The convolutions that lengthen time are left out in the first chunk, and leave a word: zeros, to the next one.
+    left = [entry if isinstance(entry, torch.Tensor) else None for entry in kept[: place[0]]]
+    return video.clamp(-1.0, 1.0), tuple(entry if entry is None else _two_frames(entry) for entry in left)
+
+
+def _two_frames(frames: torch.Tensor) -> torch.Tensor:
+    missing = 2 - frames.shape[2]
+    return torch.nn.functional.pad(frames, (0, 0, 0, 0, missing, 0)) if missing else frames
+
+
+_CLASSES: dict[str, Callable[[Any, int], Chunks]] = {"AutoencoderKLWan": _wan}

@@ -1,0 +1,73 @@
+"""A VAE decoder of videos that goes through time: chunk after chunk, in memory for one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dipgo_deploy.backends.base import Backend, Launchable, Memory
+from dipgo_deploy.backends.storage import to_storage
+from dipgo_deploy.bundle.manifest import Components, Graph
+from dipgo_deploy.bundle.names import NEXT, STATE
+
+
+class ChunkedDecoder:
+    """The graphs of a decoder in chunks, bound to two sets of memory for the state between them.
+
+    One is read while the other is written, and nothing is copied.
+
+    Raises:
+        UserError: a graph cannot be loaded.
+    """
+
+    def __init__(self, engine_dir: Path, components: Components, backend: Backend) -> None:
+        self._backend, self._chunks = backend, components.vae_chunks
+        self._graphs = components.decoders
+        specs = [(spec.name, spec.nbytes) for graph in self._graphs for spec in (*graph.inputs, *graph.outputs)]
+        largest: dict[str, int] = {}
+        for name, nbytes in specs:
+            name = name.replace(NEXT, STATE, 1) if name.startswith(NEXT) else name
+            largest[name] = max(largest.get(name, 0), nbytes)
+        self._plain = {name: backend.allocate(size) for name, size in largest.items() if not name.startswith(STATE)}
+        self._states = [
+            {name: backend.allocate(size) for name, size in largest.items() if name.startswith(STATE)} for _ in range(2)
+        ]
+        loaded = [backend.load(engine_dir, graph) for graph in self._graphs]
+        self._calls: list[tuple[Launchable, Launchable]] = [
+            (executable.bind(self._bound(graph, 0)), executable.bind(self._bound(graph, 1)))
+            for executable, graph in zip(loaded, self._graphs, strict=True)
+        ]
+
+    def _bound(self, graph: Graph, reads: int) -> dict[str, Memory]:
+        """Memory of each tensor of a graph that reads the state of set ``reads`` and writes the other."""
+        memory = {}
+        for spec in (*graph.inputs, *graph.outputs):
+            if spec.name.startswith(STATE):
+                whole = self._states[reads][spec.name]
+            elif spec.name.startswith(NEXT):
+                whole = self._states[1 - reads][STATE + spec.name.removeprefix(NEXT)]
+            else:
+                whole = self._plain[spec.name]
+            memory[spec.name] = whole.at(0, spec.nbytes)
+        return memory
+
+    def __call__(self, inputs: Mapping[str, np.ndarray], _sizes: Any = None) -> dict[str, np.ndarray]:
+        """Latents (batch, C, f, h, w) by the first graph's input -> its output (batch, F, H, W, 3), all chunks."""
+        latents = next(iter(inputs.values()))
+        backend = self._backend
+        for state in self._states:
+            for memory in state.values():
+                backend.upload(memory, np.zeros(memory.nbytes, np.uint8))
+        images = []
+        for place, chunk in enumerate(self._chunks):
+            graph = self._graphs[chunk.graph]
+            taken, made = graph.inputs[0], graph.outputs[0]
+            part = latents[:, :, chunk.start : chunk.start + taken.shape[2]]
+            backend.upload(self._plain[taken.name], to_storage(part, taken.dtype))
+            self._calls[chunk.graph][place % 2]()
+            backend.synchronize()
+            images.append(backend.download(self._plain[made.name], made))
+        return {self._graphs[0].outputs[0].name: np.concatenate(images, axis=1)}
