@@ -47,6 +47,18 @@ def _is_none(value: object) -> bool:
     return value is None
 
 
+def _is_one(value: float) -> bool:
+    return value == 1
+
+
+def _is_right(value: str) -> bool:
+    return value == "right"
+
+
+def _is_blank(value: tuple[str, ...]) -> bool:
+    return not any(value)
+
+
 def _is_empty(value: Sized) -> bool:
     return not len(value)
 
@@ -236,6 +248,12 @@ class TokenizerEntry(_Frozen):
     pad_id: int
     ids: str = pydantic.Field(description="input of the text encoder's graph that takes the token ids")
     mask: str | None = pydantic.Field(default=None, description="input that takes 1 for tokens and 0 for padding")
+    padding: Literal["right", "left"] = pydantic.Field(
+        default="right", exclude_if=_is_right, description="the side that is padded"
+    )
+    special: bool = pydantic.Field(
+        default=True, exclude_if=bool, description="whether the tokenizer puts its own tokens around a text"
+    )
     expansions: dict[str, str] = pydantic.Field(
         default_factory=dict,
         exclude_if=_is_empty,
@@ -253,6 +271,12 @@ class TextEncoderEntry(_Frozen):
     )
     lowercase: bool = pydantic.Field(default=False, description="prompts are stripped and lowered first")
     prefix: str = pydantic.Field(default="", description="then put before each prompt, but no negative one")
+    around: tuple[str, str] = pydantic.Field(
+        default=("", ""), exclude_if=_is_blank, description="then put before and after every prompt, negative ones too"
+    )
+    removed: Many[str] = pydantic.Field(
+        default=(), exclude_if=_is_empty, description="texts that are taken out of prompts first"
+    )
 
 
 class LatentSpec(_Frozen):
@@ -351,6 +375,9 @@ class Manifest(_Frozen):
     batch: int = pydantic.Field(description="images per launch")
     guidance: bool
     guidance_scale: float | None = pydantic.Field(default=None, description="default guidance scale")
+    guidance_off: float = pydantic.Field(
+        default=1.0, exclude_if=_is_one, description="the guidance scale that does nothing; smaller ones are refused"
+    )
     latent: LatentSpec
     sizes: SizeRanges | None = pydantic.Field(
         default=None,

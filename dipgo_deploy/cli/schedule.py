@@ -406,9 +406,10 @@ def _check_model(schedule: Schedule, model: str, allow_other_config: bool) -> No
 def _planned(schedule: Schedule, model: str) -> dict[str, Any]:
     """What the compiler makes of the schedule on this model, traced at its native size."""
     from dipgo_deploy.export.trace import trace_blocks
-    from dipgo_deploy.models import family_for
+    from dipgo_deploy.models.location import denoiser_config, pipeline_index
     from dipgo_deploy.plan.compile import compile_plan
 
+    family, config = denoiser_config(model)
     graph = trace_blocks(model, schedule.model.granularity, schedule.cache_kinds)
     plan = compile_plan(graph, schedule.gates)
     full_macs = plan.macs_full * schedule.steps
@@ -418,7 +419,7 @@ def _planned(schedule: Schedule, model: str) -> dict[str, Any]:
         "variants": len(plan.variants),
         "launches": len(plan.launches),
         "peak_cache_bytes": plan.arena_bytes,
-        "batch_of": "one image, guidance" if family_for(schedule.model.class_name).guidance else "one image",
+        "batch_of": "one image, guidance" if family.is_guided(config, pipeline_index(model)) else "one image",
     }
 
 

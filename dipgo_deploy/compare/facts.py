@@ -22,6 +22,7 @@ def check_facts(manifest: Manifest, reference: Reference) -> list[Part]:
     default = source.default_guidance_scale(from_picture=manifest.sampler.strength is not None) if guided else None
     facts: dict[str, tuple[Any, Any]] = {
         "guidance_scale": (manifest.guidance_scale, default),
+        "guidance_off": (manifest.guidance_off, source.family.guide.off),
     }
     for spec in reference.conditions:
         if spec.source == "class":
@@ -53,15 +54,17 @@ def _text(manifest: Manifest, reference: Reference) -> dict[str, tuple[Any, Any]
         return {}
     facts: dict[str, tuple[Any, Any]] = {
         name: (getattr(encoder, name), getattr(scheme, name))
-        for name in ("zeros_without_negative", "lowercase", "prefix")
+        for name in ("zeros_without_negative", "lowercase", "prefix", "around", "removed")
     }
     for entry, spec in zip(encoder.tokenizers, scheme.tokenizers, strict=False):
-        tokenizer = getattr(reference.source.pipeline, spec.attribute)
+        tokenizer = spec.of(reference.source.pipeline)
         facts |= {
             f"{spec.attribute}, length": (entry.length, spec.length),
             f"{spec.attribute}, pad_id": (entry.pad_id, int(tokenizer.pad_token_id)),
             f"{spec.attribute}, ids": (entry.ids, spec.ids),
             f"{spec.attribute}, mask": (entry.mask, spec.mask),
+            f"{spec.attribute}, padding": (entry.padding, spec.padding),
+            f"{spec.attribute}, special": (entry.special, spec.special),
         }
     facts["tokenizers"] = (len(encoder.tokenizers), len(scheme.tokenizers))
     return facts

@@ -7,7 +7,7 @@ pictures and the guidance scale. VAE: pictures of one latent. picture: everythin
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -90,11 +90,13 @@ class Pictures:
 
     def components(self, case: Case) -> list[Part]:
         """Tokens and conditions of a case; nothing is denoised."""
+        case = self._stock.possible(case)
         expected = self._stock.conditions(case)
         return [*self._tokens(case, expected), *self._conditions(case, expected)]
 
     def picture(self, case: Case) -> list[Part]:
         """The picture (and its latents) of each prompt or class of a case."""
+        case = self._stock.possible(case)
         expected = self._stock(case)
         kind: OutputType = "np" if self._decodes(expected) else "latent"
         try:
@@ -155,6 +157,11 @@ class Pictures:
         call = self._call(case)
         with _no_warnings():
             found = self._ours.conditions(check_request(self._manifest, Asked(**call, output_type="latent")))
+        masks = [
+            expected.conditions[spec.name]
+            for spec in self._manifest.conditions
+            if spec.source == "text" and spec.dtype == "int64" and spec.name in expected.conditions
+        ]
         for spec in self._manifest.conditions:
             halves = found[spec.name]
             stock = expected.conditions.get(spec.name)
@@ -169,7 +176,7 @@ class Pictures:
             if rows.shape[1:] != stock.shape[1:] or len(stock) != len(rows):
                 yield Part("conditions", place, STOCK, (), f"shape {rows.shape}, the stock pipeline's is {stock.shape}")
                 continue
-            rows, stock = _as_seen(expected.conditions, rows), _as_seen(expected.conditions, stock)
+            rows, stock = _as_seen(masks, rows), _as_seen(masks, stock)
             errors = tuple(self._error(spec.name, ours, theirs) for ours, theirs in zip(rows, stock, strict=True))
             half = len(rows) // 2 if halves[0] is not None else 0
             for row, error in enumerate(errors):
@@ -181,11 +188,11 @@ class Pictures:
         return tensor_error(name, np.asarray(actual, np.float64), np.asarray(expected, np.float64), self._tolerance)
 
 
-def _as_seen(conditions: Mapping[str, np.ndarray], states: np.ndarray) -> np.ndarray:
+def _as_seen(masks: Sequence[np.ndarray], states: np.ndarray) -> np.ndarray:
     """A condition without what the denoiser does not see: the states of padding, where it gets a mask. What an encoder
     makes of padding depends on how much of it there is."""
-    mask = conditions.get("encoder_attention_mask")
-    if mask is None or states.ndim != 3 or states.shape[:2] != mask.shape:
+    mask = next((mask for mask in masks if states.ndim == 3 and states.shape[:2] == mask.shape), None)
+    if mask is None:
         return states
     seen: np.ndarray = np.where(mask[..., None] != 0, states, 0)
     return seen

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -96,7 +96,7 @@ class StockPipeline:
         self._manifest, self._reference = manifest, reference
         self._pipeline = _prepared(manifest, reference)
         self._takes = inspect.signature(type(self._pipeline).__call__).parameters
-        self.conditional_first = type(self._pipeline).__name__ == "DiTPipeline"
+        self.conditional_first = reference.source.family.guide.order != "unconditional first"
         native = reference.source.config.get("sample_size")
         size = [manifest.latent.height, manifest.latent.width]
         if "height" not in self._takes and size != ([native, native] if isinstance(native, int) else native):
@@ -110,6 +110,10 @@ class StockPipeline:
         small = np.random.default_rng(0).integers(0, 256, (6, 6, 3), dtype=np.uint8)
         size = (latent.width * scale, latent.height * scale)
         return Image.fromarray(small).resize(size, Image.Resampling.BICUBIC)
+
+    def possible(self, case: Case) -> Case:
+        """The case without what the pipeline takes no argument for (FLUX.2-klein: a negative prompt)."""
+        return case if "negative_prompt" in self._takes else replace(case, negatives=None)
 
     def conditions(self, case: Case) -> StockRun:
         """What comes before the first evaluation: tokens and conditions. Nothing is denoised."""
@@ -130,7 +134,9 @@ class StockPipeline:
         pixels = self._reference.source.family.pixels
         decoded = pixels or getattr(pipeline, "vae", None) is not None
         arguments = self._arguments(case, decoded)
-        denoiser = _Denoiser(self._reference, run, stop)
+        guidance = self._reference.source.family.guide
+        separate = self._manifest.guidance and guidance.order == "separate"
+        denoiser = _Denoiser(self._reference, run, stop, calls=2 if separate else 1)
         try:
             with ExitStack() as stack, torch.no_grad():
                 stack.enter_context(denoiser.in_place(pipeline))
@@ -159,16 +165,17 @@ class StockPipeline:
 
     def _arguments(self, case: Case, decoded: bool) -> dict[str, Any]:
         manifest, latent = self._manifest, self._manifest.latent
-        scale = self._reference.source.scale
+        pixels = self._reference.source.scale
         distilled = any(spec.source == "guidance" for spec in manifest.conditions)
+        guide = self._reference.source.family.guide
         arguments: dict[str, Any] = {
             "num_inference_steps": self._reference.schedule.sampler.num_inference_steps,
             "generator": torch.Generator("cpu").manual_seed(case.seed),
             "output_type": "np" if decoded else "latent",
         }
         optional: dict[str, Any] = {
-            "height": latent.height * scale,
-            "width": latent.width * scale,
+            "height": latent.height * pixels,
+            "width": latent.width * pixels,
             # Sizes are those of the engine directory; captions are cleaned by packages that need not be there.
             "use_resolution_binning": False,
             "clean_caption": False,
@@ -176,14 +183,18 @@ class StockPipeline:
         arguments |= {name: value for name, value in optional.items() if name in self._takes}
         if case.prompts is not None:
             arguments["prompt"] = list(case.prompts)
-            if case.negatives is not None:
-                arguments["negative_prompt"] = list(case.negatives)
+            negatives = case.negatives
+            if negatives is None and manifest.guidance and guide.only_with_negative:
+                negatives = ("",) * len(case.prompts)
+            if negatives is not None:
+                arguments["negative_prompt"] = list(negatives)
         if case.labels is not None:
             arguments["class_labels"] = list(case.labels)
-        if "guidance_scale" in self._takes and not (manifest.guidance or distilled):
-            arguments["guidance_scale"] = 1.0
-        elif case.guidance_scale is not None and "guidance_scale" in self._takes:
-            arguments["guidance_scale"] = case.guidance_scale
+        scale = "guidance_scale" if distilled else guide.argument
+        if scale in self._takes and not (manifest.guidance or distilled):
+            arguments[scale] = guide.off
+        elif case.guidance_scale is not None and scale in self._takes:
+            arguments[scale] = case.guidance_scale
         if manifest.sampler.strength is not None:
             arguments |= {"image": self.picture(), "strength": manifest.sampler.strength}
         if any(spec.source == "image" for spec in manifest.conditions):
@@ -225,13 +236,13 @@ def _settings(pipeline: Any) -> dict[str, Any]:
 
 
 class _Denoiser:
-    """Follows the evaluations of a pipeline: each call of its denoiser is the supernet's next one."""
+    """Follows the evaluations of a pipeline: so many calls of its denoiser are the supernet's next one."""
 
-    def __init__(self, reference: Reference, run: StockRun, stop: bool) -> None:
+    def __init__(self, reference: Reference, run: StockRun, stop: bool, calls: int) -> None:
         self._reference, self._run, self._stop = reference, run, stop
         self._gates = reference.schedule.gates
-        self._state = CacheState()
-        self._step = 0
+        self._states = [CacheState() for _ in range(calls)]
+        self._calls = 0
         self._control: dict[str, Any] = {}
 
     @contextmanager
@@ -252,8 +263,9 @@ class _Denoiser:
 
     def check_all_done(self, name: str) -> None:
         """Refuse a pipeline that stopped early."""
-        if self._step != len(self._gates):
-            raise UserError(f"{name} evaluates its denoiser {self._step} times, the schedule has {len(self._gates)}")
+        steps = self._calls / len(self._states)
+        if steps != len(self._gates):
+            raise UserError(f"{name} evaluates its denoiser {steps:g} times, the schedule has {len(self._gates)}")
 
     def _companion(self, *args: Any, **kwargs: Any) -> tuple[tuple[()], None]:
         """A ControlNet: what it was given is kept for the denoiser's own call."""
@@ -262,18 +274,22 @@ class _Denoiser:
 
     def _evaluate(self, module: Any, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         kwargs = self._with_null(kwargs)
-        latent = args[0] if args else kwargs[next(iter(inspect.signature(original).parameters))]
-        conditions = _tensors(kwargs, len(latent)) | _tensors(_control(self._control), len(latent))
-        if self._step == 0:
-            self._run.conditions = {name: host(tensor) for name, tensor in conditions.items()}
+        source = self._reference.source
+        latent, timestep, conditions = (source.family.given or self._given)(args, kwargs)
+        step, half = divmod(self._calls, len(self._states))
+        if step == 0:
+            seen = {name: host(tensor) for name, tensor in conditions.items()}
+            before = self._run.conditions
+            self._run.conditions = {name: np.concatenate([*_rows(before, name), seen[name]]) for name in seen}
         if self._stop:
-            raise _Reached
-        if self._step >= len(self._gates):
+            if half == len(self._states) - 1:
+                raise _Reached
+            self._calls += 1
+            return (torch.zeros_like(kwargs.get("hidden_states", latent)),)  # the other half is still to come
+        if step >= len(self._gates):
             raise UserError(
                 f"the stock pipeline evaluates its denoiser more often than the schedule's {len(self._gates)} times"
             )
-        source = self._reference.source
-        timestep = torch.as_tensor(kwargs["timestep"] if "timestep" in kwargs else args[1])
 
         def call(model: Any, *_: Any) -> Any:
             if not source.family.companions:
@@ -283,9 +299,18 @@ class _Denoiser:
 
         ours = self._reference.supernet
         supernet = Supernet(ours.model, ours.specs, ours.cache_kinds, call)
-        result, self._state = supernet.step(latent, timestep, {}, self._gates[self._step], self._state, self._step)
-        self._step += 1
+        result, self._states[half] = supernet.step(latent, timestep, {}, self._gates[step], self._states[half], step)
+        self._calls += 1
         return result
+
+    def _given(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+        """Latent, timestep and conditions of a ``forward`` whose first two arguments are the former."""
+        latent = args[0] if args else kwargs[next(iter(inspect.signature(self._original).parameters))]
+        timestep = torch.as_tensor(kwargs["timestep"] if "timestep" in kwargs else args[1])
+        conditions = _tensors(kwargs, len(latent)) | _tensors(_control(self._control), len(latent))
+        return latent, timestep, conditions
 
     def _with_null(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """DiTPipeline writes the null class of ImageNet's 1000; a model of fewer classes has another one."""
@@ -294,6 +319,11 @@ class _Denoiser:
         if labels is None or null is None:
             return kwargs
         return {**kwargs, "class_labels": torch.where(labels == _IMAGENET_NULL, null, labels)}
+
+
+def _rows(conditions: Mapping[str, np.ndarray], name: str) -> tuple[np.ndarray, ...]:
+    """Those of the half that was evaluated before, where there was one."""
+    return (conditions[name],) if name in conditions else ()
 
 
 @contextmanager

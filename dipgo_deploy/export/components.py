@@ -132,7 +132,7 @@ def _text_encoder(
     graph = _export(Encoders(), tokens, names, outputs, stage, "text_encoder", dtype, prefix)
     entries = []
     for spec in scheme.tokenizers:
-        tokenizer = getattr(pipeline, spec.attribute)
+        tokenizer = spec.of(pipeline)
         file = f"{spec.attribute}/tokenizer.json"
         _save_tokenizer(tokenizer, stage / file)
         entries.append(
@@ -142,6 +142,8 @@ def _text_encoder(
                 pad_id=int(tokenizer.pad_token_id),
                 ids=spec.ids,
                 mask=spec.mask,
+                padding=spec.padding,
+                special=spec.special,
                 expansions=_expansions(pipeline, tokenizer),
             )
         )
@@ -151,6 +153,8 @@ def _text_encoder(
         zeros_without_negative=scheme.zeros_without_negative,
         lowercase=scheme.lowercase,
         prefix=scheme.prefix,
+        around=scheme.around,
+        removed=scheme.removed,
     )
 
 

@@ -16,7 +16,8 @@ class TracedDenoiser(torch.nn.Module):
     """Wraps a diffusers denoiser for one trace.
 
     ``forward(latent, timestep, [guidance_scale], *conditions)``: latent float32 (B, C, h, w), already scaled as the
-    scheduler wants it; timestep float32 (1,); guidance_scale float32 (1,), only with guidance, where the conditions
+    scheduler wants it; timestep float32 (1,); guidance_scale float32 (1,), only with ``guidance``, which joins both
+    halves (``Guidance.combine``) and is None without guidance; with it the conditions
     (named by ``conditions``, handed to the family's ``call``) have batch 2B, the unconditional half first. Returns the
     prediction float32 (B, C, h, w) (after guidance; learned variance dropped), then every named value once. ``values``
     and ``blocks`` say what those outputs are; they are filled while ``forward`` runs.
@@ -31,7 +32,7 @@ class TracedDenoiser(torch.nn.Module):
         call: Callable[..., torch.Tensor],
         *,
         channels: int,
-        guidance: bool,
+        guidance: Callable[..., torch.Tensor] | None,
         boundary: BoundaryTensors,
     ) -> None:
         super().__init__()
@@ -46,18 +47,18 @@ class TracedDenoiser(torch.nn.Module):
 
     def forward(self, latent: torch.Tensor, timestep: torch.Tensor, *rest: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """See the class."""
-        given = rest[1:] if self._guidance else rest
-        batch = torch.cat([latent, latent]) if self._guidance else latent
+        given = rest if self._guidance is None else rest[1:]
+        batch = latent if self._guidance is None else torch.cat([latent, latent])
         batch = batch.to(model_dtype(self.denoiser))
         conditions = dict(zip(self._conditions, given, strict=True))
         with collect(self.denoiser, self._specs) as cuts:
             predicted = self._call(self.denoiser, batch, timestep.expand(batch.shape[0]), conditions)
         predicted = predicted[:, : self._channels].float()
-        if self._guidance:
+        if self._guidance is not None:
             # With an open batch torch cannot tell that `chunk` gives two; where it is not open the plainer graph stays.
             halves = predicted.chunk(2) if isinstance(latent.shape[0], int) else ()
             unconditional, conditional = halves or predicted.unflatten(0, (2, -1)).unbind(0)
-            predicted = unconditional + rest[0] * (conditional - unconditional)
+            predicted = self._guidance(unconditional, conditional, rest[0])
         values = self._boundary.arrange(self._specs, self._cache_kinds, cuts)
         return (predicted, *values)
 

@@ -139,7 +139,7 @@ def plan_export(
     notify("loading the model" + (", holding its weights once" if options.low_memory else ""))
     source = load_frugally(model, dtype) if options.low_memory else load_source(model)
     source.check(schedule, allow_other_config=options.allow_other_config)
-    guidance = source.family.guidance if options.guidance is None else options.guidance
+    guidance = source.guided if options.guidance is None else options.guidance
     options = replace(options, guidance=guidance)
     shape = _shape(source, options, guidance)
     sampling = _sampling(source, schedule, shape, options.strength, sampling)
@@ -179,7 +179,7 @@ def _shape(source: Source, options: ExportOptions, guidance: bool) -> TraceShape
 
 def _check_shape(source: Source, options: ExportOptions) -> None:
     """Refuse (UserError) sizes that the model does not take; before anything is loaded."""
-    guidance = source.family.guidance if options.guidance is None else options.guidance
+    guidance = source.guided if options.guidance is None else options.guidance
     shape = _shape(source, options, guidance)
     condition_specs(source.family, source.config, shape)
 

@@ -53,6 +53,7 @@ def to_onnx(
     from dipgo_deploy.export.passes import apply
     from dipgo_deploy.export.passes.einsum import PermutingEinsums
     from dipgo_deploy.export.passes.layouts import NoteLayouts
+    from dipgo_deploy.export.passes.masked import EmptyAttention
     from dipgo_deploy.export.passes.metadata import StripMetadata
     from dipgo_deploy.export.passes.names import RestoreNames
     from dipgo_deploy.export.passes.outputs import NameOutputs
@@ -88,6 +89,7 @@ def to_onnx(
         model,
         PermutingEinsums(),
         IdleSqueezes(),
+        EmptyAttention(),
         RestoreNames(prefix),
         StripMetadata(),
         NoteLayouts(module, prefix),

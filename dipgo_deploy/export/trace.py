@@ -88,7 +88,7 @@ def trace(
         [spec.name for spec in conditions],
         family.call,
         channels=channels,
-        guidance=shape.guidance,
+        guidance=family.guide.combine if shape.guidance else None,
         boundary=boundary,
     ).eval()
     arguments = [torch.randn(example.batch, channels, *example.extents), torch.tensor([500.0])]
@@ -168,6 +168,7 @@ def trace_blocks(
 
     ``cache_kinds``: cache kind by block name; the family's default where it says nothing.
     """
+    from dipgo_deploy.models.location import pipeline_index
     from dipgo_deploy.models.stock import stock_configuration
     from dipgo_deploy.supernet.load import load_denoiser
 
@@ -179,7 +180,11 @@ def trace_blocks(
     scheme = family.text(config, None)
     length = 0 if scheme is None else scheme.length
     shape = TraceShape(
-        height=height, width=width, text_length=length, guidance=family.guidance, frames=frames[0] if frames else None
+        height=height,
+        width=width,
+        text_length=length,
+        guidance=family.is_guided(config, pipeline_index(model)),
+        frames=frames[0] if frames else None,
     )
     return trace(denoiser, family, config, specs, kinds, shape, "fp32").graph
 

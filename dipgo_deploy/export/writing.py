@@ -250,6 +250,7 @@ def _manifest(
         batch=traced.shape.batch,
         guidance=traced.shape.guidance,
         guidance_scale=source.default_guidance_scale(from_picture=planned.image is not None) if scaled else None,
+        guidance_off=source.family.guide.off,
         latent=latent,
         sizes=traced.shape.sizes,
         conditions=conditions,

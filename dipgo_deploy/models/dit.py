@@ -21,6 +21,7 @@ from typing import Any
 
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.models.family import BlockSpec, Granularity, InputSpec, ModelFamily
+from dipgo_deploy.models.guidance import Guidance
 from dipgo_deploy.models.sublayers import sublayers, whole_blocks
 
 CLASS_NAME = "DiTTransformer2DModel"
@@ -66,6 +67,7 @@ def inputs(
 FAMILY = ModelFamily(
     class_name=CLASS_NAME,
     pipelines=("DiTPipeline",),
+    guide=Guidance(order="conditional first"),
     component="transformer",
     blocks=blocks,
     inputs=inputs,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.models.defaults import class_defaults
+from dipgo_deploy.models.guidance import PLAIN, Guidance
 from dipgo_deploy.schedule.kinds import CacheKind, Granularity
 
 if TYPE_CHECKING:
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from dipgo_deploy.sampler.kinds import Kind
 
 ConditionSource = Literal["text", "class", "guidance", "image", "fixed"]
+Side = Literal["right", "left"]
 
 
 @dataclass(frozen=True)
@@ -64,13 +66,28 @@ class InputSpec:
 
 @dataclass(frozen=True)
 class TokenizerSpec:
-    """One tokenizer of a pipeline: its attribute there, the tokens a prompt is cut or padded to, and the names under
-    which ``TextScheme.encode`` gets the ids and, where it wants one, the mask (1 = token, 0 = padding)."""
+    """One tokenizer of a pipeline.
+
+    Attributes:
+        attribute: of the pipeline: a tokenizer, or a processor that has one.
+        length: tokens that a prompt is cut or padded to.
+        ids, mask: names under which ``TextScheme.encode`` gets the ids and, where it wants one, the mask (1 = token,
+            0 = padding).
+        padding: the side that is padded.
+        special: whether the tokenizer puts its own tokens around a text.
+    """
 
     attribute: str = "tokenizer"
     length: int = 77
     ids: str = "input_ids"
     mask: str | None = None
+    padding: Side = "right"
+    special: bool = True
+
+    def of(self, pipeline: Any) -> Any:
+        """The tokenizer of a pipeline, None where it has none."""
+        found = getattr(pipeline, self.attribute, None)
+        return getattr(found, "tokenizer", found)
 
 
 @dataclass(frozen=True)
@@ -86,6 +103,8 @@ class TextScheme:
         lowercase: prompts are stripped and lowered first.
         prefix: text that is then put before a prompt, but not before a negative one; the tokenizers' lengths may
             exceed ``length``, of which ``encode`` leaves that many.
+        around: text before and after every prompt, negative ones too, such as a chat template's.
+        removed: texts that are taken out of prompts.
     """
 
     length: int
@@ -95,6 +114,8 @@ class TextScheme:
     zeros_without_negative: bool = False
     lowercase: bool = False
     prefix: str = ""
+    around: tuple[str, str] = ("", "")
+    removed: tuple[str, ...] = ()
 
     def has_encoders(self, pipeline: Any) -> bool:
         """Whether a pipeline holds every encoder that ``encode`` uses; ``pipeline`` may be None."""
@@ -138,7 +159,9 @@ class ModelFamily:
             import torch inside.
         text(config, pipeline): how prompts are encoded, None for a model without text; with ``pipeline`` None only its
             ``length`` counts.
-        guidance: whether classifier-free guidance is the default.
+        guidance: whether classifier-free guidance is the default; a function tells it from the configuration and
+            ``model_index.json`` (empty for a denoiser alone).
+        guide: how the guided prediction is made.
         set_timesteps(config, scheduler config, [frames,] latent height, latent width, steps): what a pipeline gives
             the scheduler's ``set_timesteps`` besides the number of steps; ``config`` may be empty.
         companions: other components of the pipeline that belong to the model, with their classes; ``join(model,
@@ -149,11 +172,14 @@ class ModelFamily:
         size_multiple(config): an open latent height or width has to be a multiple of it; None where a trace is good
             for one size only.
         pixels: the latent is the picture itself, in [-1, 1].
+        packing: pixels of the VAE's latent, of each side, that one of the denoiser's holds in its channels.
         frames_per_latent: of a model of videos, whose latent has a time axis: how many frames of the video each of
             the latent's makes but the first, which makes one; where a VAE says another number, that one.
-        pixels_per_latent: pixels of the picture to one of the latent, on each side, where no VAE says.
+        pixels_per_latent: pixels of the picture to one of the VAE's latent, on each side, where no VAE says.
         kind: of the samplers it is for, where its folder has none that tells.
         float32_in_fp16: components of the pipeline that overflow in float16 and stay in float32 in a fp16 export.
+        given(args, kwargs): latent, timestep and conditions by ``InputSpec.name``, of the pipeline's own call of the
+            model's ``forward``, where those are not its keywords; (n, ...) each, n rows or images.
         tolerances: dtype -> largest allowed relative error against the fp32 supernet.
         defaults: setting -> value of the class where a configuration leaves it out; None: as this project knows
             diffusers' classes.
@@ -168,17 +194,20 @@ class ModelFamily:
     granularities: tuple[Granularity, ...] = ("block",)
     call: Callable[..., Tensor] = call_with_keywords
     text: Callable[[Mapping[str, Any], Any], TextScheme | None] = lambda config, pipeline: None
-    guidance: bool = True
+    guidance: bool | Callable[[Mapping[str, Any], Mapping[str, Any]], bool] = True
+    guide: Guidance = PLAIN
     set_timesteps: Callable[..., Mapping[str, Any]] = no_timestep_options
     companions: Mapping[str, str] = field(default_factory=dict)
     join: Callable[..., nn.Module] = lambda model, others: model
     image_to_image: Callable[[int, float], int] | None = None
     size_multiple: Callable[[Mapping[str, Any]], int] | None = None
     pixels: bool = False
+    packing: int = 1
     frames_per_latent: int | None = None
     pixels_per_latent: int = 8
     kind: Kind = "diffusion"
     float32_in_fp16: tuple[str, ...] = ()
+    given: Callable[..., tuple[Tensor, Tensor, Mapping[str, Tensor]]] | None = None
     # Of the largest value. fp32: another order of summation over tens of layers; fp16 (11 bits) and bf16 (8 bits):
     # rounding after every layer, fed back through the loop.
     tolerances: Mapping[str, float] = field(default_factory=lambda: {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1})
@@ -213,6 +242,12 @@ class ModelFamily:
         object.__setattr__(self, "defaults", defaults)
         for name, function in functions.items():
             object.__setattr__(self, name, function and _completed(function, defaults))
+
+    def is_guided(self, config: Mapping[str, Any], index: Mapping[str, Any]) -> bool:
+        """Whether a model is guided by default. index: its ``model_index.json``, empty where there is none."""
+        if isinstance(self.guidance, bool):
+            return self.guidance
+        return self.guidance({**(self.defaults or {}), **config}, index)
 
     @property
     def axes(self) -> int:

@@ -20,7 +20,7 @@ FLUX.1-dev is distilled from guidance: the scale is a condition, and there is no
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,7 @@ import numpy as np
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.models.family import BlockSpec, Granularity, InputSpec, ModelFamily, TextScheme, TokenizerSpec
 from dipgo_deploy.models.image_start import rounded_down
+from dipgo_deploy.models.rotary import along
 from dipgo_deploy.models.shift import dynamic_shift
 from dipgo_deploy.models.sublayers import sublayers, whole_blocks
 
@@ -45,8 +46,6 @@ _CLIP_TOKENS = 77
 _T5_TOKENS = 512
 # Timesteps of the scheduler a unit of the model's.
 _TIMESTEPS = 1000
-# Rows or columns of tokens for which a table is made where their number is open: 8192 pixels.
-_MOST_POSITIONS = 512
 
 
 def blocks(config: Mapping[str, Any], granularity: Granularity) -> tuple[BlockSpec, ...]:
@@ -150,8 +149,8 @@ def _unrounded(model: nn.Module, timestep: Tensor, guidance: Tensor | None) -> I
 def _rotary_table(model: nn.Module, length: int, rows: int, columns: int) -> Iterator[None]:
     """``model.pos_embed`` inside the context gives the table for ``length`` text tokens and rows x columns of picture.
 
-    The model computes it in float64 from the ids of all tokens, in every evaluation. A traced graph would do so too,
-    and TensorRT does not compute in float64; here it is put together from float32 constants, one for each axis.
+    The model computes it in float64 from the ids of all tokens; here it is put together from constants, one for each
+    axis.
     """
     import torch
 
@@ -164,8 +163,8 @@ def _rotary_table(model: nn.Module, length: int, rows: int, columns: int) -> Ite
             # Position (0, row, column) for the picture; the text is at the origin.
             axes = [
                 torch.full((rows, columns, still), at_origin),
-                _along(function, embed.theta, vertical, rows)[:, None].expand(rows, columns, vertical),
-                _along(function, embed.theta, horizontal, columns)[None].expand(rows, columns, horizontal),
+                along(function, embed.theta, vertical, rows)[:, None].expand(rows, columns, vertical),
+                along(function, embed.theta, horizontal, columns)[None].expand(rows, columns, horizontal),
             ]
             picture = torch.cat(axes, dim=2).flatten(0, 1)
             angles.append(torch.cat([torch.full((length, picture.shape[1]), at_origin), picture]).to(positions.device))
@@ -176,17 +175,6 @@ def _rotary_table(model: nn.Module, length: int, rows: int, columns: int) -> Ite
         yield
     finally:
         del embed.__dict__["forward"]
-
-
-def _along(function: Callable[..., Any], theta: float, extent: int, count: int) -> Tensor:
-    """``function`` of the rotary angles at positions 0 to count - 1 of one axis, float32 (count, extent)."""
-    import torch
-
-    # An extent that a trace leaves open is no int.
-    known = count if isinstance(count, int) else _MOST_POSITIONS
-    angle = np.outer(np.arange(known), theta ** (-np.arange(0, extent, 2) / extent))
-    values = torch.from_numpy(np.repeat(function(angle), 2, axis=1).astype(np.float32))
-    return values if known is count else values[torch.arange(count)]
 
 
 def text(config: Mapping[str, Any], pipeline: Any) -> TextScheme:

@@ -139,7 +139,7 @@ def denoiser_config(model: str | Path) -> tuple[ModelFamily, dict[str, Any]]:
         _check_settings(folder, family, whole)
         _check_pipeline(folder, family, index, pipeline)
         _check_tokenizers(folder, index)
-        _check_vae(folder, family.latent_channels(whole))
+        _check_vae(folder, family.latent_channels(whole), family.packing)
         return family, whole
     if pipeline is not None:
         raise UserError(f"{folder}: no {INDEX}: there is no pipeline to be read as {pipeline}")
@@ -192,7 +192,7 @@ def _filled(family: ModelFamily, config: Mapping[str, Any], others: Mapping[str,
 
 def _check_settings(folder: Path, family: ModelFamily, config: Mapping[str, Any]) -> None:
     """Refuse what the family refuses at any size, and counts that no model has."""
-    for key in ("num_layers", "num_single_layers", "layers_per_block", "sample_size"):
+    for key in ("num_layers", "num_single_layers", "n_layers", "n_refiner_layers", "layers_per_block", "sample_size"):
         if isinstance(config.get(key), int | float) and not 0 <= config[key] <= _MOST:
             raise UserError(f"{folder / family.component}: {key} = {config[key]}: is at most {_MOST}")
     try:
@@ -242,11 +242,11 @@ def _check_tokenizers(folder: Path, index: Mapping[str, Any]) -> None:
             )
 
 
-def _check_vae(folder: Path, channels: int) -> None:
+def _check_vae(folder: Path, channels: int, packing: int) -> None:
     """Refuse a VAE whose latents are not those of the denoiser."""
     config = component_config(folder, "vae") or {}
     made = config.get("latent_channels", config.get("z_dim"))
-    if isinstance(made, int) and made != channels:
+    if isinstance(made, int) and (made := made * packing**2) != channels:
         raise UserError(f"{folder}: its VAE makes latents of {made} channels, its denoiser takes {channels}")
 
 

@@ -99,8 +99,9 @@ def native_of(pipeline: Any, family: ModelFamily) -> tuple[int, ...] | None:
     """[Frames,] height and width of the latent that a loaded stock pipeline draws when it is asked for none."""
     own = native_size(getattr(pipeline, family.component).config)
     # Some transformers do not say for what size they were trained, but their pipelines do.
-    own = own or native_size({"sample_size": getattr(pipeline, "default_sample_size", None)})
     time_scale = time_scale_of(pipeline, family)
+    if own is None and (whole := native_size({"sample_size": getattr(pipeline, "default_sample_size", None)})):
+        own = whole[0] // family.packing, whole[1] // family.packing
     if own is not None and time_scale is None:
         return own
     parameters = inspect.signature(type(pipeline).__call__).parameters
@@ -115,7 +116,7 @@ def native_of(pipeline: Any, family: ModelFamily) -> tuple[int, ...] | None:
 def scale_of(pipeline: Any | None, family: ModelFamily) -> int:
     """Pixels of the picture to one of the latent, of each side."""
     names = ("vae_scale_factor", "vae_scale_factor_spatial", "vae_spatial_compression_ratio")
-    return 1 if family.pixels else _first(pipeline, names) or family.pixels_per_latent
+    return 1 if family.pixels else (_first(pipeline, names) or family.pixels_per_latent) * family.packing
 
 
 def time_scale_of(pipeline: Any | None, family: ModelFamily) -> int | None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dipgo_deploy.bundle.prompts import prepared
 from dipgo_deploy.runtime.noise import TorchNoise
 
 if TYPE_CHECKING:
@@ -152,16 +153,17 @@ def _encode(
             else torch.from_numpy(stream.randn((1, *spec.shape[1:])))
             for spec in texts
         }
-    plain = text.strip().lower() if scheme.lowercase else text
+    plain = prepared(scheme, text, negative=negative)
     tokens: dict[str, torch.Tensor] = {}
     for entry in scheme.tokenizers:
-        tokenizer = getattr(source.pipeline, entry.attribute)
+        tokenizer = entry.of(source.pipeline)
         batch = tokenizer(
-            ("" if negative else scheme.prefix) + as_tokenized(source.pipeline, tokenizer, plain),
+            as_tokenized(source.pipeline, tokenizer, plain),
             padding="max_length",
             max_length=entry.length,
             # As the runtime and the pipelines do, whatever side the tokenizer's own files say (Gemma's: left).
-            padding_side="right",
+            padding_side=entry.padding,
+            add_special_tokens=entry.special,
             truncation=True,
             return_tensors="pt",
         )

@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Any
 from dipgo_deploy.bundle.shapes import Range, SizeRanges
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.models.family import BlockSpec, CacheKind, Granularity, InputSpec, ModelFamily, TextScheme
-from dipgo_deploy.models.location import INDEX, config_folder, denoiser_config, lasting_name, native_size
+from dipgo_deploy.models.location import (
+    INDEX,
+    config_folder,
+    denoiser_config,
+    lasting_name,
+    native_size,
+    pipeline_index,
+)
 from dipgo_deploy.models.shape import TraceShape
 from dipgo_deploy.schedule.document import Schedule
 from dipgo_deploy.schedule.identity import accepted_hashes, config_hash
@@ -132,12 +139,17 @@ class Source:
         """How its prompts are encoded; None for a model without text."""
         return self.family.text(self.config, self.pipeline)
 
+    @property
+    def guided(self) -> bool:
+        """Whether the stock pipeline guides it by default."""
+        return self.family.is_guided(self.config, pipeline_index(self.name))
+
     def supernet(self, granularity: Granularity, kinds: Mapping[str, CacheKind]) -> Supernet:
         """The gated denoiser; ``kinds``: cache kind by block name."""
         from dipgo_deploy.supernet.gated import Supernet
 
         specs = self.family.blocks(self.config, granularity)
-        return Supernet(self.denoiser, specs, [kinds[spec.name] for spec in specs], self.family.call)
+        return Supernet(self.denoiser, specs, [kinds[spec.name] for spec in specs], self.family.call, self.family.guide)
 
     def set_timesteps(self, scheduler: Any, extents: Sequence[int], steps: int) -> dict[str, Any]:
         """What the scheduler's ``set_timesteps`` is given besides the number of steps, at a latent's extents."""
@@ -153,8 +165,11 @@ class Source:
             from diffusers import AutoPipelineForImage2Image
 
             owner = type(AutoPipelineForImage2Image.from_pipe(self.pipeline))
-        parameter = inspect.signature(owner.__call__).parameters.get("guidance_scale")
-        return float(parameter.default) if parameter is not None else None
+        takes = inspect.signature(owner.__call__).parameters
+        # A model that was distilled from guidance takes its scale under the usual name.
+        names = ("guidance_scale",) if self._distilled else (self.family.guide.argument, "guidance_scale")
+        defaults = [takes[name].default for name in names if name in takes]
+        return float(defaults[0]) if defaults else None
 
     def _ranges(
         self, shape: TraceShape, batch: int | Range, height: int | Range | None, width: int | Range | None
@@ -242,5 +257,5 @@ def _check_tokenizers(name: str, pipeline: Any, scheme: TextScheme | None) -> No
     if scheme is None or not scheme.has_encoders(pipeline):
         return
     for spec in scheme.tokenizers:
-        if getattr(pipeline, spec.attribute, None) is None:
+        if spec.of(pipeline) is None:
             raise UserError(f"{name}: has a text encoder, but no {spec.attribute}: its {INDEX} has to name one")

@@ -6,22 +6,30 @@ from typing import Any
 
 from dipgo_deploy.errors import UserError
 
+# VAEs for videos that pipelines of pictures use, with one frame.
+_ONE_FRAME = ("AutoencoderKLQwenImage",)
+
 
 def scaling_and_shift(vae: Any) -> tuple[Any, Any]:
     """Factor and offset between what the VAE gives and the latents that a denoiser sees.
 
-    Numbers, or where the VAE has statistics of each channel float32 tensors (C, 1, 1, 1).
+    Numbers, or where the VAE has statistics of each channel float32 tensors: (C, 1, 1, 1) of a VAE for videos, (C, 1,
+    1) of channels that hold patches of its own latent (FLUX.2's).
 
     Raises:
         UserError: a VAE that has no such factor.
     """
     config = vae.config
+    norm = getattr(vae, "bn", None)
+    if norm is not None:
+        deviation = (norm.running_var.float() + config.batch_norm_eps).sqrt()
+        return 1 / _by_channel(deviation, 2), _by_channel(norm.running_mean, 2)
     factor = config.get("scaling_factor")
     # The statistics are settings of one VAE and buffers of another.
     buffers = getattr(vae, "_buffers", {})
     means, deviations = (config.get(name, buffers.get(name)) for name in ("latents_mean", "latents_std"))
     if means is not None and deviations is not None:
-        mean, deviation = _by_channel(means), _by_channel(deviations)
+        mean, deviation = _by_channel(means, 3), _by_channel(deviations, 3)
         return (factor or 1.0) / deviation, mean
     if not isinstance(factor, float | int) or not factor:
         raise UserError(
@@ -32,20 +40,34 @@ def scaling_and_shift(vae: Any) -> tuple[Any, Any]:
 
 
 def to_vae(vae: Any, latents: Any) -> Any:
-    """What the VAE decodes, of latents (B, C, [f,] h, w)."""
+    """What the VAE decodes, of latents (B, C, [f,] h, w), in its own channels and extents."""
     scaling, shift = scaling_and_shift(vae)
-    return latents / scaling + shift
+    scaled = (latents.unsqueeze(2) if _one_frame(vae) else latents) / scaling + shift
+    patch = _patch(vae)
+    if patch == 1:
+        return scaled
+    batch, channels, height, width = scaled.shape
+    patches = scaled.reshape(batch, channels // patch**2, patch, patch, height, width).permute(0, 1, 4, 2, 5, 3)
+    return patches.reshape(batch, channels // patch**2, height * patch, width * patch)
 
 
 def from_vae(vae: Any, encoded: Any) -> Any:
     """Latents (B, C, [f,] h, w) of what the VAE encoded; the inverse of ``to_vae``."""
     scaling, shift = scaling_and_shift(vae)
-    return (encoded - shift) * scaling
+    patch = _patch(vae)
+    if patch > 1:
+        batch, channels, height, width = encoded.shape
+        rows, columns = height // patch, width // patch
+        patches = encoded.reshape(batch, channels, rows, patch, columns, patch).permute(0, 1, 3, 5, 2, 4)
+        encoded = patches.reshape(batch, channels * patch**2, rows, columns)
+    latents = (encoded - shift) * scaling
+    return latents.squeeze(2) if _one_frame(vae) else latents
 
 
 def decoded(vae: Any, latents: Any) -> Any:
     """What the VAE makes of latents (B, C, [f,] h, w) in its dtype: (B, 3, [F,] H, W), about -1 to 1."""
-    return vae.decode(to_vae(vae, latents).to(vae.dtype), return_dict=False)[0]
+    images = vae.decode(to_vae(vae, latents).to(vae.dtype), return_dict=False)[0]
+    return images.squeeze(2) if _one_frame(vae) else images
 
 
 def to_images(decoded: Any) -> Any:
@@ -53,7 +75,17 @@ def to_images(decoded: Any) -> Any:
     return (decoded.float() / 2 + 0.5).clamp(0, 1).permute(0, *range(2, decoded.ndim), 1)
 
 
-def _by_channel(values: Any) -> Any:
+def _patch(vae: Any) -> int:
+    """Pixels of the VAE's latent, of each side, that one of the denoiser's holds in its channels."""
+    return 1 if getattr(vae, "bn", None) is None else int(vae.config.patch_size[0])
+
+
+def _one_frame(vae: Any) -> bool:
+    return type(vae).__name__ in _ONE_FRAME
+
+
+def _by_channel(values: Any, axes: int) -> Any:
+    """float32 (C, 1, ...) with so many axes behind the channels."""
     import torch
 
-    return torch.as_tensor(values, dtype=torch.float32).reshape(-1, 1, 1, 1)
+    return torch.as_tensor(values, dtype=torch.float32).reshape(-1, *(1,) * axes)

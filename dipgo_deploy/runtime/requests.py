@@ -399,10 +399,10 @@ def _check_guidance(manifest: Manifest, asked: float | None) -> float:
     scale = manifest.guidance_scale if asked is None else arguments.number("guidance_scale", asked)
     if scale is None:
         raise UserError("guidance_scale: missing, and the engine directory has no default; give one")
-    # Below 1 diffusers turns guidance off, which is what 1 gives here: refuse what would not do the same.
-    least = 1 if manifest.guidance else 0
+    # Below it diffusers turns guidance off, which is what it gives here: refuse what would not do the same.
+    least = manifest.guidance_off if manifest.guidance else 0.0
     if scale < least:
-        what = "1 (no guidance)" if manifest.guidance else "0"
+        what = f"{least:g} (no guidance)" if manifest.guidance else "0"
         raise UserError(f"guidance_scale: {scale}, must be {what} or more")
     return float(scale)
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from dipgo_deploy.backends.base import Backend, ChangedWeights
 from dipgo_deploy.bundle.manifest import TextEncoderEntry, TokenizerEntry
+from dipgo_deploy.bundle.prompts import prepared
 from dipgo_deploy.errors import UserError, one_line
 from dipgo_deploy.runtime.component import Component
 
@@ -17,7 +18,7 @@ _log = logging.getLogger(__name__)
 
 
 class PromptTokenizer:
-    """Token ids as a text encoder wants them: cut to ``length``, padded with ``pad_id``.
+    """Token ids as a text encoder wants them: cut to ``length`` on the right, padded with ``pad_id``.
 
     Raises:
         UserError: the tokenizer file is missing or broken.
@@ -48,14 +49,19 @@ class PromptTokenizer:
         for row, used, given in zip(ids, mask, prompts, strict=True):
             self._tokenizer.no_truncation()
             prompt = self._expanded(given)
-            whole = self._tokenizer.encode(prompt).ids
+            whole = self._encode(prompt)
             if len(whole) > length:
                 _log.warning("prompt cut from %d to %d tokens: %s", len(whole), length, one_line(prompt))
                 self._tokenizer.enable_truncation(length)  # keeps the closing special token
-                whole = self._tokenizer.encode(prompt).ids
-            row[: len(whole)] = whole
-            used[: len(whole)] = 1
+                whole = self._encode(prompt)
+            place = slice(length - len(whole), length) if self._entry.padding == "left" else slice(len(whole))
+            row[place] = whole
+            used[place] = 1
         return {self._entry.ids: ids} | ({} if self._entry.mask is None else {self._entry.mask: mask})
+
+    def _encode(self, prompt: str) -> list[int]:
+        ids: list[int] = self._tokenizer.encode(prompt, add_special_tokens=self._entry.special).ids
+        return ids
 
     def _expanded(self, prompt: str) -> str:
         """With all tokens of a textual inversion in the place of its first one."""
@@ -78,7 +84,7 @@ class TextEncoder:
     def __init__(
         self, engine_dir: Path, entry: TextEncoderEntry, backend: Backend, weights: ChangedWeights | None = None
     ) -> None:
-        self._lowercase, self._prefix = entry.lowercase, entry.prefix
+        self._entry = entry
         self._tokenizers = [PromptTokenizer(engine_dir, tokenizer) for tokenizer in entry.tokenizers]
         self._component = Component(engine_dir, entry.graph, backend, weights)
 
@@ -90,6 +96,5 @@ class TextEncoder:
 
     def tokens(self, prompt: str, *, negative: bool = False) -> dict[str, np.ndarray]:
         """Token ids and masks of one prompt by graph input name, int64 (1, length)."""
-        prefix = "" if negative else self._prefix
-        text = prefix + (prompt.strip().lower() if self._lowercase else prompt)
+        text = prepared(self._entry, prompt, negative=negative)
         return {name: array for tokenize in self._tokenizers for name, array in tokenize([text]).items()}

@@ -25,7 +25,7 @@ class LaunchedSupernet(Supernet):
     """
 
     def __init__(self, supernet: Supernet, analysis: Analysis) -> None:
-        super().__init__(supernet.model, supernet.specs, supernet.cache_kinds, supernet.call)
+        super().__init__(supernet.model, supernet.specs, supernet.cache_kinds, supernet.call, supernet.guide)
         self._analysis = analysis
         self._number = {step: number for number, step in enumerate(analysis.predicts)}
         self._made: dict[int, Tensor] = {}

@@ -185,7 +185,7 @@ def load_problem(options: ProblemOptions, notify: Notify = lambda stage: None) -
     device = _device(options.device)
     notify("loading the model")
     source = load_source(options.model)
-    guidance = source.family.guidance if options.guidance is None else options.guidance
+    guidance = source.guided if options.guidance is None else options.guidance
     options = replace(options, guidance=guidance)
     names, labels = _names_and_labels(options, source, prompts)
     shape = source.trace_shape(batch=1, guidance=guidance, height=options.height, width=options.width)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.models.family import BlockSpec, CacheKind, call_with_keywords
+from dipgo_deploy.models.guidance import PLAIN, Guidance
 from dipgo_deploy.supernet.cuts import Structure, flatten, residual_inputs, unflatten
 
 Gate = bool | Tensor
@@ -61,10 +62,11 @@ class Supernet:
         specs: Sequence[BlockSpec],
         cache_kinds: Sequence[CacheKind] | None = None,
         call: Callable[..., Tensor] = call_with_keywords,
+        guide: Guidance = PLAIN,
     ) -> None:
         """Wrap ``model`` with blocks ``specs``; ``cache_kinds`` one a block (None: each block's default).
 
-        ``call`` is the family's: (model, latent, timestep, conditions) -> prediction.
+        ``call`` is the family's: (model, latent, timestep, conditions) -> prediction; so is ``guide``.
 
         Raises:
             UserError: the number of cache kinds is wrong, or a block does not support the one it is given.
@@ -81,6 +83,7 @@ class Supernet:
         self.specs = tuple(specs)
         self.cache_kinds = kinds
         self.call = call
+        self.guide = guide
 
     def step(
         self,

@@ -98,16 +98,36 @@ def load_pipeline(folder_or_id: str | Path, dtype: torch.dtype = torch.float32, 
     source = resolve_model(folder_or_id)
     parts = loaded_parts(folder_or_id)
     absent = {name: None for name, value in index.items() if isinstance(value, list) and name not in parts}
-    loaded = {}
+    loaded: dict[str, Any] = {}
+    tokenizers = {}
     for name, (library, class_name) in parts.items():
-        if name not in components and name != "scheduler" and not name.startswith("tokenizer"):
+        if name in components or name == "scheduler":
+            continue
+        if not name.startswith("tokenizer"):
             loaded[name] = _load_part(folder_or_id, name, library, class_name, None, dtype)
+        elif class_name.endswith("Processor"):
+            # Its class cannot be looked at where what it needs is missing, so that it comes in afterwards.
+            loaded[name], tokenizers[name] = None, _tokenizer_of_processor(source, name)
     owner = getattr(diffusers, str(index["_class_name"]))
     given = {**absent, **loaded, **components}
     try:
-        return owner.from_pretrained(source, dtype=dtype, use_safetensors=True, low_cpu_mem_usage=_frugal(), **given)
+        pipeline = owner.from_pretrained(
+            source, dtype=dtype, use_safetensors=True, low_cpu_mem_usage=_frugal(), **given
+        )
     except Exception as error:  # diffusers, transformers and the hub's client each raise their own
         raise UserError(f"{source}: {owner.__name__} cannot be loaded: {_reason(error)}") from error
+    pipeline.register_modules(**tokenizers)
+    return pipeline
+
+
+def _tokenizer_of_processor(source: str, name: str) -> Any:
+    """The tokenizer, with its chat template, of a processor that takes pictures too: those parts need torchvision."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(source, subfolder=name)
+    except Exception as error:  # transformers raises anything here
+        raise UserError(f"{source}/{name}: its tokenizer cannot be loaded: {_reason(error)}") from error
 
 
 def _load_part(

@@ -195,7 +195,7 @@ def guided_step(
     if guidance_scale is None:
         return raw, raw, after
     unconditional, conditional = raw.chunk(2)
-    return raw, unconditional + guidance_scale * (conditional - unconditional), after
+    return raw, supernet.guide.combine(unconditional, conditional, guidance_scale), after
 
 
 def _check_batches(conditions: Mapping[str, Tensor], rows: int) -> None:

@@ -34,6 +34,7 @@ _ROWS: tuple[tuple[str, str, int, Mapping[str, Any]], ...] = tuple(
         ("sdxl-base-1024", "fp16", 256, {}),
         ("flux.1-dev-1024", "fp16", 256, {"reduced": True}),
         ("pixart-sigma-xl-2-1024", "fp16", 256, {}),
+        ("flux.2-klein-4b-1024", "fp16", 256, {"reduced": True}),
     )
     for schedule in ("random50", "published")
 )
