@@ -208,6 +208,7 @@ def test_dev_takes_the_scale_as_an_input_and_a_system_message(dev: Path, tmp_pat
     assert build_with_tensorrt_rtx(bundle.path) == len(manifest.plan.variants) + 2
 
 
+@pytest.mark.slow
 def test_dev_draws_what_diffusers_draws(dev: Path, tmp_path: Path) -> None:
     publish(plan_for(dev, schedule_for(dev, steps=STEPS), **SIZE), tmp_path / "x")
     pipeline = load_pipeline(str(dev))
