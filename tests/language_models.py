@@ -13,6 +13,8 @@ from transformers import (
     MistralConfig,
     PixtralVisionConfig,
     PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
     Qwen3Config,
     Qwen3ForCausalLM,
@@ -97,3 +99,18 @@ def mistral3(layers: int = 3) -> Mistral3ForConditionalGeneration:
     )
     config = Mistral3Config(vision_config=vision.to_dict(), text_config=text.to_dict(), image_token_index=264)
     return random_weights(Mistral3ForConditionalGeneration(config))
+
+
+def qwen25_vl(layers: int = 2) -> Qwen2_5_VLForConditionalGeneration:
+    """With the parts for pictures, which no prompt needs."""
+    vision = {"hidden_size": 8, "intermediate_size": 8, "depth": 1, "num_heads": 1, "out_hidden_size": WIDTH}
+    text = {
+        "vocab_size": 300,
+        "hidden_size": WIDTH,
+        "intermediate_size": 24,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "rope_parameters": {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 1e6},
+    }
+    return random_weights(Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(vision_config=vision, text_config=text)))

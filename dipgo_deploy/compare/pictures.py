@@ -133,8 +133,8 @@ class Pictures:
         return {name: value for name, value in arguments.items() if value is not None}
 
     def _tokens(self, case: Case, expected: StockRun) -> Iterator[Part]:
-        """The ids of each prompt and each negative one, as far as the stock pipeline's go: a longer row of ours is cut
-        after it was encoded (``TextScheme.prefix``)."""
+        """The ids of each prompt and each negative one, as far as both go: what is longer is cut after it was encoded
+        (``TextScheme.prefix``; the text of Qwen-Image's pipeline), which the conditions show."""
         encoder = self._manifest.components.text_encoder
         if encoder is None or case.prompts is None:
             return
@@ -151,7 +151,8 @@ class Pictures:
                     wanted = theirs[min(row, len(theirs) - 1)]
                     kind = "negative prompt" if negative else "prompt"
                     place = f"{name}, {kind} {_short(prompt)}"
-                    yield _tokens_part(place, ids[: len(wanted)], wanted)
+                    both = min(len(ids), len(wanted))
+                    yield _tokens_part(place, ids[:both], wanted[:both])
 
     def _conditions(self, case: Case, expected: StockRun) -> Iterator[Part]:
         call = self._call(case)

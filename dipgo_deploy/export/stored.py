@@ -30,10 +30,11 @@ def note_parameter(tensor: ir.TensorProtocol, stored: StoredParameter) -> None:
 
 
 def note_rows(part: ir.TensorProtocol, whole: ir.TensorProtocol, first: int, last: int) -> None:
-    """Note on ``part`` that it holds these rows of ``whole``, where that holds a parameter as it is."""
+    """Note on ``part`` that it holds these rows of ``whole``, where that holds a parameter as it is, or rows of one."""
     stored = stored_parameter(whole)
     if stored is not None and not stored.transposed:
-        part.meta[_META] = replace(stored, rows=(first, last, int(whole.shape[0])))
+        begin, _, count = stored.rows or (0, 0, int(whole.shape[0]))
+        part.meta[_META] = replace(stored, rows=(begin + first, begin + last, count))
 
 
 def stored_parameter(tensor: ir.TensorProtocol) -> StoredParameter | None:

@@ -29,6 +29,7 @@ import numpy as np
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.models.family import BlockSpec, Granularity, InputSpec, ModelFamily, TextScheme, TokenizerSpec
 from dipgo_deploy.models.image_start import rounded_down
+from dipgo_deploy.models.packed import PACK, pack, unpack
 from dipgo_deploy.models.rotary import along
 from dipgo_deploy.models.shift import dynamic_shift
 from dipgo_deploy.models.sublayers import sublayers, whole_blocks
@@ -39,8 +40,6 @@ if TYPE_CHECKING:
 CLASS_NAME = "FluxTransformer2DModel"
 
 _DOUBLE, _SINGLE = "transformer_blocks", "single_transformer_blocks"
-# Two by two latent pixels are a token.
-_PACK = 2
 _CLIP_TOKENS = 77
 # `max_sequence_length` of the pipeline.
 _T5_TOKENS = 512
@@ -70,12 +69,12 @@ def latent_channels(config: Mapping[str, Any]) -> int:
     """Channels of the latent, a quarter of a token's. Raises UserError when the model takes more than the latent."""
     into, patch = int(config["in_channels"]), config["patch_size"]
     out = int(config.get("out_channels") or into)
-    if into != out or patch != 1 or into % _PACK**2:
+    if into != out or patch != 1 or into % PACK**2:
         raise UserError(
             f"{CLASS_NAME}: in_channels {into}, out_channels {out}, patch_size {patch}: only models whose input is "
             "the latent packed 2x2 work"
         )
-    return into // _PACK**2
+    return into // PACK**2
 
 
 def inputs(config: Mapping[str, Any], batch: int, height: int, width: int, text_length: int) -> tuple[InputSpec, ...]:
@@ -88,7 +87,7 @@ def inputs(config: Mapping[str, Any], batch: int, height: int, width: int, text_
         UserError: an odd height or width, or another input than the latent.
     """
     channels = latent_channels(config)
-    if height % _PACK or width % _PACK:
+    if height % PACK or width % PACK:
         raise UserError(
             f"{CLASS_NAME}: latent of {height}x{width}; give a height and width whose latent sides are even "
             "(multiples of 16 pixels with FLUX's VAE)"
@@ -106,10 +105,8 @@ def inputs(config: Mapping[str, Any], batch: int, height: int, width: int, text_
 
 def call(model: nn.Module, latent: Tensor, timestep: Tensor, conditions: Mapping[str, Tensor]) -> Tensor:
     """The prediction (B, C, h, w) from the latent (B, C, h, w), packed on the way in and unpacked on the way out."""
-    batch, channels, height, width = latent.shape
-    rows, columns = height // _PACK, width // _PACK
-    tokens = latent.reshape(batch, channels, rows, _PACK, columns, _PACK).permute(0, 2, 4, 1, 3, 5)
-    tokens = tokens.reshape(batch, rows * columns, channels * _PACK**2)
+    rows, columns = latent.shape[2] // PACK, latent.shape[3] // PACK
+    tokens = pack(latent)
     length = conditions["encoder_hidden_states"].shape[1]
     timestep = timestep / _TIMESTEPS
     with _rotary_table(model, length, rows, columns), _unrounded(model, timestep, conditions.get("guidance")):
@@ -121,8 +118,7 @@ def call(model: nn.Module, latent: Tensor, timestep: Tensor, conditions: Mapping
             return_dict=False,
             **conditions,
         )[0]
-    predicted = predicted.reshape(batch, rows, columns, channels, _PACK, _PACK).permute(0, 3, 1, 4, 2, 5)
-    return predicted.reshape(batch, channels, height, width)
+    return unpack(predicted, rows, columns)
 
 
 @contextmanager
@@ -212,7 +208,7 @@ def set_timesteps(
     if not scheduler.get("use_flow_sigmas"):
         options["sigmas"] = np.linspace(1.0, 1 / steps, steps).tolist()
     if scheduler.get("use_dynamic_shifting"):
-        tokens = (height // _PACK) * (width // _PACK)
+        tokens = (height // PACK) * (width // PACK)
         options["mu"] = dynamic_shift(scheduler, tokens, max_shift=1.15)
     return options
 
@@ -231,5 +227,5 @@ FAMILY = ModelFamily(
     guidance=False,
     set_timesteps=set_timesteps,
     image_to_image=rounded_down,
-    size_multiple=lambda config: _PACK,
+    size_multiple=lambda config: PACK,
 )

@@ -1,4 +1,4 @@
-"""How pipelines guide a prediction by an unconditional one, and the packing of latents that some do it in."""
+"""How pipelines guide a prediction by an unconditional one."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from dipgo_deploy.models.packed import PACK
+
 if TYPE_CHECKING:
     from torch import Tensor
-
-# Latent pixels of a side of what renormalised guidance takes the norm of.
-_TOKEN = 2
 
 
 def away_from_unconditional(unconditional: Tensor, conditional: Tensor, scale: Tensor | float) -> Tensor:
@@ -33,7 +32,7 @@ def _norms(prediction: Tensor) -> Tensor:
     """Of each token, at each of its latent pixels: (B, C, h, w) -> (B, 1, h, w)."""
     pixels = (prediction * prediction).sum(dim=1, keepdim=True)
     batch, _, height, width = pixels.shape
-    tokens = pixels.reshape(batch, 1, height // _TOKEN, _TOKEN, width // _TOKEN, _TOKEN)
+    tokens = pixels.reshape(batch, 1, height // PACK, PACK, width // PACK, PACK)
     whole = tokens.sum(dim=(3, 5), keepdim=True).expand(tokens.shape)
     return whole.reshape(pixels.shape).sqrt()
 

@@ -9,7 +9,7 @@ from importlib.metadata import EntryPoint, entry_points
 from types import MappingProxyType
 
 from dipgo_deploy.errors import UserError, one_line
-from dipgo_deploy.models import controlnet, dit, flux, flux2, pixart, sana, sd3, unet2d, unet2d_condition
+from dipgo_deploy.models import controlnet, dit, flux, flux2, pixart, qwenimage, sana, sd3, unet2d, unet2d_condition
 from dipgo_deploy.models.family import ModelFamily
 
 GROUP = "dipgo_deploy.families"
@@ -24,6 +24,7 @@ BUILT_IN = (
     flux2.FAMILY,
     sd3.FAMILY,
     pixart.FAMILY,
+    qwenimage.FAMILY,
     sana.FAMILY,
 )
 

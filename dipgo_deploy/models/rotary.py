@@ -6,7 +6,7 @@ and TensorRT does neither.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,3 +27,31 @@ def along(function: Callable[..., Any], theta: float, extent: int, count: int) -
     angle = np.outer(np.arange(known), theta ** (-np.arange(0, extent, 2) / extent))
     values = torch.from_numpy(np.repeat(function(angle), 2, axis=1).astype(np.float32))
     return values if known is count else values[torch.arange(count)]
+
+
+def rotate(features: Tensor, table: Tensor) -> Tensor:
+    """Pairs of features turned by cosines and sines: the product of complex numbers.
+
+    features: (..., tokens, heads, extent). table: float32 (..., tokens, extent / 2, 2).
+    """
+    import torch
+
+    real, imaginary = features.float().unflatten(-1, (-1, 2)).unbind(-1)
+    cosine, sine = table.unsqueeze(-3).unbind(-1)
+    turned = torch.stack([real * cosine - imaginary * sine, real * sine + imaginary * cosine], dim=-1)
+    return turned.flatten(-2).to(features.dtype)
+
+
+def turns(positions: np.ndarray, extents: Sequence[int], theta: float) -> Tensor:
+    """Table for ``rotate`` of tokens at positions (tokens, axes), with so many features for each axis.
+
+    Frequencies and angles are float32, as the models that multiply complex numbers have them.
+    """
+    import torch
+
+    angles = []
+    for axis, extent in enumerate(extents):
+        powers = np.arange(0, extent, 2).astype(np.float32) / np.float32(extent)
+        angles.append(np.outer(positions[:, axis].astype(np.float32), 1 / np.float32(theta) ** powers))
+    angle = np.concatenate(angles, axis=1).astype(np.float32)
+    return torch.from_numpy(np.stack([np.cos(angle), np.sin(angle)], axis=-1))

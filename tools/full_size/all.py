@@ -35,6 +35,7 @@ _ROWS: tuple[tuple[str, str, int, Mapping[str, Any]], ...] = tuple(
         ("flux.1-dev-1024", "fp16", 256, {"reduced": True}),
         ("pixart-sigma-xl-2-1024", "fp16", 256, {}),
         ("flux.2-klein-4b-1024", "fp16", 256, {"reduced": True}),
+        ("qwen-image-1328", "fp16", 256, {"reduced": True}),
     )
     for schedule in ("random50", "published")
 )

@@ -17,7 +17,7 @@ from tiny_engines import save_dit_pipeline, schedule_for, write  # noqa: E402
 from dipgo_deploy.bundle.directory import Bundle  # noqa: E402
 from dipgo_deploy.export.exporter import ExportOptions, plan_export  # noqa: E402
 from dipgo_deploy.export.passes.projections import SeparateProjections  # noqa: E402
-from dipgo_deploy.export.stored import StoredParameter, note_parameter, stored_parameter  # noqa: E402
+from dipgo_deploy.export.stored import StoredParameter, note_parameter, note_rows, stored_parameter  # noqa: E402
 
 torch.set_num_threads(1)
 RANDOM = np.random.default_rng(0)
@@ -123,3 +123,12 @@ def test_a_removed_layer_keeps_only_its_gate(tmp_path: Path):
     gate = f"{linear}.rows{2 * width}-{3 * width}"
     shift = f"{linear}.rows0-{2 * width}"
     assert any(gate in names and shift not in names for names in held)
+
+
+def test_rows_of_rows_are_counted_from_the_parameters_first() -> None:
+    """Qwen-Image takes its modulation apart twice: by attention and MLP, then by shift, scale and gate."""
+    whole, half, part = (ir.tensor(np.zeros((rows, 2), np.float32)) for rows in (12, 6, 2))
+    note_parameter(whole, StoredParameter("w", False))
+    note_rows(half, whole, 6, 12)
+    note_rows(part, half, 2, 4)
+    assert stored_parameter(part) == StoredParameter("w", False, rows=(8, 10, 12))

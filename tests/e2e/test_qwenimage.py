@@ -1,0 +1,225 @@
+"""Qwen-Image in small: guidance that keeps norms, a language model for the text, a VAE of videos, against the supernet
+and diffusers' own pipeline."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    AutoencoderKLQwenImage,
+    FlowMatchEulerDiscreteScheduler,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
+)
+from family_checks import (
+    assert_pictures_equal_stock,
+    borrow_components,
+    build_with_tensorrt_rtx,
+    loop_report,
+    plan_for,
+    random_weights,
+    schedule_for,
+    with_gates,
+)
+from language_models import WIDTH, qwen25_vl, qwen_tokenizer
+from sd_pipelines import PROMPT, assert_equals_supernet, relative, stock
+
+from dipgo_deploy.bundle.directory import Bundle
+from dipgo_deploy.errors import UserError
+from dipgo_deploy.export.exporter import PlannedExport, publish
+from dipgo_deploy.models import family_for
+from dipgo_deploy.models.packed import pack
+from dipgo_deploy.models.qwenimage import CLASS_NAME, _real_rotations
+from dipgo_deploy.models.rotary import rotate
+from dipgo_deploy.runtime.pipeline import Pipeline
+from tools.full_size.qwenimage import MODELS
+
+FAMILY = family_for(CLASS_NAME)
+STEPS, SCALE = 3, 2.5
+SIZE = {"height": 16, "width": 24}  # pixels: 4 x 6 tokens of the tiny VAE's scale 2
+NEGATIVE = "a coat"
+# The scheduler of the published folder.
+SCHEDULER = {
+    "base_image_seq_len": 256,
+    "base_shift": 0.5,
+    "max_image_seq_len": 8192,
+    "max_shift": 0.9,
+    "shift_terminal": 0.02,
+    "use_dynamic_shifting": True,
+}
+
+
+def transformer(layers: int = 1, **changes: Any) -> QwenImageTransformer2DModel:
+    torch.manual_seed(1)
+    settings: dict[str, Any] = {
+        "in_channels": 8,
+        "out_channels": 2,
+        "num_layers": layers,
+        "attention_head_dim": 8,
+        "num_attention_heads": 2,
+        "joint_attention_dim": WIDTH,
+        "axes_dims_rope": (2, 2, 4),
+    }
+    return random_weights(QwenImageTransformer2DModel(**{**settings, **changes}), scale=0.15)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("qwenimage") / "model"
+    torch.manual_seed(0)
+    vae = AutoencoderKLQwenImage(
+        base_dim=4,
+        z_dim=2,
+        dim_mult=[1, 2],
+        num_res_blocks=1,
+        temperal_downsample=[True],
+        latents_mean=[-0.7, 0.2],
+        latents_std=[2.8, 1.4],
+    )
+    QwenImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(**SCHEDULER),
+        vae=random_weights(vae),
+        text_encoder=qwen25_vl(),
+        tokenizer=qwen_tokenizer(),
+        transformer=transformer(),
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def own(model: Path) -> QwenImagePipeline:
+    return QwenImagePipeline.from_pretrained(model)
+
+
+@pytest.fixture(scope="module")
+def planned(model: Path) -> PlannedExport:
+    return plan_for(model, schedule_for(model, steps=STEPS), **SIZE)
+
+
+@pytest.fixture(scope="module")
+def engine(planned: PlannedExport, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The full schedule of the model's own sampler, with components."""
+    return publish(planned, tmp_path_factory.mktemp("qwenimage-engine") / "x").path
+
+
+def ours(engine_dir: Path, **call: Any) -> np.ndarray:
+    return np.asarray(Pipeline.from_engine_dir(engine_dir, "cpu", threads=1)(seed=3, **call).images)
+
+
+def theirs(pipeline: Any, *, sampler: str | None = None, scale: float | None = None, **call: Any) -> np.ndarray:
+    """The stock pipeline's pictures, or its latents unpacked."""
+    given = {} if scale is None else {"true_cfg_scale": scale}
+    found = stock(pipeline, sampler=sampler, steps=STEPS, **SIZE, **call, **given)
+    if call["output_type"] != "latent":
+        return found
+    return np.asarray(pipeline._unpack_latents(torch.from_numpy(found), *SIZE.values(), 2)[:, :, 0])
+
+
+def test_it_draws_what_diffusers_draws(engine: Path, own: Any) -> None:
+    manifest = Bundle.open(engine).manifest
+    assert manifest.guidance and manifest.guidance_scale == 4.0  # the default of `true_cfg_scale`
+    entry = manifest.components.text_encoder
+    assert entry is not None
+    assert entry.around[0].startswith("<|im_start|>system\nDescribe the image") and "assistant" in entry.around[1]
+    call: dict[str, Any] = {"prompt": [PROMPT, "shoes"], "negative_prompt": NEGATIVE, "output_type": "np"}
+    want = theirs(own, scale=SCALE, **{**call, "negative_prompt": [NEGATIVE] * 2})
+    assert relative(ours(engine, guidance_scale=SCALE, **call), want) <= 1e-4
+    assert relative(ours(engine, guidance_scale=SCALE, **{**call, "prompt": ["boots", "shoe"]}), want) > 1e-3
+    call = {"prompt": PROMPT, "negative_prompt": NEGATIVE, "output_type": "latent"}
+    assert relative(ours(engine, **call), theirs(own, **call)) <= 1e-4
+
+
+def test_it_does_so_with_another_sampler(
+    planned: PlannedExport, model: Path, engine: Path, own: Any, tmp_path: Path
+) -> None:
+    """The other ones that its pipeline takes draw noise, for tokens in their order."""
+    sampler = "flow-unipc"
+    with_gates(planned, schedule_for(model, steps=STEPS, sampler=sampler), tmp_path / "x", components=False)
+    borrow_components(engine, tmp_path / "x")
+    call = {"prompt": PROMPT, "negative_prompt": NEGATIVE, "output_type": "latent"}
+    got = ours(tmp_path / "x", guidance_scale=SCALE, **call)
+    assert relative(got, theirs(own, sampler=sampler, scale=SCALE, **call)) <= 1e-4
+
+
+def test_random_schedule_of_blocks(planned: PlannedExport, model: Path, engine: Path, tmp_path: Path) -> None:
+    with_gates(planned, schedule_for(model, steps=STEPS, ratio=0.5), tmp_path / "x", components=False)
+    assert_equals_supernet(tmp_path / "x")
+    assert_pictures_equal_stock(tmp_path / "x", engine)
+    assert build_with_tensorrt_rtx(tmp_path / "x") == len(Bundle.open(tmp_path / "x").manifest.plan.variants) + 2
+
+
+@pytest.mark.parametrize(
+    ("granularity", "cache", "layout"), [("block", "output", "segments"), ("layer", None, "variants")]
+)
+def test_random_schedules_are_the_supernet(tmp_path: Path, granularity: Any, cache: Any, layout: Any) -> None:
+    """With a sampler that the pipeline does not take: it has no ``sigmas``."""
+    transformer(layers=2).save_pretrained(tmp_path / "model")
+    FlowMatchEulerDiscreteScheduler(**SCHEDULER).save_pretrained(tmp_path / "model" / "scheduler")
+    schedule = schedule_for(tmp_path / "model", ratio=0.5, sampler="flow-dpm++2m", granularity=granularity, cache=cache)
+    size = {"height": 64, "width": 32}
+    bundle = publish(plan_for(tmp_path / "model", schedule, components=False, layout=layout, **size), tmp_path / "x")
+    assert bundle.manifest.plan.layout == layout
+    assert_equals_supernet(tmp_path / "x")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_half_precision_is_close(model: Path, dtype: str, tmp_path: Path) -> None:
+    schedule = schedule_for(model, steps=STEPS, ratio=0.5, granularity="layer")
+    bundle = publish(plan_for(model, schedule, dtype=dtype, **SIZE), tmp_path / "x")
+    if dtype == "fp16":  # the CPU has no kernels for bf16
+        report = loop_report(bundle.path, pictures=True)
+        assert report.first_failure() is None and report.pictures
+    assert build_with_tensorrt_rtx(bundle.path) == len(bundle.manifest.plan.variants) + 2
+
+
+def test_rotations_are_the_models_own() -> None:
+    """Against its complex numbers, at the published extents and sides of which one is odd."""
+    denoiser = transformer(attention_head_dim=128, axes_dims_rope=(16, 56, 56), num_attention_heads=1)
+    rows, columns, length = 83, 60, 512
+    picture, text = denoiser.pos_embed([[(1, rows, columns)]], max_txt_seq_len=length, device=torch.device("cpu"))
+    features = torch.randn(1, rows * columns, 1, 128)
+    turned = torch.view_as_real(torch.view_as_complex(features.unflatten(-1, (-1, 2))) * picture[:, None]).flatten(3)
+    with _real_rotations(denoiser, length, rows, columns):
+        found, behind = denoiser.pos_embed([[(1, rows, columns)]], max_txt_seq_len=length)
+    torch.testing.assert_close(rotate(features, found), turned, rtol=0, atol=1e-5)
+    torch.testing.assert_close(behind, torch.view_as_real(text), rtol=0, atol=1e-4)
+    assert "forward" not in vars(denoiser.pos_embed)
+
+
+def test_renormalised_guidance_keeps_the_norm_of_tokens() -> None:
+    away, towards = torch.randn(2, 2, 3, 4, 6).unbind(0)
+    guided = FAMILY.guide.combine(away, towards, torch.tensor([3.0]))
+    torch.testing.assert_close(pack(guided).norm(dim=-1), pack(towards).norm(dim=-1))
+    plain = pack(away + 3 * (towards - away))
+    torch.testing.assert_close(pack(guided) / plain, (pack(guided) / plain)[..., :1].expand(plain.shape))
+    torch.testing.assert_close(FAMILY.guide.combine(away, towards, 1.0), towards)
+
+
+def test_units_of_the_published_size() -> None:
+    (entry,) = MODELS
+    config = entry["config"]
+    with torch.device("meta"):
+        denoiser = QwenImageTransformer2DModel(**{key: value for key, value in config.items() if key[0] != "_"})
+    for granularity, count in (("block", 60), ("layer", 180)):
+        specs = FAMILY.blocks(config, granularity)  # type: ignore[arg-type]
+        assert len(specs) == count
+        assert all(denoiser.get_submodule(path) for spec in specs for path in spec.modules)
+    latent, _, states, mask = FAMILY.inputs(config, 2, 166, 166, 512)
+    assert latent.shape == (2, 16, 166, 166)
+    assert (states.shape, mask.shape, mask.dtype) == ((2, 512, 3584), (2, 512), "int64")
+
+
+def test_refusals_are_one_line() -> None:
+    for config, height, words in (
+        ({"in_channels": 128}, 8, "in_channels 128"),
+        ({"zero_cond_t": True}, 8, "zero_cond_t = True is not supported"),
+        ({}, 9, "9x8; give"),
+    ):
+        with pytest.raises(UserError) as error:
+            FAMILY.inputs(config, 2, height, 8, 512)
+        assert words in str(error.value) and "\n" not in str(error.value)
