@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers import SanaTransformer2DModel, UNet2DConditionModel, UNet2DModel
+from diffusers import SanaTransformer2DModel, UNet2DConditionModel, UNet2DModel, WanTransformer3DModel
 from family_checks import random_weights
 
 UNET2D_SAMPLE = 16  # pixels
@@ -26,6 +26,22 @@ def sana_transformer(**changes: Any) -> SanaTransformer2DModel:
         "sample_size": 8,
     }
     return random_weights(SanaTransformer2DModel(**{**settings, **changes}))
+
+
+def wan_transformer(**changes: Any) -> WanTransformer3DModel:
+    """Two blocks; latents (B, 4, f, h, w)."""
+    settings: dict[str, Any] = {
+        "in_channels": 4,
+        "out_channels": 4,
+        "num_attention_heads": 2,
+        "attention_head_dim": 12,
+        "num_layers": 2,
+        "ffn_dim": 32,
+        "freq_dim": 16,
+        "text_dim": 24,
+    }
+    torch.manual_seed(0)
+    return random_weights(WanTransformer3DModel(**{**settings, **changes}))
 
 
 def unet2d(**changes: Any) -> UNet2DModel:

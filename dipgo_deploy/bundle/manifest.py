@@ -59,6 +59,10 @@ def _is_blank(value: tuple[str, ...]) -> bool:
     return not any(value)
 
 
+def _is_false(value: bool) -> bool:
+    return not value
+
+
 def _is_empty(value: Sized) -> bool:
     return not len(value)
 
@@ -277,6 +281,11 @@ class TextEncoderEntry(_Frozen):
     removed: Many[str] = pydantic.Field(
         default=(), exclude_if=_is_empty, description="texts that are taken out of prompts first"
     )
+    unescape: bool = pydantic.Field(
+        default=False,
+        exclude_if=_is_false,
+        description="then HTML entities are unescaped, and white space becomes single spaces",
+    )
 
 
 class LatentSpec(_Frozen):
@@ -295,6 +304,9 @@ class LatentSpec(_Frozen):
         default=None,
         exclude_if=_is_none,
         description="frames of the video to one of the latent; the first one of the latent makes one",
+    )
+    fps: int | None = pydantic.Field(
+        default=None, exclude_if=_is_none, description="frames a second that the model makes videos for"
     )
 
     @property

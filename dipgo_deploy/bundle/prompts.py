@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from typing import Protocol
 
 
@@ -24,6 +25,11 @@ class PromptSettings(Protocol):
         ...
 
     @property
+    def unescape(self) -> bool:
+        """Whether HTML entities are unescaped and white space becomes single spaces."""
+        ...
+
+    @property
     def removed(self) -> tuple[str, ...]:
         """Texts that are taken out."""
         ...
@@ -33,6 +39,8 @@ def prepared(settings: PromptSettings, prompt: str, *, negative: bool = False) -
     """The text that tokenizers get of a prompt or of a negative one."""
     for text in settings.removed:
         prompt = prompt.replace(text, "")
+    if settings.unescape:  # twice, as the pipelines do: what was escaped twice is found too
+        prompt = " ".join(html.unescape(html.unescape(prompt)).split())
     if settings.lowercase:
         prompt = prompt.strip().lower()
     before, after = settings.around

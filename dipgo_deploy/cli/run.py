@@ -20,14 +20,15 @@ from dipgo_deploy.cli.common import (
     free_output,
     human_console,
     json_option,
+    live,
     lora_line,
     lora_options,
     overwrite_option,
-    progress_bars,
 )
 from dipgo_deploy.cli.options import PATH, Command, engine_dir_option, option, threads_option, version_option
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.files import written_whole
+from dipgo_deploy.runtime.video import SUFFIXES, check_video_output, write_video
 
 if TYPE_CHECKING:
     import numpy as np
@@ -39,6 +40,9 @@ if TYPE_CHECKING:
 _PICTURES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 # Nothing is loaded before the arguments were checked.
 _LOAD: dict[str | None, LoadMode] = {"eager": "call", "lazy": "lazy", None: "auto"}
+_DEFAULT_VIDEO = "output.mp4"
+# Frames a second where nothing says.
+_FPS = 16
 _DEFAULT_OUTPUT = {"pil": "output.png", "np": "output.npy", "latent": "output.npy"}
 
 
@@ -52,6 +56,7 @@ _DEFAULT_OUTPUT = {"pil": "output.png", "np": "output.npy", "latent": "output.np
         'dipgo-run --engine-dir engines/fashion-sd --prompt "a shirt" --output-type latent -o latents.npy',
         'dipgo-run --engine-dir engines/sd15 --prompt "a castle" --lora style.safetensors:0.8 --load lazy',
         'dipgo-run --engine-dir engines/sd15-img2img --prompt "a castle" --image sketch.png',
+        'dipgo-run --engine-dir engines/wan --prompt "a cat walks on grass" --fps 16 -o clip.mp4',
     ),
 )
 @engine_dir_option
@@ -167,6 +172,13 @@ _DEFAULT_OUTPUT = {"pil": "output.png", "np": "output.npy", "latent": "output.np
     show_default="the exported one",
     help="Image width in pixels, where it was exported with a range.",
 )
+@option(
+    "Shape",
+    "--num-frames",
+    type=click.IntRange(min=1),
+    show_default="the exported ones",
+    help="Frames of the video; the engine directory has so many, and another number is refused.",
+)
 @lora_options("to add to the weights of all graphs")
 @option(
     "Runtime",
@@ -202,9 +214,17 @@ _DEFAULT_OUTPUT = {"pil": "output.png", "np": "output.npy", "latent": "output.np
     "--output-type",
     type=click.Choice(["pil", "np", "latent"]),
     default="pil",
-    help="A picture (several in a grid), images float32 (n, H, W, 3), or latents float32 (n, C, h, w).",
+    help="A picture or video (several in a grid), images float32 (n, [F,] H, W, 3), or latents float32 "
+    "(n, C, [f,] h, w).",
 )
-@option("Output", "-o", "--output", type=PATH, show_default="output.png or output.npy", help="File to write.")
+@option(
+    "Output",
+    "--fps",
+    type=click.IntRange(min=1, max=240),
+    show_default="the model's own",
+    help="Frames a second of the video that is written.",
+)
+@option("Output", "-o", "--output", type=PATH, show_default="output.png, .mp4 or .npy", help="File to write.")
 @overwrite_option
 @json_option
 @version_option
@@ -222,6 +242,8 @@ def command(
     control_scale: float | None,
     height: int | None,
     width: int | None,
+    num_frames: int | None,
+    fps: int | None,
     latents: Path | None,
     prompt_embeds: tuple[str, ...],
     negative_prompt_embeds: tuple[str, ...],
@@ -238,13 +260,13 @@ def command(
     verify: bool,
     as_json: bool,
 ) -> None:
-    """Generate pictures from an engine directory. Needs no torch.
+    """Generate pictures or videos from an engine directory. Needs no torch.
 
-    Several pictures are written as one grid. The output appears under its name only when it is complete.
+    Several are written as one grid. A video goes to .mp4 (with the extra `video`), .webp, .gif, or as PNG frames to a
+    folder, whose name has no suffix. The output appears under its name only when it is complete.
     """
-    asked = output or Path(_DEFAULT_OUTPUT[output_type])
-    check_suffix(asked, output_type)
-    target = free_output(asked, "--output", overwrite=overwrite)
+    if output is not None:
+        check_suffix(output, output_type)
     arrays = {
         "latents": load_array("--latents", latents),
         "prompt_embeds": load_embeds("--prompt-embeds", prompt_embeds),
@@ -267,6 +289,13 @@ def command(
         lora=choices,
         lora_partial=lora_partial,
     )
+    latent = pipeline.bundle.manifest.latent
+    video = output_type == "pil" and latent.frames is not None
+    asked = output or Path(_DEFAULT_VIDEO if video else _DEFAULT_OUTPUT[output_type])
+    check_kind(asked, output_type, video=video)
+    if fps is not None and not video:
+        raise UserError(f"--fps {fps}: no video is written; leave it out")
+    target = free_output(asked, "--output", overwrite=overwrite)
     with _progress() as progress:
         result = pipeline(
             list(prompts) or None,
@@ -281,16 +310,18 @@ def command(
             control_scale=control_scale,
             height=height,
             width=width,
+            num_frames=num_frames,
             output_type=output_type,  # type: ignore[arg-type]  # click checked the choice
             callback=progress,
             **arrays,  # type: ignore[arg-type]  # latents and embeddings only
         )
-    write_output(target, result.images)
+    write_output(target, result.videos if video else result.images, fps or latent.fps or _FPS)
     manifest = pipeline.bundle.manifest
     memory = pipeline.memory()
     timings = {name: round(seconds, 6) for name, seconds in asdict(result.timings).items()}
+    kind = "video" if video else "image"
     human_console(as_json).print(
-        f"{target}: {len(result.latents)} image(s), {manifest.model.name} on {pipeline.backend.name}, "
+        f"{target}: {len(result.latents)} {kind}(s), {manifest.model.name} on {pipeline.backend.name}, "
         f"{result.launches} launches, {timings['loop']:.3f} s in the loop, {timings['total']:.3f} s in all",
         markup=False,
         soft_wrap=True,
@@ -324,8 +355,10 @@ main = entry_point(command)
 def _progress() -> Iterator[Callable[[int, int], None]]:
     """A bar over the launches, on stderr, only where that is a terminal."""
     from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    with progress_bars(Console(stderr=True)) as bar:
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with live(Progress(*columns, console=Console(stderr=True), transient=True)) as bar:
         task = bar.add_task("denoising", total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
@@ -354,19 +387,34 @@ def parse_labels(texts: tuple[str, ...]) -> list[int | str]:
 
 
 def check_suffix(path: Path, output_type: str) -> None:
-    """Refuse (UserError) a suffix that does not fit the output type, before any work is done."""
+    """Refuse (UserError) a suffix that fits the output type of no model, before any work is done."""
+    pictures, video = list(_PICTURES), list(SUFFIXES)
+    if path.suffix.lower() not in ([*pictures, *video] if output_type == "pil" else [".npy"]):
+        check_kind(path, output_type, video=False)
+
+
+def check_kind(path: Path, output_type: str, *, video: bool) -> None:
+    """Refuse (UserError) a suffix that does not fit the output type of this model."""
+    if video:
+        check_video_output(path)
+        return
     suffixes = list(_PICTURES) if output_type == "pil" else [".npy"]
     if path.suffix.lower() not in suffixes:
         raise UserError(f"--output {path}: output type {output_type} is written to {', '.join(suffixes)}")
 
 
-def write_output(path: Path, images: list[Image] | np.ndarray) -> None:
-    """Write pictures (as a grid) or an array under a name of its own, then rename.
+def write_output(path: Path, images: list[Image] | list[list[Image]] | np.ndarray, fps: int = _FPS) -> None:
+    """Write pictures or videos (as a grid) or an array under a name of its own, then rename.
 
     Raises:
         UserError: the file cannot be written.
     """
     try:
+        if isinstance(images, list) and isinstance(images[0], list):
+            from dipgo_deploy.runtime.image import grid
+
+            write_video(path, [grid(frames) for frames in zip(*images, strict=True)], fps)
+            return
         with written_whole(path) as file:
             _write(file, path.suffix.lower(), images)
     except OSError as error:

@@ -54,7 +54,7 @@ def _text(manifest: Manifest, reference: Reference) -> dict[str, tuple[Any, Any]
         return {}
     facts: dict[str, tuple[Any, Any]] = {
         name: (getattr(encoder, name), getattr(scheme, name))
-        for name in ("zeros_without_negative", "lowercase", "prefix", "around", "removed")
+        for name in ("zeros_without_negative", "lowercase", "prefix", "around", "removed", "unescape")
     }
     for entry, spec in zip(encoder.tokenizers, scheme.tokenizers, strict=False):
         tokenizer = spec.of(reference.source.pipeline)

@@ -143,7 +143,7 @@ class StockPipeline:
                 stack.enter_context(_tokens_seen(pipeline, self._encoders(), run))
                 if decoded and not pixels:
                     stack.enter_context(_latents_seen(pipeline.vae, run))
-                images = pipeline(**arguments).images
+                images = pipeline(**arguments)[0]
         except _Reached:
             return run
         except UserError:
@@ -154,7 +154,7 @@ class StockPipeline:
         denoiser.check_all_done(type(pipeline).__name__)
         if decoded:
             pictures = np.asarray(images, np.float32)
-            run.images = np.ascontiguousarray(np.broadcast_to(pictures, (*pictures.shape[:3], 3)))
+            run.images = np.ascontiguousarray(np.broadcast_to(pictures, (*pictures.shape[:-1], 3)))
         else:
             run.latents = host(images)
         return run
@@ -174,6 +174,7 @@ class StockPipeline:
             "output_type": "np" if decoded else "latent",
         }
         optional: dict[str, Any] = {
+            "num_frames": latent.video_frames,
             "height": latent.height * pixels,
             "width": latent.width * pixels,
             # Sizes are those of the engine directory; captions are cleaned by packages that need not be there.

@@ -155,6 +155,7 @@ def _text_encoder(
         prefix=scheme.prefix,
         around=scheme.around,
         removed=scheme.removed,
+        unescape=scheme.unescape,
     )
 
 
@@ -182,6 +183,11 @@ def _vae_dtype(pipeline: Any, dtype: str) -> str:
     return "fp32" if upcast else dtype
 
 
+def _to(vae: Any, dtype: torch.dtype) -> None:
+    """Past diffusers' own ``to``, which warns of modules to keep in float32 where there are none."""
+    torch.nn.Module.to(vae.eval(), dtype)
+
+
 class _PixelDecoder(torch.nn.Module):
     """[-1, 1] (B, C, H, W) -> pictures as a VAE decoder's graph gives them; a grey one in three equal channels."""
 
@@ -207,7 +213,7 @@ def _vae_decoder(vae: Any, stage: Path, latent: LatentSpec, batch: int, sizes: S
         def forward(self, latents: torch.Tensor) -> torch.Tensor:
             return to_images(decoded(self.vae, latents))
 
-    vae.to(torch_dtype(dtype)).eval()
+    _to(vae, torch_dtype(dtype))
     latents = _latents(batch, latent, sizes)
     return _export(Decoder(), latents, ["latents"], ["images"], stage, "vae_decoder", dtype, "vae.", sizes=sizes)
 
@@ -216,7 +222,7 @@ def _decoder_in_chunks(
     vae: Any, chunks: Chunks, stage: Path, latent: LatentSpec, batch: int, dtype: str
 ) -> list[Graph]:
     """The graph of each distinct part, beside one file of weights."""
-    vae.to(torch_dtype(dtype)).eval()
+    _to(vae, torch_dtype(dtype))
     shapes = state_shapes(vae, chunks, (batch, *latent.shape))
     models = []
     for number, part in enumerate(chunks.parts):
@@ -281,7 +287,7 @@ def _vae_encoder(vae: Any, stage: Path, decoder: Graph, dtype: str) -> Graph:
             scaled = (from_vae(vae, mean.float()),)
             return scaled if spread is None else (*scaled, spread.std.float() * scaling)
 
-    vae.to(torch_type).eval()
+    _to(vae, torch_type)
     images = torch.rand(decoder.outputs[0].shape)
     return _export(Encoder(), [images], ["images"], outputs, stage, "vae_encoder", dtype, "vae.")
 

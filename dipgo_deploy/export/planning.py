@@ -272,14 +272,8 @@ def _planned(
     plan = compile_plan(traced.graph, schedule.gates, max_variants=options.max_variants, prediction_used=sampling.used)
     steps = schedule.sampler.num_inference_steps
     kwargs = sampling.set_timesteps
-    # Not checked again: it is the matrix that _with_options checked, with some columns added up.
     matrix = sampler_matrix(
-        sampling.scheduler,
-        steps,
-        plan.prediction_slots,
-        set_timesteps_kwargs=kwargs,
-        begin=sampling.begin,
-        check=False,
+        sampling.scheduler, steps, plan.prediction_slots, set_timesteps_kwargs=kwargs, begin=sampling.begin
     )
     planned = PlannedExport(
         source, schedule, sampling.scheduler, kwargs, traced, plan, matrix, sampling.used, options, image=image

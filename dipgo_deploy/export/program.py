@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.export.addends import keep_tiny_addends
+from dipgo_deploy.export.interleaved import stack_interleaved
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -56,7 +57,6 @@ def to_onnx(
     from dipgo_deploy.export.passes.masked import EmptyAttention
     from dipgo_deploy.export.passes.metadata import StripMetadata
     from dipgo_deploy.export.passes.names import RestoreNames
-    from dipgo_deploy.export.passes.optimized import Optimized
     from dipgo_deploy.export.passes.outputs import NameOutputs
     from dipgo_deploy.export.passes.squeeze import IdleSqueezes
 
@@ -65,20 +65,18 @@ def to_onnx(
             shapes = None if dynamic_shapes is None else tuple(dynamic_shapes)
             program = torch.export.export(module, tuple(arguments), strict=False, dynamic_shapes=shapes)
             keep_tiny_addends(program)
+            stack_interleaved(program)
             names = list(output_names())
             exported = torch.onnx.export(
                 program,
                 tuple(arguments),
                 dynamo=True,
-                optimize=False,
+                optimize=True,
                 opset_version=OPSET[dtype],
                 input_names=list(input_names),
                 output_names=names,
                 verbose=False,
             )
-            assert exported is not None
-            model = exported.model
-            apply(model, Optimized())
         except torch.onnx.errors.OnnxExporterError as error:
             raise UserError(f"{label}: torch.onnx.export failed: {_first_line(error)}") from error
         except MemoryError:
@@ -87,6 +85,8 @@ def to_onnx(
             if dynamic_shapes is not None and isinstance(error, _dynamic_errors()):
                 raise UserError(f"{label}: {_why_static(error)}; give plain numbers for these sizes") from error
             raise UserError(f"{label}: torch.export cannot trace it: {_first_line(error)}") from error
+    assert exported is not None
+    model = exported.model
     apply(
         model,
         PermutingEinsums(),

@@ -102,6 +102,7 @@ def write_bundle(
         width=shape.width,
         scale=planned.source.scale,
         time_scale=planned.source.time_scale,
+        fps=planned.source.family.fps,
     )
     # Without components too: the unconditional half of guidance needs the null class.
     null = next((spec.null for spec in planned.traced.conditions if spec.source == "class"), None)

@@ -105,6 +105,7 @@ class TextScheme:
             exceed ``length``, of which ``encode`` leaves that many.
         around: text before and after every prompt, negative ones too, such as a chat template's.
         removed: texts that are taken out of prompts.
+        unescape: HTML entities are unescaped, and white space becomes single spaces.
     """
 
     length: int
@@ -116,6 +117,7 @@ class TextScheme:
     prefix: str = ""
     around: tuple[str, str] = ("", "")
     removed: tuple[str, ...] = ()
+    unescape: bool = False
 
     def has_encoders(self, pipeline: Any) -> bool:
         """Whether a pipeline holds every encoder that ``encode`` uses; ``pipeline`` may be None."""
@@ -175,6 +177,7 @@ class ModelFamily:
         packing: pixels of the VAE's latent, of each side, that one of the denoiser's holds in its channels.
         frames_per_latent: of a model of videos, whose latent has a time axis: how many frames of the video each of
             the latent's makes but the first, which makes one; where a VAE says another number, that one.
+        fps: frames a second that it makes videos for.
         pixels_per_latent: pixels of the picture to one of the VAE's latent, on each side, where no VAE says.
         kind: of the samplers it is for, where its folder has none that tells.
         float32_in_fp16: components of the pipeline that overflow in float16 and stay in float32 in a fp16 export.
@@ -204,6 +207,7 @@ class ModelFamily:
     pixels: bool = False
     packing: int = 1
     frames_per_latent: int | None = None
+    fps: int | None = None
     pixels_per_latent: int = 8
     kind: Kind = "diffusion"
     float32_in_fp16: tuple[str, ...] = ()

@@ -217,6 +217,12 @@ def _check_pipeline(folder: Path, family: ModelFamily, index: Mapping[str, Any],
         raise UserError(
             f"{folder}: requires_aesthetics_score: SDXL's refiner needs an input that is not supported; use the base"
         )
+    second = f"{family.component}_2"
+    if second not in family.companions and _class_in(index, second) is not None:
+        raise UserError(
+            f"{folder}: has a {second}, a model of its own for a part of the steps (Wan 2.2), which is not supported; "
+            "use a model of one"
+        )
     name = pipeline or index.get("_class_name")
     if name in family.pipelines:
         return

@@ -9,7 +9,19 @@ from importlib.metadata import EntryPoint, entry_points
 from types import MappingProxyType
 
 from dipgo_deploy.errors import UserError, one_line
-from dipgo_deploy.models import controlnet, dit, flux, flux2, pixart, qwenimage, sana, sd3, unet2d, unet2d_condition
+from dipgo_deploy.models import (
+    controlnet,
+    dit,
+    flux,
+    flux2,
+    pixart,
+    qwenimage,
+    sana,
+    sd3,
+    unet2d,
+    unet2d_condition,
+    wan,
+)
 from dipgo_deploy.models.family import ModelFamily
 
 GROUP = "dipgo_deploy.families"
@@ -26,6 +38,7 @@ BUILT_IN = (
     pixart.FAMILY,
     qwenimage.FAMILY,
     sana.FAMILY,
+    wan.FAMILY,
 )
 
 _log = logging.getLogger(__name__)

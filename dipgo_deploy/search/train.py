@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 import torch
 
-from dipgo_deploy.documents import check_same_settings
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.search import checkpoint
 from dipgo_deploy.search.loop_loss import LoopLoss, Precision
@@ -164,7 +163,7 @@ def train(
         if folder is None:
             raise UserError("--resume: needs --checkpoint, the folder to go on from")
         state = checkpoint.load(folder)
-        check_same_settings(folder / checkpoint.NAME, described, dict(state.settings))
+        checkpoint.check_settings(state.settings, described, folder)
         state.restore(trainer.pruner, trainer.optimizer)
         trainer.iteration = state.iteration
     with _Log(folder, trainer.iteration) as log:

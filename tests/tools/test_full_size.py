@@ -86,7 +86,8 @@ def test_entries_are_what_the_families_and_diffusers_take(name: str) -> None:
     assert set(entry["scheduler_config"]) <= set(make_scheduler(entry["scheduler"], entry["scheduler_config"]).config)
     latent = entry["pixels"] // entry.get("latent_scale", 8)
     batch = 2 if family.guidance else 1
-    specs = family.inputs(entry["config"], batch, latent, latent, entry["text_length"])
+    size = (latent,) * family.axes
+    specs = family.inputs(entry["config"], batch, *size, entry["text_length"])
     assert specs[0].role == "latent"
 
 

@@ -38,6 +38,7 @@ _PATH = click.Path(path_type=Path)
 @click.option("--steps", type=click.IntRange(min=1), default=4, show_default=True, help="Of the sampler.")
 @click.option("--width", type=click.IntRange(min=1), help="Pixels. [default: the published model's]")
 @click.option("--height", type=click.IntRange(min=1), help="Pixels. [default: the published model's]")
+@click.option("--num-frames", type=click.IntRange(min=1), help="Of a video. [default: the published model's]")
 @click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Images per launch.")
 @click.option("--layout", type=click.Choice(["variants", "segments"]), default="variants", show_default=True)
 @click.option("--max-variants", type=click.IntRange(min=1), help="As dipgo-export's.")
@@ -99,9 +100,11 @@ def measure(entry: Mapping[str, Any], options: Mapping[str, Any], say: Any) -> d
     schedule_file = out / f"{label}.schedule.json"
     schedule.save(schedule_file)
     height, width = (options[side] or entry["pixels"] for side in ("height", "width"))
+    frames = options.get("num_frames") or entry.get("frames")
     row |= {
         "height": height,
         "width": width,
+        **({} if frames is None else {"num_frames": frames}),
         "sampler": schedule.sampler.class_name,
         "steps": schedule.sampler.num_inference_steps,
         "granularity": schedule.model.granularity,
@@ -119,6 +122,7 @@ def measure(entry: Mapping[str, Any], options: Mapping[str, Any], say: Any) -> d
             **{key: options[key] for key in ("dtype", "batch", "layout", "max_variants", "check", "low_memory")},
             "height": exported_pixels(entry, height),
             "width": exported_pixels(entry, width),
+            **({} if frames is None else {"num_frames": frames}),
         },
     }
     try:

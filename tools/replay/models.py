@@ -25,6 +25,7 @@ def makers() -> dict[str, Make]:
         "dit": tiny_engines.save_dit_pipeline,
         "pixart-alpha": pixart_pipelines.save_alpha,
         "pixart-sigma": pixart_pipelines.save_sigma,
+        "wan": lambda folder: _denoiser(tiny_denoisers.wan_transformer(), folder, "FlowMatchEulerDiscreteScheduler"),
         "sana": lambda folder: _denoiser(tiny_denoisers.sana_transformer(), folder, "FlowMatchEulerDiscreteScheduler"),
         "sd3": flow_pipelines.save_sd3,
         "sd35": lambda folder: _denoiser(
