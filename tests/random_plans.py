@@ -5,10 +5,12 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from zlib import crc32
 
 from dipgo_deploy.plan.graph import Block, BlockGraph, Value
 from dipgo_deploy.plan.pieces import Node, NodeGraph, Tensor
+from dipgo_deploy.schedule.forecast import FittedForecast, Forecast, RuleForecast, stored_before
 
 # Values are residues: adding and subtracting is exact, and different computations collide with chance 2**-61.
 PRIME = 2**61 - 1
@@ -27,31 +29,74 @@ def residual_source(graph: BlockGraph) -> dict[str, str]:
     return {o: i for b in graph.blocks if b.cache == "residual" for o, i in zip(b.outputs, b.inputs, strict=True)}
 
 
-def naive(graph: BlockGraph, gates: Sequence[Sequence[bool]]) -> list[int | None]:
+def residue(weight: float) -> int:
+    """A weight as a residue: exact, and 0 and 1 stay what they are."""
+    exact = Fraction(weight)
+    return exact.numerator * pow(exact.denominator, -1, PRIME) % PRIME
+
+
+class Kept:
+    """What blocks stored, and what is read of it."""
+
+    def __init__(self, forecast: Forecast | None) -> None:
+        self._forecast = forecast
+        self._values: dict[str, list[tuple[int, int | None]]] = {}
+
+    def store(self, output: str, step: int, value: int | None) -> None:
+        self._values[output] = [(step, value), *self._values.get(output, [])][:3]
+
+    def read(self, output: str, step: int, block: int) -> int | None:
+        values = self._values.get(output, [])
+        if not values:
+            return None
+        weights: Sequence[float] = (1.0,)
+        if self._forecast is not None:
+            weights = self._forecast.weights_of(step, block, [at for at, _ in values])
+        used = [value for _, value in values[: len(weights)]]
+        if None in used:
+            return None
+        return sum(residue(weight) * value for weight, value in zip(weights, used, strict=True)) % PRIME
+
+
+def random_forecast(rng: random.Random, gates: Sequence[Sequence[bool]]) -> Forecast | None:
+    """None, a rule, or weights of which many are zero or one."""
+    kind = rng.choice(["none", "taylor", "weights", "weights"])
+    if kind == "taylor":
+        return RuleForecast(kind="taylor", order=rng.choice([1, 2]))
+    if kind == "weights":
+        rows = []
+        for row, stored in zip(gates, stored_before(gates), strict=True):
+            lists = [[rng.randint(-1, 2) for _ in range(rng.randint(0, len(known)))] for known in stored]
+            rows.append([[] if kept else cell for kept, cell in zip(row, lists, strict=True)])
+        return FittedForecast(kind="weights", weights=rows)
+    return None
+
+
+def naive(graph: BlockGraph, gates: Sequence[Sequence[bool]], forecast: Forecast | None = None) -> list[int | None]:
     """Predictions by the definition: kept blocks compute and store, removed ones read. None: a store was missing."""
     owner = {output: k for k, block in enumerate(graph.blocks) for output in block.outputs}
     source = residual_source(graph)
-    store: dict[str, int | None] = {}
+    store = Kept(forecast)
     predictions = []
     for step, row in enumerate(gates):
         known: dict[str, int | None] = {name: graph_input(graph, name, step) for name in graph.inputs}
 
-        def value(name: str, row=row, known=known) -> int | None:
+        def value(name: str, step=step, row=row, known=known) -> int | None:
             if name not in known:
                 if name not in owner or row[owner[name]]:
                     arguments = [value(read) for read in sorted(graph.values[name].reads)]
                     known[name] = None if None in arguments else compute(name, arguments)
                 elif name in source:
-                    parts = value(source[name]), store.get(name)
+                    parts = value(source[name]), store.read(name, step, owner[name])
                     known[name] = None if None in parts else sum(parts) % PRIME
                 else:
-                    known[name] = store.get(name)
+                    known[name] = store.read(name, step, owner[name])
             return known[name]
 
         for block, kept in zip(graph.blocks, row, strict=True):
             for output in block.outputs if kept else ():
                 made, origin = value(output), value(source[output]) if output in source else 0
-                store[output] = None if made is None or origin is None else (made - origin) % PRIME
+                store.store(output, step, None if made is None or origin is None else (made - origin) % PRIME)
         predictions.append(value(graph.prediction))
     return predictions
 
@@ -203,12 +248,12 @@ def read_off(nodes: NodeGraph, graph: BlockGraph) -> Traced:
     return Traced(replace(graph, values=values, costs=tuple(node.macs for node in nodes.nodes)), nodes)
 
 
-def supernet(traced: Traced, gates: Sequence[Sequence[bool]]) -> list[int | None]:
+def supernet(traced: Traced, gates: Sequence[Sequence[bool]], forecast: Forecast | None = None) -> list[int | None]:
     """Predictions by the definition: kept blocks compute and store, removed ones read. None: a store was missing."""
     graph = traced.graph
     owner = {output: k for k, block in enumerate(graph.blocks) for output in block.outputs}
     source = residual_source(graph)
-    store: dict[str, int] = {}
+    store = Kept(forecast)
     predictions: list[int | None] = []
 
     class Missing(Exception):
@@ -222,20 +267,22 @@ def supernet(traced: Traced, gates: Sequence[Sequence[bool]]) -> list[int | None
                 return graph_input(graph, name, step)
             if name not in owner or row[owner[name]]:
                 return None
-            if name not in store:
+            found = store.read(name, step, owner[name])
+            if found is None:
                 raise Missing
             base = evaluate(traced, source[name], known, given) if name in source else 0
-            return (base + store[name]) % PRIME
+            return (base + found) % PRIME
 
-        fresh: dict[str, int] = {}
+        fresh: dict[str, int | None] = {}
         for block, kept in zip(graph.blocks, row, strict=True):
             for output in block.outputs if kept else ():
                 try:
                     origin = evaluate(traced, source[output], known, given) if output in source else 0
                     fresh[output] = (evaluate(traced, output, known, given) - origin) % PRIME
                 except Missing:
-                    store.pop(output, None)
-        store.update(fresh)
+                    fresh[output] = None
+        for output, made in fresh.items():
+            store.store(output, step, made)
         try:
             predictions.append(evaluate(traced, graph.prediction, known, given))
         except Missing:

@@ -44,7 +44,7 @@ class Case:
         config: of that sampler, None to set it up from the model's.
         gates: T x N, None for all kept.
         cache: kind of all blocks, None for the reference's.
-        fitted: a schedule with a solver of its own, which says all of that.
+        fitted: a schedule with a solver of its own, or with a forecast, which says all of that.
         group: of a plain solver that others are compared with, how many evaluations those are worth.
     """
 
@@ -173,6 +173,9 @@ def schedule_cases(
                 "give --any-sampler"
             )
         config = None if own is None else sampler.config
+        if schedule.forecast is not None:
+            cases.append(Case(name, gates=schedule.gates, fitted=schedule))
+            continue
         cases.append(Case(name, gates=schedule.gates, solver=own, config=config, cache=cache))
     return cases
 

@@ -17,6 +17,8 @@ from dipgo_deploy.errors import UserError
 from dipgo_deploy.schedule.validation import one_line
 
 FORMAT_VERSION = 4
+# What is written where launches have the weights of a forecast, which earlier releases would not know.
+FORECAST_VERSION = 5
 # What is read too: directories without a seal, of which nobody can tell whether the manifest was changed.
 UNSEALED_VERSION = 3
 MANIFEST_NAME = "manifest.json"
@@ -179,6 +181,12 @@ class LaunchEntry(_Frozen):
     reads: Many[int] = pydantic.Field(description="arena byte offsets, in the order of the variant's reads")
     writes: Many[int] = pydantic.Field(description="arena byte offsets, in the order of the variant's writes")
     slot: int | None = pydantic.Field(description="slot of the history that the prediction is written to")
+    forecast: Many[float] = pydantic.Field(
+        default=(),
+        exclude_if=_is_empty,
+        description="weights of stored values: of the variant's reads whose name ends in @N, or of all reads of a "
+        "segment that is a weighted sum; empty where the graph takes none",
+    )
 
 
 class PlanEntry(_Frozen):
@@ -377,7 +385,7 @@ class Components(_Frozen):
 class Manifest(_Frozen):
     """``manifest.json`` of an engine directory."""
 
-    format_version: Literal[3, 4] = 4
+    format_version: Literal[3, 4, 5] = 4
     created_by: str
     model: ModelEntry
     schedule: str = SCHEDULE_NAME
@@ -451,7 +459,8 @@ class Manifest(_Frozen):
 
     def dumps(self) -> str:
         """JSON text with its seal, stable for equal manifests."""
-        document = {**json.loads(self.model_dump_json(exclude={"seal"})), "format_version": FORMAT_VERSION}
+        version = FORECAST_VERSION if any(launch.forecast for launch in self.plan.launches) else FORMAT_VERSION
+        document = {**json.loads(self.model_dump_json(exclude={"seal"})), "format_version": version}
         return json.dumps({**document, "seal": seal_of(document)}, indent=1, ensure_ascii=False) + "\n"
 
     @classmethod
@@ -471,10 +480,10 @@ class Manifest(_Frozen):
         version = data.get("format_version")
         if version == UNSEALED_VERSION:
             _log.warning("%s: was exported before directories were sealed, so changes to it do not show", path)
-        elif version != FORMAT_VERSION:
+        elif version not in (FORMAT_VERSION, FORECAST_VERSION):
             raise UserError(
-                f"{path}: format_version {str(version)[:20]}, this version reads {UNSEALED_VERSION} and "
-                f"{FORMAT_VERSION}; export it again or update"
+                f"{path}: format_version {str(version)[:20]}, this version reads {UNSEALED_VERSION} to "
+                f"{FORECAST_VERSION}; export it again or update"
             )
         elif sealed and data.get("seal") != seal_of(data):
             raise UserError(

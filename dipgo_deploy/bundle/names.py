@@ -13,24 +13,28 @@ COEFFICIENTS = "coefficients"
 TIMESTEP = "timestep"
 GUIDANCE_SCALE = "guidance_scale"
 PREDICTION = "noise_pred"
+FORECAST = "forecast"
+"""Weights of the stored values that a graph sums, in the order of its reads that are weighted."""
 # What a decoder of videos hands on from chunk to chunk: inputs and outputs, with a number behind.
 STATE, NEXT = "state_", "next_"
 
-_CACHE = re.compile(r"(?:new_)?(?P<prefix>cache|residual|value)\.(?P<block>.+)/out(?P<index>\d+)")
+_CACHE = re.compile(r"(?:new_)?(?P<prefix>cache|residual|value)\.(?P<block>.+)/out(?P<index>\d+)(?:@(?P<nth>\d+))?")
 
 
 @dataclass(frozen=True)
 class CacheName:
-    """A cache by its graph input or output name: block, index in the order of ``supernet.cuts.flatten``, and kind."""
+    """A cache by its graph input or output name: block, index in the order of ``supernet.cuts.flatten``, and kind; nth:
+    0, or of a weighted sum the n-th last stored one."""
 
     block: str
     index: int
     kind: CacheKind
+    nth: int = 0
 
 
-def cache_input(kind: CacheKind, value: str) -> str:
-    """Input of a variant that reads the cache of ``value`` (``BLOCK/outN``)."""
-    return f"{'cache' if kind == 'output' else 'residual'}.{value}"
+def cache_input(kind: CacheKind, value: str, nth: int = 0) -> str:
+    """Input of a variant that reads the cache of ``value`` (``BLOCK/outN``), as it is or (nth) with a weight."""
+    return f"{'cache' if kind == 'output' else 'residual'}.{value}" + (f"@{nth}" if nth else "")
 
 
 def cache_output(kind: CacheKind, value: str) -> str:
@@ -53,4 +57,11 @@ def parse_cache(name: str) -> CacheName | None:
     found = _CACHE.fullmatch(name)
     if found is None:
         return None
-    return CacheName(found["block"], int(found["index"]), "residual" if found["prefix"] == "residual" else "output")
+    kind: CacheKind = "residual" if found["prefix"] == "residual" else "output"
+    return CacheName(found["block"], int(found["index"]), kind, int(found["nth"] or 0))
+
+
+def is_weighted(name: str) -> bool:
+    """Whether an input of a variant is a stored value that is read with a weight."""
+    cache = parse_cache(name)
+    return cache is not None and cache.nth > 0

@@ -13,11 +13,13 @@ from dataclasses import dataclass
 from dipgo_deploy.bundle.manifest import Graph, LaunchEntry, Manifest, PlanEntry, TensorSpec, VariantEntry
 from dipgo_deploy.bundle.names import (
     COEFFICIENTS,
+    FORECAST,
     GUIDANCE_SCALE,
     HISTORY,
     HISTORY_BEFORE,
     PREDICTION,
     TIMESTEP,
+    is_weighted,
 )
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.plan.buffers import ALIGNMENT
@@ -125,19 +127,22 @@ def _check_variant(manifest: Manifest, variant: VariantEntry, sample: tuple[int,
     _require(len(set(variant.reads)) == len(variant.reads), f"{where}: reads one input twice")
     _require(len(set(variant.writes)) == len(variant.writes), f"{where}: writes one output twice")
     conditions = {spec.name: spec for spec in manifest.conditions}
-    known = {HISTORY, HISTORY_BEFORE, COEFFICIENTS, TIMESTEP, GUIDANCE_SCALE, *variant.reads, *conditions}
+    known = {HISTORY, HISTORY_BEFORE, COEFFICIENTS, TIMESTEP, GUIDANCE_SCALE, FORECAST, *variant.reads, *conditions}
     strange = sorted(inputs.keys() - known)
     _require(not strange, f"{where}: nothing fills its input {', '.join(strange[:3])}")
     lost = sorted(outputs.keys() - {PREDICTION, *variant.writes})
     _require(not lost, f"{where}: nothing takes its output {', '.join(lost[:3])}")
     _require(variant.predicts == (PREDICTION in outputs), f"{where}: predicts is {variant.predicts}")
     _require((HISTORY in inputs) == (COEFFICIENTS in inputs), f"{where}: has the history without its weights")
+    weighted = any(map(is_weighted, variant.reads))
+    _require(not weighted or FORECAST in inputs, f"{where}: reads stored values without their weights")
     slots = manifest.plan.slots
     wanted = {
         HISTORY: (slots, *sample),
         HISTORY_BEFORE: (slots, *sample),
         COEFFICIENTS: (slots,),
         PREDICTION: sample,
+        FORECAST: (weighted_reads(variant),),
         **{name: spec.shape for name, spec in conditions.items()},
     }
     for name, spec in (*inputs.items(), *outputs.items()):
@@ -145,6 +150,11 @@ def _check_variant(manifest: Manifest, variant: VariantEntry, sample: tuple[int,
         _require(spec.shape == shape, f"{where}: {name} has the shape {spec.shape}, not {shape}")
         if name in conditions:
             _require(spec.dtype == conditions[name].dtype, f"{where}: {name} is {spec.dtype}")
+
+
+def weighted_reads(variant: VariantEntry) -> int:
+    """How many of a graph's reads have a weight of the launch: those of a forecast, or of a weighted sum all."""
+    return sum(map(is_weighted, variant.reads)) or len(variant.reads)
 
 
 def _given_slots(plan: PlanEntry) -> set[int]:
@@ -168,6 +178,7 @@ def _check_launch(
             _require(not weight or slot in written, f"{where}: reads slot {slot}, which is not written yet")
     else:
         _require(not launch.coefficients, f"{where}: has weights for a history that its graph does not take")
+    _check_weights(where, launch.forecast, weighted_reads(variant) if FORECAST in inputs else 0, "stored values")
     _require(len(launch.reads) == len(variant.reads), f"{where}: {len(launch.reads)} offsets to read from")
     _require(len(launch.writes) == len(variant.writes), f"{where}: {len(launch.writes)} offsets to write to")
     reads = [arena.read(where, offset, inputs[name]) for name, offset in zip(variant.reads, launch.reads, strict=True)]
@@ -236,8 +247,8 @@ def _meet(one: tuple[int, int], other: tuple[int, int]) -> bool:
     return one[0] < other[1] and other[0] < one[1]
 
 
-def _check_weights(where: str, weights: Sequence[float], slots: int) -> None:
-    _require(len(weights) == slots, f"{where}: {len(weights)} weights for {slots} slots")
+def _check_weights(where: str, weights: Sequence[float], count: int, of: str = "slots") -> None:
+    _require(len(weights) == count, f"{where}: {len(weights)} weights for {count} {of}")
     absurd = next((weight for weight in weights if not abs(weight) <= MOST_WEIGHT), None)
     _require(absurd is None, f"{where}: the weight {absurd} is not finite or beyond {MOST_WEIGHT:g}")
 

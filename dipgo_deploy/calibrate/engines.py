@@ -107,8 +107,8 @@ def calibrate_engines(
             resume=resume,
             report=report,
         )
-    schedule = bundle.load_schedule()
-    return schedule.with_solver(solver, [schedule.gates[step] for step in launched(bundle.manifest.plan)])
+    part = bundle.load_schedule().at(launched(bundle.manifest.plan))
+    return part.with_solver(solver)
 
 
 def with_solver(bundle: Bundle, fitted: Schedule) -> Bundle:

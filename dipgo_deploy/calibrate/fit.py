@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,11 +20,16 @@ from dipgo_deploy.calibrate.core import (
     nearest,
 )
 from dipgo_deploy.calibrate.fitted import Refine, fitted_solver, fitted_to, opened_runs
+from dipgo_deploy.calibrate.forecast_weights import ReadWeights
 from dipgo_deploy.calibrate.launch_search import KNOWN, LaunchSearchOptions, check_counts, search_launches
 from dipgo_deploy.calibrate.refine import RefineOptions, refined
+from dipgo_deploy.calibrate.rows import Prepare
 from dipgo_deploy.calibrate.supernet_model import SupernetModel
+from dipgo_deploy.errors import UserError
 from dipgo_deploy.files import sole_user
 from dipgo_deploy.schedule.document import Gates, Schedule
+from dipgo_deploy.schedule.forecast import Forecast, RuleForecast
+from dipgo_deploy.schedule.solver import Solver
 from dipgo_deploy.search.problem import Problem
 
 
@@ -33,20 +39,22 @@ def calibrate(
     options: CalibrationOptions | None = None,
     *,
     refine: RefineOptions | None = None,
+    fit_forecast: bool = False,
     folder: Path | None = None,
     resume: bool = False,
     report: Report = lambda stage, done, total: None,
 ) -> Schedule:
     """The schedule with a solver of its own, fitted to the full run of ``problem`` (or of its reference).
 
-    Evaluations in which no block runs are gone from it. The caches of blocks that are read later and what is kept of
-    each image lie in files below ``folder`` (None: a temporary one).
+    Evaluations in which no block runs are gone from it, unless a forecast makes something of them. The caches of
+    blocks that are read later and what is kept of each image lie in files below ``folder`` (None: a temporary one).
 
     Args:
-        problem: the schedule's model, sampler, number of steps and kinds of cache.
+        problem: the schedule's model, sampler, number of steps, kinds of cache and forecast (see ``with_schedule``).
         schedule: gates for it, with a solver or without one.
         options: see there.
         refine: how the fit is refined by gradients, None: not at all.
+        fit_forecast: in place of the weights of the schedule's forecast, fit others to as many stored values.
         folder: where a calibration that was interrupted can go on from.
         resume: go on from what is in ``folder``.
         report: told (stage, done, total).
@@ -56,25 +64,71 @@ def calibrate(
     """
     options = options or CalibrationOptions()
     options.check()
-    gates, launches = launches_of(problem, schedule.gates)
+    case = launched(problem, schedule, fit_forecast=fit_forecast)
     scales: Sequence[float | None] = options.guidance_scales or (problem.guidance_scale,)
     facts = _facts(problem, scales)
     with TemporaryDirectory() as temporary:
         work = folder or Path(temporary)
-        model = SupernetModel(problem, gates, scales, work)
+        model = SupernetModel(problem, case.gates, scales, work, case.reads)
         solver = fitted_solver(
             model,
-            launches,
+            case.launches,
             grouped(len(problem.conditions), scales, options),
             options,
             folder=work,
-            settings={**facts, "schedule": hashlib.sha256(schedule.to_json().encode()).hexdigest()},
+            settings={
+                **facts,
+                "schedule": hashlib.sha256(schedule.to_json().encode()).hexdigest(),
+                **({"fit_forecast": True} if fit_forecast else {}),
+            },
             provenance=facts,
             refine=_refine(model, refine, report),
+            prepare=case.prepare(model),
             resume=resume,
             report=report,
         )
-    return schedule.with_solver(solver, gates)
+    return case.fitted(schedule, solver, options)
+
+
+@dataclass(frozen=True)
+class Launched:
+    """What a schedule launches, as a calibration runs it.
+
+    Attributes:
+        gates: one row a launch.
+        launches: the launches.
+        reads: what their removed blocks read; None: the value that they stored last.
+    """
+
+    gates: Gates
+    launches: tuple[Launch, ...]
+    reads: Forecast | ReadWeights | None
+
+    def prepare(self, model: SupernetModel) -> Prepare | None:
+        """What has to be done before each launch predicts."""
+        return partial(self.reads.fit, model) if isinstance(self.reads, ReadWeights) else None
+
+    def fitted(self, schedule: Schedule, solver: Solver, options: CalibrationOptions) -> Schedule:
+        """The schedule of these launches with what was fitted."""
+        forecast = self.reads
+        if isinstance(forecast, ReadWeights):
+            forecast = forecast.forecast({"images": options.images, "held_aside": options.aside})
+        return schedule.with_solver(solver, self.gates).with_forecast(forecast)
+
+
+def launched(problem: Problem, schedule: Schedule, *, fit_forecast: bool = False) -> Launched:
+    """What the schedule launches; ``problem`` has its forecast. fit_forecast: see ``calibrate``.
+
+    Raises:
+        UserError: ``fit_forecast`` for a schedule without a forecast by a rule.
+    """
+    steps, launches = launches_of(problem, schedule.gates)
+    reads: Forecast | ReadWeights | None = None if schedule.forecast is None else schedule.forecast.at(steps)
+    if fit_forecast:
+        if not isinstance(reads, RuleForecast):
+            raise UserError("the schedule has no forecast by a rule, whose order says how many values are read")
+        reads = ReadWeights(reads.order + 1, len(problem.target.blocks))
+    return Launched(tuple(schedule.gates[step] for step in steps), tuple(launches), reads)
 
 
 def calibrated_launches(
@@ -148,19 +202,20 @@ def _refine(model: SupernetModel, options: RefineOptions | None, report: Report)
     return None if options is None else partial(refined, model, options=options, report=report)
 
 
-def launches_of(problem: Problem, gates: Gates) -> tuple[Gates, list[Launch]]:
-    """The launches of T x N gates with their rows of gates; those in which no block runs are left out."""
+def launches_of(problem: Problem, gates: Gates) -> tuple[list[int], list[Launch]]:
+    """The launches of T x N gates with their evaluations; without a forecast, those in which no block runs are left
+    out."""
     analysis = problem.costs.analyse(gates)
     own = problem.matrix.timesteps
     full = (problem.reference or problem).matrix.timesteps
-    rows, launches = [], []
+    steps, launches = [], []
     for step in sorted(analysis.launches):
-        if not any(gates[step]):
+        if not any(gates[step]) and problem.costs.forecast is None:
             continue  # caches alone: with the solver's own rows there is no need for such a prediction
         target = nearest(full, own[step])
-        rows.append(gates[step])
+        steps.append(step)
         launches.append(Launch(float(full[target]), target, step in analysis.predicts))
-    return tuple(rows), launches
+    return steps, launches
 
 
 def _facts(problem: Problem, scales: Sequence[float | None]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ import numpy as np
 
 from dipgo_deploy._version import __version__
 from dipgo_deploy.calibrate.core import FIRST_SEED, CalibrationOptions, Group, Launch, Model, Report
-from dipgo_deploy.calibrate.rows import FittedRows, fit_rows, solver_of
+from dipgo_deploy.calibrate.rows import FittedRows, Prepare, fit_rows, solver_of
 from dipgo_deploy.calibrate.runs import Runs
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.files import sole_user
@@ -81,6 +81,7 @@ def fitted_solver(
     settings: Mapping[str, Any],
     provenance: Mapping[str, Any],
     refine: Refine | None = None,
+    prepare: Prepare | None = None,
     resume: bool = False,
     report: Report = lambda stage, done, total: None,
 ) -> Solver:
@@ -95,6 +96,7 @@ def fitted_solver(
         settings: what has to be the same to go on with what is there.
         provenance: what is known of model and reference; images, seeds, ridges and residuals are added to it.
         refine: tried on the fitted rows.
+        prepare: see ``fit_rows``.
         resume: go on from what is in ``folder``.
         report: told (stage, done, total).
 
@@ -107,7 +109,7 @@ def fitted_solver(
         runs = opened_runs(
             model, groups, evaluations, options, columns, folder=folder, settings=settings, resume=resume, report=report
         )
-        return fitted_to(runs, model, launches, options, provenance, refine, report)
+        return fitted_to(runs, model, launches, options, provenance, refine, report, prepare)
 
 
 def fitted_to(
@@ -118,9 +120,10 @@ def fitted_to(
     provenance: Mapping[str, Any],
     refine: Refine | None = None,
     report: Report = lambda stage, done, total: None,
+    prepare: Prepare | None = None,
 ) -> Solver:
     """As ``fitted_solver``, where the full runs are there."""
-    rows = fit_rows(runs, launches, model.predict, ridges=options.ridges, report=report)
+    rows = fit_rows(runs, launches, model.predict, ridges=options.ridges, prepare=prepare, report=report)
     better = refine(runs, rows) if refine is not None else None
     first = FIRST_SEED + options.seed
     facts = {

@@ -52,7 +52,8 @@ def calibrated_objective(
     judge = _judge(problem, runs, loss)
 
     def score(gates: Gates) -> float:
-        rows, launches = launches_of(problem, gates)
+        steps, launches = launches_of(problem, gates)
+        rows = tuple(gates[step] for step in steps)
         return judge(fit_rows(runs, launches, model.with_gates(rows).predict))
 
     return Objective(problem.costs, score, on_evaluation=on_evaluation)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,8 @@ from dipgo_deploy.schedule.solver import Solver
 
 # (number of the launch, launch, images, their latents) -> guided predictions, float32 (images, C, h, w).
 Predict = Callable[[int, Launch, Group, np.ndarray], np.ndarray]
+# (number of the launch, launch, all images with their latents): told before the first prediction of a launch.
+Prepare = Callable[[int, Launch, Iterable[tuple[Group, np.ndarray]]], None]
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,7 @@ def fit_rows(
     groups: Sequence[Group] | None = None,
     ridges: Sequence[float] = RIDGES,
     known: KnownLaunches | None = None,
+    prepare: Prepare | None = None,
     report: Report = lambda stage, done, total: None,
 ) -> FittedRows:
     """Fit the rows of ``launches``, in order, each on the predictions of those before it.
@@ -93,6 +96,7 @@ def fit_rows(
         groups: fit to these images only.
         ridges: to choose from on images held aside, for each row.
         known: launches fitted before on the same images.
+        prepare: told the latents of each launch before it predicts.
         report: told (stage, done, total).
 
     Raises:
@@ -110,6 +114,8 @@ def fit_rows(
         if found is None:
             columns = [runs.noises[0], *predictions, *runs.noises[1:]]
             fit, training = _fit(columns, runs.latents(launch.target), groups, ridges)
+            if prepare is not None:
+                prepare(place, launch, ((group, _sum(columns, fit, group)) for group in groups))
             prediction = runs.column()
             for group in groups:
                 latents = _sum(columns, fit, group)

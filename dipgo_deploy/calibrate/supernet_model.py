@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dipgo_deploy.calibrate.core import Group, Launch
 from dipgo_deploy.schedule.document import Gates
+from dipgo_deploy.schedule.forecast import Reads
 from dipgo_deploy.search.problem import Problem, with_guidance_scale
 from dipgo_deploy.supernet import CacheState, Supernet
 from dipgo_deploy.supernet.loop import guided_step
@@ -21,8 +22,16 @@ from dipgo_deploy.supernet.loop import guided_step
 class SupernetModel:
     """A ``core.Model``: the launches of gates, for all groups side by side; caches that are read later lie in files."""
 
-    def __init__(self, problem: Problem, gates: Gates, scales: Sequence[float | None], folder: Path) -> None:
-        """gates: one row a launch. scales: guidance scales of the groups. folder: for caches."""
+    def __init__(
+        self,
+        problem: Problem,
+        gates: Gates,
+        scales: Sequence[float | None],
+        folder: Path,
+        forecast: Reads | None = None,
+    ) -> None:
+        """gates: one row a launch. scales: guidance scales of the groups. folder: for caches. forecast: what removed
+        blocks read, by number of the launch."""
         self._at = {
             scale: problem if scale in (None, problem.guidance_scale) else with_guidance_scale(problem, scale)
             for scale in dict.fromkeys(scales)
@@ -36,6 +45,7 @@ class SupernetModel:
         self._names = [block.name for block in problem.target.blocks]
         self._supernet = problem.source.supernet(problem.options.granularity, problem.cache_kinds)
         self._with_files = problem.source.supernet(problem.options.granularity, problem.cache_kinds)
+        self._supernet.forecast = self._with_files.forecast = forecast
         self._folder = folder
         self._states: dict[int, CacheState] = {}
 
@@ -73,6 +83,40 @@ class SupernetModel:
         prediction, after = self._step(self._with_files, place, group, model_input, timestep, before)
         self._states[group.rows.start] = after
         return _array(prediction)
+
+    def removed(self, place: int) -> list[int]:
+        """Numbers of the blocks that launch number ``place`` does not compute."""
+        return [block for block, kept in enumerate(self._gates[place]) if not kept]
+
+    @torch.no_grad()
+    def stored(self, place: int, group: Group) -> Mapping[int, list[list[Tensor]]]:
+        """What the removed blocks of launch number ``place`` can read, the latest first."""
+        state, store = self._states[group.rows.start], self._with_files.store
+        return {
+            block: [
+                [tensor if store is None else store.get(tensor) for tensor in tensors]
+                for tensors in state.stored(self._names[block])
+            ]
+            for block in self.removed(place)
+        }
+
+    @torch.no_grad()
+    def computed(self, place: int, launch: Launch, group: Group, latents: np.ndarray) -> Mapping[int, list[Tensor]]:
+        """What the removed blocks of launch number ``place`` would store if all blocks were computed."""
+        timestep = torch.tensor([launch.timestep], device=self.device)
+        problem = self._at[group.scale]
+        _, _, after = guided_step(
+            self._supernet,
+            torch.from_numpy(latents).to(self.device),
+            timestep,
+            (problem.reference or problem).conditions_of(group.pairs),
+            [True] * len(self._names),
+            CacheState(),
+            place,
+            problem.guidance_scale,
+            {self._names[block] for block in self.removed(place)},
+        )
+        return {block: after.tensors[self._names[block]] for block in self.removed(place)}
 
     def step(
         self, place: int, group: Group, latents: Tensor, timestep: Tensor, state: CacheState

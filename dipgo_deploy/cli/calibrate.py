@@ -26,6 +26,7 @@ from dipgo_deploy.cli.options import (
     checkpoint_options,
     class_labels_option,
     device_option,
+    forecast_options,
     guidance_option,
     option,
     prompts_option,
@@ -102,6 +103,7 @@ if TYPE_CHECKING:
     default=0.2,
     help="Share of the images that choose the ridge and give the residuals.",
 )
+@forecast_options("taylor", "hermite", "weights")
 @refine_option
 @option("Calibration", "--seed", type=click.IntRange(min=0), default=0, help="Seed of the first image.")
 @size_options
@@ -167,7 +169,19 @@ def command(
 
 
 # Options that mean something with a model or with engines only.
-_OF_TORCH = ("model", "schedule_file", "reference", "guidance", "height", "width", "device", "refine_iterations")
+_OF_TORCH = (
+    "model",
+    "schedule_file",
+    "reference",
+    "guidance",
+    "height",
+    "width",
+    "device",
+    "refine_iterations",
+    "forecast",
+    "forecast_order",
+    "forecast_contraction",
+)
 _OF_ENGINES = ("reference_engine_dir", "backend")
 
 
@@ -230,9 +244,18 @@ def _conditions(manifest: Manifest, prompts: Path | None, labels: tuple[int, ...
 
 def _with_torch(console: Console, given: dict[str, Any], how: dict[str, Any]) -> Schedule:
     """Fit with the model in torch."""
+    from dipgo_deploy.errors import UserError
     from dipgo_deploy.schedule.document import Schedule
+    from dipgo_deploy.schedule.forecast import RuleForecast
 
-    schedule = Schedule.load(given["schedule_file"])
+    schedule, forecast = Schedule.load(given["schedule_file"]), given["forecast"]
+    fit_forecast = isinstance(forecast, int)
+    if fit_forecast:  # the rule says what is read until the weights are there
+        forecast = RuleForecast.model_validate({"kind": "taylor", "order": forecast - 1})
+    if forecast is not None:
+        if all(map(all, schedule.gates)):
+            raise UserError("--forecast: the schedule skips no block, so nothing is forecast; leave it out")
+        schedule = schedule.with_forecast(forecast)
     import torch
 
     from dipgo_deploy.calibrate.fit import calibrate
@@ -272,7 +295,7 @@ def _with_torch(console: Console, given: dict[str, Any], how: dict[str, Any]) ->
         else:
             problem = with_schedule(problem, schedule)
         refine = refine_options(given["refine_iterations"])
-        return calibrate(problem, schedule, **how, refine=refine, report=report)
+        return calibrate(problem, schedule, **how, refine=refine, fit_forecast=fit_forecast, report=report)
 
 
 def refine_options(iterations: int) -> RefineOptions | None:

@@ -220,6 +220,65 @@ def cache_option(default: str) -> Callable[[F], F]:
     )
 
 
+def forecast_options(*kinds: str) -> Callable[[F], F]:
+    """``--forecast`` with its order and contraction, as one argument ``forecast``: a rule, the number of values whose
+    weights are to be fitted, or None. kinds: what the command takes."""
+    add = options(
+        option(
+            "Schedule",
+            "--forecast",
+            type=click.Choice(kinds),
+            show_default="none",
+            help="Read skipped blocks as a weighted sum of the values that they stored last: extrapolated as in "
+            "TaylorSeer (taylor) or HiCache (hermite)" + (", or with fitted weights." if "weights" in kinds else "."),
+        ),
+        option(
+            "Schedule",
+            "--forecast-order",
+            type=click.IntRange(1, 2),
+            show_default="1",
+            help="How many values before the last one are read; where fewer were stored, those.",
+        ),
+        option(
+            "Schedule",
+            "--forecast-contraction",
+            type=click.FloatRange(0, 1, min_open=True),
+            show_default="0.5",
+            help="Of hermite: how far its polynomials are drawn together.",
+        ),
+    )
+
+    def decorate(function: F) -> F:
+        @functools.wraps(function)
+        def merged(
+            *args: Any,
+            forecast: str | None,
+            forecast_order: Literal[1, 2] | None,
+            forecast_contraction: float | None,
+            **rest: Any,
+        ) -> Any:
+            from dipgo_deploy.errors import UserError
+            from dipgo_deploy.schedule.forecast import CONTRACTION, RuleForecast
+
+            if forecast is None and forecast_order is not None:
+                raise UserError("--forecast-order: means nothing without --forecast; leave it out")
+            if forecast != "hermite" and forecast_contraction is not None:
+                raise UserError("--forecast-contraction: belongs to --forecast hermite; leave it out")
+            order: Literal[1, 2] = forecast_order or 1
+            made: RuleForecast | int | None = None
+            if forecast == "weights":
+                made = order + 1
+            elif forecast == "taylor":
+                made = RuleForecast(kind="taylor", order=order)
+            elif forecast == "hermite":
+                made = RuleForecast(kind="hermite", order=order, contraction=forecast_contraction or CONTRACTION)
+            return function(*args, forecast=made, **rest)
+
+        return add(merged)  # type: ignore[return-value]
+
+    return decorate
+
+
 def prompts_option(function: F) -> F:
     """Add ``--prompts``."""
     text = "Text file with one prompt a line."

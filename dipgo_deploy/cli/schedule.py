@@ -25,6 +25,7 @@ from dipgo_deploy.cli.options import (
     Group,
     allow_other_config_option,
     cache_option,
+    forecast_options,
     granularity_option,
     model_option,
     option,
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 
     from dipgo_deploy.schedule.builders import PendingTarget
     from dipgo_deploy.schedule.document import Schedule
-    from dipgo_deploy.schedule.solver import Solver
+    from dipgo_deploy.schedule.forecast import RuleForecast
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -75,6 +76,7 @@ def _target_options(function: F, granularity: Literal["block", "layer"] = "block
         sampler_options,
         granularity_option(granularity),
         cache_option("the model family's"),
+        forecast_options("taylor", "hermite"),
         option("Output", "-o", "--output", type=PATH, required=True, help="Schedule file to write."),
         checked_outputs("output"),
         json_option,
@@ -107,35 +109,43 @@ def _pending_for(file: Path, options: Mapping[str, Any]) -> PendingTarget:
     return _pending(**options)
 
 
-def _write(schedule: Schedule, output: Path, as_json: bool) -> None:
+def _write(schedule: Schedule, output: Path, as_json: bool, forecast: RuleForecast | None) -> None:
+    from dipgo_deploy.errors import UserError
+
+    if forecast is not None:
+        if all(map(all, schedule.gates)):
+            raise UserError("--forecast: no block is skipped, so nothing is forecast; leave it out")
+        schedule = schedule.with_forecast(forecast)
     schedule.save(output)
     console = human_console(as_json)
     console.print(f"{output}: {_summary(schedule)}", markup=False, soft_wrap=True)
     console.print(_facts(schedule)["worth"]["line"], markup=False, soft_wrap=True)
+    if schedule.forecast is not None:
+        console.print(f"forecast: {schedule.forecast.summary(schedule.gates)}", markup=False, soft_wrap=True)
     emit({"file": str(output), **_facts(schedule)}, as_json)
 
 
 @command.command(epilog=examples("dipgo-schedule full --model fashion-sd --sampler ddim --steps 50 -o full.json"))
 @_target_options
-def full(output: Path, as_json: bool, **options: Any) -> None:
+def full(output: Path, as_json: bool, forecast: RuleForecast | None, **options: Any) -> None:
     """Every block runs at every evaluation."""
     from dipgo_deploy.schedule import builders
 
     target = _pending(**options).complete()
     gates = builders.full(target.steps, len(target.blocks))
-    _write(target.schedule(gates, "full", {}), output, as_json)
+    _write(target.schedule(gates, "full", {}), output, as_json, forecast)
 
 
 @command.command(epilog=examples("dipgo-schedule uniform --model fashion-dit --steps 50 --interval 5 -o uniform.json"))
 @_interval_option
 @_target_options
-def uniform(interval: int, output: Path, as_json: bool, **options: Any) -> None:
+def uniform(interval: int, output: Path, as_json: bool, forecast: RuleForecast | None, **options: Any) -> None:
     """Every block runs at every INTERVAL-th evaluation, none in between."""
     from dipgo_deploy.schedule import builders
 
     target = _pending(**options).complete()
     gates = builders.uniform(target.steps, len(target.blocks), interval)
-    _write(target.schedule(gates, "uniform", {"interval": interval}), output, as_json)
+    _write(target.schedule(gates, "uniform", {"interval": interval}), output, as_json, forecast)
 
 
 @command.command(
@@ -154,7 +164,9 @@ def uniform(interval: int, output: Path, as_json: bool, **options: Any) -> None:
     "pair of a down and an up block (0 is the outermost) with --granularity block.",
 )
 @_target_options
-def deepcache(interval: int, branch: int, output: Path, as_json: bool, **options: Any) -> None:
+def deepcache(
+    interval: int, branch: int, output: Path, as_json: bool, forecast: RuleForecast | None, **options: Any
+) -> None:
     """DeepCache: between full evaluations only the shallow branches of a UNet run."""
     from dipgo_deploy.models import family_for
     from dipgo_deploy.models.target import nominal_set_timesteps
@@ -167,20 +179,20 @@ def deepcache(interval: int, branch: int, output: Path, as_json: bool, **options
     timesteps = nominal_set_timesteps(family_for(target.model.class_name), {}, scheduler, steps)
     positions = step_positions(scheduler, steps, set_timesteps_kwargs=timesteps)
     gates = builders.deepcache(target.steps, target.block_names, interval, branch, positions)
-    _write(target.schedule(gates, "deepcache", {"interval": interval, "branch": branch}), output, as_json)
+    _write(target.schedule(gates, "deepcache", {"interval": interval, "branch": branch}), output, as_json, forecast)
 
 
 @command.command(epilog=examples("dipgo-schedule random --model fashion-sd --ratio 0.5 --seed 1 -o random.json"))
 @option("Schedule", "--ratio", type=click.FloatRange(0, 1), required=True, help="Share of all gates that is removed.")
 @option("Schedule", "--seed", type=int, default=0, help="Seed of the random choice.")
 @_target_options
-def random(ratio: float, seed: int, output: Path, as_json: bool, **options: Any) -> None:
+def random(ratio: float, seed: int, output: Path, as_json: bool, forecast: RuleForecast | None, **options: Any) -> None:
     """Remove gates at random; the first evaluation always runs in full."""
     from dipgo_deploy.schedule import builders
 
     target = _pending(**options).complete()
     gates = builders.random(target.steps, len(target.blocks), ratio, seed)
-    _write(target.schedule(gates, "random", {"ratio": ratio, "seed": seed}), output, as_json)
+    _write(target.schedule(gates, "random", {"ratio": ratio, "seed": seed}), output, as_json, forecast)
 
 
 @command.group(
@@ -205,14 +217,14 @@ def import_group() -> None:
 )
 @click.argument("file", type=PATH)
 @_target_options
-def import_dipgo_gates(file: Path, output: Path, as_json: bool, **options: Any) -> None:
+def import_dipgo_gates(file: Path, output: Path, as_json: bool, forecast: RuleForecast | None, **options: Any) -> None:
     """Read gates that DiP-GO's authors released.
 
     FILE is their pickle. It is read as data: nothing in it is executed.
     """
     from dipgo_deploy.schedule.importers.dipgo_gates import import_dipgo_gates as read
 
-    _write(read(file, _pending_for(file, options)), output, as_json)
+    _write(read(file, _pending_for(file, options)), output, as_json, forecast)
 
 
 @import_group.command(
@@ -223,14 +235,14 @@ def import_dipgo_gates(file: Path, output: Path, as_json: bool, **options: Any) 
 )
 @click.argument("file", type=PATH)
 @_layer_target_options
-def import_smoothcache(file: Path, output: Path, as_json: bool, **options: Any) -> None:
+def import_smoothcache(file: Path, output: Path, as_json: bool, forecast: RuleForecast | None, **options: Any) -> None:
     """Read a schedule that SmoothCache's authors released: theirs, FORA's or Learning-to-Cache's.
 
     FILE is JSON with 0 and 1 for each kind of layer (attn, mlp) or each layer (attn-0).
     """
     from dipgo_deploy.schedule.importers.smoothcache import import_smoothcache as read
 
-    _write(read(file, _pending_for(file, options)), output, as_json)
+    _write(read(file, _pending_for(file, options)), output, as_json, forecast)
 
 
 @import_group.command(
@@ -261,6 +273,7 @@ def import_l2c_router(
     rule: Literal["l2c", "harmonica"] | None,
     output: Path,
     as_json: bool,
+    forecast: RuleForecast | None,
     **options: Any,
 ) -> None:
     """Read routers of Learning-to-Cache or HarmoniCa for DiT.
@@ -273,7 +286,7 @@ def import_l2c_router(
     parameters = schedule.provenance["parameters"]
     whose = {"l2c": "Learning-to-Cache", "harmonica": "HarmoniCa"}[parameters["rule"]]
     human_console(as_json).print(f"{file}: read as routers of {whose}", markup=False, soft_wrap=True)
-    _write(schedule, output, as_json)
+    _write(schedule, output, as_json, forecast)
 
 
 @import_group.command(
@@ -281,14 +294,14 @@ def import_l2c_router(
 )
 @click.argument("file", type=PATH)
 @_target_options
-def import_csv(file: Path, output: Path, as_json: bool, **options: Any) -> None:
+def import_csv(file: Path, output: Path, as_json: bool, forecast: RuleForecast | None, **options: Any) -> None:
     """Read a table of gates.
 
     FILE has a row of 0 and 1 for each evaluation, with one cell for each block; a first row may name the blocks.
     """
     from dipgo_deploy.schedule.importers.csv import import_csv as read
 
-    _write(read(file, _pending_for(file, options)), output, as_json)
+    _write(read(file, _pending_for(file, options)), output, as_json, forecast)
 
 
 @command.command(epilog=examples("dipgo-schedule validate schedule.json --model fashion-sd"))
@@ -315,6 +328,8 @@ def validate(file: Path, model: str | None, allow_other_config: bool, as_json: b
     console = human_console(as_json)
     console.print(f"{file}: valid ({', '.join(checked)}): {_summary(schedule)}", markup=False, soft_wrap=True)
     console.print(_facts(schedule)["worth"]["line"], markup=False, soft_wrap=True)
+    if schedule.forecast is not None:
+        console.print(f"forecast: {schedule.forecast.summary(schedule.gates)}", markup=False, soft_wrap=True)
     if "sampler" not in checked:
         from dipgo_deploy.extras import install
 
@@ -344,7 +359,7 @@ def show(file: Path, model: str | None, allow_other_config: bool, as_json: bool)
         facts.update(_planned(schedule, model))
     console = human_console(as_json)
     _print_grid(schedule, console)
-    _print_facts(facts, schedule.solver, console)
+    _print_facts(facts, schedule, console)
     emit({"file": str(file), **facts, "keep": list(schedule.keep)}, as_json)
 
 
@@ -411,7 +426,7 @@ def _planned(schedule: Schedule, model: str) -> dict[str, Any]:
 
     family, config = denoiser_config(model)
     graph = trace_blocks(model, schedule.model.granularity, schedule.cache_kinds)
-    plan = compile_plan(graph, schedule.gates)
+    plan = compile_plan(graph, schedule.gates, forecast=schedule.forecast)
     full_macs = plan.macs_full * schedule.steps
     return {
         "kept_macs": plan.macs_schedule / full_macs if full_macs else 1.0,
@@ -436,6 +451,7 @@ def _facts(schedule: Schedule) -> dict[str, Any]:
         "sampler": schedule.sampler.class_name,
         "num_inference_steps": schedule.sampler.num_inference_steps,
         "solver": None if schedule.solver is None else to_json(schedule.solver.provenance),
+        "forecast": None if schedule.forecast is None else schedule.forecast.facts(schedule.gates),
         "provenance": to_json(schedule.provenance),
     }
 
@@ -467,12 +483,13 @@ def _print_grid(schedule: Schedule, console: Console) -> None:
         console.print()
 
 
-def _print_facts(facts: Mapping[str, Any], solver: Solver | None, console: Console) -> None:
-    provenance = facts["provenance"]
+def _print_facts(facts: Mapping[str, Any], schedule: Schedule, console: Console) -> None:
+    provenance, solver, forecast = facts["provenance"], schedule.solver, schedule.forecast
     lines = {
         "model": f"{facts['model']['class_name']}, {facts['blocks']} units ({facts['model']['granularity']})",
         "sampler": f"{facts['sampler']}, {facts['num_inference_steps']} steps, {facts['steps']} evaluations",
         **({} if solver is None else {"solver": solver.summary}),
+        **({} if forecast is None else {"forecast": forecast.summary(schedule.gates)}),
         "made by": str(provenance.get("method", "not said")),
         "kept gates": f"{facts['kept_gates']:.1%}",
         "worth": facts["worth"]["line"].removeprefix("worth: "),

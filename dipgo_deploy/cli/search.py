@@ -478,8 +478,25 @@ def _starts(files: Sequence[Path], target: Any) -> tuple[tuple[str, Any], ...]:
             raise UserError(
                 f"--start {path}: was made for another model, or for other blocks or caches of it; leave it out"
             )
+        _check_no_forecast(path, schedule)
         found.append((path.stem, schedule.gates))
     return tuple(found)
+
+
+def _warm_gates(file: str) -> Any:
+    from dipgo_deploy.schedule.document import Schedule
+
+    schedule = Schedule.load(file)
+    _check_no_forecast(file, schedule)
+    return schedule.gates
+
+
+def _check_no_forecast(file: str | Path, schedule: Schedule) -> None:
+    """A search runs caches as they are, so such gates would be judged by what they do not do."""
+    from dipgo_deploy.errors import UserError
+
+    if schedule.forecast is not None:
+        raise UserError(f"{file}: has a forecast, which a search does not run; give a schedule without one")
 
 
 def pruner_config(options: dict[str, Any]) -> PrunerConfig:
@@ -504,7 +521,6 @@ def _search_options(
     options: dict[str, Any], config: PrunerConfig, class_name: str, threads: int | None
 ) -> SearchOptions:
     """What was given, and for the rest the preset."""
-    from dipgo_deploy.schedule.document import Schedule
     from dipgo_deploy.search.pruner import SIZES
     from dipgo_deploy.search.run import SearchOptions
     from dipgo_deploy.search.train import PRESETS
@@ -522,7 +538,7 @@ def _search_options(
         **stream,
         size=replace(SIZES[preset], **size),
         train=replace(train, **chosen),
-        warm_start=start if start is None or start == "uniform" else Schedule.load(start).gates,
+        warm_start=start if start is None or start == "uniform" else _warm_gates(start),
         max_variants=options["max_variants"],
         prune_by=options["prune_by"],
         threads=threads,

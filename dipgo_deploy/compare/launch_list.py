@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dipgo_deploy.bundle.names import HISTORY
+from dipgo_deploy.bundle.names import FORECAST, HISTORY, parse_cache
 from dipgo_deploy.compare.metrics import Tolerance, tensor_error
 from dipgo_deploy.compare.report import Part
+from dipgo_deploy.schedule.forecast import AS_STORED, stored_before
 
 if TYPE_CHECKING:
     from dipgo_deploy.bundle.manifest import Manifest, PlanEntry
     from dipgo_deploy.reference.load import Reference
+    from dipgo_deploy.schedule.document import Schedule
 
 NAME = "launch list"
 # The same float64 arithmetic made them: only another order of summation may differ.
@@ -66,6 +68,7 @@ def check_launch_list(manifest: Manifest, reference: Reference) -> list[Part]:
         return found
 
     parts = []
+    known = list(stored_before(schedule.gates))
     for index, launch in enumerate(plan.launches):
         variant = plan.variants[launch.variant]
         expected = {"timestep": np.array([matrix.timesteps[launch.step]])}
@@ -73,11 +76,27 @@ def check_launch_list(manifest: Manifest, reference: Reference) -> list[Part]:
         if HISTORY in {spec.name for spec in variant.graph.inputs}:
             expected["coefficients"] = weights(matrix.rows[launch.step])
             actual["coefficients"] = np.array(launch.coefficients)
+        if plan.layout == "variants" and launch.forecast:
+            expected[FORECAST] = np.array(_forecast(schedule, variant.reads, launch.step, known[launch.step]))
+            actual[FORECAST] = np.array(launch.forecast)
         parts.append(_part(_place(plan, index), actual, expected))
     parts.append(_part("after the last launch", {"final": np.array(plan.final)}, {"final": weights(matrix.final)}))
     failed = [part for part in parts if not part.passed]
     whole = tuple(tensor for part in parts for tensor in part.tensors)
     return failed or [Part(NAME, "", "the sampler", (max(whole, key=lambda tensor: tensor.relative),))]
+
+
+def _forecast(schedule: Schedule, reads: Sequence[str], step: int, stored: Sequence[tuple[int, ...]]) -> list[float]:
+    """Weights of a variant's reads that have one, at evaluation ``step``. stored: evaluations of what each block stored
+    before, the latest first."""
+    order = {name: place for place, name in enumerate(schedule.block_names)}
+    weights = []
+    for cache in filter(None, map(parse_cache, reads)):
+        if cache.nth:
+            block = order[cache.block]
+            row = AS_STORED if schedule.forecast is None else schedule.forecast.weights_of(step, block, stored[block])
+            weights.append(row[cache.nth - 1] if cache.nth <= len(row) else 0.0)
+    return weights
 
 
 def _part(place: str, actual: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray]) -> Part:

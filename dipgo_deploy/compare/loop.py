@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -12,7 +12,8 @@ import torch
 from dipgo_deploy.backends.base import Backend
 from dipgo_deploy.bundle.directory import Bundle
 from dipgo_deploy.bundle.history import graph_latent
-from dipgo_deploy.bundle.names import COEFFICIENTS, HISTORY, PREDICTION, parse_cache
+from dipgo_deploy.bundle.manifest import LaunchEntry, VariantEntry
+from dipgo_deploy.bundle.names import COEFFICIENTS, HISTORY, PREDICTION, is_weighted, parse_cache
 from dipgo_deploy.compare.metrics import TensorError, Tolerance, inherited, tensor_error
 from dipgo_deploy.compare.report import LATENT, Checked
 from dipgo_deploy.errors import UserError
@@ -25,6 +26,9 @@ from dipgo_deploy.supernet.loop import Evaluation, guided_step
 
 if TYPE_CHECKING:
     from dipgo_deploy.supernet.gated import CacheState
+
+
+Key = tuple[str, int, int]
 
 
 class ReferenceLoop:
@@ -130,7 +134,7 @@ def compare_loop(
     used = _predictions_used(reference)
     steps: list[_Step] = []
     latest: list[np.ndarray] = []
-    carried: dict[Hashable, np.ndarray] = {}
+    carried: dict[Key, np.ndarray] = {}
     evaluation: Evaluation | None = None
 
     def close() -> None:
@@ -157,6 +161,11 @@ def compare_loop(
                 rows = len(reference.schedule.gates)
                 raise UserError(f"{bundle.path}: manifest: a launch at evaluation {step} of {rows}; export it again")
             steps.append(_Step())
+            if reference.schedule.forecast is not None:  # what was the last stored value is the one before now
+                kept_now = dict(zip(kinds, reference.schedule.gates[evaluation.step], strict=True))
+                older = {_key_older(key) if kept_now.get(key[0]) else key: held for key, held in carried.items()}
+                carried.clear()
+                carried.update(older)
 
     def on_launch(index: int) -> None:
         launch, entry = loop.launches[index], loop.variant(index)
@@ -171,12 +180,21 @@ def compare_loop(
         kept = dict(zip(kinds, reference.schedule.gates[launch.step], strict=True))
         # In a segment a value that is read may be one that this very evaluation made.
         before = evaluation.before if plan.layout == "variants" else evaluation.after
+        unread = _without_weight(entry, launch)
         for name in entry.reads:
-            for error in _cache(loop, index, name, before, stored_block(name, kinds), tolerance):
-                known = carried.get(_key(name))
-                if not error.passed and known is not None:
-                    error = inherited(error, tensor_error(name, loop.fetch(index, name), known, tolerance))
-                at.given.append(error)
+            block = stored_block(name, kinds)
+            if name in unread or block is None or block not in before.tensors:
+                continue
+            terms = [(1.0, _key(name)[2])]
+            if plan.layout == "segments" and not kept[block] and reference.schedule.forecast is not None:
+                # A segment reads the sum where a variant reads what is summed.
+                weights = reference.schedule.forecast.weights_of(launch.step, order[block], before.stored_at[block])
+                terms = [(weight, age) for age, weight in enumerate(weights)]
+            found = loop.fetch(index, name)
+            error = tensor_error(name, found, _sum_of(name, before, terms, {}), tolerance)
+            if not error.passed and any((*_key(name)[:2], age) in carried for _, age in terms):
+                error = inherited(error, tensor_error(name, found, _sum_of(name, before, terms, carried), tolerance))
+            at.given.append(error)
         for name in sorted(entry.writes, key=lambda name: order.get(stored_block(name, kinds) or "", len(order))):
             block = stored_block(name, kinds)
             if plan.layout == "variants" or kept.get(block or ""):
@@ -215,8 +233,26 @@ def _cache(
     return [tensor_error(name, loop.fetch(index, name), cache_tensor(name, state), tolerance)]
 
 
+def _sum_of(
+    name: str, state: CacheState, terms: Sequence[tuple[float, int]], carried: Mapping[Key, np.ndarray]
+) -> np.ndarray:
+    """A sum of the supernet's stored values of a cache, or of the engine's own where they are in ``carried``.
+
+    terms: weights and which of the values, 0 the last.
+    """
+    block, index, _ = _key(name)
+    held = [carried.get((block, index, age), None) for _, age in terms]
+    own = [state.stored(block)[age][index] for _, age in terms]
+    values = [host(tensor) if value is None else value for value, tensor in zip(held, own, strict=True)]
+    weighted = [value if weight == 1 else weight * value for (weight, _), value in zip(terms, values, strict=True)]
+    total: np.ndarray = weighted[0]
+    for value in weighted[1:]:
+        total = total + value
+    return total
+
+
 def _judged_alone(
-    at: _Step, supernet: ReferenceLoop, carried: dict[Hashable, np.ndarray], tolerance: Tolerance
+    at: _Step, supernet: ReferenceLoop, carried: dict[Key, np.ndarray], tolerance: Tolerance
 ) -> list[TensorError]:
     """What an evaluation made; where that is beyond tolerance, judged by the model's values on the engine's latent.
 
@@ -240,10 +276,22 @@ def _judged_alone(
     return judged
 
 
-def _key(name: str) -> Hashable:
-    """What is the same of a cache where it is written and where it is read."""
+def _key(name: str) -> Key:
+    """What is the same of a cache where it is written and where it is read: block, index, and which of its stored
+    values it is, 0 the last."""
     cache = parse_cache(name)
-    return name if cache is None else (cache.block, cache.index)
+    return (name, 0, 0) if cache is None else (cache.block, cache.index, max(cache.nth - 1, 0))
+
+
+def _key_older(key: Key) -> Key:
+    block, index, age = key
+    return block, index, age + 1
+
+
+def _without_weight(entry: VariantEntry, launch: LaunchEntry) -> set[str]:
+    """The reads that a launch gives no weight: it has to give its variant something."""
+    weighted = [name for name in entry.reads if is_weighted(name)]
+    return {name for name, weight in zip(weighted, launch.forecast, strict=False) if not weight}
 
 
 def _predictions_used(reference: Reference) -> list[bool]:

@@ -115,7 +115,10 @@ def _caches_kept(schedule: Schedule, plan: PlanEntry, recorder: Recorder | StepR
         following = step + 1
         if following == len(schedule.gates):
             return recorder.stored(step)
-        removed = {name for name, kept in zip(names, schedule.gates[following], strict=True) if not kept}
+        # Of a forecast block earlier values are read, too, so what is stored meanwhile has to be kept.
+        until = following + 1 if schedule.forecast is None else len(schedule.gates)
+        rows = schedule.gates[following:until]
+        removed = {name for row in rows for name, kept in zip(names, row, strict=True) if not kept}
         return removed | reads.get(following, set()) | recorder.stored(step)
 
     return keep

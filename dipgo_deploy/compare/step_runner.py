@@ -10,6 +10,7 @@ import numpy as np
 
 from dipgo_deploy.backends.storage import as_bytes, from_storage, to_storage
 from dipgo_deploy.bundle.manifest import PlanEntry
+from dipgo_deploy.bundle.names import FORECAST
 
 _POISON_BYTE = 0xFF  # all bits set is NaN in every floating type
 
@@ -44,10 +45,11 @@ class StepRunner:
                 continue
             entry = self._plan.variants[launch.variant]
             offsets = dict(zip(entry.reads, launch.reads, strict=True))
+            weights = {FORECAST: np.array(launch.forecast, np.float32)}
             bound = {
                 spec.name: from_storage(self._arena[offsets[spec.name] :], spec)
                 if spec.name in offsets
-                else inputs[spec.name].astype(np.float32 if spec.dtype == "bfloat16" else spec.dtype)
+                else {**inputs, **weights}[spec.name].astype(np.float32 if spec.dtype == "bfloat16" else spec.dtype)
                 for spec in entry.graph.inputs
             }
             outputs = dict(self._run(launch.variant, bound))

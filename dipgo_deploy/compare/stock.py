@@ -300,6 +300,7 @@ class _Denoiser:
 
         ours = self._reference.supernet
         supernet = Supernet(ours.model, ours.specs, ours.cache_kinds, call)
+        supernet.forecast = ours.forecast
         result, self._states[half] = supernet.step(latent, timestep, {}, self._gates[step], self._states[half], step)
         self._calls += 1
         return result

@@ -33,7 +33,7 @@ def latent_from_history(part: ir.Graph, latent: ir.Value, layout: History) -> li
     coefficients = ir.val(COEFFICIENTS, dtype=ir.DataType.FLOAT, shape=ir.Shape([slots]))
     if len(static) == len(extents):
         size: int | None = int(np.prod(static))
-        latent_shape = _constant(part, "latent_shape", static)
+        latent_shape = constant(part, "latent_shape", _integers(static))
     else:
         size = None
         latent_shape = _sizes_from_history(part, latent, history, len(extents))
@@ -52,7 +52,7 @@ def latent_from_history(part: ir.Graph, latent: ir.Value, layout: History) -> li
 
     chained = slots == layout.chain > 1
     rows = add("Sub", [history, before], "Differences", [slots, *extents]) if chained else history
-    flat = add("Reshape", [rows, _constant(part, "stack_shape", [slots, -1])], "Flatten", [slots, size])
+    flat = add("Reshape", [rows, constant(part, "stack_shape", _integers([slots, -1]))], "Flatten", [slots, size])
     terms = flat if chained else _terms(part, flat, layout, size, add)
     total = add("MatMul", [coefficients, terms], "WeightedSum", [size])
     shaped = add("Reshape", [total, latent_shape], "Shape", list(extents))
@@ -68,8 +68,9 @@ def _terms(part: ir.Graph, flat: ir.Value, layout: History, size: int | None, ad
     slots, chain = layout.slots, layout.chain
     if chain == 1:
         return flat
-    axis = _constant(part, "slots_axis", [0])
-    bounds = {place: _constant(part, f"slot_{place}", [place]) for place in sorted({0, 1, chain - 1, chain, slots})}
+    axis = constant(part, "slots_axis", _integers([0]))
+    places = sorted({0, 1, chain - 1, chain, slots})
+    bounds = {place: constant(part, f"slot_{place}", _integers([place])) for place in places}
 
     def rows(first: int, end: int) -> ir.Value:
         return add("Slice", [flat, bounds[first], bounds[end], axis], f"Slots{first}To{end}", [end - first, size])
@@ -80,13 +81,18 @@ def _terms(part: ir.Graph, flat: ir.Value, layout: History, size: int | None, ad
     return add("Concat", [first, differences, rows(chain, slots)], "Terms", [slots, size], axis=0)
 
 
-def _constant(part: ir.Graph, name: str, values: list[int]) -> ir.Value:
+def constant(part: ir.Graph, name: str, values: np.ndarray) -> ir.Value:
+    """A constant of a graph."""
     import onnx_ir as ir
 
-    tensor = ir.tensor(np.array(values, np.int64), name=name)
+    tensor = ir.tensor(values, name=name)
     made = ir.Value(name=name, const_value=tensor, shape=tensor.shape, type=ir.TensorType(tensor.dtype))
     part.register_initializer(made)
     return made
+
+
+def _integers(values: list[int]) -> np.ndarray:
+    return np.array(values, np.int64)
 
 
 def _sizes_from_history(part: ir.Graph, latent: ir.Value, history: ir.Value, rank: int) -> ir.Value:

@@ -269,7 +269,13 @@ def _planned(
     image = None
     if sampling.strength is not None and sampling.begin is not None:
         schedule, image = image_run(schedule, sampling.strength, sampling.begin)
-    plan = compile_plan(traced.graph, schedule.gates, max_variants=options.max_variants, prediction_used=sampling.used)
+    plan = compile_plan(
+        traced.graph,
+        schedule.gates,
+        max_variants=options.max_variants,
+        prediction_used=sampling.used,
+        forecast=schedule.forecast,
+    )
     steps = schedule.sampler.num_inference_steps
     kwargs = sampling.set_timesteps
     matrix = sampler_matrix(
@@ -288,7 +294,10 @@ def read_schedule(schedule: object) -> Schedule:
 
 def in_segments(planned: PlannedExport) -> SegmentPlan:
     """The same schedule in the layout ``segments``."""
-    return plan_segments(planned.traced.graph, planned.traced.pieces, planned.plan.keep, prediction_used=planned.used)
+    traced, forecast = planned.traced, planned.schedule.forecast
+    return plan_segments(
+        traced.graph, traced.pieces, planned.plan.keep, prediction_used=planned.used, forecast=forecast
+    )
 
 
 def in_layout(planned: PlannedExport, layout: LayoutChoice) -> PlannedExport:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from dipgo_deploy.bundle.history import History
-from dipgo_deploy.bundle.names import PREDICTION, segment_input, segment_output
+from dipgo_deploy.bundle.names import FORECAST, PREDICTION, segment_input, segment_output
 from dipgo_deploy.errors import UserError
-from dipgo_deploy.export.cut import as_model, like
+from dipgo_deploy.export.cut import as_model, like, weighted_sum
 from dipgo_deploy.export.pieces import tensor_of
 from dipgo_deploy.export.trace import TracedModel
 from dipgo_deploy.plan.segments import Segment
@@ -33,7 +33,8 @@ def cut_segment(traced: TracedModel, segment: Segment, history: History) -> ir.M
 
     A part takes its reads as inputs ``value.NAME`` and gives ``new_value.NAME``, ``new_residual.NAME`` and the
     prediction; the latent is the weighted sum of the history, as in a variant. A sum takes ``term0`` ... and gives
-    ``sum``, or the prediction; a difference gives ``difference``, ``term0`` minus ``term1``.
+    ``sum``, or the prediction; a weighted one takes the weights of its terms, ``forecast``, too; a difference gives
+    ``difference``, ``term0`` minus ``term1``.
 
     Raises:
         UserError: a tensor between two segments has a type that no graph can have as an input.
@@ -85,13 +86,19 @@ def _cut_part(traced: TracedModel, segment: Segment, history: History) -> ir.Mod
 
 
 def _arithmetic(traced: TracedModel, segment: Segment) -> ir.Model:
-    """A graph without weights: a sum, a difference, or a copy to the prediction's slot."""
+    """A graph that holds no weights: a sum, a difference, or a copy to the prediction's slot."""
     import onnx_ir as ir
 
     values = ir.convenience.create_value_mapping(traced.model.graph).values()
     sample = next(value for value in values if tensor_of(value).kind == segment.tensor)
     terms = [ir.val(name, dtype=sample.dtype, shape=sample.shape) for name in segment.reads]
-    if len(terms) == 1:
+    inputs = terms
+    graph = ir.Graph([], [], nodes=[], opset_imports=traced.model.graph.opset_imports, name=segment.name)
+    if segment.kind == "weighted":
+        weights = ir.val(FORECAST, dtype=ir.DataType.FLOAT, shape=ir.Shape([len(terms)]))
+        inputs = [weights, *terms]
+        nodes, _ = weighted_sum(graph, [(term, place) for place, term in enumerate(terms)], weights, "forecast")
+    elif len(terms) == 1:
         nodes = [ir.node("Identity", terms, name="copy")]
     else:
         nodes = []
@@ -104,9 +111,9 @@ def _arithmetic(traced: TracedModel, segment: Segment) -> ir.Model:
             like(total, sample, f"{segment.kind}/{place}")
     name = PREDICTION if segment.predicts else segment.writes[0].value
     like(nodes[-1].outputs[0], sample, name)
-    graph = ir.Graph(
-        terms, [nodes[-1].outputs[0]], nodes=nodes, opset_imports=traced.model.graph.opset_imports, name=segment.name
-    )
+    graph.extend(nodes)
+    graph.inputs.extend(inputs)
+    graph.outputs.append(nodes[-1].outputs[0])
     return ir.Model(graph, ir_version=traced.model.ir_version, producer_name="dipgo_deploy")
 
 

@@ -29,7 +29,7 @@ from dipgo_deploy.bundle.names import HISTORY, cache_input, cache_output
 from dipgo_deploy.bundle.staging import staged_directory
 from dipgo_deploy.compare.metrics import Agreement
 from dipgo_deploy.export.conditions import open_conditions
-from dipgo_deploy.export.cut import cut_variant
+from dipgo_deploy.export.cut import cache_key, cut_variant
 from dipgo_deploy.export.options import ExportOptions
 from dipgo_deploy.export.planning import Notify, PlannedExport
 from dipgo_deploy.export.segments import cut_segment, reads_of, writes_of
@@ -176,7 +176,7 @@ def write_entries(planned: PlannedExport, folder: Path) -> tuple[VariantEntry, .
             VariantEntry(
                 name=variant.name,
                 graph=graph_entry(graph, f"{GRAPHS}/{variant.name}.onnx", planned.traced.shape.sizes),
-                reads=tuple(cache_input(cache.kind, cache.value) for cache in variant.reads),
+                reads=tuple(cache_input(*cache_key(cache)) for cache in variant.reads),
                 writes=tuple(cache_output(cache.kind, cache.value) for cache in variant.writes),
                 predicts=variant.predicts,
                 macs=variant.macs,
@@ -286,6 +286,7 @@ def _plan_entry(planned: PlannedExport, variants: tuple[VariantEntry, ...]) -> P
                 reads=launch.reads,
                 writes=launch.writes,
                 slot=None if launch.prediction is None else columns.index(1 + launch.prediction),
+                forecast=launch.weights,
             )
             for launch in laid_out.launches
         ),

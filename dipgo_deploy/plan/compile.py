@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -12,9 +12,10 @@ from dipgo_deploy.plan.costs import bits
 from dipgo_deploy.plan.graph import BlockGraph
 from dipgo_deploy.plan.index import GraphIndex, index_graph
 from dipgo_deploy.plan.live import Demand, demand
-from dipgo_deploy.plan.model import Cache, Launch, Plan, Variant
-from dipgo_deploy.plan.values import Assignment
+from dipgo_deploy.plan.model import Launch, Plan, Variant
+from dipgo_deploy.plan.values import Assignment, Term, Terms
 from dipgo_deploy.plan.variants import Group, group_launches, promote
+from dipgo_deploy.schedule.forecast import FittedForecast, Reads
 
 
 def compile_plan(
@@ -24,6 +25,7 @@ def compile_plan(
     max_variants: int | None = None,
     prediction_used: Sequence[bool] | None = None,
     alignment: int = ALIGNMENT,
+    forecast: Reads | None = None,
 ) -> Plan:
     """Turn T x N gates into launches of as few static graphs as possible, with the same predictions.
 
@@ -33,12 +35,21 @@ def compile_plan(
         prediction_used: per evaluation, whether the sampler gives any weight to that evaluation's prediction (default:
             all); at least one must be.
         alignment: of cache offsets, in bytes.
+        forecast: what removed blocks read; None: the value that they stored last.
 
     The result depends on the arguments only. Raises UserError for gates of the wrong shape, for a limit below one,
-    and for a removed block that is needed before it was ever computed; ValueError for a malformed graph, alignment
+    for a removed block that is needed before it was ever computed, and for a limit that re-enables blocks where the
+    weights of a forecast were fitted; ValueError for a malformed graph, alignment
     or ``prediction_used``.
     """
-    compiled = demanded(graph, gates, max_variants=max_variants, prediction_used=prediction_used, alignment=alignment)
+    compiled = demanded(
+        graph,
+        gates,
+        max_variants=max_variants,
+        prediction_used=prediction_used,
+        alignment=alignment,
+        forecast=forecast,
+    )
     return _assemble(compiled, alignment)
 
 
@@ -60,6 +71,7 @@ def demanded(
     max_variants: int | None = None,
     prediction_used: Sequence[bool] | None = None,
     alignment: int = ALIGNMENT,
+    forecast: Reads | None = None,
 ) -> Compiled:
     """What every evaluation has to do, whatever the layout; arguments and errors are those of ``compile_plan``."""
     index = index_graph(graph)
@@ -72,7 +84,7 @@ def demanded(
     if max_variants is not None and max_variants < 1:
         raise UserError(f"the most variants allowed must be at least 1, it is {max_variants}")
     assignments: tuple[Assignment, ...] = tuple(Assignment(row) for row in rows)
-    demands = demand(index, assignments, used)
+    demands = demand(index, assignments, used, forecast)
     if demands.missing:
         step, value = demands.missing[0]
         block = index.block_names[index.block[value]]
@@ -81,7 +93,13 @@ def demanded(
             f"keep the block at evaluation {step} or at an earlier one"
         )
     if max_variants is not None:
-        assignments, demands = promote(index, assignments, used, max_variants)
+        asked = assignments
+        assignments, demands = promote(index, assignments, used, max_variants, forecast)
+        if isinstance(forecast, FittedForecast) and assignments != asked:
+            raise UserError(
+                f"at most {max_variants} variants would re-enable blocks, and the weights of the schedule's forecast "
+                "were fitted without them; allow more variants, or fit the weights to a schedule that has fewer"
+            )
     return Compiled(index, tuple(rows), tuple(assignment.gates for assignment in assignments), demands)
 
 
@@ -101,7 +119,11 @@ def _assemble(compiled: Compiled, alignment: int) -> Plan:
     """The demand as variants and launches with every cache at its offset."""
     index, asked, kept, demands = compiled.index, compiled.asked, compiled.kept, compiled.demand
     groups = group_launches(demands.launches)
-    variants = tuple(_variant(index, f"v{number:02d}", group) for number, group in enumerate(groups))
+    most = [_most_terms(demands, group) for group in groups]
+    variants = tuple(
+        _variant(index, f"v{number:02d}", group, terms)
+        for number, (group, terms) in enumerate(zip(groups, most, strict=True))
+    )
     variant_of = {step: number for number, group in enumerate(groups) for step in group.steps}
     # A cache is the same tensor under three orders: value positions, sorted names, and bytes in the arena.
     ordered = {mask: _sorted_values(index, mask) for group in groups for mask in (group.reads, group.writes)}
@@ -109,7 +131,8 @@ def _assemble(compiled: Compiled, alignment: int) -> Plan:
     last_read: dict[tuple[int, int], int] = {}
     for number, launch in enumerate(demands.launches):
         for value in bits(launch.reads):
-            last_read[launch_of[demands.stored[launch.step][value]], value] = number
+            for term in demands.read(launch.step, value):
+                last_read[launch_of[term.stored], value] = number
     place: dict[tuple[int, int], int] = {}
     lifetimes: list[Lifetime] = []
     for number, launch in enumerate(demands.launches):
@@ -122,15 +145,20 @@ def _assemble(compiled: Compiled, alignment: int) -> Plan:
     offsets, arena = allocate(lifetimes, alignment)
     launches, slot = [], 0
     for number, launch in enumerate(demands.launches):
-        group = groups[variant_of[launch.step]]
-        stored = demands.stored[launch.step]
+        group, terms = groups[variant_of[launch.step]], most[variant_of[launch.step]]
+        read = [
+            (term, value, value in terms)
+            for value in ordered[group.reads]
+            for term in _padded(demands.read(launch.step, value), terms.get(value, 1))
+        ]
         launches.append(
             Launch(
                 step=launch.step,
                 variant=variant_of[launch.step],
-                reads=tuple(offsets[place[launch_of[stored[value]], value]] for value in ordered[group.reads]),
+                reads=tuple(offsets[place[launch_of[term.stored], value]] for term, value, _ in read),
                 writes=tuple(offsets[place[number, value]] for value in ordered[group.writes]),
                 prediction=slot if launch.predicts else None,
+                weights=tuple(term.weight for term, _, weighted in read if weighted),
             )
         )
         slot += launch.predicts
@@ -154,20 +182,36 @@ def _assemble(compiled: Compiled, alignment: int) -> Plan:
     )
 
 
-def _variant(index: GraphIndex, name: str, group: Group) -> Variant:
-    """A group of launches by names."""
+def _most_terms(demands: Demand, group: Group) -> dict[int, int]:
+    """How many stored values a variant reads of each that any of its launches forecasts."""
+    most: dict[int, int] = {}
+    for step in group.steps:
+        for value, terms in demands.forecasts[step].items():
+            if group.reads >> value & 1:
+                most[value] = max(most.get(value, 0), len(terms))
+    return most
+
+
+def _padded(terms: Terms, count: int) -> Terms:
+    """As many terms as the variant has: the last stored value again, without weight."""
+    return terms + (Term(0.0, terms[0].stored),) * (count - len(terms))
+
+
+def _variant(index: GraphIndex, name: str, group: Group, terms: Mapping[int, int]) -> Variant:
+    """A group of launches by names. terms: values read as weighted sums, and of how many."""
+    reads = tuple(
+        index.cache(value, nth)
+        for value in _sorted_values(index, group.reads)
+        for nth in (range(1, 1 + terms[value]) if value in terms else (0,))
+    )
     return Variant(
         name=name,
         computed=frozenset(index.names[value] for value in bits(group.computed)),
-        reads=_caches(index, group.reads),
-        writes=_caches(index, group.writes),
+        reads=reads,
+        writes=tuple(index.cache(value) for value in _sorted_values(index, group.writes)),
         predicts=group.predicts,
         macs=index.costs.macs(group.computed),
     )
-
-
-def _caches(index: GraphIndex, mask: int) -> tuple[Cache, ...]:
-    return tuple(index.cache(value) for value in _sorted_values(index, mask))
 
 
 def _sorted_values(index: GraphIndex, mask: int) -> list[int]:

@@ -41,9 +41,9 @@ class GraphIndex:
     nbytes: tuple[int, ...]
     costs: CostTable
 
-    def cache(self, value: int) -> Cache:
-        """The cache that a block output is stored in."""
-        return Cache(self.names[value], "output" if self.base[value] < 0 else "residual")
+    def cache(self, value: int, nth: int = 0) -> Cache:
+        """The cache that a block output is stored in; nth: see ``Cache``."""
+        return Cache(self.names[value], "output" if self.base[value] < 0 else "residual", nth)
 
     def gated(self, gates: int) -> int:
         """Mask of the values that an evaluation computes when it keeps the blocks in the mask ``gates``."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from dipgo_deploy.plan.costs import bits
 from dipgo_deploy.plan.index import GraphIndex
-from dipgo_deploy.plan.values import Assignment, Numbering, number_values
+from dipgo_deploy.plan.values import Assignment, Numbering, Term, Terms, number_values
+from dipgo_deploy.schedule.forecast import Reads
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,8 @@ class Demand:
 
     Attributes:
         launches: the evaluations at which something is needed, ascending.
-        stored: per evaluation and value, the evaluation whose store a read gets.
+        stored: per evaluation and value, the evaluation whose store a plain read gets.
+        forecasts: per evaluation the values that are read as other sums of stored ones.
         prediction_slots: per evaluation, the prediction slot that its sampler is given.
         missing: (step, value) of each needed read of a cache that was never stored, ascending; the demand is only
             meaningful when it is empty.
@@ -45,19 +47,27 @@ class Demand:
     stored: tuple[tuple[int, ...], ...]
     prediction_slots: tuple[int, ...]
     missing: tuple[tuple[int, int], ...]
+    forecasts: tuple[Mapping[int, Terms], ...]
+
+    def read(self, step: int, value: int) -> Terms:
+        """What a read at an evaluation gets, the latest value first."""
+        return self.forecasts[step].get(value) or (Term(1.0, self.stored[step][value]),)
 
     def macs(self, index: GraphIndex) -> int:
         """Multiply-accumulates of all launches."""
         return sum(index.costs.macs(launch.computed) for launch in self.launches)
 
 
-def demand(index: GraphIndex, assignments: Sequence[Assignment], used: Sequence[bool]) -> Demand:
+def demand(
+    index: GraphIndex, assignments: Sequence[Assignment], used: Sequence[bool], forecast: Reads | None = None
+) -> Demand:
     """Number the values, then walk back from the predictions, last evaluation first.
 
     used: per evaluation, whether the sampler gives any weight to its prediction; a prediction that no used evaluation
     has is not made, and an evaluation whose prediction equals an earlier one gets that one.
+    forecast: what removed blocks read; None: the value that they stored last.
     """
-    numbering = number_values(index, assignments)
+    numbering = number_values(index, assignments, forecast)
     predicts = _new_predictions(numbering, assignments, used)
     stores = [0] * len(assignments)
     launches, missing = [], []
@@ -80,7 +90,10 @@ def demand(index: GraphIndex, assignments: Sequence[Assignment], used: Sequence[
                 needed |= index.reads_mask[value]
                 continue
             reads |= bit
-            if stored[value] < 0:
+            if value in numbering.forecasts[step]:
+                for term in numbering.forecasts[step][value]:
+                    stores[term.stored] |= bit
+            elif stored[value] < 0:
                 missing.append((step, value))
             else:
                 stores[stored[value]] |= bit
@@ -90,7 +103,7 @@ def demand(index: GraphIndex, assignments: Sequence[Assignment], used: Sequence[
             launches.append(Need(step, computed, reads, stores[step], predicts[step]))
     launches.reverse()
     slots = _slots(numbering, [launch.step for launch in launches if launch.predicts])
-    return Demand(tuple(launches), numbering.stored, slots, tuple(sorted(missing)))
+    return Demand(tuple(launches), numbering.stored, slots, tuple(sorted(missing)), numbering.forecasts)
 
 
 def _new_predictions(numbering: Numbering, assignments: Sequence[Assignment], used: Sequence[bool]) -> list[bool]:

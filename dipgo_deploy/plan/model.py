@@ -9,10 +9,14 @@ from dipgo_deploy.plan.graph import CacheKind
 
 
 class Cache(NamedTuple):
-    """One cache tensor: the last computed ``output`` of a value, or its last ``residual`` (output - input)."""
+    """One cache tensor: the last computed ``output`` of a value, or its last ``residual`` (output - input).
+
+    nth: 0 for one that is read as it is, or written; of a forecast the n-th last stored one, read with a weight.
+    """
 
     value: str
     kind: CacheKind
+    nth: int = 0
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,8 @@ class Launch:
         reads, writes: byte offsets into the cache arena, in the order of the variant's reads and writes; no write
             overlaps a read of the same launch.
         prediction: slot of the prediction that this launch makes (0, 1, ...), or None when it only refreshes caches.
+        weights: of the reads that have one, in their order; a variant that several launches share may read more stored
+            values than a launch needs, which then have the weight zero and the offset of the last one.
     """
 
     step: int
@@ -50,6 +56,7 @@ class Launch:
     reads: tuple[int, ...]
     writes: tuple[int, ...]
     prediction: int | None
+    weights: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,8 @@ A *segment* is a set of pieces (see ``pieces``) that run at exactly the same eva
 another reads lies in the arena, like a cache; whether it was made at this evaluation or at an earlier one is only a
 matter of the offset that the launch is bound to, so reading an output cache costs nothing. A removed block with a
 residual cache is its input plus the residual: such sums are launches of graphs without weights, which only know how
-many tensors of what shape they add, so that one of them serves the whole model.
+many tensors of what shape they add, so that one of them serves the whole model. Where a block is forecast, they add
+stored values with the weights of the launch.
 """
 
 from __future__ import annotations
@@ -23,12 +24,14 @@ from dipgo_deploy.plan.live import Demand
 from dipgo_deploy.plan.merge import merge_pieces
 from dipgo_deploy.plan.model import Cache, Launch
 from dipgo_deploy.plan.pieces import PieceGraph
+from dipgo_deploy.plan.values import Terms
+from dipgo_deploy.schedule.forecast import Reads
 
 # A piece at the model's entrance that costs less than this share of an evaluation runs whenever any of them does: one
 # segment then holds them all.
 _CHEAP_SHARE = 0.005
 
-SegmentKind = Literal["part", "sum", "difference"]
+SegmentKind = Literal["part", "sum", "weighted", "difference"]
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,7 @@ class Segment:
     """One static graph of the layout.
 
     Attributes:
-        kind: ``part`` of the model; ``sum`` of ``terms`` tensors; ``difference`` of two.
+        kind: ``part`` of the model; ``sum`` of ``terms`` tensors, or ``weighted`` sum of them; ``difference`` of two.
         pieces: of a part, in order.
         reads: tensors taken from the arena, by name (``term0`` ... for the other kinds).
         writes: tensors put there; ``residual`` means the named value minus its block's input.
@@ -90,11 +93,11 @@ class Version(NamedTuple):
 
 @dataclass(frozen=True)
 class _Step:
-    """What one evaluation with launches does, by names. reads: cached values with the evaluation that stored them."""
+    """What one evaluation with launches does, by names. reads: cached values with what is read of them."""
 
     step: int
     computed: frozenset[str]
-    reads: Mapping[str, int]
+    reads: Mapping[str, Terms]
     stores: frozenset[str]
     predicts: bool
     slot: int
@@ -112,13 +115,15 @@ class _Model:
 
 @dataclass
 class _Emitted:
-    """A launch before memory is given out. target: place of a part in the order, or a sum's or difference's key."""
+    """A launch before memory is given out. target: place of a part in the order, or a sum's or difference's key.
+    weights: of the reads of a weighted sum."""
 
     step: int
     target: object
     reads: list[Version]
     writes: list[Version] = field(default_factory=list)
     prediction: int | None = None
+    weights: tuple[float, ...] = ()
 
 
 def plan_segments(
@@ -128,13 +133,14 @@ def plan_segments(
     *,
     prediction_used: Sequence[bool] | None = None,
     alignment: int = ALIGNMENT,
+    forecast: Reads | None = None,
 ) -> SegmentPlan:
     """Cut the model where the schedule cuts it: the same predictions as ``compile_plan`` gives for these gates.
 
     pieces: of the same trace (``pieces.split``). The other arguments and what is re-enabled are those of
     ``compile_plan``.
     """
-    compiled = demanded(graph, gates, prediction_used=prediction_used, alignment=alignment)
+    compiled = demanded(graph, gates, prediction_used=prediction_used, alignment=alignment, forecast=forecast)
     index, demands = compiled.index, compiled.demand
     model = _model(index, pieces)
     steps = _steps(index, demands)
@@ -168,8 +174,7 @@ def _steps(index: GraphIndex, demands: Demand) -> list[_Step]:
 
     steps, slot = [], 0
     for need in demands.launches:
-        stored = demands.stored[need.step]
-        reads = {index.names[value]: stored[value] for value in bits(need.reads)}
+        reads = {index.names[value]: demands.read(need.step, value) for value in bits(need.reads)}
         steps.append(_Step(need.step, names(need.computed), reads, names(need.stores), need.predicts, slot))
         slot += need.predicts
     return steps
@@ -313,19 +318,33 @@ class _Emitter:
         if name not in step.reads:
             maker = model.maker[name]
             return Version("value", name, step.step if step.step in self._runs[maker] else self._made_once[maker])
-        if name not in model.base:
-            return Version("value", name, step.reads[name])
+        if name not in model.base and _is_plain(step.reads[name]):
+            return Version("value", name, step.reads[name][0].stored)
         if name not in self._sums:
-            terms = [Version("residual", name, step.reads[name])]
-            base = model.base[name]
-            while base in step.reads and base in model.base and self._uses[base] == 1:
-                terms.append(Version("residual", base, step.reads[base]))
-                base = model.base[base]
-            terms.append(self._effective(step, base))
-            key = ("sum", len(terms), model.pieces.tensors[name].kind, False)
+            terms = self._stored(step, name)
+            if name in model.base:
+                base = model.base[name]
+                while base in step.reads and base in model.base and self._uses[base] == 1:
+                    terms += self._stored(step, base)
+                    base = model.base[base]
+                terms.append((self._effective(step, base), 1.0))
+            reads, weights = zip(*reversed(terms), strict=True)
+            plain = all(weight == 1 for weight in weights)
+            key = ("sum" if plain else "weighted", len(reads), model.pieces.tensors[name].kind, False)
             self._sums[name] = Version("sum", name, step.step)
-            self._queue.append(_Emitted(step.step, key, terms[::-1], [self._sums[name]]))
+            launch = _Emitted(step.step, key, list(reads), [self._sums[name]], weights=() if plain else weights)
+            self._queue.append(launch)
         return self._sums[name]
+
+    def _stored(self, step: _Step, name: str) -> list[tuple[Version, float]]:
+        """What is read of a cached value, with its weights."""
+        what: What = "residual" if name in self._model.base else "value"
+        return [(Version(what, name, term.stored), term.weight) for term in step.reads[name]]
+
+
+def _is_plain(terms: Terms) -> bool:
+    """Whether what is read is a stored value as it is."""
+    return len(terms) == 1 and terms[0].weight == 1
 
 
 def _externals(model: _Model, part: Sequence[int]) -> tuple[str, ...]:
@@ -398,6 +417,7 @@ def _assemble(
             reads=tuple(offsets[place[version]] for version in launch.reads),
             writes=tuple(offsets[place[version]] for version in writes),
             prediction=launch.prediction,
+            weights=launch.weights,
         )
         for launch, writes in zip(emitted, kept, strict=True)
     )
@@ -436,14 +456,15 @@ def _segment(
     kind, terms, tensor, predicts = target
     # Sums of as many tensors of another shape or type come with a number.
     alike = [other for other in targets if isinstance(other, tuple) and (other[:2], other[3]) == (target[:2], predicts)]
-    name = {"sum": f"sum{terms}", "difference": "difference"}[kind] if not predicts else "copy"
+    names = {"sum": f"sum{terms}", "weighted": f"weighted{terms}", "difference": "difference"}
+    name = names[kind] if not predicts else "copy"
     if alike.index(target):
         name += f".{alike.index(target)}"
     return Segment(
         name=name,
         kind=kind,
         reads=tuple(f"term{i}" for i in range(terms)),
-        writes=() if predicts else (Cache(kind, "output"),),
+        writes=() if predicts else (Cache("difference" if kind == "difference" else "sum", "output"),),
         predicts=predicts,
         terms=terms,
         tensor=tensor,

@@ -2,10 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from dipgo_deploy.plan.index import GraphIndex
+from dipgo_deploy.schedule.forecast import AS_STORED, MOST_TERMS, Reads
+
+
+class Term(NamedTuple):
+    """A stored value in a weighted sum: its weight, and the evaluation that stored it."""
+
+    weight: float
+    stored: int
+
+
+Terms = tuple[Term, ...]
+
+
+class _Stored(NamedTuple):
+    """A value as a kept block stored it at an evaluation: the evaluation that computed it (an earlier one where it is
+    unchanged), its number, and that of what it is a residual of."""
+
+    step: int
+    computed: int
+    number: int
+    source: int
 
 
 @dataclass(frozen=True)
@@ -34,29 +56,35 @@ class Numbering:
             their cache.
         stored: per value, the evaluation whose store a read at this evaluation would get, or -1 if there is none.
         prediction: number of the noise prediction; equal numbers are equal tensors.
+        forecasts: the values that are read as another sum than the one that ``stored`` names, if this evaluation reads
+            them, the latest value first.
     """
 
     computed: tuple[int, ...]
     stored: tuple[tuple[int, ...], ...]
     prediction: tuple[int, ...]
+    forecasts: tuple[Mapping[int, Terms], ...]
 
 
-def number_values(index: GraphIndex, assignments: Sequence[Assignment]) -> Numbering:
+def number_values(index: GraphIndex, assignments: Sequence[Assignment], forecast: Reads | None = None) -> Numbering:
     """Give every value at every evaluation a number such that equal numbers mean equal tensors.
 
     A kept block output whose number is the stored one is not computed again: it counts as removed. For a residual
     cache its input must be the stored one too, because ``input + (output - input)`` is only then the output.
     """
     numbers: dict[tuple[int, ...], int] = {}
+    rows: dict[tuple[float, ...], int] = {}
     count = len(index.names)
     held = [-1] * count  # number of the value at its last computation
     held_source = [-1] * count  # number of what it is a residual of, at that time
     stored = [-1] * count
-    computed_rows, stored_rows, predictions = [], [], []
+    last: list[tuple[_Stored, ...]] = [()] * count  # for forecasts, the latest first
+    computed_rows, stored_rows, predictions, forecasts = [], [], [], []
     for step, assignment in enumerate(assignments):
         kept = index.gated(assignment.gates)
         computed = 0
         now: list[int] = []
+        terms: dict[int, Terms] = {}
         for value in range(count):
             base = index.base[value]
             base_now = now[base] if base >= 0 else -1
@@ -68,6 +96,21 @@ def number_values(index: GraphIndex, assignments: Sequence[Assignment]) -> Numbe
                 if not unchanged or assignment.compute >> value & 1:
                     computed |= 1 << value
                     held[value], held_source[value], stored[value] = number, base_now, step
+                if forecast is not None:
+                    fresh = _Stored(step, stored[value], held[value], held_source[value])
+                    last[value] = (fresh, *last[value][: MOST_TERMS - 1])
+            elif (
+                last[value]
+                and forecast is not None
+                and (weights := forecast.weights_of(step, index.block[value], [one.step for one in last[value]]))
+                != AS_STORED
+            ):
+                used = last[value][: len(weights)]
+                terms[value] = tuple(Term(weight, one.computed) for weight, one in zip(weights, used, strict=True))
+                which = rows.setdefault(weights, len(rows))
+                held_numbers = [number for one in used for number in (one.number, one.source)]
+                # One number more than the key of a plain read has at least: they never meet.
+                number = numbers.setdefault((~value, base_now, which, *held_numbers), len(numbers))
             elif base_now == held_source[value]:
                 # An output cache (both -1), or a residual added to the very input it was taken from. A value that was
                 # never stored has no number (-1): reading it is an error that the demand walk reports.
@@ -79,4 +122,5 @@ def number_values(index: GraphIndex, assignments: Sequence[Assignment]) -> Numbe
         computed_rows.append(computed)
         stored_rows.append(tuple(stored))
         predictions.append(now[index.prediction])
-    return Numbering(tuple(computed_rows), tuple(stored_rows), tuple(predictions))
+        forecasts.append(terms)
+    return Numbering(tuple(computed_rows), tuple(stored_rows), tuple(predictions), tuple(forecasts))

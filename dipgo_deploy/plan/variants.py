@@ -10,6 +10,7 @@ from dipgo_deploy.plan.costs import bits
 from dipgo_deploy.plan.index import GraphIndex
 from dipgo_deploy.plan.live import Demand, Need, demand
 from dipgo_deploy.plan.values import Assignment
+from dipgo_deploy.schedule.forecast import Reads
 
 # Up to this many variants too many, merges are chosen by what they really cost; above it, by estimate.
 _NEAR = 32
@@ -48,7 +49,11 @@ def group_launches(launches: Sequence[Need]) -> tuple[Group, ...]:
 
 
 def promote(
-    index: GraphIndex, assignments: Sequence[Assignment], used: Sequence[bool], limit: int
+    index: GraphIndex,
+    assignments: Sequence[Assignment],
+    used: Sequence[bool],
+    limit: int,
+    forecast: Reads | None = None,
 ) -> tuple[tuple[Assignment, ...], Demand]:
     """Re-enable blocks (gates 0 -> 1) until at most ``limit`` variants are left; returns the new assignments and their
     demand.
@@ -63,7 +68,7 @@ def promote(
     asked for everything share one variant. ``assignments`` must have no missing reads.
     """
     current = tuple(assignments)
-    demands = demand(index, current, used)
+    demands = demand(index, current, used, forecast)
     cells = len(current) * len(index.names)
     trials_per_round = max(_LEAST_TRIALS, min(_MOST_TRIALS, _CELLS_PER_ROUND // cells))
     while True:
@@ -72,10 +77,11 @@ def promote(
         if excess <= 0:
             return current, demands
         if excess > _NEAR:
-            current, demands = _complete(index, _merge(index, current, _clusters(index, groups, excess // 2)), used)
+            merged = _merge(index, current, _clusters(index, groups, excess // 2))
+            current, demands = _complete(index, merged, used, forecast)
             continue
         pairs = _cheapest_pairs(index, groups, trials_per_round)
-        trials = [_complete(index, _merge(index, current, [pair]), used) for pair in pairs]
+        trials = [_complete(index, _merge(index, current, [pair]), used, forecast) for pair in pairs]
         current, demands = min(
             trials,
             key=lambda trial: (len(group_launches(trial[1].launches)) >= len(groups), trial[1].macs(index)),
@@ -105,12 +111,12 @@ def _merge(
 
 
 def _complete(
-    index: GraphIndex, assignments: Sequence[Assignment], used: Sequence[bool]
+    index: GraphIndex, assignments: Sequence[Assignment], used: Sequence[bool], forecast: Reads | None
 ) -> tuple[tuple[Assignment, ...], Demand]:
     """Keep also the blocks that the assignments would read before they were ever stored."""
     current = list(assignments)
     while True:
-        found = demand(index, current, used)
+        found = demand(index, current, used, forecast)
         if not found.missing:
             return tuple(current), found
         for step, value in found.missing:

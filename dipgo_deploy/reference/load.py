@@ -114,9 +114,9 @@ def reference_of(bundle: Bundle, source: Source) -> Reference:
     scheduler = scheduler_of(schedule)
     steps, options = schedule.sampler.num_inference_steps, manifest.sampler.set_timesteps
     schedule.check_evaluations(evaluations(scheduler, steps, set_timesteps_kwargs=options))
-    supernet = source.supernet(schedule.model.granularity, schedule.cache_kinds)
     begin = manifest.sampler.begin
     run = schedule if begin is None else run_from(schedule, begin)
+    supernet = source.supernet(schedule.model.granularity, schedule.cache_kinds, run.forecast)
     return Reference(source, run, scheduler, options, supernet, _condition_specs(source, manifest), begin)
 
 

@@ -49,9 +49,10 @@ class ToDisk:
             self._rows.append(self._written(place, recordings[place]))
             recordings[place] = replace(recordings[place], inputs={}, outputs={})
         for state in (evaluation.before, evaluation.after):
-            for tensors in state.tensors.values():
-                for tensor in tensors:
-                    self._caches.give_back(tensor)
+            for block in state.tensors:
+                for tensors in state.stored(block):
+                    for tensor in tensors:
+                        self._caches.give_back(tensor)
 
     def close(self) -> None:
         """Write the index, when the loop is done."""

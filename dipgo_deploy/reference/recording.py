@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -10,6 +10,7 @@ import numpy as np
 
 from dipgo_deploy.bundle.names import (
     COEFFICIENTS,
+    FORECAST,
     GUIDANCE_SCALE,
     HISTORY,
     HISTORY_BEFORE,
@@ -61,7 +62,7 @@ class Recorder:
     ``variants``.
 
     launches: (step, variant) of each launch, in order. slots: entries of the history. again: False for the first launch
-    only, so that the loop need not run to its end.
+    only, so that the loop need not run to its end. forecasts: evaluation -> its launch's weights of stored values.
     """
 
     def __init__(
@@ -72,7 +73,9 @@ class Recorder:
         slots: int,
         *,
         again: bool = True,
+        forecasts: Mapping[int, Sequence[float]] | None = None,
     ) -> None:
+        self._forecasts = forecasts or {}
         first: dict[int, int] = {}
         last: dict[int, int] = {}
         for step, variant in launches:
@@ -104,6 +107,8 @@ class Recorder:
         variant = self._variants[index]
         inputs = evaluation_inputs(evaluation, self._guidance_scale, self._slots)
         inputs.update({name: cache_tensor(name, evaluation.before) for name in variant.reads})
+        if row := self._forecasts.get(evaluation.step):
+            inputs[FORECAST] = np.array(row, np.float32)
         outputs = {PREDICTION: host(evaluation.prediction)} if variant.predicts else {}
         outputs.update({name: cache_tensor(name, evaluation.after) for name in variant.writes})
         self.recordings.append(Recording(index, evaluation.step, inputs, outputs))
@@ -156,13 +161,15 @@ def launch_inputs(model_input: np.ndarray, timestep: float, slots: int) -> dict[
 
 
 def cache_tensor(name: str, state: CacheState) -> np.ndarray:
-    """The supernet's tensor of a cache, float32.
+    """The supernet's tensor of a cache, float32. Of a stored value that there is not yet the last one: a launch that
+    shares its variant with others may have to read it, without weight.
 
     Raises:
         ValueError: not the name of a cache.
     """
     cache = _parsed(name)
-    return host(state.tensors[cache.block][cache.index])
+    stored = state.stored(cache.block)
+    return host(stored[cache.nth - 1 if 0 < cache.nth <= len(stored) else 0][cache.index])
 
 
 def cache_block(name: str) -> str:

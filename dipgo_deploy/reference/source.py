@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import torch
 
     from dipgo_deploy.models.stock import Stock
+    from dipgo_deploy.schedule.forecast import Reads
     from dipgo_deploy.supernet.gated import Supernet
 
 # Latent pixels; the kinds of a model's inputs do not depend on its size.
@@ -144,12 +145,18 @@ class Source:
         """Whether the stock pipeline guides it by default."""
         return self.family.is_guided(self.config, pipeline_index(self.name))
 
-    def supernet(self, granularity: Granularity, kinds: Mapping[str, CacheKind]) -> Supernet:
-        """The gated denoiser; ``kinds``: cache kind by block name."""
+    def supernet(
+        self, granularity: Granularity, kinds: Mapping[str, CacheKind], forecast: Reads | None = None
+    ) -> Supernet:
+        """The gated denoiser; ``kinds``: cache kind by block name; ``forecast``: what removed blocks read."""
         from dipgo_deploy.supernet.gated import Supernet
 
         specs = self.family.blocks(self.config, granularity)
-        return Supernet(self.denoiser, specs, [kinds[spec.name] for spec in specs], self.family.call, self.family.guide)
+        supernet = Supernet(
+            self.denoiser, specs, [kinds[spec.name] for spec in specs], self.family.call, self.family.guide
+        )
+        supernet.forecast = forecast
+        return supernet
 
     def set_timesteps(self, scheduler: Any, extents: Sequence[int], steps: int) -> dict[str, Any]:
         """What the scheduler's ``set_timesteps`` is given besides the number of steps, at a latent's extents."""

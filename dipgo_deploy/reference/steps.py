@@ -104,5 +104,6 @@ def recorder_for(
     """The recorder of a plan's layout; ``schedule`` after promotion. again: record a second time."""
     launches = [(launch.step, launch.variant) for launch in plan.launches]
     if plan.layout == "variants":
-        return Recorder(plan.variants, launches, guidance_scale, plan.slots, again=again)
+        forecasts = {launch.step: launch.forecast for launch in plan.launches}
+        return Recorder(plan.variants, launches, guidance_scale, plan.slots, again=again, forecasts=forecasts)
     return StepRecorder(plan.variants, launches, schedule, guidance_scale, plan.slots, again=again)

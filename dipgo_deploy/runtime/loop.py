@@ -11,7 +11,15 @@ from dipgo_deploy.backends.storage import to_storage
 from dipgo_deploy.bundle.directory import Bundle
 from dipgo_deploy.bundle.history import final_latent, graph_coefficients
 from dipgo_deploy.bundle.manifest import Graph, LaunchEntry, Manifest, TensorSpec, VariantEntry
-from dipgo_deploy.bundle.names import COEFFICIENTS, GUIDANCE_SCALE, HISTORY, HISTORY_BEFORE, PREDICTION, TIMESTEP
+from dipgo_deploy.bundle.names import (
+    COEFFICIENTS,
+    FORECAST,
+    GUIDANCE_SCALE,
+    HISTORY,
+    HISTORY_BEFORE,
+    PREDICTION,
+    TIMESTEP,
+)
 from dipgo_deploy.bundle.shapes import Sizes
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.runtime.component import MOST_SIZES
@@ -51,9 +59,9 @@ class DenoisingLoop:
     """The launches of an engine directory, bound to one set of buffers on a backend; one or several an evaluation.
 
     Buffers: the history float32 (slots, B, C, h, w), with zeros in front of it; coefficients, one row of ``slots``
-    float32 per launch; timesteps, one float32 per launch; the guidance scale; the conditions; the cache arena. A
-    prediction is bound to its slot of the history and a cache to its offset in the arena, so nothing is copied between
-    launches. One run at a time.
+    float32 per launch; timesteps, one float32 per launch; weights of stored values, where a launch has some; the
+    guidance scale; the conditions; the cache arena. A prediction is bound to its slot of the history and a cache to its
+    offset in the arena, so nothing is copied between launches. One run at a time.
 
     Where sizes are open the buffers are made for the largest, and each run is of the sizes of its noise: the launches
     are bound anew for sizes that were not among the last few.
@@ -98,6 +106,8 @@ class DenoisingLoop:
             backend, [graph_coefficients(launch.coefficients, plan.history.chain) for launch in plan.launches]
         )
         self._timesteps = _upload_rows(backend, [(launch.timestep,) for launch in plan.launches])
+        forecasts = [launch.forecast for launch in plan.launches]
+        self._forecasts = _upload_rows(backend, forecasts) if any(forecasts) else ()
         self._guidance_scale = backend.allocate(4)
         self._conditions = {spec.name: backend.allocate(spec.nbytes) for spec in manifest.conditions}
         self._arena = backend.allocate(plan.arena_bytes)
@@ -171,6 +181,8 @@ class DenoisingLoop:
             GUIDANCE_SCALE: self._guidance_scale,
             **self._conditions,
         }
+        if launch.forecast:
+            tensors[FORECAST] = self._forecasts[index]
         try:
             if HISTORY in specs and len(launch.coefficients) != plan.slots:
                 raise ValueError(f"{len(launch.coefficients)} coefficients for {plan.slots} slots")

@@ -29,20 +29,22 @@ from dipgo_deploy.documents import json_object
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.files import read_bytes, write_atomic
 from dipgo_deploy.schedule import validation
+from dipgo_deploy.schedule.forecast import AnyForecast, Forecast
 from dipgo_deploy.schedule.frozen import freeze, freeze_config, to_json
 from dipgo_deploy.schedule.kinds import CacheKind, Granularity
 from dipgo_deploy.schedule.solver import FrozenJson, Solver
 
-# 2: with a solver.
-FORMAT_VERSION = 2
+# 2: with a solver. 3: with a forecast.
+FORMAT_VERSION = 3
 
 Gates = tuple[tuple[bool, ...], ...]
 Name = Annotated[StrictStr, Field(min_length=1)]
 Positive = Annotated[StrictInt, Field(ge=1)]
 # Frozen before (plain Python in, JSON-like data checked) and after (pydantic makes a plain dictionary of it).
 FrozenConfig = Annotated[dict[str, Any], BeforeValidator(freeze_config), AfterValidator(freeze)]
-# A list of numbers, which `json.dumps` writes one a line.
+# A list of numbers, which `json.dumps` writes one a line; and one of such lists.
 _NUMBERS = re.compile(r"\[[-+.,\deE\s]+\]")
+_LISTS = re.compile(r"\[(?:\s*\[[-+.,\deE\s]*\],?\s*)+\]")
 Row = Annotated[StrictStr, WithJsonSchema({"type": "string", "pattern": "^[01]+$"})]
 
 
@@ -110,6 +112,7 @@ class Schedule(_Part):
         steps: T, the number of EVALUATIONS of the denoiser (PNDM evaluates more often than it steps).
         keep: T strings of N characters, ``1`` = the block is computed, ``0`` = its cache is read.
         solver: the fitted solver that is run in place of ``sampler``; T is then its number of evaluations.
+        forecast: what removed blocks read; None: the value that they stored last.
         provenance: how it was made (``method``, ``parameters``, ``tool_version``).
 
     Whatever is wrong with a document raises UserError with one line that names field, evaluation and block.
@@ -117,13 +120,14 @@ class Schedule(_Part):
 
     model_config = ConfigDict(frozen=True, extra="forbid", title="dipgo_deploy schedule")
 
-    format_version: Literal[1, 2] = 1
+    format_version: Literal[1, 2, 3] = 1
     model: ModelIdentity
     blocks: tuple[BlockEntry, ...]
     steps: Positive
     keep: tuple[Row, ...]
     sampler: SamplerEntry
     solver: Solver | None = Field(default=None, exclude_if=_is_none)
+    forecast: AnyForecast | None = Field(default=None, exclude_if=_is_none)
     provenance: FrozenJson = Field(default_factory=dict, validate_default=True)
 
     @model_validator(mode="wrap")
@@ -131,7 +135,7 @@ class Schedule(_Part):
     def _checked(cls, data: Any, handler: ValidatorFunctionWrapHandler) -> Schedule:
         # Raised here, a UserError passes through pydantic unchanged: every way to make a Schedule says one line.
         version = data.get("format_version", 1) if isinstance(data, Mapping) else 1
-        if type(version) is not int or version not in (1, FORMAT_VERSION):  # True is 1
+        if type(version) is not int or version not in range(1, FORMAT_VERSION + 1):  # True is 1
             raise UserError(
                 f"format_version: {repr(version)[:60]} is not known, only 1 to {FORMAT_VERSION}; "
                 f"use the version of dipgo-deploy that wrote it"
@@ -146,11 +150,14 @@ class Schedule(_Part):
         validation.check_names(names)
         validation.check_rows(schedule.keep, names, schedule.steps)
         validation.check_caches_written(schedule.gates, names)
-        if schedule.solver is None:
-            return schedule
-        if schedule.format_version == 1:
-            raise UserError("format_version: 1 has no solver; give 2")
-        schedule.solver.check(schedule.steps)
+        if schedule.solver is not None:
+            if schedule.format_version == 1:
+                raise UserError("format_version: 1 has no solver; give 2")
+            schedule.solver.check(schedule.steps)
+        if schedule.forecast is not None:
+            if schedule.format_version < FORMAT_VERSION:
+                raise UserError(f"format_version: {schedule.format_version} has no forecast; give {FORMAT_VERSION}")
+            schedule.forecast.check(schedule.gates, names)
         return schedule
 
     @property
@@ -239,17 +246,36 @@ class Schedule(_Part):
                 text = f"[\n{items}\n  ]"
             else:
                 text = json.dumps(value, indent=2, allow_nan=False).replace("\n", "\n  ")
-            if name == "solver":
+            if name in ("solver", "forecast"):
                 text = _NUMBERS.sub(lambda match: " ".join(match[0].split()), text)
+            if name == "forecast":
+                text = _LISTS.sub(lambda match: " ".join(match[0].split()), text)
             parts.append(f"  {json.dumps(name)}: {text}")
         return "{\n" + ",\n".join(parts) + "\n}\n"
 
     def with_solver(self, solver: Solver | None, gates: Sequence[Sequence[bool]] | None = None) -> Schedule:
         """The same document with this solver in place of its sampler, or with none; gates: of its evaluations, the
-        same where None."""
-        fields: dict[str, Any] = {name: getattr(self, name) for name in Schedule.model_fields}
-        fields |= {"format_version": 1 if solver is None else FORMAT_VERSION, "solver": solver}
-        fields |= {} if gates is None else {"steps": len(gates), "keep": gate_rows(gates)}
+        same where None. A forecast goes with the gates that it was made for (see ``with_forecast``)."""
+        changes: dict[str, Any] = {"solver": solver}
+        changes |= {} if gates is None else {"steps": len(gates), "keep": gate_rows(gates)}
+        if gates is not None and gate_rows(gates) != self.keep:
+            changes["forecast"] = None
+        return self._with(changes)
+
+    def with_forecast(self, forecast: Forecast | None) -> Schedule:
+        """The same document with this forecast, or with none."""
+        return self._with({"forecast": forecast})
+
+    def at(self, steps: Sequence[int]) -> Schedule:
+        """The document of these evaluations alone, in their order; without a solver, whose rows would be too many."""
+        forecast = None if self.forecast is None else self.forecast.at(steps)
+        rows = tuple(self.keep[step] for step in steps)
+        return self._with({"solver": None, "steps": len(rows), "keep": rows, "forecast": forecast})
+
+    def _with(self, changes: Mapping[str, Any]) -> Schedule:
+        """With other fields, and the version that they need."""
+        fields: dict[str, Any] = {**{name: getattr(self, name) for name in Schedule.model_fields}, **changes}
+        fields["format_version"] = 3 if fields["forecast"] is not None else 2 if fields["solver"] is not None else 1
         return Schedule.model_validate(fields)
 
     @classmethod

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from dipgo_deploy.errors import UserError
 from dipgo_deploy.schedule.document import Schedule, gate_rows
+from dipgo_deploy.schedule.forecast import FittedForecast
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,16 @@ class ImageRun:
 
 
 def image_run(schedule: Schedule, strength: float, begin: int) -> tuple[Schedule, ImageRun]:
-    """The schedule of the evaluations from ``begin`` on, the first of them whole, and what was done to it."""
+    """The schedule of the evaluations from ``begin`` on, the first of them whole, and what was done to it.
+
+    Raises:
+        UserError: weights of a forecast that were fitted to the whole run.
+    """
+    if isinstance(schedule.forecast, FittedForecast):
+        raise UserError(
+            "--strength: the weights of the schedule's forecast were fitted to whole runs, and a part of one has fewer "
+            "stored values; leave it out, or export a schedule with another forecast"
+        )
     first, *rest = schedule.gates[begin:]
     raised = tuple((begin, name) for name, kept in zip(schedule.block_names, first, strict=True) if not kept)
     return _with_rows(schedule, [(True,) * len(first), *rest]), ImageRun(strength, begin, schedule, raised)
@@ -48,4 +59,6 @@ def run_from(schedule: Schedule, begin: int) -> Schedule:
 
 def _with_rows(schedule: Schedule, gates: Sequence[Sequence[bool]]) -> Schedule:
     fields = {name: getattr(schedule, name) for name in Schedule.model_fields}
-    return Schedule.model_validate({**fields, "keep": gate_rows(gates), "steps": len(gates)})
+    own = range(schedule.steps - len(gates), schedule.steps)
+    forecast = None if schedule.forecast is None else schedule.forecast.at(own)
+    return Schedule.model_validate({**fields, "keep": gate_rows(gates), "steps": len(gates), "forecast": forecast})

@@ -21,14 +21,25 @@ _MAX_FIELDS = 100
 def check_sizes(document: Mapping[str, Any]) -> None:
     """Refuse lists and objects too large for a schedule before each of their values is looked at."""
     blocks, keep = document.get("blocks"), document.get("keep")
-    solver = document.get("solver")
+    solver, forecast = document.get("solver"), document.get("forecast")
     lists = {"blocks": (blocks, MAX_BLOCKS), "keep": (keep, MAX_EVALUATIONS)}
     if isinstance(solver, Mapping):
         lists |= {f"solver.{name}": (solver.get(name), MAX_EVALUATIONS) for name in ("timesteps", "rows", "final")}
+    if isinstance(forecast, Mapping):
+        lists |= {f"forecast.{name}": (forecast.get(name), MAX_EVALUATIONS) for name in ("positions", "weights")}
+        rows = forecast.get("weights")
+        if isinstance(rows, (list, tuple)) and len(rows) <= MAX_EVALUATIONS:
+            lists |= {
+                f"forecast.weights.{place}": (row, len(blocks) if isinstance(blocks, (list, tuple)) else MAX_BLOCKS)
+                for place, row in enumerate(rows)
+            }
     for name, (value, most) in lists.items():
         if isinstance(value, (list, tuple)) and len(value) > most:
             raise UserError(f"{name}: {len(value):,} entries, more than the {most:,} that a schedule can have")
-    parts = {"the document": document, **{name: document.get(name) for name in ("model", "sampler", "solver")}}
+    parts = {
+        "the document": document,
+        **{name: document.get(name) for name in ("model", "sampler", "solver", "forecast")},
+    }
     if isinstance(blocks, (list, tuple)):
         parts |= {f"blocks.{place}": block for place, block in enumerate(blocks)}
         rows = len(keep) if isinstance(keep, (list, tuple)) else 0

@@ -40,7 +40,9 @@ def worth_of(schedule: Schedule, without_launch: Collection[int] | None = None) 
     steps, sampler = schedule.steps, schedule.sampler.class_name.removesuffix("Scheduler")
     evaluations = schedule.kept_share * steps
     if without_launch is None:
-        unet = schedule.model.class_name.startswith("UNet2D") and set(schedule.cache_kinds.values()) == {"output"}
+        # A forecast block gives something else at each evaluation.
+        plain = set(schedule.cache_kinds.values()) == {"output"} and schedule.forecast is None
+        unet = schedule.model.class_name.startswith("UNet2D") and plain
         without_launch = [step for step, row in enumerate(schedule.gates) if unet and not any(row)]
     repeated = set(without_launch)
     whole = all(all(row) for step, row in enumerate(schedule.gates) if step not in repeated)

@@ -12,6 +12,7 @@ from dipgo_deploy.plan.index import index_graph
 from dipgo_deploy.plan.live import Demand, demand
 from dipgo_deploy.plan.values import Assignment
 from dipgo_deploy.schedule.document import Gates
+from dipgo_deploy.schedule.forecast import Reads
 
 _REMEMBERED = 20_000
 
@@ -52,11 +53,14 @@ class Costs:
         used: Sequence[bool] | None = None,
         *,
         reference_steps: int | None = None,
+        forecast: Reads | None = None,
     ) -> None:
         """Take the graph, T, and per evaluation whether the sampler gives its prediction any weight (default: all).
 
-        reference_steps: full evaluations of the run that ratios are shares of, None for T.
+        reference_steps: full evaluations of the run that ratios are shares of, None for T. forecast: what removed
+        blocks read; the analysis then leaves gates as they are, because what is stored decides what is read.
         """
+        self.forecast = forecast
         self.graph, self.steps = graph, steps
         self.blocks = tuple(block.name for block in graph.blocks)
         self._index = index_graph(graph)
@@ -79,7 +83,8 @@ class Costs:
         if rows not in self._known:
             if len(self._known) >= _REMEMBERED:
                 self._known.clear()
-            self._known[rows] = self._analysis(demand(self._index, [Assignment(row) for row in rows], self._used))
+            assignments = [Assignment(row) for row in rows]
+            self._known[rows] = self._analysis(demand(self._index, assignments, self._used, self.forecast), rows)
         return self._known[rows]
 
     def ratio(self, gates: Sequence[Sequence[bool]]) -> float:
@@ -111,7 +116,7 @@ class Costs:
         rows = {full, empty, *(self._row_without(block) for block in range(count))}
         return tuple(sorted(rows, key=lambda row: (-self._index.costs.macs(self._index.gated(_mask(row))), row)))
 
-    def _analysis(self, demands: Demand) -> Analysis:
+    def _analysis(self, demands: Demand, asked: Sequence[int]) -> Analysis:
         index, count = self._index, len(self.blocks)
         rows = [[False] * count for _ in range(self.steps)]
         rows[0] = [True] * count
@@ -119,6 +124,8 @@ class Costs:
             for block in range(count):
                 if launch.computed & index.outputs[block]:
                     rows[launch.step][block] = True
+        if self.forecast is not None:
+            rows = [[bool(row >> block & 1) for block in range(count)] for row in asked]
         return Analysis(
             gates=tuple(tuple(row) for row in rows),
             cost=demands.macs(index),

@@ -26,6 +26,7 @@ class LaunchedSupernet(Supernet):
 
     def __init__(self, supernet: Supernet, analysis: Analysis) -> None:
         super().__init__(supernet.model, supernet.specs, supernet.cache_kinds, supernet.call, supernet.guide)
+        self.forecast = supernet.forecast
         self._analysis = analysis
         self._number = {step: number for number, step in enumerate(analysis.predicts)}
         self._made: dict[int, Tensor] = {}

@@ -23,6 +23,7 @@ from dipgo_deploy.sampler import make_scheduler, prediction_used, sampler_matrix
 from dipgo_deploy.sampler.matrix import SamplerMatrix
 from dipgo_deploy.schedule.builders import Target
 from dipgo_deploy.schedule.document import BlockEntry, SamplerEntry, Schedule
+from dipgo_deploy.schedule.forecast import Forecast
 from dipgo_deploy.search.costs import Costs
 from dipgo_deploy.search.prompts import built_in_prompts, check_labels, class_count, known_labels, read_prompts
 from dipgo_deploy.search.samples import Pair as Pair
@@ -239,7 +240,9 @@ def with_sampler(problem: Problem, sampler: str, steps: int, config: Mapping[str
 
 
 def _with_scheduler(problem: Problem, scheduler: Any, target: Target, options: ProblemOptions) -> Problem:
-    """Without a reference of its own. target: but for T, which the scheduler decides."""
+    """Without a reference of its own, and without a forecast, which is one of another T. target: but for T, which the
+    scheduler decides."""
+    problem = _with_forecast(problem, None)
     set_timesteps = problem.source.set_timesteps(scheduler, problem.sample_shape[1:], options.steps)
     matrix = sampler_matrix(scheduler, options.steps, set_timesteps_kwargs=set_timesteps)
     return replace(
@@ -272,7 +275,8 @@ def with_reference(problem: Problem, sampler: str, steps: int) -> Problem:
 def costs_of(problem: Problem, graph: BlockGraph) -> Costs:
     """What gates of the problem's evaluations cost on this graph, as shares of the reference's full run."""
     steps = None if problem.reference is None else problem.reference.steps
-    return Costs(graph, problem.steps, prediction_used(problem.matrix), reference_steps=steps)
+    forecast = problem.supernet.forecast
+    return Costs(graph, problem.steps, prediction_used(problem.matrix), reference_steps=steps, forecast=forecast)
 
 
 def sampler_and_steps(text: str, option: str, steps: int | None = None) -> tuple[str, int]:
@@ -296,7 +300,7 @@ def cache_kinds(problem: Problem) -> tuple[CacheKind, ...]:
 
 
 def with_schedule(problem: Problem, schedule: Schedule) -> Problem:
-    """The same model and images with a schedule's own sampler or fitted solver, and its kinds of cache.
+    """The same model and images with a schedule's own sampler or fitted solver, its kinds of cache and its forecast.
 
     Raises:
         UserError: a sampler whose steps are not linear, or a schedule for other blocks.
@@ -305,7 +309,17 @@ def with_schedule(problem: Problem, schedule: Schedule) -> Problem:
         problem = _with_blocks(problem, schedule.blocks)
     sampler = schedule.sampler
     options = replace(problem.options, sampler=sampler.class_name, steps=sampler.num_inference_steps)
-    return _with_scheduler(problem, scheduler_of(schedule), replace(problem.target, sampler=sampler), options)
+    problem = _with_scheduler(problem, scheduler_of(schedule), replace(problem.target, sampler=sampler), options)
+    return _with_forecast(problem, schedule.forecast)
+
+
+def _with_forecast(problem: Problem, forecast: Forecast | None) -> Problem:
+    """The same problem with what its removed blocks read."""
+    if forecast == problem.supernet.forecast:
+        return problem
+    supernet = problem.source.supernet(problem.options.granularity, problem.cache_kinds, forecast)
+    problem = replace(problem, supernet=supernet)
+    return replace(problem, costs=costs_of(problem, problem.costs.graph))
 
 
 def with_guidance_scale(problem: Problem, scale: float) -> Problem:

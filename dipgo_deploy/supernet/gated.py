@@ -1,7 +1,8 @@
 """One evaluation of a denoiser with gates: the definition of a kept and of a removed block.
 
 The SuperNet of DiP-GO (arXiv 2410.16942): a removed block's consumers read its last computed output. For a residual
-cache they read the block's current input plus its last computed ``output - input``.
+cache they read the block's current input plus its last computed ``output - input``. With a forecast, a weighted sum of
+the last few takes the place of the last.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.models.family import BlockSpec, CacheKind, call_with_keywords
 from dipgo_deploy.models.guidance import PLAIN, Guidance
+from dipgo_deploy.schedule.forecast import AS_STORED, MOST_TERMS, Reads
 from dipgo_deploy.supernet.cuts import Structure, flatten, residual_inputs, unflatten
 
 Gate = bool | Tensor
@@ -27,11 +29,19 @@ class CacheState:
     """The caches between two evaluations of one image (or batch). Never changed: an evaluation returns a new one.
 
     tensors: block name -> what the block last stored, one tensor a cut: its outputs, or for a residual cache
-    ``output - input``. structures: block name -> how the tensors make up the module's output.
+    ``output - input``. structures: block name -> how the tensors make up the module's output. Under a forecast only,
+    earlier: block name -> what it stored before that, the latest first; stored_at: block name -> the evaluations that
+    stored all of these, the latest first.
     """
 
     tensors: Mapping[str, list[Tensor]] = field(default_factory=dict)
     structures: Mapping[str, Structure] = field(default_factory=dict)
+    earlier: Mapping[str, tuple[list[Tensor], ...]] = field(default_factory=dict)
+    stored_at: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+    def stored(self, block: str) -> tuple[list[Tensor], ...]:
+        """All that is held of a block, the latest first."""
+        return (self.tensors[block], *self.earlier.get(block, ())) if block in self.tensors else ()
 
 
 class CacheStore(Protocol):
@@ -52,9 +62,11 @@ class Supernet:
     The model's own forward runs, with hooks on the modules named by the specs; it is left as it was found.
 
     store: where the caches of bool gates lie; None: the tensors themselves, in memory.
+    forecast: what removed blocks read; None: what they stored last. Its evaluations are those that ``step`` is told.
     """
 
     store: CacheStore | None = None
+    forecast: Reads | None = None
 
     def __init__(
         self,
@@ -107,7 +119,7 @@ class Supernet:
             conditions: further inputs by name.
             gates: one a block, in the order of the specs.
             state: caches after the previous evaluation, ``CacheState()`` before the first.
-            step: index of the evaluation, for messages.
+            step: index of the evaluation, for messages and for the forecast.
             keep: blocks whose caches are stored or carried on; all by default. Of the others none is
                 held; soft gates store all the same.
 
@@ -115,16 +127,22 @@ class Supernet:
             The model's prediction (B, C', h, w) and the caches after this evaluation.
 
         Raises:
-            UserError: wrong number of gates, a gate that is no bool or number in [0, 1], or a block that reads a cache
-                which was never written.
+            UserError: wrong number of gates, a gate that is no bool or number in [0, 1], a soft one under a forecast,
+                or a block that reads a cache which was never written.
         """
         if len(gates) != len(self.specs):
             raise UserError(f"evaluation {step}: {len(gates)} gates for {len(self.specs)} blocks; give one a block")
         tensors = {name: values for name, values in state.tensors.items() if keep is None or name in keep}
         structures = {name: state.structures[name] for name in tensors}
+        earlier = {name: values for name, values in state.earlier.items() if name in tensors}
+        stored_at = {name: steps for name, steps in state.stored_at.items() if name in tensors}
         with ExitStack() as stack:
-            for spec, kind, raw in zip(self.specs, self.cache_kinds, gates, strict=True):
+            for place, (spec, kind, raw) in enumerate(zip(self.specs, self.cache_kinds, gates, strict=True)):
                 gate = _checked(raw, spec, step)
+                if self.forecast is not None and not isinstance(gate, bool):
+                    raise UserError(
+                        f"evaluation {step}, block {spec.name}: a soft gate cannot be forecast; give a bool"
+                    )
                 module = self.model.get_submodule(spec.name)
                 stored = state.tensors.get(spec.name)
                 if stored is None:
@@ -136,13 +154,20 @@ class Supernet:
                     gate = True
                 if gate is False:
                     assert stored is not None
-                    reader = _reader(spec, kind, stored, state.structures[spec.name], self.store)
+                    weights: tuple[float, ...] = AS_STORED
+                    if self.forecast is not None:
+                        weights = self.forecast.weights_of(step, place, state.stored_at[spec.name])
+                    terms = list(zip(weights, state.stored(spec.name), strict=False))
+                    reader = _reader(spec, kind, terms, state.structures[spec.name], self.store)
                     stack.enter_context(_replaced_forward(module, reader))
                 elif gate is not True or keep is None or spec.name in keep:
                     hook = _gate_hook(spec, kind, gate, stored, tensors, structures, self.store)
                     stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
+                    if self.forecast is not None:
+                        earlier[spec.name] = state.stored(spec.name)[: MOST_TERMS - 1]
+                        stored_at[spec.name] = (step, *state.stored_at.get(spec.name, ())[: MOST_TERMS - 1])
             prediction = self.call(self.model, latent, timestep, conditions)
-        return prediction, CacheState(tensors, structures)
+        return prediction, CacheState(tensors, structures, earlier, stored_at)
 
 
 def _checked(gate: Any, spec: BlockSpec, step: int) -> Gate:
@@ -169,12 +194,21 @@ def _base(spec: BlockSpec, kind: CacheKind, args: tuple[Any, ...], kwargs: Mappi
 
 
 def _reader(
-    spec: BlockSpec, kind: CacheKind, stored: Sequence[Tensor], structure: Structure, store: CacheStore | None
+    spec: BlockSpec,
+    kind: CacheKind,
+    terms: Sequence[tuple[float, Sequence[Tensor]]],
+    structure: Structure,
+    store: CacheStore | None,
 ) -> Any:
-    """A forward for the module of a removed block: no computation, only the cache."""
+    """A forward for the module of a removed block: no computation, only the cache. terms: what it stored, with weights,
+    the latest first."""
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        found = stored if store is None else [store.get(tensor) for tensor in stored]
+        found: list[Tensor] = []
+        for weight, stored in terms:
+            held = stored if store is None else [store.get(tensor) for tensor in stored]
+            part = held if weight == 1 else [weight * tensor for tensor in held]
+            found = [sofar + tensor for sofar, tensor in zip(found, part, strict=True)] if found else list(part)
         return unflatten(_read(found, _base(spec, kind, args, kwargs)), structure)
 
     return forward

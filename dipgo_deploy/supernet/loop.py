@@ -228,7 +228,11 @@ def _evaluation(
 
 def _detached(state: CacheState) -> CacheState:
     tensors = {name: [tensor.detach() for tensor in values] for name, values in state.tensors.items()}
-    return CacheState(tensors, state.structures)
+    earlier = {
+        name: tuple([tensor.detach() for tensor in values] for values in several)
+        for name, several in state.earlier.items()
+    }
+    return CacheState(tensors, state.structures, earlier, state.stored_at)
 
 
 class _Given:

@@ -60,7 +60,7 @@ def test_a_stored_directory_runs_as_it_did_or_is_refused_by_version(stored: Path
     if version in (UNSEALED_VERSION, FORMAT_VERSION):
         check_latents(stored / "engine")
     else:
-        with pytest.raises(UserError, match=rf"format_version {version}, this version reads {UNSEALED_VERSION} and"):
+        with pytest.raises(UserError, match=rf"format_version {version}, this version reads {UNSEALED_VERSION} to"):
             latents(stored / "engine")
 
 

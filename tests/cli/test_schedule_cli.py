@@ -349,3 +349,36 @@ def test_a_file_that_exists_is_kept_unless_it_may_be_replaced(
     assert main(options) == 0 and path.read_text() == "mine"
     assert f"{path} exists: writing s-1.json (--overwrite replaces it)" in capsys.readouterr().err
     assert main([*options, "--overwrite"]) == 0 and path.read_bytes() == (tmp_path / "s-1.json").read_bytes()
+
+
+def test_a_forecast_goes_into_the_schedule_and_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "s.json"
+    made = ["--model", "fashion-dit", "--steps", "6", "--interval", "2", "-o", str(path)]
+    assert main(["uniform", *made, "--forecast", "hermite", "--forecast-order", "2"]) == 0
+    line = "hermite, order 2, of 30 reads; 20 come before enough values are stored, and use those there are"
+    assert f"forecast: {line}" in capsys.readouterr().out
+    forecast = Schedule.load(path).forecast
+    assert forecast is not None and (forecast.kind, forecast.order, forecast.contraction) == ("hermite", 2, 0.5)
+    assert main(["show", str(path), "--json"]) == 0
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)["forecast"]["reads"] == 30 and line in shown.err
+    assert main(["validate", str(path)]) == 0 and line in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["uniform", "--interval", "2", "--forecast-order", "1"], "means nothing without --forecast"),
+        (
+            ["uniform", "--interval", "2", "--forecast", "taylor", "--forecast-contraction", "0.5"],
+            "belongs to --forecast hermite",
+        ),
+        (["full", "--forecast", "taylor"], "no block is skipped"),
+    ],
+)
+def test_forecast_options_that_mean_nothing_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    assert main([*options, "--model", "fashion-dit", "--steps", "4", "-o", str(tmp_path / "s.json")]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "s.json").exists()

@@ -7,12 +7,23 @@ from collections.abc import Sequence
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from random_plans import PRIME, compute, graph_input, naive, random_gates, random_graph, residual_source
+from random_plans import (
+    PRIME,
+    compute,
+    graph_input,
+    naive,
+    random_forecast,
+    random_gates,
+    random_graph,
+    residual_source,
+    residue,
+)
 
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.plan.compile import compile_plan
 from dipgo_deploy.plan.graph import BlockGraph
 from dipgo_deploy.plan.model import Cache, Plan
+from dipgo_deploy.schedule.forecast import FittedForecast
 
 RELAXED = settings(deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
@@ -38,17 +49,28 @@ def execute(plan: Plan, graph: BlockGraph, spoil: tuple[int, str] | None = None,
     for number, launch in enumerate(plan.launches):
         variant = plan.variants[launch.variant]
         loaded = {cache: load(cache, offset) for cache, offset in zip(variant.reads, launch.reads, strict=True)}
+        weighted = [cache for cache in variant.reads if cache.nth]
+        weights = dict(zip(weighted, launch.weights, strict=True))
         known: dict[str, int] = {name: graph_input(graph, name, launch.step) for name in graph.inputs}
         touched: set[object] = set()
 
-        def value(name: str, variant=variant, loaded=loaded, known=known, touched=touched, number=number) -> int:
+        def value(
+            name: str,
+            variant=variant,
+            loaded=loaded,
+            weights=weights,
+            known=known,
+            touched=touched,
+            number=number,
+        ) -> int:
             if name not in known:
-                if Cache(name, "output") in loaded:
-                    touched.add(Cache(name, "output"))
-                    known[name] = loaded[Cache(name, "output")]
-                elif Cache(name, "residual") in loaded:
-                    touched.add(Cache(name, "residual"))
-                    known[name] = (value(source[name]) + loaded[Cache(name, "residual")]) % PRIME
+                terms = [cache for cache in loaded if cache.value == name]
+                if terms:
+                    touched.update(terms)
+                    assert [term.nth for term in terms] in ([0], list(range(1, 1 + len(terms))))
+                    stored = sum(residue(weights.get(term, 1)) * loaded[term] for term in terms)
+                    origin = value(source[name]) if terms[0].kind == "residual" else 0
+                    known[name] = (origin + stored) % PRIME
                 else:
                     assert name in variant.computed, f"{name} is neither computed nor read"
                     touched.add(name)
@@ -84,6 +106,14 @@ def cases(draw):
     used = [rng.random() < 0.8 for _ in gates] if rng.random() < 0.4 else [True] * len(gates)
     used[rng.randint(0, len(gates) - 1)] = True
     return graph, gates, used, rng.choice([1, 2, 4])
+
+
+@st.composite
+def forecast_cases(draw):
+    rng = draw(st.randoms(use_true_random=False))
+    graph = random_graph(rng)
+    gates = random_gates(rng, rng.randint(2, 9), len(graph.blocks))
+    return graph, gates, random_forecast(rng, gates)
 
 
 def check(plan: Plan, graph: BlockGraph, used: Sequence[bool], expected: Sequence[int | None], tight: bool) -> None:
@@ -125,6 +155,23 @@ def test_plan_equals_supernet(case):
     assert plan.macs_run <= plan.macs_schedule <= plan.macs_full * len(gates)
     assert all(offset % alignment == 0 for launch in plan.launches for offset in (*launch.reads, *launch.writes))
     assert plan == compile_plan(graph, gates, prediction_used=used, alignment=alignment)
+
+
+@settings(RELAXED, max_examples=400)
+@given(forecast_cases(), st.none() | st.integers(1, 4))
+def test_a_forecast_equals_the_supernet(case, limit):
+    """Generations of caches are values like others, and launches that share a graph have weights of their own."""
+    graph, gates, forecast = case
+    used = [True] * len(gates)
+    try:
+        plan = compile_plan(graph, gates, forecast=forecast, max_variants=limit)
+    except UserError as error:
+        fitted = limit is not None and isinstance(forecast, FittedForecast)
+        assert (fitted and "were fitted without them" in str(error)) or None in naive(graph, gates, forecast)
+        return
+    check(plan, graph, used, naive(graph, plan.keep, forecast), tight=limit is None)
+    if forecast is None:
+        assert plan == compile_plan(graph, gates, max_variants=limit)
 
 
 @settings(RELAXED, max_examples=500)

@@ -16,10 +16,12 @@ from random_plans import (
     expand,
     graph_input,
     naive,
+    random_forecast,
     random_gates,
     random_graph,
     read_off,
     residual_source,
+    residue,
     supernet,
 )
 
@@ -80,7 +82,10 @@ def execute(
             weights[segment.name] |= traced.makers[name].weights
             return None
 
-        if segment.kind == "sum":
+        if segment.kind == "weighted":
+            terms = zip(launch.weights, loaded.values(), strict=True)
+            result = sum(residue(weight) * value for weight, value in terms) % PRIME
+        elif segment.kind == "sum":
             result = sum(loaded.values()) % PRIME
         elif segment.kind == "difference":
             result = (loaded["term0"] - loaded["term1"]) % PRIME
@@ -109,9 +114,10 @@ def execute(
     return predictions, weights
 
 
-def planned(traced: Traced, gates, used, alignment: int = 1) -> tuple[PieceGraph, SegmentPlan]:
+def planned(traced: Traced, gates, used, alignment: int = 1, forecast=None) -> tuple[PieceGraph, SegmentPlan]:
     pieces = split(traced.nodes, traced.graph)
-    return pieces, plan_segments(traced.graph, pieces, gates, prediction_used=used, alignment=alignment)
+    options = {"prediction_used": used, "alignment": alignment, "forecast": forecast}
+    return pieces, plan_segments(traced.graph, pieces, gates, **options)
 
 
 def test_the_executors_agree_on_what_is_missing():
@@ -148,6 +154,27 @@ def test_segments_equal_the_supernet(case):
         assert segment.macs == sum(pieces.pieces[piece].macs for piece in segment.pieces)
         assert weights[segment.name] <= pieces_weights(pieces, segment)
     assert plan == planned(traced, gates, used, alignment)[1]
+
+
+@settings(RELAXED, max_examples=300)
+@given(st.randoms(use_true_random=False))
+def test_a_forecast_equals_the_supernet(rng):
+    """A forecast block is a weighted sum of stored values, in a graph that every such sum shares."""
+    traced = expand(rng, random_graph(rng))
+    gates = random_gates(rng, rng.randint(2, 8), len(traced.graph.blocks))
+    forecast, used = random_forecast(rng, gates), [True] * len(gates)
+    try:
+        _, plan = planned(traced, gates, used, forecast=forecast)
+    except UserError:
+        assert None in supernet(traced, gates, forecast)
+        return
+    variants = compile_plan(traced.graph, gates, forecast=forecast)
+    predictions, _ = execute(plan, traced)
+    assert [predictions[slot] for slot in variants.prediction_slots] == supernet(traced, gates, forecast)
+    for launch in plan.launches:
+        weighted = plan.segments[launch.variant].kind == "weighted"
+        assert len(launch.weights) == (len(launch.reads) if weighted else 0)
+        assert not weighted or any(weight != 1 for weight in launch.weights)
 
 
 def pieces_weights(pieces: PieceGraph, segment: Segment) -> frozenset[str]:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.models import family_for
+from dipgo_deploy.schedule.forecast import RuleForecast
 from dipgo_deploy.supernet import CacheState, Supernet
 
 
@@ -278,3 +279,35 @@ def test_wrong_numbers_are_refused(dit, unet) -> None:
         Supernet(dit, specs_of(dit), ["output"])
     with pytest.raises(UserError, match="down_blocks.0.*'residual'"):
         Supernet(unet, specs_of(unet), ["residual"] * 9)
+
+
+@pytest.mark.parametrize("kind", ["residual", "output"])
+def test_a_forecast_block_is_the_weighted_sum_of_what_it_stored(dit, kind) -> None:
+    """Two blocks read with weights by a rule, by hand: the last stored values, the latest first."""
+    rows = evaluations(6, labels=True)
+    gates = [[True] * 4, [True, False, True, True], [True] * 4, [True] * 4, *[[True, False, False, True]] * 2]
+    supernet = Supernet(dit, specs_of(dit), [kind] * 4)
+    supernet.forecast = RuleForecast(kind="taylor", order=2)
+    with torch.no_grad():
+        state = CacheState()
+        for step, row in enumerate(rows):
+            prediction, after = supernet.step(*row, gates[step], state, step)
+            if step in (1, 5):
+                # The same evaluation with plain reads of the sums, put together by hand.
+                sums = {}
+                for block in (1, 2):
+                    name = f"transformer_blocks.{block}"
+                    if not gates[step][block]:
+                        weights = supernet.forecast.weights_of(step, block, state.stored_at[name])
+                        held = [values[0] for values in state.stored(name)]
+                        assert len(held) == (1 if step == 1 else 3) and len(weights) == len(held)
+                        sums[name] = [sum(w * tensor for w, tensor in zip(weights, held, strict=True))]
+                plain = Supernet(dit, specs_of(dit), [kind] * 4)
+                by_hand = CacheState({**state.tensors, **sums}, state.structures)
+                expected, _ = plain.step(*row, gates[step], by_hand, step)
+                torch.testing.assert_close(prediction, expected, rtol=1e-5, atol=1e-5)
+            state = after
+        assert state.stored_at["transformer_blocks.1"] == (3, 2, 0)
+        assert state.stored_at["transformer_blocks.0"] == (5, 4, 3)
+        with pytest.raises(UserError, match="a soft gate cannot be forecast"):
+            supernet.step(*rows[0], [torch.tensor(0.5), True, True, True], state, 6)
