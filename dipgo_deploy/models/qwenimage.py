@@ -26,7 +26,7 @@ from dipgo_deploy.models.family import BlockSpec, Granularity, InputSpec, ModelF
 from dipgo_deploy.models.guidance import Guidance, renormalised
 from dipgo_deploy.models.packed import PACK, pack, unpack
 from dipgo_deploy.models.rotary import rotate, turns
-from dipgo_deploy.models.shift import dynamic_shift
+from dipgo_deploy.models.shift import flow_options
 from dipgo_deploy.models.sublayers import sublayers, whole_blocks
 
 if TYPE_CHECKING:
@@ -188,16 +188,8 @@ def given(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, Ten
 def set_timesteps(
     config: Mapping[str, Any], scheduler: Mapping[str, Any], height: int, width: int, steps: int
 ) -> Mapping[str, Any]:
-    """The pipeline's ``sigmas``, and ``mu`` for the number of tokens for a scheduler with dynamic shifting.
-
-    DPM-Solver takes no ``sigmas``: diffusers' pipeline cannot be run with it.
-    """
-    options: dict[str, Any] = {}
-    if "algorithm_type" not in scheduler:
-        options["sigmas"] = np.linspace(1.0, 1 / steps, steps).tolist()
-    if scheduler.get("use_dynamic_shifting"):
-        options["mu"] = dynamic_shift(scheduler, (height // PACK) * (width // PACK), max_shift=1.15)
-    return options
+    """The pipeline's ``sigmas``, and ``mu`` for the number of tokens for a scheduler with dynamic shifting."""
+    return flow_options(scheduler, (height // PACK) * (width // PACK), steps)
 
 
 FAMILY = ModelFamily(

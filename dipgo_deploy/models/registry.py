@@ -21,6 +21,7 @@ from dipgo_deploy.models import (
     unet2d,
     unet2d_condition,
     wan,
+    zimage,
 )
 from dipgo_deploy.models.family import ModelFamily
 
@@ -37,6 +38,7 @@ BUILT_IN = (
     sd3.FAMILY,
     pixart.FAMILY,
     qwenimage.FAMILY,
+    zimage.FAMILY,
     sana.FAMILY,
     wan.FAMILY,
 )

@@ -42,16 +42,16 @@ def rotate(features: Tensor, table: Tensor) -> Tensor:
     return turned.flatten(-2).to(features.dtype)
 
 
-def turns(positions: np.ndarray, extents: Sequence[int], theta: float) -> Tensor:
+def turns(positions: np.ndarray, extents: Sequence[int], theta: float, dtype: Any = np.float32) -> Tensor:
     """Table for ``rotate`` of tokens at positions (tokens, axes), with so many features for each axis.
 
-    Frequencies and angles are float32, as the models that multiply complex numbers have them.
+    dtype: in which the model computes frequencies and angles.
     """
     import torch
 
     angles = []
     for axis, extent in enumerate(extents):
-        powers = np.arange(0, extent, 2).astype(np.float32) / np.float32(extent)
-        angles.append(np.outer(positions[:, axis].astype(np.float32), 1 / np.float32(theta) ** powers))
+        powers = np.arange(0, extent, 2).astype(dtype) / dtype(extent)
+        angles.append(np.outer(positions[:, axis].astype(dtype), 1 / dtype(theta) ** powers))
     angle = np.concatenate(angles, axis=1).astype(np.float32)
     return torch.from_numpy(np.stack([np.cos(angle), np.sin(angle)], axis=-1))

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 
 def dynamic_shift(scheduler: Mapping[str, Any], tokens: int, *, max_shift: float) -> float:
     """``mu`` of ``set_timesteps``: linear in the number of picture tokens (``calculate_shift`` of the pipelines).
@@ -16,3 +18,16 @@ def dynamic_shift(scheduler: Mapping[str, Any], tokens: int, *, max_shift: float
     base, top = scheduler.get("base_shift", 0.5), scheduler.get("max_shift", max_shift)
     slope = (top - base) / (high - low)
     return float(tokens * slope + (base - slope * low))
+
+
+def flow_options(scheduler: Mapping[str, Any], tokens: int, steps: int) -> dict[str, Any]:
+    """``sigmas`` and, with dynamic shifting, ``mu``, as pipelines give them whatever the scheduler makes itself.
+
+    DPM-Solver takes no ``sigmas``: diffusers' pipelines cannot be run with it.
+    """
+    options: dict[str, Any] = {}
+    if "algorithm_type" not in scheduler:
+        options["sigmas"] = np.linspace(1.0, 1 / steps, steps).tolist()
+    if scheduler.get("use_dynamic_shifting"):
+        options["mu"] = dynamic_shift(scheduler, tokens, max_shift=1.15)
+    return options

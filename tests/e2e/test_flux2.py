@@ -217,7 +217,8 @@ def test_dev_draws_what_diffusers_draws(dev: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("granularity", "cache", "layout"), [("block", "output", "segments"), ("layer", None, "variants")]
+    ("granularity", "cache", "layout"),
+    [("layer", None, "segments"), pytest.param("block", "output", "variants", marks=pytest.mark.slow)],
 )
 def test_random_schedules_are_the_supernet(tmp_path: Path, granularity: Any, cache: Any, layout: Any) -> None:
     denoiser = transformer(guidance=True, layers=2)

@@ -153,7 +153,8 @@ def test_random_schedule_of_blocks(planned: PlannedExport, model: Path, engine: 
 
 
 @pytest.mark.parametrize(
-    ("granularity", "cache", "layout"), [("block", "output", "segments"), ("layer", None, "variants")]
+    ("granularity", "cache", "layout"),
+    [("layer", None, "segments"), pytest.param("block", "output", "variants", marks=pytest.mark.slow)],
 )
 def test_random_schedules_are_the_supernet(tmp_path: Path, granularity: Any, cache: Any, layout: Any) -> None:
     """With a sampler that the pipeline does not take: it has no ``sigmas``."""
