@@ -43,6 +43,8 @@ class ProblemOptions:
         class_labels: for a class-conditioned model, None all that the model names.
         reference: sampler and steps of the full run whose images are to be kept and whose cost is to be saved of, None
             for that of sampler and steps.
+        random_conditions: of a denoiser without its pipeline, what stands for a prompt is noise: enough to measure time
+            and memory, and for nothing else.
     """
 
     model: str
@@ -58,6 +60,7 @@ class ProblemOptions:
     class_labels: tuple[int, ...] | None = None
     reference: tuple[str, int] | None = None
     device: str = "cpu"
+    random_conditions: bool = False
 
 
 @dataclass(frozen=True)
@@ -383,7 +386,7 @@ def _prompts(options: ProblemOptions) -> tuple[str, ...] | None:
         return read_prompts(options.prompts)
     built_in = built_in_prompts(options.model)
     family, config = denoiser_config(options.model)
-    if built_in is None and family.text(config, None) is not None:
+    if built_in is None and family.text(config, None) is not None and not options.random_conditions:
         raise UserError(f"{options.model}: is guided by text; give --prompts, a text file with one prompt a line")
     return built_in
 
@@ -395,7 +398,7 @@ def _names_and_labels(
     if _takes_text(source):
         if options.class_labels is not None:
             raise UserError(f"--class-labels: {options.model} is guided by text; give --prompts")
-        assert prompts is not None
+        prompts = prompts or ("",)  # none with random conditions
         return prompts, (0,) * len(prompts)
     if not _takes_classes(source):
         for option, given in (("--prompts", prompts), ("--class-labels", options.class_labels)):

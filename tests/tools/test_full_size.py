@@ -14,7 +14,7 @@ from dipgo_deploy.errors import UserError  # noqa: E402
 from dipgo_deploy.models import family_for  # noqa: E402
 from dipgo_deploy.sampler import make_scheduler  # noqa: E402
 from dipgo_deploy.supernet.load import load_denoiser  # noqa: E402
-from tools.full_size import find, models  # noqa: E402
+from tools.full_size import calibration, find, models, stages  # noqa: E402
 from tools.full_size.all import main as all_rows  # noqa: E402
 from tools.full_size.all import rows  # noqa: E402
 from tools.full_size.export import exported_pixels, main, make_schedule, measure  # noqa: E402
@@ -171,6 +171,24 @@ def test_the_published_gates_are_those_of_sd15s_blocks(tmp_path: Path) -> None:
     (folder / "scheduler/scheduler_config.json").write_text(json.dumps(scheduler))
     schedule = make_schedule(entry, folder, {**OPTIONS, "schedule": "published"})
     assert (schedule.steps, len(schedule.blocks), sum(any(row) for row in schedule.gates)) == (50, 9, 10)
+
+
+def test_a_measured_calibration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def at_once(stage: str, arguments: Any, log: Path) -> dict[str, Any]:
+        return {**stages.STAGES[stage](arguments), "peak_rss": 3 * 2**30}
+
+    monkeypatch.setattr("tools.full_size.export.run_stage", at_once)
+    monkeypatch.setattr(calibration, "run_stage", at_once)
+    options = {"steps": 4, "interval": 2, "images": 2, "height": None, "width": 48, "reduced": False}
+    row = calibration.measure(TINY, options, tmp_path, print)
+    took = row["calibrate"]
+    assert (took["launches"], took["full"], took["evaluations"]) == (2, 4, 2 * (4 + 2))
+    assert took["guidance"] and 0 < took["residual"] < 10
+    file = tmp_path / "rows.json"
+    for _ in range(2):
+        calibration.add_row(file, row)
+    assert len(read_rows(file)) == 1
+    assert "| tiny | 48x64 | 0.00 | 2 | 2 of 4 | 12 |" in file.with_suffix(".md").read_text()
 
 
 def test_a_measured_export(tmp_path: Path) -> None:

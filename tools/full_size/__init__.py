@@ -17,7 +17,7 @@ from typing import Any
 
 from dipgo_deploy.errors import UserError
 
-_COMMANDS = frozenset({"all", "export", "measure", "stages", "table", "weights"})
+_COMMANDS = frozenset({"all", "calibration", "export", "measure", "stages", "table", "weights"})
 
 
 def models() -> dict[str, dict[str, Any]]:

@@ -82,7 +82,7 @@ def measure(entry: Mapping[str, Any], options: Mapping[str, Any], say: Any) -> d
     """One row: what was exported, and what each stage took. Raises UserError when a stage fails."""
     out, dtype = options["out"], options["dtype"]
     out.mkdir(parents=True, exist_ok=True)
-    changes = _changes(entry, options["reduced"])
+    changes = changes_of(entry, options["reduced"])
     label = "-".join((entry["name"], *(["reduced"] if changes else []), dtype))
     log = out / f"{label}.log"
     log.unlink(missing_ok=True)
@@ -94,7 +94,7 @@ def measure(entry: Mapping[str, Any], options: Mapping[str, Any], say: Any) -> d
         **{key: options[key] for key in ("dtype", "schedule", "granularity", "batch", "layout", "max_variants")},
         **({} if options["low_memory"] is None else {"low_memory": options["low_memory"]}),
     }
-    row["weights"] = _model(entry, changes, dtype, out / "models" / label, log, say)
+    row["weights"] = model_folder(entry, changes, dtype, out / "models" / label, log, say)
     folder = out / "models" / label
     schedule = make_schedule(entry, folder, options)
     schedule_file = out / f"{label}.schedule.json"
@@ -184,7 +184,8 @@ def _published(entry: Mapping[str, Any], folder: Path, steps: int) -> Schedule:
     return target.schedule(given.gates, "published", dict(given.provenance))
 
 
-def _changes(entry: Mapping[str, Any], reduced: bool) -> Mapping[str, Any]:
+def changes_of(entry: Mapping[str, Any], reduced: bool) -> Mapping[str, Any]:
+    """What ``--reduced`` changes in the configuration; raises UserError where the entry does not say."""
     if not reduced:
         return {}
     if not entry.get("depth"):
@@ -192,7 +193,7 @@ def _changes(entry: Mapping[str, Any], reduced: bool) -> Mapping[str, Any]:
     return dict(entry["depth"])
 
 
-def _model(
+def model_folder(
     entry: Mapping[str, Any], changes: Mapping[str, Any], dtype: str, folder: Path, log: Path, say: Any
 ) -> dict[str, Any]:
     """Make the model's folder, unless an earlier run did; it appears when it is complete."""

@@ -112,11 +112,43 @@ def build(arguments: Mapping[str, Any]) -> dict[str, Any]:
     return {"version": report.version, "engines": len(sizes), "bytes": sum(sizes), "largest_bytes": max(sizes)}
 
 
+def calibrate(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """A solver for every ``interval``-th evaluation of a sampler, fitted in torch in float32 on random conditions."""
+    from dipgo_deploy.calibrate.core import CalibrationOptions
+    from dipgo_deploy.calibrate.fit import calibrate as fit
+    from dipgo_deploy.calibrate.fitted import residual_of
+    from dipgo_deploy.reference.quiet import quiet_libraries
+    from dipgo_deploy.schedule.builders import uniform
+    from dipgo_deploy.search.problem import ProblemOptions, load_problem
+
+    quiet_libraries()
+    clock = _Clock()
+    problem = load_problem(ProblemOptions(arguments["folder"], **arguments["problem"], random_conditions=True), clock)
+    target = problem.target
+    schedule = target.schedule(uniform(target.steps, len(target.blocks), arguments["interval"]), "uniform", {})
+    images = arguments["images"]
+    options = CalibrationOptions(images=images, held_aside=1 / images, batch=1)
+    clock("calibrating")
+    fitted = fit(problem, schedule, options)
+    assert fitted.solver is not None
+    evaluations = images * (target.steps + fitted.steps)
+    return {
+        "stages": clock.stop(),
+        "launches": fitted.steps,
+        "full": target.steps,
+        "images": images,
+        "evaluations": evaluations,
+        "guidance": problem.guidance_scale is not None,
+        "residual": residual_of(fitted.solver),
+    }
+
+
 STAGES: Mapping[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
     "weights": weights,
     "export": export,
     "compare": compare,
     "build": build,
+    "calibrate": calibrate,
 }
 
 
