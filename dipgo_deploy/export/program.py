@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import logging
 import re
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
     import torch
 
+_OBJECTS_BETWEEN_COLLECTIONS = 50_000
 # bf16 needs the InstanceNormalization of opset 22; TensorRT-RTX has no kernel for opset 23's Attention in fp32.
 OPSET = {"fp32": 20, "fp16": 20, "bf16": 22}
 
@@ -60,7 +62,7 @@ def to_onnx(
     from dipgo_deploy.export.passes.outputs import NameOutputs
     from dipgo_deploy.export.passes.squeeze import IdleSqueezes
 
-    with torch.no_grad(), _quiet():
+    with torch.no_grad(), _quiet(), _few_collections():
         try:
             shapes = None if dynamic_shapes is None else tuple(dynamic_shapes)
             program = torch.export.export(module, tuple(arguments), strict=False, dynamic_shapes=shapes)
@@ -119,6 +121,17 @@ def _why_static(error: Exception) -> str:
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+@contextlib.contextmanager
+def _few_collections() -> Iterator[None]:
+    """Python's collector at work less often: a trace makes millions of objects that live on."""
+    before = gc.get_threshold()
+    gc.set_threshold(_OBJECTS_BETWEEN_COLLECTIONS, *before[1:])
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
 
 
 @contextlib.contextmanager
