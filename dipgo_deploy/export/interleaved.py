@@ -13,7 +13,7 @@ _END = 2**63 - 1
 def stack_interleaved(program: ExportedProgram) -> int:
     """``out = empty_like(x); out[..., 0::n] = a; out[..., 1::n] = b; ...`` becomes a stack and a reshape; how many did.
 
-    Wan's and LTX's rotary embeddings are written so. The exporter makes a ScatterND of each assignment, with a constant
+    Wan's rotary embeddings are written so. The exporter makes a ScatterND of each assignment, with a constant
     as large as the tensor and its transposes around it.
     """
     import torch

@@ -179,6 +179,8 @@ class ModelFamily:
             the latent's makes but the first, which makes one; where a VAE says another number, that one.
         fps: frames a second that it makes videos for.
         pixels_per_latent: pixels of the picture to one of the VAE's latent, on each side, where no VAE says.
+        scales_fixed: the model is told how far pixels and frames are apart, so that its VAE has to have the two numbers
+            above.
         kind: of the samplers it is for, where its folder has none that tells.
         float32_in_fp16: components of the pipeline that overflow in float16 and stay in float32 in a fp16 export.
         given(args, kwargs): latent, timestep and conditions by ``InputSpec.name``, of the pipeline's own call of the
@@ -209,6 +211,7 @@ class ModelFamily:
     frames_per_latent: int | None = None
     fps: int | None = None
     pixels_per_latent: int = 8
+    scales_fixed: bool = False
     kind: Kind = "diffusion"
     float32_in_fp16: tuple[str, ...] = ()
     given: Callable[..., tuple[Tensor, Tensor, Mapping[str, Tensor]]] | None = None

@@ -14,6 +14,7 @@ from dipgo_deploy.models import (
     dit,
     flux,
     flux2,
+    ltx,
     pixart,
     qwenimage,
     sana,
@@ -41,6 +42,7 @@ BUILT_IN = (
     zimage.FAMILY,
     sana.FAMILY,
     wan.FAMILY,
+    ltx.FAMILY,
 )
 
 _log = logging.getLogger(__name__)

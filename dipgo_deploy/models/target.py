@@ -16,7 +16,7 @@ from dipgo_deploy.schedule.identity import accepted_hashes, config_hash
 
 # Latent pixels of a model whose configuration does not say its size; the number of evaluations does not depend on it.
 NOMINAL_SIZE = 128
-NOMINAL_FRAMES = 8
+NOMINAL_FRAMES = 1
 # Of an evaluation; Runge-Kutta steps make as many.
 _MOST_EVALUATIONS = 4
 

@@ -99,6 +99,15 @@ class Source:
             )
             return replace(shape, sizes=self._ranges(shape, *given))
         assert isinstance(batch, int) and not isinstance(height, Range) and not isinstance(width, Range)
+        family = self.family
+        if family.scales_fixed and (self.scale, self.time_scale) != (
+            family.pixels_per_latent,
+            family.frames_per_latent,
+        ):
+            raise UserError(
+                f"{self.name}: its VAE makes {self.scale} pixels and {self.time_scale} frames of one of the latent, "
+                f"{family.diffusers_class} is for {family.pixels_per_latent} and {family.frames_per_latent}"
+            )
         if batch < 1:
             raise UserError(f"--batch {batch}: give a number of images of at least 1")
         if guidance and not self.can_guide:

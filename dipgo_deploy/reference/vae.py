@@ -20,6 +20,11 @@ def scaling_and_shift(vae: Any) -> tuple[Any, Any]:
         UserError: a VAE that has no such factor.
     """
     config = vae.config
+    if config.get("timestep_conditioning"):
+        raise UserError(
+            f"vae: {type(vae).__name__} with timestep_conditioning draws noise as it decodes, which is not supported; "
+            "use a VAE without (LTX-Video 0.9.0's), or --no-components"
+        )
     norm = getattr(vae, "bn", None)
     if norm is not None:
         deviation = (norm.running_var.float() + config.batch_norm_eps).sqrt()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import runpy
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,31 +13,30 @@ import pytest
 import torch
 from click.testing import CliRunner
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
-from family_checks import (
-    assert_pictures_equal_stock,
-    build_with_tensorrt_rtx,
-    loop_report,
-    plan_for,
-    random_weights,
-    schedule_for,
-    with_gates,
-)
+from family_checks import build_with_tensorrt_rtx, plan_for, random_weights, schedule_for
 from flow_pipelines import T5_WIDTH, t5_tokenizer
 from sd_pipelines import relative
 from tiny_denoisers import wan_transformer
 from transformers import UMT5Config, UMT5EncoderModel
-from video_checks import ours, theirs
+from video_checks import (
+    STEPS,
+    check_blocks,
+    check_half_precision,
+    check_layers_in_both_layouts,
+    check_random_blocks,
+    check_samplers,
+    check_whole_evaluations_skipped,
+    ours,
+    theirs,
+)
 
 from dipgo_deploy.bundle.directory import Bundle
 from dipgo_deploy.cli import run
 from dipgo_deploy.errors import UserError
-from dipgo_deploy.export.exporter import PlannedExport, publish, replan
+from dipgo_deploy.export.exporter import PlannedExport, publish
 from dipgo_deploy.models import family_for
-from dipgo_deploy.models.target import schedule_target
 from dipgo_deploy.models.wan import CLASS_NAME
-from dipgo_deploy.schedule import builders
 
-STEPS = 4
 # Latents of 3 x 4 x 8: the tiny VAE halves each side and makes two frames of each latent one but the first.
 SIZE = {"height": 16, "width": 16, "num_frames": 5}
 PROMPT, NEGATIVE = "a red  &amp; shoe", "a and"
@@ -116,7 +114,7 @@ def test_it_makes_what_diffusers_makes(stock: WanPipeline, engine: Path) -> None
     assert (latent.shape, latent.video_frames, latent.scale, latent.fps) == ((4, 3, 8, 8), 5, 2, 16)
     call: dict[str, Any] = {"prompt": PROMPT, "negative_prompt": NEGATIVE, "guidance_scale": 3.0}
     for kind, shape in (("latent", (1, 4, 3, 8, 8)), ("np", (1, 5, 16, 16, 3))):
-        want = theirs(stock, steps=STEPS, output_type=kind, **call, **SIZE)
+        want = theirs(stock, output_type=kind, **call, **SIZE)
         got = ours(engine, output_type=kind, **call)
         assert got.shape == want.shape == shape
         assert relative(got, want) < 1e-4
@@ -125,55 +123,29 @@ def test_it_makes_what_diffusers_makes(stock: WanPipeline, engine: Path) -> None
         assert relative(ours(engine, output_type=kind, **{**call, "prompt": "a red & shoe"}), want) < 1e-4
 
 
-def test_blocks_with_residuals_and_other_samplers(
-    stock: WanPipeline, model: Path, planned: PlannedExport, engine: Path, tmp_path: Path
-) -> None:
-    assert {block.cache for block in planned.schedule.blocks} == {"residual"}
-    half = with_gates(planned, schedule_for(model, ratio=0.5, steps=STEPS), tmp_path / "half", components=False)
-    assert len(half.manifest.plan.variants) > 1
-    assert loop_report(half.path).first_failure() is None
-    # Tokens, conditions and videos too, beside the stock pipeline with the supernet in it.
-    assert_pictures_equal_stock(half.path, engine)
+def test_blocks_with_residuals(model: Path, planned: PlannedExport, engine: Path, tmp_path: Path) -> None:
+    check_random_blocks(model, planned, engine, tmp_path / "half")
+
+
+def test_other_samplers(stock: WanPipeline, model: Path, planned: PlannedExport, tmp_path: Path) -> None:
     with torch.no_grad():
         states, no_states = (host.numpy() for host in stock.encode_prompt(PROMPT, NEGATIVE, max_sequence_length=512))
-    for sampler in ("flow-euler", "flow-heun"):
-        other = with_gates(
-            planned, schedule_for(model, steps=STEPS, sampler=sampler), tmp_path / sampler, components=False
-        )
-        got = ours(other.path, prompt_embeds=states, negative_prompt_embeds=no_states, output_type="latent")
-        call = {"prompt": PROMPT, "negative_prompt": NEGATIVE, "output_type": "latent", **SIZE}
-        assert relative(got, theirs(stock, steps=STEPS, sampler=sampler, **call)) < 1e-4
+    embeds = {"prompt_embeds": states, "negative_prompt_embeds": no_states}
+    call = {"prompt": PROMPT, "negative_prompt": NEGATIVE, **SIZE}
+    check_samplers(stock, model, planned, tmp_path, ("flow-euler", "flow-heun"), embeds, call)
 
 
 def test_evaluations_that_skip_every_block(model: Path, planned: PlannedExport, tmp_path: Path) -> None:
-    # As MagCache and TeaCache do where their choice is made beforehand: all residuals at once.
-    target = schedule_target(str(model), None, STEPS)
-    schedule = target.schedule(builders.uniform(target.steps, len(target.blocks), 2), "interval", {"interval": 2})
-    bundle = with_gates(planned, schedule, tmp_path / "x", components=False)
-    assert [sum(map(int, row)) for row in schedule.gates] == [2, 0, 2, 0]
-    assert len(bundle.manifest.plan.variants) == 2
-    assert loop_report(bundle.path).first_failure() is None
+    check_whole_evaluations_skipped(model, planned, tmp_path / "x")
 
 
 def test_layers_are_the_supernet_in_both_layouts(model: Path, tmp_path: Path) -> None:
-    schedule = schedule_for(model, ratio=0.5, steps=STEPS, granularity="layer")
-    planned = plan_for(model, schedule, components=False, check=False, **SIZE)
-    segments = replan(replace(planned, options=replace(planned.options, layout="segments")), schedule)
-    for layout, plan in (("variants", planned), ("segments", segments)):
-        bundle = publish(plan, tmp_path / layout)
-        assert bundle.manifest.plan.layout == layout
-        report = loop_report(bundle.path)
-        assert report.first_failure() is None and report.results is not None
-        for tensor in (*(tensor for step in report.loop for tensor in step.tensors), *report.results.tensors):
-            assert tensor.relative <= 1e-4, f"{tensor.name}: {tensor.relative}"
+    check_layers_in_both_layouts(model, tmp_path, SIZE)
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 def test_half_precision_is_close_and_builds(model: Path, tmp_path: Path, dtype: str) -> None:
-    schedule = schedule_for(model, ratio=0.5, steps=2, granularity="layer")
-    # The export compares fp16 with the supernet; a CPU does not run bf16.
-    bundle = publish(plan_for(model, schedule, dtype=dtype, components=False, **SIZE), tmp_path / "x")
-    assert build_with_tensorrt_rtx(bundle.path) == len(bundle.manifest.plan.variants)
+    check_half_precision(model, tmp_path / "x", dtype, SIZE)
 
 
 def test_tensorrt_rtx_builds_every_graph_in_fp32(engine: Path) -> None:
@@ -192,21 +164,11 @@ def test_a_video_is_written(engine: Path, tmp_path: Path) -> None:
         assert (stream.width, stream.height, stream.average_rate, len(list(video.decode(stream)))) == (32, 16, 16, 5)
 
 
-@pytest.mark.parametrize("name", FULL_SIZE)
-def test_blocks_and_inputs_of_the_published_sizes(name: str) -> None:
-    config = FULL_SIZE[name]["config"]
-    family = family_for(CLASS_NAME)
-    with torch.device("meta"):
-        denoiser = WanTransformer3DModel(**{key: value for key, value in config.items() if not key.startswith("_")})
-    count = {"wan-2.1-t2v-1.3b": 30, "wan-2.1-t2v-14b": 40}[name]
-    for granularity, units in (("block", count), ("layer", 3 * count)):
-        specs = family.blocks(config, granularity)  # type: ignore[arg-type]
-        assert len(specs) == units == len({spec.name for spec in specs})
-        assert all(denoiser.get_submodule(path) for spec in specs for path in spec.modules)
-    outside = [name for name, _ in denoiser.named_parameters() if not name.startswith("blocks.")]
-    heads = ("patch_embedding.", "condition_embedder.", "proj_out.", "scale_shift_table")
-    assert all(name.startswith(heads) for name in outside)
-    latent, timestep, states = family.inputs(config, 2, 21, 60, 104, 512)
+@pytest.mark.parametrize(("name", "count"), [("wan-2.1-t2v-1.3b", 30), ("wan-2.1-t2v-14b", 40)])
+def test_blocks_and_inputs_of_the_published_sizes(name: str, count: int) -> None:
+    outside = ("patch_embedding.", "condition_embedder.", "proj_out.", "scale_shift_table")
+    check_blocks(FULL_SIZE[name], WanTransformer3DModel, outside, block=count, layer=3 * count)
+    latent, timestep, states = family_for(CLASS_NAME).inputs(FULL_SIZE[name]["config"], 2, 21, 60, 104, 512)
     assert (latent.shape, timestep.shape, states.shape) == ((2, 16, 21, 60, 104), (1,), (2, 512, 4096))
 
 
