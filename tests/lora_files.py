@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
+
+from dipgo_deploy.runtime.pipeline import Pipeline
 
 RANK = 3
 
@@ -80,3 +84,31 @@ def save_lora(
             tensors[alpha_key] = torch.tensor(alpha)
     save_file(tensors, path, metadata)
     return path
+
+
+def assert_lora_is_merged(
+    engine_dir: Path,
+    model: torch.nn.Module,
+    modules: list[str],
+    stock: Callable[[], np.ndarray],
+    folder: Path,
+    **call: Any,
+) -> None:
+    """An engine directory draws with a LoRA of a transformer what its stock pipeline draws with merged weights.
+
+    model: the stock pipeline's transformer, which is left as it was. call: of the engine directory, whose seed is 3.
+    """
+    updates = make_updates(model, modules)
+    file = save_lora(folder / "lora.safetensors", updates, diffusers_keys("transformer."))
+    pipeline = Pipeline.from_engine_dir(engine_dir, "cpu", threads=1)
+    without = np.asarray(pipeline(seed=3, **call).images)
+    pipeline.load_lora(file, 0.5)
+    found = np.asarray(pipeline(seed=3, **call).images)
+    merge_into(model, updates, 0.5)
+    try:
+        want = stock()
+    finally:
+        merge_into(model, updates, -0.5)
+    largest = np.abs(want).max()
+    assert np.abs(found - want).max() <= 1e-4 * largest
+    assert np.abs(found - without).max() > 1e-3 * largest

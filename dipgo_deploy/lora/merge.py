@@ -30,12 +30,13 @@ _DTYPES: Mapping[str, TensorDType] = {"float": "float32", "float16": "float16", 
 _OPTIONAL_LEVEL = "text_model_"
 # A layer with its number, `encoder_layers_` `11` `_mlp_fc1` or T5's `encoder_block_` `0` `_layer_0_...`.
 _NUMBERED = re.compile(r"(.*?(?:layers|block)_)(\d+)(_.*)")
-_KIND_OF_CLASS = {
+KIND_OF_CLASS = {
     "FluxTransformer2DModel": "FLUX",
     "SD3Transformer2DModel": "Stable Diffusion 3",
     "UNet2DConditionModel": "a UNet",
     "UNet2DModel": "a UNet",
 }
+"""Class -> what its authors' own names for layers are those of; LoRA files may have them."""
 # The weights of several text encoders are in one graph, which has the encoder in front of their names.
 _ENCODER = re.compile(r"(text_encoder(?:_\d+)?)\.(.+)")
 
@@ -381,7 +382,7 @@ def _check_coverage(lora: LoraFile, components: Sequence[Coverage], weights: _We
     if not problems or (partial and not nothing):
         return
     model = _made_for(components)
-    if model is not None and model != _KIND_OF_CLASS.get(weights.class_name):
+    if model is not None and model != KIND_OF_CLASS.get(weights.class_name):
         problems.append(f"it was made for another model: {model}, where this is {weights.class_name}")
     advice = "nothing of it can be applied" if nothing else "--lora-partial (partial=True) applies the rest"
     raise UserError(f"{lora.path}: in {weights.path}: {'; '.join(problems)}; {advice}")

@@ -104,6 +104,8 @@ def call(model: nn.Module, latent: Tensor, timestep: Tensor, conditions: Mapping
 FAMILY = ModelFamily(
     class_name=CLASS_NAME,
     pipelines=("StableDiffusionControlNetPipeline", "StableDiffusionXLControlNetPipeline"),
+    models="the same with a ControlNet",
+    refused=("several ControlNets",),
     component="unet",
     blocks=blocks,
     inputs=inputs,

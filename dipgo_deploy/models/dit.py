@@ -68,6 +68,7 @@ FAMILY = ModelFamily(
     class_name=CLASS_NAME,
     pipelines=("DiTPipeline",),
     guide=Guidance(order="conditional first"),
+    models="DiT",
     component="transformer",
     blocks=blocks,
     inputs=inputs,

@@ -151,6 +151,8 @@ class ModelFamily:
     Attributes:
         class_name: the diffusers class.
         pipelines: diffusers pipeline classes it is used by.
+        models: published models, for people.
+        refused: kinds of models of its class, or of its pipelines' arguments, that are refused, for people.
         component: attribute of the pipeline (``unet`` or ``transformer``).
         blocks(config, granularity): the blocks in order of execution.
         inputs(config, batch, [frames,] height, width, text_length): inputs for the latent's extents in latent pixels.
@@ -219,6 +221,8 @@ class ModelFamily:
     # rounding after every layer, fed back through the loop.
     tolerances: Mapping[str, float] = field(default_factory=lambda: {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1})
     defaults: Mapping[str, Any] | None = None
+    models: str = ""
+    refused: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Every function that takes a configuration gets it with the class's defaults; what all refuse is refused."""

@@ -216,6 +216,8 @@ def set_timesteps(
 FAMILY = ModelFamily(
     class_name=CLASS_NAME,
     pipelines=("FluxPipeline",),
+    models="FLUX.1 dev, schnell, Krea",
+    refused=("Kontext", "Fill", "Control"),
     component="transformer",
     blocks=blocks,
     inputs=inputs,

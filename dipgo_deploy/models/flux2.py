@@ -225,6 +225,8 @@ def _fitted_shift(tokens: int, steps: int) -> float:
 FAMILY = ModelFamily(
     class_name=CLASS_NAME,
     pipelines=("Flux2Pipeline", "Flux2KleinPipeline"),
+    models="FLUX.2 dev, klein",
+    refused=("pictures to follow", "klein KV"),
     component="transformer",
     blocks=blocks,
     inputs=inputs,

@@ -143,6 +143,7 @@ def set_timesteps(
 FAMILY = ModelFamily(
     class_name=CLASS_NAME,
     pipelines=("LTXPipeline",),
+    models="LTX-Video 0.9.0 text to video",
     component="transformer",
     blocks=blocks,
     inputs=inputs,

@@ -121,6 +121,7 @@ def text(config: Mapping[str, Any], pipeline: Any) -> TextScheme:
 FAMILY = ModelFamily(
     class_name=CLASS_NAME,
     pipelines=("PixArtAlphaPipeline", "PixArtSigmaPipeline"),
+    models="PixArt-alpha, PixArt-Sigma",
     component="transformer",
     blocks=blocks,
     inputs=inputs,

@@ -195,6 +195,8 @@ def set_timesteps(
 FAMILY = ModelFamily(
     class_name=CLASS_NAME,
     pipelines=("QwenImagePipeline",),
+    models="Qwen-Image",
+    refused=("Edit", "Layered"),
     component="transformer",
     blocks=blocks,
     inputs=inputs,

@@ -139,6 +139,8 @@ def _instruction(pipeline: Any) -> str:
 FAMILY = ModelFamily(
     class_name=CLASS_NAME,
     pipelines=("SanaPipeline",),
+    models="Sana",
+    refused=("Sana-Sprint",),
     component="transformer",
     blocks=blocks,
     inputs=inputs,

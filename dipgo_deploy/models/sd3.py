@@ -139,6 +139,7 @@ def set_timesteps(
 FAMILY = ModelFamily(
     class_name=CLASS_NAME,
     pipelines=("StableDiffusion3Pipeline",),
+    models="Stable Diffusion 3, 3.5",
     component="transformer",
     blocks=blocks,
     inputs=inputs,

@@ -110,6 +110,7 @@ def text(config: Mapping[str, Any], pipeline: Any) -> None:
 FAMILY = ModelFamily(
     class_name=CLASS_NAME,
     pipelines=PIPELINES,
+    models="DDPM, DDIM",
     component="unet",
     blocks=blocks,
     inputs=inputs,

@@ -152,6 +152,8 @@ def size_multiple(config: Mapping[str, Any]) -> int:
 FAMILY = ModelFamily(
     class_name=CLASS_NAME,
     pipelines=("StableDiffusionPipeline", "StableDiffusionXLPipeline"),
+    models="Stable Diffusion 1.x, 2.x, XL",
+    refused=("inpainting (9 channels)", "the refiner", "models with an embedding of the guidance scale (LCM)"),
     component="unet",
     blocks=blocks,
     inputs=inputs,

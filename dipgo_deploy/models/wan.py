@@ -104,6 +104,8 @@ def text(config: Mapping[str, Any], pipeline: Any) -> TextScheme:
 FAMILY = ModelFamily(
     class_name=CLASS_NAME,
     pipelines=("WanPipeline",),
+    models="Wan 2.1 text to video",
+    refused=("Wan image to video",),
     component="transformer",
     blocks=blocks,
     inputs=inputs,

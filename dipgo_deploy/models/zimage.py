@@ -255,6 +255,8 @@ def set_timesteps(
 FAMILY = ModelFamily(
     class_name=CLASS_NAME,
     pipelines=("ZImagePipeline",),
+    models="Z-Image, Z-Image-Turbo",
+    refused=("Omni",),
     component="transformer",
     blocks=blocks,
     inputs=inputs,

@@ -28,6 +28,7 @@ from family_checks import (
     with_gates,
 )
 from language_models import WIDTH, mistral3, mistral_tokenizer, qwen3, qwen_tokenizer
+from lora_files import assert_lora_is_merged
 from sd_pipelines import PROMPT, assert_equals_supernet, relative, stock
 
 from dipgo_deploy.bundle.directory import Bundle
@@ -163,6 +164,16 @@ def test_it_does_so_with_other_samplers(
     borrow_components(engine, tmp_path / "x")
     call = {"prompt": PROMPT, "output_type": "latent", "guidance_scale": SCALE}
     assert relative(ours(tmp_path / "x", **call), theirs(own, sampler=sampler, **call)) <= 1e-4
+
+
+def test_a_lora_is_merged(engine: Path, own: Any, tmp_path: Path) -> None:
+    modules = [
+        "transformer_blocks.0.attn.to_q",
+        "double_stream_modulation_img.linear",
+        "single_transformer_blocks.0.attn.to_out",
+    ]
+    call = {"prompt": PROMPT, "output_type": "latent", "guidance_scale": SCALE}
+    assert_lora_is_merged(engine, own.transformer, modules, lambda: theirs(own, **call), tmp_path, **call)
 
 
 def test_random_schedule_of_blocks(planned: PlannedExport, klein: Path, engine: Path, tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from family_checks import (
     with_gates,
 )
 from language_models import WIDTH, qwen25_vl, qwen_tokenizer
+from lora_files import assert_lora_is_merged
 from sd_pipelines import PROMPT, assert_equals_supernet, relative, stock
 
 from dipgo_deploy.bundle.directory import Bundle
@@ -143,6 +144,12 @@ def test_it_does_so_with_another_sampler(
     call = {"prompt": PROMPT, "negative_prompt": NEGATIVE, "output_type": "latent"}
     got = ours(tmp_path / "x", guidance_scale=SCALE, **call)
     assert relative(got, theirs(own, sampler=sampler, scale=SCALE, **call)) <= 1e-4
+
+
+def test_a_lora_is_merged(engine: Path, own: Any, tmp_path: Path) -> None:
+    modules = ["transformer_blocks.0.attn.add_q_proj", "transformer_blocks.0.img_mod.1", "proj_out"]
+    call = {"prompt": PROMPT, "output_type": "latent", "negative_prompt": NEGATIVE}
+    assert_lora_is_merged(engine, own.transformer, modules, lambda: theirs(own, **call), tmp_path, **call)
 
 
 def test_random_schedule_of_blocks(planned: PlannedExport, model: Path, engine: Path, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from family_checks import (
 )
 from flow_pipelines import vae
 from language_models import WIDTH, qwen3, qwen_tokenizer
+from lora_files import assert_lora_is_merged
 from sd_pipelines import PROMPT, assert_equals_supernet, relative, stock
 
 from dipgo_deploy.bundle.directory import Bundle
@@ -121,6 +122,12 @@ def test_it_does_so_with_another_sampler(
     # Its pipeline makes a list of them, with which this sampler of diffusers cannot calculate.
     sigmas = np.linspace(1.0, 1 / STEPS, STEPS)
     assert relative(ours(tmp_path / "x", **call), theirs(own, sampler=sampler, sigmas=sigmas, **call)) <= 1e-4
+
+
+def test_a_lora_is_merged(engine: Path, own: Any, tmp_path: Path) -> None:
+    modules = ["layers.0.attention.to_q", "layers.0.feed_forward.w2", "noise_refiner.0.adaLN_modulation.0"]
+    call = {"prompt": PROMPT, "output_type": "latent", "guidance_scale": SCALE}
+    assert_lora_is_merged(engine, own.transformer, modules, lambda: theirs(own, **call), tmp_path, **call)
 
 
 def test_random_schedule_of_blocks(planned: PlannedExport, model: Path, engine: Path, tmp_path: Path) -> None:
