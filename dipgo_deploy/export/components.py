@@ -110,6 +110,9 @@ def _text_encoder(
         _convert(encoder, "fp32" if name in float32 else dtype)
     names = [name for spec in scheme.tokenizers for name in (spec.ids, spec.mask) if name is not None]
     outputs = [spec.name for spec in conditions if spec.source == "text"]
+    twice = sorted({*names} & {*outputs})
+    if twice:
+        raise UserError(f"{twice[0]}: is a condition and a name of what its tokenizer gives; give that another name")
 
     class Encoders(torch.nn.Module):
         def __init__(self) -> None:

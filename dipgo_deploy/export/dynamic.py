@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 AXES = {BATCH: 0, HEIGHT: 2, WIDTH: 3}
 SIZES = "latent/Sizes"
 _SMALL = 256  # bytes; shapes and axes
+_LEAST_MOST = 3
 
 
 def example_sizes(ranges: SizeRanges) -> Sizes:
@@ -47,7 +48,9 @@ class Dimensions:
             if allowed.is_static:
                 continue
             step = allowed.multiple
-            unit = torch.export.Dim(name, min=allowed.min // step, max=allowed.max // step)
+            # torch takes an extent of 1 for a constant, which leaves one value of 1 to 2: it would trace for 2 alone.
+            most = max(allowed.max // step, _LEAST_MOST)
+            unit = torch.export.Dim(name, min=allowed.min // step, max=most)
             self._dims[name] = step * unit if step > 1 else unit
 
     @property

@@ -51,12 +51,12 @@ def blocks(config: Mapping[str, Any], granularity: Granularity) -> tuple[BlockSp
     """The double blocks and then the single ones, or their parts, in order of execution."""
     doubles, singles = int(config["num_layers"]), int(config["num_single_layers"])
     if granularity == "layer":
-        return (*sublayers(_DOUBLE, doubles, ("attn", "ff", "ff_context")), *map(_branch, range(singles)))
+        return (*sublayers(_DOUBLE, doubles, ("attn", "ff", "ff_context")), *map(branch, range(singles)))
     both = ("encoder_hidden_states", "hidden_states")
     return (*whole_blocks(_DOUBLE, doubles, both), *whole_blocks(_SINGLE, singles, both))
 
 
-def _branch(index: int) -> BlockSpec:
+def branch(index: int) -> BlockSpec:
     """The branch of a single block: attention and feed-forward side by side, and the projection of both."""
     path = f"{_SINGLE}.{index}"
     return BlockSpec(
@@ -109,7 +109,7 @@ def call(model: nn.Module, latent: Tensor, timestep: Tensor, conditions: Mapping
     tokens = pack(latent)
     length = conditions["encoder_hidden_states"].shape[1]
     timestep = timestep / _TIMESTEPS
-    with _rotary_table(model, length, rows, columns), _unrounded(model, timestep, conditions.get("guidance")):
+    with rotary_table(model, length, rows, columns), _unrounded(model, timestep, conditions.get("guidance")):
         predicted = model(
             hidden_states=tokens,
             timestep=timestep,
@@ -142,7 +142,7 @@ def _unrounded(model: nn.Module, timestep: Tensor, guidance: Tensor | None) -> I
 
 
 @contextmanager
-def _rotary_table(model: nn.Module, length: int, rows: int, columns: int) -> Iterator[None]:
+def rotary_table(model: nn.Module, length: int, rows: int, columns: int) -> Iterator[None]:
     """``model.pos_embed`` inside the context gives the table for ``length`` text tokens and rows x columns of picture.
 
     The model computes it in float64 from the ids of all tokens; here it is put together from constants, one for each

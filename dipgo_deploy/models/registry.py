@@ -10,6 +10,7 @@ from types import MappingProxyType
 
 from dipgo_deploy.errors import UserError, one_line
 from dipgo_deploy.models import (
+    chroma,
     controlnet,
     dit,
     flux,
@@ -36,6 +37,7 @@ BUILT_IN = (
     dit.FAMILY,
     flux.FAMILY,
     flux2.FAMILY,
+    chroma.FAMILY,
     sd3.FAMILY,
     pixart.FAMILY,
     qwenimage.FAMILY,

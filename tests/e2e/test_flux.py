@@ -198,16 +198,16 @@ def test_the_graph_has_no_float64(engine: Path) -> None:
         assert onnx.TensorProto.DOUBLE not in kinds
 
 
-def test_the_rotary_table_is_the_models_own() -> None:
+def test_therotary_table_is_the_models_own() -> None:
     """Against the model's float64 computation, at the published extents and 1024 x 1536 pixels."""
     transformer = flux_transformer()
     transformer.pos_embed.axes_dim = (16, 56, 56)
     rows, columns = 64, 96
     ids = FluxPipeline._prepare_latent_image_ids(1, rows, columns, "cpu", torch.float32)
     want = transformer.pos_embed(torch.cat([torch.zeros(5, 3), ids]))
-    from dipgo_deploy.models.flux import _rotary_table
+    from dipgo_deploy.models.flux import rotary_table
 
-    with _rotary_table(transformer, 5, rows, columns):
+    with rotary_table(transformer, 5, rows, columns):
         got = transformer.pos_embed(torch.zeros(1))
     for found, expected in zip(got, want, strict=True):
         assert found.dtype == expected.dtype == torch.float32

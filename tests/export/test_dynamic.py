@@ -19,10 +19,12 @@ from dipgo_deploy.backends import create_backend
 from dipgo_deploy.backends.onnxruntime import OnnxRuntimeBackend
 from dipgo_deploy.bundle.directory import Bundle
 from dipgo_deploy.bundle.manifest import seal_of
-from dipgo_deploy.bundle.shapes import Range, Sizes
+from dipgo_deploy.bundle.shapes import Range, SizeRanges, Sizes
 from dipgo_deploy.compare.engine import Options, compare_engine
 from dipgo_deploy.errors import UserError
+from dipgo_deploy.export.dynamic import Dimensions
 from dipgo_deploy.export.exporter import ExportOptions, PlannedExport, plan_export, publish
+from dipgo_deploy.export.program import to_onnx
 from dipgo_deploy.export.trace import TracedModel, trace
 from dipgo_deploy.reference.conditions import as_arrays
 from dipgo_deploy.reference.load import Reference, load_reference
@@ -240,6 +242,20 @@ def test_the_loop_refuses_sizes_outside_its_ranges(engine: Path) -> None:
 def test_ranges_that_cannot_be_exported(folder: Path, changes: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
         plan_export(str(folder), schedule_for(folder), replace(OPTIONS, **changes))
+
+
+def test_a_model_that_counts_its_pictures_is_refused_for_one_or_two() -> None:
+    """torch takes 1 for a constant, so that of a range from 1 to 2 it would see the 2 alone."""
+
+    class Counting(torch.nn.Module):
+        def forward(self, latent: torch.Tensor) -> torch.Tensor:
+            return latent + torch.tensor([0.5] * len(latent))[:, None, None, None]
+
+    one = Range.static(4)
+    shapes = [Dimensions(SizeRanges(batch=Range(min=1, opt=1, max=2), height=one, width=one)).latent]
+    options: dict[str, Any] = {"dtype": "fp32", "prefix": "", "label": "counting", "dynamic_shapes": shapes}
+    with pytest.raises(UserError, match="counting: the model does not work for every batch of the range"):
+        to_onnx(Counting(), [torch.randn(2, 3, 4, 4)], ["x"], lambda: ["y"], **options)
 
 
 def test_tensorrt_rtx_builds_it_and_a_changed_profile_rebuilds_what_depends_on_it(engine: Path, tmp_path: Path) -> None:
