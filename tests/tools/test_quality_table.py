@@ -31,3 +31,25 @@ def test_a_table_for_each_guidance_scale(tmp_path: Path, capsys: pytest.CaptureF
     assert text.index("guidance 2") < text.index("0.9700 +- 0.0100")
     assert "| five.json | 5 | 2.50 |" in " ".join(text.split("\n")).replace("  ", " ")
     assert "- Fewest launches for SSIM 0.99 at guidance 4: schedules 7, plain solvers none." in text
+
+
+def test_schedules_stand_beside_the_best_plain_solver(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def row(name: str, ssim: float, against: str, baseline: bool) -> dict[str, object]:
+        estimate = {"value": ssim, "low": ssim - 0.01, "high": ssim + 0.01}
+        difference = {"value": ssim - 0.96, "low": ssim - 0.965, "high": ssim - 0.955}
+        facts = {"name": name, "guidance_scale": 4.0, "launches": 5, "ssim": estimate, "difference": difference}
+        return {**facts, "against": against, "baseline": baseline}
+
+    plain = "deis, 5 steps"
+    rows = [
+        row("a/five.json", 0.98, plain, False),
+        row(plain, 0.96, plain, True),
+        row("ddim, 5 steps", 0.9, plain, True),
+    ]
+    (tmp_path / "q.json").write_text(json.dumps({"images": 40, "cases": rows}))
+    assert main(["--best", str(tmp_path / "q.json")]) == 0
+    _, _, *lines = capsys.readouterr().out.strip().splitlines()
+    (line,) = lines
+    assert line == (
+        "| `five.json` | 4 | 5 | 0.9800 +- 0.0100 | deis, 5 steps | 0.9600 +- 0.0100 | 0.0200 +- 0.0050 | 40 |"
+    )

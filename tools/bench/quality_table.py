@@ -16,14 +16,34 @@ from dipgo_deploy.cli.common import entry_point
 from tools.bench.tables import table
 
 HEADINGS = ("case", "launches", "GMACs", "SSIM", "better by", "HaarPSI", "FLIP", "recognised", "Frechet")
+BESIDE = ("schedule", "guidance", "launches", "SSIM", "best plain solver", "its SSIM", "better by", "images")
 
 
 @click.command(name="quality_table")
 @click.argument("files", type=click.Path(path_type=Path), nargs=-1, required=True)
-def command(files: tuple[Path, ...]) -> None:
+@click.option("--best", is_flag=True, help="One table for all: each schedule beside the best plain solver.")
+def command(files: tuple[Path, ...], best: bool) -> None:
     """Print FILES, which dipgo-bench quality --output wrote, as Markdown."""
-    for file in files:
-        click.echo(as_text(json.loads(file.read_text(encoding="utf-8"))))
+    found = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    if best:
+        click.echo(beside_the_best(found))
+        return
+    for facts in found:
+        click.echo(as_text(facts))
+
+
+def beside_the_best(found: Sequence[Mapping[str, Any]]) -> str:
+    """A row for each schedule at each guidance scale, with the plain solver of about as many launches that is best."""
+    rows = []
+    for facts in found:
+        cases = {(row["guidance_scale"], row["name"]): row for row in facts["cases"]}
+        for (scale, name), row in cases.items():
+            other = None if row["baseline"] else cases.get((scale, row["against"]))
+            if other is not None:
+                ours = (f"`{Path(name).name}`", "-" if scale is None else f"{scale:g}", str(row["launches"]))
+                likeness = (_pair(row["ssim"], 4), other["name"], _pair(other["ssim"], 4))
+                rows.append((*ours, *likeness, _pair(row["difference"], 4), str(facts["images"])))
+    return table(BESIDE, rows)
 
 
 def as_text(facts: Mapping[str, Any]) -> str:
