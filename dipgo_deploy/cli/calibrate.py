@@ -60,7 +60,8 @@ if TYPE_CHECKING:
     "--engine-dir",
     type=PATH,
     show_default="none",
-    help="In place of model and schedule: fit with the graphs of this directory, and change its launch list.",
+    help="In place of model and schedule: fit with the graphs of this directory, and change its launch list. Such a "
+    "fit is not refined, which takes gradients.",
 )
 @option(
     "Model",
