@@ -82,7 +82,7 @@ def _replayed(models: tuple[str, ...], only: str) -> Iterator[tuple[str, str]]:
     """Label and text of each trace of which some case is asked for."""
     from dipgo_deploy.reference.quiet import quiet_libraries
     from tools.replay.cases import cases_of, units_of
-    from tools.replay.models import makers
+    from tools.replay.models import SIZES, makers
     from tools.replay.record import replay
 
     quiet_libraries()
@@ -106,7 +106,7 @@ def _replayed(models: tuple[str, ...], only: str) -> Iterator[tuple[str, str]]:
                     if dtype == "fp16":
                         cases = [case for case in cases if case.name in FP16_CASES]
                     if cases:
-                        yield label, replay(model, units, cases, dtype)
+                        yield label, replay(model, units, cases, dtype, SIZES.get(name))
             progress.advance(task)
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 Make = Callable[[Path], Path]
+# Of models whose configuration does not say them.
+SIZES: Mapping[str, Mapping[str, Any]] = {"wan": {"height": 16, "width": 16, "num_frames": 5}}
 
 
 def makers() -> dict[str, Make]:

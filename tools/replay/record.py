@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from dipgo_deploy.bundle.manifest import Layout, PlanEntry
 from dipgo_deploy.errors import UserError
@@ -18,9 +19,13 @@ from tools.replay.computation import graph_digest
 LAYOUTS: tuple[Layout, ...] = ("variants", "segments")
 
 
-def replay(model: str, units: Units, cases: list[Case], dtype: str = "fp32") -> str:
+def replay(
+    model: str, units: Units, cases: list[Case], dtype: str = "fp32", sizes: Mapping[str, Any] | None = None
+) -> str:
     """The text of some of a model's cases for one trace."""
-    options = ExportOptions(layout="variants", dtype=dtype, check=False, components=False, low_memory=False)
+    options = ExportOptions(
+        layout="variants", dtype=dtype, check=False, components=False, low_memory=False, **(sizes or {})
+    )
     full = next(cases_of(model, units)).schedule
     assert isinstance(full, Schedule)
     traced = plan_export(model, full, options)
