@@ -46,6 +46,8 @@ def inputs(config: Mapping[str, Any], batch: int, height: int, width: int, text_
     Raises:
         UserError: as the UNet's; a ControlNet that needs more than that.
     """
+    if config.get("time_cond_proj_dim") is not None:
+        raise UserError(f"{CLASS_NAME}: time_cond_proj_dim (LCM) is not supported with a ControlNet; use another UNet")
     control: Mapping[str, Any] = config[COMPONENT]
     for key in _REFUSED:
         if control.get(key):

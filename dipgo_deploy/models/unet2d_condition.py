@@ -1,7 +1,8 @@
 """The text-conditioned UNet of Stable Diffusion 1.x, 2.x and XL (diffusers ``UNet2DConditionModel``).
 
 Which of them it is, its configuration says: with ``addition_embed_type`` ``text_time`` the UNet takes SDXL's pooled
-text embedding and sizes besides.
+text embedding and sizes besides; with ``time_cond_proj_dim`` it was distilled from guidance (latent consistency models,
+arXiv 2310.04378) and takes the scale.
 
 Granularity ``block``: every down block, the mid block and every up block; a down block's skip tensors belong to it
 (9 units for SD-1.5, the SuperNet of DiP-GO, arXiv 2410.16942). Granularity ``layer``: every resnet with the attention
@@ -13,6 +14,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.models.family import BlockSpec, Granularity, InputSpec, ModelFamily, TextScheme
@@ -39,10 +42,11 @@ _EXTRA_INPUTS = (
     "num_class_embeds",
     "encoder_hid_dim",
     "encoder_hid_dim_type",
-    "time_cond_proj_dim",
 )
 
 
+# The condition that a model distilled from guidance takes the scale by.
+SCALE = "guidance"
 # What `time_ids` holds: original height and width, crop from top and left, target height and width.
 _SIZES = 6
 
@@ -81,6 +85,10 @@ def _is_sdxl(config: Mapping[str, Any]) -> bool:
     return config.get("addition_embed_type") == "text_time"
 
 
+def _is_distilled(config: Mapping[str, Any]) -> bool:
+    return config.get("time_cond_proj_dim") is not None
+
+
 def _pooled_width(config: Mapping[str, Any]) -> int:
     """Width of SDXL's pooled text embedding: what its embedding layer takes besides the sizes."""
     total, each = config.get("projection_class_embeddings_input_dim"), config.get("addition_time_embed_dim")
@@ -98,6 +106,8 @@ def inputs(config: Mapping[str, Any], batch: int, height: int, width: int, text_
 
     SDXL has ``text_embeds`` (batch, P), the pooled embedding, and ``time_ids`` (batch, 6) too: original height and
     width, crop from top and left, target height and width, all in pixels, with the exported size for both.
+
+    A model distilled from guidance has ``guidance`` (batch,), the scale as users give it.
 
     ``batch`` counts both halves of guidance; ``text_length`` L is the number of text tokens.
 
@@ -122,6 +132,8 @@ def inputs(config: Mapping[str, Any], batch: int, height: int, width: int, text_
             InputSpec("text_embeds", (batch, _pooled_width(config)), "model", "condition", "text"),
             InputSpec("time_ids", (batch, _SIZES), "float32", "condition", "fixed", values=sizes),
         ]
+    if _is_distilled(config):
+        specs.append(InputSpec(SCALE, (batch,), "float32", "condition", "guidance"))
     return tuple(specs)
 
 
@@ -133,10 +145,36 @@ def call(model: nn.Module, latent: Tensor, timestep: Tensor, conditions: Mapping
         latent,
         timestep=timestep,
         encoder_hidden_states=conditions["encoder_hidden_states"],
+        timestep_cond=_scale_embedding(model, conditions[SCALE]).to(latent.dtype) if SCALE in conditions else None,
         added_cond_kwargs=added or None,
         return_dict=False,
     )[0]
     return prediction
+
+
+def _scale_embedding(model: nn.Module, scale: Tensor) -> Tensor:
+    """Sines and cosines of 1000 times the scale less 1, float32 (B, time_cond_proj_dim), as the pipelines make them."""
+    import torch
+
+    config: Any = model.config
+    width = int(config.time_cond_proj_dim)
+    frequencies = np.exp(-np.log(10000.0) / (width // 2 - 1) * np.arange(width // 2))
+    angle = (scale.float() - 1)[:, None] * 1000 * torch.from_numpy(frequencies.astype(np.float32)).to(scale.device)
+    return torch.nn.functional.pad(torch.cat([torch.sin(angle), torch.cos(angle)], dim=1), (0, width % 2))
+
+
+def given(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor, Mapping[str, Tensor]]:
+    """What the pipelines hand to ``forward``; the scale is told from its embedding's slowest sine (below 16)."""
+    import torch
+
+    latent, rows = args[0], len(args[0])
+    conditions = {"encoder_hidden_states": kwargs["encoder_hidden_states"], **(kwargs.get("added_cond_kwargs") or {})}
+    embedded = kwargs.get("timestep_cond")
+    if embedded is not None:
+        slowest = embedded[:, embedded.shape[1] // 2 - 1].double()
+        conditions[SCALE] = (1 + torch.asin(slowest) * 10).float()
+    seen = {name: rows_of.expand(rows, *rows_of.shape[1:]) for name, rows_of in conditions.items()}
+    return latent, torch.as_tensor(args[1]), seen
 
 
 def text(config: Mapping[str, Any], pipeline: Any) -> TextScheme:
@@ -152,8 +190,8 @@ def size_multiple(config: Mapping[str, Any]) -> int:
 FAMILY = ModelFamily(
     class_name=CLASS_NAME,
     pipelines=("StableDiffusionPipeline", "StableDiffusionXLPipeline"),
-    models="Stable Diffusion 1.x, 2.x, XL",
-    refused=("inpainting (9 channels)", "the refiner", "models with an embedding of the guidance scale (LCM)"),
+    models="Stable Diffusion 1.x, 2.x, XL, also distilled (LCM, Turbo, Lightning, SSD-1B)",
+    refused=("inpainting (9 channels)", "the refiner"),
     component="unet",
     blocks=blocks,
     inputs=inputs,
@@ -161,6 +199,8 @@ FAMILY = ModelFamily(
     granularities=("block", "layer"),
     call=call,
     text=text,
+    guidance=lambda config, index: not _is_distilled(config),
+    given=given,
     image_to_image=rounded_up,
     size_multiple=size_multiple,
 )

@@ -57,6 +57,8 @@ SAMPLERS: Mapping[str, tuple[str, Mapping[str, Any]]] = MappingProxyType(
         "euler": ("EulerDiscreteScheduler", {}),
         "euler-a": ("EulerAncestralDiscreteScheduler", {}),
         "unipc": ("UniPCMultistepScheduler", {}),
+        "euler-trailing": ("EulerDiscreteScheduler", {"timestep_spacing": "trailing"}),
+        "euler-a-trailing": ("EulerAncestralDiscreteScheduler", {"timestep_spacing": "trailing"}),
         "heun": ("HeunDiscreteScheduler", {}),
         # The algorithm and solver of a DPM-Solver or UniPC config mean nothing to DEIS.
         "deis": ("DEISMultistepScheduler", {"algorithm_type": "deis", "solver_type": "logrho"}),

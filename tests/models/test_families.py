@@ -189,7 +189,6 @@ def test_dit_inputs_use_the_last_embedding_as_null_class() -> None:
         (UNET, {"addition_embed_type": "text_time"}, lambda f, c: f.inputs(c, 1, 8, 8, 4), "no room for a text"),
         (UNET, {**SDXL, "class_embed_type": "timestep"}, lambda f, c: f.inputs(c, 1, 8, 8, 4), "class_embed_type"),
         (UNET, {**SDXL, "encoder_hid_dim_type": "text_proj"}, lambda f, c: f.inputs(c, 1, 8, 8, 4), "encoder_hid_dim"),
-        (UNET, {**SDXL, "time_cond_proj_dim": 256}, lambda f, c: f.inputs(c, 1, 8, 8, 4), "time_cond_proj_dim"),
         (UNET, {"in_channels": 9}, lambda f, c: f.inputs(c, 1, 8, 8, 4), "in_channels 9, out_channels 4"),
         (UNET, {"cross_attention_dim": [8, 16]}, lambda f, c: f.inputs(c, 1, 8, 8, 4), "cross_attention_dim"),
         (UNET, {}, lambda f, c: f.inputs(c, 1, 8, 8), "text_length"),
