@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 
@@ -15,6 +16,7 @@ from dipgo_deploy.bundle.manifest import VariantEntry
 from dipgo_deploy.bundle.names import cache_input, cache_output
 from dipgo_deploy.compare.written import verify_written
 from dipgo_deploy.errors import ToleranceError
+from dipgo_deploy.export.cut import weighted_sum
 from dipgo_deploy.export.exporter import PlannedExport
 from dipgo_deploy.export.tensors import graph_entry
 from dipgo_deploy.export.writing import write_bundle, write_variants
@@ -122,3 +124,27 @@ def test_a_wrong_weight_is_found(planned_dit: PlannedExport, with_gates: WithGat
     weights.write_bytes(data)
     with pytest.raises(ToleranceError, match=r"weights, graphs, .*, values: error .* against the model.*nothing was"):
         verify_written(bundle, planned.source)
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_weighted_sums_are_made_in_float32(half: bool) -> None:
+    """Weights that nearly cancel, on values that fill half precision's digits."""
+    import onnx_ir as ir
+    import onnxruntime
+
+    dtype = ir.DataType.FLOAT16 if half else ir.DataType.FLOAT
+    terms = [ir.val(f"term{place}", dtype=dtype, shape=ir.Shape([2, 64])) for place in range(3)]
+    weights = ir.val("forecast", dtype=ir.DataType.FLOAT, shape=ir.Shape([3]))
+    graph = ir.Graph([weights, *terms], [], nodes=[], opset_imports={"": 20}, name="sum")
+    nodes, total = weighted_sum(graph, [(term, place) for place, term in enumerate(terms)], weights, "sum")
+    graph.extend(nodes)
+    graph.outputs.append(total)
+    session = onnxruntime.InferenceSession(ir.to_proto(ir.Model(graph, ir_version=10)).SerializeToString())
+    row = np.array([36.5, -63.25, 27.5], np.float32)
+    base = np.random.default_rng(0).standard_normal((2, 64))
+    values = [(base + 0.01 * place).astype(np.float16 if half else np.float32) for place in range(3)]
+    made = session.run(None, {"forecast": row, **{f"term{place}": value for place, value in enumerate(values)}})[0]
+    expected = sum(float(weight) * value.astype(np.float64) for weight, value in zip(row, values, strict=True))
+    assert made.dtype == values[0].dtype
+    # In half precision each product of 100 would be off by 0.05.
+    assert np.abs(made - expected).max() < (2e-3 if half else 3e-5)

@@ -2,7 +2,7 @@
 
 Run from the repository's root: ``python -m tools.bench.forecast --model fashion-sd --granularity block --launches 7
 --out forecasts.json``. Every case has rows that are fitted to it, on the same images; what is measured are others. A
-run adds its table to the file.
+run adds its rows to the file, and prints all that are there.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import click
 
 from dipgo_deploy.cli.common import emit, entry_point, human_console, json_option
 from tools.bench.measure import machine
-from tools.bench.tables import table, write_results
+from tools.bench.tables import table
 
 if TYPE_CHECKING:
     from dipgo_deploy.calibrate.core import CalibrationOptions
@@ -37,7 +37,7 @@ READS: tuple[tuple[str, Order | None, bool], ...] = (
     ("least squares, 2 values", 1, True),
     ("least squares, 3 values", 2, True),
 )
-HEADINGS = ("launched", "reads", "launches", "whole evaluations", "SSIM", "better than whole launches by")
+HEADINGS = ("launched", "evaluations", *(name for name, _, _ in READS))
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,7 @@ def shipped(model: str, launches: int) -> Schedule | None:
 @click.option("--launches", type=click.IntRange(min=3), default=7, show_default=True, help="Whole ones: the budget.")
 @click.option("--images", type=click.IntRange(min=10), default=100, show_default=True, help="Of the calibration.")
 @click.option("--per-condition", type=click.IntRange(min=2), default=20, show_default=True, help="Test images of each.")
-@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), required=True, help="Results (.json and .md).")
+@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), required=True, help="Results, JSON.")
 @json_option
 def command(
     model: str, granularity: Any, launches: int, images: int, per_condition: int, out: Path, as_json: bool
@@ -196,7 +196,6 @@ def command(
     facts: dict[str, Any] = {"steps": STEPS, "parts": []}
     if out.is_file():
         facts = json.loads(out.read_text(encoding="utf-8"))
-    facts["machine"] = machine(1)
     part = {
         "model": model,
         "granularity": granularity,
@@ -204,6 +203,7 @@ def command(
         "calibration_images": images,
         "test_images": per_condition * len(problem.conditions),
         "guidance_scale": GUIDANCE_SCALE,
+        "machine": machine(1),
         "rows": [
             {
                 "pattern": name,
@@ -219,31 +219,31 @@ def command(
     key = ("model", "granularity", "launches")
     others = [other for other in facts["parts"] if [other[name] for name in key] != [part[name] for name in key]]
     facts["parts"] = sorted([*others, part], key=lambda one: [one["model"], one["granularity"], one["launches"]])
-    write_results(out, facts, as_text(facts))
+    out.write_text(json.dumps(facts, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    console.print(as_text(facts), markup=False, soft_wrap=True)
     emit(part, as_json)
 
 
 def as_text(facts: Mapping[str, Any]) -> str:
-    """A table for each model, granularity and budget."""
-    parts = []
+    """A table for each model, granularity and budget: what each case is better by than whole launches."""
+    texts = []
     for part in facts["parts"]:
-        parts.append(
-            f"{part['model']}, granularity {part['granularity']}, {part['launches']} whole evaluations, "
-            f"{part['test_images']} images:\n"
-        )
-        parts.append(table(HEADINGS, [_cells(row) for row in part["rows"]]))
-    return "\n".join(parts)
+        whole = part["rows"][0]
+        by_pattern: dict[str, dict[str, Mapping[str, Any]]] = {}
+        for row in part["rows"][1:]:
+            by_pattern.setdefault(row["pattern"], {})[row["reads"]] = row
+        what = f"{part['model']}, granularity {part['granularity']}, {part['test_images']} images"
+        texts.append(f"{what}; {whole['pattern']}: SSIM {_pair(whole['ssim'])}. Better by:\n")
+        texts.append(table(HEADINGS, [_cells(name, rows) for name, rows in by_pattern.items()]))
+    return "\n".join(texts)
 
 
-def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
-    return (
-        row["pattern"],
-        row["reads"],
-        str(row["launches"]),
-        f"{row['evaluations']:.2f}",
-        _pair(row["ssim"]),
-        _pair(row["difference"]),
-    )
+def _cells(name: str, rows: Mapping[str, Mapping[str, Any]]) -> tuple[str, ...]:
+    found = [rows.get(reads) for reads, _, _ in READS]
+    if "-" in rows:  # whole launches read nothing
+        found[0] = rows["-"]
+    evaluations = next(iter(rows.values()))["evaluations"]
+    return (name, f"{evaluations:.2f}", *("-" if row is None else _pair(row["difference"]) for row in found))
 
 
 def _pair(estimate: Mapping[str, float]) -> str:
