@@ -263,6 +263,9 @@ class TokenizerEntry(_Frozen):
     padding: Literal["right", "left"] = pydantic.Field(
         default="right", exclude_if=_is_right, description="the side that is padded"
     )
+    plain: bool = pydantic.Field(
+        default=False, exclude_if=_is_false, description="whether it gets prompts without what is put around them"
+    )
     special: bool = pydantic.Field(
         default=True, exclude_if=bool, description="whether the tokenizer puts its own tokens around a text"
     )

@@ -35,13 +35,15 @@ class PromptSettings(Protocol):
         ...
 
 
-def prepared(settings: PromptSettings, prompt: str, *, negative: bool = False) -> str:
-    """The text that tokenizers get of a prompt or of a negative one."""
+def prepared(settings: PromptSettings, prompt: str, *, negative: bool = False, plain: bool = False) -> str:
+    """The text that a tokenizer gets of a prompt or of a negative one. plain: without what is put around it."""
     for text in settings.removed:
         prompt = prompt.replace(text, "")
     if settings.unescape:  # twice, as the pipelines do: what was escaped twice is found too
         prompt = " ".join(html.unescape(html.unescape(prompt)).split())
     if settings.lowercase:
         prompt = prompt.strip().lower()
+    if plain:
+        return prompt
     before, after = settings.around
     return f"{before}{'' if negative else settings.prefix}{prompt}{after}"

@@ -65,6 +65,7 @@ def _text(manifest: Manifest, reference: Reference) -> dict[str, tuple[Any, Any]
             f"{spec.attribute}, mask": (entry.mask, spec.mask),
             f"{spec.attribute}, padding": (entry.padding, spec.padding),
             f"{spec.attribute}, special": (entry.special, spec.special),
+            f"{spec.attribute}, plain": (entry.plain, spec.plain),
         }
     facts["tokenizers"] = (len(encoder.tokenizers), len(scheme.tokenizers))
     return facts

@@ -92,4 +92,39 @@ def _two_frames(frames: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.pad(frames, (0, 0, 0, 0, missing, 0)) if missing else frames
 
 
-_CLASSES: dict[str, Callable[[Any, int], Chunks]] = {"AutoencoderKLWan": _wan}
+def _hunyuan(vae: Any, frames: int) -> Chunks | None:
+    """Overlapping windows, blended where they meet, as its ``_temporal_tiled_decode`` does."""
+    ratio = vae.temporal_compression_ratio
+    most, stride = vae.tile_sample_min_num_frames // ratio, vae.tile_sample_stride_num_frames // ratio
+    if not vae.use_framewise_decoding or frames <= most:
+        return None
+    windows = [(start, min(start + most + 1, frames)) for start in range(0, frames, stride)]
+    # A window of one frame behind others makes none: the first frame of each but the first is dropped.
+    windows = [window for window in windows if window[0] == 0 or window[1] - window[0] > 1]
+    kinds = list(dict.fromkeys((start == 0, stop - start) for start, stop in windows))
+    parts = []
+    for kind in kinds:
+        start, stop = next(window for window in windows if (window[0] == 0, window[1] - window[0]) == kind)
+        parts.append(Part(start, stop, _hunyuan_window))
+    return Chunks(tuple(parts), tuple((kinds.index((start == 0, stop - start)), start) for start, stop in windows))
+
+
+def _hunyuan_window(vae: Any, latents: torch.Tensor, state: State) -> tuple[torch.Tensor, State]:
+    """state: the last frames of the window before, which those of this one are blended with."""
+    kept, stride = vae.tile_sample_min_num_frames, vae.tile_sample_stride_num_frames
+    video = vae.decoder(vae.post_quant_conv(latents))
+    if state:
+        (before,) = state
+        assert before is not None
+        video = video[:, :, 1:]
+        share = torch.arange(kept - stride, dtype=video.dtype).reshape(-1, 1, 1) / (kept - stride)
+        blended = before * (1 - share) + video[:, :, : kept - stride] * share
+        video = torch.cat([blended, video[:, :, kept - stride :]], dim=2)
+    shown = stride if state else stride + 1
+    return video[:, :, :shown], (video[:, :, -(kept - stride) :],)
+
+
+_CLASSES: dict[str, Callable[[Any, int], Chunks | None]] = {
+    "AutoencoderKLWan": _wan,
+    "AutoencoderKLHunyuanVideo": _hunyuan,
+}

@@ -147,6 +147,7 @@ def _text_encoder(
                 mask=spec.mask,
                 padding=spec.padding,
                 special=spec.special,
+                plain=spec.plain,
                 expansions=_expansions(pipeline, tokenizer),
             )
         )

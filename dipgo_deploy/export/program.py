@@ -54,6 +54,7 @@ def to_onnx(
     import torch
 
     from dipgo_deploy.export.passes import apply
+    from dipgo_deploy.export.passes.booleans import BooleanChoices
     from dipgo_deploy.export.passes.einsum import PermutingEinsums
     from dipgo_deploy.export.passes.layouts import NoteLayouts
     from dipgo_deploy.export.passes.masked import EmptyAttention
@@ -93,6 +94,7 @@ def to_onnx(
         model,
         PermutingEinsums(),
         IdleSqueezes(),
+        BooleanChoices(),
         EmptyAttention(),
         RestoreNames(prefix),
         StripMetadata(),

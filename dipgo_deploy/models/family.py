@@ -75,6 +75,7 @@ class TokenizerSpec:
             0 = padding).
         padding: the side that is padded.
         special: whether the tokenizer puts its own tokens around a text.
+        plain: it gets prompts without what ``TextScheme.around`` puts around them.
     """
 
     attribute: str = "tokenizer"
@@ -83,6 +84,7 @@ class TokenizerSpec:
     mask: str | None = None
     padding: Side = "right"
     special: bool = True
+    plain: bool = False
 
     def of(self, pipeline: Any) -> Any:
         """The tokenizer of a pipeline, None where it has none."""

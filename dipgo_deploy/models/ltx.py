@@ -13,14 +13,14 @@ evaluation.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.models.family import BlockSpec, Granularity, InputSpec, ModelFamily, TextScheme, TokenizerSpec
+from dipgo_deploy.models.rotary import precomputed
 from dipgo_deploy.models.shift import dynamic_shift
 from dipgo_deploy.models.sublayers import sublayers, whole_blocks
 
@@ -75,37 +75,16 @@ def inputs(
 
 def call(model: nn.Module, latent: Tensor, timestep: Tensor, conditions: Mapping[str, Tensor]) -> Tensor:
     """The prediction (B, C, f, h, w) from the latent (B, C, f, h, w), whose pixels become tokens and pixels again."""
-    extents = latent.shape[2:]
-    with _rotary_table(model, *extents):
+    import torch
+
+    extents = tuple(latent.shape[2:])
+    # Made for one row of the batch.
+    scale = (_TIME_SCALE / _FRAME_RATE, _SCALE, _SCALE)
+    with precomputed(model.get_submodule("rope"), lambda: (torch.empty(1), *extents, scale)):
         predicted: Tensor = model(
             hidden_states=latent.flatten(2).transpose(1, 2), timestep=timestep, return_dict=False, **conditions
         )[0]
     return predicted.transpose(1, 2).unflatten(2, extents)
-
-
-@contextmanager
-def _rotary_table(model: nn.Module, frames: int, height: int, width: int) -> Iterator[None]:
-    """``model.rope`` inside the context gives its own table, as a float32 constant for one row of the batch.
-
-    A traced graph would compute it in every evaluation, from angles of thousands of turns.
-    """
-    from torch.utils._python_dispatch import _disable_current_modes
-
-    rope: Any = model.get_submodule("rope")
-    with _disable_current_modes():  # those of a trace, which would write the computation down
-        import torch
-
-        scale = (_TIME_SCALE / _FRAME_RATE, _SCALE, _SCALE)
-        made = type(rope).forward(rope, torch.empty(1), frames, height, width, scale)
-
-    def table(hidden_states: Tensor, *_: Any) -> tuple[Tensor, ...]:
-        return tuple(part.to(hidden_states.device) for part in made)
-
-    rope.__dict__["forward"] = table
-    try:
-        yield
-    finally:
-        del rope.__dict__["forward"]
 
 
 def text(config: Mapping[str, Any], pipeline: Any) -> TextScheme:

@@ -15,6 +15,7 @@ from dipgo_deploy.models import (
     dit,
     flux,
     flux2,
+    hunyuan,
     ltx,
     pixart,
     qwenimage,
@@ -45,6 +46,7 @@ BUILT_IN = (
     sana.FAMILY,
     wan.FAMILY,
     ltx.FAMILY,
+    hunyuan.FAMILY,
 )
 
 _log = logging.getLogger(__name__)

@@ -6,13 +6,14 @@ and TensorRT does neither.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
 # Positions of an axis for which a table is made where their number is open: 8192 pixels in tokens of 16.
 _MOST_POSITIONS = 512
@@ -55,3 +56,24 @@ def turns(positions: np.ndarray, extents: Sequence[int], theta: float, dtype: An
         angles.append(np.outer(positions[:, axis].astype(dtype), 1 / dtype(theta) ** powers))
     angle = np.concatenate(angles, axis=1).astype(np.float32)
     return torch.from_numpy(np.stack([np.cos(angle), np.sin(angle)], axis=-1))
+
+
+@contextmanager
+def precomputed(rope: nn.Module, arguments: Callable[[], Sequence[Any]]) -> Iterator[None]:
+    """Inside the context ``rope`` gives its own tables for these arguments, as constants.
+
+    A traced graph would compute them in every evaluation. arguments: called outside of any trace.
+    """
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    with _disable_current_modes():  # those of a trace, which would write the computation down
+        made = type(rope).forward(rope, *arguments())
+
+    def tables(hidden_states: Tensor, *_: Any) -> tuple[Tensor, ...]:
+        return tuple(table.to(hidden_states.device) for table in made)
+
+    rope.__dict__["forward"] = tables
+    try:
+        yield
+    finally:
+        del rope.__dict__["forward"]

@@ -153,12 +153,12 @@ def _encode(
             else torch.from_numpy(stream.randn((1, *spec.shape[1:])))
             for spec in texts
         }
-    plain = prepared(scheme, text, negative=negative)
     tokens: dict[str, torch.Tensor] = {}
     for entry in scheme.tokenizers:
         tokenizer = entry.of(source.pipeline)
+        given = prepared(scheme, text, negative=negative, plain=entry.plain)
         batch = tokenizer(
-            as_tokenized(source.pipeline, tokenizer, plain),
+            as_tokenized(source.pipeline, tokenizer, given),
             padding="max_length",
             max_length=entry.length,
             # As the runtime and the pipelines do, whatever side the tokenizer's own files say (Gemma's: left).

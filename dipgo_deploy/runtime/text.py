@@ -96,5 +96,7 @@ class TextEncoder:
 
     def tokens(self, prompt: str, *, negative: bool = False) -> dict[str, np.ndarray]:
         """Token ids and masks of one prompt by graph input name, int64 (1, length)."""
-        text = prepared(self._entry, prompt, negative=negative)
-        return {name: array for tokenize in self._tokenizers for name, array in tokenize([text]).items()}
+        found: dict[str, np.ndarray] = {}
+        for tokenize, entry in zip(self._tokenizers, self._entry.tokenizers, strict=True):
+            found |= tokenize([prepared(self._entry, prompt, negative=negative, plain=entry.plain)])
+        return found

@@ -143,7 +143,7 @@ def test_layers_are_the_supernet_in_both_layouts(model: Path, tmp_path: Path) ->
     check_layers_in_both_layouts(model, tmp_path, SIZE)
 
 
-@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+@pytest.mark.parametrize("dtype", ["fp16", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_half_precision_is_close_and_builds(model: Path, tmp_path: Path, dtype: str) -> None:
     check_half_precision(model, tmp_path / "x", dtype, SIZE)
 

@@ -35,6 +35,7 @@ _ROWS: tuple[tuple[str, str, int, Mapping[str, Any]], ...] = tuple(
         ("flux.1-dev-1024", "fp16", 256, {"reduced": True}),
         ("wan-2.1-t2v-1.3b", "fp16", 256, {"num_frames": 17}),
         ("ltx-video-2b", "fp16", 256, {"num_frames": 17}),
+        ("hunyuan-video", "fp16", 256, {"num_frames": 17, "reduced": True}),
         ("pixart-sigma-xl-2-1024", "fp16", 256, {}),
         ("flux.2-klein-4b-1024", "fp16", 256, {"reduced": True}),
         ("chroma1-1024", "fp16", 256, {"reduced": True}),
