@@ -17,7 +17,6 @@ from dipgo_deploy.schedule.document import Gates, Schedule
 STEPS = 6
 _EPSILON_SAMPLERS = ("ddim", "pndm", "heun", "dpm++2m", "euler-a")
 _FLOW_SAMPLERS = ("flow-euler", "flow-heun", "flow-unipc")
-_FLOWING = ("SanaTransformer2DModel", "SD3Transformer2DModel", "FluxTransformer2DModel")
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ def units_of(model: str) -> list[Units]:
 def cases_of(model: str, units: Units) -> Iterator[Case]:
     """All cases of a model for one trace, the first a full run."""
     family, _ = denoiser_config(config_folder(model))
-    samplers = _FLOW_SAMPLERS if family.diffusers_class in _FLOWING else _EPSILON_SAMPLERS
+    samplers = _FLOW_SAMPLERS if family.kind == "flow" else _EPSILON_SAMPLERS
     own = schedule_target(model, None, STEPS, units.granularity, units.cache)
     yield Case("full", _schedule(own, builders.full(own.steps, len(own.blocks))))
     for name, gates in _gates(own):
