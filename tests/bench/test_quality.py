@@ -31,6 +31,7 @@ from dipgo_deploy.errors import UserError
 from dipgo_deploy.models.family import CacheKind
 from dipgo_deploy.sampler import make_scheduler
 from dipgo_deploy.schedule.builders import full, uniform
+from dipgo_deploy.schedule.forecast import RuleForecast
 from dipgo_deploy.search.problem import Problem, ProblemOptions, load_problem, with_cache, with_sampler
 from dipgo_deploy.search.samples import Pair
 
@@ -148,6 +149,14 @@ def test_a_fitted_schedule_is_measured_without_its_solver_too(problem: Problem) 
     assert case is None and line.startswith("a.json, without its solver: left out (its launches lie on no 3 steps")
     other, line = without_solver(with_cache(problem, "output"), "a.json", fitted)
     assert other is None and "other caches" in line
+    forecast = fitted.with_forecast(RuleForecast(kind="taylor", order=1))
+    case, line = without_solver(problem, "a.json", forecast)
+    assert case is None and "its forecast is one of its own launches" in line
+    # A schedule with a forecast is run as it is, with a solver of its own or without.
+    plain = problem.target.schedule(((True,) * 3, *((False,) * 3,) * 4), "by hand", {})
+    for schedule in (forecast, plain.with_forecast(RuleForecast(kind="taylor", order=1))):
+        assert schedule_cases([("a.json", schedule)], problem)[0].fitted == schedule
+    assert schedule_cases([("a.json", plain)], problem)[0].fitted is None
 
 
 def test_fewest_launches_are_of_those_that_are_good_enough(problem: Problem) -> None:

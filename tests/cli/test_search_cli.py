@@ -13,6 +13,7 @@ from dipgo_deploy.cli import search as cli
 from dipgo_deploy.cli.search import main, output_files, spread_ratios
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.schedule.document import Schedule
+from dipgo_deploy.schedule.forecast import RuleForecast
 from dipgo_deploy.search.run import METHODS, SearchOptions
 
 torch.set_num_threads(1)
@@ -80,6 +81,12 @@ def test_refinement_takes_schedule_files_as_starts_if_they_fit(
     assert losses["output"] == losses["uniform"]
     assert main([*refine, "--start", str(tmp_path / "residual.json")]) == 2
     assert "residual.json: was made for another model, or for other blocks or caches" in capsys.readouterr().err
+    forecast = Schedule.load(tmp_path / "output.json").with_forecast(RuleForecast(kind="taylor", order=1))
+    forecast.save(tmp_path / "forecast.json")
+    assert main([*refine, "--start", str(tmp_path / "forecast.json")]) == 2
+    assert "forecast.json: has a forecast, which a search does not run" in capsys.readouterr().err
+    with pytest.raises(UserError, match="has a forecast, which a search does not run"):
+        settings("--warm-start", str(tmp_path / "forecast.json"))
 
 
 @pytest.mark.parametrize(
