@@ -237,6 +237,11 @@ def measure(
     Raises:
         UserError: a model without a VAE, nothing to measure, or a folder that cannot be used.
     """
+    if problem.source.time_scale is not None:
+        raise UserError(
+            f"{problem.options.model}: makes videos, and pictures are measured here; use dipgo-compare, which compares "
+            "the frames of an engine directory with diffusers' own"
+        )
     if not problem.can_decode:
         raise UserError(f"{problem.options.model}: has no VAE to make images with; give a pipeline's folder")
     if not cases:

@@ -177,6 +177,7 @@ _OF_TORCH = (
     "guidance",
     "height",
     "width",
+    "num_frames",
     "device",
     "refine_iterations",
     "forecast",
@@ -285,7 +286,7 @@ def _with_torch(console: Console, given: dict[str, Any], how: dict[str, Any]) ->
                 guidance_scale=scales[0] if scales else None,
                 prompts=None if given["prompts"] is None else str(given["prompts"]),
                 class_labels=class_label_numbers(given["class_labels"]),
-                **{name: given[name] for name in ("guidance", "height", "width", "device")},
+                **{name: given[name] for name in ("guidance", "height", "width", "num_frames", "device")},
             ),
             lambda stage: report(stage, 0, 0),
         )

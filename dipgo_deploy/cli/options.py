@@ -301,7 +301,15 @@ def _pixels(name: str, what: str) -> Callable[[F], F]:
     )
 
 
-size_options = options(_pixels("--height", "height"), _pixels("--width", "width"))
+_frames = option(
+    "Shape",
+    "--num-frames",
+    type=click.IntRange(min=1),
+    show_default="as its pipeline",
+    help="Frames of the video, of a model that makes videos.",
+)
+
+size_options = options(_pixels("--height", "height"), _pixels("--width", "width"), _frames)
 
 device_option = option("Runtime", "--device", default="cpu", help="Torch device that the model runs on.")
 

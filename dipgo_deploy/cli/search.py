@@ -455,10 +455,11 @@ def _problem_options(options: dict[str, Any]) -> Any:
     from dipgo_deploy.search.problem import ProblemOptions, sampler_and_steps
 
     reference = options["reference"]
-    names = ("model", "sampler", "steps", "granularity", "cache", "height", "width", "guidance", "guidance_scale")
+    names = ("model", "sampler", "steps", "granularity", "cache", "height", "width", "num_frames", "guidance")
     prompts = options["prompts"]
     return ProblemOptions(
         **{name: options[name] for name in names},
+        guidance_scale=options["guidance_scale"],
         prompts=None if prompts is None else str(prompts),
         class_labels=class_label_numbers(options["class_labels"]),
         reference=None if reference is None else sampler_and_steps(reference, "--reference", options["steps"]),

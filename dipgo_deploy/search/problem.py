@@ -13,6 +13,7 @@ from dipgo_deploy.errors import UserError
 from dipgo_deploy.export.trace import TracedModel, trace
 from dipgo_deploy.models.family import CacheKind, Granularity
 from dipgo_deploy.models.location import denoiser_config
+from dipgo_deploy.models.shape import TraceShape
 from dipgo_deploy.models.target import schedule_target
 from dipgo_deploy.plan.graph import BlockGraph
 from dipgo_deploy.reference.conditions import DEFAULT_GUIDANCE_SCALE, reference_conditions
@@ -37,6 +38,7 @@ class ProblemOptions:
     Attributes:
         model, sampler, steps, granularity, cache: as for a schedule.
         height, width: pixels, None the model's own.
+        num_frames: of the video, of a model of videos; None as many as its pipeline makes.
         guidance_scale: None the pipeline's own.
         guidance: whether there is any, None as the pipeline has it.
         prompts: a text file.
@@ -54,6 +56,7 @@ class ProblemOptions:
     cache: CacheKind | None = None
     height: int | None = None
     width: int | None = None
+    num_frames: int | None = None
     guidance: bool | None = None
     guidance_scale: float | None = None
     prompts: str | None = None
@@ -170,11 +173,26 @@ class Problem:
 
     def check_loss(self, name: str) -> None:
         """Refuse (UserError) a loss on images for a model that makes none."""
-        if not name.startswith("latent") and not self.can_decode:
+        if name.startswith("latent"):
+            return
+        if self.source.time_scale is not None:
+            raise UserError(f"--loss {name}: compares pictures, and {self.options.model} makes videos; use latent-l2")
+        if not self.can_decode:
             raise UserError(f"--loss {name}: {self.options.model} has no VAE to make images with; use latent-l2")
 
 
 Notify = Callable[[str], None]
+
+
+def _shape(source: Source, options: ProblemOptions) -> TraceShape:
+    """What one image or video is traced at."""
+    return source.trace_shape(
+        batch=1,
+        guidance=bool(options.guidance),
+        height=options.height,
+        width=options.width,
+        num_frames=options.num_frames,
+    )
 
 
 def load_problem(options: ProblemOptions, notify: Notify = lambda stage: None) -> Problem:
@@ -192,7 +210,7 @@ def load_problem(options: ProblemOptions, notify: Notify = lambda stage: None) -
     guidance = source.guided if options.guidance is None else options.guidance
     options = replace(options, guidance=guidance)
     names, labels = _names_and_labels(options, source, prompts)
-    shape = source.trace_shape(batch=1, guidance=guidance, height=options.height, width=options.width)
+    shape = _shape(source, options)
     specs = source.family.blocks(source.config, options.granularity)
     kinds = {block.name: block.cache for block in target.blocks}
     notify("tracing the denoiser")
@@ -347,7 +365,7 @@ def _with_blocks(problem: Problem, blocks: tuple[BlockEntry, ...]) -> Problem:
     options, source = problem.options, problem.source
     target = replace(problem.target, blocks=blocks)
     kinds = {block.name: block.cache for block in blocks}
-    shape = source.trace_shape(batch=1, guidance=bool(options.guidance), height=options.height, width=options.width)
+    shape = _shape(source, options)
     specs = source.family.blocks(source.config, options.granularity)
     # Tracing is done where the model is on loading: on the CPU.
     source.denoiser.to("cpu")

@@ -30,12 +30,15 @@ from video_checks import (
     theirs,
 )
 
+from dipgo_deploy.bench import quality
 from dipgo_deploy.bundle.directory import Bundle
 from dipgo_deploy.cli import run
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.export.exporter import PlannedExport, publish
 from dipgo_deploy.models import family_for
 from dipgo_deploy.models.wan import CLASS_NAME
+from dipgo_deploy.search.evaluate import sample
+from dipgo_deploy.search.problem import Pair, ProblemOptions, load_problem
 
 # Latents of 3 x 4 x 8: the tiny VAE halves each side and makes two frames of each latent one but the first.
 SIZE = {"height": 16, "width": 16, "num_frames": 5}
@@ -170,6 +173,20 @@ def test_blocks_and_inputs_of_the_published_sizes(name: str, count: int) -> None
     check_blocks(FULL_SIZE[name], WanTransformer3DModel, outside, block=count, layer=3 * count)
     latent, timestep, states = family_for(CLASS_NAME).inputs(FULL_SIZE[name]["config"], 2, 21, 60, 104, 512)
     assert (latent.shape, timestep.shape, states.shape) == ((2, 16, 21, 60, 104), (1,), (2, 512, 4096))
+
+
+def test_it_is_searched_by_its_latents(model: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red shoe\n")
+    problem = load_problem(ProblemOptions(model=str(model), steps=2, prompts=str(prompts), **SIZE))
+    gates = [[True] * len(problem.target.blocks)] * problem.steps
+    found = sample(problem, gates, [Pair(0, 1)])
+    assert found.shape == (1, 4, 3, 8, 8) and bool(found.isfinite().all())
+    problem.check_loss("latent-l2")
+    with pytest.raises(UserError, match="--loss ssim: compares pictures, and .* makes videos; use latent-l2"):
+        problem.check_loss("ssim")
+    with pytest.raises(UserError, match="makes videos, and pictures are measured here"):
+        quality.measure(problem, [], per_condition=2)
 
 
 def test_refusals_are_one_line(model: Path, engine: Path) -> None:
