@@ -216,7 +216,6 @@ def test_dev_takes_the_scale_as_an_input_and_a_system_message(dev: Path, tmp_pat
     assert (entry.tokenizers[0].padding, entry.tokenizers[0].special) == ("left", False)
     report = loop_report(bundle.path, pictures=True)
     assert report.first_failure() is None and report.pictures
-    assert build_with_tensorrt_rtx(bundle.path) == len(manifest.plan.variants) + 2
 
 
 @pytest.mark.slow
@@ -225,6 +224,7 @@ def test_dev_draws_what_diffusers_draws(dev: Path, tmp_path: Path) -> None:
     pipeline = load_pipeline(str(dev))
     call = {"prompt": [PROMPT, "[IMG] shoes"], "guidance_scale": SCALE, "output_type": "np"}
     assert relative(ours(tmp_path / "x", **call), theirs(pipeline, **call)) <= 1e-4
+    assert build_with_tensorrt_rtx(tmp_path / "x") == 3
 
 
 @pytest.mark.parametrize(
@@ -232,13 +232,15 @@ def test_dev_draws_what_diffusers_draws(dev: Path, tmp_path: Path) -> None:
     [("layer", None, "segments"), pytest.param("block", "output", "variants", marks=pytest.mark.slow)],
 )
 def test_random_schedules_are_the_supernet(tmp_path: Path, granularity: Any, cache: Any, layout: Any) -> None:
-    denoiser = transformer(guidance=True, layers=2)
+    denoiser = transformer(guidance=True, layers=1 if layout == "segments" else 2)
     denoiser.save_pretrained(tmp_path / "model")
     FlowMatchEulerDiscreteScheduler().save_pretrained(tmp_path / "model" / "scheduler")
     schedule = schedule_for(tmp_path / "model", ratio=0.5, granularity=granularity, cache=cache)
     bundle = publish(plan_for(tmp_path / "model", schedule, components=False, layout=layout, **SIZE64), tmp_path / "x")
     assert bundle.manifest.plan.layout == layout
     assert_equals_supernet(tmp_path / "x")
+    if layout == "variants":
+        assert build_with_tensorrt_rtx(tmp_path / "x") == len(bundle.manifest.plan.variants)
 
 
 def test_timesteps_are_the_pipelines() -> None:

@@ -134,7 +134,6 @@ def test_random_schedule_of_blocks(planned: PlannedExport, model: Path, engine: 
     with_gates(planned, schedule_for(model, steps=STEPS, ratio=0.5), tmp_path / "x", components=False)
     assert_equals_supernet(tmp_path / "x")
     assert_pictures_equal_stock(tmp_path / "x", engine)
-    assert build_with_tensorrt_rtx(tmp_path / "x") == len(Bundle.open(tmp_path / "x").manifest.plan.variants) + 2
 
 
 @pytest.mark.parametrize(
@@ -143,13 +142,15 @@ def test_random_schedule_of_blocks(planned: PlannedExport, model: Path, engine: 
 )
 def test_random_schedules_are_the_supernet(tmp_path: Path, granularity: Any, cache: Any, layout: Any) -> None:
     """With a sampler that the pipeline does not take: it has no ``sigmas``."""
-    transformer(layers=2).save_pretrained(tmp_path / "model")
+    transformer(layers=1 if layout == "segments" else 2).save_pretrained(tmp_path / "model")
     FlowMatchEulerDiscreteScheduler(**SCHEDULER).save_pretrained(tmp_path / "model" / "scheduler")
     schedule = schedule_for(tmp_path / "model", ratio=0.5, sampler="flow-dpm++2m", granularity=granularity, cache=cache)
     size = {"height": 64, "width": 32}
     bundle = publish(plan_for(tmp_path / "model", schedule, components=False, layout=layout, **size), tmp_path / "x")
     assert bundle.manifest.plan.layout == layout
     assert_equals_supernet(tmp_path / "x")
+    if layout == "variants":
+        assert build_with_tensorrt_rtx(tmp_path / "x") == len(bundle.manifest.plan.variants)
 
 
 @pytest.mark.slow
