@@ -80,6 +80,8 @@ def difference(name: str, recorded: str, text: str) -> list[str]:
 
 def _replayed(models: tuple[str, ...], only: str) -> Iterator[tuple[str, str]]:
     """Label and text of each trace of which some case is asked for."""
+    import torch
+
     from dipgo_deploy.reference.quiet import quiet_libraries
     from tools.replay.cases import cases_of, units_of
     from tools.replay.models import SIZES, makers
@@ -97,6 +99,7 @@ def _replayed(models: tuple[str, ...], only: str) -> Iterator[tuple[str, str]]:
             model = name
             if name in made:
                 (Path(work) / name).mkdir()
+                torch.manual_seed(0)  # whatever was made before it
                 model = str(made[name](Path(work) / name))
             for place, units in enumerate(units_of(model)):
                 for dtype in ("fp32", "fp16") if place == 0 else ("fp32",):
