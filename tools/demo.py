@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 MODELS = ("fashion-sd", "fashion-dit")
-LAUNCHES = ("4", "5", "7", "10")
+LAUNCHES = ("4", "5", "7", "10", "17")
 SOLVERS = ("ddim", "dpm++2m", "deis", "unipc")
 """Plain solvers, with as many steps as the schedule has launches."""
 MARGIN = 4
