@@ -109,12 +109,21 @@ def check_same_settings(path: Path, settings: Mapping[str, Any], known: Any) -> 
     """
     if not isinstance(known, dict):
         raise UserError(f"{path}: does not say what it was begun with; {OTHER_FOLDER}")
-    for name, now in json.loads(json.dumps(settings)).items():
-        if known.get(name) != now:
+    before = _flat(known)
+    for name, now in _flat(json.loads(json.dumps(settings))).items():
+        if before.get(name) != now:
             raise UserError(
-                f"{path}: was begun with {name} {one_line(repr(known.get(name)), 80)}, now it is "
+                f"{path}: was begun with {name} {one_line(repr(before.get(name)), 80)}, now it is "
                 f"{one_line(repr(now), 80)}; give the same, or another --checkpoint folder"
             )
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Settings within settings by dotted names, so that a message can name the one that differs."""
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
 
 
 def digest(document: Any) -> str:

@@ -16,9 +16,9 @@ from dipgo_deploy.cli.common import (
     examples,
     human_console,
     json_option,
-    live,
     lora_line,
     lora_options,
+    progress_bars,
 )
 from dipgo_deploy.cli.options import PATH, Command, engine_dir_option, option, version_option
 
@@ -214,21 +214,11 @@ def command(
 def _progress(console: Console) -> Iterator[Observer]:
     """Lines about finished engines on ``console``, and a bar on stderr where that is a terminal."""
     from rich.console import Console as RichConsole
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
     from dipgo_deploy.engine.budget import mib
     from dipgo_deploy.engine.build import Observer
 
     stderr = RichConsole(stderr=True, highlight=False)
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TimeElapsedColumn(),
-        console=stderr,
-        transient=True,
-    )
-    task = bar.add_task("engines", total=None)
 
     def say(line: str) -> None:
         console.print(line, markup=False, soft_wrap=True)
@@ -254,7 +244,8 @@ def _progress(console: Console) -> Iterator[Observer]:
         def warned(self, message: str) -> None:
             stderr.print(f"warning: {message}", markup=False, soft_wrap=True)
 
-    with live(bar):
+    with progress_bars(stderr) as bar:
+        task = bar.add_task("engines", total=None)
         yield Shown()
 
 

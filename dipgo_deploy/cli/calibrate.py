@@ -17,7 +17,7 @@ from dipgo_deploy.cli.common import (
     examples,
     human_console,
     json_option,
-    live,
+    progress_bars,
 )
 from dipgo_deploy.cli.options import (
     MODEL_HELP,
@@ -327,18 +327,8 @@ def _facts(output: Path, fitted: Schedule) -> dict[str, Any]:
 
 @contextmanager
 def _progress(console: Console) -> Iterator[Callable[[str, int, int], None]]:
-    """A bar with elapsed and remaining time; a plain line for each stage where there is no terminal."""
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with live(Progress(*columns, TimeRemainingColumn(), console=console, transient=True)) as bars:
+    """A bar; a plain line for each stage where there is no terminal."""
+    with progress_bars(console) as bars:
         task = bars.add_task("starting", total=None)
         current = ""
 

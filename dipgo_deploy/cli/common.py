@@ -264,9 +264,22 @@ def human_console(as_json: bool) -> Console:
 
 
 @contextmanager
-def live(bars: Progress) -> Iterator[Progress]:
-    """Show progress bars inside, only on a terminal: elsewhere Rich before 13.8 would end them with an empty line."""
-    if not bars.console.is_terminal:
+def progress_bars(console: Console, *facts: str) -> Iterator[Progress]:
+    """Bars with count, elapsed and remaining time, gone at the end.
+
+    Only on a terminal: elsewhere Rich before 13.8 would end them with an empty line.
+
+    Args:
+        console: where they are drawn.
+        facts: fields of a task that are shown behind its count.
+    """
+    from rich import progress as rich
+
+    fields = [rich.TextColumn(f"{{task.fields[{fact}]}}") for fact in facts]
+    times = (rich.TimeElapsedColumn(), rich.TimeRemainingColumn())
+    counted = (rich.TextColumn("{task.description}"), rich.BarColumn(), rich.MofNCompleteColumn())
+    bars = rich.Progress(*counted, *fields, *times, console=console, transient=True)
+    if not console.is_terminal:
         yield bars
         return
     with bars:

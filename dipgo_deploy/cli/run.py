@@ -20,10 +20,10 @@ from dipgo_deploy.cli.common import (
     free_output,
     human_console,
     json_option,
-    live,
     lora_line,
     lora_options,
     overwrite_option,
+    progress_bars,
 )
 from dipgo_deploy.cli.options import PATH, Command, engine_dir_option, option, threads_option, version_option
 from dipgo_deploy.errors import UserError
@@ -355,10 +355,8 @@ main = entry_point(command)
 def _progress() -> Iterator[Callable[[int, int], None]]:
     """A bar over the launches, on stderr, only where that is a terminal."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with live(Progress(*columns, console=Console(stderr=True), transient=True)) as bar:
+    with progress_bars(Console(stderr=True)) as bar:
         task = bar.add_task("denoising", total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, mkdtemp
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -19,8 +19,8 @@ from dipgo_deploy.cli.common import (
     free_output,
     human_console,
     json_option,
-    live,
     overwrite_option,
+    progress_bars,
 )
 from dipgo_deploy.cli.options import (
     PATH,
@@ -369,10 +369,6 @@ def _search_ratios(
     from dipgo_deploy.search.evaluate import Objective
     from dipgo_deploy.search.run import choose_cache, search
 
-    if options["cache"] is None and settings.method.endswith("refine"):
-        problem = choose_cache(problem, settings, reporter)
-    settings = replace(settings, starts=_starts(options["starts"], problem.target))
-
     def finish(schedule: Schedule) -> Schedule:
         refine = refine_options(options["refine_iterations"])
         return calibrate(problem, schedule, fit, refine=refine, report=reporter.progress)
@@ -380,17 +376,22 @@ def _search_ratios(
     with TemporaryDirectory() as folder:
 
         def objective(searched: Problem) -> Objective:
+            own = Path(mkdtemp(dir=folder))
             return calibrated_objective(
-                searched, settings.train.loss, Path(folder), settings.images, on_evaluation=reporter.evaluation
+                searched, settings.train.loss, own, settings.images, on_evaluation=reporter.evaluation
             )
 
+        judge = objective if options["calibrate"] else None
+        if options["cache"] is None and settings.method.endswith("refine"):
+            problem = choose_cache(problem, settings, reporter, judge)
+        settings = replace(settings, starts=_starts(options["starts"], problem.target))
         found = search(
             problem,
             settings,
             folder=checkpoint,
             resume=resume,
             reporter=replace(reporter, found=lambda one: save(one.target, one.schedule, _words(one))),
-            objective=objective if options["calibrate"] else None,
+            objective=judge,
             finish=finish if options["calibrate"] else None,
         )
     return {one.target: _facts(one) for one in found}
@@ -549,26 +550,9 @@ def _search_options(
 @contextmanager
 def _reporting(console: Console, options: dict[str, Any]) -> Iterator[Reporter]:
     """A progress bar for the pruner and one for the evaluations; plain lines where there is no terminal."""
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
     from dipgo_deploy.search.run import Reporter
 
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[facts]}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with live(Progress(*columns, console=console, transient=True)) as bars:
+    with progress_bars(console, "facts") as bars:
         current = bars.add_task("starting", total=None, facts="")
 
         def stage(name: str) -> None:

@@ -278,8 +278,14 @@ def _planned(
     )
     steps = schedule.sampler.num_inference_steps
     kwargs = sampling.set_timesteps
+    # Not checked again: it is the matrix that _with_options checked, with some columns added up.
     matrix = sampler_matrix(
-        sampling.scheduler, steps, plan.prediction_slots, set_timesteps_kwargs=kwargs, begin=sampling.begin
+        sampling.scheduler,
+        steps,
+        plan.prediction_slots,
+        set_timesteps_kwargs=kwargs,
+        begin=sampling.begin,
+        check=False,
     )
     planned = PlannedExport(
         source, schedule, sampling.scheduler, kwargs, traced, plan, matrix, sampling.used, options, image=image

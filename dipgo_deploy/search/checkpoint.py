@@ -80,14 +80,3 @@ def load(folder: Path) -> Checkpoint:
         return Checkpoint(int(state["iteration"]), dict(state["settings"]), tensors)
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: is no checkpoint of a search: {error}") from error
-
-
-def check_settings(saved: Mapping[str, Any], settings: Mapping[str, Any], folder: Path) -> None:
-    """Refuse (UserError) to go on with other settings than the checkpoint was made with."""
-    plain = json.loads(json.dumps(settings))
-    for name in sorted({*saved, *plain}):
-        if saved.get(name) != plain.get(name):
-            raise UserError(
-                f"{folder}: was made with {name} = {saved.get(name)!r}, now it is {plain.get(name)!r}; "
-                "give the same settings, or another folder"
-            )

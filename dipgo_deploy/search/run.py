@@ -199,8 +199,13 @@ def measured_paths(
     return _Lazily(measure)
 
 
-def choose_cache(problem: Problem, options: SearchOptions, reporter: Reporter | None = None) -> Problem:
-    """``problem`` with the kind of cache that loses least, on the true objective.
+def choose_cache(
+    problem: Problem,
+    options: SearchOptions,
+    reporter: Reporter | None = None,
+    objective: Callable[[Problem], Objective] | None = None,
+) -> Problem:
+    """``problem`` with the kind of cache that loses least, on the true objective (``objective`` as in `search`).
 
     Each kind that all blocks can have is tried with the uniform interval at every ratio that has one, on the images
     that the search judges by; the lowest mean loss wins. A family with one kind is left as it is.
@@ -209,11 +214,15 @@ def choose_cache(problem: Problem, options: SearchOptions, reporter: Reporter | 
     if len(kinds) < 2:
         return problem
     (reporter or Reporter()).stage("choosing the kind of cache")
+
+    def plain(candidate: Problem) -> Objective:
+        return image_objective(candidate, judged(problem, options), options.train.loss, options.image_batch)
+
     tried = []
     for kind in kinds:
         candidate = problem if kind == kinds[0] else with_cache(problem, kind)
-        objective = image_objective(candidate, judged(problem, options), options.train.loss, options.image_batch)
-        losses = [objective(uniform_gates(candidate.costs, ratio)) for ratio in options.ratios]
+        seen = (objective or plain)(candidate)
+        losses = [seen(uniform_gates(candidate.costs, ratio)) for ratio in options.ratios]
         tried.append((sum(losses) / len(losses), candidate))
     return min(tried, key=lambda one: one[0])[1]
 

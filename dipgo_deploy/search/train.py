@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 
+from dipgo_deploy.documents import check_same_settings
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.search import checkpoint
 from dipgo_deploy.search.loop_loss import LoopLoss, Precision
@@ -163,7 +164,7 @@ def train(
         if folder is None:
             raise UserError("--resume: needs --checkpoint, the folder to go on from")
         state = checkpoint.load(folder)
-        checkpoint.check_settings(state.settings, described, folder)
+        check_same_settings(folder / checkpoint.NAME, described, dict(state.settings))
         state.restore(trainer.pruner, trainer.optimizer)
         trainer.iteration = state.iteration
     with _Log(folder, trainer.iteration) as log:

@@ -11,7 +11,7 @@ from dipgo_deploy.errors import UserError
 from dipgo_deploy.models.target import check_sampler, check_schedule
 from dipgo_deploy.schedule.document import Schedule
 from dipgo_deploy.search.baselines.uniform import uniform_gates
-from dipgo_deploy.search.evaluate import full_latents, image_objective, sample
+from dipgo_deploy.search.evaluate import Objective, full_latents, image_objective, sample
 from dipgo_deploy.search.loop_loss import LoopLoss
 from dipgo_deploy.search.losses import LATENT_LOSSES
 from dipgo_deploy.search.problem import (
@@ -189,6 +189,16 @@ def test_the_cache_that_loses_least_is_chosen(problem: Problem, unet_problem: Pr
     kinds = {block.cache for block in search(chosen, replace(options, tolerance=0.1))[0].schedule.blocks}
     assert kinds == {min(losses, key=losses.__getitem__)}
     assert choose_cache(unet_problem, options) is unet_problem
+
+
+@pytest.mark.parametrize("best", ["residual", "output"])
+def test_the_cache_is_chosen_by_the_objective_of_the_search(problem: Problem, best: str) -> None:
+    def objective(searched: Problem) -> Objective:
+        loses = searched.target.blocks[0].cache != best
+        return Objective(searched.costs, lambda gates: float(loses))
+
+    chosen = choose_cache(problem, replace(OPTIONS, method="refine", ratios=(0.57,)), objective=objective)
+    assert chosen.target.blocks[0].cache == best
 
 
 def test_the_full_run_of_another_sampler_may_be_the_reference(problem: Problem) -> None:

@@ -110,9 +110,9 @@ def test_an_interrupted_run_resumes_to_the_same_result(problem: Problem, tmp_pat
 def test_resuming_wants_the_same_settings(problem: Problem, tmp_path: Path) -> None:
     short = replace(OPTIONS, iterations=1)
     train(trainer(problem, short), SETTINGS, tmp_path)
-    with pytest.raises(UserError, match="was made with train"):
+    with pytest.raises(UserError, match="was begun with train.iterations 1, now it is"):
         train(trainer(problem), SETTINGS, tmp_path, resume=True)
-    with pytest.raises(UserError, match="was made with model = 'tiny', now it is 'other'"):
+    with pytest.raises(UserError, match="was begun with model 'tiny', now it is 'other'"):
         train(trainer(problem, short), {"model": "other"}, tmp_path, resume=True)
     with pytest.raises(UserError, match="no such checkpoint"):
         train(trainer(problem), SETTINGS, tmp_path / "nowhere", resume=True)
