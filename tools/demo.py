@@ -7,7 +7,7 @@ how close its images are to the full run's, beside plain solvers with as many la
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ from dipgo_deploy.runtime.pipeline import Pipeline
 from dipgo_deploy.schedule.document import Schedule
 from tools.bench.loops import GUIDANCE_SCALE, compare_loops
 from tools.bench.pairs import SCHEDULES, export_pair
+from tools.bench.tables import with_quartiles
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -29,6 +30,7 @@ MODELS = ("fashion-sd", "fashion-dit")
 LAUNCHES = ("4", "5", "7", "10", "17")
 SOLVERS = ("ddim", "dpm++2m", "deis", "unipc")
 """Plain solvers, with as many steps as the schedule has launches."""
+OURS = "this schedule"
 MARGIN = 4
 SCALE = 2
 """The built-in models draw 32 x 32 pixels: too small to look at."""
@@ -47,7 +49,7 @@ SCALE = 2
     help="Images of each class that quality is measured on; 0 leaves that out.",
 )
 @click.option("--folder", type=click.Path(path_type=Path), default=Path("engines/demo"), show_default=True)
-@click.option("--repeats", type=click.IntRange(min=1), default=9, show_default=True, help="Timed runs of each loop.")
+@click.option("--repeats", type=click.IntRange(min=1), default=15, show_default=True, help="Timed runs of each loop.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: the physical cores]")
 @click.option("--seed", type=int, default=0, show_default=True)
 @json_option
@@ -80,26 +82,42 @@ def command(
     sheet(draws).save(picture)
     say(f"{picture}: the ten classes, seed {seed}; above the full loop, below the pruned one")
     facts = compare_loops(pair.full, pair.pruned, repeats, threads, bare=False)
-    for name in ("full", "pruned"):
-        row = facts[name]
-        say(
-            f"{name:<6} loop: {row['launches']} launches for {row['evaluations']} evaluations, "
-            f"{row['loop_ms']['median']:.1f} ms, {row['overhead_us']['median']:.0f} us per launch beside its graphs"
-        )
-    say(
-        f"speed-up: measured {facts['speedup']['median']:.2f}x, ideal {facts['ideal_speedup']:.2f}x (the ratio of the "
-        f"multiply-accumulates), quotient {facts['quotient']:.2f}"
-    )
     facts["quality"] = []
     if per_condition:
         say(f"making {10 * per_condition} images of each to compare with the full run's")
         facts["quality"] = quality(model, schedule, per_condition)
-        for one in facts["quality"]:
-            say(f"{one['name']:<18} SSIM to the full run {one['ssim']:.4f} ({one['low']:.4f} to {one['high']:.4f})")
+    for line in summary(facts, repeats):
+        console.print(line, markup=False, soft_wrap=True)
     emit({"model": model, "picture": str(picture), "seconds": time.perf_counter() - start, **facts}, as_json)
 
 
 main = entry_point(command)
+
+
+def summary(facts: Mapping[str, Any], rounds: int) -> list[str]:
+    """Times and quality as one table, and the speed-up with its spread."""
+    ours, *plain = facts["quality"] or [{"name": OURS}]
+    rows = [(_loop_cells("full run", facts["full"], "1 (what the others are compared with)"))]
+    rows.append(_loop_cells(ours["name"], facts["pruned"], _ssim(ours)))
+    rows += [(one["name"], str(facts["pruned"]["launches"]), "", _ssim(one)) for one in plain]
+    heading = ("", "launches", f"ms a loop, {rounds} rounds in turn", "SSIM to the full run's images")
+    widths = [max(map(len, column)) for column in zip(heading, *rows, strict=True)]
+    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in (heading, *rows)]
+    ideal = facts["ideal_speedup"]
+    quotients = {name: value / ideal for name, value in facts["speedup"].items()}
+    return [
+        *lines,
+        f"speed-up: measured {with_quartiles(facts['speedup'], 2)}, ideal {ideal:.2f} (the ratio of the "
+        f"multiply-accumulates), quotient {with_quartiles(quotients, 2)}; in brackets quartiles, of the SSIM 95%",
+    ]
+
+
+def _loop_cells(name: str, loop: Mapping[str, Any], likeness: str) -> tuple[str, str, str, str]:
+    return name, str(loop["launches"]), with_quartiles(loop["loop_ms"], 1), likeness
+
+
+def _ssim(row: Mapping[str, Any]) -> str:
+    return f"{row['ssim']:.4f} ({row['low']:.4f}-{row['high']:.4f})" if "ssim" in row else "not measured"
 
 
 def quality(model: str, schedule: Schedule, per_condition: int) -> list[dict[str, Any]]:
@@ -108,7 +126,7 @@ def quality(model: str, schedule: Schedule, per_condition: int) -> list[dict[str
     from dipgo_deploy.search.problem import ProblemOptions, load_problem
 
     problem = load_problem(ProblemOptions(model=model, sampler="ddim", steps=50, guidance_scale=GUIDANCE_SCALE))
-    cases = schedule_cases([("this schedule", schedule)], problem)
+    cases = schedule_cases([(OURS, schedule)], problem)
     cases += [solver_case(f"{solver}:{schedule.steps}") for solver in SOLVERS]
     rows = measure(problem, cases, max(2, per_condition))
     return [{"name": row.name, "ssim": row.ssim.value, "low": row.ssim.low, "high": row.ssim.high} for row in rows]
