@@ -60,6 +60,7 @@ def to_onnx(
     from dipgo_deploy.export.passes.masked import EmptyAttention
     from dipgo_deploy.export.passes.metadata import StripMetadata
     from dipgo_deploy.export.passes.names import RestoreNames
+    from dipgo_deploy.export.passes.optimized import Optimized
     from dipgo_deploy.export.passes.outputs import NameOutputs
     from dipgo_deploy.export.passes.squeeze import IdleSqueezes
 
@@ -74,12 +75,15 @@ def to_onnx(
                 program,
                 tuple(arguments),
                 dynamo=True,
-                optimize=True,
+                optimize=False,
                 opset_version=OPSET[dtype],
                 input_names=list(input_names),
                 output_names=names,
                 verbose=False,
             )
+            assert exported is not None
+            model = exported.model
+            apply(model, Optimized())
         except torch.onnx.errors.OnnxExporterError as error:
             raise UserError(f"{label}: torch.onnx.export failed: {_first_line(error)}") from error
         except MemoryError:
@@ -88,8 +92,6 @@ def to_onnx(
             if dynamic_shapes is not None and isinstance(error, _dynamic_errors()):
                 raise UserError(f"{label}: {_why_static(error)}; give plain numbers for these sizes") from error
             raise UserError(f"{label}: torch.export cannot trace it: {_first_line(error)}") from error
-    assert exported is not None
-    model = exported.model
     apply(
         model,
         PermutingEinsums(),
