@@ -17,14 +17,21 @@ pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed: engin
 
 MODELS = ("fashion-sd", "fashion-dit")
 DTYPES = ("fp32", "fp16", "bf16")
+USUAL = (("fashion-sd", "fp16"), ("fashion-dit", "fp32"))
 
 
 def files(folder: Path) -> dict[str, int]:
     return {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(
+    ("model", "dtype"),
+    [
+        pytest.param(model, dtype, marks=[] if (model, dtype) in USUAL else pytest.mark.slow)
+        for model in MODELS
+        for dtype in DTYPES
+    ],
+)
 def test_every_graph_builds_and_the_second_build_does_nothing(exported, model, dtype):
     engine_dir = exported(model, dtype)
     manifest = Bundle.open(engine_dir).manifest

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,10 @@ def test_a_call_and_the_command_write_the_same(model: Path, many: Schedule, file
     full = replan(export, many.with_gates([[True] * len(many.blocks)] * many.steps))
     assert full.layout == "variants" and full.copies == pytest.approx(1)
     assert in_layout(export, "variants").layout == "variants" and in_layout(full, "segments").layout == "segments"
+    # Where segments cannot be, or are not for this device, auto does not count copies.
+    for change in ({"dtype": "fp16"}, {"max_variants": 9}):
+        other = in_layout(replace(export, options=replace(export.options, **change)), "auto")
+        assert other.layout == "variants" and other.copies is None
 
 
 def test_the_commands_options_are_the_calls(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -70,7 +70,7 @@ def test_weights_are_converted_in_place_and_stay_readable(model: Path) -> None:
     assert all(torch.equal(parameter, before[name]) for name, parameter in again.named_parameters())
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+@pytest.mark.parametrize("dtype", [pytest.param("fp32", marks=pytest.mark.slow), "fp16"])
 def test_segments_are_the_same_too(plan: Callable[..., PlannedExport], model: Path, tmp_path: Path, dtype: str) -> None:
     found: list[Agreement] = []
     usual = publish(plan(layout="segments", dtype=dtype), tmp_path / "usual", agreed=found.append)
@@ -118,7 +118,7 @@ def test_large_means_bytes_of_the_export(model: Path, half: Path, monkeypatch: p
         assert not low_memory.is_large(str(folder), torch.float16)
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("dtype", [pytest.param("fp32", marks=pytest.mark.slow), "fp16", "bf16"])
 def test_half_precision_files_give_the_same_graphs(half: Path, tmp_path: Path, dtype: str) -> None:
     written = []
     for frugal in (False, True):
