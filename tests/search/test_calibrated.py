@@ -18,7 +18,7 @@ FILES = {path.stem: path for path in sorted(FOLDER.glob("*.json"))}
 
 
 def test_there_is_one_for_each_model_and_number_of_launches() -> None:
-    assert {f"{model}-ddim50-{count}" for model in ("fashion-dit", "fashion-sd") for count in (4, 5, 7, 10)} == set(
+    assert {f"{model}-ddim50-{count}" for model in ("fashion-dit", "fashion-sd") for count in (4, 5, 7, 10, 17)} == set(
         FILES
     )
 
