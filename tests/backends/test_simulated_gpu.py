@@ -323,6 +323,16 @@ def test_a_gpu_that_tensorrt_rtx_is_not_made_for_is_named(dit, cudart, monkeypat
 # The simulation: it must be able to fail, and must not offer what is not there.
 
 
+def test_work_in_which_memory_is_freed_ends_before_the_next(cudart):
+    _, stream = cudart.cudaStreamCreateWithFlags(cudart.cudaStreamNonBlocking)
+    _, block = cudart.cudaMalloc(256)
+    order = []
+    cudart.submit(stream, lambda: (cudart.cudaFree(block), order.append("first")))
+    cudart.submit(stream, lambda: order.append("second"))
+    cudart.cudaStreamSynchronize(stream)
+    assert order == ["first", "second"]
+
+
 def test_freed_memory_is_no_memory(cudart):
     cuda = Cuda(RTX)
     memory = cuda.allocate(1000)

@@ -54,6 +54,7 @@ class Stream:
 
     waiting: deque[Work] = field(default_factory=deque)
     capture: Graph | None = None
+    draining: bool = False
 
 
 class Cudart:
@@ -224,8 +225,15 @@ class Cudart:
             return handle
 
     def _drain(self, stream: Stream) -> None:
-        while stream.waiting:
-            stream.waiting.popleft()()
+        # Python may collect garbage in the middle of a work item, whose finalizers free memory: the item ends first.
+        if stream.draining:
+            return
+        stream.draining = True
+        try:
+            while stream.waiting:
+                stream.waiting.popleft()()
+        finally:
+            stream.draining = False
 
 
 def _to_host(address: int, data: np.ndarray) -> None:
