@@ -98,13 +98,15 @@ _INTRODUCTION = f"""\
 Published configurations with random weights, so this is about time and memory and says nothing of quality. The model
 runs in torch in float32, one image at a time, with guidance where its pipeline has it; a solver is fitted to every
 second evaluation of the sampler. *Evaluations* are those of the full runs and of the launches, of all images; the fit
-itself takes milliseconds. *Peak* is the largest resident memory of the process, Python and torch included.
+itself takes milliseconds. *Peak* is the largest resident memory of the process, Python and torch included. Times are of
+a machine with other work. Rows that a command below has and the table has not were not measured yet.
 
 ```bash
 # takes some minutes a row
 python -m tools.full_size.calibration sd-1.5-512 --height 256 --width 256 {_COLLECT}
 python -m tools.full_size.calibration flux.1-dev-1024 --reduced --height 256 --width 256 --steps 4 --images 2 {_COLLECT}
 ```
+
 """
 
 
