@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from dipgo_deploy.errors import UserError
+from dipgo_deploy.models.forward import replaced_forward
 from dipgo_deploy.reference.conditions import host
 from dipgo_deploy.reference.vae import from_vae
 from dipgo_deploy.sampler.schedulers import fresh
@@ -254,10 +255,10 @@ class _Denoiser:
         with ExitStack() as stack:
             for name in family.companions:
                 # Its outputs are made where the denoiser's own are: both are gated.
-                stack.enter_context(_forward(getattr(pipeline, name), self._companion))
+                stack.enter_context(replaced_forward(getattr(pipeline, name), self._companion))
             original = module.forward
             stack.enter_context(
-                _forward(module, lambda *args, **kwargs: self._evaluate(module, original, args, kwargs))
+                replaced_forward(module, lambda *args, **kwargs: self._evaluate(module, original, args, kwargs))
             )
             self._module, self._original = module, original
             yield
@@ -295,7 +296,7 @@ class _Denoiser:
         def call(model: Any, *_: Any) -> Any:
             if not source.family.companions:
                 return original(*args, **kwargs)
-            with _forward(module, original):  # the family's own call ends in the denoiser's
+            with replaced_forward(module, original):  # the family's own call ends in the denoiser's
                 return (source.family.call(model, latent, timestep, conditions),)
 
         ours = self._reference.supernet
@@ -326,20 +327,6 @@ class _Denoiser:
 def _rows(conditions: Mapping[str, np.ndarray], name: str) -> tuple[np.ndarray, ...]:
     """Those of the half that was evaluated before, where there was one."""
     return (conditions[name],) if name in conditions else ()
-
-
-@contextmanager
-def _forward(module: Any, forward: Any) -> Iterator[None]:
-    """``module`` with another ``forward``."""
-    before = module.__dict__.get("forward")
-    module.__dict__["forward"] = forward
-    try:
-        yield
-    finally:
-        if before is None:
-            del module.__dict__["forward"]
-        else:
-            module.__dict__["forward"] = before
 
 
 def _control(keywords: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,12 +12,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from dipgo_deploy.errors import UserError
 from dipgo_deploy.models.family import BlockSpec, Granularity, InputSpec, ModelFamily, TextScheme, TokenizerSpec
 from dipgo_deploy.models.flux import branch, rotary_table
+from dipgo_deploy.models.forward import replaced_forward
 from dipgo_deploy.models.guidance import Guidance
-from dipgo_deploy.models.packed import PACK, pack, unpack
-from dipgo_deploy.models.shift import flow_options
+from dipgo_deploy.models.packed import PACK, channels_of_tokens, check_even, pack, set_timesteps, unpack
 from dipgo_deploy.models.sublayers import sublayers, whole_blocks
 
 if TYPE_CHECKING:
@@ -44,14 +43,7 @@ def blocks(config: Mapping[str, Any], granularity: Granularity) -> tuple[BlockSp
 
 def latent_channels(config: Mapping[str, Any]) -> int:
     """Channels of the latent, a quarter of a token's. Raises UserError when the model takes more than the latent."""
-    into, patch = int(config["in_channels"]), config["patch_size"]
-    out = int(config.get("out_channels") or into)
-    if into != out or patch != 1 or into % PACK**2:
-        raise UserError(
-            f"{CLASS_NAME}: in_channels {into}, out_channels {out}, patch_size {patch}: only models whose input is "
-            "the latent packed 2x2 work"
-        )
-    return into // PACK**2
+    return channels_of_tokens(CLASS_NAME, config)
 
 
 def inputs(config: Mapping[str, Any], batch: int, height: int, width: int, text_length: int) -> tuple[InputSpec, ...]:
@@ -62,11 +54,7 @@ def inputs(config: Mapping[str, Any], batch: int, height: int, width: int, text_
         UserError: an odd height or width, or another input than the latent.
     """
     channels = latent_channels(config)
-    if height % PACK or width % PACK:
-        raise UserError(
-            f"{CLASS_NAME}: latent of {height}x{width}; give a height and width whose latent sides are even "
-            "(multiples of 16 pixels with its VAE)"
-        )
+    check_even(CLASS_NAME, height, width)
     features = int(config["joint_attention_dim"])
     return (
         InputSpec("hidden_states", (batch, channels, height, width), "model", "latent"),
@@ -112,11 +100,8 @@ def _embedded(model: nn.Module, timestep: Tensor) -> Iterator[None]:
         parts = moment[:, None].expand(rows, len(places), -1), places[None].expand(rows, -1, -1)
         return torch.cat([part.to(rounded.dtype) for part in parts], dim=-1)
 
-    embed.__dict__["forward"] = joined
-    try:
+    with replaced_forward(embed, joined):
         yield
-    finally:
-        del embed.__dict__["forward"]
 
 
 def text(config: Mapping[str, Any], pipeline: Any) -> TextScheme:
@@ -138,13 +123,6 @@ def given(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, Ten
     states = kwargs[_STATES]
     conditions = {_STATES: states, _MASK: kwargs[_MASK][:, : states.shape[1]]}
     return kwargs["hidden_states"], kwargs["timestep"], conditions
-
-
-def set_timesteps(
-    config: Mapping[str, Any], scheduler: Mapping[str, Any], height: int, width: int, steps: int
-) -> Mapping[str, Any]:
-    """The pipeline's ``sigmas``, and ``mu`` for the number of tokens for a scheduler with dynamic shifting."""
-    return flow_options(scheduler, (height // PACK) * (width // PACK), steps)
 
 
 FAMILY = ModelFamily(

@@ -26,10 +26,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dipgo_deploy.errors import UserError
 from dipgo_deploy.models.family import BlockSpec, Granularity, InputSpec, ModelFamily, TextScheme, TokenizerSpec
+from dipgo_deploy.models.forward import replaced_forward
 from dipgo_deploy.models.image_start import rounded_down
-from dipgo_deploy.models.packed import PACK, pack, unpack
+from dipgo_deploy.models.packed import PACK, channels_of_tokens, check_even, pack, unpack
 from dipgo_deploy.models.rotary import along
 from dipgo_deploy.models.shift import dynamic_shift
 from dipgo_deploy.models.sublayers import sublayers, whole_blocks
@@ -67,14 +67,7 @@ def branch(index: int) -> BlockSpec:
 
 def latent_channels(config: Mapping[str, Any]) -> int:
     """Channels of the latent, a quarter of a token's. Raises UserError when the model takes more than the latent."""
-    into, patch = int(config["in_channels"]), config["patch_size"]
-    out = int(config.get("out_channels") or into)
-    if into != out or patch != 1 or into % PACK**2:
-        raise UserError(
-            f"{CLASS_NAME}: in_channels {into}, out_channels {out}, patch_size {patch}: only models whose input is "
-            "the latent packed 2x2 work"
-        )
-    return into // PACK**2
+    return channels_of_tokens(CLASS_NAME, config)
 
 
 def inputs(config: Mapping[str, Any], batch: int, height: int, width: int, text_length: int) -> tuple[InputSpec, ...]:
@@ -87,11 +80,7 @@ def inputs(config: Mapping[str, Any], batch: int, height: int, width: int, text_
         UserError: an odd height or width, or another input than the latent.
     """
     channels = latent_channels(config)
-    if height % PACK or width % PACK:
-        raise UserError(
-            f"{CLASS_NAME}: latent of {height}x{width}; give a height and width whose latent sides are even "
-            "(multiples of 16 pixels with FLUX's VAE)"
-        )
+    check_even(CLASS_NAME, height, width)
     text, pooled = int(config["joint_attention_dim"]), int(config["pooled_projection_dim"])
     guidance = InputSpec("guidance", (batch,), "float32", "condition", "guidance")
     return (
@@ -166,11 +155,8 @@ def rotary_table(model: nn.Module, length: int, rows: int, columns: int) -> Iter
             angles.append(torch.cat([torch.full((length, picture.shape[1]), at_origin), picture]).to(positions.device))
         return tuple(angles)
 
-    embed.__dict__["forward"] = table
-    try:
+    with replaced_forward(embed, table):
         yield
-    finally:
-        del embed.__dict__["forward"]
 
 
 def text(config: Mapping[str, Any], pipeline: Any) -> TextScheme:

@@ -28,6 +28,7 @@ import numpy as np
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.models.chat import MARK, around_prompt
 from dipgo_deploy.models.family import BlockSpec, Granularity, InputSpec, ModelFamily, Side, TextScheme, TokenizerSpec
+from dipgo_deploy.models.forward import replaced_forward
 from dipgo_deploy.models.guidance import Guidance
 from dipgo_deploy.models.rotary import along
 from dipgo_deploy.models.sublayers import sublayers, whole_blocks
@@ -145,11 +146,8 @@ def _rotary_tables(model: nn.Module, places: tuple[Tensor, Tensor], rows: int, c
             found.append(table.to(picture.device))
         return tuple(found)
 
-    embed.__dict__["forward"] = tables
-    try:
+    with replaced_forward(embed, tables):
         yield
-    finally:
-        del embed.__dict__["forward"]
 
 
 def text(config: Mapping[str, Any], pipeline: Any) -> TextScheme:

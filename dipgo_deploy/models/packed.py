@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from dipgo_deploy.errors import UserError
+from dipgo_deploy.models.shift import flow_options
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,3 +29,31 @@ def unpack(tokens: Tensor, rows: int, columns: int) -> Tensor:
     channels = features // PACK**2
     latent = tokens.reshape(batch, rows, columns, channels, PACK, PACK).permute(0, 3, 1, 4, 2, 5)
     return latent.reshape(batch, channels, rows * PACK, columns * PACK)
+
+
+def channels_of_tokens(class_name: str, config: Mapping[str, Any]) -> int:
+    """Channels of the latent, a quarter of a token's. Raises UserError when the model takes more than the latent."""
+    into, patch = int(config["in_channels"]), config["patch_size"]
+    out = int(config.get("out_channels") or into)
+    if into != out or patch != 1 or into % PACK**2:
+        raise UserError(
+            f"{class_name}: in_channels {into}, out_channels {out}, patch_size {patch}: only models whose input is "
+            "the latent packed 2x2 work"
+        )
+    return into // PACK**2
+
+
+def check_even(class_name: str, height: int, width: int) -> None:
+    """Refuse (UserError) a latent that two by two pixels do not fill."""
+    if height % PACK or width % PACK:
+        raise UserError(
+            f"{class_name}: latent of {height}x{width}; give a height and width whose latent sides are even "
+            "(multiples of 16 pixels with its VAE)"
+        )
+
+
+def set_timesteps(
+    config: Mapping[str, Any], scheduler: Mapping[str, Any], height: int, width: int, steps: int
+) -> Mapping[str, Any]:
+    """The pipeline's ``sigmas``, and ``mu`` for the number of tokens for a scheduler with dynamic shifting."""
+    return flow_options(scheduler, (height // PACK) * (width // PACK), steps)

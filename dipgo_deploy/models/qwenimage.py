@@ -23,10 +23,10 @@ import numpy as np
 
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.models.family import BlockSpec, Granularity, InputSpec, ModelFamily, TextScheme, TokenizerSpec
+from dipgo_deploy.models.forward import replaced_forward
 from dipgo_deploy.models.guidance import Guidance, renormalised
-from dipgo_deploy.models.packed import PACK, pack, unpack
+from dipgo_deploy.models.packed import PACK, check_even, pack, set_timesteps, unpack
 from dipgo_deploy.models.rotary import rotate, turns
-from dipgo_deploy.models.shift import flow_options
 from dipgo_deploy.models.sublayers import sublayers, whole_blocks
 
 if TYPE_CHECKING:
@@ -74,11 +74,7 @@ def inputs(config: Mapping[str, Any], batch: int, height: int, width: int, text_
     for name in _OTHERS:
         if config[name]:
             raise UserError(f"{CLASS_NAME}: {name} = {config[name]} is not supported; use a model from text alone")
-    if height % PACK or width % PACK:
-        raise UserError(
-            f"{CLASS_NAME}: latent of {height}x{width}; give a height and width whose latent sides are even "
-            "(multiples of 16 pixels with its VAE)"
-        )
+    check_even(CLASS_NAME, height, width)
     features = int(config["joint_attention_dim"])
     return (
         InputSpec("hidden_states", (batch, channels, height, width), "model", "latent"),
@@ -135,12 +131,8 @@ def _real_rotations(model: nn.Module, length: int, rows: int, columns: int) -> I
     def rotated(features: Tensor, table: Tensor, use_real: bool = True) -> Tensor:
         return rotate(features, table.to(features.device))
 
-    embed.__dict__["forward"] = tables
-    try:
-        with mock.patch.object(transformer_qwenimage, "apply_rotary_emb_qwen", rotated):
-            yield
-    finally:
-        del embed.__dict__["forward"]
+    with replaced_forward(embed, tables), mock.patch.object(transformer_qwenimage, "apply_rotary_emb_qwen", rotated):
+        yield
 
 
 def _from_middle(count: int) -> np.ndarray:
@@ -183,13 +175,6 @@ def given(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, Ten
         _MASK: torch.nn.functional.pad(mask.to(torch.int64), (0, missing)),
     }
     return kwargs["hidden_states"], kwargs["timestep"], conditions
-
-
-def set_timesteps(
-    config: Mapping[str, Any], scheduler: Mapping[str, Any], height: int, width: int, steps: int
-) -> Mapping[str, Any]:
-    """The pipeline's ``sigmas``, and ``mu`` for the number of tokens for a scheduler with dynamic shifting."""
-    return flow_options(scheduler, (height // PACK) * (width // PACK), steps)
 
 
 FAMILY = ModelFamily(

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dipgo_deploy.models.forward import replaced_forward
+
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
@@ -72,8 +74,5 @@ def precomputed(rope: nn.Module, arguments: Callable[[], Sequence[Any]]) -> Iter
     def tables(hidden_states: Tensor, *_: Any) -> tuple[Tensor, ...]:
         return tuple(table.to(hidden_states.device) for table in made)
 
-    rope.__dict__["forward"] = tables
-    try:
+    with replaced_forward(rope, tables):
         yield
-    finally:
-        del rope.__dict__["forward"]

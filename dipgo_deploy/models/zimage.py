@@ -25,8 +25,8 @@ from dipgo_deploy.errors import UserError
 from dipgo_deploy.models.chat import MARK, around_prompt
 from dipgo_deploy.models.family import BlockSpec, Granularity, InputSpec, ModelFamily, TextScheme, TokenizerSpec
 from dipgo_deploy.models.guidance import Guidance, beyond_conditional
+from dipgo_deploy.models.packed import check_even, set_timesteps
 from dipgo_deploy.models.rotary import rotate, turns
-from dipgo_deploy.models.shift import flow_options
 from dipgo_deploy.models.sublayers import sublayers, whole_blocks
 
 if TYPE_CHECKING:
@@ -73,11 +73,7 @@ def inputs(config: Mapping[str, Any], batch: int, height: int, width: int, text_
         )
     if config["siglip_feat_dim"]:
         raise UserError(f"{CLASS_NAME}: siglip_feat_dim (Z-Image-Omni) is not supported; use a model from text alone")
-    if height % _PATCH or width % _PATCH:
-        raise UserError(
-            f"{CLASS_NAME}: latent of {height}x{width}; give a height and width whose latent sides are even "
-            "(multiples of 16 pixels with its VAE)"
-        )
+    check_even(CLASS_NAME, height, width)
     largest = [int(length) * _PATCH for length in config["axes_lens"][1:]]
     if height > largest[0] or width > largest[1]:
         raise UserError(
@@ -243,13 +239,6 @@ def given(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, Ten
         timestep,
         {_STATES: torch.stack(rows), _MASK: torch.stack(masks)},
     )
-
-
-def set_timesteps(
-    config: Mapping[str, Any], scheduler: Mapping[str, Any], height: int, width: int, steps: int
-) -> Mapping[str, Any]:
-    """The pipeline's ``sigmas``, and ``mu`` for the number of tokens for a scheduler with dynamic shifting."""
-    return flow_options(scheduler, (height // _PATCH) * (width // _PATCH), steps)
 
 
 FAMILY = ModelFamily(

@@ -7,8 +7,8 @@ the last few takes the place of the last.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.models.family import BlockSpec, CacheKind, call_with_keywords
+from dipgo_deploy.models.forward import replaced_forward
 from dipgo_deploy.models.guidance import PLAIN, Guidance
 from dipgo_deploy.schedule.forecast import AS_STORED, MOST_TERMS, Reads
 from dipgo_deploy.supernet.cuts import Structure, flatten, residual_inputs, unflatten
@@ -159,7 +160,7 @@ class Supernet:
                         weights = self.forecast.weights_of(step, place, state.stored_at[spec.name])
                     terms = list(zip(weights, state.stored(spec.name), strict=False))
                     reader = _reader(spec, kind, terms, state.structures[spec.name], self.store)
-                    stack.enter_context(_replaced_forward(module, reader))
+                    stack.enter_context(replaced_forward(module, reader))
                 elif gate is not True or keep is None or spec.name in keep:
                     hook = _gate_hook(spec, kind, gate, stored, tensors, structures, self.store)
                     stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
@@ -245,17 +246,3 @@ def _gate_hook(
 def _mix(gate: Tensor, current: Tensor, cached: Tensor) -> Tensor:
     weight = gate.to(current.dtype)
     return weight * current + (1 - weight) * cached
-
-
-@contextmanager
-def _replaced_forward(module: nn.Module, forward: Any) -> Iterator[None]:
-    """``module`` with another forward inside the context; its hooks still run."""
-    own = module.__dict__.get("forward")
-    module.__dict__["forward"] = forward
-    try:
-        yield
-    finally:
-        if own is None:
-            del module.__dict__["forward"]
-        else:
-            module.__dict__["forward"] = own
