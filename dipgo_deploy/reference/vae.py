@@ -46,26 +46,21 @@ def scaling_and_shift(vae: Any) -> tuple[Any, Any]:
 
 def to_vae(vae: Any, latents: Any) -> Any:
     """What the VAE decodes, of latents (B, C, [f,] h, w), in its own channels and extents."""
+    from torch.nn import functional
+
     scaling, shift = scaling_and_shift(vae)
     scaled = (latents.unsqueeze(2) if _one_frame(vae) else latents) / scaling + shift
     patch = _patch(vae)
-    if patch == 1:
-        return scaled
-    batch, channels, height, width = scaled.shape
-    patches = scaled.reshape(batch, channels // patch**2, patch, patch, height, width).permute(0, 1, 4, 2, 5, 3)
-    return patches.reshape(batch, channels // patch**2, height * patch, width * patch)
+    return scaled if patch == 1 else functional.pixel_shuffle(scaled, patch)
 
 
 def from_vae(vae: Any, encoded: Any) -> Any:
     """Latents (B, C, [f,] h, w) of what the VAE encoded; the inverse of ``to_vae``."""
+    from torch.nn import functional
+
     scaling, shift = scaling_and_shift(vae)
     patch = _patch(vae)
-    if patch > 1:
-        batch, channels, height, width = encoded.shape
-        rows, columns = height // patch, width // patch
-        patches = encoded.reshape(batch, channels, rows, patch, columns, patch).permute(0, 1, 3, 5, 2, 4)
-        encoded = patches.reshape(batch, channels * patch**2, rows, columns)
-    latents = (encoded - shift) * scaling
+    latents = ((encoded if patch == 1 else functional.pixel_unshuffle(encoded, patch)) - shift) * scaling
     return latents.squeeze(2) if _one_frame(vae) else latents
 
 
