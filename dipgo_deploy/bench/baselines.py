@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-
 from dipgo_deploy.bench.quality import Case
 from dipgo_deploy.calibrate.core import nearest
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.schedule.builders import full
 from dipgo_deploy.schedule.document import Schedule
-from dipgo_deploy.schedule.solver import Solver
+from dipgo_deploy.schedule.solver import extrapolated
 from dipgo_deploy.search.problem import Problem, with_sampler
 
 NOISE_SOLVERS = ("ddim", "ddim-trailing", "dpm++2m", "dpm++2m-karras", "dpm++2m-trailing", "deis", "unipc")
@@ -53,30 +51,18 @@ def taylor(problem: Problem, launches: int) -> Schedule:
     """The full run's sampler with evenly spread launches, between which the prediction is extrapolated linearly.
 
     The whole-step form of TaylorSeer (arXiv 2503.06923), of first order: the prediction of an evaluation that is not
-    launched lies on the line through the last two launched ones. As the sampler is linear in its predictions, so is
-    this: its rows are the sampler's times those of the extrapolation.
+    launched lies on the line through the last two launched ones.
     """
-    matrix = problem.matrix
-    steps, noises = problem.steps, matrix.noises
+    steps = problem.steps
     at = [place * steps // launches for place in range(launches)]
-    guess = np.zeros((1 + steps + noises, 1 + launches + noises))
-    guess[0, 0] = 1
-    guess[1 + steps :, 1 + launches :] = np.eye(noises)
+    weights = [[0.0] * launches for _ in range(steps)]
     for step in range(steps):
         last = sum(known <= step for known in at) - 1
         beyond = 0.0 if last == 0 else (step - at[last]) / (at[last] - at[last - 1])
-        guess[1 + step, 1 + last] = 1 + beyond
+        weights[step][last] = 1 + beyond
         if beyond:
-            guess[1 + step, last] = -beyond
-    solver = Solver.model_validate(
-        {
-            "timesteps": matrix.timesteps[at].tolist(),
-            "rows": (matrix.rows[at] @ guess).tolist(),
-            "final": (matrix.final @ guess).tolist(),
-            "noises": noises,
-            "provenance": {"method": "first-order Taylor extrapolation"},
-        }
-    )
+            weights[step][last - 1] = -beyond
+    solver = extrapolated(problem.matrix, at, weights, {"method": "first-order Taylor extrapolation"})
     whole = problem.target.schedule(full(steps, len(problem.target.blocks)), "taylor", {"launches": launches})
     return whole.with_solver(solver, full(launches, len(problem.target.blocks)))
 

@@ -22,6 +22,7 @@ from dipgo_deploy.cli.common import (
 )
 from dipgo_deploy.cli.options import (
     PATH,
+    Command,
     Group,
     allow_other_config_option,
     cache_option,
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from dipgo_deploy.schedule.builders import PendingTarget
     from dipgo_deploy.schedule.document import Schedule
     from dipgo_deploy.schedule.forecast import RuleForecast
+    from dipgo_deploy.schedule.importers.base import Importer, Setting
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -82,11 +84,6 @@ def _target_options(function: F, granularity: Literal["block", "layer"] = "block
         json_option,
     )
     return decorate(function)
-
-
-def _layer_target_options(function: F) -> F:
-    """The same for formats that are about the layers inside a transformer's blocks."""
-    return _target_options(function, "layer")
 
 
 def _pending(
@@ -195,8 +192,23 @@ def random(ratio: float, seed: int, output: Path, as_json: bool, forecast: RuleF
     _write(target.schedule(gates, "random", {"ratio": ratio, "seed": seed}), output, as_json, forecast)
 
 
+class _Kinds(Group):
+    """A command for each kind of file, made when it is asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        from dipgo_deploy.schedule.importers.registry import KINDS
+
+        return list(KINDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        from dipgo_deploy.schedule.importers.registry import KINDS, importer
+
+        return _import_command(importer(cmd_name)) if cmd_name in KINDS else None
+
+
 @command.group(
     name="import",
+    cls=_Kinds,
     epilog=examples(
         "dipgo-schedule import dipgo-gates gates.pkl --model fashion-sd --sampler pndm --steps 50 -o gates.json",
         "dipgo-schedule import smoothcache 50-N-2-fora.json --model fashion-dit --sampler ddim --steps 50 -o fora.json",
@@ -211,97 +223,36 @@ def import_group() -> None:
     """
 
 
-@import_group.command(
-    name="dipgo-gates",
-    epilog=examples("dipgo-schedule import dipgo-gates gates.pkl --model fashion-sd --steps 50 -o gates.json"),
-)
-@click.argument("file", type=PATH)
-@_target_options
-def import_dipgo_gates(file: Path, output: Path, as_json: bool, forecast: RuleForecast | None, **options: Any) -> None:
-    """Read gates that DiP-GO's authors released.
+def _import_command(importer: Importer) -> click.Command:
+    """The command that reads one kind of file."""
 
-    FILE is their pickle. It is read as data: nothing in it is executed.
-    """
-    from dipgo_deploy.schedule.importers.dipgo_gates import import_dipgo_gates as read
+    @click.argument("file", type=PATH)
+    def read(file: Path, output: Path, as_json: bool, forecast: RuleForecast | None, **given: Any) -> None:
+        from dipgo_deploy.schedule.importers.base import import_with
 
-    _write(read(file, _pending_for(file, options)), output, as_json, forecast)
+        settings = {setting.name: given.pop(setting.name) for setting in importer.settings}
+        given["cache"] = given["cache"] or importer.cache
+        schedule, notes = import_with(importer, file, _pending_for(file, given), **settings)
+        for note in notes:
+            human_console(as_json).print(f"{file}: {note}", markup=False, soft_wrap=True)
+        _write(schedule, output, as_json, forecast)
 
-
-@import_group.command(
-    name="smoothcache",
-    epilog=examples(
-        "dipgo-schedule import smoothcache 50-N-2-fora.json --model fashion-dit --sampler ddim --steps 50 -o fora.json"
-    ),
-)
-@click.argument("file", type=PATH)
-@_layer_target_options
-def import_smoothcache(file: Path, output: Path, as_json: bool, forecast: RuleForecast | None, **options: Any) -> None:
-    """Read a schedule that SmoothCache's authors released: theirs, FORA's or Learning-to-Cache's.
-
-    FILE is JSON with 0 and 1 for each kind of layer (attn, mlp) or each layer (attn-0).
-    """
-    from dipgo_deploy.schedule.importers.smoothcache import import_smoothcache as read
-
-    _write(read(file, _pending_for(file, options)), output, as_json, forecast)
+    read.__doc__ = f"{importer.title}\n\nFILE is {importer.file}."
+    decorated = _target_options(read, importer.granularity)
+    for setting in reversed(importer.settings):
+        decorated = _setting_option(setting)(decorated)
+    line = f"dipgo-schedule import {importer.kind} {importer.example}"
+    return click.command(name=importer.kind, cls=Command, epilog=examples(line))(decorated)
 
 
-@import_group.command(
-    name="l2c-router",
-    epilog=examples(
-        "dipgo-schedule import l2c-router DDIM50_router.pt --model DiT-XL-2-256 --sampler ddim --steps 50 -o l2c.json"
-    ),
-)
-@click.argument("file", type=PATH)
-@option(
-    "Schedule",
-    "--threshold",
-    type=click.FloatRange(0, 1, min_open=True, max_open=True),
-    default=0.1,
-    help="A layer is computed when its score is above this (0.1 in the authors' commands, 0.9 for L2C at 512 pixels).",
-)
-@option(
-    "Schedule",
-    "--rule",
-    type=click.Choice(["l2c", "harmonica"]),
-    show_default="told by the file",
-    help="Whose routers they are: those of L2C compute everything at every second evaluation.",
-)
-@_layer_target_options
-def import_l2c_router(
-    file: Path,
-    threshold: float,
-    rule: Literal["l2c", "harmonica"] | None,
-    output: Path,
-    as_json: bool,
-    forecast: RuleForecast | None,
-    **options: Any,
-) -> None:
-    """Read routers of Learning-to-Cache or HarmoniCa for DiT.
-
-    FILE is a checkpoint of theirs. It is read as data: nothing in it is executed.
-    """
-    from dipgo_deploy.schedule.importers.l2c_router import import_l2c_router as read
-
-    schedule = read(file, _pending_for(file, options), threshold, rule)
-    parameters = schedule.provenance["parameters"]
-    whose = {"l2c": "Learning-to-Cache", "harmonica": "HarmoniCa"}[parameters["rule"]]
-    human_console(as_json).print(f"{file}: read as routers of {whose}", markup=False, soft_wrap=True)
-    _write(schedule, output, as_json, forecast)
-
-
-@import_group.command(
-    name="csv", epilog=examples("dipgo-schedule import csv keep.csv --model fashion-dit --steps 50 -o keep.json")
-)
-@click.argument("file", type=PATH)
-@_target_options
-def import_csv(file: Path, output: Path, as_json: bool, forecast: RuleForecast | None, **options: Any) -> None:
-    """Read a table of gates.
-
-    FILE has a row of 0 and 1 for each evaluation, with one cell for each block; a first row may name the blocks.
-    """
-    from dipgo_deploy.schedule.importers.csv import import_csv as read
-
-    _write(read(file, _pending_for(file, options)), output, as_json, forecast)
+def _setting_option(setting: Setting) -> Callable[[F], F]:
+    kind: Any = setting.type
+    if setting.choices:
+        kind = click.Choice(setting.choices)
+    elif setting.least is not None:
+        kind = click.FloatRange(setting.least, setting.most, min_open=True, max_open=True)
+    default = {"show_default": setting.default_text} if setting.default is None else {"default": setting.default}
+    return option("Schedule", f"--{setting.name.replace('_', '-')}", type=kind, help=setting.help, **default)
 
 
 @command.command(epilog=examples("dipgo-schedule validate schedule.json --model fashion-sd"))

@@ -70,13 +70,15 @@ def pending_target(
 
     def complete() -> Target:
         from dipgo_deploy.models.stock import stock_configuration
-        from dipgo_deploy.sampler import evaluations, make_scheduler, plain_config
+        from dipgo_deploy.sampler import make_scheduler, plain_config, sampler_matrix
+        from dipgo_deploy.sampler.schedulers import timesteps_of
 
         scheduler = stock_configuration(model).scheduler
         if sampler is not None:
             scheduler = make_scheduler(sampler, {} if scheduler is None else scheduler.config)
         assert scheduler is not None  # without a sampler the model has one
         options = nominal_set_timesteps(family, config, scheduler, num_inference_steps)
+        timesteps = timesteps_of(scheduler, num_inference_steps, set_timesteps_kwargs=options)
         return Target(
             model=ModelIdentity(class_name=family.class_name, config_hash=config_hash(config), granularity=granularity),
             blocks=blocks,
@@ -85,7 +87,9 @@ def pending_target(
                 config=plain_config(scheduler),
                 num_inference_steps=num_inference_steps,
             ),
-            steps=evaluations(scheduler, num_inference_steps, set_timesteps_kwargs=options),
+            steps=len(timesteps),
+            timesteps=timesteps,
+            matrix=lambda: sampler_matrix(scheduler, num_inference_steps, set_timesteps_kwargs=options),
         )
 
     return PendingTarget(tuple(block.name for block in blocks), _MOST_EVALUATIONS * num_inference_steps, complete)

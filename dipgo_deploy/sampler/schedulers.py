@@ -208,9 +208,16 @@ def evaluations(
     set_timesteps_kwargs: what the pipeline would pass to ``set_timesteps`` besides, such as ``mu`` for flow matching
     with dynamic shifting. The scheduler is left as it was. Raises UserError for a number of steps it cannot do.
     """
+    return len(timesteps_of(scheduler, num_inference_steps, set_timesteps_kwargs=set_timesteps_kwargs))
+
+
+def timesteps_of(
+    scheduler: Any, num_inference_steps: int, *, set_timesteps_kwargs: Mapping[str, Any] | None = None
+) -> tuple[float, ...]:
+    """What the denoiser is told at each evaluation. Arguments and errors as ``evaluations``."""
     copy = fresh(scheduler)
     set_timesteps(copy, num_inference_steps, set_timesteps_kwargs)
-    return len(copy.timesteps)
+    return tuple(copy.timesteps.tolist())
 
 
 def step_positions(
@@ -221,9 +228,7 @@ def step_positions(
     Caching methods that find out the evaluation from the timestep count like this. Arguments and errors as
     ``evaluations``.
     """
-    copy = fresh(scheduler)
-    set_timesteps(copy, num_inference_steps, set_timesteps_kwargs)
-    timesteps = copy.timesteps.tolist()
+    timesteps = timesteps_of(scheduler, num_inference_steps, set_timesteps_kwargs=set_timesteps_kwargs)
     return tuple(timesteps.index(timestep) for timestep in timesteps)
 
 

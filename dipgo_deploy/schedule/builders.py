@@ -12,18 +12,47 @@ from typing import Any
 from dipgo_deploy._version import __version__
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.schedule.document import BlockEntry, Gates, ModelIdentity, SamplerEntry, Schedule, gate_rows
+from dipgo_deploy.schedule.solver import Rows, Solver, extrapolated
 
 _UNIT = re.compile(r"(?P<side>down|up)_blocks\.(?P<index>\d+)(?P<layer>\..+)?")
 
 
 @dataclass(frozen=True)
 class Target:
-    """What a schedule is made for: the model, its blocks in order of execution, the sampler, T = its evaluations."""
+    """What a schedule is made for.
+
+    Attributes:
+        model: its identity.
+        blocks: in order of execution.
+        sampler: with its number of steps.
+        steps: T, its evaluations of the denoiser.
+        timesteps: T numbers, what the denoiser is told at each; empty where it is not known.
+        matrix: makes the sampler's matrix.
+    """
 
     model: ModelIdentity
     blocks: tuple[BlockEntry, ...]
     sampler: SamplerEntry
     steps: int
+    timesteps: tuple[float, ...] = ()
+    matrix: Callable[[], Rows] | None = None
+
+    @property
+    def most_steps(self) -> int:
+        """Rows that a file may have: one too many is told with the right number."""
+        return self.steps + 1
+
+    def complete(self) -> Target:
+        """Itself, as a `PendingTarget` gives it."""
+        return self
+
+    def extrapolated(
+        self, launched: Sequence[int], weights: Sequence[Sequence[float]], provenance: Mapping[str, Any]
+    ) -> Solver:
+        """The sampler with predictions in between that are weighted sums of launched ones (``solver.extrapolated``)."""
+        if self.matrix is None:
+            raise ValueError("this target has no sampler to ask")
+        return extrapolated(self.matrix(), launched, weights, provenance)
 
     @property
     def block_names(self) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StrictFloat, StrictInt
 
@@ -161,3 +161,56 @@ class Solver(BaseModel):
         absurd = next((weight for weight in weights if not abs(weight) <= MOST_WEIGHT), None)
         if absurd is not None:
             raise UserError(f"{where}: the weight {absurd:g} is not finite or beyond {MOST_WEIGHT:g}; fit it again")
+
+
+class Rows(Protocol):
+    """A sampler's matrix (``dipgo_deploy.sampler.matrix``), each evaluation with a prediction of its own."""
+
+    @property
+    def timesteps(self) -> Any:
+        """(T,)."""
+
+    @property
+    def rows(self) -> Any:
+        """(T, 1 + T + noises)."""
+
+    @property
+    def final(self) -> Any:
+        """(1 + T + noises,)."""
+
+    @property
+    def noises(self) -> int:
+        """Draws."""
+
+
+def extrapolated(
+    matrix: Rows, launched: Sequence[int], weights: Sequence[Sequence[float]], provenance: Mapping[str, Any]
+) -> Solver:
+    """A sampler some of whose predictions are weighted sums of launched ones, as a solver of the launches alone.
+
+    As the sampler is linear in its predictions, so is this: its rows are the sampler's times the weights.
+
+    launched: the L evaluations that are launched, rising from 0. weights: for each of the T evaluations those of
+    the launched predictions; only of launches up to itself. Raises ValueError for what does not fit.
+    """
+    import numpy as np
+
+    at, steps, noises = list(launched), len(matrix.timesteps), matrix.noises
+    table = np.zeros((steps, len(at)))
+    for step, row in enumerate(weights):
+        table[step, : len(row)] = row
+    if at != sorted(set(at)) or at[:1] != [0] or at[-1] >= steps or len(weights) != steps:
+        raise ValueError(f"launches {at} and {len(weights)} rows of weights do not fit {steps} evaluations")
+    if any(table[step, place] for step in range(steps) for place, launch in enumerate(at) if launch > step):
+        raise ValueError("a prediction is made of one that is launched later")
+    guess = np.zeros((1 + steps + noises, 1 + len(at) + noises))
+    guess[0, 0] = 1
+    guess[1 : 1 + steps, 1 : 1 + len(at)] = table
+    guess[1 + steps :, 1 + len(at) :] = np.eye(noises)
+    return Solver(
+        timesteps=tuple(float(matrix.timesteps[place]) for place in at),
+        rows=tuple(tuple(map(float, row)) for row in np.asarray(matrix.rows)[at] @ guess),
+        final=tuple(map(float, np.asarray(matrix.final) @ guess)),
+        noises=noises,
+        provenance=dict(provenance),
+    )

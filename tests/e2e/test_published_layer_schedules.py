@@ -28,8 +28,7 @@ from dipgo_deploy.runtime.loop import DenoisingLoop
 from dipgo_deploy.schedule import builders
 from dipgo_deploy.schedule.builders import Target
 from dipgo_deploy.schedule.document import Schedule
-from dipgo_deploy.schedule.importers.l2c_router import import_l2c_router
-from dipgo_deploy.schedule.importers.smoothcache import import_smoothcache
+from dipgo_deploy.schedule.importers.registry import import_schedule
 
 PUBLISHED = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "published-schedules"
 # DiT's training noise.
@@ -162,23 +161,23 @@ def _router(path: Path) -> list[list[bool]]:
 
 
 @pytest.mark.parametrize(
-    ("name", "make", "read"),
+    ("name", "make", "kind"),
     [
-        ("kind.json", _by_kind, import_smoothcache),
-        ("attn1.json", _attention_only, import_smoothcache),
-        ("layer.json", _by_layer, import_smoothcache),
-        ("router.pt", _router, import_l2c_router),
+        ("kind.json", _by_kind, "smoothcache"),
+        ("attn1.json", _attention_only, "smoothcache"),
+        ("layer.json", _by_layer, "smoothcache"),
+        ("router.pt", _router, "l2c-router"),
     ],
 )
 def test_every_format_runs_as_its_authors_define_it(
     name: str,
     make: Callable[[Path], list[list[bool]]],
-    read: Callable[[Path, Target], Schedule],
+    kind: str,
     shallow: Traced,
     tmp_path: Path,
 ) -> None:
     rows = make(tmp_path / name)
-    schedule = read(tmp_path / name, shallow.target(STEPS))
+    schedule = import_schedule(kind, tmp_path / name, shallow.target(STEPS))
     assert [list(row) for row in schedule.gates] == rows
     _check(shallow, schedule, rows, tmp_path / "x")
 
@@ -218,7 +217,7 @@ def test_released_schedules(name: str, request: pytest.FixtureRequest, tmp_path:
     path = _released(name)
     steps, variants = RELEASED[name]
     deep: Traced = request.getfixturevalue("deep")
-    schedule = import_smoothcache(path, deep.target(steps))
+    schedule = import_schedule("smoothcache", path, deep.target(steps))
     rows = _rows_of(json.loads(path.read_text()), steps)
     planned = _check(deep, schedule, rows, tmp_path / "x")
     assert len(planned.plan.variants) == variants == len(set(map(tuple, rows)))
@@ -229,7 +228,7 @@ def test_released_schedules(name: str, request: pytest.FixtureRequest, tmp_path:
 def test_the_released_router(request: pytest.FixtureRequest, tmp_path: Path) -> None:
     path = _released("l2c-dit-DDIM50_router.pt")
     deep: Traced = request.getfixturevalue("deep")
-    schedule = import_l2c_router(path, deep.target(50))
+    schedule = import_schedule("l2c-router", path, deep.target(50))
     with torch.serialization.safe_globals([argparse.Namespace]):
         routers = torch.load(path, map_location="cpu", weights_only=True)["routers"]
     rows = [

@@ -14,7 +14,7 @@ from dipgo_deploy.export.exporter import PlannedExport, publish, replan
 from dipgo_deploy.models.target import schedule_target
 from dipgo_deploy.quality.judge import CLASS_NAMES, Judge
 from dipgo_deploy.schedule.document import Schedule
-from dipgo_deploy.schedule.importers.dipgo_gates import import_dipgo_gates
+from dipgo_deploy.schedule.importers.registry import import_schedule
 
 RELEASED = Path(__file__).parents[2].parent / "shared/data/published-schedules/sd15_gates_0.8.pkl"
 SHIPPED = Path(__file__).parents[2] / "dipgo_deploy" / "assets" / "schedules"
@@ -48,7 +48,7 @@ def test_the_released_file_itself(
     tmp_path: Path,
     compare_loop: Callable[[Path], Report],
 ) -> None:
-    schedule = import_dipgo_gates(RELEASED, schedule_target("fashion-sd", sampler, 50, "block", None))
+    schedule = import_schedule("dipgo-gates", RELEASED, schedule_target("fashion-sd", sampler, 50, "block", None))
     assert schedule.steps == evaluations
     assert schedule.gates == Schedule.load(SHIPPED / f"fashion-sd-{sampler}50.json").gates
     _check(schedule, fashion_sd, tmp_path / "x", compare_loop)

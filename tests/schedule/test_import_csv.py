@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dipgo_deploy.errors import UserError
-from dipgo_deploy.schedule.importers.csv import import_csv, read_gates
+from dipgo_deploy.schedule.importers.csv import read_gates
+from dipgo_deploy.schedule.importers.registry import import_schedule
 
 NAMES = ("a", "b", "c")
 
@@ -49,7 +50,7 @@ def test_bytes_that_are_no_text() -> None:
 def test_the_file_becomes_a_schedule(tmp_path: Path, unet_target) -> None:
     path = tmp_path / "keep.csv"
     path.write_text("1,1,1\n0,0,0\n1,0,1\n")
-    schedule = import_csv(path, unet_target(3, NAMES))
+    schedule = import_schedule("csv", path, unet_target(3, NAMES))
     assert schedule.keep == ("111", "000", "101")
     assert schedule.provenance["method"] == "import csv"
     assert schedule.provenance["parameters"]["file"] == "keep.csv"
@@ -59,7 +60,7 @@ def test_the_file_becomes_a_schedule(tmp_path: Path, unet_target) -> None:
 def test_one_row_short_repeats_the_last_and_says_so(tmp_path: Path, unet_target) -> None:
     path = tmp_path / "keep.csv"
     path.write_text("1,1,1\n0,0,0\n1,0,1\n")
-    schedule = import_csv(path, unet_target(4, NAMES))
+    schedule = import_schedule("csv", path, unet_target(4, NAMES))
     assert schedule.keep == ("111", "000", "101", "101")
     assert schedule.provenance["parameters"]["last_row_repeated"] == 1
 
@@ -69,7 +70,7 @@ def test_other_lengths_are_refused(tmp_path: Path, unet_target, steps: int) -> N
     path = tmp_path / "keep.csv"
     path.write_text("1,1,1\n0,0,0\n1,0,1\n")
     with pytest.raises(UserError) as caught:
-        import_csv(path, unet_target(steps, NAMES))
+        import_schedule("csv", path, unet_target(steps, NAMES))
     assert str(caught.value).startswith(f"{path}: steps: 3 rows")
     assert f"evaluates the denoiser {steps} times" in str(caught.value)
 
@@ -78,5 +79,5 @@ def test_a_cache_read_before_it_was_written_is_refused(tmp_path: Path, unet_targ
     path = tmp_path / "keep.csv"
     path.write_text("1,0,1\n1,1,1\n")
     with pytest.raises(UserError) as caught:
-        import_csv(path, unet_target(2, NAMES))
+        import_schedule("csv", path, unet_target(2, NAMES))
     assert f"{path}: keep: evaluation 0, block b: its cache is read before" in str(caught.value)

@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dipgo_deploy.errors import UserError
-from dipgo_deploy.schedule.importers.dipgo_gates import import_dipgo_gates, read_gates
+from dipgo_deploy.schedule.importers.dipgo_gates import read_gates
 from dipgo_deploy.schedule.importers.pickles import read_pickle
+from dipgo_deploy.schedule.importers.registry import import_schedule
 
 PUBLISHED = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "published-schedules"
 NAMES = (*(f"down_blocks.{i}" for i in range(4)), "mid_block", *(f"up_blocks.{i}" for i in range(4)))
@@ -118,12 +119,12 @@ def test_the_released_schedule(unet_target) -> None:
     path = PUBLISHED / "sd15_gates_0.8.pkl"
     if not path.is_file():
         pytest.skip(f"{path.name} is not beside this repository")
-    schedule = import_dipgo_gates(path, unet_target(50))
+    schedule = import_schedule("dipgo-gates", path, unet_target(50))
     kept = {step: {NAMES[k] for k in range(9) if row[k]} for step, row in enumerate(schedule.gates) if any(row)}
     assert list(kept) == [0, 7, 13, 19, 20, 21, 26, 32, 39, 48]
     assert kept.pop(7) == set(NAMES) - {"down_blocks.3"}
     assert all(names == set(NAMES) for names in kept.values())
-    longer = import_dipgo_gates(path, unet_target(51))
+    longer = import_schedule("dipgo-gates", path, unet_target(51))
     assert longer.keep == (*schedule.keep, "0" * 9)
     assert longer.provenance["parameters"]["last_row_repeated"] == 1
 
@@ -280,5 +281,5 @@ def test_a_step_0_that_reads_unwritten_caches_is_refused(tmp_path: Path, unet_ta
     path = tmp_path / "gates.pkl"
     path.write_bytes(released([[key[0] != "mid" for key in KEYS], [True] * 9]))
     with pytest.raises(UserError) as caught:
-        import_dipgo_gates(path, unet_target(2))
+        import_schedule("dipgo-gates", path, unet_target(2))
     assert f"{path}: keep: evaluation 0, block mid_block: its cache is read before" in str(caught.value)

@@ -17,11 +17,12 @@ from hypothesis import strategies as st
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.models.sublayers import sublayers
 from dipgo_deploy.schedule.builders import Target
-from dipgo_deploy.schedule.importers.l2c_router import import_l2c_router, read_routers
-from dipgo_deploy.schedule.importers.smoothcache import import_smoothcache
+from dipgo_deploy.schedule.importers.l2c_router import read_routers
+from dipgo_deploy.schedule.importers.registry import import_schedule
 
 PUBLISHED = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "published-schedules"
 DEPTH = 3
+KINDS_OF = ("l2c-router", "smoothcache")
 NAMES = tuple(spec.name for spec in sublayers("transformer_blocks", DEPTH, ("attn1", "ff")))
 MakeTarget = Callable[..., Target]
 
@@ -114,18 +115,18 @@ def test_views_and_other_dtypes_are_read(dtype: torch.dtype) -> None:
 def test_a_file_makes_a_schedule(tmp_path: Path, dit_target: MakeTarget) -> None:
     path = tmp_path / "router.pt"
     path.write_bytes(checkpoint(torch.full((4, 2 * DEPTH), -3.0)))
-    schedule = import_l2c_router(path, dit_target(DEPTH, 4))
+    schedule = import_schedule("l2c-router", path, dit_target(DEPTH, 4))
     assert schedule.keep == ("111111", "000000") * 2
     assert schedule.provenance["method"] == "import l2c-router"
     assert schedule.provenance["parameters"]["threshold"] == 0.1
     assert schedule.provenance["parameters"]["rule"] == "l2c"
     # sigmoid(-3) = 0.047
-    assert import_l2c_router(path, dit_target(DEPTH, 4), 0.04).keep == ("111111",) * 4
+    assert import_schedule("l2c-router", path, dit_target(DEPTH, 4), threshold=0.04).keep == ("111111",) * 4
     for threshold in (0.0, 1.0, -1.0, float("nan")):
         with pytest.raises(UserError, match="threshold: .* is not between 0 and 1"):
-            import_l2c_router(path, dit_target(DEPTH, 4), threshold)
+            import_schedule("l2c-router", path, dit_target(DEPTH, 4), threshold=threshold)
     with pytest.raises(UserError, match=r"router.pt: steps: 4 rows"):
-        import_l2c_router(path, dit_target(DEPTH, 6))
+        import_schedule("l2c-router", path, dit_target(DEPTH, 6))
 
 
 def test_the_released_router_is_the_released_json(dit_target: MakeTarget) -> None:
@@ -134,7 +135,8 @@ def test_the_released_router_is_the_released_json(dit_target: MakeTarget) -> Non
         if not path.is_file():
             pytest.skip(f"{path.name} is not beside this repository")
     target = dit_target(28, 50)
-    assert import_l2c_router(paths[0], target, 0.1).gates == import_smoothcache(paths[1], target).gates
+    router, cells = (import_schedule(kind, path, target) for kind, path in zip(KINDS_OF, paths, strict=True))
+    assert router.gates == cells.gates
 
 
 # --- HarmoniCa ---
@@ -185,10 +187,10 @@ def test_whose_routers_they_are_can_be_said_and_has_to_be_where_it_does_not_show
     assert read_routers(saved(mixed), NAMES, rule="harmonica")[0][1:] == ((False,) * 6,) * 3
     path = tmp_path / "router.pt"
     path.write_bytes(saved(harmonica(scores)))
-    schedule = import_l2c_router(path, dit_target(DEPTH, 4))
+    schedule = import_schedule("l2c-router", path, dit_target(DEPTH, 4))
     assert schedule.keep == ("111111", "000000", "000000", "000000")
     assert schedule.provenance["parameters"]["rule"] == "harmonica"
-    assert import_l2c_router(path, dit_target(DEPTH, 4), rule="l2c").keep == ("111111", "000000") * 2
+    assert import_schedule("l2c-router", path, dit_target(DEPTH, 4), rule="l2c").keep == ("111111", "000000") * 2
 
 
 def test_scores_that_are_not_finite_are_refused() -> None:

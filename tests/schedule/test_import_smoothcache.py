@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.models.sublayers import sublayers
 from dipgo_deploy.schedule.builders import Target
-from dipgo_deploy.schedule.importers.smoothcache import import_smoothcache, read_gates
+from dipgo_deploy.schedule.importers.registry import import_schedule
+from dipgo_deploy.schedule.importers.smoothcache import read_gates
 
 PUBLISHED = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "published-schedules"
 DIT = tuple(spec.name for spec in sublayers("transformer_blocks", 3, ("attn1", "ff")))
@@ -126,15 +127,15 @@ def test_models_without_such_layers_are_refused() -> None:
 def test_a_file_makes_a_schedule(tmp_path: Path, dit_target: MakeTarget) -> None:
     path = tmp_path / "fora.json"
     path.write_text(json.dumps({"attn": [1, 0, 1, 0], "mlp": [1, 0, 1, 0]}))
-    schedule = import_smoothcache(path, dit_target(3, 4))
+    schedule = import_schedule("smoothcache", path, dit_target(3, 4))
     assert schedule.keep == ("111111", "000000") * 2
     assert schedule.provenance["method"] == "import smoothcache"
     assert schedule.provenance["parameters"]["file"] == "fora.json"
     with pytest.raises(UserError, match=r"fora.json: .*evaluates the denoiser 6 times"):
-        import_smoothcache(path, dit_target(3, 6))
+        import_schedule("smoothcache", path, dit_target(3, 6))
     path.write_text(json.dumps({"attn": [0, 1], "mlp": [1, 0]}))
     with pytest.raises(UserError, match=r"evaluation 0, block transformer_blocks.0.attn1: its cache is read before"):
-        import_smoothcache(path, dit_target(3, 2))
+        import_schedule("smoothcache", path, dit_target(3, 2))
 
 
 # name -> steps, share of the gates that is kept, kept gates of the first evaluations
@@ -152,6 +153,6 @@ def test_the_released_schedules(name: str, dit_target: MakeTarget) -> None:
     if not path.is_file():
         pytest.skip(f"{name} is not beside this repository")
     steps, share, kept = RELEASED[name]
-    schedule = import_smoothcache(path, dit_target(28, steps))
+    schedule = import_schedule("smoothcache", path, dit_target(28, steps))
     assert schedule.kept_share == pytest.approx(share, abs=1e-6)
     assert [sum(row) for row in schedule.gates[: len(kept)]] == kept

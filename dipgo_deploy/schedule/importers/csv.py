@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 from io import StringIO
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.schedule import validation
-from dipgo_deploy.schedule.builders import PendingTarget, Target
-from dipgo_deploy.schedule.document import Gates, Schedule
-from dipgo_deploy.schedule.importers.rows import check_rows, import_file
+from dipgo_deploy.schedule.importers.base import Imported, Importer, Source, check_rows
 
-
-def import_csv(path: str | Path, target: Target | PendingTarget) -> Schedule:
-    """The schedule of a CSV file (UTF-8, commas, at most 16 MiB) for ``target``; UserError names evaluation and
-    block."""
-    return import_file(path, target, "import csv", read_gates)
+if TYPE_CHECKING:
+    from dipgo_deploy.schedule.document import Gates
 
 
 def read_gates(data: bytes, names: tuple[str, ...], most: int = validation.MAX_EVALUATIONS) -> Gates:
@@ -53,3 +48,16 @@ def _gates(step: int, row: tuple[str, ...], names: tuple[str, ...]) -> tuple[boo
         cells = len(row) + row[-1].count(",")
         raise UserError(f"evaluation {step} has {cells} cells, but the model has {len(names)} blocks")
     return tuple(cell == "1" for cell in row)
+
+
+def _read(data: bytes, source: Source) -> Imported:
+    return Imported(read_gates(data, source.names, source.most))
+
+
+IMPORTER = Importer(
+    kind="csv",
+    title="Read a table of gates.",
+    file="a row of 0 and 1 for each evaluation, with one cell for each block; a first row may name the blocks",
+    read=_read,
+    example="keep.csv --model fashion-dit --steps 50 -o keep.json",
+)

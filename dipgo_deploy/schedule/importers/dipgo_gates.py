@@ -11,16 +11,16 @@ from __future__ import annotations
 
 import struct
 from io import BytesIO
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.schedule import validation
-from dipgo_deploy.schedule.builders import PendingTarget, Target
-from dipgo_deploy.schedule.document import Gates, Schedule
+from dipgo_deploy.schedule.importers.base import Imported, Importer, Source, check_rows
 from dipgo_deploy.schedule.importers.pickles import Call, Global, Persistent, read_pickle
-from dipgo_deploy.schedule.importers.rows import check_rows, import_file
 from dipgo_deploy.schedule.importers.torch_storage import FORMATS, TENSOR, vector
+
+if TYPE_CHECKING:
+    from dipgo_deploy.schedule.document import Gates
 
 _STORAGE_BYTES = "torch.storage._load_from_bytes"
 _OUTER = frozenset({TENSOR, _STORAGE_BYTES, "collections.OrderedDict"})
@@ -30,15 +30,6 @@ _PROTOCOL = 1001
 # Of one gate's storage, and of each pickle in it; the released ones have less than a thousand and 30.
 _MOST_STORAGE_BYTES = 64 * 1024
 _MOST_OPCODES = 100
-
-
-def import_dipgo_gates(path: str | Path, target: Target | PendingTarget) -> Schedule:
-    """The schedule of a released gates file (at most 16 MiB) for ``target``; nothing in the file is executed.
-
-    Raises UserError, with the file's name, for a pickle that refers to anything but tensors, for gates that are not
-    0 or 1, and for blocks that are not the model's.
-    """
-    return import_file(path, target, "import dipgo-gates", read_gates)
 
 
 def read_gates(data: bytes, names: tuple[str, ...], most: int = validation.MAX_EVALUATIONS) -> Gates:
@@ -111,3 +102,16 @@ def _storage(place: Any) -> tuple[str, bytes]:
             if len(raw) == 8 + count * struct.calcsize(FORMATS[kind]) and raw[:8] == struct.pack("<q", count):
                 return kind, raw[8:]
     raise UserError("the tensor's storage is cut off or malformed")
+
+
+def _read(data: bytes, source: Source) -> Imported:
+    return Imported(read_gates(data, source.names, source.most))
+
+
+IMPORTER = Importer(
+    kind="dipgo-gates",
+    title="Read gates that DiP-GO's authors released.",
+    file="their pickle, which is read as data: nothing in it is executed",
+    read=_read,
+    example="gates.pkl --model fashion-sd --steps 50 -o gates.json",
+)

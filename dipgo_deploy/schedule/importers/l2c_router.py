@@ -20,16 +20,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.schedule import validation
-from dipgo_deploy.schedule.builders import PendingTarget, Target
-from dipgo_deploy.schedule.document import Gates, Schedule
+from dipgo_deploy.schedule.importers.base import Imported, Importer, Setting, Source, check_rows
 from dipgo_deploy.schedule.importers.layers import numbered_units
-from dipgo_deploy.schedule.importers.rows import check_rows, import_file
 from dipgo_deploy.schedule.importers.torch_storage import TorchArchive
+
+if TYPE_CHECKING:
+    from dipgo_deploy.schedule.document import Gates
 
 DEFAULT_THRESHOLD = 0.1
 Rule = Literal["l2c", "harmonica"]
@@ -38,27 +38,6 @@ _FIXED_SCORE = 5.0  # of HarmoniCa's last router
 
 # The optimizer's state and the command line are in the file too; they are passed over.
 _ALLOWED = frozenset({"argparse.Namespace"})
-
-
-def import_l2c_router(
-    path: str | Path, target: Target | PendingTarget, threshold: float = DEFAULT_THRESHOLD, rule: Rule | None = None
-) -> Schedule:
-    """The schedule of a router checkpoint (at most 16 MiB) for ``target``; nothing in the file is executed.
-
-    threshold: a layer is computed when its score is above it, 0 < threshold < 1. rule: whose checkpoint it is, ``l2c``
-    or ``harmonica``; None tells them apart. The provenance names it. Raises UserError, with the file's name, for a file
-    that is no such checkpoint or does not say whose it is, and for routers of another number of layers than the model
-    has.
-    """
-    if not 0 < threshold < 1:
-        raise UserError(f"threshold: {threshold:g} is not between 0 and 1")
-    settings: dict[str, Any] = {"threshold": threshold}
-
-    def read(data: bytes, names: tuple[str, ...], most: int) -> Gates:
-        gates, settings["rule"] = read_routers(data, names, threshold, rule, most)
-        return gates
-
-    return import_file(path, target, "import l2c-router", read, settings)
 
 
 def read_routers(
@@ -131,3 +110,36 @@ def _routers(document: Any, most: int) -> list[Any]:
         if name not in routers:
             raise UserError(f"routers: {name} is missing, there are {len(routers)}")
     return [routers[name] for name in expected]
+
+
+def _read(data: bytes, source: Source, threshold: float, rule: Rule | None) -> Imported:
+    gates, found = read_routers(data, source.names, threshold, rule, source.most)
+    whose = {"l2c": "Learning-to-Cache", "harmonica": "HarmoniCa"}[found]
+    return Imported(gates, settings={"rule": found}, notes=(f"read as routers of {whose}",))
+
+
+IMPORTER = Importer(
+    kind="l2c-router",
+    title="Read routers of Learning-to-Cache or HarmoniCa for DiT.",
+    file="a checkpoint of theirs, which is read as data: nothing in it is executed",
+    read=_read,
+    example="DDIM50_router.pt --model DiT-XL-2-256 --sampler ddim --steps 50 -o l2c.json",
+    granularity="layer",
+    settings=(
+        Setting(
+            "threshold",
+            float,
+            "A layer is computed when its score is above this (0.1 in the authors' commands, 0.9 for L2C at 512 "
+            "pixels).",
+            DEFAULT_THRESHOLD,
+            least=0,
+            most=1,
+        ),
+        Setting(
+            "rule",
+            str,
+            "Whose routers they are: those of L2C compute everything at every second evaluation.",
+            choices=("l2c", "harmonica"),
+        ),
+    ),
+)

@@ -11,27 +11,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dipgo_deploy.documents import json_object
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.schedule import validation
-from dipgo_deploy.schedule.builders import PendingTarget, Target
-from dipgo_deploy.schedule.document import Gates, Schedule
+from dipgo_deploy.schedule.importers.base import Imported, Importer, Source, check_rows
 from dipgo_deploy.schedule.importers.layers import numbered_units, units_of_kind
-from dipgo_deploy.schedule.importers.rows import check_rows, import_file
+
+if TYPE_CHECKING:
+    from dipgo_deploy.schedule.document import Gates
 
 _LAYER = re.compile(r"(?P<kind>.+)-(?P<number>\d{1,6})", re.ASCII)
-
-
-def import_smoothcache(path: str | Path, target: Target | PendingTarget) -> Schedule:
-    """The schedule of a JSON file (at most 16 MiB) for ``target``, a transformer at granularity ``layer``.
-
-    Raises UserError, with the file's name, for anything that is no such JSON, for layers that the model does not have,
-    and when some layers of a kind are given and others are not.
-    """
-    return import_file(path, target, "import smoothcache", read_gates)
 
 
 def read_gates(data: bytes, names: tuple[str, ...], most: int = validation.MAX_EVALUATIONS) -> Gates:
@@ -90,3 +81,17 @@ def _row(key: str, entries: Any) -> tuple[bool, ...]:
         if type(entry) is not int or entry not in (0, 1):
             raise UserError(f"{key[:60]!r}: evaluation {step} is {repr(entry)[:60]}, not 0 or 1")
     return tuple(entry == 1 for entry in entries)
+
+
+def _read(data: bytes, source: Source) -> Imported:
+    return Imported(read_gates(data, source.names, source.most))
+
+
+IMPORTER = Importer(
+    kind="smoothcache",
+    title="Read a schedule that SmoothCache's authors released: theirs, FORA's or Learning-to-Cache's.",
+    file="JSON with 0 and 1 for each kind of layer (attn, mlp) or each layer (attn-0)",
+    read=_read,
+    example="50-N-2-fora.json --model fashion-dit --sampler ddim --steps 50 -o fora.json",
+    granularity="layer",
+)
