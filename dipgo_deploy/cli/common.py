@@ -184,15 +184,25 @@ def json_option(function: F) -> F:
 
 
 def reading_options(function: F) -> F:
-    """Add ``--variant`` and ``--pipeline``, which become part of the parameter ``model``, a model's name."""
+    """Add ``--config``, ``--variant`` and ``--pipeline``, which become part of the parameter ``model``, a model's
+    name."""
 
     @functools.wraps(function)
-    def with_name(*args: Any, model: str, variant: str | None, pipeline: str | None, **parameters: Any) -> Any:
+    def with_name(
+        *args: Any, model: str, config: str | None, variant: str | None, pipeline: str | None, **parameters: Any
+    ) -> Any:
         from dipgo_deploy.models.location import with_options
 
-        return function(*args, model=with_options(model, variant=variant, pipeline=pipeline), **parameters)
+        model = with_options(model, variant=variant, pipeline=pipeline, config=config)
+        return function(*args, model=model, **parameters)
 
     decorate = options(
+        option(
+            "Model",
+            "--config",
+            show_default="of one file: none, and it is refused",
+            help="Folder with configurations and tokenizers, for a model that is one .safetensors file.",
+        ),
         option(
             "Model",
             "--variant",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import logging
 import re
@@ -21,7 +22,10 @@ from dipgo_deploy.models.location import (
     read_configuration,
     read_options,
     resolve_model,
+    single_file,
 )
+from dipgo_deploy.models.quantized import refuse_quantised_weights
+from dipgo_deploy.models.single_file import prefix_in_file
 
 # What diffusers and transformers call them.
 STEMS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
@@ -33,10 +37,15 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Weights:
-    """The safetensors files of one part (folder) of a model, and the variant in their names (``fp16``)."""
+    """The safetensors files of one part (folder) of a model.
+
+    variant: in their names (``fp16``). prefix: of a model that is one file: what the part's tensors begin with in it,
+    behind which they have their authors' names; None for files in diffusers' format.
+    """
 
     files: tuple[Path, ...]
     variant: str | None = None
+    prefix: str | None = None
 
 
 def weights_of(part: Path, library: str, variant: str | None = None) -> Weights:
@@ -67,10 +76,42 @@ def weights_of(part: Path, library: str, variant: str | None = None) -> Weights:
 def denoiser_weights(model: str | Path) -> dict[str, Weights]:
     """Of the denoiser and its companions, by folder name (``.`` for a folder that is a denoiser's own); a part whose
     files are not here (of a hub id, before it is loaded) is left out. Raises as ``weights_of``."""
-    folder = config_folder(model)
+    if not _here(model):
+        return {}
     family, _ = denoiser_config(model)
-    parts = (family.component, *family.companions) if (folder / INDEX).is_file() else (".",)
-    return {name: weights_of(folder / name, "diffusers", read_options(model).variant) for name in parts if _here(model)}
+    whole = (config_folder(model) / INDEX).is_file()
+    parts = {family.component if whole else ".": family.diffusers_class, **(family.companions if whole else {})}
+    return {name: part_weights(model, name, "diffusers", class_name) for name, class_name in parts.items()}
+
+
+def part_weights(model: str | Path, name: str, library: str, class_name: str) -> Weights:
+    """The files of one part of a model that is here: those of its folder, or the one file that has everything.
+
+    name: the part's folder, ``.`` for a folder that is a denoiser's own. Raises as ``weights_of``.
+    """
+    file = single_file(model)
+    # A companion (a ControlNet) is a model of its own, with files of its own.
+    if file is not None and not name.startswith("controlnet"):
+        prefix = prefix_in_file(_whole_file(file), name, class_name)
+        if prefix is not None:
+            return Weights((file,), None, prefix)
+    folder = config_folder(model)
+    try:
+        return weights_of(folder / name, library, read_options(model).variant)
+    except UserError as error:
+        raise error if file is None else UserError(f"{file}: has no {name}, and {error}") from None
+
+
+@functools.lru_cache(maxsize=4)
+def _names_at(path: Path, time: int, size: int) -> tuple[str, ...]:
+    _check(path, None)
+    return tuple(_types_in(path))
+
+
+def _whole_file(path: Path) -> tuple[str, ...]:
+    """Names of the tensors in a file, which is checked once as long as it stays the same."""
+    status = path.stat()
+    return _names_at(path, status.st_mtime_ns, status.st_size)
 
 
 def check_weights(model: str | Path) -> dict[str, Weights]:
@@ -85,9 +126,9 @@ def check_weights(model: str | Path) -> dict[str, Weights]:
     _check_regular(folder, loaded_parts(model) or (".",))
     weights_by_part = denoiser_weights(model)
     _check_units(model, weights_by_part)
-    for name, (library, _) in loaded_parts(model).items():
+    for name, (library, class_name) in loaded_parts(model).items():
         if name not in weights_by_part and not name.startswith(("tokenizer", "scheduler")):
-            weights_by_part[name] = weights_of(folder / name, library, variant)
+            weights_by_part[name] = part_weights(model, name, library, class_name)
     for name in loaded_parts(model):
         _check_small_files(folder / name)
         if name.startswith("tokenizer"):
@@ -114,9 +155,9 @@ def _check_units(model: str | Path, parts: Mapping[str, Weights]) -> None:
     """Refuse a configuration with more blocks than there are weights for, before all of them are made."""
     family, config = denoiser_config(model)
     name = family.component if family.component in parts else "."
-    if name not in parts:
+    if name not in parts or parts[name].prefix is not None:
         return
-    stored = {tensor for path in parts[name].files for tensor in _names_in(path)}
+    stored = {tensor for path in parts[name].files for tensor in _types_in(path)}
     stems = {tensor[:place] for tensor in stored for place, letter in enumerate(tensor) if letter == "."}
     units = [spec.name for spec in family.blocks(config, "block") if spec.name not in family.companions]
     without = [unit for unit in units if unit not in stems]
@@ -128,11 +169,12 @@ def _check_units(model: str | Path, parts: Mapping[str, Weights]) -> None:
         )
 
 
-def _names_in(path: Path) -> list[str]:
+def _types_in(path: Path) -> dict[str, str]:
+    """Name of each tensor in a safetensors file -> its type (``F16``)."""
     import safetensors
 
     with safetensors.safe_open(path, "np") as weights:
-        return list(weights.keys())
+        return {name: str(weights.get_slice(name).get_dtype()) for name in weights.keys()}  # noqa: SIM118
 
 
 def _check_small_files(part: Path) -> None:
@@ -259,28 +301,23 @@ def _check(path: Path, names: set[str] | None) -> None:
         unfit = unfit_file(path)
         if unfit is not None:
             raise UserError(f"{path}: {unfit}")
-        stored = set(_names_in(path))
+        types = _types_in(path)
     except FileNotFoundError:
         raise UserError(f"{path}: is missing: the model is not whole") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
     except safetensors.SafetensorError as error:
         raise UserError(f"{path}: is not a whole safetensors file ({error}); fetch it again") from error
-    if names is not None and stored != names:
-        raise UserError(
-            f"{path}: has other tensors than its index says (first: {min(stored ^ names)}); fetch both again"
-        )
+    refuse_quantised_weights(path, types)
+    if names is not None and (others := types.keys() ^ names):
+        raise UserError(f"{path}: has other tensors than its index says (first: {min(others)}); fetch both again")
 
 
-def dtypes(files: Sequence[Path]) -> set[str]:
-    """Names of the tensors' types (``F16``) in safetensors files."""
-    import safetensors
-
-    found: set[str] = set()
-    for path in files:
-        with safetensors.safe_open(path, "np") as weights:
-            found.update(weights.get_slice(name).get_dtype() for name in weights.keys())  # noqa: SIM118
-    return found
+def dtypes(weights: Weights) -> set[str]:
+    """Names of the types (``F16``) of a part's tensors."""
+    prefix = weights.prefix or ""
+    types = [item for path in weights.files for item in _types_in(path).items()]
+    return {kind for name, kind in types if name.startswith(prefix)}
 
 
 def describe_keys(info: Mapping[str, Sequence[Any]], buffers: set[str]) -> str | None:

@@ -1,7 +1,9 @@
-"""Where a model is: built-in name, folder in diffusers' format, or hub id. Reads configurations without torch.
+"""Where a model is: built-in name, folder in diffusers' format, hub id, one file. Reads configurations without torch.
 
 A model's name may say how it is read: ``NAME?variant=fp16&pipeline=StableDiffusionPipeline`` takes weights of that
 variant where a part has them, and the parts of that pipeline where the folder names one that does more.
+``model.safetensors?config=FOLDER`` is a file in its authors' layout, with the configurations, tokenizers, and the parts
+that are not in it, of a folder.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from dipgo_deploy.documents import read_document
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.models.defaults import class_defaults, with_defaults
 from dipgo_deploy.models.family import ModelFamily
+from dipgo_deploy.models.quantized import gguf_refused, is_gguf, refuse_quantised_settings
 from dipgo_deploy.models.registry import families, family_for
 from dipgo_deploy.schedule.identity import FILE_HASH, file_hash
 
@@ -34,23 +37,29 @@ _BY_NORM = {"ada_norm_zero": "DiTTransformer2DModel", "ada_norm_single": "PixArt
 # Tokenizers whose length is the text encoder's, and what transformers takes for one that is not said (10^30).
 _SIZED_TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
 _NO_LENGTH = 10**6
+_PICKLED = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 # Layers, or latent pixels of a side.
 _MOST = 2**16
 
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """How a model is read. variant: of its weight files. pipeline: diffusers class instead of the one it names."""
+    """How a model is read. variant: of its weight files. pipeline: diffusers class instead of the one it names. config:
+    folder with the configurations of a model that is one file."""
 
     variant: str | None = None
     pipeline: str | None = None
+    config: str | None = None
 
 
-def with_options(model: str, *, variant: str | None = None, pipeline: str | None = None) -> str:
+def with_options(
+    model: str, *, variant: str | None = None, pipeline: str | None = None, config: str | None = None
+) -> str:
     """The name of a model that says how it is read; what is None stays as ``model`` has it."""
     name, options = _split(model)
-    chosen = {"variant": variant or options.variant, "pipeline": pipeline or options.pipeline}
-    query = urlencode({key: value for key, value in chosen.items() if value is not None})
+    given = {"variant": variant, "pipeline": pipeline, "config": config}
+    chosen = {key: value or getattr(options, key) for key, value in given.items()}
+    query = urlencode({key: value for key, value in chosen.items() if value is not None}, safe="/")
     return f"{name}?{query}" if query else name
 
 
@@ -60,11 +69,15 @@ def read_options(model: str | Path) -> ReadOptions:
 
 
 def lasting_name(model: str) -> str:
-    """A name that is good in any working directory: a folder's absolute path; built-in names and hub ids stay."""
+    """A name that is good in any working directory: absolute paths; built-in names and hub ids stay."""
     name, options = _split(model)
-    if name not in BUILT_IN and _is_dir(Path(name)):
-        name = str(Path(name).absolute())
-    return with_options(name, variant=options.variant, pipeline=options.pipeline)
+    config = None if options.config is None else _absolute(options.config)
+    return with_options(_absolute(name), variant=options.variant, pipeline=options.pipeline, config=config)
+
+
+def _absolute(name: str) -> str:
+    there = name not in BUILT_IN and (_is_dir(Path(name)) or _is_file(Path(name)))
+    return str(Path(name).absolute()) if there else name
 
 
 def _split(model: str | Path) -> tuple[str, ReadOptions]:
@@ -72,18 +85,25 @@ def _split(model: str | Path) -> tuple[str, ReadOptions]:
     if not mark or _is_dir(Path(model)):
         return str(model), ReadOptions()
     options = dict(parse_qsl(query, keep_blank_values=True))
-    if not options or not options.keys() <= {"variant", "pipeline"} or not all(options.values()):
-        raise UserError(f"{model}: after the ? there may be variant=NAME and pipeline=CLASS, joined by &")
+    if not options or not options.keys() <= {"variant", "pipeline", "config"} or not all(options.values()):
+        raise UserError(
+            f"{model}: after the ? there may be variant=NAME, pipeline=CLASS and config=FOLDER, joined by &"
+        )
     return name, ReadOptions(**options)
 
 
 def resolve_model(name_or_path: str | Path) -> str:
-    """The folder of a built-in name or of an existing folder; an ``owner/name`` that is no folder stays as it is.
+    """The folder of a built-in name or of an existing folder, that of the configurations for a model that is one file;
+    an ``owner/name`` that is no folder stays as it is.
 
     How the model is read is left out. Raises UserError for anything else, and for a built-in model whose files were not
     installed.
     """
-    name, _ = _split(name_or_path)
+    name, options = _split(name_or_path)
+    if single_file(name_or_path) is not None:
+        return _config_of_file(Path(name), options.config)
+    if options.config is not None:
+        raise UserError(f"{name}: --config is for a model that is one .safetensors file; leave it out")
     if name in BUILT_IN:
         folder = _ASSETS / name
         if not (folder / INDEX).is_file():
@@ -91,11 +111,38 @@ def resolve_model(name_or_path: str | Path) -> str:
         return str(folder)
     if name and _is_dir(Path(name)):
         return name
-    if name and Path(name).exists():
-        raise UserError(f"{name}: is a file; give the model's folder")
     if _HUB_ID.fullmatch(name):
         return name
     raise UserError(f"{name or repr(name)}: no such folder, nor one of the built-in models {', '.join(BUILT_IN)}")
+
+
+def single_file(model: str | Path) -> Path | None:
+    """The file of a model that is one file, None for any other."""
+    name, _ = _split(model)
+    path = Path(name)
+    return path if name and name not in BUILT_IN and not _is_dir(path) and _looked_at(path, path.exists) else None
+
+
+def _config_of_file(path: Path, config: str | None) -> str:
+    """The folder beside a model that is one file. Raises UserError for a file that is not read, or without a folder."""
+    if not _is_file(path):
+        raise UserError(f"{path}: not a regular file; give a model's folder, or a .safetensors file")
+    if _looked_at(path, lambda: is_gguf(path)):
+        raise gguf_refused(path)
+    if path.suffix in _PICKLED:
+        raise UserError(f"{path}: {path.suffix} files are pickled and never read; save it as .safetensors")
+    if path.suffix != ".safetensors":
+        raise UserError(f"{path}: is a file; give the model's folder, or a .safetensors file with --config FOLDER")
+    if config is None:
+        raise UserError(
+            f"{path}: one file does not say what its model is; give --config FOLDER with that model's configurations "
+            "and tokenizers in diffusers' format (nothing is downloaded)"
+        )
+    if config in BUILT_IN:
+        return resolve_model(config)
+    if not _is_dir(Path(config)):
+        raise UserError(f"--config {config}: no such folder; give one in diffusers' format")
+    return config
 
 
 def config_folder(name_or_path: str | Path) -> Path:
@@ -133,6 +180,8 @@ def denoiser_config(model: str | Path) -> tuple[ModelFamily, dict[str, Any]]:
             actual = _class_of(read_configuration(folder / "transformer" / "config.json"))
             index = {**index, "transformer": ["diffusers", actual]}
         family = _family_of_pipeline(folder, index, pipeline)
+        if single_file(model) is None:
+            _check_not_quantised(folder, family, index)
         config = read_configuration(folder / family.component / "config.json")
         others = {name: read_configuration(folder / name / "config.json") for name in family.companions}
         whole = _filled(family, config, others)
@@ -146,6 +195,8 @@ def denoiser_config(model: str | Path) -> tuple[ModelFamily, dict[str, Any]]:
     if _is_file(folder / "config.json"):
         config = read_configuration(folder / "config.json")
         family = family_for(_class_of(config))
+        if single_file(model) is None:
+            refuse_quantised_settings(folder / "config.json", config)
         whole = _filled(family, config, {})
         _check_settings(folder, family, whole)
         return family, whole
@@ -232,6 +283,13 @@ def _check_pipeline(folder: Path, family: ModelFamily, index: Mapping[str, Any],
         f"{folder}: {name} is not supported, only {offered}; --pipeline {first} (or the model as "
         f"{folder}?pipeline={first}) takes the parts of that one and leaves out what else the folder's does"
     )
+
+
+def _check_not_quantised(folder: Path, family: ModelFamily, index: Mapping[str, Any]) -> None:
+    """Refuse a part whose configuration says that its weights are quantised."""
+    for name in index:
+        if name in (family.component, *family.companions, "vae") or name.startswith("text_encoder"):
+            refuse_quantised_settings(folder / name / "config.json", component_config(folder, name) or {})
 
 
 def _check_tokenizers(folder: Path, index: Mapping[str, Any]) -> None:

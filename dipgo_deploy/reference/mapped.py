@@ -6,11 +6,10 @@ import contextlib
 import ctypes
 import functools
 import json
-import math
 import mmap
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,16 +20,14 @@ if TYPE_CHECKING:
 Ranges = list[tuple[int, int]]
 
 _MADV_DONTNEED = 4
-_SUFFIX = ".safetensors"
-# Types of safetensors that are not floating point, with their bytes.
-_WHOLE_BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "I16": 2, "I32": 4, "I64": 8}
 
 
 def mapped_files() -> Ranges:
-    """Addresses (first, past the last) at which safetensors files are mapped; none outside Linux.
+    """Addresses (first, past the last) at which files are mapped; none outside Linux.
 
-    A file of which a page was written to in memory (weights that were changed in place) is left out: that page would
-    be read from the file again.
+    Whatever they are called: the safetensors files of a hub's cache are links to files without that name. A file of
+    which a page was written to in memory (weights that were changed in place) is left out: that page would be read from
+    the file again.
     """
     maps = Path("/proc/self/smaps")
     if not maps.is_file():
@@ -40,7 +37,7 @@ def mapped_files() -> Ranges:
     for line in maps.read_text().splitlines():
         first, _, rest = line.partition(" ")
         if not first.endswith(":"):
-            inside = line.endswith(_SUFFIX)
+            inside = " /" in rest  # the path, the only field with a slash
             if inside:
                 start, _, end = first.partition("-")
                 ranges.append((int(start, 16), int(end, 16)))
@@ -120,7 +117,7 @@ def float32_files(model: str, beside: Path) -> Iterator[str]:
 
     from dipgo_deploy.models.files import STEMS, denoiser_weights
     from dipgo_deploy.models.location import INDEX, config_folder, pipeline_index
-    from dipgo_deploy.supernet.load import stored_dtype
+    from dipgo_deploy.supernet.load import stored_dtype, stored_tensors
 
     if stored_dtype(model) == torch.float32:
         yield model
@@ -133,40 +130,36 @@ def float32_files(model: str, beside: Path) -> Iterator[str]:
         for part, weights in denoiser_weights(model).items():
             (Path(copy) / part).mkdir(exist_ok=True)
             shutil.copy(folder / part / "config.json", Path(copy) / part)
-            _write_float32(weights.files, Path(copy) / part / f"{STEMS['diffusers']}.safetensors")
+            tensors = stored_tensors(model, part, weights)
+            _write_float32(tensors, Path(copy) / part / f"{STEMS['diffusers']}.safetensors")
         yield copy
 
 
-def _write_float32(sources: Sequence[Path], target: Path) -> None:
-    """All tensors of safetensors files in one file, those of floating point in float32.
+def _write_float32(tensors: Mapping[str, torch.Tensor], target: Path) -> None:
+    """Tensors in one file, those of floating point in float32, each page given back when it is written.
 
     One file, because without accelerate diffusers maps the first of several only and copies the others.
     """
-    from safetensors import safe_open
+    import torch
 
+    codes = {torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.int32: "I32"}
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
-    for source in sources:
-        with safe_open(source, "pt") as weights:
-            for name in weights.keys():  # noqa: SIM118
-                part = weights.get_slice(name)
-                code = part.get_dtype()
-                code = code if code in _WHOLE_BYTES else "F32"
-                size = math.prod(part.get_shape()) * _WHOLE_BYTES.get(code, 4)
-                header[name] = {"dtype": code, "shape": part.get_shape(), "data_offsets": [offset, offset + size]}
-                offset += size
+    for name, tensor in tensors.items():
+        floating = tensor.is_floating_point()
+        code, width = ("F32", 4) if floating else (codes.get(tensor.dtype, "I64"), tensor.itemsize)
+        size = tensor.numel() * width
+        header[name] = {"dtype": code, "shape": list(tensor.shape), "data_offsets": [offset, offset + size]}
+        offset += size
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
+    mapped = mapped_files()
     with target.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for source in sources:
-            with safe_open(source, "pt") as weights:
-                mapped = mapped_files()
-                for name in weights.keys():  # noqa: SIM118
-                    stored = weights.get_tensor(name)
-                    wanted = stored.float() if stored.is_floating_point() else stored
-                    file.write(memoryview(wanted.contiguous().view(-1).numpy()).cast("B"))
-                    give_back(stored, mapped)
+        for stored in tensors.values():
+            wanted = stored.float() if stored.is_floating_point() else stored
+            file.write(memoryview(wanted.contiguous().view(-1).numpy()).cast("B"))  # type: ignore[arg-type]
+            give_back(stored, mapped)
 
 
 @functools.cache

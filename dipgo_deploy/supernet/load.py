@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from dipgo_deploy.models.files import (
     describe_keys,
     dtypes,
     loaded_parts,
-    weights_of,
+    part_weights,
 )
 from dipgo_deploy.models.location import (
     INDEX,
@@ -30,6 +30,7 @@ from dipgo_deploy.models.location import (
     read_options,
     resolve_model,
 )
+from dipgo_deploy.supernet.one_file import denoiser_tensors, load_from_file
 from dipgo_deploy.supernet.shards import load_shards
 
 _FLOATING = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -71,13 +72,24 @@ def stored_dtype(folder_or_id: str | Path) -> torch.dtype:
 
     float32 where they have several, and for what is not a folder.
     """
-    found = _floating([file for weights in denoiser_weights(folder_or_id).values() for file in weights.files])
+    found = {dtype for weights in denoiser_weights(folder_or_id).values() for dtype in _floating(weights)}
     return found.pop() if len(found) == 1 else torch.float32
 
 
-def _floating(files: Sequence[Path]) -> set[torch.dtype]:
-    """Of the floating-point tensors in safetensors files."""
-    return {_FLOATING[name] for name in dtypes(files) & _FLOATING.keys()}
+def stored_tensors(folder_or_id: str | Path, name: str, weights: Weights) -> dict[str, torch.Tensor]:
+    """Of the denoiser's part ``name`` (as ``denoiser_weights`` has it), under its class's names, mapped."""
+    from safetensors.torch import load_file
+
+    if weights.prefix is None:
+        return {key: tensor for file in weights.files for key, tensor in load_file(file).items()}
+    family, _ = denoiser_config(folder_or_id)
+    owner = getattr(importlib.import_module("diffusers"), family.diffusers_class)
+    return denoiser_tensors(weights, owner, config_folder(folder_or_id) / name)
+
+
+def _floating(weights: Weights) -> set[torch.dtype]:
+    """Of a part's floating-point tensors."""
+    return {_FLOATING[name] for name in dtypes(weights) & _FLOATING.keys()}
 
 
 def load_pipeline(folder_or_id: str | Path, dtype: torch.dtype = torch.float32, **components: Any) -> Any:
@@ -144,7 +156,9 @@ def _load_part(
     if owner is None:
         raise UserError(f"{what}: {library} has no class {class_name}; update it, or use another model")
     if weights is None and Path(source).is_dir():
-        weights = weights_of(Path(source) / name, library, read_options(model).variant)
+        weights = part_weights(model, name, library, class_name)
+    if weights is not None and weights.prefix is not None:
+        return load_from_file(owner, library, name, Path(source) / name, weights, dtype)
     several = weights is not None and library == "diffusers" and len(weights.files) > 1
     options: dict[str, Any] = {} if name == "." else {"subfolder": name}
     variant = read_options(model).variant if weights is None else weights.variant
@@ -153,12 +167,12 @@ def _load_part(
     if library == "diffusers":
         options["low_cpu_mem_usage"] = _frugal()
     try:
-        if weights is not None and several and _floating(weights.files) == {dtype}:
+        if weights is not None and several and _floating(weights) == {dtype}:
             shards = load_shards(owner, Path(source) / name, weights.files, dtype)
             if shards is not None:
                 return shards
         with _nothing_kept(owner) as kept:
-            stored = _floating(weights.files) if kept and weights is not None else {dtype}
+            stored = _floating(weights) if kept and weights is not None else {dtype}
             loaded, info = owner.from_pretrained(
                 source,
                 dtype=dtype if stored == {dtype} else torch.float32,

@@ -30,8 +30,7 @@ def load_shards(owner: Any, folder: Path, files: Sequence[Path], dtype: torch.dt
             tensors.update(load_file(file))
     except (OSError, SafetensorError):
         return None
-    with parameters_on_meta(), _default_dtype(dtype):
-        model: nn.Module = owner.from_config(config)
+    model = without_weights(owner, config, dtype)
     own = model.state_dict()
     if {name: value.shape for name, value in own.items()} != {name: value.shape for name, value in tensors.items()}:
         return None
@@ -39,6 +38,13 @@ def load_shards(owner: Any, folder: Path, files: Sequence[Path], dtype: torch.dt
     # A buffer keeps the dtype that the model made it in, as where diffusers loads it.
     kept = {name: value if name in parameters else value.to(own[name].dtype) for name, value in tensors.items()}
     model.load_state_dict(kept, assign=True)
+    return model
+
+
+def without_weights(owner: Any, config: Any, dtype: torch.dtype) -> nn.Module:
+    """A diffusers model whose parameters have no memory; its buffers are as where diffusers loads it in ``dtype``."""
+    with parameters_on_meta(), _default_dtype(dtype):
+        model: nn.Module = owner.from_config(config)
     return model
 
 

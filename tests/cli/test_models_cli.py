@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tiny_engines import save_dit_pipeline
 
 from dipgo_deploy.bundle.directory import Bundle
 from dipgo_deploy.cli.export import main as export
@@ -51,6 +52,23 @@ def test_the_parts_of_another_pipeline_by_an_option(
     assert bundle.manifest.model.name == f"{tmp_path}/{named}"
     (tmp_path / "elsewhere").mkdir()
     shutil.move(tmp_path / "s.json", tmp_path / "elsewhere")
+    assert load_reference(bundle).source.name == bundle.manifest.model.name
+
+
+def test_a_model_that_is_one_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = save_dit_pipeline(tmp_path / "folder", layers=1)
+    (folder / "transformer" / "diffusion_pytorch_model.safetensors").rename("model.safetensors")
+    made = ["uniform", "--model", "model.safetensors", "--steps", "2", "--interval", "1", "-o", "s.json"]
+    assert schedule(made) == 2
+    assert "model.safetensors: one file does not say what its model is; give --config" in capsys.readouterr().err
+    assert schedule([*made, "--config", "folder"]) == 0
+    arguments = ["--model", "model.safetensors", "--schedule", "s.json", "--engine-dir", "engine", "--no-components"]
+    assert export([*arguments, "--config", "folder"]) == 0
+    bundle = Bundle.open(tmp_path / "engine")
+    assert bundle.manifest.model.name == f"{tmp_path}/model.safetensors?config={folder}"
     assert load_reference(bundle).source.name == bundle.manifest.model.name
 
 

@@ -40,6 +40,46 @@ def test_folders_and_hub_ids(tmp_path: Path) -> None:
         location.resolve_model(tmp_path / "file.json")
 
 
+def test_one_file_takes_its_configuration_from_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = pipeline_folder(tmp_path / "config")
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(b"weights")
+    with pytest.raises(UserError, match="give --config FOLDER with that model's .* .nothing is downloaded.$"):
+        location.resolve_model(file)
+    name = location.with_options(str(file), config=str(folder), variant="fp16")
+    assert name == f"{file}?variant=fp16&config={folder}"
+    assert (location.single_file(name), location.single_file(folder)) == (file, None)
+    assert location.config_folder(name) == folder
+    assert location.denoiser_config(name) == location.denoiser_config(folder)
+    assert location.resolve_model(f"{file}?config=fashion-sd") == location.resolve_model("fashion-sd")
+    monkeypatch.chdir(tmp_path)
+    assert location.lasting_name("model.safetensors?config=config") == f"{file}?config={folder}"
+    assert location.lasting_name("model.safetensors?config=fashion-sd") == f"{file}?config=fashion-sd"
+    for wrong, message in (
+        (f"{file}?config=owner/name", "--config owner/name: no such folder"),
+        (f"{file}?config={file}", "no such folder; give one in diffusers' format"),
+        (f"{folder}?config={folder}", "--config is for a model that is one .safetensors file"),
+        ("owner/name?config=fashion-sd", "owner/name: --config is for a model that is one"),
+    ):
+        with pytest.raises(UserError, match=message):
+            location.denoiser_config(wrong)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("model.bin", b"x", ".bin files are pickled and never read; save it as .safetensors"),
+        ("model.ckpt", b"x", ".ckpt files are pickled and never read; save it as .safetensors"),
+        ("flux-Q4_K.gguf", b"GGUF....", "its weights are quantised .GGUF.; give the model's own files, of 16 bits"),
+        ("model.safetensors", b"GGUF....", "its weights are quantised .GGUF."),
+    ],
+)
+def test_files_that_are_not_read_are_refused_by_name(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=f"{name}: {message}"):
+        location.denoiser_config(f"{tmp_path / name}?config=fashion-sd")
+
+
 def test_built_in_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in location.BUILT_IN:
         folder = Path(location.resolve_model(name))
@@ -125,7 +165,7 @@ def test_a_name_says_how_a_model_is_read(tmp_path: Path, monkeypatch: pytest.Mon
     assert location.read_options(location.with_options(name, variant="ema")).variant == "ema"
     assert location.with_options("fashion-sd") == "fashion-sd"
     for wrong in ("fashion-sd?", "fashion-sd?variant", "fashion-sd?variant=", "fashion-sd?colour=red"):
-        with pytest.raises(UserError, match="after the . there may be variant=NAME and pipeline=CLASS"):
+        with pytest.raises(UserError, match="after the . there may be variant=NAME, pipeline=CLASS and config=FOLDER"):
             location.read_options(wrong)
     odd = tmp_path / "what?variant=x"  # a folder may be called anything
     odd.mkdir()
@@ -253,6 +293,17 @@ def test_configurations_that_are_no_plain_json_are_refused(tmp_path: Path, text:
     else:
         path.write_text(text)
     with pytest.raises(UserError, match=f"unet/config.json: {message}"):
+        location.denoiser_config(folder)
+
+
+@pytest.mark.parametrize("part", ["unet", "text_encoder"])
+@pytest.mark.parametrize(("key", "method"), [("quant_method", "bitsandbytes"), ("quant_type", "torchao")])
+def test_a_configuration_of_quantised_weights_is_refused(tmp_path: Path, part: str, key: str, method: str) -> None:
+    folder = pipeline_folder(tmp_path)
+    index = json.loads((folder / "model_index.json").read_text())
+    write(folder / "model_index.json", {**index, "text_encoder": ["transformers", "CLIPTextModel"]})
+    write(folder / part / "config.json", {"_class_name": "UNet2DConditionModel", "quantization_config": {key: method}})
+    with pytest.raises(UserError, match=f"{part}/config.json: says that its weights are quantised .{method}."):
         location.denoiser_config(folder)
 
 

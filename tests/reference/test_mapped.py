@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from resident import resident_kib
 from safetensors.torch import load_file, save_file
 from tiny_engines import save_dit_pipeline, save_in_half
 
+from dipgo_deploy.models.files import check_weights
 from dipgo_deploy.reference import mapped
 from dipgo_deploy.supernet.load import load_denoiser, stored_dtype
 
@@ -61,6 +63,22 @@ def test_pages_are_given_back(tmp_path: Path) -> None:
     linear(torch.ones(1, 512))
     assert before > 1000
     assert resident_kib("linear.safetensors") < 100
+
+
+def test_pages_of_a_linked_file_are_given_back(model: Path, tmp_path: Path) -> None:
+    """A hub's cache: a snapshot is a folder of links to files that are called after their content."""
+    (tmp_path / "blobs").mkdir()
+    snapshot = tmp_path / "snapshots" / "main"
+    for number, path in enumerate(path for path in model.rglob("*") if path.is_file()):
+        blob = Path(shutil.copy(path, tmp_path / "blobs" / f"{number:040x}"))
+        (snapshot / path.relative_to(model)).parent.mkdir(parents=True, exist_ok=True)
+        (snapshot / path.relative_to(model)).symlink_to(blob)
+    assert check_weights(snapshot).keys() == {"transformer", "vae"}
+    denoiser, expected = load_denoiser(snapshot)[0], load_denoiser(model)[0].state_dict()
+    files = mapped.mapped_files()
+    for name, parameter in denoiser.named_parameters():
+        assert torch.equal(parameter, expected[name]), name
+        assert any(first <= parameter.data_ptr() < last for first, last in files), name
 
 
 def test_caches_lie_in_files_without_names(tmp_path: Path) -> None:
