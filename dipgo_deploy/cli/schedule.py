@@ -201,9 +201,9 @@ class _Kinds(Group):
         return list(KINDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        from dipgo_deploy.schedule.importers.registry import KINDS, importer
+        from dipgo_deploy.schedule.importers.registry import KINDS, REFUSED, importer
 
-        return _import_command(importer(cmd_name)) if cmd_name in KINDS else None
+        return _import_command(importer(cmd_name)) if cmd_name in (*KINDS, *REFUSED) else None
 
 
 @command.group(
@@ -221,6 +221,39 @@ def import_group() -> None:
 
     A file with one row less than the sampler has evaluations gets its last row twice.
     """
+
+
+@command.command(
+    name="export",
+    epilog=examples(
+        "dipgo-schedule export smoothcache fora.json -o for-smoothcache.json",
+        "dipgo-schedule export cache-dit schedule.json -o cache.json",
+    ),
+)
+@click.argument("kind")
+@click.argument("file", type=PATH)
+@option("Output", "-o", "--output", type=PATH, required=True, help="File to write.")
+@checked_outputs("output")
+@json_option
+def export(kind: str, file: Path, output: Path, as_json: bool) -> None:
+    """Write a schedule as another program's file, where that says all of it.
+
+    KIND is smoothcache or cache-dit.
+    """
+    from dipgo_deploy.errors import UserError
+    from dipgo_deploy.files import write_atomic
+    from dipgo_deploy.schedule.document import Schedule
+    from dipgo_deploy.schedule.importers.registry import WRITTEN, importer
+
+    write = importer(kind).write
+    if write is None:
+        raise UserError(f"{kind}: cannot be written; give one of {', '.join(WRITTEN)}")
+    schedule = Schedule.load(file)
+    with _naming(file):
+        text = write(schedule)
+    write_atomic(output, text.encode())
+    human_console(as_json).print(f"{output}: {_summary(schedule)}, for {kind}", markup=False, soft_wrap=True)
+    emit({"file": str(output), "kind": kind}, as_json)
 
 
 def _import_command(importer: Importer) -> click.Command:

@@ -1,6 +1,6 @@
 """The transformer of Chroma (diffusers ``ChromaTransformer2DModel``), FLUX.1 whose modulation one small network makes.
 
-Granularity ``block``: 19 double blocks and then 38 single ones, as FLUX.1; granularity ``layer``: their parts, 95
+Granularity ``block``: 19 double blocks and then 38 single ones, as FLUX.1; granularity ``layer``: their parts, 171
 units. It is guided, takes the states of T5 alone, and tells padding from text by a mask, of which the first token of
 padding is a part. diffusers' model adds that mask to the scores of attention, 1 for a pair of tokens that are both
 seen.
@@ -10,10 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from dipgo_deploy.models.family import BlockSpec, Granularity, InputSpec, ModelFamily, TextScheme, TokenizerSpec
-from dipgo_deploy.models.flux import branch, rotary_table
+from dipgo_deploy.models.flux import rotary_table, single_units
 from dipgo_deploy.models.forward import replaced_forward
 from dipgo_deploy.models.guidance import Guidance
 from dipgo_deploy.models.packed import PACK, channels_of_tokens, check_even, pack, set_timesteps, unpack
@@ -36,7 +37,7 @@ def blocks(config: Mapping[str, Any], granularity: Granularity) -> tuple[BlockSp
     """The double blocks and then the single ones, or their parts, in order of execution."""
     doubles, singles = int(config["num_layers"]), int(config["num_single_layers"])
     if granularity == "layer":
-        return (*sublayers(_DOUBLE, doubles, ("attn", "ff", "ff_context")), *map(branch, range(singles)))
+        return (*sublayers(_DOUBLE, doubles, ("attn", "ff", "ff_context")), *chain(*map(single_units, range(singles))))
     both = ("encoder_hidden_states", "hidden_states")
     return (*whole_blocks(_DOUBLE, doubles, both), *whole_blocks(_SINGLE, singles))
 

@@ -2,18 +2,19 @@
 
 The pipeline hands the model a latent packed 2x2 into tokens, position ids and a timestep in [0, 1]; here that happens
 inside ``call``, so that the latent is (B, 16, h, w) as the VAE wants it. Picture and text go through the ``double``
-blocks as two streams and through the ``single`` blocks as one sequence, which diffusers cuts in two again behind every
-block: all blocks return two tensors.
+blocks as two streams and through the ``single`` blocks as one sequence, which diffusers cuts in two again behind
+every block: all blocks return two tensors.
 
 Granularity ``block``: 19 double blocks (``transformer_blocks.i``), then 38 single ones
 (``single_transformer_blocks.i``): 57 units for FLUX.1-dev and FLUX.1-schnell. Default cache: ``residual``; on request
 ``output``.
 
 Granularity ``layer``: of a double block the joint attention (``attn``, a cache for each stream) and the feed-forwards
-of picture (``ff``) and text (``ff_context``); of a single block, whose attention and feed-forward run side by side and
-end in one projection, that projection with all that leads to it (``proj_out``): 95 units. Cached is what these
-modules return, before the gate of the current evaluation. TaylorSeer (arXiv 2503.06923) caches a FLUX block at these
-places.
+of picture (``ff``) and text (``ff_context``); of a single block, whose feed-forward and attention run side by side
+and end in one projection, both by themselves (``proj_mlp``, before its activation, and ``attn``) and the projection
+(``proj_out``): 171 units. Where the projection is removed, what leads to it is computed for nobody but their own
+caches. Cached is what these modules return, before the gate of the current evaluation. ECAD (arXiv 2506.15682) caches
+a FLUX block at these places, TaylorSeer (2503.06923) at these but the two within.
 
 FLUX.1-dev is distilled from guidance: the scale is a condition, and there is no second half of the batch.
 """
@@ -22,6 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -51,18 +53,16 @@ def blocks(config: Mapping[str, Any], granularity: Granularity) -> tuple[BlockSp
     """The double blocks and then the single ones, or their parts, in order of execution."""
     doubles, singles = int(config["num_layers"]), int(config["num_single_layers"])
     if granularity == "layer":
-        return (*sublayers(_DOUBLE, doubles, ("attn", "ff", "ff_context")), *map(branch, range(singles)))
+        return (*sublayers(_DOUBLE, doubles, ("attn", "ff", "ff_context")), *chain(*map(single_units, range(singles))))
     both = ("encoder_hidden_states", "hidden_states")
     return (*whole_blocks(_DOUBLE, doubles, both), *whole_blocks(_SINGLE, singles, both))
 
 
-def branch(index: int) -> BlockSpec:
-    """The branch of a single block: attention and feed-forward side by side, and the projection of both."""
+def single_units(index: int) -> tuple[BlockSpec, ...]:
+    """The units of a single block: feed-forward and attention, which run side by side, and the projection of both."""
     path = f"{_SINGLE}.{index}"
-    return BlockSpec(
-        name=f"{path}.proj_out",
-        modules=(f"{path}.attn", f"{path}.proj_mlp", f"{path}.act_mlp", f"{path}.proj_out"),
-    )
+    inner = (BlockSpec(name=f"{path}.{part}", modules=(f"{path}.{part}",)) for part in ("proj_mlp", "attn"))
+    return (*inner, BlockSpec(name=f"{path}.proj_out", modules=(f"{path}.act_mlp", f"{path}.proj_out")))
 
 
 def latent_channels(config: Mapping[str, Any]) -> int:

@@ -1,15 +1,16 @@
 """HunyuanVideo's transformer (diffusers ``HunyuanVideoTransformer3DModel``; arXiv 2412.03603): text to video.
 
-Video and text go through the ``double`` blocks as two streams and through the ``single`` blocks as one sequence, which
-diffusers cuts in two again behind every block: all blocks return two tensors, the video's first. What refines the text
-in front of them is computed whenever it is needed: it depends on the timestep.
+Video and text go through the ``double`` blocks as two streams and through the ``single`` blocks as one sequence,
+which diffusers cuts in two again behind every block: all blocks return two tensors, the video's first. What refines
+the text in front of them is computed whenever it is needed: it depends on the timestep.
 
 Granularity ``block``: 20 double blocks (``transformer_blocks.i``), then 40 single ones
 (``single_transformer_blocks.i``): 60 units. Default cache: ``residual``; on request ``output``.
 
 Granularity ``layer``: of a double block the joint attention (``attn``, a cache for each stream) and the feed-forwards
-of video (``ff``) and text (``ff_context``); of a single block the projection in which its attention and feed-forward
-end (``proj_out``): 100 units. Cached is what these modules return, before the gate of the current evaluation.
+of video (``ff``) and text (``ff_context``); of a single block its feed-forward (``proj_mlp``), its attention
+(``attn``) and the projection in which both end (``proj_out``): 180 units. Cached is what these modules return, before
+the gate of the current evaluation.
 
 The model is distilled from guidance: the scale is a condition, and there is no second half of the batch.
 """
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -32,7 +34,7 @@ from dipgo_deploy.models.family import (
     TokenizerSpec,
     call_with_keywords,
 )
-from dipgo_deploy.models.flux import branch
+from dipgo_deploy.models.flux import single_units
 from dipgo_deploy.models.rotary import precomputed
 from dipgo_deploy.models.sublayers import sublayers, whole_blocks
 
@@ -55,7 +57,7 @@ def blocks(config: Mapping[str, Any], granularity: Granularity) -> tuple[BlockSp
     """The double blocks and then the single ones, or their parts, in order of execution."""
     doubles, singles = int(config["num_layers"]), int(config["num_single_layers"])
     if granularity == "layer":
-        return (*sublayers(_DOUBLE, doubles, ("attn", "ff", "ff_context")), *map(branch, range(singles)))
+        return (*sublayers(_DOUBLE, doubles, ("attn", "ff", "ff_context")), *chain(*map(single_units, range(singles))))
     both = ("hidden_states", "encoder_hidden_states")
     return (*whole_blocks(_DOUBLE, doubles, both), *whole_blocks(_SINGLE, singles, both))
 

@@ -47,12 +47,16 @@ class Target:
         return self
 
     def extrapolated(
-        self, launched: Sequence[int], weights: Sequence[Sequence[float]], provenance: Mapping[str, Any]
+        self,
+        launched: Sequence[int],
+        weights: Sequence[Sequence[float]],
+        provenance: Mapping[str, Any],
+        sigmas: Sequence[float] | None = None,
     ) -> Solver:
         """The sampler with predictions in between that are weighted sums of launched ones (``solver.extrapolated``)."""
         if self.matrix is None:
             raise ValueError("this target has no sampler to ask")
-        return extrapolated(self.matrix(), launched, weights, provenance)
+        return extrapolated(self.matrix(), launched, weights, provenance, sigmas)
 
     @property
     def block_names(self) -> tuple[str, ...]:
@@ -120,11 +124,16 @@ def deepcache(
     model without down and up blocks.
     """
     _check_interval(interval)
-    shallow = _shallow_blocks(names, branch)
     counted = range(steps) if positions is None else positions
     if len(counted) != steps:
         raise ValueError(f"{len(counted)} positions for {steps} evaluations")
-    return tuple(tuple(position % interval == 0 or name in shallow for name in names) for position in counted)
+    return shallow_between([position % interval == 0 for position in counted], names, branch)
+
+
+def shallow_between(full: Sequence[bool], names: Sequence[str], branch: int) -> Gates:
+    """DeepCache with these full evaluations (T); ``names`` and ``branch`` as for ``deepcache``."""
+    shallow = _shallow_blocks(names, branch)
+    return tuple(tuple(whole or name in shallow for name in names) for whole in full)
 
 
 def random(steps: int, blocks: int, ratio: float, seed: int, costs: Sequence[float] | None = None) -> Gates:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Protocol
 
 from pydantic import (
     AfterValidator,
@@ -102,6 +102,25 @@ class ScheduleDiff:
 
     def __bool__(self) -> bool:
         return bool(self.fields or self.gates)
+
+
+class MadeFor(Protocol):
+    """What a schedule is made for (``builders.Target``)."""
+
+    @property
+    def block_names(self) -> tuple[str, ...]:
+        """In order of execution."""
+
+    @property
+    def sampler(self) -> SamplerEntry:
+        """With its number of steps."""
+
+    @property
+    def steps(self) -> int:
+        """Evaluations of the denoiser."""
+
+    def schedule(self, gates: Gates, method: str, parameters: Mapping[str, Any]) -> Schedule:
+        """The document for these gates."""
 
 
 class Schedule(_Part):
@@ -279,6 +298,24 @@ class Schedule(_Part):
         return Schedule.model_validate(fields)
 
     @classmethod
+    def from_mask(cls, target: MadeFor, mask: Any) -> Schedule:
+        """The schedule of a mask: an array, tensor or nested list of 0 and 1 or of booleans.
+
+        Args:
+            target: what it is for, as ``dipgo_deploy.models.schedule_target`` gives it.
+            mask: (T, N), one row an evaluation and one column a block in order of execution; or (T,), for evaluations
+                that run whole or not at all.
+
+        Raises:
+            UserError: another shape or value, another number of evaluations, or a block that is skipped before it was
+                computed once.
+        """
+        gates = mask_gates(mask, len(target.block_names))
+        sampler = target.sampler
+        validation.check_steps(len(gates), target.steps, sampler.class_name, sampler.num_inference_steps)
+        return target.schedule(gates, "mask", {})
+
+    @classmethod
     def from_json(cls, text: str | bytes) -> Schedule:
         """Read JSON text; raises UserError for text that is cut off, no JSON, or no valid schedule."""
         arguments.instance("text", text, (str, bytes), "JSON text (str or bytes)")
@@ -310,6 +347,22 @@ def gate_rows(gates: Iterable[Sequence[bool]]) -> tuple[str, ...]:
                 raise UserError(f"keep: evaluation {step}, column {column}: {repr(cell)[:60]} is not 0 or 1")
         rows.append("".join("1" if cell else "0" for cell in row))
     return tuple(rows)
+
+
+def mask_gates(mask: Any, blocks: int) -> Gates:
+    """T x N gates from an array of 0 and 1 or of booleans, (T, N) or (T,) for whole evaluations. N = ``blocks``.
+
+    Raises UserError for another shape or value.
+    """
+    import numpy as np
+
+    array = np.asarray(mask)
+    if array.ndim not in (1, 2) or not len(array) or array.shape[1:] not in ((), (blocks,)):
+        raise UserError(f"mask: of shape {array.shape}; give (evaluations, {blocks}) or (evaluations,)")
+    if array.dtype.kind not in "biuf" or not np.isin(array, (0, 1)).all():
+        raise UserError("mask: has other values than 0 and 1")
+    rows = array.astype(bool).tolist()
+    return tuple((row,) * blocks if array.ndim == 1 else tuple(row) for row in rows)
 
 
 def json_schema() -> dict[str, Any]:

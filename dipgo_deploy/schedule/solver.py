@@ -184,33 +184,57 @@ class Rows(Protocol):
 
 
 def extrapolated(
-    matrix: Rows, launched: Sequence[int], weights: Sequence[Sequence[float]], provenance: Mapping[str, Any]
+    matrix: Rows,
+    launched: Sequence[int],
+    weights: Sequence[Sequence[float]],
+    provenance: Mapping[str, Any],
+    sigmas: Sequence[float] | None = None,
 ) -> Solver:
     """A sampler some of whose predictions are weighted sums of launched ones, as a solver of the launches alone.
 
-    As the sampler is linear in its predictions, so is this: its rows are the sampler's times the weights.
+    As the sampler is linear in its predictions, so is this.
 
-    launched: the L evaluations that are launched, rising from 0. weights: for each of the T evaluations those of
-    the launched predictions; only of launches up to itself. Raises ValueError for what does not fit.
+    Args:
+        matrix: the sampler's, each evaluation with a prediction of its own.
+        launched: the L evaluations that are launched, rising from 0.
+        weights: for each of the T evaluations those of the launched predictions; only of launches up to itself.
+        provenance: of the solver.
+        sigmas: T noise levels, where the sums are of denoised latents x - sigma v, v the prediction, in place of
+            predictions.
+
+    Raises:
+        ValueError: what does not fit.
     """
     import numpy as np
 
     at, steps, noises = list(launched), len(matrix.timesteps), matrix.noises
-    table = np.zeros((steps, len(at)))
-    for step, row in enumerate(weights):
-        table[step, : len(row)] = row
     if at != sorted(set(at)) or at[:1] != [0] or at[-1] >= steps or len(weights) != steps:
         raise ValueError(f"launches {at} and {len(weights)} rows of weights do not fit {steps} evaluations")
-    if any(table[step, place] for step in range(steps) for place, launch in enumerate(at) if launch > step):
-        raise ValueError("a prediction is made of one that is launched later")
-    guess = np.zeros((1 + steps + noises, 1 + len(at) + noises))
-    guess[0, 0] = 1
-    guess[1 : 1 + steps, 1 : 1 + len(at)] = table
-    guess[1 + steps :, 1 + len(at) :] = np.eye(noises)
+    columns = 1 + len(at) + noises
+    rows, final = np.asarray(matrix.rows), np.asarray(matrix.final)
+    # What each column of the matrix is made of, of those of the solver.
+    made = np.zeros((1 + steps + noises, columns))
+    made[0, 0] = 1
+    made[1 + steps :, 1 + len(at) :] = np.eye(noises)
+    denoised = np.zeros((len(at), columns))
+    for step in range(steps):
+        row = np.zeros(len(at))
+        row[: len(weights[step])] = weights[step]
+        if row[[launch > step for launch in at]].any():
+            raise ValueError(f"the prediction of evaluation {step} is made of one that is launched later")
+        latent = rows[step] @ made
+        if step in at:
+            made[1 + step, 1 + at.index(step)] = 1
+            if sigmas is not None:
+                denoised[at.index(step)] = latent - sigmas[step] * made[1 + step]
+        elif sigmas is None:
+            made[1 + step, 1 : 1 + len(at)] = row
+        else:
+            made[1 + step] = (latent - row @ denoised) / sigmas[step]
     return Solver(
         timesteps=tuple(float(matrix.timesteps[place]) for place in at),
-        rows=tuple(tuple(map(float, row)) for row in np.asarray(matrix.rows)[at] @ guess),
-        final=tuple(map(float, np.asarray(matrix.final) @ guess)),
+        rows=tuple(tuple(map(float, row)) for row in rows[at] @ made),
+        final=tuple(map(float, final @ made)),
         noises=noises,
         provenance=dict(provenance),
     )

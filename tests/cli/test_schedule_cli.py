@@ -14,10 +14,11 @@ from dipgo_deploy.cli import schedule as cli
 from dipgo_deploy.cli.schedule import main
 from dipgo_deploy.extras import install
 from dipgo_deploy.schedule.document import Schedule
+from dipgo_deploy.schedule.importers.registry import KINDS
 from dipgo_deploy.schedule.solver import Solver
 
 ASSETS = Path(cli.__file__).resolve().parents[1] / "assets"
-VERBS = ("full", "uniform", "deepcache", "random", "import", "validate", "show", "diff")
+VERBS = ("full", "uniform", "deepcache", "random", "import", "export", "validate", "show", "diff")
 
 
 @pytest.fixture
@@ -38,10 +39,7 @@ def refused(capsys: pytest.CaptureFixture[str], arguments: list[str], words: str
     assert words in captured.err
 
 
-FORMATS = ("csv", "dipgo-gates", "smoothcache", "l2c-router")
-
-
-@pytest.mark.parametrize("verb", [(), *((verb,) for verb in VERBS), *(("import", name) for name in FORMATS)])
+@pytest.mark.parametrize("verb", [(), *((verb,) for verb in VERBS), *(("import", name) for name in KINDS)])
 def test_help_shows_examples(capsys: pytest.CaptureFixture[str], verb: tuple[str, ...]) -> None:
     assert main([*verb, "--help"]) == 0
     text = capsys.readouterr().out
@@ -157,6 +155,32 @@ def test_import_dipgo_gates_refuses_what_it_would_have_to_run(
     options = ["--model", "fashion-sd", "--sampler", "ddim", "-o", str(path)]
     refused(capsys, ["import", "dipgo-gates", str(evil), *options], "refers to os.system")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["evil.pkl"]
+
+
+def test_settings_of_another_program_become_a_schedule(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, path, back = tmp_path / "cache.json", tmp_path / "s.json", tmp_path / "back.json"
+    config = {"Fn_compute_blocks": 1, "steps_computation_policy": "static", "steps_computation_mask": "1101"}
+    source.write_text(json.dumps({"cache_config": config}))
+    options = ["--model", "fashion-dit", "--sampler", "ddim", "--steps", "4"]
+    assert main(["import", "cache-dit", str(source), *options, "-o", str(path)]) == 0
+    assert Schedule.load(path).keep[2].rstrip("0") == "1"
+    assert main(["export", "cache-dit", str(path), "-o", str(back)]) == 0
+    assert main(["import", "cache-dit", str(back), *options, "-o", str(path), "--overwrite"]) == 0
+    refused(
+        capsys, ["export", "smoothcache", str(path), "-o", str(back), "--overwrite"], f"{path}: transformer_blocks.0 "
+    )
+    # Three numbers: a solver of its own, and an evaluation for each launch.
+    source.write_text('{"cache_interval": 2, "disable_cache_before_step": 2, "disable_cache_after_step": -1}')
+    options = ["--model", "fashion-dit", "--sampler", "ddim", "--steps", "8", "-o", str(path), "--overwrite"]
+    assert main(["import", "openvino-taylorseer", str(source), *options]) == 0
+    schedule = Schedule.load(path)
+    assert schedule.solver is not None and schedule.steps == len(schedule.solver.timesteps) == 5
+    assert main(["validate", str(path), "--model", "fashion-dit"]) == 0
+    refused(
+        capsys,
+        ["import", "first-block-cache", str(source), *options],
+        "so what runs is not known before a run; give cache-dit",
+    )
 
 
 @pytest.mark.parametrize(
@@ -331,7 +355,7 @@ def test_diff_names_what_changed_and_exits_1(made: Path, tmp_path: Path, capsys:
     assert main(["diff", str(made), str(made)]) == 0
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", KINDS)
 def test_a_file_that_cannot_be_read_is_refused_before_the_model(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:

@@ -178,7 +178,7 @@ def test_units_of_the_published_size() -> None:
     config = entry["config"]
     with torch.device("meta"):
         denoiser = ChromaTransformer2DModel(**{key: value for key, value in config.items() if key[0] != "_"})
-    for granularity, count in (("block", 57), ("layer", 95)):
+    for granularity, count in (("block", 57), ("layer", 171)):
         specs = FAMILY.blocks(config, granularity)  # type: ignore[arg-type]
         assert len(specs) == count
         assert all(denoiser.get_submodule(path) for spec in specs for path in spec.modules)

@@ -291,13 +291,13 @@ def test_it_can_be_searched(small: Path, tmp_path: Path) -> None:
 def test_units_of_the_published_sizes() -> None:
     for config in FULL_SIZE.values():
         blocks, layers = (FAMILY.blocks(config, granularity) for granularity in ("block", "layer"))
-        assert (len(blocks), len(layers)) == (57, 95)
+        assert (len(blocks), len(layers)) == (57, 171)
         assert [spec.name for spec in blocks[18:20]] == ["transformer_blocks.18", "single_transformer_blocks.0"]
         assert {spec.residual_inputs for spec in blocks} == {("encoder_hidden_states", "hidden_states")}
         assert [spec.name for spec in layers[:3]] == [f"transformer_blocks.0.{part}" for part in PARTS]
-        assert [spec.name for spec in layers[56:58]] == [
-            "transformer_blocks.18.ff_context",
-            "single_transformer_blocks.0.proj_out",
+        assert layers[56].name == "transformer_blocks.18.ff_context"
+        assert [spec.name for spec in layers[57:60]] == [
+            f"single_transformer_blocks.0.{part}" for part in ("proj_mlp", "attn", "proj_out")
         ]
     dev, schnell = (FAMILY.inputs(FULL_SIZE[name], 1, 128, 128, TOKENS) for name in FULL_SIZE)
     assert dev[0].shape == (1, 16, 128, 128)

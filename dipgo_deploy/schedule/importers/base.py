@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from dipgo_deploy.schedule.builders import PendingTarget, Target
     from dipgo_deploy.schedule.document import Gates, Schedule
     from dipgo_deploy.schedule.forecast import Forecast
+    from dipgo_deploy.schedule.importers.settings import Settings
     from dipgo_deploy.schedule.kinds import CacheKind, Granularity
 
 
@@ -52,10 +53,12 @@ class Predictions:
     Attributes:
         launched: the evaluations that launch it, rising from 0.
         weights: for each of the T evaluations the weights of the launched predictions, the first launch first.
+        sigmas: where it is the denoised latent x - sigma v that is such a sum: T noise levels. None: the prediction.
     """
 
     launched: tuple[int, ...]
     weights: tuple[tuple[float, ...], ...]
+    sigmas: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -174,10 +177,10 @@ def _schedule(importer: Importer, imported: Imported, target: Target, parameters
     parameters |= imported.settings
     method = f"import {importer.kind}"
     if imported.predictions is not None:
-        launched = imported.predictions.launched
+        given = imported.predictions
         whole = target.schedule(((True,) * len(target.blocks),) * target.steps, method, parameters)
-        solver = target.extrapolated(launched, imported.predictions.weights, {"method": method})
-        return whole.with_solver(solver, ((True,) * len(target.blocks),) * len(launched))
+        solver = target.extrapolated(given.launched, given.weights, {"method": method}, given.sigmas)
+        return whole.with_solver(solver, ((True,) * len(target.blocks),) * len(given.launched))
     gates = imported.gates
     if len(gates) == target.steps - 1 and gates:
         parameters["last_row_repeated"] = 1
@@ -197,3 +200,36 @@ def check_rows(rows: int, most: int) -> None:
 def whole_steps(computed: Sequence[bool], blocks: int) -> Gates:
     """Gates of schedules that run an evaluation whole or not at all."""
     return tuple((kept,) * blocks for kept in computed)
+
+
+def kept_until_stored(gates: Gates) -> tuple[Gates, int]:
+    """The gates of a method that computes what has no value yet, whatever its file says, and how many those are."""
+    stored = [False] * (len(gates[0]) if gates else 0)
+    rows, early = [], 0
+    for row in gates:
+        early += sum(not kept and not known for kept, known in zip(row, stored, strict=True))
+        rows.append(tuple(kept or not known for kept, known in zip(row, stored, strict=True)))
+        stored = [True] * len(stored)
+    return tuple(rows), early
+
+
+def check_steps_of(settings: Settings, name: str, source: Source) -> None:
+    """Refuse (UserError) settings that are for another number of steps, where they say one."""
+    if name not in settings:
+        settings.ignore(name)
+        return
+    steps = settings.integer(name, least=1)
+    sampler = source.target.sampler
+    if steps != sampler.num_inference_steps:
+        raise UserError(f"{name}: made for {steps} steps, not for {sampler.num_inference_steps}; give --steps {steps}")
+
+
+def flow_sigmas(target: Target) -> tuple[float, ...]:
+    """The T + 1 noise levels of Euler's method for flow matching. Raises UserError for another sampler."""
+    sampler = target.sampler
+    if sampler.class_name != "FlowMatchEulerDiscreteScheduler" or sampler.config.get("stochastic_sampling"):
+        raise UserError(
+            f"{sampler.class_name}: this method is one of Euler's steps in flow matching; give --sampler flow-euler"
+        )
+    scale = float(sampler.config.get("num_train_timesteps", 1000))
+    return (*(timestep / scale for timestep in target.timesteps), 0.0)

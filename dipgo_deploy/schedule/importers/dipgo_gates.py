@@ -2,9 +2,9 @@
 
 Each dictionary maps (``down`` | ``mid`` | ``up``, kind, i, j) to a tensor [gate of the cached value, gate of the
 current value] with one 1 and one 0. i counts from the outside of the UNet inwards on both sides, as DeepCache does:
-("up", "block", 0, 0) is the LAST up block to run (U0 in the paper). The released files hold tensors saved from CUDA, so
-plain ``pickle.load`` would need torch and a GPU, and would run whatever a file asks for. Here nothing is run: pickles
-are read as data, and each tensor's storage is a file of its own in torch's legacy format.
+("up", "block", 0, 0) is the LAST up block to run (U0 in the paper). The released files hold tensors saved from CUDA,
+so plain ``pickle.load`` would need torch and a GPU, and would run whatever a file asks for. Here nothing is run:
+pickles are read as data, and each tensor's storage is a file of its own in torch's legacy format.
 """
 
 from __future__ import annotations

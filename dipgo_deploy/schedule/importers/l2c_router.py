@@ -1,16 +1,16 @@
 """The router checkpoints of Learning-to-Cache (arXiv 2406.01733) and HarmoniCa (arXiv 2410.01723) for DiT.
 
 A file of ``torch.save``: ``routers`` holds a tensor ``{index}.prob`` of 2 * depth numbers for each of T evaluations,
-column 2i for the attention and 2i + 1 for the feed-forward of block i. As the authors' ``load_ranking`` and ``forward``
-read them: routers count the timesteps upwards, so router T - 1 is the first evaluation; a layer is computed where its
-``sigmoid(prob)`` is above a threshold, and its last output is reused where not.
+column 2i for the attention and 2i + 1 for the feed-forward of block i. As the authors' ``load_ranking`` and
+``forward`` read them: routers count the timesteps upwards, so router T - 1 is the first evaluation; a layer is
+computed where its ``sigmoid(prob)`` is above a threshold, and its last output is reused where not.
 
 - Learning-to-Cache samples in pairs: the first evaluation of a pair (odd index) computes every layer, whatever its
   router says; only the routers with an even index are trained. The threshold is 0.1 in the authors' commands (0.9 for
   their 512-pixel model); at 0.1 the router for DDIM-50 is the schedule that SmoothCache's authors released as
   Learning-to-Cache's, cell by cell.
-- HarmoniCa (which began as a copy of that code) uses every router but the last, index T - 1, whose scores are fixed at
-  5: the first evaluation computes every layer. The threshold is 0.1 in the authors' command.
+- HarmoniCa (which began as a copy of that code) uses every router but the last, index T - 1, whose scores are fixed
+  at 5: the first evaluation computes every layer. The threshold is 0.1 in the authors' command.
 
 Which one a file is shows in its keys: the optimizer has a state for the even routers of the one, for all but the last
 of the other; without an optimizer, in the last router, which is random in the one and 5 throughout in the other.

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.schedule.importers.base import Importer, import_with
+from dipgo_deploy.schedule.importers.refused import REFUSED, refusal
 
 if TYPE_CHECKING:
     from dipgo_deploy.schedule.builders import PendingTarget, Target
@@ -20,13 +21,33 @@ _HOMES: Mapping[str, str] = {
     "dipgo-gates": "dipgo_gates",
     "smoothcache": "smoothcache",
     "l2c-router": "l2c_router",
+    "npy": "npy",
+    "ecad": "ecad",
+    "fora": "fora",
+    "step-list": "step_list",
+    "magcache": "magcache",
+    "taylorseer": "taylorseer",
+    "openvino-taylorseer": "openvino_taylorseer",
+    "meancache": "meancache",
+    "spectrum": "spectrum",
+    "weights": "weights",
+    "cache-dit": "cache_dit",
+    "deepcache": "deepcache",
+    "cache-diffusion": "cache_diffusion",
+    "pab": "pab",
+    "tgate": "tgate",
+    "delta-dit": "delta_dit",
 }
 
 KINDS: tuple[str, ...] = tuple(_HOMES)
+WRITTEN = ("smoothcache", "cache-dit")
+"""Kinds whose files can be written too."""
 
 
 def importer(kind: str) -> Importer:
-    """The importer of one kind. Raises UserError for a name that is none."""
+    """The importer of one kind. Raises UserError for a name that is none, and for a method that decides on data."""
+    if kind in REFUSED:
+        raise UserError(refusal(kind))
     if kind not in _HOMES:
         raise UserError(f"{kind}: no kind of file; give one of {', '.join(KINDS)}")
     found: Importer = import_module(f"dipgo_deploy.schedule.importers.{_HOMES[kind]}").IMPORTER

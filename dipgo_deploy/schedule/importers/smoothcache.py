@@ -1,14 +1,15 @@
 """The schedules that the SmoothCache authors released (arXiv 2411.10510): JSON, a list of 0 and 1 for each layer kind.
 
-A key is a kind of layer, for all blocks of the transformer (``attn``, ``mlp``; ``attn1`` with diffusers' names), or one
-layer of it (``attn-0`` ... ``mlp-27``). Entry t is about evaluation t, the first evaluation first: 1 = the layer is
-computed and its output stored, 0 = its stored output is used. A kind without a key is computed at every evaluation, as
-SmoothCache's helper leaves it alone. Schedules of FORA (2407.01425) and Learning-to-Cache (2406.01733) were released
-in this format too.
+A key is a kind of layer, for all blocks of the transformer (``attn``, ``mlp``; ``attn1`` with diffusers' names), or
+one layer of it (``attn-0`` ... ``mlp-27``). Entry t is about evaluation t, the first evaluation first: 1 = the layer
+is computed and its output stored, 0 = its stored output is used. A kind without a key is computed at every
+evaluation, as SmoothCache's helper leaves it alone. Schedules of FORA (2407.01425) and Learning-to-Cache (2406.01733)
+were released in this format too.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,7 @@ from dipgo_deploy.schedule.importers.base import Imported, Importer, Source, che
 from dipgo_deploy.schedule.importers.layers import numbered_units, units_of_kind
 
 if TYPE_CHECKING:
-    from dipgo_deploy.schedule.document import Gates
+    from dipgo_deploy.schedule.document import Gates, Schedule
 
 _LAYER = re.compile(r"(?P<kind>.+)-(?P<number>\d{1,6})", re.ASCII)
 
@@ -87,6 +88,22 @@ def _read(data: bytes, source: Source) -> Imported:
     return Imported(read_gates(data, source.names, source.most))
 
 
+def file_of(schedule: Schedule) -> str:
+    """The JSON that says what a schedule does, one list a layer. Raises UserError where it does not say all."""
+    if schedule.forecast is not None or schedule.solver is not None:
+        raise UserError("has a forecast or a solver, which this format does not say; leave it out")
+    other = next((block for block in schedule.blocks if block.cache != "output"), None)
+    if other is not None:
+        raise UserError(f"{other.name} has a cache of kind {other.cache!r}, and this format is about outputs")
+    names = schedule.block_names
+    rows = dict(zip(names, zip(*schedule.gates, strict=True), strict=True))
+    given: dict[str, list[int]] = {}
+    for kind in dict.fromkeys(name.rpartition(".")[2] for name in names):
+        for number, name in numbered_units(kind, names).items():
+            given[f"{kind}-{number}"] = [int(kept) for kept in rows[name]]
+    return json.dumps(given, indent=1) + "\n"
+
+
 IMPORTER = Importer(
     kind="smoothcache",
     title="Read a schedule that SmoothCache's authors released: theirs, FORA's or Learning-to-Cache's.",
@@ -94,4 +111,5 @@ IMPORTER = Importer(
     read=_read,
     example="50-N-2-fora.json --model fashion-dit --sampler ddim --steps 50 -o fora.json",
     granularity="layer",
+    write=file_of,
 )
