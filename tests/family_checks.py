@@ -64,29 +64,38 @@ def loop_report(
     variants: bool = True,
     sizes: Sizes | None = None,
     pictures: bool = False,
+    guidance_scale: float | None = None,
 ) -> Report:
     """The whole loop of an engine directory, and every variant, against the torch supernet, on ONNX Runtime's CPU.
 
     sizes: of those that it leaves open; the largest batch and the usual height and width by default. pictures: also
-    tokens, conditions and pictures of the cases that the comparison makes, against the stock pipeline.
+    tokens, conditions and pictures of the cases that the comparison makes, against the stock pipeline. guidance_scale:
+    of the first case, the directory's default by default.
     """
     bundle = Bundle.open(engine_dir) if sizes is None else Bundle.open(engine_dir).at(sizes)
     manifest = bundle.manifest
     reference = load_reference(bundle)
     inputs = reference.inputs(manifest, guidance_scale=manifest.guidance_scale, prompts=(prompt,), labels=(label,))
-    chosen = tuple(cases(manifest)) if pictures else ()
+    chosen = tuple(cases(manifest, guidance_scale=guidance_scale)) if pictures else ()
     options = Options(variants=variants, pictures=pictures, cases=chosen)
     return compare_engine(bundle, reference, inputs, create_backend("cpu", threads=1), options)
 
 
-def assert_pictures_equal_stock(engine_dir: Path, components: Path | None = None, sizes: Sizes | None = None) -> None:
+def assert_pictures_equal_stock(
+    engine_dir: Path,
+    components: Path | None = None,
+    sizes: Sizes | None = None,
+    *,
+    variants: bool = False,
+    guidance_scale: float | None = None,
+) -> None:
     """Tokens, conditions, loop and pictures are those of the stock pipeline with the supernet as its denoiser.
 
-    components: an engine directory to take them from, for one that was exported without.
+    components: an engine directory to take them from, for one that was exported without. variants: each by itself, too.
     """
     if components is not None:
         borrow_components(components, engine_dir)
-    report = loop_report(engine_dir, variants=False, sizes=sizes, pictures=True)
+    report = loop_report(engine_dir, variants=variants, sizes=sizes, pictures=True, guidance_scale=guidance_scale)
     failure = report.first_failure()
     assert failure is None, failure
     assert report.pictures and report.skipped == ()

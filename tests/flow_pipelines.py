@@ -116,11 +116,13 @@ def save_sd3(folder: Path, *, with_t5: bool = True, small: bool = False) -> Path
     return folder
 
 
-def flux_transformer(*, guidance: bool = True, layers: int = 2) -> FluxTransformer2DModel:
-    """As many double as single blocks; latents (B, 4, h, w) for tokens of 16 channels."""
+def flux_transformer(*, guidance: bool = True, layers: int = 2, joined: int = 0) -> FluxTransformer2DModel:
+    """As many double as single blocks; latents (B, 4, h, w) for tokens of 16 channels. joined: channels beside those
+    4."""
     torch.manual_seed(2)
     model = FluxTransformer2DModel(
-        in_channels=16,
+        in_channels=16 + 4 * joined,
+        out_channels=16 if joined else None,
         num_layers=layers,
         num_single_layers=layers,
         attention_head_dim=8,
@@ -145,4 +147,11 @@ def save_flux(folder: Path, *, guidance: bool = True, small: bool = False) -> Pa
         tokenizer=AutoTokenizer.from_pretrained(TOKENIZER),
         tokenizer_2=t5_tokenizer(),
     ).save_pretrained(folder)
+    return folder
+
+
+def save_flux_variant(folder: Path, plain: Path, pipeline: Any, *, joined: int = 0) -> Path:
+    """Fill, Control or Kontext with the small parts of the pipeline in ``plain``."""
+    parts = {name: part for name, part in FluxPipeline.from_pretrained(plain).components.items() if part is not None}
+    pipeline(**{**parts, "transformer": flux_transformer(layers=1, joined=joined)}).save_pretrained(folder)
     return folder

@@ -15,6 +15,7 @@ from diffusers import (
     PNDMScheduler,
     StableDiffusionControlNetPipeline,
     StableDiffusionPipeline,
+    StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
@@ -124,9 +125,9 @@ def save_sd21(folder: Path, *, sharp: float = 1.0) -> Path:
     return _sd(folder, unet, text, DDIMScheduler(**DDIM_V), pad_token="!")
 
 
-def sdxl_unet() -> UNet2DConditionModel:
+def sdxl_unet(**changes: Any) -> UNet2DConditionModel:
     """SDXL's kinds of blocks: no attention in the first, several transformer layers in the others."""
-    unet = UNet2DConditionModel(
+    settings: dict[str, Any] = dict(
         sample_size=SAMPLE,
         layers_per_block=1,
         norm_num_groups=4,
@@ -141,7 +142,7 @@ def sdxl_unet() -> UNet2DConditionModel:
         addition_time_embed_dim=8,
         projection_class_embeddings_input_dim=6 * 8 + 20,
     )
-    return random_weights(unet)
+    return random_weights(UNet2DConditionModel(**{**settings, **changes}))
 
 
 def save_sdxl(folder: Path, *, zeros: bool = True, **vae_changes: Any) -> Path:
@@ -163,6 +164,17 @@ def save_sdxl(folder: Path, *, zeros: bool = True, **vae_changes: Any) -> Path:
     return folder
 
 
+def save_refiner(folder: Path, plain: Path) -> Path:
+    """The refiner with the second text encoder of SDXL's pipeline in ``plain``."""
+    parts = StableDiffusionXLPipeline.from_pretrained(plain).components
+    parts |= {"text_encoder": None, "tokenizer": None}
+    unet = sdxl_unet(cross_attention_dim=24, projection_class_embeddings_input_dim=5 * 8 + 20)
+    StableDiffusionXLImg2ImgPipeline(
+        **{**parts, "unet": unet}, requires_aesthetics_score=True, force_zeros_for_empty_prompt=False
+    ).save_pretrained(folder)
+    return folder
+
+
 def with_controlnet(
     folder: Path,
     plain: Any = StableDiffusionPipeline,
@@ -177,6 +189,15 @@ def with_controlnet(
         net.register_to_config(**{key: value})
     parts = {name: part for name, part in loaded.components.items()}
     pipeline(**parts, controlnet=random_weights(net, scale=0.3)).save_pretrained(folder)
+    return folder
+
+
+def save_inpainting(folder: Path, plain: Path, owner: Any, pipeline: Any, unet: UNet2DConditionModel) -> Path:
+    """The pipeline of class ``owner`` in ``plain`` as one for inpainting, with a UNet of 9 channels."""
+    parts = owner.from_pretrained(plain).components
+    torch.manual_seed(11)
+    wider = random_weights(UNet2DConditionModel.from_config(unet.config, in_channels=9))
+    pipeline(**{**parts, "unet": wider}).save_pretrained(folder)
     return folder
 
 

@@ -34,20 +34,25 @@ def placed(text: str, table: str) -> str:
 
 
 def _short() -> str:
-    headings = ("model", "diffusers class", "image-to-image", "video")
-    rows = [(family.models, _classes(family), _yes(family.image_to_image), _video(family)) for family in BUILT_IN]
+    headings = ("model", "diffusers class", "image-to-image", "pictures it needs", "video")
+    rows = [
+        (family.models, _classes(family), _from_picture(family), _pictures(family), _video(family))
+        for family in BUILT_IN
+    ]
     return _markdown(headings, rows)
 
 
 def _whole(published: Sequence[dict[str, Any]]) -> str:
     headings = (
         *("model", "diffusers class", "pipelines", "units: blocks / layers", "caches", "open sizes"),
-        *("image-to-image", "ControlNet", "LoRA", "video", "refused"),
+        *("image-to-image", "pictures it needs", "ControlNet", "LoRA", "video", "refused"),
     )
     with_control = {family.diffusers_class for family in BUILT_IN if "controlnet" in family.companions}
     rows = []
     for family in BUILT_IN:
-        entries = [entry for entry in published if entry["class_name"] == family.class_name]
+        # A variant without companions has the blocks of its class.
+        known = family.class_name if family.companions else family.diffusers_class
+        entries = [entry for entry in published if entry["class_name"] == known]
         units = [(entry["name"], *_counts(family, entry["config"])) for entry in entries]
         kinds = {
             kind for spec in family.blocks(entries[0]["config"] if entries else {}, "block") for kind in spec.caches
@@ -60,7 +65,8 @@ def _whole(published: Sequence[dict[str, Any]]) -> str:
                 ", ".join(f"{name} {blocks} / {layers}" for name, blocks, layers in units) or "as without",
                 ", ".join(sorted(kinds, reverse=True)),
                 _open(family),
-                _yes(family.image_to_image),
+                _from_picture(family),
+                _pictures(family),
                 "is one" if family.companions else _yes(family.class_name in with_control or None),
                 "yes, with its authors' names too" if family.diffusers_class in KIND_OF_CLASS else "yes",
                 _video(family),
@@ -75,7 +81,19 @@ def _counts(family: ModelFamily, config: dict[str, Any]) -> tuple[int, int]:
 
 
 def _classes(family: ModelFamily) -> str:
-    return " with ".join(f"`{name}`" for name in family.class_name.split("+"))
+    return " with ".join(f"`{name}`" for name in (family.diffusers_class, *family.companions.values()))
+
+
+def _from_picture(family: ModelFamily) -> str:
+    return "only" if family.starts else _yes(family.image_to_image)
+
+
+def _pictures(family: ModelFamily) -> str:
+    """The options of dipgo-run that give them."""
+    uses = family.pictures.values()
+    start = ["image"] if family.starts else []
+    arguments = dict.fromkeys([*start, *(use.argument for use in uses), *("mask_image" for use in uses if use.masked)])
+    return ", ".join(f"`--{argument.replace('_', '-')}`" for argument in arguments) or "none"
 
 
 def _open(family: ModelFamily) -> str:

@@ -12,6 +12,7 @@ import pydantic
 
 from dipgo_deploy import documents
 from dipgo_deploy.bundle.history import History
+from dipgo_deploy.bundle.pictures import PictureUse
 from dipgo_deploy.bundle.shapes import NAMES, Dim, SizeRanges, Sizes, evaluate, evaluate_shape
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.schedule.validation import one_line
@@ -55,6 +56,10 @@ def _is_one(value: float) -> bool:
 
 def _is_right(value: str) -> bool:
     return value == "right"
+
+
+def _is_control(value: PictureUse) -> bool:
+    return value == PictureUse()
 
 
 def _is_blank(value: tuple[str, ...]) -> bool:
@@ -115,9 +120,17 @@ class ConditionSpec(TensorSpec):
 
     source: Literal["text", "class", "guidance", "image", "fixed"] = pydantic.Field(
         description="text: output of the text encoder of this name; class: class ids; guidance: the guidance scale; "
-        "image: a picture (batch, 3, H, W) in [0, 1]; fixed: `values` in every row"
+        "image: a picture, as `picture` says; fixed: `values` in every row"
+    )
+    picture: PictureUse = pydantic.Field(
+        default=PictureUse(), exclude_if=_is_control, description="of source image: what it has of which picture"
     )
     values: Many[float] = pydantic.Field(default=(), description="one row, flattened, of a fixed condition")
+    null_values: Many[float] = pydantic.Field(
+        default=(),
+        exclude_if=_is_empty,
+        description="one row of the unconditional half, where it is another (an aesthetic score)",
+    )
     expressions: tuple[float | str, ...] | None = pydantic.Field(
         default=None, exclude_if=_is_none, description="the values with expressions, where they depend on the size"
     )

@@ -241,6 +241,7 @@ def class_ids(
     import numpy as np
 
     from dipgo_deploy.reference.conditions import DEFAULT_GUIDANCE_SCALE, LABEL, PROMPT
+    from dipgo_deploy.runtime.given_pictures import picture_conditions
     from dipgo_deploy.runtime.requests import Asked, check_request, class_condition, text_conditions
 
     labels = parse_labels(class_labels)
@@ -259,9 +260,7 @@ def class_ids(
     latent = manifest.latent
     asked = Asked(
         image_latents=None if manifest.sampler.strength is None else np.zeros((1, *latent.shape), np.float32),
-        control_image=next(
-            (np.zeros((*spec.shape[2:], 3), np.uint8) for spec in manifest.conditions if spec.source == "image"), None
-        ),
+        conditions={spec.name: np.zeros((1, *spec.shape[1:]), np.float32) for spec in picture_conditions(manifest)},
         prompt=list(prompts) or (PROMPT if text_conditions(manifest) else None),
         class_labels=labels or (LABEL if class_condition(manifest) is not None else None),
         guidance_scale=scale,

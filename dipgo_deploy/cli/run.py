@@ -129,7 +129,17 @@ _DEFAULT_OUTPUT = {"pil": "output.png", "np": "output.npy", "latent": "output.np
     multiple=True,
     type=PATH,
     show_default="none",
-    help="Picture to start from, for an engine directory exported with --strength: one for all prompts, or one each.",
+    help="Picture to start from (an engine directory exported with --strength), to draw into or to draw after: one for "
+    "all prompts, or one each.",
+)
+@option(
+    "Image",
+    "--mask-image",
+    "mask_images",
+    multiple=True,
+    type=PATH,
+    show_default="none",
+    help="Mask of an inpainting model, white where it draws into --image: one for all prompts, or one each.",
 )
 @option(
     "Image",
@@ -145,7 +155,7 @@ _DEFAULT_OUTPUT = {"pil": "output.png", "np": "output.npy", "latent": "output.np
     multiple=True,
     type=PATH,
     show_default="none",
-    help="Picture that a ControlNet looks at: one for all prompts, or one each.",
+    help="Picture that a ControlNet or FLUX Control looks at: one for all prompts, or one each.",
 )
 @option(
     "Image",
@@ -237,6 +247,7 @@ def command(
     seed: int,
     guidance_scale: float | None,
     images: tuple[Path, ...],
+    mask_images: tuple[Path, ...],
     strength: float | None,
     control_images: tuple[Path, ...],
     control_scale: float | None,
@@ -272,8 +283,10 @@ def command(
         "prompt_embeds": load_embeds("--prompt-embeds", prompt_embeds),
         "negative_prompt_embeds": load_embeds("--negative-prompt-embeds", negative_prompt_embeds),
     }
-    pictures = [load_picture("--image", path) for path in images]
-    controls = [load_picture("--control-image", path) for path in control_images]
+    pictures = {
+        name: [load_picture(f"--{name.replace('_', '-')}", path) for path in paths] or None
+        for name, paths in (("image", images), ("mask_image", mask_images), ("control_image", control_images))
+    }
     from dipgo_deploy.lora.file import parse_choice
     from dipgo_deploy.runtime.pipeline import Pipeline
 
@@ -304,9 +317,7 @@ def command(
             num_images_per_prompt=num_images,
             seed=seed,
             guidance_scale=guidance_scale,
-            image=pictures or None,
             strength=strength,
-            control_image=controls or None,
             control_scale=control_scale,
             height=height,
             width=width,
@@ -314,6 +325,7 @@ def command(
             output_type=output_type,  # type: ignore[arg-type]  # click checked the choice
             callback=progress,
             **arrays,  # type: ignore[arg-type]  # latents and embeddings only
+            **pictures,  # type: ignore[arg-type]  # pictures only
         )
     write_output(target, result.videos if video else result.images, fps or latent.fps or _FPS)
     manifest = pipeline.bundle.manifest

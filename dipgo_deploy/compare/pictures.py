@@ -17,6 +17,7 @@ from dipgo_deploy.compare.metrics import TensorError, Tolerance, tensor_error
 from dipgo_deploy.compare.report import IMAGES, LATENTS, Part
 from dipgo_deploy.compare.stock import Case, StockPipeline, StockRun
 from dipgo_deploy.errors import NotFiniteError
+from dipgo_deploy.runtime.given_pictures import picture_conditions
 from dipgo_deploy.runtime.requests import Asked, OutputType, check_request, class_condition, text_conditions
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def cases(
     Args:
         prompts, labels, guidance_scale: what was asked for takes the place of them.
     """
-    one_picture = manifest.sampler.strength is not None or any(s.source == "image" for s in manifest.conditions)
+    one_picture = manifest.sampler.strength is not None or bool(picture_conditions(manifest))
     if text_conditions(manifest):
         first = Case("a plain prompt", tuple(prompts) or PLAIN, guidance_scale=guidance_scale, seed=seed)
         if prompts:
@@ -125,11 +126,8 @@ class Pictures:
             "negative_prompt": None if case.negatives is None else list(case.negatives),
             "class_labels": None if case.labels is None else list(case.labels),
             "guidance_scale": case.guidance_scale,
+            **self._stock.pictures(),
         }
-        if self._manifest.sampler.strength is not None:
-            arguments["image"] = self._stock.picture()
-        if any(spec.source == "image" for spec in self._manifest.conditions):
-            arguments["control_image"] = self._stock.picture()
         return {name: value for name, value in arguments.items() if value is not None}
 
     def _tokens(self, case: Case, expected: StockRun) -> Iterator[Part]:
@@ -157,7 +155,8 @@ class Pictures:
     def _conditions(self, case: Case, expected: StockRun) -> Iterator[Part]:
         call = self._call(case)
         with _no_warnings():
-            found = self._ours.conditions(check_request(self._manifest, Asked(**call, output_type="latent")))
+            request = check_request(self._manifest, Asked(**call, output_type="latent"))
+            found = self._ours.conditions(request, case.seed)
         masks = [
             expected.conditions[spec.name]
             for spec in self._manifest.conditions

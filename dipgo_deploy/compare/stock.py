@@ -18,8 +18,10 @@ import torch
 
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.models.forward import replaced_forward
+from dipgo_deploy.models.stock import starts_from_pictures
 from dipgo_deploy.reference.conditions import host
 from dipgo_deploy.reference.vae import from_vae
+from dipgo_deploy.runtime.given_pictures import picture_conditions
 from dipgo_deploy.sampler.schedulers import fresh
 from dipgo_deploy.supernet.gated import CacheState, Supernet
 
@@ -112,6 +114,17 @@ class StockPipeline:
         size = (latent.width * scale, latent.height * scale)
         return Image.fromarray(small).resize(size, Image.Resampling.BICUBIC)
 
+    def pictures(self) -> dict[str, Image]:
+        """The pictures of a call, by our arguments: one for all, and a mask of its lower right part."""
+        manifest = self._manifest
+        uses = [spec.picture for spec in picture_conditions(manifest)]
+        wanted = {use.argument for use in uses} | {"mask_image" for use in uses if use.masked}
+        wanted |= {"image"} if manifest.sampler.strength is not None else set()
+        found = {argument: self.picture() for argument in sorted(wanted)}
+        if "mask_image" in found:
+            found["mask_image"] = _mask(found["mask_image"].size)
+        return found
+
     def possible(self, case: Case) -> Case:
         """The case without what the pipeline takes no argument for (FLUX.2-klein: a negative prompt)."""
         return case if "negative_prompt" in self._takes else replace(case, negatives=None)
@@ -180,6 +193,8 @@ class StockPipeline:
             "width": latent.width * pixels,
             # Sizes are those of the engine directory; captions are cleaned by packages that need not be there.
             "use_resolution_binning": False,
+            "_auto_resize": False,
+            "max_area": latent.height * latent.width * pixels**2,
             "clean_caption": False,
         }
         arguments |= {name: value for name, value in optional.items() if name in self._takes}
@@ -197,11 +212,21 @@ class StockPipeline:
             arguments[scale] = guide.off
         elif case.guidance_scale is not None and scale in self._takes:
             arguments[scale] = case.guidance_scale
-        if manifest.sampler.strength is not None:
-            arguments |= {"image": self.picture(), "strength": manifest.sampler.strength}
-        if any(spec.source == "image" for spec in manifest.conditions):
-            arguments["image"] = self.picture()
+        for argument, picture in self.pictures().items():
+            arguments[argument if argument in self._takes else "image"] = picture
+        if "strength" in self._takes:
+            strength = manifest.sampler.strength
+            arguments["strength"] = 1.0 if strength is None else strength
         return arguments
+
+
+def _mask(size: tuple[int, int]) -> Image:
+    """White in the lower right part."""
+    from PIL import Image
+
+    mask = Image.new("L", size)
+    mask.paste(255, (size[0] // 3, size[1] // 2, *size))
+    return mask
 
 
 def _prepared(manifest: Manifest, reference: Reference) -> Any:
@@ -219,7 +244,7 @@ def _prepared(manifest: Manifest, reference: Reference) -> Any:
         if "generator" not in inspect.signature(scheduler.step).parameters or hasattr(scheduler, "sigmas"):
             raise UserError(f"{type(pipeline).__name__} cannot be run with {type(scheduler).__name__}")
         found: Any = diffusers.DDPMPipeline(source.denoiser, scheduler)
-    elif manifest.sampler.strength is not None:
+    elif manifest.sampler.strength is not None and not starts_from_pictures(type(pipeline)):
         found = diffusers.AutoPipelineForImage2Image.from_pipe(pipeline)
     else:
         found = type(pipeline)(**pipeline.components, **_settings(pipeline))
@@ -278,6 +303,7 @@ class _Denoiser:
         kwargs = self._with_null(kwargs)
         source = self._reference.source
         latent, timestep, conditions = (source.family.given or self._given)(args, kwargs)
+        latent, conditions = self._taken_apart(latent, conditions)
         step, half = divmod(self._calls, len(self._states))
         if step == 0:
             seen = {name: host(tensor) for name, tensor in conditions.items()}
@@ -305,6 +331,15 @@ class _Denoiser:
         result, self._states[half] = supernet.step(latent, timestep, {}, self._gates[step], self._states[half], step)
         self._calls += 1
         return result
+
+    def _taken_apart(
+        self, latent: torch.Tensor, conditions: Mapping[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, Mapping[str, torch.Tensor]]:
+        """The latent and what the pipeline joined to it."""
+        family = self._reference.source.family
+        counts = {spec.name: spec.shape[1] for spec in self._reference.conditions if spec.name in family.joined}
+        first, *others = latent.split([latent.shape[1] - sum(counts.values()), *counts.values()], dim=1)
+        return first, {**conditions, **dict(zip(family.joined, others, strict=True))}
 
     def _given(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -54,7 +54,7 @@ def export_components(
         scheme: how its prompts are encoded.
         conditions: the denoiser's, of which those of source ``text`` become outputs.
         pixels: the latent is the picture.
-        encoder: export the VAE's encoder too, for image-to-image.
+        encoder: export the VAE's encoder too, for image-to-image and conditions that are a picture's latents.
 
     Raises:
         UserError: a component that the exporter refuses, or a tokenizer that has no ``tokenizers`` form.

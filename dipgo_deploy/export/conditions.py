@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dipgo_deploy.bundle.manifest import ConditionSpec
+from dipgo_deploy.bundle.pictures import PictureUse
 from dipgo_deploy.bundle.shapes import BATCH, HEIGHT, WIDTH, Dim, Sizes, corners
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.models.shape import TraceShape, condition_specs
@@ -37,7 +38,9 @@ def open_conditions(source: Source, shape: TraceShape, dtype: str) -> tuple[Cond
                 shape=spec.shape,
                 dtype=_TENSOR_DTYPES[dtype] if spec.dtype == "model" else spec.dtype,
                 source=spec.source,
+                picture=source.family.pictures[spec.name] if spec.source == "image" else PictureUse(),
                 values=spec.values,
+                null_values=spec.null_values,
                 dims=_only_open(dims),
                 expressions=_only_open(values),
             )

@@ -19,7 +19,7 @@ from dipgo_deploy.export.program import torch_dtype
 from dipgo_deploy.export.trace import TracedModel, trace
 from dipgo_deploy.models.files import check_weights, left_out_parts
 from dipgo_deploy.models.location import denoiser_config
-from dipgo_deploy.models.shape import TraceShape, condition_specs
+from dipgo_deploy.models.shape import TraceShape, check_masks, condition_specs
 from dipgo_deploy.models.stock import stock_configuration
 from dipgo_deploy.models.target import check_schedule, nominal_set_timesteps
 from dipgo_deploy.plan.compile import compile_plan
@@ -181,7 +181,7 @@ def _check_shape(source: Source, options: ExportOptions) -> None:
     """Refuse (UserError) sizes that the model does not take; before anything is loaded."""
     guidance = source.guided if options.guidance is None else options.guidance
     shape = _shape(source, options, guidance)
-    condition_specs(source.family, source.config, shape)
+    check_masks(condition_specs(source.family, source.config, shape), source.family, source.scale)
 
 
 @dataclass(frozen=True)
@@ -252,6 +252,10 @@ def _with_options(
             "--strength: the schedule's solver was fitted to runs from noise alone and has no weights for a picture; "
             "leave it out, or export the schedule that the solver was fitted to, which runs its sampler"
         )
+    if strength is None and family.starts:
+        raise UserError(f"--strength: missing; {family.class_name} works from a picture; give one, such as 0.3")
+    if strength == 1 and family.pictures:
+        raise UserError(f"--strength 1: {family.class_name} draws from noise alone then; leave it out")
     steps = schedule.sampler.num_inference_steps
     schedule.check_evaluations(evaluations(scheduler, steps, set_timesteps_kwargs=options))
     begin = None

@@ -120,7 +120,7 @@ def write_bundle(
             sizes=shape.sizes,
             dtype=options.dtype,
             pixels=planned.source.family.pixels,
-            encoder=planned.image is not None,
+            encoder=planned.image is not None or any(spec.picture.form == "latents" for spec in conditions),
             float32=planned.source.family.float32_in_fp16 if options.dtype == "fp16" else (),
         )
     planned.exported_schedule.save(stage / SCHEDULE_NAME)

@@ -382,7 +382,7 @@ def _check_coverage(lora: LoraFile, components: Sequence[Coverage], weights: _We
     if not problems or (partial and not nothing):
         return
     model = _made_for(components)
-    if model is not None and model != KIND_OF_CLASS.get(weights.class_name):
+    if model is not None and model != KIND_OF_CLASS.get(weights.class_name.partition("+")[0]):
         problems.append(f"it was made for another model: {model}, where this is {weights.class_name}")
     advice = "nothing of it can be applied" if nothing else "--lora-partial (partial=True) applies the rest"
     raise UserError(f"{lora.path}: in {weights.path}: {'; '.join(problems)}; {advice}")

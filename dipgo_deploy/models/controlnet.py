@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from dipgo_deploy.bundle.pictures import PictureUse
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.models import unet2d_condition
 from dipgo_deploy.models.family import BlockSpec, Granularity, InputSpec, ModelFamily
@@ -116,5 +117,6 @@ FAMILY = ModelFamily(
     call=call,
     text=unet2d_condition.text,
     companions={COMPONENT: CONTROLNET},
+    pictures={PICTURE: PictureUse()},
     join=join,
 )

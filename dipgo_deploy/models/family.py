@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from dipgo_deploy.bundle.pictures import PictureUse
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.models.defaults import class_defaults
 from dipgo_deploy.models.guidance import PLAIN, Guidance
@@ -51,8 +52,9 @@ class InputSpec:
         role: ``latent``, ``timestep`` or ``condition`` (the same in all evaluations).
         source: where a condition comes from: ``text`` (an output of the encoded prompt; the negative prompt's for the
             unconditional half of guidance), ``class`` (class ids; the unconditional half gets ``null``), ``guidance``
-            (the guidance scale, of a model distilled from it), ``image`` (a picture (B, 3, H, W) in [0, 1]) or
-            ``fixed`` (the same ``values`` in every row, such as the size of the picture).
+            (the guidance scale, of a model distilled from it), ``image`` (a picture that the call is given, as the
+            family's ``pictures`` says) or ``fixed`` (the same ``values`` in every row, such as the size of the
+            picture).
     """
 
     name: str
@@ -62,6 +64,7 @@ class InputSpec:
     source: ConditionSource | None = None
     null: int | None = None
     values: tuple[float, ...] = ()
+    null_values: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -173,8 +176,12 @@ class ModelFamily:
         companions: other components of the pipeline that belong to the model, with their classes; ``join(model,
             {component: module})`` makes one module of all, and their configurations are in the model's under their
             names. ``class_name`` then has their class after a ``+``.
+        pictures: what each condition of source ``image`` has of which picture, by name.
+        joined: the conditions that its pipeline joins to the latent along its channels, in order.
         image_to_image(steps, strength): the steps that a run from a picture leaves out, of all that were asked for, as
             the ``get_timesteps`` of diffusers' image-to-image pipeline has it; None where there is no such pipeline.
+        starts: it only works from a picture: exports without a strength are refused.
+        index: entries of ``model_index.json`` that are wanted, and refused where another family's folder has them.
         size_multiple(config): an open latent height or width has to be a multiple of it; None where a trace is good
             for one size only.
         pixels: the latent is the picture itself, in [-1, 1].
@@ -208,7 +215,11 @@ class ModelFamily:
     set_timesteps: Callable[..., Mapping[str, Any]] = no_timestep_options
     companions: Mapping[str, str] = field(default_factory=dict)
     join: Callable[..., nn.Module] = lambda model, others: model
+    pictures: Mapping[str, PictureUse] = field(default_factory=dict)
+    joined: tuple[str, ...] = ()
     image_to_image: Callable[[int, float], int] | None = None
+    starts: bool = False
+    index: Mapping[str, Any] = field(default_factory=dict)
     size_multiple: Callable[[Mapping[str, Any]], int] | None = None
     pixels: bool = False
     packing: int = 1
@@ -269,5 +280,5 @@ class ModelFamily:
 
     @property
     def diffusers_class(self) -> str:
-        """Class of the denoiser itself."""
+        """Class of the denoiser itself: ``class_name`` without what it is a variant by."""
         return self.class_name.partition("+")[0]

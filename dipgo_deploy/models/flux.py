@@ -17,20 +17,26 @@ caches. Cached is what these modules return, before the gate of the current eval
 a FLUX block at these places, TaylorSeer (2503.06923) at these but the two within.
 
 FLUX.1-dev is distilled from guidance: the scale is a condition, and there is no second half of the batch.
+
+Fill (a picture with a mask) and Control (edges, depth) are given more channels. Kontext is given the tokens of a
+picture behind those of the latent, at position 1 of the axis on which those are at 0.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dipgo_deploy.bundle.pictures import PictureUse
 from dipgo_deploy.models.family import BlockSpec, Granularity, InputSpec, ModelFamily, TextScheme, TokenizerSpec
 from dipgo_deploy.models.forward import replaced_forward
 from dipgo_deploy.models.image_start import rounded_down
+from dipgo_deploy.models.joined import CONTROL_LATENTS, MASK, MASKED_LATENTS, Beside, variant_name, with_channels
 from dipgo_deploy.models.packed import PACK, channels_of_tokens, check_even, pack, unpack
 from dipgo_deploy.models.rotary import along
 from dipgo_deploy.models.shift import dynamic_shift
@@ -40,6 +46,9 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 CLASS_NAME = "FluxTransformer2DModel"
+
+# The condition of Kontext: latents of the picture that is followed.
+FOLLOWED = "image_latents"
 
 _DOUBLE, _SINGLE = "transformer_blocks", "single_transformer_blocks"
 _CLIP_TOKENS = 77
@@ -95,19 +104,24 @@ def inputs(config: Mapping[str, Any], batch: int, height: int, width: int, text_
 def call(model: nn.Module, latent: Tensor, timestep: Tensor, conditions: Mapping[str, Tensor]) -> Tensor:
     """The prediction (B, C, h, w) from the latent (B, C, h, w), packed on the way in and unpacked on the way out."""
     rows, columns = latent.shape[2] // PACK, latent.shape[3] // PACK
-    tokens = pack(latent)
+    keywords = {name: tensor for name, tensor in conditions.items() if name != FOLLOWED}
+    tokens, pictures = pack(latent), 1
+    if FOLLOWED in conditions:
+        import torch
+
+        tokens, pictures = torch.cat([tokens, pack(conditions[FOLLOWED].to(latent.dtype))], dim=1), 2
     length = conditions["encoder_hidden_states"].shape[1]
     timestep = timestep / _TIMESTEPS
-    with rotary_table(model, length, rows, columns), _unrounded(model, timestep, conditions.get("guidance")):
+    with rotary_table(model, length, rows, columns, pictures), _unrounded(model, timestep, conditions.get("guidance")):
         predicted = model(
             hidden_states=tokens,
             timestep=timestep,
             txt_ids=tokens.new_zeros(length, 3),
-            img_ids=tokens.new_zeros(rows * columns, 3),
+            img_ids=tokens.new_zeros(pictures * rows * columns, 3),
             return_dict=False,
-            **conditions,
+            **keywords,
         )[0]
-    return unpack(predicted, rows, columns)
+    return unpack(predicted if pictures == 1 else predicted[:, : rows * columns], rows, columns)
 
 
 @contextmanager
@@ -131,8 +145,9 @@ def _unrounded(model: nn.Module, timestep: Tensor, guidance: Tensor | None) -> I
 
 
 @contextmanager
-def rotary_table(model: nn.Module, length: int, rows: int, columns: int) -> Iterator[None]:
-    """``model.pos_embed`` inside the context gives the table for ``length`` text tokens and rows x columns of picture.
+def rotary_table(model: nn.Module, length: int, rows: int, columns: int, pictures: int = 1) -> Iterator[None]:
+    """``model.pos_embed`` inside the context gives the table for ``length`` text tokens and rows x columns of picture,
+    of so many pictures one behind the other.
 
     The model computes it in float64 from the ids of all tokens; here it is put together from constants, one for each
     axis.
@@ -140,19 +155,18 @@ def rotary_table(model: nn.Module, length: int, rows: int, columns: int) -> Iter
     import torch
 
     embed: Any = model.pos_embed
-    still, vertical, horizontal = embed.axes_dim
+    place, vertical, horizontal = embed.axes_dim
 
     def table(positions: Tensor) -> tuple[Tensor, ...]:
         angles = []
         for function, at_origin in ((np.cos, 1.0), (np.sin, 0.0)):
-            # Position (0, row, column) for the picture; the text is at the origin.
-            axes = [
-                torch.full((rows, columns, still), at_origin),
-                along(function, embed.theta, vertical, rows)[:, None].expand(rows, columns, vertical),
-                along(function, embed.theta, horizontal, columns)[None].expand(rows, columns, horizontal),
-            ]
-            picture = torch.cat(axes, dim=2).flatten(0, 1)
-            angles.append(torch.cat([torch.full((length, picture.shape[1]), at_origin), picture]).to(positions.device))
+            # Position (picture, row, column) for pictures; the text is at the origin.
+            down = along(function, embed.theta, vertical, rows)[:, None].expand(rows, columns, vertical)
+            across = along(function, embed.theta, horizontal, columns)[None].expand(rows, columns, horizontal)
+            parts = [torch.full((length, place + vertical + horizontal), at_origin)]
+            for at in along(function, embed.theta, place, pictures):
+                parts.append(torch.cat([at.expand(rows, columns, place), down, across], dim=2).flatten(0, 1))
+            angles.append(torch.cat(parts).to(positions.device))
         return tuple(angles)
 
     with replaced_forward(embed, table):
@@ -199,11 +213,31 @@ def set_timesteps(
     return options
 
 
+def given(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor, Mapping[str, Tensor]]:
+    """What the pipelines hand to ``forward``: the latents of all pictures, unpacked, those behind the first as the
+    conditions that they are."""
+    places = kwargs["img_ids"]
+    pictures, rows, columns = (int(place) + 1 for place in places.amax(dim=0))
+    tokens = kwargs["hidden_states"].chunk(pictures, dim=1)
+    latent, *others = (unpack(part, rows, columns) for part in tokens)
+    names = ("encoder_hidden_states", "pooled_projections", "guidance")
+    conditions = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
+    return latent, kwargs["timestep"], conditions | dict(zip((FOLLOWED,), others, strict=False))
+
+
+def _kontext_inputs(
+    config: Mapping[str, Any], batch: int, height: int, width: int, text_length: int
+) -> tuple[InputSpec, ...]:
+    """Those of FLUX.1-dev, and ``image_latents`` (batch, C, height, width) of the picture to follow."""
+    own = inputs(config, batch, height, width, text_length)
+    return (*own, InputSpec(FOLLOWED, own[0].shape, "model", "condition", "image"))
+
+
 FAMILY = ModelFamily(
     class_name=CLASS_NAME,
     pipelines=("FluxPipeline",),
     models="FLUX.1 dev, schnell, Krea",
-    refused=("Kontext", "Fill", "Control"),
+    refused=("Redux", "true_cfg_scale"),
     component="transformer",
     blocks=blocks,
     inputs=inputs,
@@ -216,4 +250,42 @@ FAMILY = ModelFamily(
     set_timesteps=set_timesteps,
     image_to_image=rounded_down,
     size_multiple=lambda config: PACK,
+)
+
+FILL = with_channels(
+    FAMILY,
+    "Fill",
+    (
+        # Fill's pipeline encodes the whole picture first, for runs that start from it, and draws its latents.
+        Beside(
+            MASKED_LATENTS, PictureUse(argument="image", form="latents", masked=True, drawn="after", start_drawn=True)
+        ),
+        Beside(MASK, PictureUse(argument="mask_image", form="mask"), -1),
+    ),
+    pipelines=("FluxFillPipeline",),
+    models="FLUX.1 Fill",
+    refused=(),
+    given=given,
+)
+CONTROL = with_channels(
+    FAMILY,
+    "Control",
+    (Beside(CONTROL_LATENTS, PictureUse(argument="control_image", form="latents", drawn="before", each=True)),),
+    pipelines=("FluxControlPipeline",),
+    models="FLUX.1 Canny, Depth (Control)",
+    refused=(),
+    image_to_image=None,
+    given=given,
+)
+KONTEXT = replace(
+    FAMILY,
+    class_name=variant_name(FAMILY, "Kontext"),
+    pipelines=("FluxKontextPipeline",),
+    models="FLUX.1 Kontext",
+    refused=("several pictures", "pictures of another size than is drawn", "true_cfg_scale"),
+    inputs=_kontext_inputs,
+    pictures={FOLLOWED: PictureUse(argument="image", form="latents")},
+    given=given,
+    image_to_image=None,
+    size_multiple=None,
 )

@@ -264,10 +264,10 @@ def _check_settings(folder: Path, family: ModelFamily, config: Mapping[str, Any]
 
 def _check_pipeline(folder: Path, family: ModelFamily, index: Mapping[str, Any], pipeline: str | None) -> None:
     """Refuse a pipeline that may do more than prompt, denoiser and VAE: what it does beyond them would be dropped."""
-    if index.get("requires_aesthetics_score"):
-        raise UserError(
-            f"{folder}: requires_aesthetics_score: SDXL's refiner needs an input that is not supported; use the base"
-        )
+    for other in families().values():
+        if other.index.items() <= index.items() and not other.index.items() <= family.index.items():
+            entry = ", ".join(f"{key} = {value}" for key, value in other.index.items())
+            raise UserError(f"{folder}: {entry}: only {' or '.join(other.pipelines)} has an input for it; use that one")
     second = f"{family.component}_2"
     if second not in family.companions and _class_in(index, second) is not None:
         raise UserError(
@@ -320,10 +320,13 @@ def _family_of_pipeline(folder: Path, index: Mapping[str, Any], pipeline: str | 
     if not allowed:
         known = ", ".join(sorted({name for family in families().values() for name in family.pipelines}))
         raise UserError(f"--pipeline {pipeline}: is not supported; use one of {known}")
-    # What has more of its components there comes first: a UNet with a ControlNet is not a UNet alone.
-    for family in sorted(allowed, key=lambda family: -len(family.companions)):
+    name = pipeline or index.get("_class_name")
+    # What has more of its components there comes first: a UNet with a ControlNet is not a UNet alone. Variants of one
+    # class are told apart by their pipelines; a pipeline that nobody has is refused by the plain one.
+    for family in sorted(allowed, key=lambda family: (-len(family.companions), name not in family.pipelines)):
         wanted = {family.component: family.diffusers_class, **family.companions}
-        if all(_class_in(index, name) == class_name for name, class_name in wanted.items()):
+        fits = all(_class_in(index, name) == class_name for name, class_name in wanted.items())
+        if fits and family.index.items() <= index.items():
             control = _class_in(index, "controlnet")
             if control is not None and "controlnet" not in wanted and pipeline is None:
                 raise UserError(f"{folder}: {control} is not supported; use a pipeline with one ControlNetModel")

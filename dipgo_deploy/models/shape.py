@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from dipgo_deploy.bundle.shapes import SizeRanges, Sizes
+from dipgo_deploy.errors import UserError
 from dipgo_deploy.models.family import InputSpec, ModelFamily
 
 
@@ -37,6 +38,17 @@ class TraceShape:
     def model_batch(self) -> int:
         """Batch that the denoiser itself sees."""
         return 2 * self.batch if self.guidance else self.batch
+
+
+def check_masks(specs: tuple[InputSpec, ...], family: ModelFamily, scale: int) -> None:
+    """Refuse (UserError) a mask in channels that are not the pixels of one of the latent. scale: of its VAE."""
+    for spec in specs:
+        use = family.pictures.get(spec.name)
+        if use is not None and use.form == "mask" and spec.shape[1] not in (1, scale**2):
+            raise UserError(
+                f"{family.diffusers_class}: takes a mask of {spec.shape[1]} channels, its VAE has {scale}x{scale} "
+                "pixels to one of the latent; use the VAE that it was trained with"
+            )
 
 
 def condition_specs(family: ModelFamily, config: Mapping[str, Any], shape: TraceShape) -> tuple[InputSpec, ...]:

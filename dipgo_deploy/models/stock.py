@@ -113,6 +113,11 @@ def native_of(pipeline: Any, family: ModelFamily) -> tuple[int, ...] | None:
     return ((numbers[0] - 1) // time_scale + 1, *(extent // scale for extent in numbers[1:]))
 
 
+def starts_from_pictures(pipeline_class: type) -> bool:
+    """Whether the pipeline itself takes a strength, so that no other one of its parts is needed for it."""
+    return "strength" in inspect.signature(pipeline_class.__call__).parameters
+
+
 def scale_of(pipeline: Any | None, family: ModelFamily) -> int:
     """Pixels of the picture to one of the latent, of each side."""
     names = ("vae_scale_factor", "vae_scale_factor_spatial", "vae_spatial_compression_ratio")

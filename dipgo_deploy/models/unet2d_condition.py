@@ -13,14 +13,17 @@ SD-1.5 and SD-2.1, 18 for SDXL, which has 7 whole blocks).
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dipgo_deploy.bundle.pictures import PictureUse
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.models.family import BlockSpec, Granularity, InputSpec, ModelFamily, TextScheme
 from dipgo_deploy.models.image_start import rounded_up
-from dipgo_deploy.models.unet_text import VAE_SCALE, one_clip, two_clips
+from dipgo_deploy.models.joined import MASK, MASKED_LATENTS, Beside, variant_name, with_channels
+from dipgo_deploy.models.unet_text import VAE_SCALE, one_clip, second_clip, two_clips
 from dipgo_deploy.models.unet_units import unet_units
 
 if TYPE_CHECKING:
@@ -49,6 +52,8 @@ _EXTRA_INPUTS = (
 SCALE = "guidance"
 # What `time_ids` holds: original height and width, crop from top and left, target height and width.
 _SIZES = 6
+# Of the refiner's pipeline, as its defaults.
+_SCORE, _NEGATIVE_SCORE = 6.0, 2.5
 
 
 def blocks(config: Mapping[str, Any], granularity: Granularity) -> tuple[BlockSpec, ...]:
@@ -72,11 +77,12 @@ def _text_width(config: Mapping[str, Any]) -> int:
 
 
 def latent_channels(config: Mapping[str, Any]) -> int:
-    """Channels of the latent. Raises UserError when the model takes more than the latent (inpainting)."""
+    """Channels of the latent. Raises UserError when the model takes more than the latent."""
     into, out = int(config["in_channels"]), int(config["out_channels"])
     if into not in (out, out // 2):
         raise UserError(
             f"{CLASS_NAME}: in_channels {into}, out_channels {out}: only models whose input is the latent work"
+            " (and inpainting models with 9 channels, from a pipeline for inpainting)"
         )
     return into
 
@@ -163,6 +169,29 @@ def _scale_embedding(model: nn.Module, scale: Tensor) -> Tensor:
     return torch.nn.functional.pad(torch.cat([torch.sin(angle), torch.cos(angle)], dim=1), (0, width % 2))
 
 
+def refiner_inputs(
+    config: Mapping[str, Any], batch: int, height: int, width: int, text_length: int
+) -> tuple[InputSpec, ...]:
+    """SDXL's, but ``time_ids`` (batch, 5): original height and width, crop, and in place of the target size an
+    aesthetic score, 6 and for the unconditional half 2.5."""
+    specs = []
+    for spec in inputs(_as_base(config), batch, height, width, text_length):
+        if spec.name == "time_ids":
+            shared = spec.values[: _SIZES - 2]
+            own, null = (*shared, _SCORE), (*shared, _NEGATIVE_SCORE)
+            spec = replace(spec, shape=(batch, _SIZES - 1), values=own, null_values=null)
+        specs.append(spec)
+    return tuple(specs)
+
+
+def _as_base(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The refiner's configuration, with room for as many sizes as the base model has."""
+    if not _is_sdxl(config):
+        raise UserError(f"{CLASS_NAME}: no addition_embed_type text_time: only SDXL has a refiner")
+    total, each = config.get("projection_class_embeddings_input_dim"), config.get("addition_time_embed_dim")
+    return {**config, "projection_class_embeddings_input_dim": int(total or 0) + int(each or 0)}
+
+
 def given(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor, Mapping[str, Tensor]]:
     """What the pipelines hand to ``forward``; the scale is told from its embedding's slowest sine (below 16)."""
     import torch
@@ -191,7 +220,6 @@ FAMILY = ModelFamily(
     class_name=CLASS_NAME,
     pipelines=("StableDiffusionPipeline", "StableDiffusionXLPipeline"),
     models="Stable Diffusion 1.x, 2.x, XL, also distilled (LCM, Turbo, Lightning, SSD-1B)",
-    refused=("inpainting (9 channels)", "the refiner"),
     component="unet",
     blocks=blocks,
     inputs=inputs,
@@ -203,4 +231,29 @@ FAMILY = ModelFamily(
     given=given,
     image_to_image=rounded_up,
     size_multiple=size_multiple,
+)
+
+INPAINT = with_channels(
+    FAMILY,
+    "Inpaint",
+    (
+        Beside(MASK, PictureUse(argument="mask_image", form="mask"), 1),
+        Beside(MASKED_LATENTS, PictureUse(argument="image", form="latents", masked=True, drawn="after")),
+    ),
+    pipelines=("StableDiffusionInpaintPipeline", "StableDiffusionXLInpaintPipeline"),
+    models="Stable Diffusion 1.x, 2.x, XL inpainting (9 channels)",
+    refused=("inpainting with a U-Net of 4 channels", "padding_mask_crop"),
+)
+
+REFINER = replace(
+    FAMILY,
+    class_name=variant_name(FAMILY, "Refiner"),
+    pipelines=("StableDiffusionXLImg2ImgPipeline",),
+    models="Stable Diffusion XL refiner",
+    refused=("denoising_start", "latents of the base model with noise left in them"),
+    inputs=refiner_inputs,
+    text=lambda config, pipeline: second_clip(_pooled_width(_as_base(config)), pipeline),
+    index={"requires_aesthetics_score": True},
+    starts=True,
+    size_multiple=None,
 )

@@ -74,6 +74,26 @@ def two_clips(pooled_width: int, pipeline: Any) -> TextScheme:
     )
 
 
+def second_clip(pooled_width: int, pipeline: Any) -> TextScheme:
+    """SDXL's refiner: the states before the last layer of the second encoder alone, and its pooled embedding. Raises as
+    ``two_clips``."""
+    if pipeline is not None:
+        _check(pooled_width, pipeline)
+    length = _length(getattr(pipeline, "tokenizer_2", None))
+
+    def encode(pipeline: Any, tokens: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        encoded = pipeline.text_encoder_2(tokens["input_ids"], output_hidden_states=True)
+        return {"encoder_hidden_states": encoded.hidden_states[-2], "text_embeds": encoded[0]}
+
+    return TextScheme(
+        length=length,
+        encode=encode,
+        tokenizers=(TokenizerSpec("tokenizer_2", length=length),),
+        encoders=("text_encoder_2",),
+        zeros_without_negative=pipeline is not None and bool(pipeline.config.get("force_zeros_for_empty_prompt")),
+    )
+
+
 def _check(pooled_width: int, pipeline: Any) -> None:
     scale = int(getattr(pipeline, "vae_scale_factor", VAE_SCALE))
     if scale != VAE_SCALE:

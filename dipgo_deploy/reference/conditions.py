@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dipgo_deploy.bundle.pictures import PictureUse
 from dipgo_deploy.bundle.prompts import prepared
 from dipgo_deploy.runtime.noise import TorchNoise
 
@@ -93,7 +94,8 @@ def reference_conditions(
 
     Text conditions get ``prompts`` and the empty prompt, class conditions ``labels`` and the null class: one for all
     images, or one each. Without a text encoder an encoded prompt is unit noise that depends on the prompt. A guidance
-    condition is ``guidance_scale``, by default the pipeline's, or 7.5. A picture is noise in [0, 1].
+    condition is ``guidance_scale``, by default the pipeline's, or 7.5. A picture is noise in [0, 1], its latents unit
+    noise, a mask is 0 or 1.
     """
     import torch
 
@@ -112,17 +114,27 @@ def reference_conditions(
             rows = [torch.full((1, *spec.shape[1:]), label, dtype=torch.int64) for label in labels]
             null = torch.full((1, *spec.shape[1:]), int(spec.null or 0), dtype=torch.int64)
         elif spec.source == "image":
-            null = torch.from_numpy(np.random.default_rng(0).random((1, *spec.shape[1:]), np.float32))
+            null = _picture_noise(source.family.pictures[spec.name], (1, *spec.shape[1:]))
             rows = [null]
         else:
             row = spec.values or (_scale(source, guidance_scale),)
             null = torch.tensor(row, dtype=torch.float32).reshape(1, *spec.shape[1:])
             rows = [null.to(torch.int64) if spec.dtype == "int64" else null]
-            null = rows[0]
+            null = torch.tensor(spec.null_values).reshape(rows[0].shape) if spec.null_values else rows[0]
         given = torch.cat(rows * batch if len(rows) == 1 else rows)
         halves = [null.expand(batch, *null.shape[1:]), given] if guidance else [given]
         conditions[spec.name] = torch.cat(halves)
     return conditions
+
+
+def _picture_noise(use: PictureUse, shape: tuple[int, ...]) -> torch.Tensor:
+    import torch
+
+    stream = np.random.default_rng(0)
+    if use.form == "latents":
+        return torch.from_numpy(stream.standard_normal(shape, np.float32))
+    values = stream.random(shape, np.float32)
+    return torch.from_numpy(values.round() if use.form == "mask" else values)
 
 
 def _scale(source: Source, chosen: float | None) -> float:

@@ -19,6 +19,7 @@ from dipgo_deploy.models.location import (
     pipeline_index,
 )
 from dipgo_deploy.models.shape import TraceShape
+from dipgo_deploy.models.stock import starts_from_pictures
 from dipgo_deploy.schedule.document import Schedule
 from dipgo_deploy.schedule.identity import accepted_hashes, config_hash
 
@@ -177,7 +178,7 @@ class Source:
         if self.pipeline is None:
             return None
         owner = type(self.pipeline)
-        if from_picture:
+        if from_picture and not starts_from_pictures(owner):
             from diffusers import AutoPipelineForImage2Image
 
             owner = type(AutoPipelineForImage2Image.from_pipe(self.pipeline))

@@ -111,6 +111,33 @@ def _picture(item: object, height: int, width: int, name: str) -> np.ndarray:
     return array.astype(np.float32)
 
 
+def to_masks(masks: Picture | Sequence[Picture], height: int, width: int, name: str = "mask_image") -> np.ndarray:
+    """Masks as float32 (n, H, W) of 0 and 1, as diffusers' pipelines make them: 1 from half of white on.
+
+    masks: as for ``to_pictures``, in grey or colours; arrays may be (H, W) too.
+
+    Raises:
+        UserError: anything else.
+    """
+    from PIL import Image
+
+    items = list(masks) if isinstance(masks, (list, tuple)) else [masks]
+    if not items:
+        raise UserError(f"{name}: an empty list; give at least one picture")
+    found = []
+    for item in items:
+        if isinstance(item, Image.Image):
+            resized = as_8_bit(item, name).resize((width, height), resample=Image.Resampling.LANCZOS).convert("L")
+            grey = np.array(resized)[None] / np.float32(255)
+        else:
+            colours = (
+                np.repeat(item[..., None], 3, axis=-1) if isinstance(item, np.ndarray) and item.ndim == 2 else item
+            )
+            grey = _picture(colours, height, width, name).mean(axis=-1)
+        found.append((grey >= 0.5).astype(np.float32))
+    return np.concatenate(found)
+
+
 def as_8_bit(picture: Image, name: str) -> Image:
     """A picture as it is, or of 16 bits of grey as 8 ("L"): Pillow's own conversion would cut all above 255 to white.
 

@@ -21,6 +21,7 @@ from dipgo_deploy.backends.tensorrt_queue import GraphMode
 from dipgo_deploy.bundle.directory import Bundle
 from dipgo_deploy.errors import NotFiniteError, UserError
 from dipgo_deploy.lora.file import LoraChoice
+from dipgo_deploy.runtime.given_pictures import picture_conditions
 from dipgo_deploy.runtime.image import Decoder, Encoder, Picture, batch_for, pad_batch, to_pil
 from dipgo_deploy.runtime.loop import DenoisingLoop
 from dipgo_deploy.runtime.memory import process_memory
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
+Conditions = dict[str, tuple[np.ndarray | None, np.ndarray]]
 LoadMode = Literal["eager", "call", "lazy", "auto"]
 LOAD_MODES: tuple[LoadMode, ...] = ("eager", "call", "lazy", "auto")
 
@@ -84,6 +86,20 @@ class PipelineOutput:
         """The frames of each video, of output type ``pil``."""
         count = self.frames or 1
         return [list(self.images[start : start + count]) for start in range(0, len(self.images), count)]
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """What a loop starts from.
+
+    Attributes:
+        picture: latents of the picture to start from, (images, C, h, w).
+        latents: unit noise, (images, C, h, w).
+    """
+
+    conditions: Conditions
+    picture: np.ndarray | None
+    latents: np.ndarray
 
 
 class Pipeline:
@@ -309,6 +325,7 @@ class Pipeline:
         strength: float | None = None,
         control_image: Picture | Sequence[Picture] | None = None,
         control_scale: float | None = None,
+        mask_image: Picture | Sequence[Picture] | None = None,
         height: int | None = None,
         width: int | None = None,
         num_frames: int | None = None,
@@ -322,21 +339,24 @@ class Pipeline:
             negative_prompt: one, or one for each prompt; default "".
             class_labels: class ids or names, for a class model.
             num_images_per_prompt: pictures for each prompt or class label; those of one prompt follow each other.
-            seed: the picture's latents are drawn from it where there is one, then all initial latents in one draw, then
-                the sampler's noise, as diffusers does with ``torch.Generator("cpu").manual_seed(seed)`` for a pipeline
-                in float32.
+            seed: the latents of the picture to start from are drawn from it where there is one, then all initial
+                latents in one draw, those of other pictures before or after that as the model's pipeline does, then the
+                sampler's noise, as diffusers does with ``torch.Generator("cpu").manual_seed(seed)`` for a pipeline in
+                float32.
             guidance_scale: at least 1; default: the engine directory's.
             latents: initial unit noise (n, C, h, w), instead of the seed's.
             prompt_embeds: text embeddings (prompts, L, D), instead of prompts; for a model with several text
                 conditions (a pooled embedding, a mask) a dictionary of all of them, by the manifest's names.
             negative_prompt_embeds: the same for the negative prompt; one or one for each prompt.
             conditions: other values, (1 or images, ...), for conditions that depend on neither prompt nor class, such
-                as SDXL's ``time_ids``, by the manifest's names.
-            image: what to start from, for an engine directory that was exported with a strength: a PIL picture, which
-                is resized, or an array (H, W, 3) of its size, float in [0, 1] or uint8; one, or one for each prompt.
+                as SDXL's ``time_ids``, and for those that are made of pictures, by the manifest's names.
+            image: what to start from, for an engine directory that was exported with a strength, and what a model is
+                shown that draws into a picture or after one: a PIL picture, which is resized, or an array (H, W, 3) of
+                its size, float in [0, 1] or uint8; one, or one for each prompt.
             image_latents: its latents (1 or prompts, C, h, w), scaled as the VAE's encoder does, instead of it.
             strength: that of the engine directory, or nothing.
-            control_image: what a ControlNet looks at, as ``image``.
+            mask_image: where a model draws into ``image`` (white), as that, or (H, W).
+            control_image: what a ControlNet looks at, or a model with control of its own, as ``image``.
             control_scale: of what the ControlNet adds; default 1.
             height, width: of the pictures in pixels, where the engine directory leaves them open; the usual ones of its
                 ranges by default.
@@ -365,6 +385,7 @@ class Pipeline:
             strength=strength,
             control_image=control_image,
             control_scale=control_scale,
+            mask_image=mask_image,
             height=height,
             width=width,
             num_frames=num_frames,
@@ -385,10 +406,9 @@ class Pipeline:
         if not self._lazy:
             self._load()
         encoding = time.perf_counter()
-        given = self.conditions(request)
-        picture = self._picture(request, stream)
+        drawn = self._drawn(request, stream)
         denoising = time.perf_counter()
-        denoised, launches = self._denoise(request, given, picture, stream, callback)
+        denoised, launches = self._denoise(request, drawn, stream, callback)
         decoding = time.perf_counter()
         images = self._images(request, denoised)
         end = time.perf_counter()
@@ -422,9 +442,26 @@ class Pipeline:
         """What the text encoders get of a prompt, by graph input name: token ids and masks, int64 (1, length)."""
         return self._ready_text().tokens(prompt, negative=negative)
 
-    def conditions(self, request: Request) -> dict[str, tuple[np.ndarray | None, np.ndarray]]:
-        """Per condition its (unconditional, conditional) rows, one for each image; the former None without guidance."""
-        conditions: dict[str, tuple[np.ndarray | None, np.ndarray]] = {}
+    def conditions(self, request: Request, seed: int = 0) -> Conditions:
+        """Per condition its (unconditional, conditional) rows, one for each image; the former None without guidance.
+
+        seed: of the call, which latents of pictures are drawn from.
+        """
+        return self._drawn(request, TorchNoise(seed)).conditions
+
+    def _drawn(self, request: Request, stream: TorchNoise) -> _Drawn:
+        """All that the loop starts from, drawn in the order of diffusers' pipelines."""
+        conditions = self._undrawn(request)
+        picture = self._picture(request, stream)
+        conditions |= self._encoded_pictures(request, stream, ("no", "before"))
+        shape = (request.images, self.bundle.manifest.latent.channels, *request.size)
+        latents = stream.randn(shape) if request.latents is None else request.latents
+        conditions |= self._encoded_pictures(request, stream, ("after",))
+        return _Drawn(conditions, picture, latents)
+
+    def _undrawn(self, request: Request) -> Conditions:
+        """The conditions that nothing is drawn for."""
+        conditions: Conditions = {}
         guidance = self.bundle.manifest.guidance
         if request.text is not None:
             conditions.update(self._text_rows(request.text))
@@ -432,7 +469,8 @@ class Pipeline:
         if request.classes is not None and spec is not None:
             null = np.full_like(request.classes, request.null_class) if guidance else None
             conditions[spec.name] = (null, request.classes)
-        conditions.update({name: (rows if guidance else None, rows) for name, rows in request.fixed.items()})
+        for name, rows in request.fixed.items():
+            conditions[name] = (request.null.get(name, rows) if guidance else None, rows)
         return conditions
 
     def _text_rows(self, text: TextRequest) -> dict[str, tuple[np.ndarray | None, np.ndarray]]:
@@ -456,21 +494,48 @@ class Pipeline:
 
     def _picture(self, request: Request, stream: TorchNoise) -> np.ndarray | None:
         """Latents of the pictures to start from (images, C, h, w), drawn from the encoder's distribution."""
-        latents = request.image_latents
-        if request.image is not None:
-            encoded = self._ready_encoder()(request.image)
-            if not all(np.isfinite(rows).all() for rows in encoded.values()):
-                raise self._not_finite("VAE encoder")
-            latents = encoded["mean"]
-            if "std" in encoded:
-                latents = latents + encoded["std"] * stream.randn(latents.shape)
-        return None if latents is None else np.repeat(latents, request.images // len(latents), axis=0)
+        latents: np.ndarray | None = request.image_latents
+        if self.bundle.manifest.sampler.strength is None:
+            shown = [spec for spec in picture_conditions(self.bundle.manifest) if spec.picture.start_drawn]
+            if shown and request.latents is None:
+                # Latents that diffusers draws and adds to noise with the weight 0.
+                stream.randn((len(request.encoded.get(shown[0].name, (1,))), *shown[0].shape[1:]))
+        elif request.image is not None:
+            mean, deviation = self._encoded(request.image)
+            latents = mean if deviation is None else mean + deviation * stream.randn(mean.shape)
+        return None if latents is None else _of_each(latents, request.images)
+
+    def _encoded_pictures(self, request: Request, stream: TorchNoise, drawn: tuple[str, ...]) -> Conditions:
+        """Conditions that are latents of pictures, those of these ways of drawing."""
+        conditions: Conditions = {}
+        for spec in picture_conditions(self.bundle.manifest):
+            pictures = request.encoded.get(spec.name)
+            if pictures is None or spec.picture.drawn not in drawn:
+                continue
+            mean, deviation = self._encoded(pictures)
+            if spec.picture.each:
+                mean = _of_each(mean, request.images)
+                deviation = None if deviation is None else _of_each(deviation, request.images)
+            latents = mean
+            if deviation is not None and spec.picture.drawn != "no":
+                latents = mean + deviation * stream.randn(mean.shape)
+            rows = _of_each(latents, request.images)
+            if not fits(rows, spec.dtype):
+                raise self._not_finite(f"VAE encoder, {spec.name}")
+            conditions[spec.name] = (rows if self.bundle.manifest.guidance else None, rows)
+        return conditions
+
+    def _encoded(self, pictures: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+        """Mean and standard deviation of the latents of pictures; the latter None for a deterministic VAE."""
+        encoded = self._ready_encoder()(pictures)
+        if not all(np.isfinite(rows).all() for rows in encoded.values()):
+            raise self._not_finite("VAE encoder")
+        return encoded["mean"], encoded.get("std")
 
     def _denoise(
         self,
         request: Request,
-        conditions: dict[str, tuple[np.ndarray | None, np.ndarray]],
-        picture: np.ndarray | None,
+        drawn: _Drawn,
         stream: TorchNoise,
         callback: Callable[[int, int], Any] | None,
     ) -> tuple[np.ndarray, int]:
@@ -481,9 +546,8 @@ class Pipeline:
         loop = self._ready_loop(lazy=self._lazy)
         manifest = self.bundle.manifest
         most = manifest.batch
-        shape = (request.images, manifest.latent.channels, *request.size)
-        latents = stream.randn(shape) if request.latents is None else request.latents
-        noises = [stream.randn(shape) for _ in range(self.bundle.manifest.plan.noises)]
+        latents, picture = drawn.latents, drawn.picture
+        noises = [stream.randn(latents.shape) for _ in range(manifest.plan.noises)]
         starts = range(0, request.images, most)
         total = len(starts) * len(loop.launches)
         parts = []
@@ -497,7 +561,7 @@ class Pipeline:
 
             inputs = {
                 name: np.concatenate([pad_batch(half[rows], batch) for half in halves if half is not None])
-                for name, halves in conditions.items()
+                for name, halves in drawn.conditions.items()
             }
             with np.errstate(over="ignore", invalid="ignore"):  # said below
                 denoised = loop.run(
@@ -534,6 +598,11 @@ class Pipeline:
             f"{self.bundle.path}: {first}: the first output that is not finite (NaN or infinity), so there is no"
             f" picture; what may help: {', '.join(helps)}"
         )
+
+
+def _of_each(rows: np.ndarray, images: int) -> np.ndarray:
+    """The rows of pictures, one for each image; those of one prompt follow each other."""
+    return np.repeat(rows, images // len(rows), axis=0)
 
 
 def _fitted_to(bundle: Bundle) -> FittedTo | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -14,6 +14,7 @@ from dipgo_deploy.backends.storage import fits
 from dipgo_deploy.bundle.manifest import ConditionSpec, Manifest, TensorDType
 from dipgo_deploy.bundle.shapes import Range, Sizes
 from dipgo_deploy.errors import UserError
+from dipgo_deploy.runtime.given_pictures import check_pictures, picture_conditions
 from dipgo_deploy.runtime.image import Picture, to_pictures
 from dipgo_deploy.runtime.memory import machine_memory
 
@@ -46,6 +47,7 @@ class Asked:
     strength: float | None = None
     control_image: Picture | Sequence[Picture] | None = None
     control_scale: float | None = None
+    mask_image: Picture | Sequence[Picture] | None = None
     height: int | None = None
     width: int | None = None
     num_frames: int | None = None
@@ -78,6 +80,8 @@ class Request:
     Attributes:
         size: of the latent: [frames,] height and width in latent pixels.
         fixed: the conditions that depend on neither text nor class, (images, ...) by name.
+        null: of those the unconditional half's rows, where they are others.
+        encoded: pictures whose latents are conditions, float32 (1 or prompts, H, W, 3) in [0, 1] by name.
         image: pictures to start from, float32 (1 or prompts, H, W, 3) in [0, 1].
         image_latents: or their latents (1 or prompts, C, h, w).
     """
@@ -91,6 +95,8 @@ class Request:
     fixed: dict[str, np.ndarray]
     latents: np.ndarray | None
     output_type: OutputType
+    null: dict[str, np.ndarray] = field(default_factory=dict)
+    encoded: dict[str, np.ndarray] = field(default_factory=dict)
     image: np.ndarray | None = None
     image_latents: np.ndarray | None = None
 
@@ -122,6 +128,9 @@ def check_request(manifest: Manifest, asked: Asked) -> Request:
     _check_memory(manifest, images)
     scale = _check_guidance(manifest, asked.guidance_scale)
     _check_strength(manifest, asked)
+    fixed = _check_fixed(manifest, _with_control_scale(manifest, asked), images, scale)
+    given = {name: getattr(asked, name) for name in ("image", "mask_image", "control_image")}
+    pictures = check_pictures(manifest, given, tuple(fixed), rows, per_prompt)
     return Request(
         images=images,
         size=manifest.latent.extents,
@@ -129,10 +138,11 @@ def check_request(manifest: Manifest, asked: Asked) -> Request:
         text=text and _repeat_text(text, per_prompt),
         classes=None if classes is None else np.repeat(classes, per_prompt),
         null_class=manifest.components.null_class,
-        fixed=_check_fixed(manifest, _with_control_scale(manifest, asked), images, scale)
-        | _check_control_image(manifest, asked.control_image, rows, per_prompt),
+        fixed=fixed | pictures.rows,
         latents=_check_latents(manifest, asked.latents, images),
         output_type=asked.output_type,
+        null=_null_rows(manifest, images),
+        encoded=pictures.encoded,
         image=_check_image(manifest, asked, rows),
         image_latents=_check_image_latents(manifest, asked.image_latents, rows),
     )
@@ -207,8 +217,8 @@ def class_condition(manifest: Manifest) -> ConditionSpec | None:
 def _check_fixed(
     manifest: Manifest, conditions: Mapping[str, np.ndarray], images: int, guidance_scale: float
 ) -> dict[str, np.ndarray]:
-    """Every other condition, from the caller or from the manifest."""
-    specs = {spec.name: spec for spec in manifest.conditions if spec.source in ("fixed", "guidance")}
+    """Every other condition, from the caller or from the manifest; those of pictures from the caller alone."""
+    specs = {spec.name: spec for spec in manifest.conditions if spec.source in ("fixed", "guidance", "image")}
     unknown = sorted(set(conditions) - set(specs))
     if unknown:
         known = ", ".join(sorted(specs)) or "none"
@@ -221,6 +231,8 @@ def _check_fixed(
             if rows.shape[1:] != shape or len(rows) not in (1, images):
                 sizes = "".join(f", {extent}" for extent in shape)
                 raise UserError(f"conditions: {name}: shape {rows.shape}, needs (1 or {images}{sizes})")
+        elif spec.source == "image":
+            continue
         else:
             values = spec.values if spec.source == "fixed" else (guidance_scale,)
             rows = np.array(values).reshape(1, *shape)
@@ -228,6 +240,17 @@ def _check_fixed(
             raise _beyond(f"conditions: {name}", rows, spec.dtype)
         repeated[name] = np.repeat(rows, images // len(rows), axis=0).astype(dtype)
     return repeated
+
+
+def _null_rows(manifest: Manifest, images: int) -> dict[str, np.ndarray]:
+    """What the unconditional half gets, of the conditions where it is told otherwise."""
+    if not manifest.guidance:
+        return {}
+    specs = [spec for spec in manifest.conditions if spec.null_values]
+    return {
+        spec.name: np.repeat(np.array(spec.null_values, np.float32).reshape(1, *spec.shape[1:]), images, axis=0)
+        for spec in specs
+    }
 
 
 def _numbers(label: str, values: object, spec: ConditionSpec) -> np.ndarray:
@@ -429,30 +452,12 @@ def _with_control_scale(manifest: Manifest, asked: Asked) -> Mapping[str, np.nda
     return given | {CONTROL_SCALE: np.array([arguments.number("control_scale", asked.control_scale)])}
 
 
-def _check_control_image(
-    manifest: Manifest, asked: Picture | Sequence[Picture] | None, rows: int, per_prompt: int
-) -> dict[str, np.ndarray]:
-    """The picture that a ControlNet looks at, (images, 3, H, W) by the condition's name."""
-    spec = next((spec for spec in manifest.conditions if spec.source == "image"), None)
-    if spec is None:
-        if asked is not None:
-            raise UserError("control_image: this engine directory has no ControlNet; leave it out")
-        return {}
-    if asked is None:
-        raise UserError("control_image: missing; this engine directory has a ControlNet, which looks at a picture")
-    height, width = spec.shape[2:]
-    pictures = to_pictures(asked, height, width, name="control_image")
-    if len(pictures) not in (1, rows):
-        raise UserError(f"control_image: {len(pictures)} given for {rows} prompts; give one, or one for each")
-    repeats = per_prompt if len(pictures) == rows else rows * per_prompt
-    return {spec.name: np.repeat(pictures.transpose(0, 3, 1, 2), repeats, axis=0)}
-
-
 def _check_strength(manifest: Manifest, asked: Asked) -> None:
     """A picture is given exactly where the engine directory starts from one, and its strength is that one's."""
     strength = manifest.sampler.strength
     if strength is None:
-        for name in ("image", "image_latents", "strength"):
+        followed = any(spec.picture.argument == "image" for spec in picture_conditions(manifest))
+        for name in (*(() if followed else ("image",)), "image_latents", "strength"):
             if getattr(asked, name) is not None:
                 raise UserError(
                     f"{name}: this engine directory starts from noise alone; "

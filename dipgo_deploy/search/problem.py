@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -29,6 +30,8 @@ from dipgo_deploy.search.costs import Costs
 from dipgo_deploy.search.prompts import built_in_prompts, check_labels, class_count, known_labels, read_prompts
 from dipgo_deploy.search.samples import Pair as Pair
 from dipgo_deploy.supernet import Evaluation, Gate, Supernet, run_loop
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -390,6 +393,8 @@ def _encoded(
     scale: float | None,
 ) -> tuple[dict[str, Tensor], ...]:
     """One set of forward inputs a prompt or class."""
+    if any(spec.source == "image" for spec in traced.conditions):
+        _log.warning("%s: draws from pictures; here each is the same random noise", source.name)
     return tuple(
         reference_conditions(
             source, traced.conditions, guidance=guidance, prompts=(name,), labels=(label,), guidance_scale=scale

@@ -129,7 +129,7 @@ def test_the_commands(engine: Path, picture: Image.Image, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        ({}, "control_image: missing; this engine directory has a ControlNet"),
+        ({}, "control_image: missing; this engine directory draws from a picture"),
         ({"control_image": np.zeros((8, 8, 3))}, r"control_image: shape \(8, 8, 3\), needs \(64, 64, 3\)"),
         ({"control_image": [np.zeros((64, 64, 3))] * 3}, "control_image: 3 given for 1 prompts"),
         ({"control_image": np.zeros((64, 64, 3)), "control_scale": float("nan")}, "control_scale: nan, must be"),
@@ -145,7 +145,7 @@ def test_other_engine_directories_take_no_control(tmp_path: Path) -> None:
     import toy_engine
 
     pipeline = Pipeline.from_engine_dir(toy_engine.build(tmp_path / "x", toy_engine.Toy()), "cpu", load="lazy")
-    with pytest.raises(UserError, match="control_image: this engine directory has no ControlNet"):
+    with pytest.raises(UserError, match="control_image: this engine directory takes none"):
         pipeline("a", control_image=np.zeros((8, 8, 3)))
     with pytest.raises(UserError, match="control_scale: this engine directory has no ControlNet"):
         pipeline("a", control_scale=0.5)

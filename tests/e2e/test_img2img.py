@@ -11,7 +11,15 @@ import numpy as np
 import pytest
 import toy_engine
 from click.testing import CliRunner
-from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionXLImg2ImgPipeline
+from diffusers import (
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLInpaintPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from diffusers.image_processor import VaeImageProcessor
 from family_checks import (
     assert_pictures_equal_stock,
@@ -23,14 +31,26 @@ from family_checks import (
     with_strength,
 )
 from PIL import Image
-from sd_pipelines import PROMPT, assert_equals_supernet, relative, save_sd15, save_sdxl, stock
+from sd_pipelines import (
+    PROMPT,
+    assert_equals_supernet,
+    relative,
+    save_inpainting,
+    save_refiner,
+    save_sd15,
+    save_sdxl,
+    sdxl_unet,
+    stock,
+)
 
+from dipgo_deploy.bundle.directory import Bundle
 from dipgo_deploy.cli.compare import command as compare_command
 from dipgo_deploy.cli.export import command as export_command
 from dipgo_deploy.cli.run import command as run_command
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.export.exporter import PlannedExport, publish
 from dipgo_deploy.models.image_start import rounded_up
+from dipgo_deploy.models.location import denoiser_config
 from dipgo_deploy.runtime.image import to_pictures
 from dipgo_deploy.runtime.pipeline import Pipeline
 from dipgo_deploy.sampler import begin_of, make_scheduler
@@ -268,6 +288,97 @@ def test_the_plan_says_what_was_raised(folder: Path, tmp_path: Path) -> None:
     assert f"at evaluation 4 of the schedule (strength 0.6), where {len(missing)} skipped blocks" in " ".join(
         shown.stderr.split()
     )
+
+
+@pytest.fixture(scope="module")
+def inpainting(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, PlannedExport]:
+    """A folder with a UNet of 9 channels, and its trace."""
+    target = tmp_path_factory.mktemp("inpainting") / "model"
+    unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
+    save_inpainting(target, folder, StableDiffusionPipeline, StableDiffusionInpaintPipeline, unet)
+    schedule = schedule_for(target, sampler="ddim", steps=4, ratio=0.4)
+    return target, plan_for(target, schedule, components=False, check=False)
+
+
+def test_inpainting_is_diffusers(
+    inpainting: tuple[Path, PlannedExport], engine: Path, picture: Image.Image, tmp_path: Path
+) -> None:
+    """A random schedule against the supernet, and its pictures against diffusers with the supernet for its denoiser."""
+    publish(inpainting[1], tmp_path / "x")
+    assert_pictures_equal_stock(tmp_path / "x", engine, variants=True)
+    picture.save(tmp_path / "in.png")
+    Image.fromarray(np.arange(256, dtype=np.uint8).repeat(8).reshape(32, 64)).save(tmp_path / "mask.png")
+    run = ["--engine-dir", str(tmp_path / "x"), "--prompt", PROMPT, "--backend", "cpu", "--threads", "1", "--json"]
+    run += ["--image", str(tmp_path / "in.png"), "--output-type", "latent", "-o", str(tmp_path / "out.npy")]
+    refused = CliRunner().invoke(run_command, run)
+    assert isinstance(refused.exception, UserError) and "mask_image: missing" in str(refused.exception)
+    drawn = CliRunner().invoke(run_command, [*run, "--mask-image", str(tmp_path / "mask.png")])
+    assert drawn.exit_code == 0, drawn.output
+    ours = Pipeline.from_engine_dir(tmp_path / "x", "cpu", threads=1)
+    mask = np.asarray(Image.open(tmp_path / "mask.png").resize((SIZE, SIZE), Image.Resampling.LANCZOS))
+    call: dict[str, Any] = {"image": picture, "output_type": "latent"}
+    assert np.array_equal(np.load(tmp_path / "out.npy"), ours(PROMPT, mask_image=mask, **call).latents)
+    # What is white in the mask is not seen of the picture.
+    white = np.full((SIZE, SIZE), 255, np.uint8)
+    whole = ours(PROMPT, mask_image=white, **call).latents
+    call["image"] = np.zeros((SIZE, SIZE, 3))
+    assert np.array_equal(ours(PROMPT, mask_image=white, **call).latents, whole)
+    assert relative(ours(PROMPT, mask_image=mask, **call).latents, np.load(tmp_path / "out.npy")) > 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strength", [None, 0.6])
+@pytest.mark.parametrize("sampler", ["ddim", "pndm", "euler-a"])
+def test_full_inpainting_is_diffusers(
+    inpainting: tuple[Path, PlannedExport],
+    engine: Path,
+    picture: Image.Image,
+    tmp_path: Path,
+    sampler: str,
+    strength: Any,
+) -> None:
+    folder, planned = inpainting
+    schedule = schedule_for(folder, sampler=sampler, steps=4)
+    with_gates(with_strength(planned, strength) if strength else planned, schedule, tmp_path / "x")
+    borrow_components(engine, tmp_path / "x")
+    pipeline = StableDiffusionInpaintPipeline.from_pretrained(folder)
+    given = {"image": picture.resize((SIZE, SIZE)), "mask_image": picture.resize((SIZE, SIZE)).convert("L")}
+    call: dict[str, Any] = {"prompt": PROMPT, "output_type": "np", **given}
+    chosen = {"strength": 1.0 if strength is None else strength}
+    wanted = stock(pipeline, sampler=sampler, steps=4, height=SIZE, width=SIZE, **call, **chosen)
+    found = Pipeline.from_engine_dir(tmp_path / "x", "cpu", threads=1)(seed=3, **call).images
+    assert relative(np.asarray(found), wanted) <= 1e-4
+
+
+@pytest.mark.slow
+def test_sdxl_inpainting_is_diffusers(tmp_path: Path, picture: Image.Image) -> None:
+    plain = save_sdxl(tmp_path / "sdxl")
+    owners = StableDiffusionXLPipeline, StableDiffusionXLInpaintPipeline
+    folder = save_inpainting(tmp_path / "model", plain, *owners, sdxl_unet())
+    publish(plan_for(folder, schedule_for(folder, steps=4, ratio=0.4), check=False), tmp_path / "x")
+    assert_pictures_equal_stock(tmp_path / "x", variants=True)
+
+
+@pytest.mark.slow
+def test_the_refiner_is_diffusers(tmp_path: Path) -> None:
+    plain = save_sdxl(tmp_path / "sdxl")
+    folder = save_refiner(tmp_path / "refiner", plain)
+    schedule = schedule_for(folder, steps=6, ratio=0.4)
+    with pytest.raises(UserError, match="--strength: missing; .*Refiner works from a picture"):
+        plan_for(folder, schedule)
+    publish(plan_for(folder, schedule, strength=0.7, check=False), tmp_path / "x")
+    assert_pictures_equal_stock(tmp_path / "x", variants=True)
+    (times,) = [spec for spec in Bundle.open(tmp_path / "x").manifest.conditions if spec.name == "time_ids"]
+    assert times.values == (64, 64, 0, 0, 6) and times.null_values == (64, 64, 0, 0, 2.5)
+
+
+def test_inpainting_with_another_unet_is_refused(folder: Path, inpainting: tuple[Path, PlannedExport]) -> None:
+    with pytest.raises(
+        UserError, match="for StableDiffusionInpaintPipeline only models work whose input is the latent"
+    ):
+        denoiser_config(f"{folder}?pipeline=StableDiffusionInpaintPipeline")
+    with pytest.raises(UserError, match="in_channels 9, out_channels 4"):
+        denoiser_config(f"{inpainting[0]}?pipeline=StableDiffusionPipeline")
 
 
 @pytest.mark.slow

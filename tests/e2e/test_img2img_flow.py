@@ -9,7 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import FluxImg2ImgPipeline, StableDiffusion3Img2ImgPipeline
+from diffusers import (
+    FluxControlPipeline,
+    FluxFillPipeline,
+    FluxImg2ImgPipeline,
+    FluxKontextPipeline,
+    StableDiffusion3Img2ImgPipeline,
+)
 from family_checks import (
     assert_pictures_equal_stock,
     borrow_components,
@@ -19,7 +25,7 @@ from family_checks import (
     with_gates,
     with_strength,
 )
-from flow_pipelines import save_flux, save_sd3
+from flow_pipelines import save_flux, save_flux_variant, save_sd3
 from PIL import Image
 from sd_pipelines import PROMPT, assert_equals_supernet, relative, stock
 
@@ -27,11 +33,13 @@ from dipgo_deploy.bundle.directory import Bundle
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.export.exporter import PlannedExport, publish
 from dipgo_deploy.models import families
+from dipgo_deploy.models.location import denoiser_config
 from dipgo_deploy.runtime.pipeline import Pipeline
 from dipgo_deploy.sampler import make_scheduler
 
 STEPS, SCALE = 6, 3.0
-SIZE = {"height": 16, "width": 24}  # pixels; the small pipelines' VAE has scale 2
+SCALE_OF_VAE = 2
+SIZE = {"height": 16, "width": 24}  # pixels
 STRENGTH = 0.75  # 4.5 of the steps: the pipelines of flow models run the broken one
 
 
@@ -198,3 +206,81 @@ def test_families_without_an_image_to_image_pipeline_in_diffusers() -> None:
 def test_a_strength_out_of_range_is_refused(sd3: Model) -> None:
     with pytest.raises(UserError, match="--strength 1.2: give a number above 0 and up to 1"):
         plan_for(sd3.folder, schedule_for(sd3.folder, steps=STEPS), strength=1.2, **SIZE)
+
+
+VARIANTS: dict[str, tuple[Any, int, tuple[str, ...]]] = {
+    "Fill": (FluxFillPipeline, 4 + SCALE_OF_VAE**2, ("image", "mask_image")),
+    "Control": (FluxControlPipeline, 4, ("control_image",)),
+    "Kontext": (FluxKontextPipeline, 0, ("image",)),
+}
+each_variant = pytest.mark.parametrize("kind", ["Fill", pytest.param("Control", marks=pytest.mark.slow), "Kontext"])
+
+
+@pytest.fixture(scope="module")
+def variants(flux: Model, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("variants")
+    return {
+        kind: save_flux_variant(root / kind, flux.folder, pipeline, joined=joined)
+        for kind, (pipeline, joined, _) in VARIANTS.items()
+    }
+
+
+@each_variant
+def test_pictures_beside_the_latent(
+    flux: Model, variants: dict[str, Path], picture: Image.Image, tmp_path: Path, kind: str
+) -> None:
+    """A random schedule against the supernet, and its pictures against diffusers with the supernet for its denoiser."""
+    schedule = schedule_for(variants[kind], ratio=0.4, steps=3, granularity="layer")
+    publish(plan_for(variants[kind], schedule, components=False, check=False, **SIZE), tmp_path / "x")
+    # Fill's default scale is 30: of 30000 radians float32 knows three digits.
+    assert_pictures_equal_stock(tmp_path / "x", flux.engine, variants=True, guidance_scale=SCALE)
+    pipeline = Pipeline.from_engine_dir(tmp_path / "x", "cpu", threads=1)
+    given = {argument: picture for argument in VARIANTS[kind][2]}
+    found = pipeline(PROMPT, seed=3, output_type="latent", **given).latents
+    for argument in given:
+        other = pipeline(PROMPT, seed=3, output_type="latent", **{**given, argument: np.zeros((*SIZE.values(), 3))})
+        assert relative(other.latents, found) > 1e-3
+        with pytest.raises(UserError, match=f"{argument}: missing; this engine directory draws from a picture"):
+            pipeline(PROMPT, **{**given, argument: None})
+    with pytest.raises(UserError, match="takes none|starts from noise alone"):
+        pipeline(PROMPT, **{"image": picture, "mask_image": picture, "control_image": picture})
+
+
+@pytest.mark.slow
+@each_variant
+def test_full_schedules_with_pictures_are_diffusers(
+    flux: Model, variants: dict[str, Path], picture: Image.Image, tmp_path: Path, kind: str
+) -> None:
+    planned = plan_for(variants[kind], schedule_for(variants[kind], steps=3), components=False, check=False, **SIZE)
+    pipeline = VARIANTS[kind][0].from_pretrained(variants[kind])
+    sized = {
+        **SIZE,
+        **({"_auto_resize": False, "max_area": SIZE["height"] * SIZE["width"]} if kind == "Kontext" else {}),
+    }
+    given = {name: picture.resize((SIZE["width"], SIZE["height"])) for name in VARIANTS[kind][2]}
+    for place, strength in enumerate((None, 0.7) if kind == "Fill" else (None,)):
+        schedule = schedule_for(variants[kind], steps=3)
+        engine = tmp_path / str(place)
+        with_gates(planned if strength is None else with_strength(planned, strength), schedule, engine)
+        borrow_components(flux.engine, engine)
+        call: dict[str, Any] = {"prompt": PROMPT, "guidance_scale": SCALE, "output_type": "np", **given}
+        chosen = {} if strength is None else {"strength": strength}
+        wanted = stock(pipeline, steps=3, **call, **sized, **chosen)
+        found = Pipeline.from_engine_dir(engine, "cpu", threads=1)(seed=3, **call).images
+        assert relative(np.asarray(found), wanted) <= 1e-4
+
+
+def test_variants_are_told_by_their_pipelines(flux: Model, variants: dict[str, Path]) -> None:
+    for kind, folder in variants.items():
+        family, config = denoiser_config(folder)
+        assert family.class_name == f"FluxTransformer2DModel+{kind}" and family.latent_channels(config) == 4
+        assert family.pipelines == (VARIANTS[kind][0].__name__,)
+    with pytest.raises(UserError, match="in_channels 48, out_channels 16"):
+        denoiser_config(f"{variants['Fill']}?pipeline=FluxPipeline")
+    with pytest.raises(UserError, match="for FluxFillPipeline only models work whose input is the latent with"):
+        denoiser_config(f"{variants['Control']}?pipeline=FluxFillPipeline")
+    assert denoiser_config(f"{variants['Kontext']}?pipeline=FluxPipeline")[0].pipelines == ("FluxPipeline",)
+    with pytest.raises(UserError, match="--strength 1: .*Fill draws from noise alone then"):
+        plan_for(variants["Fill"], schedule_for(variants["Fill"], steps=3), strength=1.0, **SIZE)
+    with pytest.raises(UserError, match="--strength: FluxTransformer2DModel.Kontext cannot start from a picture"):
+        plan_for(variants["Kontext"], schedule_for(variants["Kontext"], steps=3), strength=0.5, **SIZE)

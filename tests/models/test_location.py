@@ -313,14 +313,17 @@ def test_schedulers_have_infinite_settings(tmp_path: Path) -> None:
     assert location.scheduler_config(folder) == {"lambda_min_clipped": float("-inf")}
 
 
-def test_the_refiner_of_sdxl_is_refused_and_its_like_is_offered(tmp_path: Path) -> None:
+def test_the_refiner_of_sdxl_is_read_as_itself_only(tmp_path: Path) -> None:
     folder = pipeline_folder(tmp_path)
     index = json.loads((folder / "model_index.json").read_text())
     refiner = {**index, "_class_name": "StableDiffusionXLImg2ImgPipeline", "requires_aesthetics_score": True}
     write(folder / "model_index.json", refiner)
-    for name in (str(folder), f"{folder}?pipeline=StableDiffusionXLPipeline"):
-        with pytest.raises(UserError, match="requires_aesthetics_score: SDXL's refiner needs an input"):
-            location.denoiser_config(name)
+    with pytest.raises(
+        UserError, match="requires_aesthetics_score = True: only StableDiffusionXLImg2ImgPipeline has an"
+    ):
+        location.denoiser_config(f"{folder}?pipeline=StableDiffusionXLPipeline")
+    with pytest.raises(UserError, match="no addition_embed_type text_time: only SDXL has a refiner"):
+        location.denoiser_config(folder)
     write(folder / "model_index.json", {**refiner, "requires_aesthetics_score": False})
     with pytest.raises(UserError, match="--pipeline StableDiffusionXLPipeline .or the model as"):
         location.denoiser_config(folder)

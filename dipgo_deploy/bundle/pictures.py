@@ -1,0 +1,36 @@
+"""What a condition of the denoiser has of a picture that a call is given."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import pydantic
+
+Argument = Literal["image", "mask_image", "control_image"]
+
+
+class PictureUse(pydantic.BaseModel):
+    """How a condition is made of a picture."""
+
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid")
+
+    argument: Argument = pydantic.Field(default="control_image", description="of the call, that gives the picture")
+    form: Literal["pixels", "latents", "mask"] = pydantic.Field(
+        default="pixels",
+        description="pixels: (batch, 3, H, W) in [0, 1]; latents: what the VAE's encoder makes of it (batch, C, h, w); "
+        "mask: 1 where to draw and 0 elsewhere, of each latent pixel the first of its pixels (batch, 1, h, w), or all "
+        "of them as channels (batch, scale**2, h, w)",
+    )
+    masked: bool = pydantic.Field(default=False, description="grey where the call's mask_image is white")
+    drawn: Literal["no", "before", "after"] = pydantic.Field(
+        default="no",
+        description="whether latents are drawn from the encoder's distribution, before or after the initial noise, or "
+        "are its mean",
+    )
+    each: bool = pydantic.Field(
+        default=False, description="one draw for each image of the call, not for each picture that it is given"
+    )
+    start_drawn: bool = pydantic.Field(
+        default=False,
+        description="the picture's own latents are drawn first of all from the seed, also where nothing starts from it",
+    )
