@@ -199,7 +199,7 @@ def test_half_precision(model: Model, picture: Image.Image, dtype: str, tmp_path
 
 def test_families_without_an_image_to_image_pipeline_in_diffusers() -> None:
     """Theirs are refused by name; PixArt and DiT have none there, and Sana has one for its distilled Sprint only."""
-    able = {family.class_name for family in families().values() if family.image_to_image is not None}
+    able = {family.diffusers_class for family in families().values() if family.image_to_image is not None}
     assert able == {"UNet2DConditionModel", "SD3Transformer2DModel", "FluxTransformer2DModel"}
 
 
