@@ -23,6 +23,8 @@ from transformers import (
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
+    UMT5Config,
+    UMT5EncoderModel,
 )
 
 SAMPLE = 8  # latent pixels, 64 of the picture
@@ -83,6 +85,20 @@ def t5(layers: int = 2) -> T5EncoderModel:
         feed_forward_proj="gated-gelu",
     )
     return random_weights(T5EncoderModel(config))
+
+
+def umt5(layers: int = 2) -> UMT5EncoderModel:
+    """Unlike in T5 each layer has position biases of its own."""
+    config = UMT5Config(
+        vocab_size=len(t5_tokenizer()),
+        d_model=T5_WIDTH,
+        d_kv=8,
+        d_ff=32,
+        num_layers=layers,
+        num_heads=2,
+        feed_forward_proj="gated-gelu",
+    )
+    return random_weights(UMT5EncoderModel(config))
 
 
 def sd3_transformer(**changes: Any) -> SD3Transformer2DModel:

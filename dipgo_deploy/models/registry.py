@@ -10,6 +10,7 @@ from types import MappingProxyType
 
 from dipgo_deploy.errors import UserError, one_line
 from dipgo_deploy.models import (
+    auraflow,
     chroma,
     controlnet,
     dit,
@@ -44,6 +45,7 @@ BUILT_IN = (
     flux.KONTEXT,
     flux2.FAMILY,
     chroma.FAMILY,
+    auraflow.FAMILY,
     sd3.FAMILY,
     pixart.FAMILY,
     qwenimage.FAMILY,

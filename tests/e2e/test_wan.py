@@ -14,10 +14,9 @@ import torch
 from click.testing import CliRunner
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 from family_checks import build_with_tensorrt_rtx, plan_for, random_weights, schedule_for
-from flow_pipelines import T5_WIDTH, t5_tokenizer
+from flow_pipelines import t5_tokenizer, umt5
 from sd_pipelines import relative
 from tiny_denoisers import wan_transformer
-from transformers import UMT5Config, UMT5EncoderModel
 from video_checks import (
     STEPS,
     check_blocks,
@@ -50,20 +49,6 @@ FULL_SIZE = {
     model["name"]: model
     for model in runpy.run_path(str(Path(__file__).resolve().parents[2] / "tools/full_size/wan.py"))["MODELS"]
 }
-
-
-def umt5() -> UMT5EncoderModel:
-    """Two layers; unlike T5's each has position biases of its own."""
-    config = UMT5Config(
-        vocab_size=len(t5_tokenizer()),
-        d_model=T5_WIDTH,
-        d_kv=8,
-        d_ff=32,
-        num_layers=2,
-        num_heads=2,
-        feed_forward_proj="gated-gelu",
-    )
-    return random_weights(UMT5EncoderModel(config))
 
 
 def vae() -> AutoencoderKLWan:

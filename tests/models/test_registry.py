@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dipgo_deploy.errors import UserError
-from dipgo_deploy.models import families, family_for
+from dipgo_deploy.models import families, family_for, registry
 
 AURA = "AuraFlowTransformer2DModel"
 OUTSIDE = """
@@ -53,7 +53,13 @@ Install = Callable[..., None]
 
 @pytest.fixture
 def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
-    """A package of that name with a module and entry points (name -> value) of the group of families."""
+    """A package of that name with a module and entry points (name -> value) of the group of families.
+
+    The family that it brings is not built in while the test runs.
+    """
+    own = tuple(family for family in registry.BUILT_IN if family.class_name != AURA)
+    monkeypatch.setattr(registry, "BUILT_IN", own)
+    families.cache_clear()
 
     def installed(package: str, source: str, **points: str) -> None:
         site = tmp_path / "site"
