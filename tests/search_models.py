@@ -55,11 +55,13 @@ def save_dit(folder: Path) -> Path:
 
 
 def save_unet(folder: Path) -> Path:
-    """SD-1.5's block types, small; no VAE, no text encoder."""
+    """SD-1.5's kinds of blocks, each once; no VAE, no text encoder."""
     torch.manual_seed(0)
     model = UNet2DConditionModel(
         sample_size=8,
-        block_out_channels=(8, 8, 16, 16),
+        block_out_channels=(8, 16),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
         layers_per_block=1,
         norm_num_groups=4,
         cross_attention_dim=8,

@@ -37,12 +37,15 @@ LABELS = {"boot": 0, "bag": 1, "coat": 2}
 STEPS = 6
 
 
-def tiny_unet() -> UNet2DConditionModel:
-    """SD-1.5's block types, small; latents (B, 4, 8, 8), text (B, 77, 16)."""
+def tiny_unet(layers: int = 1) -> UNet2DConditionModel:
+    """SD-1.5's kinds of blocks, each once; latents (B, 4, 8, 8), text (B, 77, 16)."""
     torch.manual_seed(0)
     model = UNet2DConditionModel(
         sample_size=8,
-        block_out_channels=(16, 16, 32, 32),
+        block_out_channels=(16, 32),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        layers_per_block=layers,
         norm_num_groups=8,
         cross_attention_dim=16,
         attention_head_dim=2,

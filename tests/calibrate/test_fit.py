@@ -51,7 +51,7 @@ def test_a_full_schedule_gets_its_samplers_rows_back(problem: Problem) -> None:
 def test_a_pruned_schedule_comes_closer_on_other_images(unet_problem: Problem) -> None:
     schedule = uniform(unet_problem, 2)
     fitted = calibrate(unet_problem, schedule, SMALL)
-    assert fitted.keep == ("1" * 9,) * 3  # evaluations in which no block runs are gone
+    assert fitted.keep == ("1" * 5,) * 3  # evaluations in which no block runs are gone
     assert error(unet_problem, fitted) < 0.7 * error(unet_problem, schedule)
 
 
@@ -132,8 +132,17 @@ def partly_fitted(problem: Problem) -> Schedule:
     return calibrate(problem, schedule_of(problem, gates), SMALL)
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
-@pytest.mark.parametrize("layout", ["variants", "segments"])
+@pytest.mark.parametrize(
+    ("layout", "dtype"),
+    [
+        ("variants", "fp32"),
+        ("segments", "fp16"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [("variants", "fp16"), ("variants", "bf16"), ("segments", "fp32"), ("segments", "bf16")]
+        ),
+    ],
+)
 def test_an_export_of_it_is_its_supernets_loop(
     partly_fitted: Schedule, dit_folder: Path, tmp_path: Path, layout: Any, dtype: str
 ) -> None:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from sd_pipelines import save_sd15
 from tiny_engines import save_dit_pipeline
 
 from dipgo_deploy.bundle.directory import Bundle
@@ -19,9 +20,9 @@ from dipgo_deploy.reference.load import load_reference
 
 @pytest.fixture
 def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The built-in text model as another pipeline's, in half-precision files' names, with a safety checker."""
+    """A small Stable Diffusion as another pipeline's, in half-precision files' names, with a safety checker."""
     monkeypatch.chdir(tmp_path)
-    folder = Path(shutil.copytree(resolve_model("fashion-sd"), tmp_path / "model"))
+    folder = save_sd15(tmp_path / "model")
     index = json.loads((folder / "model_index.json").read_text())
     index["_class_name"] = "StableDiffusionImg2ImgPipeline"
     index["safety_checker"] = ["stable_diffusion", "StableDiffusionSafetyChecker"]

@@ -204,6 +204,10 @@ def test_another_run_may_be_the_reference(dit_folder: Path, tmp_path: Path) -> N
         "uniform",
         "--threads",
         "1",
+        "--images",
+        "2",
+        "--calibration-images",
+        "8",
     ]
     file, launches = tmp_path / "s.json", []
     for reference, steps in (("ddim:40", 40), ("ddim", 20)):

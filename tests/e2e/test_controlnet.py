@@ -88,7 +88,9 @@ def test_full_schedules_are_diffusers(folder: Path, engine: Path, picture: Image
     assert relative(unscaled.latents, latents) > 1e-2
 
 
-@pytest.mark.parametrize(("granularity", "sampler"), [("block", "pndm"), ("layer", "euler")])
+@pytest.mark.parametrize(
+    ("granularity", "sampler"), [pytest.param("block", "pndm", marks=pytest.mark.slow), ("layer", "euler")]
+)
 def test_random_schedules_are_the_supernets(
     folder: Path, engine: Path, tmp_path: Path, granularity: Any, sampler: str
 ) -> None:

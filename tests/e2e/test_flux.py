@@ -178,7 +178,9 @@ def test_random_schedule_of_blocks(traced: PlannedExport, dev: Path, engine: Pat
     assert_pictures_equal_stock(tmp_path / "x", engine)
 
 
-@pytest.mark.parametrize(("granularity", "cache"), [("block", "output"), ("layer", "output")])
+@pytest.mark.parametrize(
+    ("granularity", "cache"), [pytest.param("block", "output", marks=pytest.mark.slow), ("layer", "output")]
+)
 def test_random_schedules_of_other_units(dev: Path, granularity: Any, cache: Any, tmp_path: Path) -> None:
     schedule = schedule_for(dev, steps=STEPS, ratio=0.5, granularity=granularity, cache=cache)
     publish(plan_for(dev, schedule, components=False, **SIZE), tmp_path / "x")

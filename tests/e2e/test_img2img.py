@@ -56,6 +56,7 @@ from dipgo_deploy.runtime.pipeline import Pipeline
 from dipgo_deploy.sampler import begin_of, make_scheduler
 
 STEPS, SIZE = 10, 64
+STRENGTHS = (0.3, 0.6, 1.0)
 SAMPLERS = ("ddim", "pndm", "dpm++2m", "euler", "heun", "euler-a", "unipc")
 
 
@@ -95,8 +96,19 @@ def theirs(pipeline: Any, picture: Image.Image, **call: Any) -> np.ndarray:
     return stock(pipeline, steps=STEPS, prompt=PROMPT, image=resized, output_type="latent", **call)
 
 
-@pytest.mark.parametrize("strength", [0.3, 0.6, 1.0])
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize(
+    ("sampler", "strength"),
+    [
+        *(("ddim", strength) for strength in STRENGTHS),
+        *((sampler, 0.6) for sampler in SAMPLERS[1:]),
+        *(
+            pytest.param(sampler, strength, marks=pytest.mark.slow)
+            for sampler in SAMPLERS[1:]
+            for strength in STRENGTHS
+            if strength != 0.6
+        ),
+    ],
+)
 def test_full_schedules_are_diffusers(
     planned: PlannedExport,
     folder: Path,
@@ -120,9 +132,21 @@ def test_full_schedules_are_diffusers(
     assert (manifest.sampler.begin == 0) == (strength == 1.0)
 
 
-@pytest.mark.parametrize("layout", ["variants", "segments"])
 @pytest.mark.parametrize(
-    ("sampler", "strength", "ratio"), [("ddim", 0.6, 0.5), ("pndm", 0.3, 0.4), ("euler-a", 0.7, 0.4)]
+    ("sampler", "strength", "ratio", "layout"),
+    [
+        ("ddim", 0.6, 0.5, "variants"),
+        ("pndm", 0.3, 0.4, "segments"),
+        ("euler-a", 0.7, 0.4, "variants"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [
+                ("ddim", 0.6, 0.5, "segments"),
+                ("pndm", 0.3, 0.4, "variants"),
+                ("euler-a", 0.7, 0.4, "segments"),
+            ]
+        ),
+    ],
 )
 def test_random_schedules_are_the_supernets(
     planned: PlannedExport,

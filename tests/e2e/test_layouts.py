@@ -42,7 +42,7 @@ def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return get
 
 
-@pytest.mark.parametrize("model", ["fashion_sd", "fashion_dit"])
+@pytest.mark.parametrize("model", [pytest.param("fashion_sd", marks=pytest.mark.slow), "fashion_dit"])
 def test_both_layouts_draw_the_same_picture(model: str, both) -> None:
     images = {}
     for layout, folder in both(model).items():
@@ -60,7 +60,7 @@ def test_both_layouts_draw_the_same_picture(model: str, both) -> None:
     assert np.ptp(images["segments"]) > 0.5
 
 
-@pytest.mark.parametrize("model", ["fashion_sd", "fashion_dit"])
+@pytest.mark.parametrize("model", [pytest.param("fashion_sd", marks=pytest.mark.slow), "fashion_dit"])
 def test_the_commands_take_segments(model: str, both, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = both(model)["segments"]
     assert (

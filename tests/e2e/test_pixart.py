@@ -158,7 +158,9 @@ def test_blocks_with_residuals_and_another_sampler(
     assert relative(got, want) < 1e-4
 
 
-@pytest.mark.parametrize(("granularity", "cache"), [("block", "output"), ("layer", None)])
+@pytest.mark.parametrize(
+    ("granularity", "cache"), [pytest.param("block", "output", marks=pytest.mark.slow), ("layer", None)]
+)
 def test_random_schedules_are_the_supernet(tmp_path: Path, granularity: Any, cache: Any) -> None:
     transformer(sample_size=8, use_additional_conditions=True).save_pretrained(tmp_path / "model")
     bundle = check_family(tmp_path / "model", tmp_path / "x", sampler="euler", granularity=granularity, cache=cache)
@@ -229,6 +231,7 @@ def test_tensorrt_rtx_builds_every_graph_in_fp32(engine: Path) -> None:
     assert build_with_tensorrt_rtx(engine) == 3  # the full step, T5, VAE
 
 
+@pytest.mark.slow
 def test_tensorrt_rtx_builds_bf16(sigma: Path, tmp_path: Path) -> None:
     schedule = schedule_for(sigma, ratio=0.5, steps=3, granularity="layer")
     planned = plan_for(sigma, schedule, dtype="bf16", height=64, width=64)

@@ -38,7 +38,9 @@ def _check(
         assert tensor.relative < 1e-4, tensor.name
 
 
-@pytest.mark.parametrize("fixture", [*MODELS, OUTPUT], ids=lambda fixture: fixture[0])
+@pytest.mark.parametrize(
+    "fixture", [*MODELS, pytest.param(OUTPUT, marks=pytest.mark.slow)], ids=lambda fixture: fixture[0]
+)
 @pytest.mark.parametrize("ratio", [0.5])
 def test_one_seed(
     fixture: tuple[str, str, str | None],

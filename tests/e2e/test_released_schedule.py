@@ -32,7 +32,7 @@ def _check(schedule: Schedule, traced: PlannedExport, folder: Path, compare: Cal
     assert max(tensor.relative for tensor in report.results.tensors) < 1e-4
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "pndm"])
+@pytest.mark.parametrize("sampler", ["ddim", pytest.param("pndm", marks=pytest.mark.slow)])
 def test_ten_launches_for_fifty_steps(
     sampler: str, fashion_sd: PlannedExport, tmp_path: Path, compare_loop: Callable[[Path], Report]
 ) -> None:

@@ -180,7 +180,9 @@ def test_blocks_with_residuals_and_another_sampler(
     assert relative(got, theirs(model, sampler="flow-euler", **call, output_type="latent")) < 1e-4
 
 
-@pytest.mark.parametrize(("granularity", "cache"), [("block", "output"), ("layer", None)])
+@pytest.mark.parametrize(
+    ("granularity", "cache"), [pytest.param("block", "output", marks=pytest.mark.slow), ("layer", None)]
+)
 def test_random_schedules_are_the_supernet(tmp_path: Path, granularity: Any, cache: Any) -> None:
     torch.manual_seed(1)
     # As Sana 1.5 normalises, and with the position embedding of the 2K and 4K models.
@@ -211,6 +213,7 @@ def test_tensorrt_rtx_builds_every_graph_in_fp32(engine: Path) -> None:
     assert build_with_tensorrt_rtx(engine) == 3  # the full step, Gemma, DC-AE
 
 
+@pytest.mark.slow
 def test_tensorrt_rtx_builds_bf16(model: Path, tmp_path: Path) -> None:
     schedule = schedule_for(model, ratio=0.5, steps=3, granularity="layer")
     bundle = publish(plan_for(model, schedule, dtype="bf16", **SIZE), tmp_path / "x")

@@ -68,7 +68,7 @@ def test_equals_it_with_other_samplers(
     assert relative(got, want) <= 1e-4
 
 
-@pytest.mark.parametrize("sampler", [None, "dpm++2m"])
+@pytest.mark.parametrize("sampler", [None, pytest.param("dpm++2m", marks=pytest.mark.slow)])
 def test_random_schedules(
     traced: PlannedExport, model: Path, engine: Path, sampler: str | None, tmp_path: Path
 ) -> None:

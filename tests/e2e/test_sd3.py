@@ -173,7 +173,9 @@ def test_random_schedule_of_blocks(traced: PlannedExport, model: Path, engine: P
     assert_pictures_equal_stock(tmp_path / "x", engine)
 
 
-@pytest.mark.parametrize(("granularity", "cache"), [("block", "output"), ("layer", "output")])
+@pytest.mark.parametrize(
+    ("granularity", "cache"), [pytest.param("block", "output", marks=pytest.mark.slow), ("layer", "output")]
+)
 def test_random_schedules_of_sd35(sd35: Path, granularity: Any, cache: Any, tmp_path: Path) -> None:
     check_family(sd35, tmp_path / "x", steps=STEPS, sampler="flow-euler", granularity=granularity, cache=cache)
 
@@ -204,6 +206,7 @@ def test_tensorrt_rtx_builds_fp32(engine: Path) -> None:
     assert build_with_tensorrt_rtx(engine) == 3
 
 
+@pytest.mark.slow
 def test_fp16_is_close(small: Path, tmp_path: Path) -> None:
     # Thirteen bits less than float32 in each layer of the denoiser and the encoders, four steps fed back. T5's output
     # projections stay in float32, as transformers wants it.
@@ -214,6 +217,7 @@ def test_fp16_is_close(small: Path, tmp_path: Path) -> None:
     assert build_with_tensorrt_rtx(bundle.path) == 3
 
 
+@pytest.mark.slow
 def test_tensorrt_rtx_builds_bf16(small: Path, tmp_path: Path) -> None:
     schedule = schedule_for(small, steps=2, ratio=0.5, granularity="layer")
     bundle = publish(plan_for(small, schedule, dtype="bf16"), tmp_path / "x")

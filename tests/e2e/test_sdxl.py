@@ -158,7 +158,7 @@ def test_lora_of_the_unet_and_both_text_encoders(engine: Path, model: Path, spel
 
 
 def test_random_schedule_of_blocks(traced: PlannedExport, model: Path, engine: Path, tmp_path: Path) -> None:
-    with_gates(traced, schedule_for(model, steps=STEPS, ratio=0.5), tmp_path / "x", components=False)
+    with_gates(traced, schedule_for(model, steps=STEPS, ratio=0.5, seed=2), tmp_path / "x", components=False)
     assert_equals_supernet(tmp_path / "x")
     assert_pictures_equal_stock(tmp_path / "x", engine)
 
@@ -219,7 +219,7 @@ def test_a_size_that_the_vae_cannot_make_is_refused(model: Path) -> None:
 def test_random_schedule_of_layers_without_a_pipeline(tmp_path: Path) -> None:
     """A UNet alone gives a bundle that takes both embeddings, here for a picture that is no square."""
     sdxl_unet().save_pretrained(tmp_path / "unet")
-    schedule = schedule_for(tmp_path / "unet", sampler="euler", steps=STEPS, ratio=0.5, granularity="layer")
+    schedule = schedule_for(tmp_path / "unet", sampler="euler", steps=STEPS, ratio=0.5, seed=1, granularity="layer")
     publish(plan_for(tmp_path / "unet", schedule, height=48, width=80), tmp_path / "x")
     sizes = {spec.name: spec.values for spec in Bundle.open(tmp_path / "x").manifest.conditions}
     assert sizes["time_ids"] == (48, 80, 0, 0, 48, 80)

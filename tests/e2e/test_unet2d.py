@@ -111,8 +111,18 @@ def _narrow(config: dict[str, Any]) -> tuple[int, ...]:
     return tuple(32 * (1 + (width > 128)) for width in config["block_out_channels"])
 
 
-@pytest.mark.parametrize("granularity", ["block", "layer"])
-@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "dpm++2m"])
+@pytest.mark.parametrize(
+    ("sampler", "granularity"),
+    [
+        ("ddim", "block"),
+        ("ddpm", "layer"),
+        ("dpm++2m", "block"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [("ddim", "layer"), ("ddpm", "block"), ("dpm++2m", "layer")]
+        ),
+    ],
+)
 def test_random_schedules_are_the_supernets(
     folder: Path,
     blocks: PlannedExport,
@@ -255,7 +265,7 @@ def test_what_does_not_fit_is_refused(folder: Path, options: dict[str, Any], mes
         plan_for(folder, schedule_for(folder), **options)
 
 
-@pytest.mark.parametrize(("dtype", "least"), [("fp16", 45.0), ("bf16", None)])
+@pytest.mark.parametrize(("dtype", "least"), [("fp16", 45.0), pytest.param("bf16", None, marks=pytest.mark.slow)])
 def test_half_precision(folder: Path, engine: Path, tmp_path: Path, dtype: str, least: float | None) -> None:
     """fp16 against fp32: 11 bits through four steps of a tiny network; 45 dB is an error of 0.6 % of the range."""
     publish(plan_for(folder, schedule_for(folder, steps=STEPS), dtype=dtype), tmp_path / "x")

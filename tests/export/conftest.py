@@ -51,7 +51,7 @@ def schedule_for(folder: Path, *, cache: str | None = None, granularity: Granula
 
 @pytest.fixture(scope="session")
 def unet_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """SD-1.5's block types, small."""
+    """SD-1.5's kinds of blocks."""
     return save_unet(tmp_path_factory.mktemp("unet"))
 
 

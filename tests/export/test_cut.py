@@ -53,7 +53,7 @@ def _written(planned: PlannedExport, folder: Path) -> Bundle:
 
 
 @pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("ratio", [0.3, 0.5, 0.8])
+@pytest.mark.parametrize("ratio", [0.5, *(pytest.param(ratio, marks=pytest.mark.slow) for ratio in (0.3, 0.8))])
 def test_each_variant_and_the_loop_equal_the_supernet(
     model: str, ratio: float, request: pytest.FixtureRequest, with_gates: WithGates, tmp_path: Path
 ) -> None:

@@ -48,7 +48,7 @@ def _content(path: Path) -> tuple[list[str], list[bytes]]:
     return [node.op_type for node in graph.node], sorted(tensor.raw_data for tensor in graph.initializer)
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+@pytest.mark.parametrize("dtype", [pytest.param("fp32", marks=pytest.mark.slow), "fp16"])
 def test_the_files_are_the_same(plan: Callable[..., PlannedExport], tmp_path: Path, dtype: str) -> None:
     """Weights converted one at a time, and released before the comparison, are those of a usual export."""
     usual = publish(plan(dtype=dtype), tmp_path / "usual")
@@ -118,7 +118,9 @@ def test_large_means_bytes_of_the_export(model: Path, half: Path, monkeypatch: p
         assert not low_memory.is_large(str(folder), torch.float16)
 
 
-@pytest.mark.parametrize("dtype", [pytest.param("fp32", marks=pytest.mark.slow), "fp16", "bf16"])
+@pytest.mark.parametrize(
+    "dtype", [*(pytest.param(dtype, marks=pytest.mark.slow) for dtype in ("fp32", "fp16")), "bf16"]
+)
 def test_half_precision_files_give_the_same_graphs(half: Path, tmp_path: Path, dtype: str) -> None:
     written = []
     for frugal in (False, True):

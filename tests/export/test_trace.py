@@ -8,17 +8,19 @@ from dipgo_deploy.export.exporter import PlannedExport
 def test_unet_dependencies_come_from_the_graph(planned_unet: PlannedExport) -> None:
     graph = planned_unet.traced.graph
     assert [block.name for block in graph.blocks] == [
-        *(f"down_blocks.{i}" for i in range(4)),
+        "down_blocks.0",
+        "down_blocks.1",
         "mid_block",
-        *(f"up_blocks.{i}" for i in range(4)),
+        "up_blocks.0",
+        "up_blocks.1",
     ]
     assert all(block.cache == "output" and not block.inputs for block in graph.blocks)
     # The last down block has no downsampler: its output is its last skip tensor, one value.
-    assert [len(block.outputs) for block in graph.blocks] == [3, 3, 3, 2, 1, 1, 1, 1, 1]
-    assert graph.values["mid_block/out0"].reads >= {"down_blocks.3/out0", "encoder_hidden_states"}
-    # The last up block takes two skips of the first down block, and conv_in's output, which is no block's.
-    assert graph.values["up_blocks.3/out0"].reads >= {"latent", "up_blocks.2/out0", "timestep"}
-    assert graph.values["noise_pred"].reads == {"up_blocks.3/out0", "guidance_scale"}
+    assert [len(block.outputs) for block in graph.blocks] == [2, 1, 1, 1, 1]
+    assert graph.values["mid_block/out0"].reads >= {"down_blocks.1/out0", "encoder_hidden_states"}
+    # The last up block takes a skip of the first down block, and conv_in's output, which is no block's.
+    assert graph.values["up_blocks.1/out0"].reads >= {"latent", "up_blocks.0/out0", "timestep"}
+    assert graph.values["noise_pred"].reads == {"up_blocks.1/out0", "guidance_scale"}
     assert graph.inputs == {
         "latent": "step",
         "timestep": "step",
@@ -28,8 +30,8 @@ def test_unet_dependencies_come_from_the_graph(planned_unet: PlannedExport) -> N
 
 
 def test_value_sizes_are_bytes_of_both_guidance_halves(planned_unet: PlannedExport) -> None:
-    assert planned_unet.traced.graph.values["up_blocks.3/out0"].nbytes == 2 * 16 * 8 * 8 * 4
-    assert planned_unet.traced.graph.values["mid_block/out0"].nbytes == 2 * 32 * 1 * 1 * 4
+    assert planned_unet.traced.graph.values["up_blocks.1/out0"].nbytes == 2 * 16 * 8 * 8 * 4
+    assert planned_unet.traced.graph.values["mid_block/out0"].nbytes == 2 * 32 * 4 * 4 * 4
 
 
 def test_residual_blocks_are_a_chain_of_their_inputs(planned_dit: PlannedExport) -> None:
@@ -68,11 +70,11 @@ def test_layers_of_a_transformer_depend_on_all_layers_before_them(planned_dit_la
 
 def test_the_layer_inventory_is_found_in_the_graph(planned_unet_layers: PlannedExport) -> None:
     graph = planned_unet_layers.traced.graph
-    assert len(graph.blocks) == 24
+    assert len(graph.blocks) == 8
     assert all(len(block.outputs) == 1 for block in graph.blocks)
     # An up block's pair takes its skip from the pair of the down block that made it.
-    assert graph.values["up_blocks.3.attentions.1/out0"].reads >= {
-        "up_blocks.3.attentions.0/out0",
+    assert graph.values["up_blocks.1.attentions.0/out0"].reads >= {
+        "up_blocks.0.upsamplers.0/out0",
         "down_blocks.0.attentions.0/out0",
     }
 

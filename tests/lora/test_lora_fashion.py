@@ -1,4 +1,7 @@
-"""The embedded text-to-image model with a LoRA for UNet and text encoder, from the prompt to the latents."""
+"""The embedded text-to-image model with a LoRA for UNet and text encoder, from the prompt to the latents.
+
+In each run of all tests the same is seen of a small SDXL (tests/e2e/test_sdxl.py).
+"""
 
 from __future__ import annotations
 
@@ -28,6 +31,7 @@ def attention_layers(model: torch.nn.Module) -> list[str]:
     return [name for name, _ in model.named_modules() if name.endswith(ends)]
 
 
+@pytest.mark.slow
 def test_prompt_to_latents_equals_the_merged_torch_models(tmp_path):
     schedule = schedule_for(resolve_model("fashion-sd"), ratio=0.6)
     planned = plan_export("fashion-sd", schedule, ExportOptions(layout="variants"))

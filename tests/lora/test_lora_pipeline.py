@@ -31,9 +31,9 @@ UNET = [
     f"{ATTENTION}.attn2.to_k",
     f"{ATTENTION}.attn2.to_out.0",
     f"{ATTENTION}.ff.net.0.proj",
-    "up_blocks.3.attentions.1.proj_in",  # 1x1 convolution
-    "up_blocks.3.resnets.0.conv1",  # 3x3
-    "down_blocks.1.downsamplers.0.conv",  # strided
+    "up_blocks.1.attentions.1.proj_in",  # 1x1 convolution
+    "up_blocks.1.resnets.0.conv1",  # 3x3
+    "down_blocks.0.downsamplers.0.conv",  # strided
     "mid_block.resnets.0.time_emb_proj",
     "time_embedding.linear_1",
 ]

@@ -104,13 +104,13 @@ SD3_NEW = {
 SD_KOHYA = {
     "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q": (8, 8),
     "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_out_0": (16, 16),
-    "lora_unet_up_blocks_1_attentions_0_transformer_blocks_0_ff_net_0_proj": (128, 16),
+    "lora_unet_up_blocks_1_attentions_0_transformer_blocks_0_ff_net_0_proj": (64, 8),
     f"lora_te_{CLIP}self_attn_v_proj": (16, 16),
     f"lora_te_{CLIP}self_attn_out_proj": (16, 16),
     f"lora_te_{CLIP}mlp_fc1": (32, 16),
 }
 SDXL_KOHYA = {
-    "lora_unet_input_blocks_3_1_transformer_blocks_0_attn1_to_q": (8, 8),
+    "lora_unet_input_blocks_3_1_transformer_blocks_0_attn1_to_q": (16, 16),
     "lora_unet_middle_block_1_transformer_blocks_1_attn2_to_k": (16, 40),
     "lora_unet_output_blocks_0_1_transformer_blocks_0_ff_net_2": (16, 64),
     f"lora_te1_{CLIP}self_attn_out_proj": (16, 16),

@@ -138,7 +138,7 @@ def check(plan: Plan, graph: BlockGraph, used: Sequence[bool], expected: Sequenc
     assert plan.macs_run == sum(plan.variants[launch.variant].macs for launch in plan.launches)
 
 
-@settings(RELAXED, max_examples=1500)
+@settings(RELAXED, max_examples=600)
 @given(cases())
 def test_plan_equals_supernet(case):
     graph, gates, used, alignment = case

@@ -63,7 +63,8 @@ def test_the_objective_runs_equal_gates_once(problem: Problem) -> None:
 def test_losses_on_images_need_images(unet_problem: Problem) -> None:
     with pytest.raises(UserError, match="--loss ssim: .* has no VAE.*latent-l2"):
         image_objective(unet_problem, PAIRS, "ssim")
-    assert image_objective(unet_problem, PAIRS, "latent-l2")([[True] * 9] * unet_problem.steps) == pytest.approx(0)
+    full = [[True] * len(unet_problem.target.blocks)] * unet_problem.steps
+    assert image_objective(unet_problem, PAIRS, "latent-l2")(full) == pytest.approx(0)
 
 
 def test_a_loss_that_is_no_number_is_never_chosen(problem: Problem) -> None:

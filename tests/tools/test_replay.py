@@ -58,16 +58,16 @@ def test_record_then_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     from dipgo_deploy.cli.common import entry_point
 
     run = entry_point(command)
-    some = ["--model", "fashion-dit", "--only", "block-residual-fp32 first-step-only", str(tmp_path)]
+    some = ["--model", "dit", "--only", "block-residual-fp32 first-step-only", str(tmp_path)]
     assert run(["check", *some]) == 2
     assert run(["record", *some]) == 0
     assert run(["check", *some]) == 0
-    recorded = tmp_path / "fashion-dit-block-residual-fp32.txt"
+    recorded = tmp_path / "dit-block-residual-fp32.txt"
     text = recorded.read_text()
     assert "== first-step-only, segments" in text and "graph 0 " in text and "final " in text
     recorded.write_text(text.replace("slot 1", "slot 2"))
     assert run(["check", *some]) == 1
-    assert "fashion-dit-block-residual-fp32" in capsys.readouterr().err
+    assert "dit-block-residual-fp32" in capsys.readouterr().err
 
 
 def test_a_sampler_that_is_refused_is_a_case(monkeypatch: pytest.MonkeyPatch) -> None:
