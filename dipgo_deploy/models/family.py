@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from dipgo_deploy.bundle.pictures import PictureUse
@@ -196,6 +197,8 @@ class ModelFamily:
         float32_in_fp16: components of the pipeline that overflow in float16 and stay in float32 in a fp16 export.
         given(args, kwargs): latent, timestep and conditions by ``InputSpec.name``, of the pipeline's own call of the
             model's ``forward``, where those are not its keywords; (n, ...) each, n rows or images.
+        time_embeddings(files, config, timesteps): what the denoiser makes of T timesteps alone, (T, D) and, for its
+            modulation, (T, any), from its safetensors files; None where nothing asks for it.
         tolerances: dtype -> largest allowed relative error against the fp32 supernet.
         defaults: setting -> value of the class where a configuration leaves it out; None: as this project knows
             diffusers' classes.
@@ -230,6 +233,7 @@ class ModelFamily:
     kind: Kind = "diffusion"
     float32_in_fp16: tuple[str, ...] = ()
     given: Callable[..., tuple[Tensor, Tensor, Mapping[str, Tensor]]] | None = None
+    time_embeddings: Callable[[Sequence[Path], Mapping[str, Any], Sequence[float]], tuple[Any, Any]] | None = None
     # Of the largest value. fp32: another order of summation over tens of layers; fp16 (11 bits) and bf16 (8 bits):
     # rounding after every layer, fed back through the loop.
     tolerances: Mapping[str, float] = field(default_factory=lambda: {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1})

@@ -7,6 +7,7 @@ from typing import Any
 
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.models.family import BlockSpec, CacheKind, Granularity, ModelFamily
+from dipgo_deploy.models.files import denoiser_weights
 from dipgo_deploy.models.location import config_folder, denoiser_config, native_size, scheduler_config
 from dipgo_deploy.models.registry import family_for
 from dipgo_deploy.sampler.kinds import check_kind, kind_of
@@ -89,10 +90,21 @@ def pending_target(
             ),
             steps=len(timesteps),
             timesteps=timesteps,
+            embeddings=None if family.time_embeddings is None else lambda: _embeddings(model, timesteps),
             matrix=lambda: sampler_matrix(scheduler, num_inference_steps, set_timesteps_kwargs=options),
         )
 
     return PendingTarget(tuple(block.name for block in blocks), _MOST_EVALUATIONS * num_inference_steps, complete)
+
+
+def _embeddings(model: str, timesteps: tuple[float, ...]) -> tuple[Any, Any]:
+    """What a model's denoiser makes of timesteps alone. Raises UserError where its weights are not here."""
+    family, config = denoiser_config(model)
+    parts = denoiser_weights(model)
+    weights = parts.get(family.component, parts.get("."))
+    if weights is None or weights.prefix is not None or family.time_embeddings is None:
+        raise UserError(f"{model}: the weights of the timestep's embedding are needed; give a folder that has them")
+    return family.time_embeddings(weights.files, config, timesteps)
 
 
 def nominal_set_timesteps(family: ModelFamily, config: Mapping[str, Any], scheduler: Any, steps: int) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from dipgo_deploy.models.family import (
 )
 from dipgo_deploy.models.guidance import Guidance
 from dipgo_deploy.models.sublayers import sublayers, whole_blocks
+from dipgo_deploy.models.wan_time import time_embeddings
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -118,4 +119,5 @@ FAMILY = ModelFamily(
     float32_in_fp16=("text_encoder", "vae"),
     frames_per_latent=4,
     fps=16,
+    time_embeddings=time_embeddings,
 )

@@ -28,6 +28,7 @@ class Target:
         steps: T, its evaluations of the denoiser.
         timesteps: T numbers, what the denoiser is told at each; empty where it is not known.
         matrix: makes the sampler's matrix.
+        embeddings: makes what the model makes of the timesteps alone, (T, D) and (T, any); None where it is not known.
     """
 
     model: ModelIdentity
@@ -36,6 +37,7 @@ class Target:
     steps: int
     timesteps: tuple[float, ...] = ()
     matrix: Callable[[], Rows] | None = None
+    embeddings: Callable[[], tuple[Any, Any]] | None = None
 
     @property
     def most_steps(self) -> int:

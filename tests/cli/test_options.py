@@ -72,6 +72,12 @@ SAME = {
 }
 
 
+def test_no_name_means_two_options() -> None:
+    for path, command in ALL.items():
+        names = [name for param in command.params for name in param.opts]
+        assert len(set(names)) == len(names), path
+
+
 def test_all_commands_are_of_the_kind_that_has_groups() -> None:
     assert len(ALL) > 20
     assert all(isinstance(command, Command | Group) for command in ALL.values())

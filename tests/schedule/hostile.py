@@ -17,8 +17,11 @@ from typing import Any
 
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.models.sublayers import sublayers
-from dipgo_deploy.schedule.document import Schedule
+from dipgo_deploy.schedule.builders import Target
+from dipgo_deploy.schedule.document import BlockEntry, ModelIdentity, SamplerEntry, Schedule
 from dipgo_deploy.schedule.importers import csv, dipgo_gates, l2c_router, smoothcache
+from dipgo_deploy.schedule.importers.base import Source
+from dipgo_deploy.schedule.importers.registry import importer
 
 UNET = (*(f"down_blocks.{i}" for i in range(4)), "mid_block", *(f"up_blocks.{i}" for i in range(4)))
 LAYERS = tuple(spec.name for spec in sublayers("transformer_blocks", 28, ("attn1", "ff")))
@@ -31,6 +34,28 @@ VALID: dict[str, Any] = {
     "sampler": {"class_name": "DDIMScheduler", "config": {}, "num_inference_steps": 2},
     "provenance": {},
 }
+
+
+FOR_LAYERS = Target(
+    model=ModelIdentity(class_name="DiTTransformer2DModel", config_hash="a" * 64, granularity="layer"),
+    blocks=tuple(BlockEntry(name=name, cache="output") for name in LAYERS),
+    sampler=SamplerEntry(class_name="DDIMScheduler", config={}, num_inference_steps=50),
+    steps=50,
+)
+
+
+def given(kind: str, content: Any) -> Callable[[], Any]:
+    """A file of one kind, as its importer reads it."""
+    found = importer(kind)
+    data = content if isinstance(content, bytes) else json.dumps(content).encode()
+    settings = {setting.name: setting.default for setting in found.settings}
+    return lambda: found.read(data, Source(FOR_LAYERS), **settings)
+
+
+def python(name: str, step: str = "s > 0") -> bytes:
+    """A configuration of cache_diffusion with these two functions."""
+    entry = f'"wildcard_or_filter_func": lambda n: {name}, "select_cache_step_func": lambda s: {step}'
+    return ("x = [{" + entry + "}]").encode()
 
 
 def schedule(**changes: Any) -> Callable[[], Any]:
@@ -179,6 +204,32 @@ def cases() -> Iterator[tuple[str, Callable[[], Any]]]:
     yield "pickle of a huge memo index", opcodes(b"]r\xff\xff\xff\x7f", 1)
     yield "archive of overlapping entries", overlapping_entries(100, 8 * 2**20)
     yield "archive of many entries", lambda: l2c_router.read_routers(b"PK\x01\x02" * 4 * million, LAYERS)
+    yield "step list of many steps", given("step-list", list(range(million - 10)))
+    yield "step list of zeros", given("step-list", [0] * (million - 10))
+    yield "MagCache of many ratios", given("magcache", {"mag_ratios": [1.0] * (million - 10)})
+    yield (
+        "weights of many steps",
+        given("weights", {"compute_step": [0], "weights": {str(i): [1] for i in range(200_000)}}),
+    )
+    yield "ECAD of many steps", given("ecad", {"cache_schedule": {"schedule": {f"{i}": {} for i in range(200_000)}}})
+    blocks = {str(index): {"attn1": True} for index in range(200_000)}
+    yield "ECAD of many blocks", given("ecad", {"cache_schedule": {"schedule": {"000": blocks}}})
+    yield "many settings", given("fora", {f"x{index}": 1 for index in range(300_000)})
+    yield "YAML nested", given("cache-dit", b"a: " + b"[" * 60_000)
+    yield "YAML nested by lines", given("cache-dit", b"".join(b" " * i + b"a:\n" for i in range(350)))
+    yield "YAML of many lines", given("cache-dit", b"a: 1\n" * 3 * million)
+    header = b"{'descr': '<f8', 'fortran_order': False, 'shape': (50, 999999999999), }".ljust(117) + b"\n"
+    yield "array of a huge shape", given("npy", b"\x93NUMPY\x01\x00v\x00" + header)
+    yield "array with a long header", given("npy", b"\x93NUMPY\x02\x00\xff\xff\xff\x00" + b"(" * 2**24)
+    yield "Python nested", given("cache-diffusion", python("(" * 30_000))
+    yield "Python of many nots", given("cache-diffusion", python("not " * 15_000 + "n"))
+    yield "Python of some nots", given("cache-diffusion", python("not " * 2_500 + "n"))
+    yield "Python of powers", given("cache-diffusion", python("n", "9 ** 9 ** 9 ** 9"))
+    yield "Python of long numbers", given("cache-diffusion", python("n", "9" * 60_000 + " > s"))
+    yield "Python of products", given("cache-diffusion", python("n", "s" + " * 999999" * 4_000))
+    yield "Python that repeats text", given("cache-diffusion", python("n * 999999999", "s"))
+    yield "pattern without end", given("cache-diffusion", python('re.search("(.|.|.)*!", n)'))
+    yield "pattern of patterns without end", given("cache-diffusion", python('re.search("(?:(?:.)*)*!", n)'))
 
 
 def main() -> None:

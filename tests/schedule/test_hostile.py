@@ -31,7 +31,7 @@ def outcomes() -> list[tuple[str, str | None, float, int]]:
 
 def test_each_is_refused_in_one_line_within_bounds(outcomes: list[tuple[str, str | None, float, int]]) -> None:
     assert {name for name, *_ in outcomes} >= set(NAMES)
-    assert len(outcomes) >= 25
+    assert len(outcomes) >= 45
     for name, error, seconds, grown in outcomes:
         assert error is not None, f"{name}: accepted"
         assert "NOT A USER ERROR" not in error, f"{name}: {error}"

@@ -11,9 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tiny_denoisers import wan_transformer
 
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.models.sublayers import sublayers
+from dipgo_deploy.models.target import schedule_target
 from dipgo_deploy.schedule.builders import Target
 from dipgo_deploy.schedule.document import BlockEntry, ModelIdentity, SamplerEntry, Schedule
 from dipgo_deploy.schedule.forecast import FittedForecast
@@ -279,6 +281,36 @@ def test_magcache_of_both_halves(read: Callable[..., Schedule]) -> None:
     refused(read, "magcache", given, target(BLOCKS, steps, cache="residual"), "step 6 runs for one half")
 
 
+@pytest.mark.parametrize(("retained", "threshold"), [(False, 2.0), (True, 0.6)])
+def test_teacache_for_wan_looks_at_the_timestep_alone(
+    read: Callable[..., Schedule], tmp_path: Path, retained: bool, threshold: float
+) -> None:
+    steps, coefficients = 14, [0.5, 0.6, 0.0]
+    model = wan_transformer()
+    model.save_pretrained(tmp_path / "wan")
+    made_for = schedule_target(str(tmp_path / "wan"), "flow-euler", steps)
+    # The authors' loop, with what the model itself embeds.
+    expected, accumulated, previous = [], 0.0, None
+    with torch.no_grad():
+        for step, timestep in enumerate(made_for.timesteps):
+            e, e0, *_ = model.condition_embedder(torch.tensor([timestep]), torch.zeros(1, 2, 24))
+            modulated = e0 if retained else e
+            if step < (5 if retained else 1) or step >= steps - (0 if retained else 1):
+                compute, accumulated = True, 0.0
+            else:
+                change = ((modulated - previous).abs().mean() / previous.abs().mean()).item()
+                accumulated += np.poly1d(coefficients)(change)
+                compute = not accumulated < threshold
+                accumulated = 0.0 if compute else accumulated
+            previous = modulated
+            expected += [step] if compute else []
+    given = {"teacache_thresh": threshold, "use_ret_steps": retained, "coefficients": coefficients}
+    assert steps_that_run(read("teacache-wan", given, made_for)) == expected
+    assert len(expected) < steps - 3
+    refused(read, "teacache-wan", {"teacache_thresh": 0.1}, made_for, "coefficients: none are known for 2 blocks")
+    refused(read, "teacache-wan", given, target(BLOCKS, 14, cache="residual"), "give a Wan model")
+
+
 # --- cache-dit
 
 
@@ -419,12 +451,15 @@ BAD = [{"wildcard_or_filter_func": lambda n: os.system("true"), "select_cache_st
 """
 
 
+ENDLESS = 'x = [{"wildcard_or_filter_func": lambda n: re.search("%s", n), "select_cache_step_func": lambda s: s > 0}]'
+
+
 def test_cache_diffusion_is_read_without_being_run(read: Callable[..., Schedule]) -> None:
     made_for = target(UNET, 6)
-    schedule = read("cache-diffusion", NVIDIA, made_for, config="SDXL")
+    schedule = read("cache-diffusion", NVIDIA, made_for, name="SDXL")
     expected = [["up_blocks.2" in name or step % 2 == 0 for name in UNET] for step in range(6)]
     assert [list(row) for row in schedule.gates] == expected
-    several = read("cache-diffusion", NVIDIA, made_for, config="SEVERAL")
+    several = read("cache-diffusion", NVIDIA, made_for, name="SEVERAL")
 
     def computed(name: str, step: int) -> bool:
         if name == "up_blocks.0":
@@ -433,18 +468,22 @@ def test_cache_diffusion_is_read_without_being_run(read: Callable[..., Schedule]
 
     assert [list(row) for row in several.gates] == [[computed(name, step) for name in UNET] for step in range(6)]
     names = tuple(f"transformer_blocks.{index}" for index in range(24))
-    joint = read("cache-diffusion", NVIDIA, target(names, 2), config="SD3")
+    joint = read("cache-diffusion", NVIDIA, target(names, 2), name="SD3")
     assert joint.keep[1] == "0" * 16 + "1" * 8
     for content, words in (
         (NVIDIA, "has several lists (SDXL, SD3, SEVERAL, BAD)"),
-        ("x = [{", "is no Python"),
+        ("x = [{", "is no Python, or nested too deep"),
         ("x = [1]", "line 1: is no entry with"),
         ('x = [{"wildcard_or_filter_func": "*", "select_cache_step_func": lambda s: s ** 9}]', "is not understood"),
         ('x = [{"wildcard_or_filter_func": "*", "select_cache_step_func": lambda s: s % 0}]', "divides by zero"),
+        (ENDLESS % "(.|.|.)*!", "repeats more than one character, which may not end"),
+        (ENDLESS % "(?:.*)*!", "repeats more than one character"),
+        (ENDLESS % ".*.*.*.*!", "repeats more than one character"),
+        (ENDLESS % "(", "is no pattern (missing ), unterminated subpattern"),
     ):
         refused(read, "cache-diffusion", content, made_for, words)
     with pytest.raises(UserError, match="os.system.* is not understood, and nothing in a file is run"):
-        read("cache-diffusion", NVIDIA, made_for, config="BAD")
+        read("cache-diffusion", NVIDIA, made_for, name="BAD")
 
 
 def test_pab_skips_within_its_timesteps(read: Callable[..., Schedule]) -> None:

@@ -70,6 +70,7 @@ _POLICIES: tuple[tuple[int, dict[str, tuple[tuple[int, ...], tuple[int, ...]]]],
     (4, dict.fromkeys(("slow", "medium", "fast", "ultra"), ((2, 1), (1,)))),
 )
 _SHORTEST_OF_RUNS = 28
+_MOST_YAML, _MOST_BRACKETS = 16 * 1024, 100
 
 
 def policy_mask(policy: str, steps: int) -> tuple[bool, ...]:
@@ -129,6 +130,10 @@ def _yaml(data: bytes, reason: str) -> Any:
         from dipgo_deploy.extras import install
 
         raise UserError(f"not JSON ({reason}), and YAML needs another package; {install('export')}") from error
+    if len(data) > _MOST_YAML:
+        raise UserError(f"not JSON ({reason}), and {len(data):,} bytes of YAML are more than any configuration needs")
+    if data.count(b"[") + data.count(b"{") > _MOST_BRACKETS:
+        raise UserError(f"not JSON ({reason}), and as YAML nested deeper than any configuration needs")
     try:
         text = data.decode("utf-8")
         tokens = yaml.scan(text, Loader=yaml.SafeLoader)

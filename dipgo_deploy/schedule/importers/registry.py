@@ -26,6 +26,7 @@ _HOMES: Mapping[str, str] = {
     "fora": "fora",
     "step-list": "step_list",
     "magcache": "magcache",
+    "teacache-wan": "teacache_wan",
     "taylorseer": "taylorseer",
     "openvino-taylorseer": "openvino_taylorseer",
     "meancache": "meancache",
