@@ -91,6 +91,7 @@ def pending_target(
             steps=len(timesteps),
             timesteps=timesteps,
             embeddings=None if family.time_embeddings is None else lambda: _embeddings(model, timesteps),
+            size=(native_size(config) or nominal_size(family)) if "mu" in options else None,
             matrix=lambda: sampler_matrix(scheduler, num_inference_steps, set_timesteps_kwargs=options),
         )
 

@@ -27,6 +27,7 @@ class Target:
         sampler: with its number of steps.
         steps: T, its evaluations of the denoiser.
         timesteps: T numbers, what the denoiser is told at each; empty where it is not known.
+        size: extents of the latent that the timesteps are those of, where they depend on it.
         matrix: makes the sampler's matrix.
         embeddings: makes what the model makes of the timesteps alone, (T, D) and (T, any); None where it is not known.
     """
@@ -36,6 +37,7 @@ class Target:
     sampler: SamplerEntry
     steps: int
     timesteps: tuple[float, ...] = ()
+    size: tuple[int, ...] | None = None
     matrix: Callable[[], Rows] | None = None
     embeddings: Callable[[], tuple[Any, Any]] | None = None
 
@@ -58,7 +60,8 @@ class Target:
         """The sampler with predictions in between that are weighted sums of launched ones (``solver.extrapolated``)."""
         if self.matrix is None:
             raise ValueError("this target has no sampler to ask")
-        return extrapolated(self.matrix(), launched, weights, provenance, sigmas)
+        latent = {} if self.size is None else {"latent": list(self.size)}
+        return extrapolated(self.matrix(), launched, weights, {**provenance, **latent}, sigmas)
 
     @property
     def block_names(self) -> tuple[str, ...]:

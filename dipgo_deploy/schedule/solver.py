@@ -117,11 +117,17 @@ class Solver(BaseModel):
         return FittedTo(scales, (int(latent[0]), int(latent[1])) if len(latent) == 2 else None)
 
     @property
+    def imported(self) -> str:
+        """The kind of file that its weights were imported from; empty for weights that were fitted."""
+        method = self.provenance.get("method")
+        return method.removeprefix("import ") if isinstance(method, str) and method.startswith("import ") else ""
+
+    @property
     def summary(self) -> str:
         """One line on what its provenance says."""
         known = self.provenance
         reference = known.get("reference")
-        words = [f"{len(self.timesteps)} launches fitted"]
+        words = [f"{len(self.timesteps)} launches {f'as by {self.imported}' if self.imported else 'fitted'}"]
         if isinstance(reference, Mapping):
             words.append(f"to {reference.get('sampler')}, {reference.get('num_inference_steps')} steps")
         if "images" in known:

@@ -49,9 +49,10 @@ def worth_of(schedule: Schedule, without_launch: Collection[int] | None = None) 
     run = steps - len(repeated)
     if schedule.solver is not None:
         cost = f"{steps}" if whole and run == steps else f"about {evaluations:.1f}"
+        own = "of its own" if schedule.solver.imported else "fitted to a full run"
         line = (
-            f"worth: costs what {cost} plain evaluations cost, with weights fitted to a full run in place of those of "
-            f"{sampler}; compare pictures with plain solvers of as many"
+            f"worth: costs what {cost} plain evaluations cost, with weights {own} in place of those of {sampler}; "
+            f"compare pictures with plain solvers of as many"
         )
         return Worth(None, evaluations, line)
     if whole and run == steps:

@@ -175,6 +175,8 @@ def test_settings_of_another_program_become_a_schedule(tmp_path: Path, capsys: p
     assert main(["import", "openvino-taylorseer", str(source), *options]) == 0
     schedule = Schedule.load(path)
     assert schedule.solver is not None and schedule.steps == len(schedule.solver.timesteps) == 5
+    assert schedule.solver.summary == "5 launches as by openvino-taylorseer"
+    assert "with weights of its own in place of those of DDIM" in capsys.readouterr().out
     assert main(["validate", str(path), "--model", "fashion-dit"]) == 0
     refused(
         capsys,

@@ -191,6 +191,21 @@ def _schedule(importer: Importer, imported: Imported, target: Target, parameters
     return schedule if imported.forecast is None else schedule.with_forecast(imported.forecast)
 
 
+def of_rows(read: Callable[[bytes, tuple[str, ...], int], Gates]) -> Callable[..., Imported]:
+    """The reader of a file that has gates and nothing else. read(data, block names, most rows) -> T x N gates."""
+    return lambda data, source: Imported(read(data, source.names, source.most))
+
+
+def check_only_gates(schedule: Schedule, cache: CacheKind) -> None:
+    """Refuse (UserError) to write a schedule of which a format that has gates, and caches of one kind, loses
+    something."""
+    if schedule.forecast is not None or schedule.solver is not None:
+        raise UserError("has a forecast or a solver, which this format does not say; leave it out")
+    other = next((block for block in schedule.blocks if block.cache != cache), None)
+    if other is not None:
+        raise UserError(f"{other.name} has a cache of kind {other.cache!r}, and this format is about {cache}s")
+
+
 def check_rows(rows: int, most: int) -> None:
     """Refuse (UserError) more than ``most`` rows before they are read one by one."""
     if rows > most:

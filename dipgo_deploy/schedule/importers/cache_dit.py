@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from dipgo_deploy.documents import parse
 from dipgo_deploy.errors import UserError, one_line
-from dipgo_deploy.schedule.importers.base import Imported, Importer, Source, check_steps_of
+from dipgo_deploy.schedule.importers.base import Imported, Importer, Source, check_only_gates, check_steps_of
 from dipgo_deploy.schedule.importers.linear import as_forecast
 from dipgo_deploy.schedule.importers.settings import Settings
 from dipgo_deploy.schedule.importers.stacks import outer, stacks_of
@@ -192,11 +192,7 @@ def _read(data: bytes, source: Source) -> Imported:
 
 def config_of(schedule: Schedule) -> str:
     """The configuration that computes what a schedule does. Raises UserError where none does."""
-    if schedule.forecast is not None or schedule.solver is not None:
-        raise UserError("has a forecast or a solver, which this configuration does not say; leave it out")
-    other = next((block for block in schedule.blocks if block.cache != "residual"), None)
-    if other is not None:
-        raise UserError(f"{other.name} has a cache of kind {other.cache!r}, and cache-dit adds residuals")
+    check_only_gates(schedule, "residual")
     names = schedule.block_names
     partly = {row for row in schedule.gates if not all(row)}
     if len(partly) > 1:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.schedule import validation
-from dipgo_deploy.schedule.importers.base import Imported, Importer, Source, check_rows
+from dipgo_deploy.schedule.importers.base import Importer, check_rows, of_rows
 
 if TYPE_CHECKING:
     from dipgo_deploy.schedule.document import Gates
@@ -50,14 +50,10 @@ def _gates(step: int, row: tuple[str, ...], names: tuple[str, ...]) -> tuple[boo
     return tuple(cell == "1" for cell in row)
 
 
-def _read(data: bytes, source: Source) -> Imported:
-    return Imported(read_gates(data, source.names, source.most))
-
-
 IMPORTER = Importer(
     kind="csv",
     title="Read a table of gates.",
     file="a row of 0 and 1 for each evaluation, with one cell for each block; a first row may name the blocks",
-    read=_read,
+    read=of_rows(read_gates),
     example="keep.csv --model fashion-dit --steps 50 -o keep.json",
 )

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.schedule import validation
-from dipgo_deploy.schedule.importers.base import Imported, Importer, Source, check_rows
+from dipgo_deploy.schedule.importers.base import Importer, check_rows, of_rows
 from dipgo_deploy.schedule.importers.pickles import Call, Global, Persistent, read_pickle
 from dipgo_deploy.schedule.importers.torch_storage import FORMATS, TENSOR, vector
 
@@ -104,14 +104,10 @@ def _storage(place: Any) -> tuple[str, bytes]:
     raise UserError("the tensor's storage is cut off or malformed")
 
 
-def _read(data: bytes, source: Source) -> Imported:
-    return Imported(read_gates(data, source.names, source.most))
-
-
 IMPORTER = Importer(
     kind="dipgo-gates",
     title="Read gates that DiP-GO's authors released.",
     file="their pickle, which is read as data: nothing in it is executed",
-    read=_read,
+    read=of_rows(read_gates),
     example="gates.pkl --model fashion-sd --steps 50 -o gates.json",
 )

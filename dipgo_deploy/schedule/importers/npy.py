@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from dipgo_deploy.errors import UserError, one_line
 from dipgo_deploy.schedule import validation
-from dipgo_deploy.schedule.importers.base import Imported, Importer, Source
+from dipgo_deploy.schedule.importers.base import Importer, of_rows
 
 if TYPE_CHECKING:
     from dipgo_deploy.schedule.document import Gates
@@ -38,14 +38,10 @@ def read_gates(data: bytes, names: tuple[str, ...], most: int = validation.MAX_E
     return mask_gates(np.load(stream, allow_pickle=False), len(names))
 
 
-def _read(data: bytes, source: Source) -> Imported:
-    return Imported(read_gates(data, source.names, source.most))
-
-
 IMPORTER = Importer(
     kind="npy",
     title="Read a mask that NumPy saved.",
     file="an array of 0 and 1 with a row for each evaluation and a column for each block (a .npy file)",
-    read=_read,
+    read=of_rows(read_gates),
     example="mask.npy --model fashion-dit --steps 50 -o mask.json",
 )

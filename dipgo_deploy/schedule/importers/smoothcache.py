@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from dipgo_deploy.documents import json_object
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.schedule import validation
-from dipgo_deploy.schedule.importers.base import Imported, Importer, Source, check_rows
+from dipgo_deploy.schedule.importers.base import Importer, check_only_gates, check_rows, of_rows
 from dipgo_deploy.schedule.importers.layers import numbered_units, units_of_kind
 
 if TYPE_CHECKING:
@@ -84,17 +84,9 @@ def _row(key: str, entries: Any) -> tuple[bool, ...]:
     return tuple(entry == 1 for entry in entries)
 
 
-def _read(data: bytes, source: Source) -> Imported:
-    return Imported(read_gates(data, source.names, source.most))
-
-
 def file_of(schedule: Schedule) -> str:
     """The JSON that says what a schedule does, one list a layer. Raises UserError where it does not say all."""
-    if schedule.forecast is not None or schedule.solver is not None:
-        raise UserError("has a forecast or a solver, which this format does not say; leave it out")
-    other = next((block for block in schedule.blocks if block.cache != "output"), None)
-    if other is not None:
-        raise UserError(f"{other.name} has a cache of kind {other.cache!r}, and this format is about outputs")
+    check_only_gates(schedule, "output")
     names = schedule.block_names
     rows = dict(zip(names, zip(*schedule.gates, strict=True), strict=True))
     given: dict[str, list[int]] = {}
@@ -108,7 +100,7 @@ IMPORTER = Importer(
     kind="smoothcache",
     title="Read a schedule that SmoothCache's authors released: theirs, FORA's or Learning-to-Cache's.",
     file="JSON with 0 and 1 for each kind of layer (attn, mlp) or each layer (attn-0)",
-    read=_read,
+    read=of_rows(read_gates),
     example="50-N-2-fora.json --model fashion-dit --sampler ddim --steps 50 -o fora.json",
     granularity="layer",
     write=file_of,
