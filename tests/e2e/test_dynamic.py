@@ -86,6 +86,7 @@ def test_the_commands_take_sizes(sdxl: tuple[Path, Path], tmp_path: Path) -> Non
         CliRunner().invoke(compare, [*engine, "--height", "80"], catch_exceptions=False)
 
 
+@pytest.mark.slow
 def test_sdxl_builds_with_tensorrt_rtx(sdxl: tuple[Path, Path]) -> None:
     """Variant, VAE and text encoder, the last with static shapes."""
     assert build_with_tensorrt_rtx(sdxl[1]) == 3

@@ -72,7 +72,10 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return engine
 
 
-every = pytest.mark.parametrize("name", CASES)
+# PixArt and Sana are drawn at many sizes in each run of all tests (tests/e2e).
+every = pytest.mark.parametrize(
+    "name", ["sd3", "unet2d", *(pytest.param(name, marks=pytest.mark.slow) for name in ("pixart", "sana"))]
+)
 
 
 @every
