@@ -82,8 +82,8 @@ def test_the_commands_take_sizes(sdxl: tuple[Path, Path], tmp_path: Path) -> Non
     result = CliRunner().invoke(compare, [*engine, *sizes], catch_exceptions=False)
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["passed"]
-    with pytest.raises(UserError, match="--height 80: this engine directory takes 32 to 96 in steps of 32"):
-        CliRunner().invoke(compare, [*engine, "--height", "80"], catch_exceptions=False)
+    with pytest.raises(UserError, match="--height 72: this engine directory takes 32 to 96 in steps of 16"):
+        CliRunner().invoke(compare, [*engine, "--height", "72"], catch_exceptions=False)
 
 
 @pytest.mark.slow
