@@ -5,8 +5,22 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers import SanaTransformer2DModel, UNet2DConditionModel, UNet2DModel, WanTransformer3DModel
+from diffusers import (
+    AuraFlowTransformer2DModel,
+    ChromaTransformer2DModel,
+    Flux2Transformer2DModel,
+    HunyuanVideoTransformer3DModel,
+    LTXVideoTransformer3DModel,
+    QwenImageTransformer2DModel,
+    SanaTransformer2DModel,
+    UNet2DConditionModel,
+    UNet2DModel,
+    WanTransformer3DModel,
+    ZImageTransformer2DModel,
+)
 from family_checks import random_weights
+from flow_pipelines import T5_WIDTH
+from language_models import WIDTH
 
 UNET2D_SAMPLE = 16  # pixels
 
@@ -74,3 +88,120 @@ def two_level_unet() -> UNet2DConditionModel:
             attention_head_dim=2,
         )
     )
+
+
+def chroma_transformer(layers: int = 1) -> ChromaTransformer2DModel:
+    """One block of each kind; latents (B, 4, h, w)."""
+    torch.manual_seed(1)
+    model = ChromaTransformer2DModel(
+        in_channels=16,
+        num_layers=layers,
+        num_single_layers=layers,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=T5_WIDTH,
+        axes_dims_rope=(2, 2, 4),
+        approximator_num_channels=16,
+        approximator_hidden_dim=16,
+        approximator_layers=1,
+    )
+    return random_weights(model, scale=0.1)
+
+
+def flux2_transformer(*, guidance: bool = True, layers: int = 1, text: int = 2 * WIDTH) -> Flux2Transformer2DModel:
+    """As many double as single blocks; latents (B, 8, h, w)."""
+    torch.manual_seed(1)
+    model = Flux2Transformer2DModel(
+        in_channels=8,
+        num_layers=layers,
+        num_single_layers=layers,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=text,
+        timestep_guidance_channels=16,
+        axes_dims_rope=(2, 2, 2, 2),
+        guidance_embeds=guidance,
+    )
+    return random_weights(model, scale=0.15)
+
+
+def qwenimage_transformer(layers: int = 1, **changes: Any) -> QwenImageTransformer2DModel:
+    """Latents (B, 2, h, w)."""
+    torch.manual_seed(1)
+    settings: dict[str, Any] = {
+        "in_channels": 8,
+        "out_channels": 2,
+        "num_layers": layers,
+        "attention_head_dim": 8,
+        "num_attention_heads": 2,
+        "joint_attention_dim": WIDTH,
+        "axes_dims_rope": (2, 2, 4),
+    }
+    return random_weights(QwenImageTransformer2DModel(**{**settings, **changes}), scale=0.15)
+
+
+def zimage_transformer(layers: int = 1, **changes: Any) -> ZImageTransformer2DModel:
+    """One block of each kind; latents (B, 4, h, w)."""
+    torch.manual_seed(1)
+    settings: dict[str, Any] = {
+        "in_channels": 4,
+        "dim": 16,
+        "n_layers": layers,
+        "n_refiner_layers": 1,
+        "n_heads": 2,
+        "n_kv_heads": 2,
+        "cap_feat_dim": WIDTH,
+        "axes_dims": [2, 2, 4],
+        "axes_lens": [544, 64, 64],
+    }
+    return random_weights(ZImageTransformer2DModel(**{**settings, **changes}), scale=0.08)
+
+
+def ltx_transformer() -> LTXVideoTransformer3DModel:
+    """Two blocks; the width is no multiple of 6, as the real one's, so that some features are not turned."""
+    return random_weights(
+        LTXVideoTransformer3DModel(
+            in_channels=4,
+            out_channels=4,
+            num_attention_heads=2,
+            attention_head_dim=10,
+            cross_attention_dim=20,
+            num_layers=2,
+            caption_channels=T5_WIDTH,
+        )
+    )
+
+
+def hunyuan_transformer(**changes: Any) -> HunyuanVideoTransformer3DModel:
+    """A double block, a single one, and one that refines the text."""
+    settings: dict[str, Any] = {
+        "in_channels": 4,
+        "out_channels": 4,
+        "num_attention_heads": 2,
+        # TensorRT-RTX 1.7's compiler fails in half precision where masked heads are of 12.
+        "attention_head_dim": 16,
+        "num_layers": 1,
+        "num_single_layers": 1,
+        "num_refiner_layers": 1,
+        "mlp_ratio": 2.0,
+        "text_embed_dim": 16,
+        "pooled_projection_dim": 8,
+        "rope_axes_dim": (4, 4, 8),
+    }
+    return random_weights(HunyuanVideoTransformer3DModel(**{**settings, **changes}))
+
+
+def auraflow_transformer(layers: int = 1) -> AuraFlowTransformer2DModel:
+    """As many joint as single blocks; latents (B, 4, h, w)."""
+    torch.manual_seed(1)
+    model = AuraFlowTransformer2DModel(
+        sample_size=8,
+        num_mmdit_layers=layers,
+        num_single_dit_layers=layers,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=T5_WIDTH,
+        caption_projection_dim=16,
+        pos_embed_max_size=64,
+    )
+    return random_weights(model, scale=0.15)

@@ -76,7 +76,7 @@ def weights_of(part: Path, library: str, variant: str | None = None) -> Weights:
 def denoiser_weights(model: str | Path) -> dict[str, Weights]:
     """Of the denoiser and its companions, by folder name (``.`` for a folder that is a denoiser's own); a part whose
     files are not here (of a hub id, before it is loaded) is left out. Raises as ``weights_of``."""
-    if not _here(model):
+    if not is_here(model):
         return {}
     family, _ = denoiser_config(model)
     whole = (config_folder(model) / INDEX).is_file()
@@ -99,7 +99,12 @@ def part_weights(model: str | Path, name: str, library: str, class_name: str) ->
     try:
         return weights_of(folder / name, library, read_options(model).variant)
     except UserError as error:
-        raise error if file is None else UserError(f"{file}: has no {name}, and {error}") from None
+        if file is None:
+            raise
+        raise UserError(
+            f"{file}: has no {name}, and {error} (where the pipeline can do without, write [null, null] for it and its "
+            f"tokenizer in {INDEX})"
+        ) from None
 
 
 @functools.lru_cache(maxsize=4)
@@ -120,14 +125,14 @@ def check_weights(model: str | Path) -> dict[str, Weights]:
     Raises:
         UserError: as ``weights_of``; a variant that no part has.
     """
-    if not _here(model):
+    if not is_here(model):
         return {}
     folder, variant = config_folder(model), read_options(model).variant
     _check_regular(folder, loaded_parts(model) or (".",))
     weights_by_part = denoiser_weights(model)
     _check_units(model, weights_by_part)
     for name, (library, class_name) in loaded_parts(model).items():
-        if name not in weights_by_part and not name.startswith(("tokenizer", "scheduler")):
+        if name not in weights_by_part and not _is_small(name):
             weights_by_part[name] = part_weights(model, name, library, class_name)
     for name in loaded_parts(model):
         _check_small_files(folder / name)
@@ -247,9 +252,23 @@ def _names_a_class(value: Any) -> bool:
     return isinstance(value, list) and len(value) == 2 and all(isinstance(part, str) for part in value)
 
 
-def _here(model: str | Path) -> bool:
-    """Whether a model is a folder here: a hub id's files are fetched when it is loaded."""
-    return Path(resolve_model(model)).is_dir()
+def is_here(model: str | Path) -> bool:
+    """Whether a model's weights are on this machine; those of a hub id that are not are fetched when it is loaded."""
+    if Path(resolve_model(model)).is_dir():
+        return True
+    folder, variant = config_folder(model), read_options(model).variant
+    parts = {name: library for name, (library, _) in loaded_parts(model).items() if not _is_small(name)}
+    try:
+        for name, library in (parts or {".": "diffusers"}).items():
+            weights_of(folder / name, library, variant)
+    except UserError:
+        return False
+    return True
+
+
+def _is_small(name: str) -> bool:
+    """Whether a part has no weights."""
+    return name.startswith(("tokenizer", "scheduler"))
 
 
 def _by_variant(part: Path, stem: str) -> dict[str | None, Path]:

@@ -19,6 +19,7 @@ from dipgo_deploy.models.files import (
     denoiser_weights,
     describe_keys,
     dtypes,
+    is_here,
     loaded_parts,
     part_weights,
 )
@@ -150,12 +151,12 @@ def _load_part(
     Raises:
         UserError: a class that does not exist, files that cannot be read, names or shapes of weights that are others.
     """
-    source = resolve_model(model)
+    source = str(config_folder(model)) if is_here(model) else resolve_model(model)
     what = source if name == "." else f"{source}/{name}"
     owner = getattr(importlib.import_module(library), class_name, None)
     if owner is None:
         raise UserError(f"{what}: {library} has no class {class_name}; update it, or use another model")
-    if weights is None and Path(source).is_dir():
+    if weights is None and is_here(model):
         weights = part_weights(model, name, library, class_name)
     if weights is not None and weights.prefix is not None:
         return load_from_file(owner, library, name, Path(source) / name, weights, dtype)

@@ -15,12 +15,12 @@ from family_checks import (
     build_with_tensorrt_rtx,
     loop_report,
     plan_for,
-    random_weights,
     schedule_for,
     with_gates,
 )
-from flow_pipelines import T5_WIDTH, t5_tokenizer, umt5, vae
+from flow_pipelines import t5_tokenizer, umt5, vae
 from sd_pipelines import PROMPT, assert_equals_supernet, relative, stock
+from tiny_denoisers import auraflow_transformer as transformer
 
 from dipgo_deploy.bundle.directory import Bundle
 from dipgo_deploy.bundle.shapes import Range
@@ -35,21 +35,6 @@ FAMILY = family_for(CLASS_NAME)
 STEPS, SCALE = 3, 2.5
 SIZE = {"height": 16, "width": 24}  # pixels: 4 x 6 tokens of the tiny VAE's scale 2
 NEGATIVE = "a bag"
-
-
-def transformer(layers: int = 1) -> AuraFlowTransformer2DModel:
-    torch.manual_seed(1)
-    model = AuraFlowTransformer2DModel(
-        sample_size=8,
-        num_mmdit_layers=layers,
-        num_single_dit_layers=layers,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        joint_attention_dim=T5_WIDTH,
-        caption_projection_dim=16,
-        pos_embed_max_size=64,
-    )
-    return random_weights(model, scale=0.15)
 
 
 @pytest.fixture(scope="module")

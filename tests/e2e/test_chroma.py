@@ -15,13 +15,13 @@ from family_checks import (
     build_with_tensorrt_rtx,
     loop_report,
     plan_for,
-    random_weights,
     schedule_for,
     with_gates,
 )
-from flow_pipelines import T5_WIDTH, t5, t5_tokenizer, vae
+from flow_pipelines import t5, t5_tokenizer, vae
 from lora_files import assert_lora_is_merged
 from sd_pipelines import PROMPT, assert_equals_supernet, relative, stock
+from tiny_denoisers import chroma_transformer as transformer
 
 from dipgo_deploy.bundle.directory import Bundle
 from dipgo_deploy.bundle.shapes import Range
@@ -36,23 +36,6 @@ FAMILY = family_for(CLASS_NAME)
 STEPS, SCALE = 3, 2.5
 SIZE = {"height": 16, "width": 24}  # pixels: 4 x 6 tokens of the tiny VAE's scale 2
 NEGATIVE = "a bag"
-
-
-def transformer(layers: int = 1) -> ChromaTransformer2DModel:
-    torch.manual_seed(1)
-    model = ChromaTransformer2DModel(
-        in_channels=16,
-        num_layers=layers,
-        num_single_layers=layers,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        joint_attention_dim=T5_WIDTH,
-        axes_dims_rope=(2, 2, 4),
-        approximator_num_channels=16,
-        approximator_hidden_dim=16,
-        approximator_layers=1,
-    )
-    return random_weights(model, scale=0.1)
 
 
 @pytest.fixture(scope="module")

@@ -27,9 +27,10 @@ from family_checks import (
     schedule_for,
     with_gates,
 )
-from language_models import WIDTH, mistral3, mistral_tokenizer, qwen3, qwen_tokenizer
+from language_models import mistral3, mistral_tokenizer, qwen3, qwen_tokenizer
 from lora_files import assert_lora_is_merged
 from sd_pipelines import PROMPT, assert_equals_supernet, relative, stock
+from tiny_denoisers import flux2_transformer as transformer
 
 from dipgo_deploy.bundle.directory import Bundle
 from dipgo_deploy.errors import UserError
@@ -79,22 +80,6 @@ def vae() -> AutoencoderKLFlux2:
     model.bn.running_mean.copy_(torch.randn(8) / 4)
     model.bn.running_var.copy_(torch.rand(8) + 0.5)
     return model
-
-
-def transformer(*, guidance: bool, layers: int = 1, text: int = WIDTH * len(LAYERS)) -> Flux2Transformer2DModel:
-    torch.manual_seed(1)
-    model = Flux2Transformer2DModel(
-        in_channels=8,
-        num_layers=layers,
-        num_single_layers=layers,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        joint_attention_dim=text,
-        timestep_guidance_channels=16,
-        axes_dims_rope=(2, 2, 2, 2),
-        guidance_embeds=guidance,
-    )
-    return random_weights(model, scale=0.15)
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,7 @@ from diffusers import (
 from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
 from family_checks import build_with_tensorrt_rtx, loop_report, plan_for, random_weights, schedule_for, with_gates
 from sd_pipelines import TOKENIZER, relative, text_config
+from tiny_denoisers import hunyuan_transformer as transformer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, CLIPTextModel, LlamaConfig, LlamaModel, PreTrainedTokenizerFast
 from video_checks import (
@@ -80,25 +81,6 @@ def vae() -> AutoencoderKLHunyuanVideo:
         latent_channels=4, block_out_channels=(4, 4, 4, 4), layers_per_block=0, norm_num_groups=2, **kinds
     )
     return random_weights(model)
-
-
-def transformer(**changes: Any) -> HunyuanVideoTransformer3DModel:
-    """A double block, a single one, and one that refines the text."""
-    settings: dict[str, Any] = {
-        "in_channels": 4,
-        "out_channels": 4,
-        "num_attention_heads": 2,
-        # TensorRT-RTX 1.7's compiler fails in half precision where masked heads are of 12.
-        "attention_head_dim": 16,
-        "num_layers": 1,
-        "num_single_layers": 1,
-        "num_refiner_layers": 1,
-        "mlp_ratio": 2.0,
-        "text_embed_dim": 16,
-        "pooled_projection_dim": 8,
-        "rope_axes_dim": (4, 4, 8),
-    }
-    return random_weights(HunyuanVideoTransformer3DModel(**{**settings, **changes}))
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,9 @@ import pytest
 import torch
 from diffusers import AutoencoderKLLTXVideo, FlowMatchEulerDiscreteScheduler, LTXPipeline, LTXVideoTransformer3DModel
 from family_checks import build_with_tensorrt_rtx, loop_report, plan_for, random_weights, schedule_for, with_gates
-from flow_pipelines import T5_WIDTH, t5, t5_tokenizer
+from flow_pipelines import t5, t5_tokenizer
 from sd_pipelines import relative
+from tiny_denoisers import ltx_transformer as transformer
 from video_checks import (
     STEPS,
     check_blocks,
@@ -49,21 +50,6 @@ def vae(**changes: Any) -> AutoencoderKLLTXVideo:
     model.latents_mean.copy_(torch.tensor([0.1, -0.2, 0.3, 0.0]))
     model.latents_std.copy_(torch.tensor([1.5, 0.7, 1.0, 2.0]))
     return model
-
-
-def transformer() -> LTXVideoTransformer3DModel:
-    """Two blocks; the width is no multiple of 6, as the real one's, so that some features are not turned."""
-    return random_weights(
-        LTXVideoTransformer3DModel(
-            in_channels=4,
-            out_channels=4,
-            num_attention_heads=2,
-            attention_head_dim=10,
-            cross_attention_dim=20,
-            num_layers=2,
-            caption_channels=T5_WIDTH,
-        )
-    )
 
 
 @pytest.fixture(scope="module")

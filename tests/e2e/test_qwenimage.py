@@ -25,9 +25,10 @@ from family_checks import (
     schedule_for,
     with_gates,
 )
-from language_models import WIDTH, qwen25_vl, qwen_tokenizer
+from language_models import qwen25_vl, qwen_tokenizer
 from lora_files import assert_lora_is_merged
 from sd_pipelines import PROMPT, assert_equals_supernet, relative, stock
+from tiny_denoisers import qwenimage_transformer as transformer
 
 from dipgo_deploy.bundle.directory import Bundle
 from dipgo_deploy.errors import UserError
@@ -52,20 +53,6 @@ SCHEDULER = {
     "shift_terminal": 0.02,
     "use_dynamic_shifting": True,
 }
-
-
-def transformer(layers: int = 1, **changes: Any) -> QwenImageTransformer2DModel:
-    torch.manual_seed(1)
-    settings: dict[str, Any] = {
-        "in_channels": 8,
-        "out_channels": 2,
-        "num_layers": layers,
-        "attention_head_dim": 8,
-        "num_attention_heads": 2,
-        "joint_attention_dim": WIDTH,
-        "axes_dims_rope": (2, 2, 4),
-    }
-    return random_weights(QwenImageTransformer2DModel(**{**settings, **changes}), scale=0.15)
 
 
 @pytest.fixture(scope="module")

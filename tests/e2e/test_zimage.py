@@ -16,14 +16,14 @@ from family_checks import (
     build_with_tensorrt_rtx,
     loop_report,
     plan_for,
-    random_weights,
     schedule_for,
     with_gates,
 )
 from flow_pipelines import vae
-from language_models import WIDTH, qwen3, qwen_tokenizer
+from language_models import qwen3, qwen_tokenizer
 from lora_files import assert_lora_is_merged
 from sd_pipelines import PROMPT, assert_equals_supernet, relative, stock
+from tiny_denoisers import zimage_transformer as transformer
 
 from dipgo_deploy.bundle.directory import Bundle
 from dipgo_deploy.bundle.shapes import Range, Sizes
@@ -40,22 +40,6 @@ SIZE = {"height": 16, "width": 24}  # pixels: 4 x 6 tokens, filled up to 32, of 
 NEGATIVE = "a coat"
 LONG = "a red shoe beside another one, and then some more of them"
 SCHEDULER = {"shift": 3.0}
-
-
-def transformer(layers: int = 1, **changes: Any) -> ZImageTransformer2DModel:
-    torch.manual_seed(1)
-    settings: dict[str, Any] = {
-        "in_channels": 4,
-        "dim": 16,
-        "n_layers": layers,
-        "n_refiner_layers": 1,
-        "n_heads": 2,
-        "n_kv_heads": 2,
-        "cap_feat_dim": WIDTH,
-        "axes_dims": [2, 2, 4],
-        "axes_lens": [544, 64, 64],
-    }
-    return random_weights(ZImageTransformer2DModel(**{**settings, **changes}), scale=0.08)
 
 
 @pytest.fixture(scope="module")

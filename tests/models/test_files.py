@@ -4,6 +4,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from dipgo_deploy.models.files import (
     check_weights,
     denoiser_weights,
     describe_keys,
+    is_here,
     left_out_parts,
     loaded_parts,
     say_variants,
@@ -162,6 +164,20 @@ def test_names_of_weights_in_one_line() -> None:
     )
     wrapped = {"missing_keys": ["a.w", "b"], "unexpected_keys": ["_orig_mod.a.w", "_orig_mod.b"]}
     assert "begin with _orig_mod. (_orig_mod.a.w)" in str(describe_keys(wrapped, set()))
+
+
+def test_a_hub_id_is_here_when_all_its_weights_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = model(tmp_path)
+    hub = ModuleType("huggingface_hub")
+    hub.snapshot_download = lambda name, allow_patterns: str(folder)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    assert is_here("owner/name")
+    assert list(check_weights("owner/name")) == ["unet", "text_encoder", "vae"]
+    # One of several files is not fetched yet: the library does it.
+    whole = folder / "unet" / f"{STEM}.safetensors"
+    whole.unlink()
+    index(folder / "unet", {"a": f"{STEM}-00001-of-00001.safetensors"})
+    assert not is_here("owner/name") and check_weights("owner/name") == {} == denoiser_weights("owner/name")
 
 
 def test_what_sentencepiece_reads_needs_that_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

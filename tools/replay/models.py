@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import sys
 from collections.abc import Callable, Mapping
@@ -10,7 +11,12 @@ from typing import Any
 
 Make = Callable[[Path], Path]
 # Of models whose configuration does not say them.
-SIZES: Mapping[str, Mapping[str, Any]] = {"wan": {"height": 16, "width": 16, "num_frames": 5}}
+SIZES: Mapping[str, Mapping[str, Any]] = {
+    **{name: {"height": 64, "width": 64} for name in ("chroma", "flux2", "qwenimage", "zimage")},
+    "hunyuan": {"height": 32, "width": 32, "num_frames": 5},
+    "ltx": {"height": 64, "width": 64, "num_frames": 9},
+    "wan": {"height": 16, "width": 16, "num_frames": 5},
+}
 
 
 def makers() -> dict[str, Make]:
@@ -28,6 +34,10 @@ def makers() -> dict[str, Make]:
         "pixart-alpha": pixart_pipelines.save_alpha,
         "pixart-sigma": pixart_pipelines.save_sigma,
         "wan": lambda folder: _denoiser(tiny_denoisers.wan_transformer(), folder, "FlowMatchEulerDiscreteScheduler"),
+        **{
+            name: functools.partial(_flow, getattr(tiny_denoisers, f"{name}_transformer"))
+            for name in ("auraflow", "chroma", "flux2", "hunyuan", "ltx", "qwenimage", "zimage")
+        },
         "sana": lambda folder: _denoiser(tiny_denoisers.sana_transformer(), folder, "FlowMatchEulerDiscreteScheduler"),
         "sd3": flow_pipelines.save_sd3,
         "sd35": lambda folder: _denoiser(
@@ -36,6 +46,10 @@ def makers() -> dict[str, Make]:
         "flux": flow_pipelines.save_flux,
         "flux-schnell": lambda folder: flow_pipelines.save_flux(folder, guidance=False),
     }
+
+
+def _flow(make: Callable[[], Any], folder: Path) -> Path:
+    return _denoiser(make(), folder, "FlowMatchEulerDiscreteScheduler")
 
 
 def _denoiser(model: Any, folder: Path, scheduler: str, **settings: Any) -> Path:
