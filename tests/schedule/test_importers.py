@@ -18,7 +18,7 @@ from dipgo_deploy.models.sublayers import sublayers
 from dipgo_deploy.models.target import schedule_target
 from dipgo_deploy.schedule.builders import Target
 from dipgo_deploy.schedule.document import BlockEntry, ModelIdentity, SamplerEntry, Schedule
-from dipgo_deploy.schedule.forecast import FittedForecast
+from dipgo_deploy.schedule.forecast import FittedForecast, RuleForecast
 from dipgo_deploy.schedule.importers.cache_dit import policy_mask
 from dipgo_deploy.schedule.importers.deepcache import grid
 from dipgo_deploy.schedule.importers.refused import REFUSED
@@ -569,11 +569,20 @@ def test_taylorseer_and_hicache(read: Callable[..., Schedule], order: int, first
         for place, factor in factors.items():
             power = distance**place if mode == "Taylor" else scale**place * hermite[place](scale * distance)
             expected += factor * power / [1, 1, 2][place]
-        weights = schedule.forecast.weights[step][0] if schedule.forecast else ()
+        weights = schedule.forecast.weights_of(step, 0, stored) if schedule.forecast else ()
         made = np.zeros(steps)
         for other, weight in zip(stored, weights or (1.0,), strict=False):
             made[other] = weight
         np.testing.assert_allclose(made, expected, atol=1e-12)
+
+
+def test_a_rule_is_kept_as_one_where_it_gives_the_same(read: Callable[..., Schedule]) -> None:
+    made_for = target(FLUX, 14, model="FluxTransformer2DModel")
+    line = read("taylorseer", {"interval": 4, "max_order": 1, "first_enhance": 3}, made_for)
+    assert line.forecast == RuleForecast(kind="taylor", order=1)
+    # The authors make the second difference one computed step later than there are three values.
+    curve = read("taylorseer", {"interval": 4, "max_order": 2, "first_enhance": 3}, made_for)
+    assert isinstance(curve.forecast, FittedForecast)
 
 
 def test_what_needs_more_values_than_are_kept_is_refused(read: Callable[..., Schedule]) -> None:

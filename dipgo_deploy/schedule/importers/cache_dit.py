@@ -21,7 +21,7 @@ from dipgo_deploy.schedule.importers.base import Imported, Importer, Source, che
 from dipgo_deploy.schedule.importers.linear import as_forecast
 from dipgo_deploy.schedule.importers.settings import Settings
 from dipgo_deploy.schedule.importers.stacks import outer, stacks_of
-from dipgo_deploy.schedule.importers.taylorseer import reads
+from dipgo_deploy.schedule.importers.taylorseer import reads, rule_of
 
 if TYPE_CHECKING:
     from dipgo_deploy.schedule.document import Schedule
@@ -183,7 +183,8 @@ def _read(data: bytes, source: Source) -> Imported:
     gates = tuple(tuple(run or name in kept for name in source.names) for run in mask)
     if order is None:
         return Imported(gates)
-    forecast = as_forecast(mask, reads(mask, order, 2), [name not in kept for name in source.names])
+    removed = [name not in kept for name in source.names]
+    forecast = as_forecast(mask, reads(mask, order, 2), removed, rule_of(order))
     notes = (
         () if text else ("the text's part of a block is extrapolated with the picture's (enable_encoder_taylorseer)",)
     )

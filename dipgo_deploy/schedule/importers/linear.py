@@ -13,7 +13,9 @@ from dipgo_deploy.errors import UserError
 from dipgo_deploy.schedule.importers.base import Predictions
 
 if TYPE_CHECKING:
-    from dipgo_deploy.schedule.forecast import Forecast
+    from dipgo_deploy.schedule.forecast import Forecast, RuleForecast
+
+_ROUNDING = 1e-12
 
 Value = Mapping[int, float]
 """Evaluation -> weight of the value that it computed."""
@@ -50,36 +52,55 @@ def differences(computed: Sequence[bool], order: int, first: int) -> list[list[V
     return table
 
 
-def as_forecast(computed: Sequence[bool], reads: Sequence[Value], removed: Sequence[bool]) -> Forecast | None:
+def as_forecast(
+    computed: Sequence[bool], reads: Sequence[Value], removed: Sequence[bool], rule: RuleForecast | None = None
+) -> Forecast | None:
     """The forecast of blocks that are removed where an evaluation is not ``computed``, which then read ``reads``.
 
-    removed: for each of the N blocks whether it is one of those; the others run at every evaluation. None where every
-    read is of the last value as it is. Raises UserError for a read of a value that is no longer kept.
+    removed: for each of the N blocks whether it is one of those; the others run at every evaluation. rule: what is
+    returned if it gives the same weights: it holds for other gates too. None where every read is of the last value as
+    it is. Raises UserError for a read of a value that is no longer kept.
     """
-    from dipgo_deploy.schedule.forecast import MOST_TERMS, FittedForecast
+    from dipgo_deploy.schedule.forecast import AS_STORED, FittedForecast
 
-    rows: list[tuple[tuple[float, ...], ...]] = []
+    weights: list[tuple[float, ...]] = []
     stored: list[int] = []
-    plain = True
+    plain = as_rule = True
     for step, run in enumerate(computed):
-        weights: tuple[float, ...] = ()
         if run:
             stored.insert(0, step)
-        else:
-            used = {other: weight for other, weight in reads[step].items() if weight}
-            old = next((other for other in used if other not in stored[:MOST_TERMS]), None)
-            if old is not None:
-                raise UserError(
-                    f"evaluation {step} reads the value of evaluation {old}, {stored.index(old)} computed ones before "
-                    f"the last; the last {MOST_TERMS} are kept; give a lower order"
-                )
-            listed = [used.get(other, 0.0) for other in stored[:MOST_TERMS]]
-            while len(listed) > 1 and not listed[-1]:
-                listed.pop()
-            weights = () if listed == [1.0] else tuple(listed)
-            plain = plain and not weights
-        rows.append(tuple(weights if gone else () for gone in removed))
-    return None if plain else FittedForecast(kind="weights", weights=tuple(rows), provenance={})
+            weights.append(())
+            continue
+        row = _of_last(step, reads[step], stored)
+        plain = plain and row == AS_STORED
+        as_rule = as_rule and rule is not None and _same(row, rule.weights_of(step, 0, stored))
+        weights.append(() if row == AS_STORED else row)
+    if plain or as_rule:
+        return None if plain else rule
+    rows = tuple(tuple(row if gone else () for gone in removed) for row in weights)
+    return FittedForecast(kind="weights", weights=rows, provenance={})
+
+
+def _of_last(step: int, value: Value, stored: Sequence[int]) -> tuple[float, ...]:
+    """The weights of the last stored values, the latest first."""
+    from dipgo_deploy.schedule.forecast import MOST_TERMS
+
+    used = {other: weight for other, weight in value.items() if weight}
+    old = next((other for other in used if other not in stored[:MOST_TERMS]), None)
+    if old is not None:
+        raise UserError(
+            f"evaluation {step} reads the value of evaluation {old}, {stored.index(old)} computed ones before the "
+            f"last; the last {MOST_TERMS} are kept; give a lower order"
+        )
+    row = [used.get(other, 0.0) for other in stored[:MOST_TERMS]]
+    while len(row) > 1 and not row[-1]:
+        row.pop()
+    return tuple(row)
+
+
+def _same(row: Sequence[float], other: Sequence[float]) -> bool:
+    """Whether two rows of weights differ by rounding only."""
+    return len(row) == len(other) and all(abs(a - b) < _ROUNDING for a, b in zip(row, other, strict=True))
 
 
 def as_predictions(

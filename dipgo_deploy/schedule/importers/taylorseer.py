@@ -10,11 +10,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.schedule.importers.base import Imported, Importer, Source, check_steps_of, whole_steps
 from dipgo_deploy.schedule.importers.linear import Value, as_forecast, differences, total
 from dipgo_deploy.schedule.importers.settings import Settings
+
+if TYPE_CHECKING:
+    from dipgo_deploy.schedule.forecast import RuleForecast
 
 _MOST_ORDER = 2
 
@@ -37,6 +41,16 @@ def reads(runs: Sequence[bool], order: int, first: int, scale: float | None = No
         distance = step - last
         values.append(total(*((_factor(distance, place, scale), value) for place, value in enumerate(held))))
     return values
+
+
+def rule_of(order: int, scale: float | None = None) -> RuleForecast | None:
+    """The rule that a schedule can have for this order; None where there is none (order 0)."""
+    from dipgo_deploy.schedule.forecast import RuleForecast
+
+    if not order or scale == 0:
+        return None
+    kind = "taylor" if scale is None else "hermite"
+    return RuleForecast.model_validate({"kind": kind, "order": order, "contraction": scale})
 
 
 def _factor(distance: float, order: int, scale: float | None) -> float:
@@ -66,7 +80,8 @@ def _read(data: bytes, source: Source) -> Imported:
     settings.ignore("test_flops", "test_FLOPs")
     settings.done()
     runs = computed(source.steps, interval, first)
-    forecast = as_forecast(runs, reads(runs, order, first - 1, scale), (True,) * len(source.names))
+    everything = (True,) * len(source.names)
+    forecast = as_forecast(runs, reads(runs, order, first - 1, scale), everything, rule_of(order, scale))
     return Imported(whole_steps(runs, len(source.names)), forecast)
 
 
