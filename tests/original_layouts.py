@@ -1,4 +1,4 @@
-"""Models as their authors' single files: the layouts of CompVis, Stability AI and Wan, made of diffusers' names."""
+"""Models as their authors' single files: the layouts of their makers, made of diffusers' names."""
 
 from __future__ import annotations
 
@@ -148,6 +148,64 @@ def sd3_transformer(tensors: Tensors, layers: int) -> Tensors:
         elif name.startswith(("norm_out.", f"transformer_blocks.{layers - 1}.norm1_context.")):
             tensor = torch.cat(tensor.chunk(2)[::-1])
         placed[renamed(name, plain)] = tensor
+    return placed
+
+
+def flux_transformer(tensors: Tensors) -> Tensors:
+    """Black Forest Labs' names: queries, keys and values in one, of a single block with its feed-forward too."""
+    plain = {
+        "time_text_embed.timestep_embedder.linear_1": "time_in.in_layer",
+        "time_text_embed.timestep_embedder.linear_2": "time_in.out_layer",
+        "time_text_embed.text_embedder.linear_1": "vector_in.in_layer",
+        "time_text_embed.text_embedder.linear_2": "vector_in.out_layer",
+        "time_text_embed.guidance_embedder.linear_1": "guidance_in.in_layer",
+        "time_text_embed.guidance_embedder.linear_2": "guidance_in.out_layer",
+        "context_embedder": "txt_in",
+        "x_embedder": "img_in",
+        "norm_out.linear": "final_layer.adaLN_modulation.1",
+    }
+    double = {
+        "transformer_blocks.": "double_blocks.",
+        "attn.norm_q.weight": "img_attn.norm.query_norm.scale",
+        "attn.norm_k.weight": "img_attn.norm.key_norm.scale",
+        "attn.norm_added_q.weight": "txt_attn.norm.query_norm.scale",
+        "attn.norm_added_k.weight": "txt_attn.norm.key_norm.scale",
+        "attn.to_out.0": "img_attn.proj",
+        "attn.to_add_out": "txt_attn.proj",
+        "attn.to_q": "img_attn.qkv",
+        "attn.add_q_proj": "txt_attn.qkv",
+        "ff.net.": "img_mlp.",
+        "ff_context.net.": "txt_mlp.",
+        ".0.proj.": ".0.",
+        "norm1.linear": "img_mod.lin",
+        "norm1_context.linear": "txt_mod.lin",
+    }
+    single = {
+        "single_transformer_blocks.": "single_blocks.",
+        "attn.norm_q.weight": "norm.query_norm.scale",
+        "attn.norm_k.weight": "norm.key_norm.scale",
+        "attn.to_q": "linear1",
+        "proj_out": "linear2",
+        "norm.linear": "modulation.lin",
+    }
+    placed = {}
+    for name, tensor in tensors.items():
+        if name.startswith("single"):
+            if any(part in name for part in (".to_k.", ".to_v.", ".proj_mlp.")):
+                continue
+            if ".to_q." in name:
+                parts = [name.replace("to_q", f"to_{part}") for part in "qkv"]
+                tensor = torch.cat([tensors[part] for part in (*parts, name.replace("attn.to_q", "proj_mlp"))])
+            placed[renamed(name, single)] = tensor
+        elif name.startswith("transformer_blocks."):
+            if any(part in name for part in (".to_k.", ".to_v.", ".add_k_proj.", ".add_v_proj.")):
+                continue
+            if ".to_q." in name or ".add_q_proj." in name:
+                tensor = torch.cat([tensors[name.replace("_q", f"_{part}")] for part in "qkv"])
+            placed[renamed(name, double)] = tensor
+        else:
+            swapped = torch.cat(tensor.chunk(2)[::-1]) if name.startswith("norm_out.") else tensor
+            placed[renamed(name, plain).replace("proj_out", "final_layer.linear")] = swapped
     return placed
 
 

@@ -147,7 +147,10 @@ def version_option(function: F) -> F:
     return decorate(function)
 
 
-MODEL_HELP = "A built-in model (fashion-sd, fashion-dit), a folder in diffusers' format, or a hub id."
+MODEL_HELP = (
+    "A built-in model (fashion-sd, fashion-dit), a folder in diffusers' format, a hub id, or a file as "
+    "model.safetensors?config=FOLDER."
+)
 
 model_option = option("Model", "--model", required=True, help=MODEL_HELP)
 

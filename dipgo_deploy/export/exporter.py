@@ -32,9 +32,10 @@ def export_bundle(
     """Export a model under a schedule into ``engine_dir``, which appears only when everything in it was checked.
 
     Args:
-        model: a built-in name, a folder in diffusers' format, a hub id, or a diffusers pipeline. A pipeline is saved to
-            a temporary folder beside ``engine_dir`` first, so its weights are exported as they are now; the engine
-            directory then names the model that the pipeline was loaded from.
+        model: a built-in name, a folder in diffusers' format, a hub id, a file as
+            ``model.safetensors?config=FOLDER``, or a diffusers pipeline. A pipeline is saved to a temporary folder
+            beside ``engine_dir`` first, so its weights are exported as they are now; the engine directory then names
+            the model that the pipeline was loaded from.
         schedule: a schedule or its file.
         engine_dir: the folder to write.
         options: how; None for ``ExportOptions()``, the defaults of ``dipgo-export``.

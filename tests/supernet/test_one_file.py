@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import FluxTransformer2DModel
 from flow_pipelines import save_sd3
-from original_layouts import ldm_unet, ldm_vae, open_clip, prefixed, sd3_transformer, wan_transformer
+from original_layouts import flux_transformer, ldm_unet, ldm_vae, open_clip, prefixed, sd3_transformer, wan_transformer
 from safetensors.torch import load_file, save_file
 from sd_pipelines import save_sdxl
 from tiny_denoisers import wan_transformer as tiny_wan
@@ -111,6 +112,19 @@ def test_a_file_of_a_denoiser_alone(prefix: str, tmp_path: Path) -> None:
         for name, parameter in in_float32.named_parameters():
             assert torch.equal(parameter, wanted.get_parameter(name).bfloat16().float()), name
             assert any(first <= parameter.data_ptr() < last for first, last in mapped), name
+
+
+@pytest.mark.slow
+def test_a_file_of_black_forest_labs(tmp_path: Path) -> None:
+    """One block of each kind, as wide as the published ones: diffusers' converter knows no other width."""
+    model = FluxTransformer2DModel(
+        num_layers=1, num_single_layers=1, joint_attention_dim=16, pooled_projection_dim=16, guidance_embeds=True
+    )
+    model.to(torch.bfloat16).save_pretrained(tmp_path / "folder")
+    tensors = flux_transformer(dict(model.state_dict()))
+    config = without_weights(tmp_path / "folder", tmp_path / "config")
+    file = with_options(str(write(tensors, tmp_path / "flux.safetensors", torch.bfloat16)), config=str(config))
+    assert same(load_denoiser(file, torch.bfloat16)[0], model)
 
 
 def test_a_file_in_diffusers_own_names(tmp_path: Path) -> None:
