@@ -15,15 +15,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 import click
 import pytest
+from shared_traces import shared_traces
 
 from dipgo_deploy.cli import main
-from dipgo_deploy.export import planning
-from dipgo_deploy.export.trace import TracedModel
-from dipgo_deploy.models.family import ModelFamily
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
@@ -178,28 +175,11 @@ class Folder:
 
 
 @pytest.fixture(scope="module")
-def one_trace_a_model() -> Iterator[None]:
-    """Lines that export the same model share its trace, the dearest part of an export."""
-    made: dict[str, TracedModel] = {}
-    trace = planning.trace
-
-    def once(denoiser: Any, family: ModelFamily, *arguments: Any) -> TracedModel:
-        key = repr((family.class_name, *arguments))
-        if key not in made:
-            made[key] = trace(denoiser, family, *arguments)
-        return made[key]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(planning, "trace", once)
-        yield
-
-
-@pytest.fixture(scope="module")
-def folder(one_trace_a_model: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Folder]:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Folder]:
     """A folder in which the README and the quickstart, which the other pages build on, were run."""
     path = tmp_path_factory.mktemp("reader")
     (path / "dipgo_deploy").symlink_to(ROOT / "dipgo_deploy")
-    with contextlib.chdir(path):
+    with contextlib.chdir(path), shared_traces():
         reader = Folder()
         reader.run(README)
         reader.run(QUICKSTART)

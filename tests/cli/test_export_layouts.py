@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from shared_traces import shared_traces
 from tiny_engines import save_dit_pipeline
 
 from dipgo_deploy.cli.export import main
@@ -18,8 +20,9 @@ BUDGET = "200KiB"
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_dit_pipeline(tmp_path_factory.mktemp("model"))
+def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    with shared_traces():
+        yield save_dit_pipeline(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import click
 import pytest
 import torch
 from search_models import save_dit
+from shared_traces import shared_traces
 
 from dipgo_deploy.cli import search as cli
 from dipgo_deploy.cli.search import main, output_files, spread_ratios
@@ -20,8 +22,9 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module")
-def dit_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_dit(tmp_path_factory.mktemp("dit"))
+def dit_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    with shared_traces():
+        yield save_dit(tmp_path_factory.mktemp("dit"))
 
 
 def test_choices_are_those_of_the_library() -> None:
