@@ -98,7 +98,7 @@ def assert_pictures_equal_stock(
     report = loop_report(engine_dir, variants=variants, sizes=sizes, pictures=True, guidance_scale=guidance_scale)
     failure = report.first_failure()
     assert failure is None, failure
-    assert report.pictures and report.skipped == ()
+    assert report.pictures and report.skipped == (), report.skipped
     for part in report.pictures:
         for tensor in part.tensors:
             assert tensor.relative <= 1e-4, f"{part.place}, {tensor.name}: {tensor.relative}"

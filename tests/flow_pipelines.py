@@ -9,9 +9,13 @@ import torch
 from diffusers import (
     AutoencoderKL,
     FlowMatchEulerDiscreteScheduler,
+    FluxControlNetModel,
+    FluxControlNetPipeline,
     FluxPipeline,
     FluxTransformer2DModel,
+    SD3ControlNetModel,
     SD3Transformer2DModel,
+    StableDiffusion3ControlNetPipeline,
     StableDiffusion3Pipeline,
 )
 from family_checks import random_weights
@@ -163,6 +167,23 @@ def save_flux(folder: Path, *, guidance: bool = True, small: bool = False) -> Pa
         tokenizer=AutoTokenizer.from_pretrained(TOKENIZER),
         tokenizer_2=t5_tokenizer(),
     ).save_pretrained(folder)
+    return folder
+
+
+def save_flux_controlnet(folder: Path, plain: Path) -> Path:
+    """The small pipeline in ``plain`` with a ControlNet of one block of each kind, whose projections are not zero."""
+    parts = {name: part for name, part in FluxPipeline.from_pretrained(plain).components.items() if part is not None}
+    net = FluxControlNetModel.from_transformer(parts["transformer"], 1, 1, 8, 2, load_weights_from_transformer=False)
+    FluxControlNetPipeline(**parts, controlnet=random_weights(net)).save_pretrained(folder)
+    return folder
+
+
+def save_sd3_controlnet(folder: Path, plain: Path) -> Path:
+    """The same of SD3: a ControlNet of one block."""
+    loaded = StableDiffusion3Pipeline.from_pretrained(plain)
+    parts = {name: part for name, part in loaded.components.items() if part is not None or "3" in name}
+    net = SD3ControlNetModel(**{**_SD3, "num_layers": 1})
+    StableDiffusion3ControlNetPipeline(**parts, controlnet=random_weights(net)).save_pretrained(folder)
     return folder
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,15 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from family_checks import loop_report, random_weights
-from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from safetensors.torch import save_file
+from transformers import (
+    AutoTokenizer,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+)
 
 import dipgo_deploy
 from dipgo_deploy.bundle.directory import Bundle
@@ -188,17 +197,62 @@ def with_controlnet(
     folder: Path,
     plain: Any = StableDiffusionPipeline,
     pipeline: Any = StableDiffusionControlNetPipeline,
+    *,
+    count: int = 1,
     **changes: Any,
 ) -> Path:
-    """The pipeline in ``folder`` with a ControlNet for its UNet, whose zero convolutions are not zero."""
+    """The pipeline in ``folder`` with ControlNets for its UNet, whose zero convolutions are not zero."""
     loaded = plain.from_pretrained(folder)
     torch.manual_seed(7)
     net = ControlNetModel.from_unet(loaded.unet, conditioning_embedding_out_channels=(8, 8, 16, 16))
     for key, value in changes.items():
         net.register_to_config(**{key: value})
     parts = {name: part for name, part in loaded.components.items()}
-    pipeline(**parts, controlnet=random_weights(net, scale=0.3)).save_pretrained(folder)
+    random_weights(net, scale=0.3)
+    others = [random_weights(copy.deepcopy(net), scale=0.3, seed=seed) for seed in range(1, count)]
+    pipeline(**parts, controlnet=[net, *others] if others else net).save_pretrained(folder)
     return folder
+
+
+def save_ip_adapter(folder: Path, unet: UNet2DConditionModel, *, plus: bool = False) -> Path:
+    """An adapter's file for a UNet, with its image encoder beside it; returns the file. plus: the kind that sees all
+    states of the encoder, in the names of its authors."""
+    generator = torch.Generator().manual_seed(13)
+
+    def weight(*shape: int) -> torch.Tensor:
+        return 0.2 * torch.randn(shape, generator=generator)
+
+    torch.manual_seed(13)
+    vision = CLIPVisionConfig(
+        hidden_size=8,
+        intermediate_size=16,
+        projection_dim=12,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=32,
+        patch_size=8,
+    )
+    random_weights(CLIPVisionModelWithProjection(vision)).save_pretrained(folder / "image_encoder")
+    width = unet.config.cross_attention_dim
+    tensors = {"proj.weight": weight(4 * width, 12), "proj.bias": weight(4 * width)}
+    tensors |= {"norm.weight": 1 + weight(width), "norm.bias": weight(width)}
+    if plus:
+        tensors = {"latents": weight(1, 3, 8), "proj_in.weight": weight(8, 8), "proj_in.bias": weight(8)}
+        tensors |= {"proj_out.weight": weight(width, 8), "proj_out.bias": weight(width)}
+        tensors |= {"norm_out.weight": 1 + weight(width), "norm_out.bias": weight(width)}
+        shapes = {"0.to_q": (64, 8), "0.to_kv": (128, 8), "0.to_out": (8, 64), "1.1": (32, 8), "1.3": (8, 32)}
+        for layer in range(4):
+            tensors |= {f"layers.{layer}.{name}.weight": weight(*shape) for name, shape in shapes.items()}
+            for name in ("0.norm1", "0.norm2", "1.0"):
+                tensors |= {f"layers.{layer}.{name}.weight": 1 + weight(8), f"layers.{layer}.{name}.bias": weight(8)}
+    tensors = {f"image_proj.{name}": tensor for name, tensor in tensors.items()}
+    layers = [name for name in unet.attn_processors if not name.endswith("attn1.processor")]
+    for place, name in enumerate(layers):
+        rows = unet.get_submodule(name.removesuffix(".processor")).to_q.out_features
+        for part in ("to_k_ip", "to_v_ip"):
+            tensors[f"ip_adapter.{2 * place + 1}.{part}.weight"] = weight(rows, width)
+    save_file(tensors, folder / "adapter.safetensors")
+    return folder / "adapter.safetensors"
 
 
 def save_inpainting(folder: Path, plain: Path, owner: Any, pipeline: Any, unet: UNet2DConditionModel) -> Path:

@@ -380,6 +380,11 @@ class Components(_Frozen):
         description="images float32 (batch, H, W, 3) in [0, 1] -> mean and, unless it is deterministic, standard "
         "deviation of their latents, float32 (batch, C, h, w), both times the scaling factor",
     )
+    image_encoder: Graph | None = pydantic.Field(
+        default=None,
+        exclude_if=_is_none,
+        description="images float32 (1, S, S, 3) in [0, 1] -> their embeddings, and those of nothing, (1, 1, [T,] D)",
+    )
     class_labels: dict[str, int] | None = pydantic.Field(default=None, description="label name -> class id")
     null_class: int | None = None
     classes: int | None = pydantic.Field(
@@ -393,9 +398,13 @@ class Components(_Frozen):
 
     @property
     def graphs(self) -> tuple[Graph, ...]:
-        """All of them: text encoder, decoder, encoder."""
+        """All of them: text encoder, decoder, encoders of pictures."""
         text = () if self.text_encoder is None else (self.text_encoder.graph,)
-        return (*text, *self.decoders, *(() if self.vae_encoder is None else (self.vae_encoder,)))
+        return (
+            *text,
+            *self.decoders,
+            *(graph for graph in (self.vae_encoder, self.image_encoder) if graph is not None),
+        )
 
 
 class Manifest(_Frozen):

@@ -17,6 +17,8 @@ FORECAST = "forecast"
 """Weights of the stored values that a graph sums, in the order of its reads that are weighted."""
 # What a decoder of videos hands on from chunk to chunk: inputs and outputs, with a number behind.
 STATE, NEXT = "state_", "next_"
+# What an image encoder gives: embeddings of a picture, and of none.
+EMBEDS, NO_EMBEDS = "embeds", "no_embeds"
 
 _CACHE = re.compile(r"(?:new_)?(?P<prefix>cache|residual|value)\.(?P<block>.+)/out(?P<index>\d+)(?:@(?P<nth>\d+))?")
 

@@ -101,6 +101,8 @@ def _graphs(manifest: Manifest) -> Iterator[tuple[str, Graph]]:
         yield "vae_decoder", graph
     if components.vae_encoder is not None:
         yield "vae_encoder", components.vae_encoder
+    if components.image_encoder is not None:
+        yield "image_encoder", components.image_encoder
 
 
 def _check_graph(where: str, graph: Graph) -> None:

@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -184,17 +185,15 @@ def json_option(function: F) -> F:
 
 
 def reading_options(function: F) -> F:
-    """Add ``--config``, ``--variant`` and ``--pipeline``, which become part of the parameter ``model``, a model's
+    """Add what says how a model is read, such as ``--variant``; it becomes part of the parameter ``model``, a model's
     name."""
 
     @functools.wraps(function)
-    def with_name(
-        *args: Any, model: str, config: str | None, variant: str | None, pipeline: str | None, **parameters: Any
-    ) -> Any:
-        from dipgo_deploy.models.location import with_options
+    def with_name(*args: Any, model: str, **parameters: Any) -> Any:
+        from dipgo_deploy.models.location import ReadOptions, with_options
 
-        model = with_options(model, variant=variant, pipeline=pipeline, config=config)
-        return function(*args, model=model, **parameters)
+        chosen = {field.name: parameters.pop(field.name) for field in fields(ReadOptions)}
+        return function(*args, model=with_options(model, **chosen), **parameters)
 
     decorate = options(
         option(
@@ -214,6 +213,18 @@ def reading_options(function: F) -> F:
             "--pipeline",
             show_default="the folder's own",
             help="Diffusers pipeline class whose parts are taken from a folder that holds more of them.",
+        ),
+        option(
+            "Model",
+            "--ip-adapter",
+            show_default="none",
+            help="IP-Adapter's .safetensors file, for a Stable Diffusion or SDXL folder.",
+        ),
+        option(
+            "Model",
+            "--image-encoder",
+            show_default="image_encoder beside --ip-adapter",
+            help="Folder of the image encoder that the IP-Adapter was trained with.",
         ),
     )
     return decorate(with_name)  # type: ignore[return-value]

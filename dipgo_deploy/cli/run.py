@@ -155,15 +155,34 @@ _DEFAULT_OUTPUT = {"pil": "output.png", "np": "output.npy", "latent": "output.np
     multiple=True,
     type=PATH,
     show_default="none",
-    help="Picture that a ControlNet or FLUX Control looks at: one for all prompts, or one each.",
+    help="Picture that a ControlNet or FLUX Control looks at: one for all prompts, or one each; with several "
+    "ControlNets one for each of those.",
 )
 @option(
     "Image",
     "--control-scale",
     "--controlnet-conditioning-scale",
+    "control_scale",
+    multiple=True,
     type=float,
     show_default="1",
-    help="Factor of what the ControlNet adds.",
+    help="Factor of what the ControlNet adds; with several ControlNets one for all, or one each.",
+)
+@option(
+    "Image",
+    "--ip-adapter-image",
+    "ip_adapter_images",
+    multiple=True,
+    type=PATH,
+    show_default="none",
+    help="Picture that an IP-Adapter draws after: one for all prompts, or one each.",
+)
+@option(
+    "Image",
+    "--ip-adapter-scale",
+    type=float,
+    show_default="1",
+    help="Factor of what the IP-Adapter adds.",
 )
 @option(
     "Image", "--latents", type=PATH, show_default="drawn from --seed", help="Initial unit noise (n, C, h, w), .npy."
@@ -250,7 +269,9 @@ def command(
     mask_images: tuple[Path, ...],
     strength: float | None,
     control_images: tuple[Path, ...],
-    control_scale: float | None,
+    ip_adapter_images: tuple[Path, ...],
+    ip_adapter_scale: float | None,
+    control_scale: tuple[float, ...],
     height: int | None,
     width: int | None,
     num_frames: int | None,
@@ -285,7 +306,12 @@ def command(
     }
     pictures = {
         name: [load_picture(f"--{name.replace('_', '-')}", path) for path in paths] or None
-        for name, paths in (("image", images), ("mask_image", mask_images), ("control_image", control_images))
+        for name, paths in (
+            ("image", images),
+            ("mask_image", mask_images),
+            ("control_image", control_images),
+            ("ip_adapter_image", ip_adapter_images),
+        )
     }
     from dipgo_deploy.lora.file import parse_choice
     from dipgo_deploy.runtime.pipeline import Pipeline
@@ -318,7 +344,8 @@ def command(
             seed=seed,
             guidance_scale=guidance_scale,
             strength=strength,
-            control_scale=control_scale,
+            ip_adapter_scale=ip_adapter_scale,
+            control_scale=control_scale or None,
             height=height,
             width=width,
             num_frames=num_frames,

@@ -18,6 +18,7 @@ import torch
 
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.models.forward import replaced_forward
+from dipgo_deploy.models.packed import PACK, pack, unpack
 from dipgo_deploy.models.stock import starts_from_pictures
 from dipgo_deploy.reference.conditions import host
 from dipgo_deploy.reference.vae import from_vae
@@ -105,22 +106,27 @@ class StockPipeline:
         if "height" not in self._takes and size != ([native, native] if isinstance(native, int) else native):
             raise UserError(f"{type(self._pipeline).__name__} draws at the model's native size only")
 
-    def picture(self) -> Image:
+    def picture(self, seed: int = 0) -> Image:
         """A picture of the size that the pipeline makes, for runs that start from one or follow one."""
         from PIL import Image
 
         latent, scale = self._manifest.latent, self._reference.source.scale
-        small = np.random.default_rng(0).integers(0, 256, (6, 6, 3), dtype=np.uint8)
+        small = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
         size = (latent.width * scale, latent.height * scale)
         return Image.fromarray(small).resize(size, Image.Resampling.BICUBIC)
 
-    def pictures(self) -> dict[str, Image]:
-        """The pictures of a call, by our arguments: one for all, and a mask of its lower right part."""
+    def pictures(self) -> dict[str, Any]:
+        """The pictures of a call, by our arguments: one for all (a list of one for each ControlNet where there are
+        several), and a mask of its lower right part."""
         manifest = self._manifest
         uses = [spec.picture for spec in picture_conditions(manifest)]
         wanted = {use.argument for use in uses} | {"mask_image" for use in uses if use.masked}
         wanted |= {"image"} if manifest.sampler.strength is not None else set()
-        found = {argument: self.picture() for argument in sorted(wanted)}
+        found: dict[str, Any] = {argument: self.picture() for argument in sorted(wanted)}
+        for argument in found:
+            count = 1 + max((use.place for use in uses if use.argument == argument), default=0)
+            if count > 1:
+                found[argument] = [self.picture(seed) for seed in range(count)]
         if "mask_image" in found:
             found["mask_image"] = _mask(found["mask_image"].size)
         return found
@@ -152,7 +158,8 @@ class StockPipeline:
         separate = self._manifest.guidance and guidance.order == "separate"
         denoiser = _Denoiser(self._reference, run, stop, calls=2 if separate else 1)
         try:
-            with ExitStack() as stack, torch.no_grad():
+            with ExitStack() as stack, torch.no_grad(), torch.random.fork_rng(devices=[]):
+                torch.manual_seed(case.seed)  # what a pipeline draws without its generator
                 stack.enter_context(denoiser.in_place(pipeline))
                 stack.enter_context(_tokens_seen(pipeline, self._encoders(), run))
                 if decoded and not pixels:
@@ -303,7 +310,7 @@ class _Denoiser:
         kwargs = self._with_null(kwargs)
         source = self._reference.source
         latent, timestep, conditions = (source.family.given or self._given)(args, kwargs)
-        latent, conditions = self._taken_apart(latent, conditions)
+        latent, conditions = self._taken_apart(latent, {**conditions, **self._seen_by_controlnets(latent)})
         step, half = divmod(self._calls, len(self._states))
         if step == 0:
             seen = {name: host(tensor) for name, tensor in conditions.items()}
@@ -323,7 +330,9 @@ class _Denoiser:
             if not source.family.companions:
                 return original(*args, **kwargs)
             with replaced_forward(module, original):  # the family's own call ends in the denoiser's
-                return (source.family.call(model, latent, timestep, conditions),)
+                prediction = source.family.call(model, latent, timestep, conditions)
+            given = args[0] if args else kwargs.get("hidden_states", latent)
+            return (pack(prediction) if given.ndim == 3 else prediction,)
 
         ours = self._reference.supernet
         supernet = Supernet(ours.model, ours.specs, ours.cache_kinds, call)
@@ -331,6 +340,14 @@ class _Denoiser:
         result, self._states[half] = supernet.step(latent, timestep, {}, self._gates[step], self._states[half], step)
         self._calls += 1
         return result
+
+    def _seen_by_controlnets(self, latent: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Their pictures (latents (B, C, h, w) where those are packed) and scales."""
+        found = _tensors(_control(self._control), len(latent))
+        return {
+            name: unpack(tensor, *(extent // PACK for extent in latent.shape[2:])) if tensor.ndim == 3 else tensor
+            for name, tensor in found.items()
+        }
 
     def _taken_apart(
         self, latent: torch.Tensor, conditions: Mapping[str, torch.Tensor]
@@ -347,7 +364,7 @@ class _Denoiser:
         """Latent, timestep and conditions of a ``forward`` whose first two arguments are the former."""
         latent = args[0] if args else kwargs[next(iter(inspect.signature(self._original).parameters))]
         timestep = torch.as_tensor(kwargs["timestep"] if "timestep" in kwargs else args[1])
-        conditions = _tensors(kwargs, len(latent)) | _tensors(_control(self._control), len(latent))
+        conditions = _tensors(kwargs, len(latent))
         return latent, timestep, conditions
 
     def _with_null(self, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -365,10 +382,15 @@ def _rows(conditions: Mapping[str, np.ndarray], name: str) -> tuple[np.ndarray, 
 
 
 def _control(keywords: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a ControlNet's arguments what the family calls conditions."""
-    tensors = {"controlnet_cond": keywords.get("controlnet_cond")}
-    scale = keywords.get("conditioning_scale")
-    return tensors if scale is None else {**tensors, "controlnet_conditioning_scale": torch.tensor([float(scale)])}
+    """Of the arguments of one or several ControlNets what the family calls conditions."""
+    found: dict[str, Any] = {}
+    for name, own in (("controlnet_cond", "controlnet_cond"), ("conditioning_scale", "controlnet_conditioning_scale")):
+        values = keywords.get(name)
+        several = values if isinstance(values, list | tuple) else [] if values is None else [values]
+        for place, value in enumerate(several):
+            tensor = value if isinstance(value, torch.Tensor) else torch.tensor([float(value)])
+            found[f"{own}_{place}" if place else own] = tensor
+    return found
 
 
 def _tensors(keywords: Mapping[str, Any], rows: int) -> dict[str, torch.Tensor]:

@@ -56,9 +56,12 @@ def check_weights(bundle: Bundle, source: Source) -> list[Part]:
         }
         folders[str(Path(encoder.graph.file).parent)] = named
     vae = getattr(source.pipeline, "vae", None)
-    for graph in (components.vae_decoder, components.vae_encoder):  # what follows lies beside the decoder
-        if graph is not None and vae is not None:
-            folders[str(Path(graph.file).parent)] = vae.state_dict(keep_vars=True)
+    pictures = getattr(source.pipeline, "image_encoder", None)
+    # What follows in a video lies beside the decoder.
+    pairs = ((components.vae_decoder, vae), (components.vae_encoder, vae), (components.image_encoder, pictures))
+    for graph, module in pairs:
+        if graph is not None and module is not None:
+            folders[str(Path(graph.file).parent)] = module.state_dict(keep_vars=True)
     wrong = [part for folder, named in folders.items() for part in _folder(bundle.path / folder, folder, named)]
     return wrong or [Part(NAME, "", MODEL, ())]
 

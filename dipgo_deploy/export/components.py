@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from dipgo_deploy.bundle.manifest import Components, DecoderChunk, Graph, TextEncoderEntry, TokenizerEntry
-from dipgo_deploy.bundle.names import NEXT, STATE
+from dipgo_deploy.bundle.names import EMBEDS, NEXT, NO_EMBEDS, STATE
 from dipgo_deploy.bundle.shapes import SizeRanges, Sizes
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.export.chunks import Chunks, Part, chunks_of, state_shapes
@@ -43,6 +44,7 @@ def export_components(
     dtype: str,
     pixels: bool = False,
     encoder: bool = False,
+    embeds: ConditionSpec | None = None,
     float32: Sequence[str] = (),
 ) -> Components:
     """Export what the diffusers pipeline has beside its denoiser into the folder ``stage``.
@@ -54,6 +56,7 @@ def export_components(
         scheme: how its prompts are encoded.
         conditions: the denoiser's, of which those of source ``text`` become outputs.
         pixels: the latent is the picture.
+        embeds: the condition that is a picture's embeddings, of which the image encoder is exported.
         encoder: export the VAE's encoder too, for image-to-image and conditions that are a picture's latents.
 
     Raises:
@@ -90,6 +93,7 @@ def export_components(
         vae_chunks=()
         if chunks is None
         else tuple(DecoderChunk(graph=part, start=start) for part, start in chunks.order),
+        image_encoder=None if embeds is None else _image_encoder(pipeline.image_encoder, embeds, stage, dtype),
         vae_encoder=_vae_encoder(vae, stage, decoder, vae_dtype) if encoder and decoder is not None else None,
         class_labels=dict(labels) if labels else None,
         null_class=classes,
@@ -294,6 +298,35 @@ def _vae_encoder(vae: Any, stage: Path, decoder: Graph, dtype: str) -> Graph:
     _to(vae, torch_type)
     images = torch.rand(decoder.outputs[0].shape)
     return _export(Encoder(), [images], ["images"], outputs, stage, "vae_encoder", dtype, "vae.")
+
+
+def _image_encoder(encoder: Any, embeds: ConditionSpec, stage: Path, dtype: str) -> Graph:
+    """Embeddings of one picture and, as diffusers' pipelines have them for the unconditional half, of none: zeros for a
+    pooled embedding, the states of a picture of mean colour for all of them."""
+    torch_type = torch_dtype(dtype)
+    mean, deviation = (torch.tensor(values).reshape(1, 3, 1, 1) for values in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
+    states = len(embeds.shape) == 4
+
+    class Encoder(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.image_encoder = encoder
+
+        def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            pixels = ((images.permute(0, 3, 1, 2) - mean) / deviation).to(torch_type)
+            if states:
+                both = encoder(torch.cat([pixels, torch.zeros_like(pixels)]), output_hidden_states=True)
+                found = both.hidden_states[-2].float()[:, None]
+                return found[:1], found[1:]
+            found = encoder(pixels).image_embeds.float()[:, None]
+            return found, found * 0
+
+    encoder.to(torch_type).eval()
+    side = int(encoder.config.image_size)
+    images = torch.rand(1, side, side, 3)
+    return _export(
+        Encoder(), [images], ["images"], [EMBEDS, NO_EMBEDS], stage, "image_encoder", dtype, "image_encoder."
+    )
 
 
 def _export(

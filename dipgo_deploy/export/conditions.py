@@ -9,7 +9,9 @@ from dipgo_deploy.bundle.manifest import ConditionSpec
 from dipgo_deploy.bundle.pictures import PictureUse
 from dipgo_deploy.bundle.shapes import BATCH, HEIGHT, WIDTH, Dim, Sizes, corners
 from dipgo_deploy.errors import UserError
+from dipgo_deploy.models.family import InputSpec
 from dipgo_deploy.models.shape import TraceShape, condition_specs
+from dipgo_deploy.reference.vae import scaling_and_shift
 
 if TYPE_CHECKING:
     from dipgo_deploy.reference.source import Source
@@ -38,7 +40,7 @@ def open_conditions(source: Source, shape: TraceShape, dtype: str) -> tuple[Cond
                 shape=spec.shape,
                 dtype=_TENSOR_DTYPES[dtype] if spec.dtype == "model" else spec.dtype,
                 source=spec.source,
-                picture=source.family.pictures[spec.name] if spec.source == "image" else PictureUse(),
+                picture=_use(source, spec),
                 values=spec.values,
                 null_values=spec.null_values,
                 dims=_only_open(dims),
@@ -46,6 +48,18 @@ def open_conditions(source: Source, shape: TraceShape, dtype: str) -> tuple[Cond
             )
         )
     return tuple(conditions)
+
+
+def _use(source: Source, spec: InputSpec) -> PictureUse:
+    """What a condition has of a picture; of latents without the VAE's shift also what that is."""
+    if spec.source != "image":
+        return PictureUse()
+    use = source.family.pictures[spec.name]
+    vae = getattr(source.pipeline, "vae", None)
+    if use.shifted or vae is None:
+        return use
+    factor, shift = scaling_and_shift(vae)
+    return use.model_copy(update={"offset": float(factor * shift)})
 
 
 def _only_open(entries: Sequence[Any]) -> tuple[Any, ...] | None:

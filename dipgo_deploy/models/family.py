@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -136,6 +136,14 @@ def call_with_keywords(model: nn.Module, latent: Tensor, timestep: Tensor, condi
     return prediction
 
 
+def numbered(name: str, present: Container[str]) -> list[str]:
+    """``name``, ``name_1``, ... as far as they are there."""
+    found = [name] if name in present else []
+    while found and (following := f"{name}_{len(found)}") in present:
+        found.append(following)
+    return found
+
+
 def no_timestep_options(
     config: Mapping[str, Any], scheduler: Mapping[str, Any], *size_and_steps: int
 ) -> Mapping[str, Any]:
@@ -177,11 +185,14 @@ class ModelFamily:
         companions: other components of the pipeline that belong to the model, with their classes; ``join(model,
             {component: module})`` makes one module of all, and their configurations are in the model's under their
             names. ``class_name`` then has their class after a ``+``.
+        several: companion -> class of diffusers that holds several of them, which are in folders with a number behind
+            the name (``controlnet_1``); all are joined.
         pictures: what each condition of source ``image`` has of which picture, by name.
         joined: the conditions that its pipeline joins to the latent along its channels, in order.
         image_to_image(steps, strength): the steps that a run from a picture leaves out, of all that were asked for, as
             the ``get_timesteps`` of diffusers' image-to-image pipeline has it; None where there is no such pipeline.
         starts: it only works from a picture: exports without a strength are refused.
+        adapter: the option that names a file of weights beside the folder, which makes it one of this family.
         index: entries of ``model_index.json`` that are wanted, and refused where another family's folder has them.
         size_multiple(config): an open latent height or width has to be a multiple of it; None where a trace is good
             for one size only.
@@ -218,10 +229,12 @@ class ModelFamily:
     set_timesteps: Callable[..., Mapping[str, Any]] = no_timestep_options
     companions: Mapping[str, str] = field(default_factory=dict)
     join: Callable[..., nn.Module] = lambda model, others: model
+    several: Mapping[str, str] = field(default_factory=dict)
     pictures: Mapping[str, PictureUse] = field(default_factory=dict)
     joined: tuple[str, ...] = ()
     image_to_image: Callable[[int, float], int] | None = None
     starts: bool = False
+    adapter: str | None = None
     index: Mapping[str, Any] = field(default_factory=dict)
     size_multiple: Callable[[Mapping[str, Any]], int] | None = None
     pixels: bool = False
@@ -276,6 +289,10 @@ class ModelFamily:
         if isinstance(self.guidance, bool):
             return self.guidance
         return self.guidance({**(self.defaults or {}), **config}, index)
+
+    def companions_in(self, config: Mapping[str, Any]) -> dict[str, str]:
+        """The companions that a configuration has: name -> class."""
+        return {each: class_name for name, class_name in self.companions.items() for each in numbered(name, config)}
 
     @property
     def axes(self) -> int:

@@ -78,9 +78,9 @@ def denoiser_weights(model: str | Path) -> dict[str, Weights]:
     files are not here (of a hub id, before it is loaded) is left out. Raises as ``weights_of``."""
     if not is_here(model):
         return {}
-    family, _ = denoiser_config(model)
+    family, config = denoiser_config(model)
     whole = (config_folder(model) / INDEX).is_file()
-    parts = {family.component if whole else ".": family.diffusers_class, **(family.companions if whole else {})}
+    parts = {family.component if whole else ".": family.diffusers_class, **family.companions_in(config)}
     return {name: part_weights(model, name, "diffusers", class_name) for name, class_name in parts.items()}
 
 
@@ -164,7 +164,7 @@ def _check_units(model: str | Path, parts: Mapping[str, Weights]) -> None:
         return
     stored = {tensor for path in parts[name].files for tensor in _types_in(path)}
     stems = {tensor[:place] for tensor in stored for place, letter in enumerate(tensor) if letter == "."}
-    units = [spec.name for spec in family.blocks(config, "block") if spec.name not in family.companions]
+    units = [spec.name for spec in family.blocks(config, "block") if spec.name not in family.companions_in(config)]
     without = [unit for unit in units if unit not in stems]
     # With none at all it is the names that are others, which is said when they are loaded.
     if without and len(without) < len(units):
@@ -225,13 +225,14 @@ def loaded_parts(model: str | Path) -> dict[str, tuple[str, str]]:
     index = pipeline_index(model)
     if not index:
         return {}
-    family, _ = denoiser_config(model)
+    family, config = denoiser_config(model)
+    companions = family.companions_in(config)
     kept = (family.component, *family.companions, "vae", "scheduler")
     parts = {
         name: (str(value[0]), str(value[1]))
         for name, value in index.items()
         if _names_a_class(value) and (name in kept or name.startswith(("text_encoder", "tokenizer")))
-    }
+    } | {name: ("diffusers", class_name) for name, class_name in companions.items()}
     for name, (library, class_name) in parts.items():
         if library not in STEMS:
             raise UserError(f"{model}: {name} is {library}.{class_name}: only diffusers and transformers are loaded")

@@ -101,27 +101,43 @@ def inputs(config: Mapping[str, Any], batch: int, height: int, width: int, text_
     )
 
 
-def call(model: nn.Module, latent: Tensor, timestep: Tensor, conditions: Mapping[str, Tensor]) -> Tensor:
+def call(
+    model: nn.Module, latent: Tensor, timestep: Tensor, conditions: Mapping[str, Tensor], **further: Any
+) -> Tensor:
     """The prediction (B, C, h, w) from the latent (B, C, h, w), packed on the way in and unpacked on the way out."""
     rows, columns = latent.shape[2] // PACK, latent.shape[3] // PACK
-    keywords = {name: tensor for name, tensor in conditions.items() if name != FOLLOWED}
+    own = {name: tensor for name, tensor in conditions.items() if name != FOLLOWED}
     tokens, pictures = pack(latent), 1
     if FOLLOWED in conditions:
         import torch
 
         tokens, pictures = torch.cat([tokens, pack(conditions[FOLLOWED].to(latent.dtype))], dim=1), 2
-    length = conditions["encoder_hidden_states"].shape[1]
+    with prepared(model, timestep, own, rows, columns, pictures) as keywords:
+        predicted = model(hidden_states=tokens, return_dict=False, **keywords, **further)[0]
+    return unpack(predicted if pictures == 1 else predicted[:, : rows * columns], rows, columns)
+
+
+@contextmanager
+def prepared(
+    model: nn.Module,
+    timestep: Tensor,
+    conditions: Mapping[str, Tensor | None],
+    rows: int,
+    columns: int,
+    pictures: int = 1,
+) -> Iterator[dict[str, Any]]:
+    """The keywords of ``forward`` besides the tokens, and inside the context exact positions and numbers for it."""
+    states = conditions["encoder_hidden_states"]
+    assert states is not None
+    length = states.shape[1]
     timestep = timestep / _TIMESTEPS
     with rotary_table(model, length, rows, columns, pictures), _unrounded(model, timestep, conditions.get("guidance")):
-        predicted = model(
-            hidden_states=tokens,
-            timestep=timestep,
-            txt_ids=tokens.new_zeros(length, 3),
-            img_ids=tokens.new_zeros(pictures * rows * columns, 3),
-            return_dict=False,
-            **keywords,
-        )[0]
-    return unpack(predicted if pictures == 1 else predicted[:, : rows * columns], rows, columns)
+        yield {
+            "timestep": timestep,
+            "txt_ids": states.new_zeros(length, 3),
+            "img_ids": states.new_zeros(pictures * rows * columns, 3),
+            **conditions,
+        }
 
 
 @contextmanager
@@ -222,7 +238,7 @@ def given(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, Ten
     latent, *others = (unpack(part, rows, columns) for part in tokens)
     names = ("encoder_hidden_states", "pooled_projections", "guidance")
     conditions = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
-    return latent, kwargs["timestep"], conditions | dict(zip((FOLLOWED,), others, strict=False))
+    return latent, kwargs["timestep"] * _TIMESTEPS, conditions | dict(zip((FOLLOWED,), others, strict=False))
 
 
 def _kontext_inputs(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from os.path import commonprefix
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,9 @@ from urllib.parse import parse_qsl, urlencode
 
 from dipgo_deploy.documents import read_document
 from dipgo_deploy.errors import UserError
+from dipgo_deploy.models import ip_adapter
 from dipgo_deploy.models.defaults import class_defaults, with_defaults
-from dipgo_deploy.models.family import ModelFamily
+from dipgo_deploy.models.family import ModelFamily, numbered
 from dipgo_deploy.models.quantized import gguf_refused, is_gguf, refuse_quantised_settings
 from dipgo_deploy.models.registry import families, family_for
 from dipgo_deploy.schedule.identity import FILE_HASH, file_hash
@@ -45,20 +46,27 @@ _MOST = 2**16
 @dataclass(frozen=True)
 class ReadOptions:
     """How a model is read. variant: of its weight files. pipeline: diffusers class instead of the one it names. config:
-    folder with the configurations of a model that is one file."""
+    folder with the configurations of a model that is one file. ip_adapter: a file of weights beside it. image_encoder:
+    that adapter's, by default the folder of this name beside the file."""
 
     variant: str | None = None
     pipeline: str | None = None
     config: str | None = None
+    ip_adapter: str | None = None
+    image_encoder: str | None = None
+
+    @property
+    def encoder_folder(self) -> Path | None:
+        """The image encoder's folder, None without an adapter."""
+        if self.ip_adapter is None:
+            return None
+        return Path(self.image_encoder or Path(self.ip_adapter).parent / "image_encoder")
 
 
-def with_options(
-    model: str, *, variant: str | None = None, pipeline: str | None = None, config: str | None = None
-) -> str:
-    """The name of a model that says how it is read; what is None stays as ``model`` has it."""
+def with_options(model: str, **given: str | None) -> str:
+    """The name of a model that says how it is read, by the fields of ``ReadOptions``; what is None stays as it is."""
     name, options = _split(model)
-    given = {"variant": variant, "pipeline": pipeline, "config": config}
-    chosen = {key: value or getattr(options, key) for key, value in given.items()}
+    chosen = asdict(replace(options, **{key: value for key, value in given.items() if value is not None}))
     query = urlencode({key: value for key, value in chosen.items() if value is not None}, safe="/")
     return f"{name}?{query}" if query else name
 
@@ -71,8 +79,9 @@ def read_options(model: str | Path) -> ReadOptions:
 def lasting_name(model: str) -> str:
     """A name that is good in any working directory: absolute paths; built-in names and hub ids stay."""
     name, options = _split(model)
-    config = None if options.config is None else _absolute(options.config)
-    return with_options(_absolute(name), variant=options.variant, pipeline=options.pipeline, config=config)
+    paths = ("config", "ip_adapter", "image_encoder")
+    lasting = {key: value and _absolute(value) if key in paths else value for key, value in asdict(options).items()}
+    return with_options(_absolute(name), **lasting)
 
 
 def _absolute(name: str) -> str:
@@ -85,9 +94,10 @@ def _split(model: str | Path) -> tuple[str, ReadOptions]:
     if not mark or _is_dir(Path(model)):
         return str(model), ReadOptions()
     options = dict(parse_qsl(query, keep_blank_values=True))
-    if not options or not options.keys() <= {"variant", "pipeline", "config"} or not all(options.values()):
+    if not options or not options.keys() <= {field.name for field in fields(ReadOptions)} or not all(options.values()):
         raise UserError(
-            f"{model}: after the ? there may be variant=NAME, pipeline=CLASS and config=FOLDER, joined by &"
+            f"{model}: after the ? there may be variant=NAME, pipeline=CLASS, config=FOLDER, ip_adapter=FILE and "
+            "image_encoder=FOLDER, joined by &"
         )
     return name, ReadOptions(**options)
 
@@ -179,17 +189,24 @@ def denoiser_config(model: str | Path) -> tuple[ModelFamily, dict[str, Any]]:
         if _class_in(index, "transformer") == _SPLIT_CLASS:
             actual = _class_of(read_configuration(folder / "transformer" / "config.json"))
             index = {**index, "transformer": ["diffusers", actual]}
-        family = _family_of_pipeline(folder, index, pipeline)
+        options = read_options(model)
+        family = _family_of_pipeline(folder, index, options)
         if single_file(model) is None:
             _check_not_quantised(folder, family, index)
         config = read_configuration(folder / family.component / "config.json")
-        others = {name: read_configuration(folder / name / "config.json") for name in family.companions}
+        others = {
+            name: read_configuration(folder / name / "config.json") for name in companion_folders(folder, family, index)
+        }
+        if options.ip_adapter is not None and options.encoder_folder is not None:
+            others[ip_adapter.ADAPTER] = ip_adapter.read_adapter(Path(options.ip_adapter), options.encoder_folder)
         whole = _filled(family, config, others)
         _check_settings(folder, family, whole)
         _check_pipeline(folder, family, index, pipeline)
         _check_tokenizers(folder, index)
         _check_vae(folder, family.latent_channels(whole), family.packing)
         return family, whole
+    if read_options(model).ip_adapter is not None:
+        raise UserError(f"{folder}: no {INDEX}: --ip-adapter needs the folder of a pipeline")
     if pipeline is not None:
         raise UserError(f"{folder}: no {INDEX}: there is no pipeline to be read as {pipeline}")
     if _is_file(folder / "config.json"):
@@ -236,7 +253,11 @@ def native_size(config: Mapping[str, Any]) -> tuple[int, ...] | None:
 
 def _filled(family: ModelFamily, config: Mapping[str, Any], others: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """A denoiser's configuration, and its companions' in it, with the defaults of their classes."""
-    companions = {name: with_defaults(class_defaults(family.companions[name]), other) for name, other in others.items()}
+    classes = family.companions_in(others)
+    companions = {
+        name: with_defaults(class_defaults(classes[name]), other) if name in classes else dict(other)
+        for name, other in others.items()
+    }
     hashed = file_hash({**config, **others})
     return {**with_defaults(family.defaults or {}, config), **companions, FILE_HASH: hashed}
 
@@ -287,8 +308,9 @@ def _check_pipeline(folder: Path, family: ModelFamily, index: Mapping[str, Any],
 
 def _check_not_quantised(folder: Path, family: ModelFamily, index: Mapping[str, Any]) -> None:
     """Refuse a part whose configuration says that its weights are quantised."""
-    for name in index:
-        if name in (family.component, *family.companions, "vae") or name.startswith("text_encoder"):
+    for name in {**index, **dict.fromkeys(companion_folders(folder, family, index))}:
+        parts = (family.component, *companion_folders(folder, family, index), "vae")
+        if name in parts or name.startswith("text_encoder"):
             refuse_quantised_settings(folder / name / "config.json", component_config(folder, name) or {})
 
 
@@ -314,9 +336,14 @@ def _check_vae(folder: Path, channels: int, packing: int) -> None:
         raise UserError(f"{folder}: its VAE makes latents of {made} channels, its denoiser takes {channels}")
 
 
-def _family_of_pipeline(folder: Path, index: Mapping[str, Any], pipeline: str | None) -> ModelFamily:
-    """pipeline: the class that the folder is read as, where it is not the one that its index names."""
-    allowed = [family for family in families().values() if pipeline is None or pipeline in family.pipelines]
+def _family_of_pipeline(folder: Path, index: Mapping[str, Any], options: ReadOptions) -> ModelFamily:
+    """By its class, or the one that the folder is read as, its components, and an adapter beside it."""
+    pipeline = options.pipeline
+    adapter = None if options.ip_adapter is None else ip_adapter.ADAPTER
+    if options.image_encoder is not None and adapter is None:
+        raise UserError("--image-encoder: is that of an IP-Adapter; give --ip-adapter, too")
+    adapted = [family for family in families().values() if family.adapter == adapter]
+    allowed = [family for family in adapted if pipeline is None or pipeline in family.pipelines]
     if not allowed:
         known = ", ".join(sorted({name for family in families().values() for name in family.pipelines}))
         raise UserError(f"--pipeline {pipeline}: is not supported; use one of {known}")
@@ -325,16 +352,29 @@ def _family_of_pipeline(folder: Path, index: Mapping[str, Any], pipeline: str | 
     # class are told apart by their pipelines; a pipeline that nobody has is refused by the plain one.
     for family in sorted(allowed, key=lambda family: (-len(family.companions), name not in family.pipelines)):
         wanted = {family.component: family.diffusers_class, **family.companions}
-        fits = all(_class_in(index, name) == class_name for name, class_name in wanted.items())
+        fits = all(
+            (found := _class_in(index, part)) is not None and found in (class_name, family.several.get(part))
+            for part, class_name in wanted.items()
+        )
         if fits and family.index.items() <= index.items():
             control = _class_in(index, "controlnet")
             if control is not None and "controlnet" not in wanted and pipeline is None:
-                raise UserError(f"{folder}: {control} is not supported; use a pipeline with one ControlNetModel")
+                raise UserError(f"{folder}: {control} is not supported; use a pipeline with a ControlNetModel")
             return family
     raise UserError(
         f"{folder}: {pipeline or index.get('_class_name')} has no supported denoiser; "
         f"use a pipeline with one of {', '.join(sorted(family.class_name for family in allowed))}"
     )
+
+
+def companion_folders(folder: Path, family: ModelFamily, index: Mapping[str, Any]) -> list[str]:
+    """The folders of a family's companions; of one that the index has several of as many as there are."""
+    there = {name for name in (path.name for path in folder.iterdir()) if _is_dir(folder / name)}
+    names = []
+    for name in family.companions:
+        several = name in family.several and _class_in(index, name) == family.several[name]
+        names += (several and numbered(name, there)) or [name]
+    return names
 
 
 def _class_of(config: Mapping[str, Any]) -> str:

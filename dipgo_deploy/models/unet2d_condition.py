@@ -143,10 +143,21 @@ def inputs(config: Mapping[str, Any], batch: int, height: int, width: int, text_
     return tuple(specs)
 
 
-def call(model: nn.Module, latent: Tensor, timestep: Tensor, conditions: Mapping[str, Tensor]) -> Tensor:
-    """The prediction (B, C', h, w); SDXL's additional conditions go into ``added_cond_kwargs``."""
+def call(
+    model: nn.Module,
+    latent: Tensor,
+    timestep: Tensor,
+    conditions: Mapping[str, Tensor],
+    image_embeds: list[Tensor] | None = None,
+) -> Tensor:
+    """The prediction (B, C', h, w); SDXL's additional conditions and an IP-Adapter's embeddings go into
+    ``added_cond_kwargs``."""
     # float32, as what the model joins them with: ONNX has no join of two types, which torch would promote to this one.
-    added = {name: conditions[name].float() for name in ("text_embeds", "time_ids") if name in conditions}
+    added: dict[str, Any] = {
+        name: conditions[name].float() for name in ("text_embeds", "time_ids") if name in conditions
+    }
+    if image_embeds is not None:
+        added["image_embeds"] = image_embeds
     prediction: Tensor = model(
         latent,
         timestep=timestep,

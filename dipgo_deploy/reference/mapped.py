@@ -116,13 +116,13 @@ def float32_files(model: str, beside: Path) -> Iterator[str]:
     import torch
 
     from dipgo_deploy.models.files import STEMS, denoiser_weights
-    from dipgo_deploy.models.location import INDEX, config_folder, pipeline_index
+    from dipgo_deploy.models.location import INDEX, config_folder, pipeline_index, read_options, with_options
     from dipgo_deploy.supernet.load import stored_dtype, stored_tensors
 
     if stored_dtype(model) == torch.float32:
         yield model
         return
-    folder = config_folder(model)
+    folder, options = config_folder(model), read_options(model)
     with tempfile.TemporaryDirectory(prefix=".float32-", dir=beside) as copy:
         if index := pipeline_index(model):
             # Of the parts only the denoiser is copied; the pipeline's class is the one that the model is read as.
@@ -132,7 +132,7 @@ def float32_files(model: str, beside: Path) -> Iterator[str]:
             shutil.copy(folder / part / "config.json", Path(copy) / part)
             tensors = stored_tensors(model, part, weights)
             _write_float32(tensors, Path(copy) / part / f"{STEMS['diffusers']}.safetensors")
-        yield copy
+        yield with_options(copy, ip_adapter=options.ip_adapter, image_encoder=options.image_encoder)
 
 
 def _write_float32(tensors: Mapping[str, torch.Tensor], target: Path) -> None:

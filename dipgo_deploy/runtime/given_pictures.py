@@ -10,7 +10,7 @@ import numpy as np
 
 from dipgo_deploy.bundle.manifest import ConditionSpec, Manifest
 from dipgo_deploy.errors import UserError
-from dipgo_deploy.runtime.image import to_masks, to_pictures
+from dipgo_deploy.runtime.image import to_masks, to_pictures, to_squares
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class GivenPictures:
 
     Attributes:
         rows: those that need nothing more, float32 (images, ...) by name.
-        encoded: pictures whose latents the VAE's encoder has to make, float32 (1 or prompts, H, W, 3) in [0, 1].
+        encoded: pictures that the VAE's encoder or the image encoder gets, float32 (1 or prompts, H, W, 3) in [0, 1].
     """
 
     rows: dict[str, np.ndarray]
@@ -47,6 +47,7 @@ def check_pictures(
     for argument, picture in given.items():
         if picture is not None and argument not in wanted and not (argument == "image" and started):
             raise UserError(f"{argument}: this engine directory takes none; leave it out")
+    given = {name: _in_places(name, picture, specs) for name, picture in given.items()}
     found = GivenPictures({}, {})
     for spec in specs:
         for argument in (spec.picture.argument, *(("mask_image",) if spec.picture.masked else ())):
@@ -56,20 +57,39 @@ def check_pictures(
     return found
 
 
+def _in_places(argument: str, picture: Any, specs: Sequence[ConditionSpec]) -> Any:
+    """What was given, where one model has several of an argument a list with one entry for each."""
+    places = 1 + max((spec.picture.place for spec in specs if spec.picture.argument == argument), default=0)
+    if places == 1 or picture is None:
+        return picture if picture is None else [picture]
+    if not isinstance(picture, (list, tuple)) or len(picture) != places:
+        count = len(picture) if isinstance(picture, (list, tuple)) else 1
+        raise UserError(f"{argument}: {count} given; this engine directory takes {places}, one for each ControlNet")
+    return list(picture)
+
+
 def _make(
     manifest: Manifest, spec: ConditionSpec, given: Mapping[str, Any], rows: int, per_prompt: int, found: GivenPictures
 ) -> None:
     use, argument = spec.picture, spec.picture.argument
+    if use.form == "embeds":
+        encoder = manifest.components.image_encoder
+        if encoder is None:
+            raise UserError(f"{argument}: this engine directory has no image encoder; give the condition {spec.name}")
+        found.encoded[spec.name] = to_squares(given[argument][use.place], encoder.inputs[0].shape[1], argument)
+        _check_count(argument, len(found.encoded[spec.name]), rows)
+        return
     height, width = _pixels(manifest, spec)
+    picture = given[argument][use.place]
     if use.form == "mask":
-        masks = to_masks(given[argument], height, width, argument)
+        masks = to_masks(picture, height, width, argument)
         _check_count(argument, len(masks), rows)
         found.rows[spec.name] = _repeated(_of_latent(masks, spec.shape[1:]), rows, per_prompt)
         return
-    pictures = to_pictures(given[argument], height, width, argument)
+    pictures = to_pictures(picture, height, width, argument)
     _check_count(argument, len(pictures), rows)
     if use.masked:
-        masks = to_masks(given["mask_image"], height, width, "mask_image")
+        masks = to_masks(given["mask_image"][0], height, width, "mask_image")
         _check_count("mask_image", len(masks), rows)
         pictures = np.where(masks[..., None] > 0, np.float32(0.5), pictures)
     if use.form == "pixels":

@@ -55,7 +55,7 @@ class Decoder:
 
 
 class Encoder:
-    """The VAE encoder of an engine directory.
+    """The VAE encoder of an engine directory, or its image encoder.
 
     Raises:
         UserError: the graph cannot be loaded.
@@ -66,7 +66,7 @@ class Encoder:
 
     def __call__(self, images: np.ndarray) -> dict[str, np.ndarray]:
         """Images float32 (n, H, W, 3) in [0, 1], any n -> ``mean`` and, unless the VAE is deterministic, ``std`` of
-        their latents, float32 (n, C, h, w), both times the scaling factor."""
+        their latents, float32 (n, C, h, w), both times the scaling factor; or embeddings of each and of none."""
         graph = self._component.graph
         batch = graph.inputs[0].shape[0]
         parts = []
@@ -136,6 +136,37 @@ def to_masks(masks: Picture | Sequence[Picture], height: int, width: int, name: 
             grey = _picture(colours, height, width, name).mean(axis=-1)
         found.append((grey >= 0.5).astype(np.float32))
     return np.concatenate(found)
+
+
+def to_squares(pictures: Picture | Sequence[Picture], side: int, name: str = "ip_adapter_image") -> np.ndarray:
+    """Pictures as float32 (n, side, side, 3) in [0, 1], as CLIP's image processor prepares them for its encoder: the
+    shorter side resized (bicubic) to ``side``, the middle cut out.
+
+    pictures: PIL pictures or arrays (H, W, 3) of any size, float in [0, 1] or uint8; one, or several in a list.
+
+    Raises:
+        UserError: anything else.
+    """
+    from PIL import Image
+
+    items = list(pictures) if isinstance(pictures, (list, tuple)) else [pictures]
+    if not items:
+        raise UserError(f"{name}: an empty list; give at least one picture")
+    squares = []
+    for item in items:
+        picture = item
+        if isinstance(item, np.ndarray) and item.ndim == 3:
+            picture = Image.fromarray(to_uint8(_picture(item, item.shape[0], item.shape[1], name))[0])
+        if not isinstance(picture, Image.Image):
+            raise UserError(f"{name}: {type(item).__name__}, needs a PIL picture or an array (H, W, 3)")
+        picture = as_8_bit(picture, name).convert("RGB")
+        shorter, longer = sorted(picture.size)
+        other = int(side * longer / shorter)
+        size = (side, other) if picture.width <= picture.height else (other, side)
+        resized = np.array(picture.resize(size, resample=Image.Resampling.BICUBIC))
+        top, left = (resized.shape[0] - side) // 2, (resized.shape[1] - side) // 2
+        squares.append(resized[top : top + side, left : left + side].astype(np.float32) / np.float32(255))
+    return np.stack(squares)
 
 
 def as_8_bit(picture: Image, name: str) -> Image:

@@ -29,6 +29,7 @@ class TorchNoise:
     def __init__(self, seed: int) -> None:
         if not -(2**63) <= seed < 2**64:
             raise UserError(f"seed {seed} is out of range; use an integer from -2**63 to 2**64 - 1")
+        self.seed = seed
         self._engine = np.random.RandomState(seed & 0xFFFFFFFF)
         self._second: float | None = None
 

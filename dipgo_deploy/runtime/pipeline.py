@@ -19,6 +19,8 @@ from dipgo_deploy.backends.base import Backend
 from dipgo_deploy.backends.storage import fits
 from dipgo_deploy.backends.tensorrt_queue import GraphMode
 from dipgo_deploy.bundle.directory import Bundle
+from dipgo_deploy.bundle.manifest import ConditionSpec
+from dipgo_deploy.bundle.names import EMBEDS, NO_EMBEDS
 from dipgo_deploy.errors import NotFiniteError, UserError
 from dipgo_deploy.lora.file import LoraChoice
 from dipgo_deploy.runtime.given_pictures import picture_conditions
@@ -126,6 +128,7 @@ class Pipeline:
         self._text: TextEncoder | None = None
         self._decoder: Decoder | None = None
         self._encoder: Encoder | None = None
+        self._image_encoder: Encoder | None = None
 
     @classmethod
     def from_engine_dir(
@@ -210,6 +213,8 @@ class Pipeline:
             self._ready_decoder()
         if components.vae_encoder is not None:
             self._ready_encoder()
+        if components.image_encoder is not None:
+            self._ready_image_encoder()
 
     def _ready_loop(self, *, lazy: bool) -> DenoisingLoop:
         if self._loop is None:
@@ -240,6 +245,15 @@ class Pipeline:
             self.bundle.check_unchanged()
             self._encoder = loaded
         return self._encoder
+
+    def _ready_image_encoder(self) -> Encoder:
+        if self._image_encoder is None:
+            graph = self.bundle.manifest.components.image_encoder
+            assert graph is not None  # checked with the request
+            loaded = Encoder(self.bundle.path, graph, self.backend)
+            self.bundle.check_unchanged()
+            self._image_encoder = loaded
+        return self._image_encoder
 
     def load_lora(self, file: str | os.PathLike[str], scale: float = 1.0, *, partial: bool = False) -> LoraReport:
         """Add a LoRA to the weights of the denoiser, all variants alike, and of the text encoders.
@@ -324,8 +338,10 @@ class Pipeline:
         image_latents: np.ndarray | None = None,
         strength: float | None = None,
         control_image: Picture | Sequence[Picture] | None = None,
-        control_scale: float | None = None,
+        control_scale: float | Sequence[float] | None = None,
         mask_image: Picture | Sequence[Picture] | None = None,
+        ip_adapter_image: Picture | Sequence[Picture] | None = None,
+        ip_adapter_scale: float | None = None,
         height: int | None = None,
         width: int | None = None,
         num_frames: int | None = None,
@@ -356,8 +372,11 @@ class Pipeline:
             image_latents: its latents (1 or prompts, C, h, w), scaled as the VAE's encoder does, instead of it.
             strength: that of the engine directory, or nothing.
             mask_image: where a model draws into ``image`` (white), as that, or (H, W).
-            control_image: what a ControlNet looks at, or a model with control of its own, as ``image``.
-            control_scale: of what the ControlNet adds; default 1.
+            ip_adapter_image: what an IP-Adapter draws after: as ``image``, of any size.
+            ip_adapter_scale: of what it adds; default 1.
+            control_image: what a ControlNet looks at, or a model with control of its own, as ``image``; with several
+                ControlNets a list with one such entry for each, in the order of their folders.
+            control_scale: of what the ControlNet adds, or one for each; default 1.
             height, width: of the pictures in pixels, where the engine directory leaves them open; the usual ones of its
                 ranges by default.
             num_frames: that of the engine directory, or nothing.
@@ -386,6 +405,8 @@ class Pipeline:
             control_image=control_image,
             control_scale=control_scale,
             mask_image=mask_image,
+            ip_adapter_image=ip_adapter_image,
+            ip_adapter_scale=ip_adapter_scale,
             height=height,
             width=width,
             num_frames=num_frames,
@@ -453,6 +474,9 @@ class Pipeline:
         """All that the loop starts from, drawn in the order of diffusers' pipelines."""
         conditions = self._undrawn(request)
         picture = self._picture(request, stream)
+        # What a pipeline draws without its generator comes from torch's own, of the same seed.
+        apart = TorchNoise(stream.seed)
+        conditions |= self._encoded_pictures(request, apart, ("apart",))
         conditions |= self._encoded_pictures(request, stream, ("no", "before"))
         shape = (request.images, self.bundle.manifest.latent.channels, *request.size)
         latents = stream.randn(shape) if request.latents is None else request.latents
@@ -506,24 +530,36 @@ class Pipeline:
         return None if latents is None else _of_each(latents, request.images)
 
     def _encoded_pictures(self, request: Request, stream: TorchNoise, drawn: tuple[str, ...]) -> Conditions:
-        """Conditions that are latents of pictures, those of these ways of drawing."""
+        """Conditions that are latents or embeddings of pictures, those of these ways of drawing."""
         conditions: Conditions = {}
         for spec in picture_conditions(self.bundle.manifest):
             pictures = request.encoded.get(spec.name)
             if pictures is None or spec.picture.drawn not in drawn:
                 continue
+            if spec.picture.form == "embeds":
+                conditions[spec.name] = self._embedded(spec, pictures, request.images)
+                continue
             mean, deviation = self._encoded(pictures)
+            guided, both = self.bundle.manifest.guidance, spec.picture.drawn == "apart"
+            count = request.images * (2 if guided and both else 1)
             if spec.picture.each:
-                mean = _of_each(mean, request.images)
-                deviation = None if deviation is None else _of_each(deviation, request.images)
-            latents = mean
+                mean = _of_each(mean, count)
+                deviation = None if deviation is None else _of_each(deviation, count)
+            latents: np.ndarray = mean + np.float32(spec.picture.offset)
             if deviation is not None and spec.picture.drawn != "no":
-                latents = mean + deviation * stream.randn(mean.shape)
-            rows = _of_each(latents, request.images)
+                latents = latents + deviation * stream.randn(mean.shape)
+            rows = _of_each(latents, count)
             if not fits(rows, spec.dtype):
                 raise self._not_finite(f"VAE encoder, {spec.name}")
-            conditions[spec.name] = (rows if self.bundle.manifest.guidance else None, rows)
+            conditions[spec.name] = (rows[: request.images] if guided else None, rows[-request.images :])
         return conditions
+
+    def _embedded(self, spec: ConditionSpec, pictures: np.ndarray, images: int) -> tuple[np.ndarray | None, np.ndarray]:
+        found = self._ready_image_encoder()(pictures)
+        rows, nothing = (_of_each(found[name], images) for name in (EMBEDS, NO_EMBEDS))
+        if not fits(rows, spec.dtype):
+            raise self._not_finite(f"image encoder, {spec.name}")
+        return (nothing if self.bundle.manifest.guidance else None), rows
 
     def _encoded(self, pictures: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
         """Mean and standard deviation of the latents of pictures; the latter None for a deterministic VAE."""

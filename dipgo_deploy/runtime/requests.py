@@ -12,6 +12,7 @@ import numpy as np
 from dipgo_deploy import arguments
 from dipgo_deploy.backends.storage import fits
 from dipgo_deploy.bundle.manifest import ConditionSpec, Manifest, TensorDType
+from dipgo_deploy.bundle.pictures import ARGUMENTS
 from dipgo_deploy.bundle.shapes import Range, Sizes
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.runtime.given_pictures import check_pictures, picture_conditions
@@ -20,6 +21,8 @@ from dipgo_deploy.runtime.memory import machine_memory
 
 # The condition that scales what a ControlNet adds, by the name that diffusers' pipelines give it.
 CONTROL_SCALE = "controlnet_conditioning_scale"
+# That of what an IP-Adapter adds.
+ADAPTER_SCALE = "ip_adapter_scale"
 
 # Characters; a prompt is cut to a few hundred tokens anyway, and more would take its tokenizer long to find.
 MOST_CHARACTERS = 100_000
@@ -46,8 +49,10 @@ class Asked:
     image_latents: np.ndarray | None = None
     strength: float | None = None
     control_image: Picture | Sequence[Picture] | None = None
-    control_scale: float | None = None
+    control_scale: float | Sequence[float] | None = None
     mask_image: Picture | Sequence[Picture] | None = None
+    ip_adapter_image: Picture | Sequence[Picture] | None = None
+    ip_adapter_scale: float | None = None
     height: int | None = None
     width: int | None = None
     num_frames: int | None = None
@@ -81,7 +86,7 @@ class Request:
         size: of the latent: [frames,] height and width in latent pixels.
         fixed: the conditions that depend on neither text nor class, (images, ...) by name.
         null: of those the unconditional half's rows, where they are others.
-        encoded: pictures whose latents are conditions, float32 (1 or prompts, H, W, 3) in [0, 1] by name.
+        encoded: pictures whose latents or embeddings are conditions, float32 (1 or prompts, H, W, 3) in [0, 1] by name.
         image: pictures to start from, float32 (1 or prompts, H, W, 3) in [0, 1].
         image_latents: or their latents (1 or prompts, C, h, w).
     """
@@ -128,8 +133,8 @@ def check_request(manifest: Manifest, asked: Asked) -> Request:
     _check_memory(manifest, images)
     scale = _check_guidance(manifest, asked.guidance_scale)
     _check_strength(manifest, asked)
-    fixed = _check_fixed(manifest, _with_control_scale(manifest, asked), images, scale)
-    given = {name: getattr(asked, name) for name in ("image", "mask_image", "control_image")}
+    fixed = _check_fixed(manifest, _with_scales(manifest, asked), images, scale)
+    given: dict[str, object] = {name: getattr(asked, name) for name in ARGUMENTS}
     pictures = check_pictures(manifest, given, tuple(fixed), rows, per_prompt)
     return Request(
         images=images,
@@ -442,14 +447,23 @@ def _check_latents(manifest: Manifest, latents: np.ndarray | None, images: int) 
     return latents.astype(np.float32)
 
 
-def _with_control_scale(manifest: Manifest, asked: Asked) -> Mapping[str, np.ndarray]:
-    """The given conditions and, with a ControlNet, its scale."""
+def _with_scales(manifest: Manifest, asked: Asked) -> Mapping[str, np.ndarray]:
+    """The given conditions and the scales of ControlNets and of an IP-Adapter."""
     given = {} if asked.conditions is None else dict(arguments.mapping("conditions", asked.conditions))
+    if asked.ip_adapter_scale is not None:
+        if ADAPTER_SCALE not in {spec.name for spec in manifest.conditions}:
+            raise UserError("ip_adapter_scale: this engine directory has no IP-Adapter; leave it out")
+        given[ADAPTER_SCALE] = np.array([arguments.number("ip_adapter_scale", asked.ip_adapter_scale)])
     if asked.control_scale is None:
         return given
-    if CONTROL_SCALE not in {spec.name for spec in manifest.conditions}:
+    names = [spec.name for spec in manifest.conditions if spec.name.startswith(CONTROL_SCALE)]
+    if not names:
         raise UserError("control_scale: this engine directory has no ControlNet; leave it out")
-    return given | {CONTROL_SCALE: np.array([arguments.number("control_scale", asked.control_scale)])}
+    scales = asked.control_scale if isinstance(asked.control_scale, (list, tuple)) else [asked.control_scale]
+    if len(scales) not in (1, len(names)):
+        raise UserError(f"control_scale: {len(scales)} given for {len(names)} ControlNets; give one, or one for each")
+    numbers = [arguments.number("control_scale", scale) for scale in scales] * (len(names) // len(scales))
+    return given | {name: np.array([number]) for name, number in zip(names, numbers, strict=True)}
 
 
 def _check_strength(manifest: Manifest, asked: Asked) -> None:

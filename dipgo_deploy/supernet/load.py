@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from dipgo_deploy.errors import UserError
-from dipgo_deploy.models import ModelFamily
+from dipgo_deploy.models import ModelFamily, ip_adapter
+from dipgo_deploy.models.family import numbered
 from dipgo_deploy.models.files import (
     Weights,
     denoiser_weights,
@@ -59,7 +60,10 @@ def load_denoiser(
         return _load_part(folder_or_id, name, "diffusers", class_name, weights.get(name), dtype)
 
     model = load(family.diffusers_class, family.component if (folder / INDEX).is_file() else ".")
-    others = {name: load(class_name, name) for name, class_name in family.companions.items()}
+    adapter = read_options(folder_or_id).ip_adapter
+    if adapter is not None:
+        ip_adapter.attach(model, Path(adapter))
+    others = {name: load(class_name, name) for name, class_name in family.companions_in(config).items()}
     for part in (model, *others.values()):
         kept = getattr(part, "_keep_in_fp32_modules", None)
         if not kept and any(parameter.dtype != dtype for parameter in part.parameters()):
@@ -105,7 +109,7 @@ def load_pipeline(folder_or_id: str | Path, dtype: torch.dtype = torch.float32, 
     import diffusers
 
     index = pipeline_index(folder_or_id)
-    denoiser_config(folder_or_id)
+    family, _ = denoiser_config(folder_or_id)
     if not index:
         raise UserError(f"{folder_or_id}: has no {INDEX}; give the folder of a pipeline")
     source = resolve_model(folder_or_id)
@@ -121,6 +125,12 @@ def load_pipeline(folder_or_id: str | Path, dtype: torch.dtype = torch.float32, 
         elif class_name.endswith("Processor"):
             # Its class cannot be looked at where what it needs is missing, so that it comes in afterwards.
             loaded[name], tokenizers[name] = None, _tokenizer_of_processor(source, name)
+    encoder = read_options(folder_or_id).encoder_folder
+    if encoder is not None:
+        loaded |= _image_encoder(encoder, dtype)
+    for name, class_name in family.several.items():
+        each = [loaded.pop(part) for part in numbered(name, loaded)]
+        loaded[name] = each[0] if len(each) == 1 else getattr(diffusers, class_name)(each)
     owner = getattr(diffusers, str(index["_class_name"]))
     given = {**absent, **loaded, **components}
     try:
@@ -131,6 +141,15 @@ def load_pipeline(folder_or_id: str | Path, dtype: torch.dtype = torch.float32, 
         raise UserError(f"{source}: {owner.__name__} cannot be loaded: {_reason(error)}") from error
     pipeline.register_modules(**tokenizers)
     return pipeline
+
+
+def _image_encoder(folder: Path, dtype: torch.dtype) -> dict[str, Any]:
+    """An IP-Adapter's image encoder, and the preparation of pictures that diffusers gives it."""
+    from transformers import CLIPImageProcessor
+
+    encoder = _load_part(folder, ".", "transformers", "CLIPVisionModelWithProjection", None, dtype)
+    side = encoder.config.image_size
+    return {"image_encoder": encoder.eval(), "feature_extractor": CLIPImageProcessor(size=side, crop_size=side)}
 
 
 def _tokenizer_of_processor(source: str, name: str) -> Any:

@@ -94,10 +94,27 @@ def test_full_schedules_are_diffusers(folder: Path, engine: Path, picture: Image
 def test_random_schedules_are_the_supernets(
     folder: Path, engine: Path, tmp_path: Path, granularity: Any, sampler: str
 ) -> None:
-    bundle = check_family(folder, tmp_path / "x", sampler=sampler, granularity=granularity, ratio=0.4, steps=5, seed=1)
+    """``block`` with one ControlNet, ``layer`` with two."""
+    model = folder if granularity == "block" else with_controlnet(save_sd15(tmp_path / "two"), count=2)
+    bundle = check_family(model, tmp_path / "x", sampler=sampler, granularity=granularity, ratio=0.4, steps=5, seed=1)
     reads = [name for variant in bundle.manifest.plan.variants for name in variant.reads]
-    assert any("controlnet/out" in name for name in reads)  # it is skipped somewhere
+    assert any(name.split(".")[1].startswith("controlnet") for name in reads)  # one is skipped somewhere
     assert_pictures_equal_stock(tmp_path / "x", engine)
+    if model is folder:
+        return
+    ours = Pipeline.from_engine_dir(tmp_path / "x", "cpu", threads=1)
+    pictures: list[Any] = [np.zeros((SIZE, SIZE, 3)), np.ones((SIZE, SIZE, 3))]
+    call: dict[str, Any] = {"output_type": "latent", "control_image": pictures}
+    both = ours(PROMPT, control_scale=[0.4, 0.4], **call).latents
+    assert np.array_equal(ours(PROMPT, control_scale=0.4, **call).latents, both)
+    assert relative(ours(PROMPT, control_scale=[0.4, 0.0], **call).latents, both) > 1e-3
+    assert relative(ours(PROMPT, control_scale=0.4, **{**call, "control_image": pictures[::-1]}).latents, both) > 1e-3
+    with pytest.raises(
+        UserError, match="control_image: 1 given; this engine directory takes 2, one for each ControlNet"
+    ):
+        ours(PROMPT, control_image=pictures[0])
+    with pytest.raises(UserError, match="control_scale: 3 given for 2 ControlNets; give one, or one for each"):
+        ours(PROMPT, control_scale=[1, 2, 3], **call)
 
 
 @pytest.mark.slow
@@ -153,11 +170,11 @@ def test_other_engine_directories_take_no_control(tmp_path: Path) -> None:
         pipeline("a", control_scale=0.5)
 
 
-def test_several_controlnets_and_other_kinds_are_refused(folder: Path, tmp_path: Path) -> None:
+def test_other_kinds_are_refused(folder: Path, tmp_path: Path) -> None:
     index = json.loads((folder / "model_index.json").read_text())
-    index["controlnet"] = ["diffusers", "MultiControlNetModel"]
+    index["controlnet"] = ["diffusers", "ControlNetUnionModel"]
     (tmp_path / "model_index.json").write_text(json.dumps(index))
-    with pytest.raises(UserError, match="MultiControlNetModel is not supported; use a pipeline with one Con"):
+    with pytest.raises(UserError, match="ControlNetUnionModel is not supported; use a pipeline with a Con"):
         denoiser_config(tmp_path)
     config = {**denoiser_config(folder)[1], "controlnet": {"global_pool_conditions": True}}
     with pytest.raises(UserError, match="global_pool_conditions = True is not supported"):

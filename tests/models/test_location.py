@@ -165,7 +165,9 @@ def test_a_name_says_how_a_model_is_read(tmp_path: Path, monkeypatch: pytest.Mon
     assert location.read_options(location.with_options(name, variant="ema")).variant == "ema"
     assert location.with_options("fashion-sd") == "fashion-sd"
     for wrong in ("fashion-sd?", "fashion-sd?variant", "fashion-sd?variant=", "fashion-sd?colour=red"):
-        with pytest.raises(UserError, match="after the . there may be variant=NAME, pipeline=CLASS and config=FOLDER"):
+        with pytest.raises(
+            UserError, match="after the . there may be variant=NAME, pipeline=CLASS, config=FOLDER, ip_adapter=FILE and"
+        ):
             location.read_options(wrong)
     odd = tmp_path / "what?variant=x"  # a folder may be called anything
     odd.mkdir()
@@ -237,7 +239,10 @@ def test_a_pipeline_that_does_more_is_named_with_what_is_offered(tmp_path: Path)
     with pytest.raises(UserError, match="StableDiffusionControlNetPipeline has no supported denoiser"):
         location.denoiser_config(f"{folder}?pipeline=StableDiffusionControlNetPipeline")
     write(folder / "model_index.json", {**index, "controlnet": ["diffusers", "MultiControlNetModel"]})
-    with pytest.raises(UserError, match="MultiControlNetModel is not supported"):
+    with pytest.raises(UserError, match="controlnet/config.json: no such file"):
+        location.denoiser_config(folder)
+    write(folder / "model_index.json", {**index, "controlnet": ["diffusers", "ControlNetUnionModel"]})
+    with pytest.raises(UserError, match="ControlNetUnionModel is not supported"):
         location.denoiser_config(folder)
     assert location.denoiser_config(chosen)[0].class_name == "UNet2DConditionModel"
 
