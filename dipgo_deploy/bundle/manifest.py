@@ -20,6 +20,8 @@ from dipgo_deploy.schedule.validation import one_line
 FORMAT_VERSION = 4
 # What is written where launches have the weights of a forecast, which earlier releases would not know.
 FORECAST_VERSION = 5
+# What is written where graphs take rows of tables.
+TABLES_VERSION = 6
 # What is read too: directories without a seal, of which nobody can tell whether the manifest was changed.
 UNSEALED_VERSION = 3
 MANIFEST_NAME = "manifest.json"
@@ -223,6 +225,12 @@ class PlanEntry(_Frozen):
     image_slot: int | None = pydantic.Field(
         default=None, exclude_if=_is_none, description="slot of the picture's latents, of a run that starts from one"
     )
+    table_timesteps: Many[float] = pydantic.Field(
+        default=(),
+        exclude_if=_is_empty,
+        description="timesteps of the rows in `tables.safetensors` beside the graphs; graphs take the row of a "
+        "launch's timestep as their inputs `table.NAME`",
+    )
     arena_bytes: int
     lower_bound_bytes: int
     macs_full: int
@@ -410,7 +418,7 @@ class Components(_Frozen):
 class Manifest(_Frozen):
     """``manifest.json`` of an engine directory."""
 
-    format_version: Literal[3, 4, 5] = 4
+    format_version: Literal[3, 4, 5, 6] = 4
     created_by: str
     model: ModelEntry
     schedule: str = SCHEDULE_NAME
@@ -485,6 +493,7 @@ class Manifest(_Frozen):
     def dumps(self) -> str:
         """JSON text with its seal, stable for equal manifests."""
         version = FORECAST_VERSION if any(launch.forecast for launch in self.plan.launches) else FORMAT_VERSION
+        version = TABLES_VERSION if self.plan.table_timesteps else version
         document = {**json.loads(self.model_dump_json(exclude={"seal"})), "format_version": version}
         return json.dumps({**document, "seal": seal_of(document)}, indent=1, ensure_ascii=False) + "\n"
 
@@ -505,10 +514,10 @@ class Manifest(_Frozen):
         version = data.get("format_version")
         if version == UNSEALED_VERSION:
             _log.warning("%s: was exported before directories were sealed, so changes to it do not show", path)
-        elif version not in (FORMAT_VERSION, FORECAST_VERSION):
+        elif version not in (FORMAT_VERSION, FORECAST_VERSION, TABLES_VERSION):
             raise UserError(
                 f"{path}: format_version {str(version)[:20]}, this version reads {UNSEALED_VERSION} to "
-                f"{FORECAST_VERSION}; export it again or update"
+                f"{TABLES_VERSION}; export it again or update"
             )
         elif sealed and data.get("seal") != seal_of(data):
             raise UserError(

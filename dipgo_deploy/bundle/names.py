@@ -20,6 +20,8 @@ STATE, NEXT = "state_", "next_"
 # What an image encoder gives: embeddings of a picture, and of none.
 EMBEDS, NO_EMBEDS = "embeds", "no_embeds"
 
+_TABLE = "table."
+
 _CACHE = re.compile(r"(?:new_)?(?P<prefix>cache|residual|value)\.(?P<block>.+)/out(?P<index>\d+)(?:@(?P<nth>\d+))?")
 
 
@@ -52,6 +54,16 @@ def segment_input(value: str) -> str:
 def segment_output(kind: CacheKind, value: str) -> str:
     """Output of a segment that writes the tensor ``value``, or its residual, to the arena."""
     return f"new_{segment_input(value)}" if kind == "output" else cache_output(kind, value)
+
+
+def table_input(label: str) -> str:
+    """Input of a graph that takes a row of a table of timesteps."""
+    return f"{_TABLE}{label}"
+
+
+def is_table(name: str) -> bool:
+    """Whether an input of a graph takes a row of a table of timesteps."""
+    return name.startswith(_TABLE)
 
 
 def parse_cache(name: str) -> CacheName | None:

@@ -19,6 +19,7 @@ from dipgo_deploy.bundle.names import (
     HISTORY_BEFORE,
     PREDICTION,
     TIMESTEP,
+    is_table,
     is_weighted,
 )
 from dipgo_deploy.errors import UserError
@@ -130,7 +131,8 @@ def _check_variant(manifest: Manifest, variant: VariantEntry, sample: tuple[int,
     _require(len(set(variant.writes)) == len(variant.writes), f"{where}: writes one output twice")
     conditions = {spec.name: spec for spec in manifest.conditions}
     known = {HISTORY, HISTORY_BEFORE, COEFFICIENTS, TIMESTEP, GUIDANCE_SCALE, FORECAST, *variant.reads, *conditions}
-    strange = sorted(inputs.keys() - known)
+    tables = {name for name in inputs if is_table(name)} if manifest.plan.table_timesteps else set()
+    strange = sorted(inputs.keys() - known - tables)
     _require(not strange, f"{where}: nothing fills its input {', '.join(strange[:3])}")
     lost = sorted(outputs.keys() - {PREDICTION, *variant.writes})
     _require(not lost, f"{where}: nothing takes its output {', '.join(lost[:3])}")
@@ -174,6 +176,8 @@ def _check_launch(
         math.isfinite(launch.timestep) and 0 <= launch.timestep <= MOST_TIMESTEP,
         f"{where}: {launch.timestep} is no timestep",
     )
+    tabled = launch.timestep in plan.table_timesteps or not any(map(is_table, inputs))
+    _require(tabled, f"{where}: there is no row of tables for its timestep {launch.timestep}")
     if HISTORY in inputs:
         _check_weights(where, launch.coefficients, plan.slots)
         for slot, weight in enumerate(launch.coefficients):

@@ -66,6 +66,11 @@ class WeightsIndex(_Frozen):
 
     format_version: Literal[1] = 1
     tensors: dict[str, StoredWeight]
+    tabled: tuple[str, ...] = pydantic.Field(
+        default=(),
+        exclude_if=lambda value: not value,
+        description="parameters that no graph holds: tables of timesteps were made of them",
+    )
 
     @classmethod
     def load(cls, folder: Path) -> WeightsIndex:

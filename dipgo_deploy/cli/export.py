@@ -96,6 +96,13 @@ SIZES = "N|MIN:MAX|MIN:OPT:MAX"
     show_default="for more than 256 MiB of weights",
     help="Hold the weights once while exporting, and compare in processes of their own.",
 )
+@option(
+    "Engine",
+    "--timestep-tables/--no-timestep-tables",
+    default=None,
+    show_default="where they save 5 % of the weights",
+    help="Compute what depends on the timestep alone now, and leave out its weights; a LoRA cannot change them then.",
+)
 @option("Comparison", "--check/--no-check", default=True, help="Compare the written graphs with the model in torch.")
 @option(
     "Output",
@@ -217,6 +224,15 @@ def _facts(planned: PlannedExport, *, both_layouts: bool) -> dict[str, Any]:
             "begin": start.begin,
             "raised": [name for _, name in start.raised],
         }
+    if planned.traced.tables is not None:
+        tables = planned.traced.tables
+        facts["timestep_tables"] = {
+            "tables": len(tables.shapes),
+            "rows": len(planned.table_timesteps),
+            "bytes": tables.row_bytes * len(planned.table_timesteps),
+            "weight_bytes_saved": tables.nbytes,
+            "share_of_weights": tables.share,
+        }
     if planned.copies is not None:
         facts["weight_copies"] = planned.copies
     both_layouts = both_layouts and planned.traced.shape.sizes is None  # segments are of one size
@@ -288,6 +304,12 @@ def _show(console: Any, facts: dict[str, Any]) -> None:
         f"({facts['steps_without_launch']} need none); "
         f"{facts['macs_run'] / 1e9:,.2f} of {facts['macs_full_run'] / 1e9:,.2f} GMACs, ideal speed-up {ideal:.2f}x"
     )
+    if tables := facts.get("timestep_tables"):
+        console.print(
+            f"timestep tables: {tables['tables']} of {tables['rows']} rows, {_bytes(tables['bytes'])}, in the place of "
+            f"{_bytes(tables['weight_bytes_saved'])} of weights ({tables['share_of_weights']:.0%}); a LoRA cannot "
+            "change what they are made of, --no-timestep-tables goes without"
+        )
     console.print(facts["worth"]["line"], markup=False, soft_wrap=True)
     console.print(
         f"peak arena memory {_bytes(facts['arena_bytes'])} (no allocation needs less than "

@@ -170,7 +170,7 @@ def _denoiser(
     if not (options.variants or options.loop or options.save_inputs is not None):
         return (), None
     alone = options.variants or options.save_inputs is not None
-    recorder = recorder_for(bundle.manifest.plan, reference.schedule, inputs.guidance_scale)
+    recorder = recorder_for(bundle, reference.schedule, inputs.guidance_scale)
     loop = None
     if options.loop:
         notify("running both loops")

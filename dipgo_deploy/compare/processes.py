@@ -87,7 +87,7 @@ def _record(engine_dir: Path, model: str, folder: Path) -> None:
             give_back_after_use(reference.source.denoiser)
             caches = reference.supernet.store = MappedCaches(folder)
             inputs = reference.inputs(manifest)
-            recorder = recorder_for(plan, reference.schedule, inputs.guidance_scale, again=False)
+            recorder = recorder_for(bundle, reference.schedule, inputs.guidance_scale, again=False)
             (folder / str(place)).mkdir()
             written = ToDisk(recorder, folder / str(place), caches)
             run_until_complete(written, reference, inputs, _caches_kept(reference.schedule, plan, recorder))

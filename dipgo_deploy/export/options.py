@@ -35,6 +35,8 @@ class ExportOptions:
         overwrite: replace an engine directory that exists.
         low_memory: hold the weights once and compare in processes of their own; a planned export is then written once.
             None: for weights of more than ``low_memory.LARGE_BYTES``; a planned export says what it became.
+        timestep_tables: what depends on the timestep alone as tables, made at export, without its weights; None: where
+            these are at least 5 % of all. A planned export says what it became.
     """
 
     dtype: str = "fp32"
@@ -51,6 +53,7 @@ class ExportOptions:
     components: bool = True
     overwrite: bool = False
     low_memory: bool | None = None
+    timestep_tables: bool | None = None
 
 
 def check_options(options: ExportOptions) -> None:
@@ -69,7 +72,7 @@ def check_options(options: ExportOptions) -> None:
         arguments.number("strength", options.strength)
     for name in ("allow_other_config", "check", "components", "overwrite"):
         arguments.flag(name, getattr(options, name))
-    for name in ("guidance", "low_memory"):
+    for name in ("guidance", "low_memory", "timestep_tables"):
         if getattr(options, name) is not None:
             arguments.flag(name, getattr(options, name))
     if options.layout == "segments" and options.max_variants is not None:

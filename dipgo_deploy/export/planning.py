@@ -56,7 +56,7 @@ class PlannedExport:
         plan: launches of the layout ``variants``.
         matrix: the sampler as coefficients.
         used: per evaluation, whether the sampler gives any weight to its prediction.
-        options: as given, with ``guidance`` and ``low_memory`` decided.
+        options: as given, with ``guidance``, ``low_memory`` and ``timestep_tables`` decided.
         segments: the launches in that layout; None where ``variants`` is exported.
         copies: of the weights that graphs of ``variants`` would hold, where ``auto`` chose by them.
         image: for image-to-image.
@@ -94,6 +94,12 @@ class PlannedExport:
         """The history: initial noise, predictions, the picture's latents, noise draws."""
         slots = len(self.columns)
         return History(slots, slots - self.matrix.noises - self.matrix.image)
+
+    @property
+    def table_timesteps(self) -> tuple[float, ...]:
+        """Timesteps of the rows of the tables, in the order of the launches; none without tables."""
+        steps = [launch.step for launch in self.plan.launches] if self.traced.tables is not None else []
+        return tuple(dict.fromkeys(float(self.matrix.timesteps[step]) for step in steps))
 
     @property
     def promoted(self) -> tuple[tuple[int, str], ...]:
@@ -149,7 +155,9 @@ def plan_export(
     notify("tracing the denoiser")
     specs = source.specs(schedule)
     denoiser = source.denoiser if options.dtype == "fp32" else _denoiser_in(source, options, dtype)
-    traced = trace(denoiser, source.family, source.config, specs, schedule.cache_kinds, shape, options.dtype)
+    kinds, tables = schedule.cache_kinds, options.timestep_tables
+    traced = trace(denoiser, source.family, source.config, specs, kinds, shape, options.dtype, tables=tables)
+    options = replace(options, timestep_tables=traced.tables is not None)
     notify("planning")
     return _planned(source, schedule, sampling, traced, options)
 

@@ -15,6 +15,7 @@ from dipgo_deploy.export.dynamic import Dimensions, concrete, example_sizes, mac
 from dipgo_deploy.export.macs import node_macs
 from dipgo_deploy.export.pieces import node_graph
 from dipgo_deploy.export.program import to_onnx, torch_dtype
+from dipgo_deploy.export.timestep_tables import TimestepTables, take_out_tables
 from dipgo_deploy.models.family import BlockSpec, Granularity, InputSpec, ModelFamily
 from dipgo_deploy.models.shape import TraceShape, condition_specs
 from dipgo_deploy.models.target import nominal_size
@@ -41,6 +42,7 @@ class TracedModel:
         graph: its block graph.
         conditions: the condition inputs.
         dtype: the export's dtype name.
+        tables: what was taken out of ``model``, which then has inputs for their rows.
     """
 
     model: ir.Model
@@ -48,6 +50,7 @@ class TracedModel:
     conditions: tuple[InputSpec, ...]
     shape: TraceShape
     dtype: str
+    tables: TimestepTables | None = None
 
     @cached_property
     def pieces(self) -> PieceGraph:
@@ -63,11 +66,16 @@ def trace(
     cache_kinds: Mapping[str, CacheKind],
     shape: TraceShape,
     dtype: str,
+    *,
+    tables: bool | None = False,
 ) -> TracedModel:
     """Trace ``denoiser`` (already in the torch dtype of ``dtype``) once, with every boundary tensor as an output.
 
+    tables: take out what depends on the timestep alone; None: where that is worth it.
+
     Raises:
-        UserError: the exporter refuses the model, or its open sizes, or its graph holds control flow.
+        UserError: the exporter refuses the model, or its open sizes, or its graph holds control flow; or there is
+            nothing for the tables that were asked for.
     """
     import torch
 
@@ -109,13 +117,28 @@ def trace(
         label=family.class_name,
         dynamic_shapes=_dynamic_shapes(shape, conditions),
     )
+    taken = _tables(model, shape, family, tables)
     apply(model, SeparateProjections())
     if shape.sizes is not None:
         apply(model, NameDimensions(LATENT, shape.sizes), ShapesFromSizes(LATENT))
     roles: dict[str, InputRole] = {LATENT: "step", TIMESTEP: "step"}
     roles.update({name: "constant" for name in names[2:]})
+    roles.update(dict.fromkeys(() if taken is None else taken.shapes, "step"))
     graph = read_block_graph(model, boundary.blocks, roles, PREDICTION, shape.sizes)
-    return TracedModel(model=model, graph=graph, conditions=conditions, shape=shape, dtype=dtype)
+    return TracedModel(model=model, graph=graph, conditions=conditions, shape=shape, dtype=dtype, tables=taken)
+
+
+def _tables(model: ir.Model, shape: TraceShape, family: ModelFamily, wanted: bool | None) -> TimestepTables | None:
+    if wanted is False:
+        return None
+    images = shape.batch * (2 if shape.guidance else 1)
+    taken = take_out_tables(model, images, always=wanted is True)
+    if wanted and taken is None:
+        ranges = ", or for a plain number for --batch" if shape.sizes is not None else ""
+        raise UserError(
+            f"--timestep-tables: no product of {family.class_name} depends on the timestep alone; leave it out{ranges}"
+        )
+    return taken
 
 
 def _dynamic_shapes(shape: TraceShape, conditions: Sequence[InputSpec]) -> list[Any] | None:

@@ -17,7 +17,7 @@ INLINE_BYTES = 256
 PAGE = 4096
 
 
-def write_weights(graphs: Sequence[ir.Model], folder: Path) -> int:
+def write_weights(graphs: Sequence[ir.Model], folder: Path, tabled: Sequence[str] = ()) -> int:
     """Write the weights of ``graphs`` to ``folder/weights.bin``, each name once, and refer the graphs to them.
 
     All are put in the order of their names first: cutting a graph leaves them in any, and one export is to be like the
@@ -26,7 +26,7 @@ def write_weights(graphs: Sequence[ir.Model], folder: Path) -> int:
     The graphs are cut from one model: equal names are equal tensors. Tensors up to 256 bytes (shapes, scalars) stay
     inline. Larger ones start at page boundaries; small ones follow, widest items first, so that each stays aligned to
     its own item size. The data are streamed, one tensor in memory at a time. ``weights.json`` beside it says which
-    parameter each tensor is. Returns the size of the weights file in bytes.
+    parameter each tensor is, and that ``tabled`` became tables. Returns the size of the weights file in bytes.
     """
     import onnx_ir as ir
 
@@ -56,7 +56,7 @@ def write_weights(graphs: Sequence[ir.Model], folder: Path) -> int:
             strict=True,
         )
     )
-    index = WeightsIndex(tensors={name: _stored(tensors[name], external[name]) for name in names})
+    index = WeightsIndex(tensors={name: _stored(tensors[name], external[name]) for name in names}, tabled=tuple(tabled))
     (folder / WEIGHTS_INDEX).write_text(index.model_dump_json(indent=1) + "\n", encoding="utf-8")
     for graph in graphs:
         for name, value in graph.graph.initializers.items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,7 @@ from dipgo_deploy.bundle.manifest import (
 )
 from dipgo_deploy.bundle.names import HISTORY, cache_input, cache_output
 from dipgo_deploy.bundle.staging import staged_directory
+from dipgo_deploy.bundle.tables import TABLES_NAME
 from dipgo_deploy.compare.metrics import Agreement
 from dipgo_deploy.export.conditions import open_conditions
 from dipgo_deploy.export.cut import cache_key, cut_variant
@@ -39,6 +40,7 @@ from dipgo_deploy.reference.source import Source
 from dipgo_deploy.schedule.frozen import to_json
 
 if TYPE_CHECKING:
+    import numpy as np
     import onnx_ir as ir
 
 Agreed = Callable[[Agreement], None]
@@ -186,7 +188,7 @@ def write_entries(planned: PlannedExport, folder: Path) -> tuple[VariantEntry, .
         )
     segments = planned.segments.segments
     graphs = [cut_segment(planned.traced, segment, planned.history) for segment in segments]
-    write_graphs(graphs, folder)
+    _write(planned, graphs, folder)
     return tuple(
         VariantEntry(
             name=segment.name,
@@ -203,16 +205,35 @@ def write_entries(planned: PlannedExport, folder: Path) -> tuple[VariantEntry, .
 def write_variants(planned: PlannedExport, folder: Path) -> list[ir.Model]:
     """Cut every variant and write the graphs into ``folder``."""
     graphs = [cut_variant(planned.traced, variant, planned.history) for variant in planned.plan.variants]
-    write_graphs(graphs, folder)
+    _write(planned, graphs, folder)
     return graphs
 
 
-def write_graphs(graphs: list[ir.Model], folder: Path) -> None:
-    """Write graphs, under their names, beside their one weights file; full checker and shape inference."""
+def _write(planned: PlannedExport, graphs: list[ir.Model], folder: Path) -> None:
+    tables = planned.traced.tables
+    write_graphs(graphs, folder, () if tables is None else tables.parameters)
+    if tables is not None:
+        write_tables(tables.rows(planned.table_timesteps), tables.model, folder)
+
+
+def write_tables(rows: Mapping[str, np.ndarray], model: ir.Model, folder: Path) -> None:
+    """Write the tables (float32, by name) in the types that ``model`` gives them."""
+    import torch
+    from safetensors.torch import save_file
+
+    kinds = {str(value.name): value.dtype.name for value in model.graph.outputs if value.dtype is not None}
+    types = {"FLOAT": torch.float32, "FLOAT16": torch.float16, "BFLOAT16": torch.bfloat16, "INT64": torch.int64}
+    tensors = {name: torch.from_numpy(table).to(types[kinds[name]]).contiguous() for name, table in rows.items()}
+    save_file(tensors, folder / TABLES_NAME)
+
+
+def write_graphs(graphs: list[ir.Model], folder: Path, tabled: Sequence[str] = ()) -> None:
+    """Write graphs, under their names, beside their one weights file; full checker and shape inference. tabled: as
+    ``write_weights`` has it."""
     import onnx
 
     folder.mkdir(exist_ok=True)
-    write_weights(graphs, folder)
+    write_weights(graphs, folder, tabled)
     for graph in graphs:
         path = folder / f"{graph.graph.name}.onnx"
         save_graph(graph, path)
@@ -295,6 +316,7 @@ def _plan_entry(planned: PlannedExport, variants: tuple[VariantEntry, ...]) -> P
         slots=len(columns),
         noises=matrix.noises,
         image_slot=planned.history.chain if matrix.image else None,
+        table_timesteps=planned.table_timesteps,
         arena_bytes=laid_out.arena_bytes,
         lower_bound_bytes=laid_out.lower_bound_bytes,
         macs_full=plan.macs_full,

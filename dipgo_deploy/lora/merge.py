@@ -231,6 +231,12 @@ class _Weights:
                     if kind in ("weight", "bias"):
                         component, path = _owner(graphs, module)
                         self._tensors[component, path.replace(".", "_"), kind].append((folder, name))
+        self._tabled = {
+            (component, path.replace(".", "_"))
+            for graphs, folder in folders.items()
+            for parameter in self.index[folder].tabled
+            for component, path in [_owner(graphs, parameter.rpartition(".")[0])]
+        }
         self.components = {component for component, _, _ in self._tensors}
         self._highest: dict[tuple[str, str, str], int] = {}
         for component, path, _ in self._tensors:
@@ -279,6 +285,13 @@ class _Weights:
             if match is not None and int(match[2]) > self._highest.get((component, match[1], match[3]), math.inf):
                 return True
         return False
+
+    def tabled(self, module: str) -> bool:
+        """Whether the weights of a layer of the denoiser became tables of timesteps, or a part of them."""
+        path = module.replace(".", "_")
+        original = original_layer(path)
+        paths = [*self._spellings("denoiser", path), *(() if original is None else original.modules)]
+        return any(("denoiser", path.replace(".", "_")) in self._tabled for path in paths)
 
     def stored(self, place: tuple[Path, str]) -> StoredWeight:
         """What the index says of a tensor."""
@@ -370,6 +383,11 @@ def _check_coverage(lora: LoraFile, components: Sequence[Coverage], weights: _We
     for coverage in components:
         if coverage.component not in weights.components:
             problems.append(f"there is no {coverage.component} here for its {len(coverage.not_applied)} layers")
+        elif tabled := [name for name in coverage.not_applied if weights.tabled(name)]:
+            problems.append(
+                f"{len(tabled)} of its {coverage.layers} layers of the {coverage.component} became tables of "
+                f"timesteps at export (first: {tabled[0]}), which export with --no-timestep-tables leaves out"
+            )
         elif coverage.not_applied:
             share = f"{len(coverage.not_applied)} of its {coverage.layers}"
             first = coverage.not_applied[0]

@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dipgo_deploy.bundle.names import PREDICTION, parse_cache
+from dipgo_deploy.bundle.tables import Tables
 from dipgo_deploy.reference.conditions import host
-from dipgo_deploy.reference.recording import Recorder, cache_tensor, evaluation_inputs
+from dipgo_deploy.reference.recording import Recorder, RowsAt, cache_tensor, evaluation_inputs, no_rows
 
 if TYPE_CHECKING:
-    from dipgo_deploy.bundle.manifest import PlanEntry, VariantEntry
+    from dipgo_deploy.bundle.directory import Bundle
+    from dipgo_deploy.bundle.manifest import VariantEntry
     from dipgo_deploy.schedule.document import Schedule
     from dipgo_deploy.supernet.loop import Evaluation
 
@@ -48,9 +50,11 @@ class StepRecorder:
         slots: int,
         *,
         again: bool = True,
+        tables: RowsAt = no_rows,
     ) -> None:
         """launches: (step, segment) in order. schedule: after promotion. slots: entries of the history. again: False
-        until every segment was launched once."""
+        until every segment was launched once. tables: as ``Recorder`` has it."""
+        self._tables = tables
         first: dict[int, int] = {}
         second: dict[int, int] = {}
         for step, segment in launches:
@@ -86,6 +90,7 @@ class StepRecorder:
             if block in self._kept[evaluation.step]:
                 outputs[name] = cache_tensor(name, evaluation.after)
         inputs = evaluation_inputs(evaluation, self._guidance_scale, self._slots)
+        inputs.update(self._tables(evaluation.step))
         self.recordings.append(StepRecording(evaluation.step, inputs, outputs))
 
 
@@ -99,11 +104,14 @@ def stored_block(name: str, kinds: Mapping[str, str]) -> str | None:
 
 
 def recorder_for(
-    plan: PlanEntry, schedule: Schedule, guidance_scale: float | None, *, again: bool = True
+    bundle: Bundle, schedule: Schedule, guidance_scale: float | None, *, again: bool = True
 ) -> Recorder | StepRecorder:
     """The recorder of a plan's layout; ``schedule`` after promotion. again: record a second time."""
+    plan, tables = bundle.manifest.plan, Tables(bundle).at_evaluation
     launches = [(launch.step, launch.variant) for launch in plan.launches]
     if plan.layout == "variants":
         forecasts = {launch.step: launch.forecast for launch in plan.launches}
-        return Recorder(plan.variants, launches, guidance_scale, plan.slots, again=again, forecasts=forecasts)
-    return StepRecorder(plan.variants, launches, schedule, guidance_scale, plan.slots, again=again)
+        return Recorder(
+            plan.variants, launches, guidance_scale, plan.slots, again=again, forecasts=forecasts, tables=tables
+        )
+    return StepRecorder(plan.variants, launches, schedule, guidance_scale, plan.slots, again=again, tables=tables)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from dipgo_deploy.backends.base import ALIGNMENT, Backend, ChangedWeights, Executable, Launchable, Memory
-from dipgo_deploy.backends.storage import to_storage
+from dipgo_deploy.backends.storage import as_bytes, to_storage
 from dipgo_deploy.bundle.directory import Bundle
 from dipgo_deploy.bundle.history import final_latent, graph_coefficients
 from dipgo_deploy.bundle.manifest import Graph, LaunchEntry, Manifest, TensorSpec, VariantEntry
@@ -21,6 +21,7 @@ from dipgo_deploy.bundle.names import (
     TIMESTEP,
 )
 from dipgo_deploy.bundle.shapes import Sizes
+from dipgo_deploy.bundle.tables import Tables
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.runtime.component import MOST_SIZES
 
@@ -59,9 +60,10 @@ class DenoisingLoop:
     """The launches of an engine directory, bound to one set of buffers on a backend; one or several an evaluation.
 
     Buffers: the history float32 (slots, B, C, h, w), with zeros in front of it; coefficients, one row of ``slots``
-    float32 per launch; timesteps, one float32 per launch; weights of stored values, where a launch has some; the
-    guidance scale; the conditions; the cache arena. A prediction is bound to its slot of the history and a cache to its
-    offset in the arena, so nothing is copied between launches. One run at a time.
+    float32 per launch; timesteps, one float32 per launch; rows of tables, where graphs take some; weights of stored
+    values, where a launch has some; the guidance scale; the conditions; the cache arena. A prediction is bound to its
+    slot of the history and a cache to its offset in the arena, so nothing is copied between launches. One run at a
+    time.
 
     Where sizes are open the buffers are made for the largest, and each run is of the sizes of its noise: the launches
     are bound anew for sizes that were not among the last few.
@@ -106,6 +108,7 @@ class DenoisingLoop:
             backend, [graph_coefficients(launch.coefficients, plan.history.chain) for launch in plan.launches]
         )
         self._timesteps = _upload_rows(backend, [(launch.timestep,) for launch in plan.launches])
+        self._tables = _upload_tables(backend, Tables(bundle), plan.launches)
         forecasts = [launch.forecast for launch in plan.launches]
         self._forecasts = _upload_rows(backend, forecasts) if any(forecasts) else ()
         self._guidance_scale = backend.allocate(4)
@@ -180,6 +183,7 @@ class DenoisingLoop:
             TIMESTEP: self._timesteps[index],
             GUIDANCE_SCALE: self._guidance_scale,
             **self._conditions,
+            **(self._tables[index] if self._tables else {}),
         }
         if launch.forecast:
             tensors[FORECAST] = self._forecasts[index]
@@ -300,6 +304,11 @@ class DenoisingLoop:
         for index, launch in enumerate(self.launches):
             if launch.step != step:
                 continue
+            if self._tables and timestep != launch.timestep:
+                raise UserError(
+                    f"{self._bundle.path}: evaluation {step} has tables for the timestep {launch.timestep}, not "
+                    f"{timestep}; export the engine directory again with --no-timestep-tables"
+                )
             self._tell(index, alone, timestep)
             self._ready(index)()
             self._backend.synchronize()
@@ -357,6 +366,30 @@ def _upload_rows(backend: Backend, rows: Sequence[Sequence[float] | np.ndarray])
     memory = backend.allocate(table.nbytes)
     backend.upload(memory, table)
     return tuple(memory.at(index * stride, row_bytes) for index in range(len(rows)))
+
+
+def _upload_tables(
+    backend: Backend, tables: Tables, launches: Sequence[LaunchEntry]
+) -> tuple[Mapping[str, Memory], ...]:
+    """Of each launch the rows that its graph may take, by input; empty without tables. Each table is one allocation."""
+    if not tables.rows:
+        return ()
+    placed: dict[str, tuple[Memory, int]] = {}
+    for name, rows in tables.rows.items():
+        stored = as_bytes(to_storage(rows, tables.specs[name].dtype)).reshape(len(rows), -1)
+        table = np.zeros((len(rows), _aligned(stored.shape[1])), np.uint8)
+        table[:, : stored.shape[1]] = stored
+        placed[name] = backend.allocate(table.nbytes), table.shape[1]
+        backend.upload(placed[name][0], table)
+    return tuple(
+        {
+            name: memory.at(tables.row(launch.timestep) * stride, tables.specs[name].nbytes)
+            for name, (memory, stride) in placed.items()
+        }
+        if tables.has(launch.timestep)
+        else {}
+        for launch in launches
+    )
 
 
 def _with_shape(name: str, array: np.ndarray | None, shape: tuple[int, ...]) -> np.ndarray:

@@ -76,9 +76,9 @@ def test_recordings_are_those_of_a_loop_that_keeps_all_caches_in_memory(
     processes._record(bundle.path, str(model), folder)
     assert [part.name for part in folder.iterdir()] == ["0"]  # the caches' files are gone
 
-    reference, entries = load_reference(bundle), bundle.manifest.plan
+    reference = load_reference(bundle)
     given = reference.inputs(bundle.manifest)
-    recorder = recorder_for(entries, reference.schedule, given.guidance_scale, again=False)
+    recorder = recorder_for(bundle, reference.schedule, given.guidance_scale, again=False)
     found = list((read_recordings if layout == "variants" else read_steps)(folder / "0"))
     run_until_complete(recorder, reference, given)
     assert len(found) == len(recorder.recordings) > 1

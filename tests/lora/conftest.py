@@ -21,13 +21,17 @@ torch.set_num_threads(1)
 @pytest.fixture(scope="session")
 def planned_unet(tmp_path_factory: pytest.TempPathFactory) -> PlannedExport:
     model = save_unet(tmp_path_factory.mktemp("lora-unet") / "model")
-    return plan_export(str(model), schedule_for(model, ratio=0.6), ExportOptions(layout="variants", guidance=False))
+    return plan_export(
+        str(model),
+        schedule_for(model, ratio=0.6),
+        ExportOptions(timestep_tables=False, layout="variants", guidance=False),
+    )
 
 
 @pytest.fixture(scope="session")
 def planned_dit(tmp_path_factory: pytest.TempPathFactory) -> PlannedExport:
     model = save_dit_pipeline(tmp_path_factory.mktemp("lora-dit") / "model", layers=2)
-    return plan_export(str(model), schedule_for(model), ExportOptions(layout="variants"))
+    return plan_export(str(model), schedule_for(model), ExportOptions(timestep_tables=False, layout="variants"))
 
 
 def _engine(planned: PlannedExport, folder: Path) -> Engine:

@@ -110,7 +110,7 @@ def test_the_index_tells_how_each_parameter_is_stored(unet):
 
 
 def test_segments_take_the_same_changes(unet, tmp_path):
-    options = ExportOptions(guidance=False, layout="segments")
+    options = ExportOptions(timestep_tables=False, guidance=False, layout="segments")
     planned = plan_export(str(unet.model), Bundle.open(unet.path).load_schedule(), options)
     updates = unet_updates(unet)
     file = save_lora(tmp_path / "a.safetensors", updates, alpha=6.0)
@@ -146,7 +146,9 @@ def test_equals_the_merged_model_and_is_undone_bit_for_bit(unet, tmp_path, share
 def test_a_weight_that_is_stored_in_parts(dit, tmp_path, layout):
     linear = "transformer_blocks.0.norm1.linear"
     schedule = schedule_for(dit.model, granularity="layer")
-    planned = plan_export(str(dit.model), schedule, ExportOptions(layout=layout, components=False))
+    planned = plan_export(
+        str(dit.model), schedule, ExportOptions(timestep_tables=False, layout=layout, components=False)
+    )
     engine = Engine(dit.model, write(planned, tmp_path / "engine"))
     parts = [w for w in WeightsIndex.load(engine.path / "graphs").tensors.values() if w.parameter == f"{linear}.weight"]
     assert len(parts) == 4
@@ -327,7 +329,11 @@ def test_values_that_are_not_finite_are_refused(unet, dit, tmp_path):
     half = Engine(
         dit.model,
         write(
-            plan_export(str(dit.model), schedule_for(dit.model), ExportOptions(layout="variants", dtype="fp16")),
+            plan_export(
+                str(dit.model),
+                schedule_for(dit.model),
+                ExportOptions(timestep_tables=False, layout="variants", dtype="fp16"),
+            ),
             tmp_path / "engine",
         ),
     )
@@ -389,7 +395,9 @@ def test_sessions_share_one_copy_of_changed_weights_for_as_long_as_they_are_used
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 def test_merged_in_float32_and_rounded_once_to_the_export_s_dtype(dit, tmp_path, dtype):
-    planned = plan_export(str(dit.model), schedule_for(dit.model), ExportOptions(layout="variants", dtype=dtype))
+    planned = plan_export(
+        str(dit.model), schedule_for(dit.model), ExportOptions(timestep_tables=False, layout="variants", dtype=dtype)
+    )
     engine = Engine(dit.model, write(planned, tmp_path / "engine"))
     module = "transformer_blocks.0.attn1.to_q"
     model = load_denoiser(dit.model)[0]
