@@ -33,7 +33,9 @@ def dit_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def planned_unet(unet_folder: Path) -> PlannedExport:
-    return plan_export(str(unet_folder), schedule_for(unet_folder), ExportOptions(layout="variants"))
+    return plan_export(
+        str(unet_folder), schedule_for(unet_folder), ExportOptions(timestep_tables=False, layout="variants")
+    )
 
 
 @pytest.fixture(scope="session")
@@ -52,7 +54,9 @@ def unet_pndm(planned_unet: PlannedExport, unet_folder: Path, tmp_path_factory: 
 @pytest.fixture(scope="session")
 def dit_residual(dit_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A pipeline with VAE, residual caches, learned variance, DDIM."""
-    planned = plan_export(str(dit_folder), schedule_for(dit_folder), ExportOptions(layout="variants"))
+    planned = plan_export(
+        str(dit_folder), schedule_for(dit_folder), ExportOptions(timestep_tables=False, layout="variants")
+    )
     return write(planned, tmp_path_factory.mktemp("engines") / "dit-residual")
 
 
@@ -61,7 +65,9 @@ def dit_output(dit_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     """A bare transformer, output caches, a sampler that draws noise, two images a launch, no guidance."""
     folder = dit_folder / "transformer"
     schedule = schedule_for(folder, cache="output", sampler="euler-a", seed=2)
-    planned = plan_export(str(folder), schedule, ExportOptions(layout="variants", batch=2, guidance=False))
+    planned = plan_export(
+        str(folder), schedule, ExportOptions(timestep_tables=False, layout="variants", batch=2, guidance=False)
+    )
     return write(planned, tmp_path_factory.mktemp("engines") / "dit-output")
 
 

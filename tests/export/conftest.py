@@ -77,33 +77,43 @@ def dit_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def planned_unet(unet_folder: Path) -> PlannedExport:
     """The UNet traced with a full schedule."""
-    return plan_export(str(unet_folder), schedule_for(unet_folder), ExportOptions(layout="variants"))
+    return plan_export(
+        str(unet_folder), schedule_for(unet_folder), ExportOptions(timestep_tables=False, layout="variants")
+    )
 
 
 @pytest.fixture(scope="session")
 def planned_unet_layers(unet_folder: Path) -> PlannedExport:
     """The UNet traced in pairs of resnet and attention, without guidance."""
     schedule = schedule_for(unet_folder, granularity="layer")
-    return plan_export(str(unet_folder), schedule, ExportOptions(layout="variants", guidance=False))
+    return plan_export(
+        str(unet_folder), schedule, ExportOptions(timestep_tables=False, layout="variants", guidance=False)
+    )
 
 
 @pytest.fixture(scope="session")
 def planned_dit(dit_folder: Path) -> PlannedExport:
     """The transformer traced with residual caches and a full schedule."""
-    return plan_export(str(dit_folder), schedule_for(dit_folder), ExportOptions(layout="variants"))
+    return plan_export(
+        str(dit_folder), schedule_for(dit_folder), ExportOptions(timestep_tables=False, layout="variants")
+    )
 
 
 @pytest.fixture(scope="session")
 def planned_dit_output(dit_folder: Path) -> PlannedExport:
     """The transformer traced with output caches, two images a launch and no guidance."""
-    options = ExportOptions(layout="variants", batch=2, guidance=False)
+    options = ExportOptions(timestep_tables=False, layout="variants", batch=2, guidance=False)
     return plan_export(str(dit_folder), schedule_for(dit_folder, cache="output"), options)
 
 
 @pytest.fixture(scope="session")
 def planned_dit_layers(dit_folder: Path) -> PlannedExport:
     """The transformer traced in attentions and feed-forwards."""
-    return plan_export(str(dit_folder), schedule_for(dit_folder, granularity="layer"), ExportOptions(layout="variants"))
+    return plan_export(
+        str(dit_folder),
+        schedule_for(dit_folder, granularity="layer"),
+        ExportOptions(timestep_tables=False, layout="variants"),
+    )
 
 
 @pytest.fixture(scope="session")
