@@ -23,6 +23,7 @@ _KEY = (
     "steps",
     "height",
     "width",
+    "num_frames",
     "batch",
     "layout",
     "max_variants",
@@ -52,7 +53,7 @@ def summary(row: Mapping[str, Any]) -> str:
     """One line."""
     made, export = row["weights"], row["export"]
     line = (
-        f"{row['name']} {row['dtype']} {row['width']}x{row['height']}: {made['parameters'] / 1e6:.0f} M parameters, "
+        f"{row['name']} {row['dtype']} {_size(row)}: {made['parameters'] / 1e6:.0f} M parameters, "
         f"{export['graphs']} graphs, {export['launches']} launches of {export['evaluations']} evaluations, exported in "
         f"{export['seconds']:.0f} s, peak {export['peak_rss'] / GIB:.2f} GiB, {export['engine_dir_bytes'] / GIB:.2f} "
         f"GiB on disk; checker {export['checker']}"
@@ -71,8 +72,13 @@ def summary(row: Mapping[str, Any]) -> str:
 def as_text(rows: Sequence[Mapping[str, Any]]) -> str:
     """The page."""
     parts = ["# Exports at full size\n"]
-    machines = (machine_line(row["machine"]).partition("; load average")[0] for row in rows)
-    parts += [f"{line}.\n" for line in dict.fromkeys(machines)]
+    machines: dict[str, list[str]] = {}
+    for row in rows:
+        machines.setdefault(machine_line(row["machine"]).partition("; load average")[0], []).append(_name(row))
+    most = max((len(names) for names in machines.values()), default=0)
+    for line, names in machines.items():
+        only = "" if len(names) == most else f" ({', '.join(dict.fromkeys(names))} only)"
+        parts.append(f"{line}{only}.\n")
     parts.append(_INTRODUCTION)
     parts.append(_needs(rows))
     parts.append(table(_EXPORTS, [_export_row(row) for row in rows]))
@@ -133,7 +139,7 @@ _AGREEMENT = (
 _EXPORTS = (
     "model",
     "dtype",
-    "pixels",
+    "pixels (x frames)",
     "schedule",
     "units",
     "launches",
@@ -166,7 +172,7 @@ _COMPARISONS = (
 _ENGINES = (
     "model",
     "dtype",
-    "pixels",
+    "pixels (x frames)",
     "schedule",
     "graphs",
     "engines",
@@ -185,6 +191,12 @@ def _name(row: Mapping[str, Any]) -> str:
     return f"{row['name']} (reduced)" if row["changes"] else str(row["name"])
 
 
+def _size(row: Mapping[str, Any]) -> str:
+    """Pixels, and of a video the frames behind them."""
+    frames = row.get("num_frames")
+    return f"{row['width']}x{row['height']}" + ("" if frames is None else f"x{frames}")
+
+
 def _schedule(row: Mapping[str, Any]) -> str:
     text = f"{row['schedule']}, {row['granularity']}s, {row['sampler'].removesuffix('Scheduler')} {row['steps']}"
     forced = row.get("low_memory")
@@ -197,7 +209,7 @@ def _export_row(row: Mapping[str, Any]) -> Sequence[str]:
     return (
         _name(row),
         row["dtype"],
-        f"{row['width']}x{row['height']}",
+        _size(row),
         _schedule(row) + ("" if export["variants"] is not None else ", not compared"),
         str(row["units"]),
         f"{export['launches']} of {export['evaluations']}",
@@ -243,7 +255,7 @@ def _build_row(row: Mapping[str, Any]) -> Sequence[str]:
     return (
         _name(row),
         row["dtype"],
-        f"{row['width']}x{row['height']}",
+        _size(row),
         _schedule(row),
         str(row["export"]["graphs"]),
         str(built["engines"]),

@@ -1,4 +1,4 @@
-"""Wan 2.1 text to video, 1.3B at 480 x 832, 81 frames."""
+"""Wan 2.1 text to video, 1.3B at 480 and 14B at 720 pixels, 81 frames."""
 
 from __future__ import annotations
 
