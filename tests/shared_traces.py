@@ -22,10 +22,10 @@ def shared_traces() -> Iterator[None]:
     """
     made: dict[str, TracedModel] = {}
 
-    def once(denoiser: Any, family: ModelFamily, *arguments: Any) -> TracedModel:
-        key = repr((family.class_name, *arguments))
+    def once(denoiser: Any, family: ModelFamily, *arguments: Any, **settings: Any) -> TracedModel:
+        key = repr((family.class_name, *arguments, settings))
         if key not in made:
-            made[key] = trace(denoiser, family, *arguments)
+            made[key] = trace(denoiser, family, *arguments, **settings)
         return made[key]
 
     with pytest.MonkeyPatch.context() as patch:

@@ -36,6 +36,7 @@ LAYERS = (
     "search",
     "calibrate",
     "bench",
+    "optimize",
     "cli",
 )
 EXPORT_ONLY = {"torch", "diffusers", "transformers", "onnx", "onnx_ir", "onnxscript"}

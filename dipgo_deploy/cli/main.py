@@ -12,6 +12,7 @@ from dipgo_deploy.cli.options import Group, version_option
 # Verb -> (module with a click command named ``command``, line for the help). The line stands here so that
 # ``dipgo --help`` imports no verb.
 _VERBS = {
+    "optimize": ("dipgo_deploy.cli.optimize", "From a model to an engine directory with few launches."),
     "schedule": ("dipgo_deploy.cli.schedule", "Make, import, check and show schedules."),
     "search": ("dipgo_deploy.cli.search", "Find schedules: the DiP-GO pruner and its baselines."),
     "calibrate": ("dipgo_deploy.cli.calibrate", "Fit a solver of its own to a schedule."),
