@@ -47,7 +47,7 @@ def command(
     probes: dict[str, list[dict[str, float]]] = {name: [] for name in given}
     for turn in range(repeats + 1):
         for name, value in given.items():
-            found = _in_process_of_its_own(*_folder(value), first_step)
+            found = in_process_of_its_own(*_folder(value), first_step)
             console.print(f"{name}: {found}", markup=False, soft_wrap=True)
             if turn:  # the first round brings the files into the page cache
                 probes[name].append(found)
@@ -116,7 +116,8 @@ def _folder(value: str) -> tuple[Path, bool]:
     return Path(value.removesuffix(":shared")), value.endswith(":shared")
 
 
-def _in_process_of_its_own(engine_dir: Path, shared: bool, first_step: bool) -> dict[str, float]:
+def in_process_of_its_own(engine_dir: Path, shared: bool, first_step: bool) -> dict[str, float]:
+    """``probe`` of a directory, in another process."""
     call = (
         "from tools.bench.loading import *; "
         f"print(json.dumps(probe(Path({str(engine_dir)!r}), {shared}, {first_step})))"

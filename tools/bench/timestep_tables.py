@@ -1,0 +1,192 @@
+"""What timestep tables save of a published full-size configuration with random weights: disk, memory, time.
+
+python -m tools.bench.timestep_tables dit-xl-2-256 --dtype fp32 --out DIR --collect docs/results/timestep-tables.json
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+
+from dipgo_deploy.bundle.tables import TABLES_NAME
+from dipgo_deploy.cli.common import emit, entry_point, human_console, json_option
+from tools.bench.loading import in_process_of_its_own
+from tools.bench.measure import machine, machine_line, spread
+from tools.bench.tables import table, with_quartiles, write_results
+from tools.full_size import find
+from tools.full_size.export import exported_pixels, make_schedule, model_folder
+from tools.full_size.measure import run_stage
+
+MIB = 2**20
+WITH, WITHOUT = "tables", "no tables"
+_PATH = click.Path(path_type=Path)
+
+
+@click.command(name="timestep-tables")
+@click.argument("name")
+@click.option("--dtype", type=click.Choice(["fp32", "fp16"]), default="fp32", show_default=True)
+@click.option("--schedule", default="uniform5", show_default=True, help="As tools.full_size.export has it.")
+@click.option("--sampler", help="As dipgo-schedule's. [default: the model's own]")
+@click.option("--steps", type=click.IntRange(min=1), default=10, show_default=True, help="Of the sampler.")
+@click.option("--width", type=click.IntRange(min=1), help="Pixels. [default: the published model's]")
+@click.option("--height", type=click.IntRange(min=1), help="Pixels. [default: the published model's]")
+@click.option("--set", "changes", multiple=True, help="Change of the configuration, as in num_layers=4.")
+@click.option("--repeats", type=click.IntRange(min=1), default=3, show_default=True, help="Processes of each, in turn.")
+@click.option("--check/--no-check", default=True, show_default=True, help="Compare the graphs with the supernet.")
+@click.option("--out", type=_PATH, required=True, help="Work folder.")
+@click.option("--collect", type=_PATH, help="Add the row to this file (.json), with a table beside it.")
+@json_option
+def command(name: str, changes: tuple[str, ...], collect: Path | None, as_json: bool, **options: Any) -> None:
+    """Export configuration NAME with and without timestep tables, and load and run both."""
+    console = human_console(as_json)
+    given = {key: int(value) for key, _, value in (change.partition("=") for change in changes)}
+    row = measure(find(name), given, options, console.print)
+    console.print(table(_HEADINGS, cells(row)), markup=False, soft_wrap=True)
+    if collect is not None:
+        rows = json.loads(collect.read_text(encoding="utf-8"))["rows"] if collect.is_file() else []
+        rows = [old for old in rows if (old["name"], old["dtype"]) != (row["name"], row["dtype"])]
+        rows = sorted([*rows, row], key=lambda old: old["name"])
+        write_results(collect, {"rows": rows}, as_text(rows))
+    emit(row, as_json)
+
+
+def measure(
+    entry: Mapping[str, Any], changes: Mapping[str, Any], options: Mapping[str, Any], say: Any
+) -> dict[str, Any]:
+    """One row. Raises UserError when a stage fails."""
+    out, dtype = options["out"], options["dtype"]
+    label = "-".join((entry["name"], *(f"{key}{value}" for key, value in changes.items()), dtype))
+    out.mkdir(parents=True, exist_ok=True)
+    log = out / f"{label}.tables.log"
+    log.unlink(missing_ok=True)
+    folder = out / "models" / label
+    made = model_folder(entry, changes, dtype, folder, log, say)
+    file = out / f"{label}.schedule.json"
+    make_schedule(entry, folder, {**options, "granularity": "block"}).save(file)
+    sides = {side: exported_pixels(entry, options[side] or entry["pixels"]) for side in ("height", "width")}
+    row: dict[str, Any] = {
+        "name": entry["name"],
+        "changes": dict(changes),
+        "machine": machine(1),
+        **{key: options[key] for key in ("dtype", "schedule", "steps")},
+        **{side: options[side] or entry["pixels"] for side in sides},
+        "weights": made,
+        "sides": {},
+    }
+    probes: dict[str, list[dict[str, float]]] = {WITH: [], WITHOUT: []}
+    directories = {name: out / f"{label}.{name.replace(' ', '-')}.engine" for name in probes}
+    try:
+        for name, directory in directories.items():
+            shutil.rmtree(directory, ignore_errors=True)
+            say(f"{label}: exporting, {name}")
+            settings = {
+                "dtype": dtype,
+                "layout": "variants",
+                "check": options["check"],
+                "timestep_tables": name == WITH,
+            }
+            exported = {"folder": str(folder), "schedule": str(file), "engine_dir": str(directory)}
+            row["sides"][name] = {
+                "export": run_stage("export", {**exported, "options": {**settings, **sides}}, log),
+                "tables_bytes": _size(directory / "graphs" / TABLES_NAME),
+                "weights_bytes": _size(directory / "graphs/weights.bin"),
+            }
+        for turn in range(options["repeats"] + 1):
+            for name, directory in directories.items():
+                found = in_process_of_its_own(directory, False, True)
+                say(f"{name}: {found}")
+                if turn:  # the first round brings the files into the page cache
+                    probes[name].append(found)
+    finally:
+        for directory in directories.values():
+            shutil.rmtree(directory, ignore_errors=True)
+    for name, rounds in probes.items():
+        row["sides"][name] |= {key: spread(np.array([one[key] for one in rounds])) for key in rounds[0]}
+    return row
+
+
+def _size(file: Path) -> int:
+    return file.stat().st_size if file.is_file() else 0
+
+
+_HEADINGS = (
+    "model",
+    "dtype",
+    "",
+    "weights, MiB",
+    "tables, MiB",
+    "export, s",
+    "export's peak, MiB",
+    "loading, s",
+    "memory loaded / ran, MiB",
+    "an evaluation, s",
+    "error of the variants",
+)
+
+
+def as_text(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The page."""
+    machines = dict.fromkeys(machine_line(row["machine"]).partition("; load average")[0] for row in rows)
+    lines = [line for row in rows for line in cells(row)]
+    return "\n".join(("# Timestep tables\n", *(f"{line}.\n" for line in machines), _INTRODUCTION)) + table(
+        _HEADINGS, lines
+    )
+
+
+_COLLECT = "--out DIR --collect docs/results/timestep-tables.json"
+_INTRODUCTION = f"""\
+What depends on the timestep alone is computed at export ([how](../architecture.md)). Published configurations with
+random weights, cut in depth where the row says so, one image, layout `variants`, ONNX Runtime on one thread of a CPU.
+*Weights* and *tables* are what the denoiser takes on disk; *loading* makes and binds all sessions in a process of its
+own, in turn, files in the page cache; *memory* is what that adds to the process (PSS), and after the first
+evaluation; *evaluation* is the processor time of the first one, where every block runs, at the second time. *Error*
+is the largest of all variants against the model in torch, relative to the largest value. Medians and quartiles; the
+machine had other work.
+
+```bash
+# takes some minutes a row
+python -m tools.bench.timestep_tables dit-xl-2-256 --sampler ddim --steps 50 {_COLLECT}
+python -m tools.bench.timestep_tables pixart-alpha-xl-2-1024 --height 256 --width 256 {_COLLECT}
+python -m tools.bench.timestep_tables qwen-image-1328 --set num_layers=2 --height 256 --width 256 {_COLLECT}
+python -m tools.bench.timestep_tables auraflow-1024 --set num_mmdit_layers=1 --set num_single_dit_layers=4 \\
+  --height 256 --width 256 {_COLLECT}
+```
+
+"""
+
+
+def cells(row: Mapping[str, Any]) -> list[Sequence[str]]:
+    """Two lines of the table."""
+    changes = ", ".join(f"{key}={value}" for key, value in row["changes"].items())
+    name = f"{row['name']}{f' ({changes})' if changes else ''}, {row['width']}x{row['height']}, {row['steps']} steps"
+    lines: list[Sequence[str]] = []
+    for side, found in row["sides"].items():
+        agreed = found["export"]["variants"]
+        lines.append(
+            (
+                name,
+                row["dtype"],
+                side,
+                f"{found['weights_bytes'] / MIB:.0f}",
+                f"{found['tables_bytes'] / MIB:.1f}",
+                f"{found['export']['seconds']:.0f}",
+                f"{found['export']['peak_rss'] / MIB:.0f}",
+                with_quartiles(found["load_seconds"], 1),
+                f"{found['loaded_bytes']['median'] / MIB:.0f} / {found['ran_bytes']['median'] / MIB:.0f}",
+                with_quartiles(found["evaluation_seconds"], 2),
+                "-" if agreed is None else f"{agreed['relative']:.1e}",
+            )
+        )
+    return lines
+
+
+main = entry_point(command)
+
+if __name__ == "__main__":
+    raise SystemExit(main(None))
