@@ -816,8 +816,8 @@ PACKAGE = (
             "dipgo_deploy.runtime.pipeline:Pipeline",
             "conditions",
             lambda f: (
-                lambda self, request: {
-                    k: (b if a is None else b, b if a is None else a) for k, (a, b) in f(self, request).items()
+                lambda self, *call: {
+                    k: (b if a is None else b, b if a is None else a) for k, (a, b) in f(self, *call).items()
                 }
             ),
         ),

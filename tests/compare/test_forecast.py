@@ -51,7 +51,7 @@ def planned(dit_folder: Path) -> dict[str, PlannedExport]:
         cache: plan_export(
             str(dit_folder / "transformer"),
             schedule_for(dit_folder / "transformer", cache=cache).with_gates(GATES),
-            ExportOptions(layout="variants", guidance=False),
+            ExportOptions(timestep_tables=False, layout="variants", guidance=False),
         )
         for cache in ("residual", "output")
     }

@@ -154,7 +154,7 @@ def test_it_does_so_with_other_samplers(
 def test_a_lora_is_merged(engine: Path, own: Any, tmp_path: Path) -> None:
     modules = [
         "transformer_blocks.0.attn.to_q",
-        "double_stream_modulation_img.linear",
+        "transformer_blocks.0.ff.linear_out",
         "single_transformer_blocks.0.attn.to_out",
     ]
     call = {"prompt": PROMPT, "output_type": "latent", "guidance_scale": SCALE}

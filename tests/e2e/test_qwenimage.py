@@ -134,7 +134,7 @@ def test_it_does_so_with_another_sampler(
 
 
 def test_a_lora_is_merged(engine: Path, own: Any, tmp_path: Path) -> None:
-    modules = ["transformer_blocks.0.attn.add_q_proj", "transformer_blocks.0.img_mod.1", "proj_out"]
+    modules = ["transformer_blocks.0.attn.add_q_proj", "transformer_blocks.0.img_mlp.net.2", "proj_out"]
     call = {"prompt": PROMPT, "output_type": "latent", "negative_prompt": NEGATIVE}
     assert_lora_is_merged(engine, own.transformer, modules, lambda: theirs(own, **call), tmp_path, **call)
 

@@ -109,7 +109,7 @@ def test_it_does_so_with_another_sampler(
 
 
 def test_a_lora_is_merged(engine: Path, own: Any, tmp_path: Path) -> None:
-    modules = ["layers.0.attention.to_q", "layers.0.feed_forward.w2", "noise_refiner.0.adaLN_modulation.0"]
+    modules = ["layers.0.attention.to_q", "layers.0.feed_forward.w2", "noise_refiner.0.attention.to_out.0"]
     call = {"prompt": PROMPT, "output_type": "latent", "guidance_scale": SCALE}
     assert_lora_is_merged(engine, own.transformer, modules, lambda: theirs(own, **call), tmp_path, **call)
 

@@ -29,7 +29,7 @@ def model_of(name: str) -> str:
 def planned_once(model: str, kinds: frozenset[str]) -> PlannedExport:
     """One trace a model and kind of cache."""
     name = next(name for name in FILES if model_of(name) == model and caches(Schedule.load(FILES[name])) == kinds)
-    return plan_export(model, Schedule.load(FILES[name]), ExportOptions(layout="variants"))
+    return plan_export(model, Schedule.load(FILES[name]), ExportOptions(timestep_tables=False, layout="variants"))
 
 
 def caches(schedule: Schedule) -> frozenset[str]:
