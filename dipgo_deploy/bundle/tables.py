@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
 import numpy as np
 
 from dipgo_deploy.bundle.directory import Bundle
 from dipgo_deploy.bundle.manifest import TensorSpec
 from dipgo_deploy.bundle.names import is_table
-from dipgo_deploy.bundle.safetensors_file import TensorFile
-from dipgo_deploy.errors import UserError
+from dipgo_deploy.bundle.stored_tensors import open_tensors, read_tensors
 
 TABLES_NAME = "tables.safetensors"
-_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64"}
 
 
 def table_specs(bundle: Bundle) -> dict[str, TensorSpec]:
@@ -38,7 +35,12 @@ class Tables:
         self.rows: Mapping[str, np.ndarray] = {}
         if self.specs:
             path = (bundle.path / plan.variants[0].graph.file).parent / TABLES_NAME
-            self.rows = _read(path, self.specs, len(plan.table_timesteps))
+            count = len(plan.table_timesteps)
+            tables = {
+                name: TensorSpec(name=name, shape=(count, *spec.shape), dtype=spec.dtype)
+                for name, spec in self.specs.items()
+            }
+            self.rows = read_tensors(open_tensors(path), tables, "the graphs take")
 
     def has(self, timestep: float) -> bool:
         """Whether there are rows for a timestep."""
@@ -52,24 +54,3 @@ class Tables:
         """What graphs take at an evaluation with launches, by name."""
         place = self.row(self._timestep[step]) if self.rows else 0
         return {name: rows[place] for name, rows in self.rows.items()}
-
-
-def _read(path: Path, specs: Mapping[str, TensorSpec], count: int) -> dict[str, np.ndarray]:
-    advice = "export the engine directory again"
-    try:
-        tensors = TensorFile(path).tensors
-        found = {}
-        for name, spec in specs.items():
-            tensor, shape = tensors[name], (count, *spec.shape)
-            if (tensor.shape, tensor.dtype) != (shape, _DTYPES[spec.dtype]):
-                raise UserError(
-                    f"{path}: {name} is {tensor.dtype} {tensor.shape}, the graphs take {spec.dtype} {shape}; {advice}"
-                )
-            found[name] = tensor.read()
-        return found
-    except KeyError as error:
-        raise UserError(f"{path}: has no table {error.args[0]}; {advice}") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); {advice}") from None
-    except ValueError as error:
-        raise UserError(f"{path}: {error}; {advice}") from None

@@ -39,7 +39,7 @@ def _size(name: str, what: str) -> Any:
         'dipgo-compare --engine-dir engines/fashion-sd --prompt "a sneaker" --seed 7 --json',
         "dipgo-compare --engine-dir engines/sd15 --model ./sd15 --backend cuda --loop-only",
         "dipgo-compare --engine-dir engines/sd15 --model ./sd15 --backend tensorrt-rtx  # engines of dipgo-build",
-        "dipgo-compare --engine-dir engines/fashion-dit --variants-only --save-inputs inputs",
+        "dipgo-compare --engine-dir engines/fashion-dit --variants-only --save-inputs inputs --save-outputs outputs",
     ),
 )
 @engine_dir_option
@@ -109,6 +109,13 @@ def _size(name: str, what: str) -> Any:
     show_default="none",
     help="Folder for the inputs of each graph, as polygraphy run --load-inputs takes them.",
 )
+@option(
+    "Output",
+    "--save-outputs",
+    type=PATH,
+    show_default="none",
+    help="Folder for what the model makes of these inputs, as polygraphy run --load-outputs takes it.",
+)
 @json_option
 @version_option
 def command(
@@ -129,6 +136,7 @@ def command(
     tolerance: float | None,
     atol: float,
     save_inputs: Path | None,
+    save_outputs: Path | None,
     as_json: bool,
 ) -> None:
     """Compare an engine directory with the model that it was exported from.
@@ -150,8 +158,11 @@ def command(
     for name, value in (("--tolerance", tolerance), ("--atol", atol)):
         if value is not None and not (math.isfinite(value) and value >= 0):
             raise UserError(f"{name} {value}: give a number of at least 0")
-    if save_inputs is not None and save_inputs.exists() and not save_inputs.is_dir():
-        raise UserError(f"--save-inputs {save_inputs}: is a file; give a folder")
+    for name, folder in (("--save-inputs", save_inputs), ("--save-outputs", save_outputs)):
+        if folder is not None and folder.exists() and not folder.is_dir():
+            raise UserError(f"{name} {folder}: is a file; give a folder")
+    if save_inputs is not None and save_outputs is not None and save_inputs.resolve() == save_outputs.resolve():
+        raise UserError(f"--save-outputs {save_outputs}: has files of the same names; give another folder")
     from dipgo_deploy.backends import create_backend
     from dipgo_deploy.bundle.directory import Bundle
 
@@ -194,6 +205,7 @@ def command(
             absolute=atol,
             open_graph=graphs_on(created, threads),
             save_inputs=save_inputs,
+            save_outputs=save_outputs,
         )
         report = compare_engine(bundle, reference, inputs, created, options, status.update)
     _show(console, report, reference.source.name)

@@ -105,6 +105,13 @@ SIZES = "N|MIN:MAX|MIN:OPT:MAX"
 )
 @option("Comparison", "--check/--no-check", default=True, help="Compare the written graphs with the model in torch.")
 @option(
+    "Comparison",
+    "--self-test/--no-self-test",
+    default=None,
+    show_default="where it fits 1 MiB",
+    help="Record a loop of the model (at most 64 MiB), which dipgo-run --self-test compares with on any machine.",
+)
+@option(
     "Output",
     "--engine-dir",
     type=PATH,

@@ -26,7 +26,7 @@ from dipgo_deploy.cli.common import (
     progress_bars,
 )
 from dipgo_deploy.cli.options import PATH, Command, engine_dir_option, option, threads_option, version_option
-from dipgo_deploy.errors import UserError
+from dipgo_deploy.errors import ToleranceError, UserError
 from dipgo_deploy.files import written_whole
 from dipgo_deploy.runtime.video import SUFFIXES, check_video_output, write_video
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from dipgo_deploy.backends.tensorrt_queue import GraphMode
-    from dipgo_deploy.runtime.pipeline import LoadMode
+    from dipgo_deploy.runtime.pipeline import LoadMode, Pipeline
 
 _PICTURES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 # Nothing is loaded before the arguments were checked.
@@ -56,6 +56,7 @@ _DEFAULT_OUTPUT = {"pil": "output.png", "np": "output.npy", "latent": "output.np
         'dipgo-run --engine-dir engines/fashion-sd --prompt "a shirt" --output-type latent -o latents.npy',
         'dipgo-run --engine-dir engines/sd15 --prompt "a castle" --lora style.safetensors:0.8 --load lazy',
         'dipgo-run --engine-dir engines/sd15-img2img --prompt "a castle" --image sketch.png',
+        "dipgo-run --engine-dir engines/fashion-sd --self-test --backend tensorrt",
         'dipgo-run --engine-dir engines/wan --prompt "a cat walks on grass" --fps 16 -o clip.mp4',
     ),
 )
@@ -65,6 +66,13 @@ _DEFAULT_OUTPUT = {"pil": "output.png", "np": "output.npy", "latent": "output.np
     "--verify",
     is_flag=True,
     help="Check the hash of every file of the engine directory first; else a large one is hashed only once.",
+)
+@option(
+    "Comparison",
+    "--self-test",
+    is_flag=True,
+    help="Draw nothing: run the test that the engine directory carries, and compare with the model's recorded values. "
+    "The exit status is 1 beyond tolerance.",
 )
 @option(
     "Prompt", "--prompt", "prompts", multiple=True, show_default="none", help="Text prompt; can be given several times."
@@ -257,8 +265,11 @@ _DEFAULT_OUTPUT = {"pil": "output.png", "np": "output.npy", "latent": "output.np
 @overwrite_option
 @json_option
 @version_option
+@click.pass_context
 def command(
+    ctx: click.Context,
     engine_dir: Path,
+    self_test: bool,
     prompts: tuple[str, ...],
     class_labels: tuple[str, ...],
     negative_prompt: str | None,
@@ -297,6 +308,8 @@ def command(
     Several are written as one grid. A video goes to .mp4 (with the extra `video`), .webp, .gif, or as PNG frames to a
     folder, whose name has no suffix. The output appears under its name only when it is complete.
     """
+    if self_test:
+        _refuse_drawing(ctx)
     if output is not None:
         check_suffix(output, output_type)
     arrays = {
@@ -328,6 +341,9 @@ def command(
         lora=choices,
         lora_partial=lora_partial,
     )
+    if self_test:
+        _self_test(pipeline, as_json)
+        return
     latent = pipeline.bundle.manifest.latent
     video = output_type == "pil" and latent.frames is not None
     asked = output or Path(_DEFAULT_VIDEO if video else _DEFAULT_OUTPUT[output_type])
@@ -388,6 +404,51 @@ def command(
 
 
 main = entry_point(command)
+
+# What goes with --self-test: how the engine directory is run, not what is drawn.
+_OF_SELF_TEST = {
+    "self_test",
+    "engine_dir",
+    "verify",
+    "backend",
+    "threads",
+    "share_weights",
+    "load",
+    "cuda_graph",
+    "as_json",
+}
+
+
+def _refuse_drawing(ctx: click.Context) -> None:
+    """Refuse (UserError) options of what would be drawn."""
+    for param in ctx.command.params:
+        name = param.name or ""
+        given = ctx.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE
+        if given and name not in _OF_SELF_TEST:
+            raise UserError(f"{param.opts[0]}: nothing is drawn with --self-test; leave one of them out")
+
+
+def _self_test(pipeline: Pipeline, as_json: bool) -> None:
+    """Run the directory's own test and say what came of it.
+
+    Raises:
+        ToleranceError: a tensor is beyond tolerance.
+    """
+    report = pipeline.self_test()
+    manifest, console = pipeline.bundle.manifest, human_console(as_json)
+    for part in report.parts:
+        verdict = "ok" if part.passed else "BEYOND TOLERANCE"
+        worst = f"{part.worst.name} within {part.worst.relative:.1e} of the model's largest value"
+        console.print(f"{part.name}: {worst}, {verdict}", markup=False, soft_wrap=True)
+    if report.left_out:
+        console.print(f"in the loop only: {', '.join(report.left_out)}", markup=False, soft_wrap=True)
+    line = f"tolerance {report.tolerance:g} ({report.reason})"
+    console.print(f"{manifest.model.name} on {pipeline.backend.name}: {line}", markup=False, soft_wrap=True)
+    facts = {"engine_dir": str(pipeline.bundle.path), "model": manifest.model.name, "dtype": manifest.dtype}
+    emit({**facts, "backend": pipeline.backend.name, **report.as_dict()}, as_json)
+    failure = next(report.failures(), None)
+    if failure is not None:
+        raise ToleranceError(f"{failure}; this backend, driver or device does not compute the exported model")
 
 
 @contextmanager

@@ -3,11 +3,10 @@ segment) by itself, the whole loop, and from prompt to picture."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,16 +20,21 @@ from dipgo_deploy.compare.loop import LoopResult, compare_loop
 from dipgo_deploy.compare.metrics import Tolerance, tensor_error
 from dipgo_deploy.compare.pictures import Pictures
 from dipgo_deploy.compare.report import IMAGES, LATENTS, Checked, Part, Report
+from dipgo_deploy.compare.saved import save_inputs, save_outputs
+from dipgo_deploy.compare.self_test import SelfTestRecorder
 from dipgo_deploy.compare.stock import Case, StockFailure, StockPipeline
 from dipgo_deploy.compare.weights import check_weights
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.reference.conditions import ReferenceInputs, host
 from dipgo_deploy.reference.load import Reference
-from dipgo_deploy.reference.recording import Recording, run_until_complete
+from dipgo_deploy.reference.recording import Recorder, Recording, run_until_complete
 from dipgo_deploy.reference.steps import StepRecorder, recorder_for
 from dipgo_deploy.reference.vae import decoded, from_vae, scaling_and_shift, to_images
 from dipgo_deploy.runtime.image import Decoder, Encoder
 from dipgo_deploy.runtime.pipeline import Pipeline
+
+if TYPE_CHECKING:
+    from dipgo_deploy.supernet.loop import Evaluation
 
 Notify = Callable[[str], None]
 
@@ -45,6 +49,8 @@ class Options:
         tolerance: None for the model family's own, by dtype.
         open_graph: how a variant's graph is run by itself.
         save_inputs: folder for each variant's recorded inputs, as polygraphy's JSON.
+        save_outputs: folder for what the model makes of them, likewise.
+        self_test: records the test that the engine directory carries, where the loop is compared.
     """
 
     variants: bool = True
@@ -56,6 +62,8 @@ class Options:
     absolute: float = 0.0
     open_graph: OpenGraph = frugal_session
     save_inputs: Path | None = None
+    save_outputs: Path | None = None
+    self_test: SelfTestRecorder | None = None
 
 
 def compare_engine(
@@ -75,7 +83,7 @@ def compare_engine(
     Pictures: see ``pictures``.
 
     Raises:
-        UserError: a graph cannot be loaded or run, or the inputs cannot be saved.
+        UserError: a graph cannot be loaded or run, or inputs or outputs cannot be saved.
     """
     options = options or Options()
     manifest = bundle.manifest
@@ -126,7 +134,7 @@ def _run(
     if pictures is not None and options.components:
         notify("comparing tokens and conditions")
         components += _each_case(options.cases, pictures.components, skipped)
-    variants, loop = _denoiser(bundle, reference, inputs, backend, options, tolerance, notify)
+    variants, loop = _denoiser(bundle, reference, inputs, backend, options, tolerance, skipped, notify)
     results = None
     if loop is not None:
         notify("decoding")
@@ -164,23 +172,34 @@ def _denoiser(
     backend: Backend,
     options: Options,
     tolerance: Tolerance,
+    skipped: list[str],
     notify: Notify,
 ) -> tuple[tuple[Checked, ...], LoopResult | None]:
-    """The variants by themselves and the loop; the supernet's loop runs once for both."""
-    if not (options.variants or options.loop or options.save_inputs is not None):
+    """The variants by themselves and the loop; the supernet's loop runs once for both. skipped: gets a line for what
+    could not be saved."""
+    saved = options.save_inputs is not None or options.save_outputs is not None
+    alone = options.variants or saved
+    if not (alone or options.loop):
         return (), None
-    alone = options.variants or options.save_inputs is not None
     recorder = recorder_for(bundle, reference.schedule, inputs.guidance_scale)
     loop = None
     if options.loop:
         notify("running both loops")
-        record = recorder if alone else lambda evaluation: None
+        takers = [*([recorder] if alone else []), *([options.self_test] if options.self_test else [])]
+
+        def record(evaluation: Evaluation) -> None:
+            for take in takers:
+                take(evaluation)
+
         loop = compare_loop(bundle, backend, reference, inputs, tolerance, record)
     else:
         notify("running the supernet's loop")
         run_until_complete(recorder, reference, inputs)
     checked: tuple[Checked, ...] = ()
     recordings: Sequence[Recording] = ()
+    if loop is not None and options.self_test is not None:
+        of_variants = recorder.recordings if isinstance(recorder, Recorder) else ()
+        options.self_test.finish(inputs, of_variants, loop.expected, tolerance.relative, loop.checked)
     if isinstance(recorder, StepRecorder):
         if alone:
             notify("comparing the segments")
@@ -192,38 +211,9 @@ def _denoiser(
             checked = tuple(compare_variants(bundle, recordings, options.open_graph, tolerance))
     if options.save_inputs is not None:
         save_inputs(bundle, recordings, options.save_inputs)
+    if options.save_outputs is not None:
+        skipped += save_outputs(bundle, recordings, options.save_outputs)
     return checked if options.variants else (), loop
-
-
-def save_inputs(bundle: Bundle, recordings: Iterable[Recording], folder: Path) -> None:
-    """Write each variant's inputs as ``folder/VARIANT.json``, for polygraphy's ``--load-inputs``: one set for each of
-    the launches that were recorded.
-
-    Raises:
-        UserError: the folder cannot be written.
-    """
-    from polygraphy.json import save_json
-
-    from dipgo_deploy.compare.runners import silenced
-
-    feeds: dict[str, list[dict[str, np.ndarray]]] = {}
-    for recording in recordings:
-        entry = bundle.manifest.plan.variants[recording.variant]
-        # Half-precision inputs are cast by the runner.
-        given = {spec.name: recording.inputs[spec.name] for spec in entry.graph.inputs}
-        feeds.setdefault(entry.name, []).append(given)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, sets in feeds.items():
-            partial = folder / f".{name}.json.partial"
-            try:
-                with silenced():
-                    save_json(sets, str(partial))
-                os.replace(partial, folder / f"{name}.json")
-            finally:
-                partial.unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(f"--save-inputs {folder}: cannot be written ({error.strerror}); give another folder") from None
 
 
 def _vae(

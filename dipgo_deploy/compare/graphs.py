@@ -54,7 +54,8 @@ def compare_segments(
 
     Returns what was compared at the first launch of each segment, and at later ones that fail; a segment that writes
     nothing the supernet has (a time embedding) is judged by those that read it. Then each segment's inputs at its first
-    launch. keep_open: all segments' graphs at once; else one, which takes less memory and more time.
+    launch, with the outputs that the supernet has. keep_open: all segments' graphs at once; else one, which takes less
+    memory and more time.
 
     Raises:
         UserError: a graph cannot be loaded or run.
@@ -79,10 +80,10 @@ def compare_segments(
         for recording in recordings:
             for launched in evaluate(recording.step, recording.inputs):
                 first = launched.segment not in firsts
-                if first:
-                    firsts[launched.segment] = Recording(launched.segment, recording.step, launched.inputs, {})
                 names = launched.outputs.keys() & recording.outputs.keys()
                 wanted = {name: array for name, array in recording.outputs.items() if name in names}
+                if first:
+                    firsts[launched.segment] = Recording(launched.segment, recording.step, launched.inputs, wanted)
                 if not wanted:
                     continue
                 errors = _errors(launched.outputs, wanted, tolerance)

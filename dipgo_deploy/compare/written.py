@@ -12,6 +12,7 @@ from dipgo_deploy.errors import ToleranceError
 
 if TYPE_CHECKING:
     from dipgo_deploy.compare.report import Report
+    from dipgo_deploy.compare.self_test import SelfTestRecorder
     from dipgo_deploy.reference.source import Source
 
 
@@ -20,20 +21,21 @@ def verify_written(
     source: Source,
     notify: Callable[[str], None] = lambda stage: None,
     note: Callable[[str], None] = lambda line: None,
+    self_test: SelfTestRecorder | None = None,
 ) -> Agreement:
     """Compare a written directory with the loaded model, whose modules are all in float32: all that ``dipgo-compare``
     does but the runs from prompt to picture. How far the denoiser agrees.
 
     Open sizes: all of it at the usual ones, and the variants by themselves at the corners of the ranges that differ in
     more than the batch, because an extent that the trace took for a constant shows only at another one. bf16 graphs are
-    not run: ONNX Runtime's CPU provider has no kernels for them.
+    not run: ONNX Runtime's CPU provider has no kernels for them. self_test: records the loop at the usual sizes.
 
     Raises:
         ToleranceError: names what is wrong first. UserError: a graph cannot be run.
     """
     agreements = []
     for place, (at_sizes, where) in enumerate(sizes_compared(bundle)):
-        report = _report(at_sizes, source, notify, whole=place == 0)
+        report = _report(at_sizes, source, notify, self_test, whole=place == 0)
         agreements.append(passed(report, where))
         for line in report.skipped:
             note(line)
@@ -59,7 +61,14 @@ def passed(report: Report, where: str) -> Agreement:
     return report.agreement
 
 
-def _report(bundle: Bundle, source: Source, notify: Callable[[str], None], *, whole: bool) -> Report:
+def _report(
+    bundle: Bundle,
+    source: Source,
+    notify: Callable[[str], None],
+    self_test: SelfTestRecorder | None,
+    *,
+    whole: bool,
+) -> Report:
     from dipgo_deploy.backends import create_backend
     from dipgo_deploy.compare.engine import Options, compare_engine
     from dipgo_deploy.compare.pictures import cases
@@ -67,6 +76,11 @@ def _report(bundle: Bundle, source: Source, notify: Callable[[str], None], *, wh
 
     reference = reference_of(bundle, source)
     inputs = reference.inputs(bundle.manifest)
-    options = Options(loop=whole, components=whole, cases=tuple(cases(bundle.manifest)) if whole else ())
+    options = Options(
+        loop=whole,
+        components=whole,
+        cases=tuple(cases(bundle.manifest)) if whole else (),
+        self_test=self_test if whole else None,
+    )
     # One copy of the weights for all graphs: many variants would take that many times the model.
     return compare_engine(bundle, reference, inputs, create_backend("cpu", share_weights=True), options, notify)

@@ -37,6 +37,8 @@ class ExportOptions:
             None: for weights of more than ``low_memory.LARGE_BYTES``; a planned export says what it became.
         timestep_tables: what depends on the timestep alone as tables, made at export, without its weights; None: where
             these are at least 5 % of all. A planned export says what it became.
+        self_test: record a loop of the model, which ``Pipeline.self_test`` compares with anywhere; at most 64 MiB of
+            it. None: where it fits 1 MiB and the model's loop runs for the check (or would, of bf16).
     """
 
     dtype: str = "fp32"
@@ -54,6 +56,7 @@ class ExportOptions:
     overwrite: bool = False
     low_memory: bool | None = None
     timestep_tables: bool | None = None
+    self_test: bool | None = None
 
 
 def check_options(options: ExportOptions) -> None:
@@ -72,8 +75,12 @@ def check_options(options: ExportOptions) -> None:
         arguments.number("strength", options.strength)
     for name in ("allow_other_config", "check", "components", "overwrite"):
         arguments.flag(name, getattr(options, name))
-    for name in ("guidance", "low_memory", "timestep_tables"):
+    for name in ("guidance", "low_memory", "timestep_tables", "self_test"):
         if getattr(options, name) is not None:
             arguments.flag(name, getattr(options, name))
+    if options.self_test and options.low_memory:
+        raise UserError(
+            "--self-test: not where weights are held once, as those of large models are; give --no-low-memory too"
+        )
     if options.layout == "segments" and options.max_variants is not None:
         raise UserError("--max-variants: not with --layout segments, where no weight is in two graphs; leave it out")

@@ -142,6 +142,7 @@ def plan_export(
     dtype = torch_dtype(options.dtype)
     if options.low_memory is None:
         options = replace(options, low_memory=is_large(model, dtype))
+        check_options(options)
     notify("loading the model" + (", holding its weights once" if options.low_memory else ""))
     source = load_frugally(model, dtype) if options.low_memory else load_source(model)
     source.check(schedule, allow_other_config=options.allow_other_config)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from dipgo_deploy._version import __version__
 from dipgo_deploy.bundle.directory import Bundle
-from dipgo_deploy.bundle.files import hash_tree
+from dipgo_deploy.bundle.files import hash_tree, sha256_file
 from dipgo_deploy.bundle.manifest import (
     MANIFEST_NAME,
     SCHEDULE_NAME,
@@ -26,9 +26,11 @@ from dipgo_deploy.bundle.manifest import (
     VariantEntry,
 )
 from dipgo_deploy.bundle.names import HISTORY, cache_input, cache_output
+from dipgo_deploy.bundle.self_test import MOST_BYTES, SELF_TEST_NAME, SMALL_BYTES, write_self_test
 from dipgo_deploy.bundle.staging import staged_directory
 from dipgo_deploy.bundle.tables import TABLES_NAME
 from dipgo_deploy.compare.metrics import Agreement
+from dipgo_deploy.errors import UserError
 from dipgo_deploy.export.conditions import open_conditions
 from dipgo_deploy.export.cut import cache_key, cut_variant
 from dipgo_deploy.export.options import ExportOptions
@@ -42,6 +44,8 @@ from dipgo_deploy.schedule.frozen import to_json
 if TYPE_CHECKING:
     import numpy as np
     import onnx_ir as ir
+
+    from dipgo_deploy.compare.self_test import SelfTestRecorder
 
 Agreed = Callable[[Agreement], None]
 
@@ -130,10 +134,56 @@ def write_bundle(
     name = model_name or planned.source.name
     manifest = _manifest(planned, name, plan_entry, latent, conditions, components, hash_tree(stage))
     (stage / MANIFEST_NAME).write_text(manifest.dumps(), encoding="utf-8")
+    bundle = Bundle(stage, manifest)
+    recorder = _self_test_recorder(planned, bundle, note)
     if options.check:
-        agreement = _check(planned, Bundle(stage, manifest), notify, note)
+        agreement = _check(planned, bundle, notify, note, recorder)
         if agreement is not None:
             agreed(agreement)
+    return manifest if recorder is None else _with_self_test(planned, bundle, recorder, notify)
+
+
+def _self_test_recorder(planned: PlannedExport, bundle: Bundle, note: Notify) -> SelfTestRecorder | None:
+    """What records the test that the directory carries; None, and where nobody asked for none a line, where there will
+    be none. Raises UserError where it was asked for and is too large."""
+    from dipgo_deploy.compare.self_test import SelfTestRecorder
+
+    options, manifest = planned.options, bundle.manifest
+    if options.self_test is False:
+        return None
+    if options.low_memory:
+        note("no self-test: weights are held once, so the model's loop is not run to its end; --no-low-memory runs it")
+        return None
+    if not options.check and options.self_test is None:
+        note("no self-test: it is recorded with the comparison; --self-test records it without")
+        return None
+    limit = MOST_BYTES if options.self_test else SMALL_BYTES
+    recorder = SelfTestRecorder(bundle.at(manifest.usual_sizes), limit)
+    if recorder.needed <= limit:
+        return recorder
+    needed = f"a loop's conditions and latents take {recorder.needed / 2**20:.1f} MiB, more than {limit / 2**20:.0f}"
+    if options.self_test:
+        raise UserError(f"--self-test: {needed}; leave it out")
+    note(f"no self-test: {needed}; --self-test records up to {MOST_BYTES / 2**20:.0f}")
+    return None
+
+
+def _with_self_test(planned: PlannedExport, bundle: Bundle, recorder: SelfTestRecorder, notify: Notify) -> Manifest:
+    """The directory with its test, and its manifest."""
+    from dipgo_deploy.compare.self_test import record_alone
+    from dipgo_deploy.reference.load import reference_of
+
+    if recorder.test is None:
+        notify("recording a self-test")
+        source = _in_float32(planned.source, planned.options)
+        usual = bundle.at(bundle.manifest.usual_sizes)
+        record_alone(usual, reference_of(usual, source), source.family.tolerances[planned.options.dtype], recorder)
+    assert recorder.test is not None
+    write_self_test(bundle.path, recorder.test)
+    digest = sha256_file(bundle.path / SELF_TEST_NAME)
+    files = dict(sorted({**bundle.manifest.files, SELF_TEST_NAME: digest}.items()))
+    manifest = bundle.manifest.model_copy(update={"files": files})
+    (bundle.path / MANIFEST_NAME).write_text(manifest.dumps(), encoding="utf-8")
     return manifest
 
 
@@ -144,7 +194,9 @@ def _release(planned: PlannedExport) -> None:
     planned.source.denoiser.to("meta")
 
 
-def _check(planned: PlannedExport, bundle: Bundle, notify: Notify, note: Notify) -> Agreement | None:
+def _check(
+    planned: PlannedExport, bundle: Bundle, notify: Notify, note: Notify, recorder: SelfTestRecorder | None
+) -> Agreement | None:
     """Compare the written directory with the model; how far the denoiser agrees, None for bf16 graphs, which ONNX
     Runtime's CPU provider cannot run."""
     from dipgo_deploy.compare.processes import verify_in_processes
@@ -154,7 +206,7 @@ def _check(planned: PlannedExport, bundle: Bundle, notify: Notify, note: Notify)
         note("nothing was compared: bf16 graphs do not run on a CPU; dipgo-compare does it on a GPU")
         return None
     if not planned.options.low_memory:
-        return verify_written(bundle, _in_float32(planned.source, planned.options), notify, note)
+        return verify_written(bundle, _in_float32(planned.source, planned.options), notify, note, recorder)
     notify(f"comparing the {planned.layout} with the supernet")
     agreement = verify_in_processes(bundle.path, planned.source.name)
     note("not compared at this size: the loop, the weights' values, text encoder and VAE; dipgo-compare does it")

@@ -18,6 +18,17 @@ if TYPE_CHECKING:
 
     from dipgo_deploy.sampler.kinds import Kind
 
+_ROUNDED = (
+    "every layer of a graph rounds to {} bits, which adds up over the loop; held to the model in float32, that stays "
+    "below, and a wrong weight, kernel or launch does not"
+)
+_REASONS = {
+    "fp32": "graphs sum in another order than the model in torch; rounding stays far below, and a wrong weight, kernel "
+    "or launch does not",
+    "fp16": _ROUNDED.format(11),
+    "bf16": _ROUNDED.format(8),
+}
+
 ConditionSource = Literal["text", "class", "guidance", "image", "fixed"]
 Side = Literal["right", "left"]
 
@@ -303,3 +314,8 @@ class ModelFamily:
     def diffusers_class(self) -> str:
         """Class of the denoiser itself: ``class_name`` without what it is a variant by."""
         return self.class_name.partition("+")[0]
+
+
+def tolerance_reason(dtype: str) -> str:
+    """Why the tolerance of graphs of this type is what it is."""
+    return _REASONS[dtype]

@@ -10,7 +10,7 @@ import numpy as np
 
 from dipgo_deploy.bundle.pictures import PictureUse
 from dipgo_deploy.bundle.prompts import prepared
-from dipgo_deploy.runtime.noise import TorchNoise
+from dipgo_deploy.runtime.noise import TorchNoise, loop_noise
 
 if TYPE_CHECKING:
     import torch
@@ -70,15 +70,16 @@ def reference_inputs(
 
     from dipgo_deploy.sampler.start import ImageStart
 
-    stream = TorchNoise(seed)
-    start = None if begin is None else ImageStart(begin, torch.from_numpy(stream.randn(sample_shape)))
-    latents = torch.from_numpy(stream.randn(sample_shape))
-    drawn = tuple(torch.from_numpy(stream.randn(sample_shape)) for _ in range(noises))
+    noise = loop_noise(seed, sample_shape, noises, picture=begin is not None)
+    start = None
+    if begin is not None and noise.picture is not None:
+        start = ImageStart(begin, torch.from_numpy(noise.picture))
     scale = _scale(source, guidance_scale) if guidance else None
     conditions = reference_conditions(
         source, specs, guidance=guidance, prompts=prompts, labels=labels, guidance_scale=guidance_scale
     )
-    return ReferenceInputs(latents, drawn, conditions, scale, start)
+    drawn = tuple(map(torch.from_numpy, noise.draws))
+    return ReferenceInputs(torch.from_numpy(noise.latents), drawn, conditions, scale, start)
 
 
 def reference_conditions(

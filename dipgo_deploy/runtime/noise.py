@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -72,6 +73,27 @@ class TorchNoise:
     def _uniform_double(self) -> float:
         high, low = (int(word) for word in self._bits(2))
         return ((high << 32 | low) & (2**53 - 1)) * 2.0**-53
+
+
+@dataclass(frozen=True)
+class LoopNoise:
+    """All that one loop draws, float32 (B, C, [f,] h, w) each.
+
+    picture: latents of the picture that a run starts from, which are noise here; None for a run that starts from none.
+    latents: initial unit noise. draws: of the sampler, in order.
+    """
+
+    picture: NDArray[np.float32] | None
+    latents: NDArray[np.float32]
+    draws: tuple[NDArray[np.float32], ...]
+
+
+def loop_noise(seed: int, shape: Sequence[int], draws: int, *, picture: bool) -> LoopNoise:
+    """What a loop without a picture of its own is compared on; drawn in this order. Raises UserError as TorchNoise."""
+    stream = TorchNoise(seed)
+    start = stream.randn(shape) if picture else None
+    latents = stream.randn(shape)
+    return LoopNoise(start, latents, tuple(stream.randn(shape) for _ in range(draws)))
 
 
 def _box_muller(uniform: NDArray[np.float32]) -> NDArray[np.float32]:

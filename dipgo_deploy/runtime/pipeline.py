@@ -21,6 +21,7 @@ from dipgo_deploy.backends.tensorrt_queue import GraphMode
 from dipgo_deploy.bundle.directory import Bundle
 from dipgo_deploy.bundle.manifest import ConditionSpec
 from dipgo_deploy.bundle.names import EMBEDS, NO_EMBEDS
+from dipgo_deploy.bundle.self_test import read_self_test
 from dipgo_deploy.errors import NotFiniteError, UserError
 from dipgo_deploy.lora.file import LoraChoice
 from dipgo_deploy.runtime.given_pictures import picture_conditions
@@ -38,6 +39,7 @@ from dipgo_deploy.runtime.requests import (
     class_condition,
     text_conditions,
 )
+from dipgo_deploy.runtime.self_test import SelfTestReport, run_self_test
 from dipgo_deploy.runtime.text import TextEncoder
 from dipgo_deploy.schedule.solver import FittedTo
 
@@ -458,6 +460,18 @@ class Pipeline:
         if line and line not in self._said:
             self._said.add(line)
             _log.warning("%s: its solver %s: compare the pictures with the full run's", self.bundle.path, line)
+
+    def self_test(self) -> SelfTestReport:
+        """Does this backend on this machine compute the model? Runs the test that the engine directory carries.
+
+        Raises:
+            UserError: it carries none, a LoRA is loaded, or a run failed.
+        """
+        with self._alone("self_test"):
+            test = read_self_test(self.bundle)
+            if any(choice.scale for choice in self._loras):
+                raise UserError("self_test: a LoRA is loaded, and the test is of the model without; unload it first")
+            return run_self_test(test, self._ready_loop(lazy=self._lazy))
 
     def tokens(self, prompt: str, *, negative: bool = False) -> dict[str, np.ndarray]:
         """What the text encoders get of a prompt, by graph input name: token ids and masks, int64 (1, length)."""

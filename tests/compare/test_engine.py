@@ -5,16 +5,19 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import subprocess
 
 import numpy as np
 import pytest
+from polygraphy.comparator import RunResults
 from polygraphy.json import load_json
-from tiny_engines import changed, corrupted, save_dit_pipeline, schedule_for, write
+from tiny_engines import changed, corrupted, save_dit_pipeline, schedule_for, stored_weights, write
 
 from dipgo_deploy.bundle.directory import Bundle, reseal
 from dipgo_deploy.bundle.manifest import Manifest
 from dipgo_deploy.compare.engine import Options, compare_engine
 from dipgo_deploy.compare.runners import BackendRunner, engine_runner, graphs_on
+from dipgo_deploy.difference import relative_error
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.export.exporter import ExportOptions, plan_export
 from dipgo_deploy.reference.load import load_reference
@@ -191,8 +194,9 @@ def test_polygraphys_runner_and_the_backends_own_give_the_same(unet_ddim, compar
 
 
 def test_inputs_are_saved_for_polygraphy(dit_residual, tmp_path, compare, opened, backend):
-    folder = tmp_path / "new" / "inputs"
-    _, report = compare(dit_residual, Options(loop=False, save_inputs=folder))
+    folder, outputs = tmp_path / "new" / "inputs", tmp_path / "new" / "outputs"
+    _, report = compare(dit_residual, Options(loop=False, save_inputs=folder, save_outputs=outputs))
+    assert report.skipped == ()
     bundle, _ = opened(dit_residual)
     plan = bundle.manifest.plan
     assert {path.name for path in folder.iterdir()} == {f"{variant.name}.json" for variant in plan.variants}
@@ -202,7 +206,20 @@ def test_inputs_are_saved_for_polygraphy(dit_residual, tmp_path, compare, opened
         assert len(feeds) == min(2, launches.count(number))
         assert all(list(feed) == [spec.name for spec in entry.graph.inputs] for feed in feeds)
         with engine_runner(bundle, entry, backend) as runner:
-            assert all(set(runner.infer(feed)) == {spec.name for spec in entry.graph.outputs} for feed in feeds)
+            found = [{name: np.array(array) for name, array in runner.infer(feed).items()} for feed in feeds]
+        ((_, expected),) = RunResults.load(str(outputs / f"{entry.name}.json")).items()
+        assert len(expected) == len(feeds)
+        for ours, theirs in zip(found, expected, strict=True):
+            assert set(ours) == set(theirs) == {spec.name for spec in entry.graph.outputs}
+            assert all(relative_error(ours[name], theirs[name]) < 1e-4 for name in ours)
+    # The line of the documentation, on a graph that is wrong; test_readme runs it on one that is right.
+    name = plan.variants[0].name
+    weight = next(name for name in stored_weights(dit_residual, plan.variants[0]) if name.startswith("transformer_b"))
+    wrong = corrupted(dit_residual, tmp_path / "wrong", f"{name}.onnx", weight)
+    line = ["polygraphy", "run", wrong / "graphs" / f"{name}.onnx", "--onnxrt", "--check-error-stat", "max"]
+    line += ["--load-inputs", folder / f"{name}.json", "--load-outputs", outputs / f"{name}.json"]
+    done = subprocess.run([*line, "--rtol", "0", "--atol", "1e-4"], capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "FAILED" in done.stdout, done.stdout + done.stderr
 
 
 def test_a_folder_that_cannot_be_written(dit_residual, tmp_path, compare):

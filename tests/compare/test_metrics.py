@@ -5,7 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from dipgo_deploy.compare.metrics import Agreement, Tolerance, agreement, peak, relative_error, tensor_error, worst
+from dipgo_deploy.compare.metrics import Agreement, Tolerance, agreement, tensor_error, worst
+from dipgo_deploy.difference import peak, relative_error
 
 
 def test_the_error_is_relative_to_the_largest_expected_value():

@@ -6,7 +6,7 @@ import torch
 
 from dipgo_deploy.bundle.tables import Tables
 from dipgo_deploy.compare.graphs import frugal_session
-from dipgo_deploy.compare.metrics import relative_error
+from dipgo_deploy.difference import relative_error
 from dipgo_deploy.reference.recording import Recorder, cache_tensor, run_until_complete
 from dipgo_deploy.sampler import sampler_matrix
 from dipgo_deploy.supernet import CacheState

@@ -96,6 +96,11 @@ def theirs(pipeline: Any, picture: Image.Image, **call: Any) -> np.ndarray:
     return stock(pipeline, steps=STEPS, prompt=PROMPT, image=resized, output_type="latent", **call)
 
 
+def test_the_engines_own_test_starts_from_a_picture(engine: Path) -> None:
+    report = Pipeline.from_engine_dir(engine, "cpu", threads=1, load="lazy").self_test()
+    assert report.passed and report.parts[-1].name == "loop"
+
+
 @pytest.mark.parametrize(
     ("sampler", "strength"),
     [

@@ -219,7 +219,7 @@ def test_tables_that_do_not_fit_are_refused(with_tables: Bundle, tmp_path: Path,
     message = {
         "lost": "tables.safetensors: ",
         "shape": f"{name} is F32",
-        "no table": f"has no table {name}",
+        "no table": f"has no tensor {name}",
         "no row": "there is no row of tables for its timestep",
     }[harm]
     with pytest.raises(UserError, match=message):

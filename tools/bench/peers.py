@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from dipgo_deploy.cli.common import emit, entry_point, human_console, json_option
-from dipgo_deploy.compare.metrics import relative_error
+from dipgo_deploy.difference import relative_error
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.export.exporter import ExportOptions, PlannedExport, plan_export
 from dipgo_deploy.models.target import schedule_target
