@@ -42,7 +42,7 @@ def export_bundle(
         notify: told each stage when it begins.
         planned: told what is going to be written, before it is.
         agreed: told how far the denoiser agrees with the supernet, where they were compared.
-        note: told what was not compared, a line each; a warning in the log by default.
+        note: told what was not compared or not recorded, a line each; a warning in the log by default.
 
     Raises:
         UserError: bad input, an existing target, or a model that cannot be exported.
