@@ -195,6 +195,7 @@ def test_pictures_of_several_prompts_are_diffusers(engine: Path, diffusers_pipel
     assert each.latents.shape == (4, 4, 8, 8)
 
 
+@pytest.mark.slow
 def test_sdxl_is_diffusers(tmp_path: Path, picture: Image.Image) -> None:
     folder = save_sdxl(tmp_path / "sdxl")
     planned = plan_for(folder, schedule_for(folder, steps=STEPS), strength=0.5, check=False)

@@ -170,6 +170,7 @@ def test_both_layouts_equal_the_supernet_and_the_export_without_tables(
     }
 
 
+@pytest.mark.slow
 def test_half_precision(wan: Path, tmp_path: Path):
     bundle = publish(planned_for(wan, dtype="fp16"), tmp_path / "fp16")
     assert bundle.manifest.plan.table_timesteps

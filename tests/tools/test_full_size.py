@@ -191,6 +191,7 @@ def test_a_measured_calibration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert "| tiny | 48x64 | 0.00 | 2 | 2 of 4 | 12 |" in file.with_suffix(".md").read_text()
 
 
+@pytest.mark.slow
 def test_a_measured_export(tmp_path: Path) -> None:
     said: list[str] = []
     row = measure(TINY, {**OPTIONS, "out": tmp_path / "work"}, said.append)
