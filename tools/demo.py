@@ -109,6 +109,7 @@ def summary(facts: Mapping[str, Any], rounds: int) -> list[str]:
         *lines,
         f"speed-up: measured {with_quartiles(facts['speedup'], 2)}, ideal {ideal:.2f} (the ratio of the "
         f"multiply-accumulates), quotient {with_quartiles(quotients, 2)}; in brackets quartiles, of the SSIM 95%",
+        "next, for a model of yours: dipgo-optimize MODEL -o engines/mine",
     ]
 
 

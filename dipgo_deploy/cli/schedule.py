@@ -347,6 +347,30 @@ def show(file: Path, model: str | None, allow_other_config: bool, as_json: bool)
     emit({"file": str(file), **facts, "keep": list(schedule.keep)}, as_json)
 
 
+@command.command(name="list", epilog=examples("dipgo-schedule list", "dipgo-schedule list --model fashion-sd"))
+@option("Model", "--model", show_default="all", help="Only those of this built-in model.")
+@json_option
+def list_built_in(model: str | None, as_json: bool) -> None:
+    """Built-in schedules: wherever a schedule file is taken, so is one of these names."""
+    from dipgo_deploy.errors import UserError
+    from dipgo_deploy.schedule.built_in import built_in_schedules
+    from dipgo_deploy.schedule.document import Schedule
+
+    rows = []
+    for name, path in built_in_schedules().items():
+        if model is not None and not name.startswith(f"{model}-"):
+            continue
+        schedule = Schedule.load(path)
+        sampler = f"{schedule.sampler.class_name}, {schedule.sampler.num_inference_steps} steps"
+        kept = schedule.kept_share
+        rows.append({"name": name, "sampler": sampler, "evaluations": schedule.steps, "kept_gates": kept})
+        solver = ", a solver of its own" if schedule.solver is not None else ""
+        click.echo(f"{name}: {sampler}; {schedule.steps} evaluations, {kept:.0%} of the gates{solver}", err=as_json)
+    if not rows:
+        raise UserError(f"--model {model}: no schedule comes with the package for it; leave it out to see all")
+    emit({"schedules": rows}, as_json)
+
+
 @command.command(epilog=examples("dipgo-schedule diff before.json after.json"))
 @click.argument("before", type=PATH)
 @click.argument("after", type=PATH)

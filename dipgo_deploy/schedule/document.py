@@ -29,6 +29,7 @@ from dipgo_deploy.documents import json_object
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.files import read_bytes, write_atomic
 from dipgo_deploy.schedule import validation
+from dipgo_deploy.schedule.built_in import schedule_file
 from dipgo_deploy.schedule.forecast import AnyForecast, Forecast
 from dipgo_deploy.schedule.frozen import freeze, freeze_config, to_json
 from dipgo_deploy.schedule.kinds import CacheKind, Granularity
@@ -326,7 +327,11 @@ class Schedule(_Part):
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Schedule:
-        """Read a schedule file (at most 16 MiB); a UserError names the file, the field and what is wrong."""
+        """Read a schedule file (at most 16 MiB), or a built-in schedule by its name; a UserError names the file, the
+        field and what is wrong."""
+        path = schedule_file(path)
+        if isinstance(path, str | os.PathLike) and not os.path.exists(path):
+            raise UserError(f"{path}: no such file, and no built-in schedule, which `dipgo-schedule list` shows")
         data = read_bytes(path)
         try:
             return cls.from_json(data)

@@ -35,7 +35,7 @@ def test_the_table_has_times_with_their_spread_and_quality() -> None:
         "speedup": {"median": 9.5, "q1": 9.0, "q3": 10.0},
         "quality": [{"name": OURS, "ssim": 0.99, "low": 0.985, "high": 0.995}, plain],
     }
-    _, full, ours, solver, speedup = summary(facts, 9)
+    _, full, ours, solver, speedup, _ = summary(facts, 9)
     assert "250.0 (249.0-251.0)" in full
     assert "25.0 (24.0-26.0)" in ours and "0.9900 (0.9850-0.9950)" in ours
     assert solver.split() == ["ddim,", "5", "steps", "5", "0.9000", "(0.8500-0.9500)"]
