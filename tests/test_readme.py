@@ -170,7 +170,7 @@ class Folder:
                 elif block.language == "bash":
                     name, *arguments = shlex.split(piece)
                     # `diff` says with its status that the two differ.
-                    expected = 1 if arguments[0] == "diff" else 0
+                    expected = 1 if arguments[0] in ("diff", "--diff") else 0
                     status = import_module(f"dipgo_deploy.cli.{name.removeprefix('dipgo-')}").main(arguments)
                     assert status == expected, f"{named(block.page)}: {piece}"
                 else:

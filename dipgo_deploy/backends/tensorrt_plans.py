@@ -213,6 +213,11 @@ def plan_file(name: str, lora: Sequence[tuple[str, float]]) -> str:
     return f"{name}{_LORA}{lora_label(lora)}{PLAN_SUFFIX}" if lora else f"{name}{PLAN_SUFFIX}"
 
 
+def graph_of_plan(path: Path) -> str:
+    """The name of the graph (``plan_name``) that an engine file, or its record, is of."""
+    return path.name.removesuffix(path.suffix).partition(_LORA)[0]
+
+
 def lora_label(identity: Sequence[tuple[str, float]]) -> str:
     """Short name of LoRA files (sha256) and their scales, for file names."""
     return hashlib.sha256(_canonical([list(part) for part in identity])).hexdigest()[:12]

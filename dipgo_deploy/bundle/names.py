@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from dipgo_deploy.schedule.kinds import CacheKind
@@ -21,6 +22,7 @@ STATE, NEXT = "state_", "next_"
 EMBEDS, NO_EMBEDS = "embeds", "no_embeds"
 
 _TABLE = "table."
+_NEW, _VALUE = "new_", "value."
 
 _CACHE = re.compile(r"(?:new_)?(?P<prefix>cache|residual|value)\.(?P<block>.+)/out(?P<index>\d+)(?:@(?P<nth>\d+))?")
 
@@ -43,17 +45,28 @@ def cache_input(kind: CacheKind, value: str, nth: int = 0) -> str:
 
 def cache_output(kind: CacheKind, value: str) -> str:
     """Output of a variant that writes the cache of ``value``."""
-    return f"new_{cache_input(kind, value)}"
+    return f"{_NEW}{cache_input(kind, value)}"
 
 
 def segment_input(value: str) -> str:
     """Input of a segment that reads the tensor ``value`` from the arena."""
-    return f"value.{value}"
+    return f"{_VALUE}{value}"
 
 
 def segment_output(kind: CacheKind, value: str) -> str:
     """Output of a segment that writes the tensor ``value``, or its residual, to the arena."""
-    return f"new_{segment_input(value)}" if kind == "output" else cache_output(kind, value)
+    return f"{_NEW}{segment_input(value)}" if kind == "output" else cache_output(kind, value)
+
+
+def stored_name(output: str, inputs: Iterable[str]) -> str:
+    """What a value in the arena is called, for people: after the output that writes it, without ``new_``. The output of
+    a sum has no name of its own: then after a segment's input that reads it.
+
+    inputs: all that read it.
+    """
+    if output.startswith(_NEW):
+        return output.removeprefix(_NEW)
+    return next((name for name in inputs if name.startswith(_VALUE)), output)
 
 
 def table_input(label: str) -> str:

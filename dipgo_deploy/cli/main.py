@@ -21,6 +21,7 @@ _VERBS = {
     "run": ("dipgo_deploy.cli.run", "Generate images from an engine directory."),
     "bench": ("dipgo_deploy.cli.bench", "Measure what schedules do to the images."),
     "compare": ("dipgo_deploy.cli.compare", "Compare an engine directory with the reference."),
+    "inspect": ("dipgo_deploy.cli.inspect", "Show what is in an engine directory, and what differs between two."),
 }
 
 

@@ -108,6 +108,7 @@ def _pending_for(file: Path, options: Mapping[str, Any]) -> PendingTarget:
 
 def _write(schedule: Schedule, output: Path, as_json: bool, forecast: RuleForecast | None) -> None:
     from dipgo_deploy.errors import UserError
+    from dipgo_deploy.schedule.summary import schedule_facts, schedule_line
 
     if forecast is not None:
         if all(map(all, schedule.gates)):
@@ -115,11 +116,11 @@ def _write(schedule: Schedule, output: Path, as_json: bool, forecast: RuleForeca
         schedule = schedule.with_forecast(forecast)
     schedule.save(output)
     console = human_console(as_json)
-    console.print(f"{output}: {_summary(schedule)}", markup=False, soft_wrap=True)
-    console.print(_facts(schedule)["worth"]["line"], markup=False, soft_wrap=True)
+    console.print(f"{output}: {schedule_line(schedule)}", markup=False, soft_wrap=True)
+    console.print(schedule_facts(schedule)["worth"]["line"], markup=False, soft_wrap=True)
     if schedule.forecast is not None:
         console.print(f"forecast: {schedule.forecast.summary(schedule.gates)}", markup=False, soft_wrap=True)
-    emit({"file": str(output), **_facts(schedule)}, as_json)
+    emit({"file": str(output), **schedule_facts(schedule)}, as_json)
 
 
 @command.command(epilog=examples("dipgo-schedule full --model fashion-sd --sampler ddim --steps 50 -o full.json"))
@@ -244,6 +245,7 @@ def export(kind: str, file: Path, output: Path, as_json: bool) -> None:
     from dipgo_deploy.files import write_atomic
     from dipgo_deploy.schedule.document import Schedule
     from dipgo_deploy.schedule.importers.registry import WRITTEN, importer
+    from dipgo_deploy.schedule.summary import schedule_line
 
     write = importer(kind).write
     if write is None:
@@ -252,7 +254,7 @@ def export(kind: str, file: Path, output: Path, as_json: bool) -> None:
     with _naming(file):
         text = write(schedule)
     write_atomic(output, text.encode())
-    human_console(as_json).print(f"{output}: {_summary(schedule)}, for {kind}", markup=False, soft_wrap=True)
+    human_console(as_json).print(f"{output}: {schedule_line(schedule)}, for {kind}", markup=False, soft_wrap=True)
     emit({"file": str(output), "kind": kind}, as_json)
 
 
@@ -296,6 +298,7 @@ def _setting_option(setting: Setting) -> Callable[[F], F]:
 def validate(file: Path, model: str | None, allow_other_config: bool, as_json: bool) -> None:
     """Check a schedule file: format, gates, number of rows for its sampler, and the model if one is given."""
     from dipgo_deploy.schedule.document import Schedule
+    from dipgo_deploy.schedule.summary import schedule_facts, schedule_line
 
     schedule = Schedule.load(file)
     checked = ["format", "gates"]
@@ -310,15 +313,15 @@ def validate(file: Path, model: str | None, allow_other_config: bool, as_json: b
             _check_model(schedule, model, allow_other_config)
             checked.append("model")
     console = human_console(as_json)
-    console.print(f"{file}: valid ({', '.join(checked)}): {_summary(schedule)}", markup=False, soft_wrap=True)
-    console.print(_facts(schedule)["worth"]["line"], markup=False, soft_wrap=True)
+    console.print(f"{file}: valid ({', '.join(checked)}): {schedule_line(schedule)}", markup=False, soft_wrap=True)
+    console.print(schedule_facts(schedule)["worth"]["line"], markup=False, soft_wrap=True)
     if schedule.forecast is not None:
         console.print(f"forecast: {schedule.forecast.summary(schedule.gates)}", markup=False, soft_wrap=True)
     if "sampler" not in checked:
         from dipgo_deploy.extras import install
 
         console.print(f"number of rows for the sampler not checked; {install('export')}", markup=False, soft_wrap=True)
-    emit({"file": str(file), "valid": True, "checked": checked, **_facts(schedule)}, as_json)
+    emit({"file": str(file), "valid": True, "checked": checked, **schedule_facts(schedule)}, as_json)
 
 
 @command.command(epilog=examples("dipgo-schedule show schedule.json", "dipgo-schedule show s.json --model fashion-sd"))
@@ -334,9 +337,10 @@ def validate(file: Path, model: str | None, allow_other_config: bool, as_json: b
 def show(file: Path, model: str | None, allow_other_config: bool, as_json: bool) -> None:
     """Show a schedule as a grid of blocks (rows) and evaluations (columns)."""
     from dipgo_deploy.schedule.document import Schedule
+    from dipgo_deploy.schedule.summary import schedule_facts
 
     schedule = Schedule.load(file)
-    facts = _facts(schedule)
+    facts = schedule_facts(schedule)
     if model is not None:
         with _naming(file):
             _check_model(schedule, model, allow_other_config)
@@ -444,32 +448,6 @@ def _planned(schedule: Schedule, model: str) -> dict[str, Any]:
         "peak_cache_bytes": plan.arena_bytes,
         "batch_of": "one image, guidance" if family.is_guided(config, pipeline_index(model)) else "one image",
     }
-
-
-def _facts(schedule: Schedule) -> dict[str, Any]:
-    from dipgo_deploy.schedule.frozen import to_json
-    from dipgo_deploy.schedule.worth import worth_of
-
-    return {
-        "worth": worth_of(schedule).facts(),
-        "model": schedule.model.model_dump(),
-        "blocks": len(schedule.blocks),
-        "steps": schedule.steps,
-        "kept_gates": schedule.kept_share,
-        "sampler": schedule.sampler.class_name,
-        "num_inference_steps": schedule.sampler.num_inference_steps,
-        "solver": None if schedule.solver is None else to_json(schedule.solver.provenance),
-        "forecast": None if schedule.forecast is None else schedule.forecast.facts(schedule.gates),
-        "provenance": to_json(schedule.provenance),
-    }
-
-
-def _summary(schedule: Schedule) -> str:
-    sampler = schedule.sampler
-    return (
-        f"{schedule.model.class_name}, {schedule.steps} evaluations x {len(schedule.blocks)} blocks, "
-        f"{sampler.class_name} with {sampler.num_inference_steps} steps, {schedule.kept_share:.1%} of the gates kept"
-    )
 
 
 def _print_grid(schedule: Schedule, console: Console) -> None:

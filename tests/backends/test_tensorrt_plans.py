@@ -2,71 +2,28 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
+from typing import Any
 
 import pytest
+from stored_engines import L4, VERSION, store_engine
 from toy_engine import Toy, build, manifest_of
 
 from dipgo_deploy.backends import create_backend
 from dipgo_deploy.backends.tensorrt import compare_interface, find_plan
 from dipgo_deploy.backends.tensorrt_cuda import Device, NoDeviceError, find_device
 from dipgo_deploy.backends.tensorrt_flavour import FLAVOURS
-from dipgo_deploy.backends.tensorrt_plans import (
-    BuildFlags,
-    GpuTarget,
-    KeyInputs,
-    PlanRecord,
-    WeightHashes,
-    plan_name,
-    plans_folder,
-    profile_of,
-)
-from dipgo_deploy.bundle.files import sha256_file
+from dipgo_deploy.backends.tensorrt_plans import GpuTarget, PlanRecord, WeightHashes
 from dipgo_deploy.bundle.manifest import Graph
 from dipgo_deploy.errors import UserError
-
-L4 = Device(name="NVIDIA L4", capability="8.9", memory_bytes=24 * 2**30)
-VERSION = "11.4.0.106"
 
 
 def full() -> Graph:
     return manifest_of(Toy()).plan.variants[0].graph
 
 
-def store(
-    engine_dir: Path,
-    backend: str = "tensorrt",
-    version: str = VERSION,
-    target: GpuTarget | None = None,
-    plan: bytes = b"engine",
-    **flags: bool,
-) -> Path:
-    """An engine file with a record, as a build would leave it."""
-    graph = full()
-    target = target or GpuTarget(gpu=L4.name, capabilities=(L4.capability,))
-    inputs = KeyInputs(
-        graph=sha256_file(engine_dir / graph.file),
-        weights=WeightHashes().digest(engine_dir / graph.file)[0],
-        profile=profile_of(graph),
-        flags=BuildFlags(**flags),
-        backend=backend,
-        version=version,
-        target=target,
-    )
-    record = PlanRecord(
-        key=inputs.key,
-        inputs=inputs,
-        plan_sha256=hashlib.sha256(plan).hexdigest(),
-        plan_bytes=len(plan),
-        weights_bytes=0,
-        seconds=0.0,
-    )
-    path = plans_folder(engine_dir, backend, version, target) / f"{plan_name(graph)}.plan"
-    path.parent.mkdir(parents=True)
-    path.write_bytes(plan)
-    path.with_suffix(".json").write_text(record.model_dump_json())
-    return path
+def store(engine_dir: Path, *args: Any, **given: Any) -> Path:
+    return store_engine(engine_dir, full(), *args, **given)
 
 
 def find(engine_dir: Path, backend: str = "tensorrt", device: Device = L4, version: str = VERSION) -> Path:

@@ -1,0 +1,58 @@
+"""What lies in the arena, and from which launch to which: read off a launch list. Pure functions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dipgo_deploy.bundle.manifest import PlanEntry, TensorSpec
+from dipgo_deploy.bundle.names import stored_name
+
+
+@dataclass(frozen=True)
+class StoredValue:
+    """One value that a launch writes into the arena.
+
+    Attributes:
+        name: of the cache, or of what a segment passes on, as the graphs that read it have it.
+        spec: shape and dtype.
+        offset: bytes from the start of the arena.
+        written: number of the launch.
+        read: numbers of the launches that read it, in order; none where its variant writes it for other launches.
+    """
+
+    name: str
+    spec: TensorSpec
+    offset: int
+    written: int
+    read: tuple[int, ...]
+
+    @property
+    def last(self) -> int:
+        """The last launch that needs it."""
+        return self.read[-1] if self.read else self.written
+
+
+def stored_values(plan: PlanEntry) -> tuple[StoredValue, ...]:
+    """All of them, in the order in which they are written. The launch list was checked (``check_structure``)."""
+    found: list[tuple[str, TensorSpec, int, int]] = []
+    reads: list[list[tuple[int, str]]] = []
+    there: dict[int, int] = {}
+    for number, launch in enumerate(plan.launches):
+        variant = plan.variants[launch.variant]
+        for name, offset in zip(variant.reads, launch.reads, strict=True):
+            reads[there[offset]].append((number, name))
+        outputs = {spec.name: spec for spec in variant.graph.outputs}
+        for name, offset in zip(variant.writes, launch.writes, strict=True):
+            there[offset] = len(found)
+            found.append((name, outputs[name], offset, number))
+            reads.append([])
+    return tuple(
+        StoredValue(
+            stored_name(name, [read for _, read in readers]),
+            spec,
+            offset,
+            written,
+            tuple(dict.fromkeys(n for n, _ in readers)),
+        )
+        for (name, spec, offset, written), readers in zip(found, reads, strict=True)
+    )

@@ -1,0 +1,34 @@
+"""A schedule in one line, and as plain values for JSON."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dipgo_deploy.schedule.document import Schedule
+from dipgo_deploy.schedule.frozen import to_json
+from dipgo_deploy.schedule.worth import worth_of
+
+
+def schedule_facts(schedule: Schedule) -> dict[str, Any]:
+    """What a schedule is for, how much of it runs, and how it was made."""
+    return {
+        "worth": worth_of(schedule).facts(),
+        "model": schedule.model.model_dump(),
+        "blocks": len(schedule.blocks),
+        "steps": schedule.steps,
+        "kept_gates": schedule.kept_share,
+        "sampler": schedule.sampler.class_name,
+        "num_inference_steps": schedule.sampler.num_inference_steps,
+        "solver": None if schedule.solver is None else to_json(schedule.solver.provenance),
+        "forecast": None if schedule.forecast is None else schedule.forecast.facts(schedule.gates),
+        "provenance": to_json(schedule.provenance),
+    }
+
+
+def schedule_line(schedule: Schedule) -> str:
+    """Model, evaluations, blocks, sampler, and the share of the gates that is kept."""
+    sampler = schedule.sampler
+    return (
+        f"{schedule.model.class_name}, {schedule.steps} evaluations x {len(schedule.blocks)} blocks, "
+        f"{sampler.class_name} with {sampler.num_inference_steps} steps, {schedule.kept_share:.1%} of the gates kept"
+    )
