@@ -118,11 +118,12 @@ def nbytes(specs: Mapping[str, TensorSpec]) -> int:
 
 def write_self_test(folder: Path, test: SelfTest) -> None:
     """Write the file into the folder of an engine directory."""
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
     specs = tensor_specs(test.recorded, test.manifest)
     arrays = {name: np.ascontiguousarray(test.tensors[name], NUMPY_DTYPES[spec.dtype]) for name, spec in specs.items()}
-    save_file(arrays, folder / SELF_TEST_NAME, {_DOCUMENT: test.recorded.model_dump_json()})
+    # Not save_file: what that writes only its owner can read.
+    (folder / SELF_TEST_NAME).write_bytes(save(arrays, {_DOCUMENT: test.recorded.model_dump_json()}))
 
 
 def has_self_test(manifest: Manifest) -> bool:

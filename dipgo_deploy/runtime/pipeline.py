@@ -468,9 +468,9 @@ class Pipeline:
             UserError: it carries none, a LoRA is loaded, or a run failed.
         """
         with self._alone("self_test"):
-            test = read_self_test(self.bundle)
             if any(choice.scale for choice in self._loras):
                 raise UserError("self_test: a LoRA is loaded, and the test is of the model without; unload it first")
+            test = read_self_test(self.bundle)
             return run_self_test(test, self._ready_loop(lazy=self._lazy))
 
     def tokens(self, prompt: str, *, negative: bool = False) -> dict[str, np.ndarray]:

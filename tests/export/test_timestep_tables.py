@@ -197,6 +197,11 @@ def test_a_lora_that_would_change_them_is_refused(with_tables: Bundle, tmp_path:
     assert partial.reports[0].applied == 1
 
 
+def test_whoever_may_read_the_weights_may_read_them(with_tables: Bundle) -> None:
+    graphs = with_tables.path / "graphs"
+    assert (graphs / "tables.safetensors").stat().st_mode == (graphs / "weights.bin").stat().st_mode
+
+
 @pytest.mark.parametrize("harm", ["lost", "shape", "no table", "no row"])
 def test_tables_that_do_not_fit_are_refused(with_tables: Bundle, tmp_path: Path, harm: str):
     folder = tmp_path / "copy"

@@ -179,6 +179,14 @@ def test_variants_without_a_layer_are_reported(unet, tmp_path):
     assert set(counts) == {0, len(block)}
 
 
+def test_the_engines_own_test_is_of_the_model_without(dit, tmp_path):
+    updates = make_updates(load_denoiser(dit.model)[0], ["transformer_blocks.0.attn1.to_q"])
+    pipeline = Pipeline.from_engine_dir(dit.path, "cpu", threads=1, load="lazy")
+    pipeline.load_lora(save_lora(tmp_path / "a.safetensors", updates))
+    with pytest.raises(UserError, match="self_test: a LoRA is loaded"):
+        pipeline.self_test()
+
+
 def test_scale_0_changes_nothing(unet, tmp_path):
     pipeline = pipeline_of(unet)
     before = draw(pipeline)

@@ -162,6 +162,8 @@ def test_half_precision_with_open_sizes(model: Path, tmp_path: Path) -> None:
     options = {"batch": Range(min=1, opt=2, max=3), "dtype": "fp16", "components": False}
     planned = plan_for(model, schedule_for(model), **options)
     bundle = writing.publish(planned, tmp_path / "half")
+    # Others may read it where they may read the manifest.
+    assert (bundle.path / self_test.SELF_TEST_NAME).stat().st_mode == (bundle.path / "manifest.json").stat().st_mode
     assert self_test.read_self_test(bundle).recorded.sizes == (2, 4, 4)
     pipeline = Pipeline(bundle, Pipeline.from_engine_dir(bundle.path, "cpu", threads=1, load="lazy").backend)
     report = pipeline.self_test()
