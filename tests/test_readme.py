@@ -12,6 +12,7 @@ import io
 import re
 import shlex
 import subprocess
+import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import import_module
@@ -19,6 +20,7 @@ from pathlib import Path
 
 import click
 import pytest
+import yaml
 from shared_traces import shared_traces
 
 from dipgo_deploy.cli import main
@@ -205,6 +207,20 @@ def test_what_show_prints_is_shown(folder: Folder) -> None:
 @pytest.mark.parametrize("page", PAGES_TO_RUN, ids=named)
 def test_the_page_does_what_it_says(page: Path, folder: Folder) -> None:
     folder.run(page)
+
+
+def test_the_workflow_runs_what_the_page_runs(folder: Folder) -> None:
+    """Its steps are lines that were run, or what sets a machine up; what it keeps is a file that they write."""
+    page = ROOT / "docs" / "howto" / "ci.md"
+    folder.run(page)
+    (block,) = (block for block in BLOCKS if block.page == page and block.language == "yaml")
+    steps = yaml.safe_load(block.text)["jobs"]["compare"]["steps"]
+    runs = [step["run"] for step in steps if "run" in step]
+    assert runs[0].startswith("pip install -c constraints.txt -e ") and (ROOT / "constraints.txt").is_file()
+    assert len(runs) == 5
+    assert all(line in folder.done for line in runs[1:])
+    kept = [step["with"]["path"] for step in steps if step.get("uses", "").startswith("actions/upload-artifact@")]
+    assert kept and all(ET.parse(path).getroot().get("failures") == "0" for path in kept)
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,10 +11,10 @@ import click
 
 from dipgo_deploy.backends import BACKENDS
 from dipgo_deploy.bundle.shapes import Range, Sizes
-from dipgo_deploy.cli.common import emit, entry_point, examples, human_console, json_option
+from dipgo_deploy.cli.common import checked_outputs, emit, entry_point, examples, human_console, json_option
 from dipgo_deploy.cli.options import PATH, Command, engine_dir_option, option, threads_option, version_option
 from dipgo_deploy.cli.run import parse_labels
-from dipgo_deploy.errors import ToleranceError, UserError
+from dipgo_deploy.errors import NotFiniteError, ToleranceError, UserError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
     from dipgo_deploy.bundle.directory import Bundle
     from dipgo_deploy.bundle.manifest import Manifest
     from dipgo_deploy.compare.metrics import TensorError
-    from dipgo_deploy.compare.report import Part, Report
+    from dipgo_deploy.compare.report import Checked, Part, Report
+    from dipgo_deploy.reference.load import Reference
 
 
 def _size(name: str, what: str) -> Any:
@@ -116,6 +118,14 @@ def _size(name: str, what: str) -> Any:
     show_default="none",
     help="Folder for what the model makes of these inputs, as polygraphy run --load-outputs takes it.",
 )
+@option(
+    "Output",
+    "--junit",
+    type=PATH,
+    show_default="none",
+    help="JUnit XML to write, a test case for each part, variant, evaluation and picture.",
+)
+@checked_outputs("junit")
 @json_option
 @version_option
 def command(
@@ -137,6 +147,7 @@ def command(
     atol: float,
     save_inputs: Path | None,
     save_outputs: Path | None,
+    junit: Path | None,
     as_json: bool,
 ) -> None:
     """Compare an engine directory with the model that it was exported from.
@@ -151,7 +162,7 @@ def command(
 
     Where the schedule skips blocks, diffusers' pipeline runs with the supernet (the model in torch with gates) in place
     of its denoiser. The exit status is 1 beyond the tolerance, and the first launch, graph and tensor that are wrong
-    are named.
+    are named; --json and --junit have all of them.
     """
     if variants_only and loop_only:
         raise click.UsageError("give --variants-only or --loop-only, not both")
@@ -170,8 +181,9 @@ def command(
     labels = class_ids(bundle.manifest, prompts, class_labels, guidance_scale)
     created = create_backend(backend, threads=threads)
     created.check(bundle.manifest)
-    from dipgo_deploy.compare.engine import Options, compare_engine
+    from dipgo_deploy.compare.engine import Options, compare_engine, tolerance_of
     from dipgo_deploy.compare.pictures import cases
+    from dipgo_deploy.compare.report import Report
     from dipgo_deploy.compare.runners import graphs_on
     from dipgo_deploy.reference.conditions import LABEL, PROMPT
     from dipgo_deploy.reference.load import load_reference
@@ -207,8 +219,19 @@ def command(
             save_inputs=save_inputs,
             save_outputs=save_outputs,
         )
-        report = compare_engine(bundle, reference, inputs, created, options, status.update)
-    _show(console, report, reference.source.name)
+        error: UserError | NotFiniteError | None = None
+        try:
+            report = compare_engine(bundle, reference, inputs, created, options, status.update)
+        except (UserError, NotFiniteError) as ended:
+            # Whoever reads the result in a file learns of it too.
+            error, report = ended, Report(tolerance_of(manifest, reference, options))
+        of: dict[str, Any] = {}
+        if as_json or junit is not None:
+            status.update("hashing the model")
+            of = _provenance(bundle, reference, report, asked=tolerance is not None)
+    failure = str(error) if error is not None else report.first_failure()
+    if error is None:
+        _show(console, report, reference.source.name)
     facts = {
         "engine_dir": str(engine_dir),
         "model": reference.source.name,
@@ -216,12 +239,33 @@ def command(
         "backend": created.name,
         "seed": seed,
         "guidance_scale": inputs.guidance_scale,
+        **of,
         **report.as_dict(),
+        "passed": failure is None,
+        "error": None if error is None else str(error),
     }
+    if junit is not None:
+        from dipgo_deploy.compare.junit import junit_xml, properties
+        from dipgo_deploy.files import write_atomic
+
+        write_atomic(junit, junit_xml(bundle.path.resolve().name, report, properties(facts), error))
+        console.print(f"{junit}: test cases", markup=False, soft_wrap=True)
     emit(facts, as_json)
-    failure = report.first_failure()
+    if error is not None:
+        raise error
     if failure is not None:
         raise ToleranceError(failure)
+
+
+def _provenance(bundle: Bundle, reference: Reference, report: Report, *, asked: bool) -> dict[str, Any]:
+    from dipgo_deploy.compare.provenance import models, tolerances, versions
+
+    source, dtype = reference.source, bundle.manifest.dtype
+    return {
+        "models": models(bundle, source),
+        "versions": versions(bundle),
+        "tolerances": tolerances(source, dtype, report.tolerance, asked=asked),
+    }
 
 
 def at_sizes(bundle: Bundle, batch: int | None, height: int | None, width: int | None) -> Bundle:
@@ -294,10 +338,16 @@ def _show(console: Console, report: Report, model: str) -> None:
         console.print(table)
     if report.loop:
         table = _table(f"{model}: the whole loop", "step", "variant", "tensor")
-        for checked in report.loop:
-            for tensor in checked.tensors:
-                variant = "" if checked.variant is None else checked.variant
-                table.add_row(str(checked.step), variant, tensor.name, *_numbers(tensor))
+        for run in _runs(report.loop):
+            first = run[0]
+            if first.variant is None:
+                # What is used again is compared with what the model makes of it each time.
+                worst = max(run, key=lambda checked: (not checked.passed, checked.worst.relative)).worst
+                steps = f"{first.step}-{run[-1].step}" if len(run) > 1 else str(first.step)
+                table.add_row(steps, "no launch", worst.name, *_numbers(worst))
+                continue
+            for tensor in first.tensors:
+                table.add_row(str(first.step), first.variant, tensor.name, *_numbers(tensor))
         console.print(table)
     tensors = report.results.tensors if report.results is not None else ()
     for tensor in tensors:
@@ -315,15 +365,25 @@ def _show(console: Console, report: Report, model: str) -> None:
         console.print(f"everything is within {report.tolerance.relative:g} of the supernet", markup=False)
 
 
+def _runs(loop: Sequence[Checked]) -> list[list[Checked]]:
+    """Evaluations in order; those without a launch that follow one another, together."""
+    runs: list[list[Checked]] = []
+    for checked in loop:
+        if runs and checked.variant is None and runs[-1][0].variant is None:
+            runs[-1].append(checked)
+        else:
+            runs.append([checked])
+    return runs
+
+
 def _show_part(console: Console, part: Part) -> None:
     """One line; what is wrong with it is in the error at the end."""
-    where = f"{part.name}, {part.place}" if part.place else part.name
     if part.passed and part.tensors:
         worst = max(part.tensors, key=lambda tensor: tensor.relative)
         found = f"{worst.name} within {worst.relative:.2e}" if worst.relative else "equal"
     else:
         found = "equal" if part.passed else "DIFFERENT"
-    console.print(f"{where}: {found} ({part.reference})", markup=False, soft_wrap=True)
+    console.print(f"{part.where}: {found} ({part.reference})", markup=False, soft_wrap=True)
 
 
 def _table(title: str, *headings: str) -> Table:

@@ -13,6 +13,7 @@ import torch
 
 from dipgo_deploy.backends.base import Backend
 from dipgo_deploy.bundle.directory import Bundle
+from dipgo_deploy.bundle.manifest import Manifest
 from dipgo_deploy.compare.facts import check_facts
 from dipgo_deploy.compare.graphs import OpenGraph, compare_segments, compare_variants, frugal_session
 from dipgo_deploy.compare.launch_list import check_launch_list
@@ -88,8 +89,7 @@ def compare_engine(
     options = options or Options()
     manifest = bundle.manifest
     backend.check(manifest)
-    relative = reference.source.family.tolerances[manifest.dtype] if options.tolerance is None else options.tolerance
-    tolerance = Tolerance(relative, options.absolute)
+    tolerance = tolerance_of(manifest, reference, options)
     parts: list[Part] = []
     if options.components:
         notify("checking manifest, launch list and weights")
@@ -103,6 +103,12 @@ def compare_engine(
             raise
         # What is wrong was found already, and is why it does not run.
         return Report(tolerance=tolerance, parts=tuple(parts), skipped=(f"not run any further: {error}",))
+
+
+def tolerance_of(manifest: Manifest, reference: Reference, options: Options) -> Tolerance:
+    """The one asked for, else that of the model's family."""
+    own = reference.source.family.tolerances[manifest.dtype]
+    return Tolerance(own if options.tolerance is None else options.tolerance, options.absolute)
 
 
 def _run(

@@ -59,14 +59,36 @@ class Part:
         """Whether everything is as it should be."""
         return self.note is None and all(tensor.passed for tensor in self.tensors)
 
+    @property
+    def where(self) -> str:
+        """Name and place."""
+        return f"{self.name}, {self.place}" if self.place else self.name
+
     def failures(self) -> Iterator[str]:
         """A line for each tensor that is wrong."""
-        where = f"{self.name}, {self.place}" if self.place else self.name
+        where = self.where
         if self.note is not None:
             yield f"{where}: {self.note}"
         for tensor in self.tensors:
             if not tensor.passed:
                 yield _failure(where, tensor, self.reference)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One thing that was compared, with its verdict.
+
+    Attributes:
+        section: ``parts``, ``variants``, ``loop``, ``results`` or ``pictures``.
+        name: which of them.
+        tensors: what was compared, in order.
+        failures: a line for each tensor beyond tolerance, and for what is wrong in words.
+    """
+
+    section: str
+    name: str
+    tensors: tuple[TensorError, ...]
+    failures: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -113,17 +135,29 @@ class Report:
             alone = [checked for checked in self.variants if checked.step == step]
             yield from (line for checked in loop for line in _of_loop(checked, given=True))
             for checked in alone:
-                where = f"variant {checked.variant} by itself, evaluation {step}"
-                yield from (_failure(where, tensor) for tensor in checked.tensors if not tensor.passed)
+                yield from _of_variant(checked)
             yield from (line for checked in loop for line in _of_loop(checked, given=False))
         if self.results is not None:
-            yield from (
-                _failure("loop, after the last evaluation", tensor)
-                for tensor in self.results.tensors
-                if not tensor.passed
-            )
+            yield from _of_results(self.results)
         for part in self.pictures:
             yield from part.failures()
+
+    def outcomes(self) -> Iterator[Outcome]:
+        """Everything that was compared, with its verdict: each part, variant at one of its launches, evaluation of the
+        loop, the results and each picture."""
+        for part in self.parts:
+            yield _of_part("parts", part)
+        for checked in self.variants:
+            name = f"{checked.variant}, evaluation {checked.step}"
+            yield Outcome("variants", name, checked.tensors, tuple(_of_variant(checked)))
+        for checked in self.loop:
+            lines = (*_of_loop(checked, given=True), *_of_loop(checked, given=False))
+            yield Outcome("loop", f"evaluation {checked.step}, {_launched(checked)}", checked.tensors, lines)
+        if self.results is not None:
+            name = "after the last evaluation"
+            yield Outcome("results", name, self.results.tensors, tuple(_of_results(self.results)))
+        for part in self.pictures:
+            yield _of_part("pictures", part)
 
     @property
     def agreement(self) -> Agreement:
@@ -156,11 +190,27 @@ def given_to_launch(name: str) -> bool:
     return name == LATENT or (not name.startswith("new_") and "/out" in name)
 
 
+def _of_part(section: str, part: Part) -> Outcome:
+    return Outcome(section, part.where, part.tensors, tuple(part.failures()))
+
+
+def _launched(checked: Checked) -> str:
+    return "no launch" if checked.variant is None else f"variant {checked.variant}"
+
+
+def _of_variant(checked: Checked) -> Iterator[str]:
+    where = f"variant {checked.variant} by itself, evaluation {checked.step}"
+    return (_failure(where, tensor) for tensor in checked.tensors if not tensor.passed)
+
+
+def _of_results(checked: Checked) -> Iterator[str]:
+    return (_failure("loop, after the last evaluation", tensor) for tensor in checked.tensors if not tensor.passed)
+
+
 def _of_loop(checked: Checked, *, given: bool) -> Iterator[str]:
-    launched = "no launch" if checked.variant is None else f"variant {checked.variant}"
     for tensor in checked.tensors:
         if not tensor.passed and given_to_launch(tensor.name) == given:
-            yield _failure(f"loop, evaluation {checked.step}, {launched}", tensor)
+            yield _failure(f"loop, evaluation {checked.step}, {_launched(checked)}", tensor)
 
 
 def _failure(where: str, tensor: TensorError, reference: str = "the supernet") -> str:

@@ -1,15 +1,21 @@
 from __future__ import annotations
 
+import io
 import json
+import shutil
+import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from tiny_engines import LABELS, changed, corrupted, save_dit_pipeline, schedule_for, write
 
-from dipgo_deploy.bundle.directory import Bundle
+from dipgo_deploy.bundle.directory import Bundle, reseal
 from dipgo_deploy.bundle.manifest import Components, ConditionSpec
-from dipgo_deploy.cli.compare import class_ids, main
+from dipgo_deploy.cli.compare import _show, class_ids, main
+from dipgo_deploy.compare.metrics import TensorError, Tolerance
+from dipgo_deploy.compare.report import Checked, Report
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.export.exporter import ExportOptions, plan_export
 
@@ -62,7 +68,7 @@ def test_json_is_all_there_is_on_stdout(engine, capfd):
 
 def test_beyond_tolerance_is_status_1_and_one_line(engine, tmp_path, capfd):
     bad = corrupted(engine, tmp_path / "bad", "v00.onnx", "transformer_blocks.3.ff.net.0.proj.weight")
-    assert main(command(bad, "--json")) == 1
+    assert main(command(bad, "--json", "--junit", tmp_path / "compare.xml")) == 1
     printed = capfd.readouterr()
     line = printed.err.splitlines()[-1]
     assert line.startswith("error: weights, graphs, transformer_blocks.3.ff.net.0.proj.weight, values: error 2.00e+00")
@@ -72,6 +78,23 @@ def test_beyond_tolerance_is_status_1_and_one_line(engine, tmp_path, capfd):
     report = json.loads(printed.out)
     assert report["passed"] is False and f"error: {report['first_failure']}" == line
     assert "beyond" in printed.err
+    sides = report["models"]
+    assert sides["engine_dir"]["config_hash"] == sides["model"]["config_hash"]
+    assert len(sides["model"]["weights"]) == len(sides["engine_dir"]["seal"]) == 64
+    assert "graphs/weights.bin" in sides["engine_dir"]["weights"]
+    assert report["versions"]["here"]["torch"] == report["versions"]["engine_dir"]["torch"] == torch.__version__
+    assert [row["relative"] for row in report["tolerances"]] == [1e-4, 0.0]
+    assert all(row["reason"] for row in report["tolerances"]) and report["error"] is None
+    root = ET.parse(tmp_path / "compare.xml").getroot()
+    assert [suite.get("name") for suite in root] == ["comparison", "parts", "variants", "loop", "results", "pictures"]
+    assert len(root.findall("testsuite[@name='loop']/testcase")) == len(report["loop"])
+    told = "\n".join(str(failure.text) for failure in root.iter("failure")).splitlines()
+    assert sorted(told) == sorted(report["failures"])
+    failed = [case for case in root.iter("testcase") if case.find("failure") is not None]
+    assert root.get("failures") == str(len(failed)) and root.get("errors") == "0"
+    assert root.get("tests") == str(len(list(root.iter("testcase"))))
+    given = {entry.get("name"): entry.get("value") for entry in root.iter("property")}
+    assert given["models.engine_dir.seal"] == sides["engine_dir"]["seal"] and given["backend"] == "cpu"
 
 
 def test_the_loop_names_its_first_bad_step(engine, tmp_path, capfd):
@@ -96,6 +119,33 @@ def test_another_place_of_the_model_and_saved_inputs(engine, model, tmp_path):
     assert main(command(engine, *options)) == 0
     names = {entry["name"] for entry in json.loads((engine / "manifest.json").read_text())["plan"]["variants"]}
     assert {path.stem for path in (tmp_path / "inputs").iterdir()} == names
+
+
+def test_a_comparison_that_ends_with_an_error_says_so_in_both_files(engine, tmp_path, capfd):
+    bad = Path(shutil.copytree(engine, tmp_path / "bad"))
+    (bad / "graphs" / "v00.onnx").write_bytes(b"no graph")
+    reseal(bad)
+    assert main(command(bad, "--variants-only", "--json", "--junit", tmp_path / "compare.xml")) == 2
+    printed = capfd.readouterr()
+    facts, root = json.loads(printed.out), ET.parse(tmp_path / "compare.xml").getroot()
+    assert facts["passed"] is False and f"error: {facts['error']}" == printed.err.splitlines()[-1]
+    assert "v00.onnx" in facts["error"] and facts["models"] and facts["versions"]
+    assert (root.get("errors"), root.get("failures")) == ("1", "0")
+    assert [found.get("message") for found in root.iter("error")] == [facts["error"]]
+
+
+def test_evaluations_without_a_launch_are_one_row():
+    def checked(step, variant, relative):
+        passed = relative < 1e-4
+        return Checked(step, variant, (TensorError("noise_pred", relative, relative, 1.0, 80.0, passed, 1e-4),))
+
+    loop = (checked(0, "v00", 0), *(checked(n, None, 1e-6 * n) for n in (1, 2, 3)), checked(4, "v01", 0))
+    console = Console(width=120, file=io.StringIO())
+    _show(console, Report(Tolerance(1e-4), loop=(*loop, checked(5, None, 1.0), checked(6, None, 0.0))), "model")
+    rows = [line.split() for line in console.file.getvalue().splitlines() if "noise_pred" in line]
+    rows = [[cell for cell in row if cell not in ("│", "|")] for row in rows]
+    assert [row[0] for row in rows] == ["0", "1-3", "4", "5-6"]
+    assert rows[1][1:3] == ["no", "launch"] and rows[1][4] == "3.00e-06" and rows[3][-1] == "beyond"
 
 
 def test_a_bare_text_denoiser_needs_no_prompt_and_takes_none(engine):
@@ -126,6 +176,7 @@ ERRORS = [
     ("", "--class-labels bag,boot", "--class-labels: 2 given for a batch of 1"),
     ("", "--class-labels bag,,boot", "an empty label"),
     ("", "--save-inputs {tmp}/file", "file: is a file; give a folder"),
+    ("", "--junit {tmp}/none/a.xml", "--junit {tmp}/none/a.xml: the folder {tmp}/none does not exist"),
     ("", "--model {tmp}/none", "none: no such folder"),
     ("", "--model {tmp}/file", "is a file"),
     ("none", "", "no manifest.json"),
@@ -138,7 +189,7 @@ def test_mistakes_are_one_line(engine, tmp_path, capfd, where, line, message):
     words = [word.replace("{tmp}", str(tmp_path)) for word in line.split()]
     assert main(command(tmp_path / where if where else engine, *words)) == 2
     printed = capfd.readouterr()
-    assert message in printed.err
+    assert message.replace("{tmp}", str(tmp_path)) in printed.err
     assert printed.err.startswith("error: ") and printed.err.count("\n") == 1
     assert printed.out == ""
     assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -1,0 +1,91 @@
+"""What a comparison was of and made with: both models, versions, and the tolerances with where they come from."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import platform
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from dipgo_deploy._version import __version__
+from dipgo_deploy.bundle.weights import WEIGHTS_NAME
+
+if TYPE_CHECKING:
+    import torch
+
+    from dipgo_deploy.bundle.directory import Bundle
+    from dipgo_deploy.compare.metrics import Tolerance
+    from dipgo_deploy.reference.source import Source
+
+_PACKAGES = ("numpy", "torch", "diffusers", "transformers", "onnx", "onnxruntime", "onnxruntime-gpu", "polygraphy")
+_ENGINES = ("tensorrt", "tensorrt-rtx")
+
+
+def models(bundle: Bundle, source: Source) -> dict[str, Any]:
+    """What tells the models of both sides apart.
+
+    ``engine_dir``: the seal of the manifest, and the sha256 of each file of weights. ``model``: that of the
+    configuration, and of the denoiser's parameters (see ``parameters_hash``), which reads all of them.
+    """
+    manifest = bundle.manifest
+    return {
+        "engine_dir": {
+            "path": str(bundle.path),
+            "class_name": manifest.model.class_name,
+            "config_hash": manifest.model.config_hash,
+            "seal": manifest.seal or None,
+            "weights": {name: sha for name, sha in manifest.files.items() if name.endswith(WEIGHTS_NAME)},
+        },
+        "model": {
+            "name": source.name,
+            "class_name": source.family.class_name,
+            "config_hash": source.config_hash,
+            "weights": parameters_hash(source.denoiser.state_dict()),
+        },
+    }
+
+
+def parameters_hash(parameters: Mapping[str, torch.Tensor]) -> str:
+    """sha256 over names, types, shapes and bytes of parameters, in the order of their names."""
+    import torch
+
+    digest = hashlib.sha256()
+    for name in sorted(parameters):
+        tensor = parameters[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def versions(bundle: Bundle) -> dict[str, dict[str, str]]:
+    """Of what made the engine directory, and of what compares it."""
+    here = {"dipgo_deploy": __version__, "python": platform.python_version()}
+    for package in (*_PACKAGES, *_ENGINES):
+        try:
+            here[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {"engine_dir": {"created_by": bundle.manifest.created_by, **bundle.manifest.tools}, "here": here}
+
+
+def tolerances(source: Source, dtype: str, tolerance: Tolerance, *, asked: bool) -> list[dict[str, Any]]:
+    """Each tolerance, what it is for, and why it is that; asked: it was given, and is not the family's."""
+    reason = (
+        "asked for" if asked else f"what {source.family.class_name} in {dtype} may differ from the model in float32"
+    )
+    absolute = "" if not tolerance.absolute else "; the absolute one was asked for"
+    return [
+        {
+            "of": "conditions, VAE, graphs, loop and pictures",
+            "relative": tolerance.relative,
+            "absolute": tolerance.absolute,
+            "reason": reason + absolute,
+        },
+        {
+            "of": "weights and tokens",
+            "relative": 0.0,
+            "absolute": 0.0,
+            "reason": "they are copies of the model's, rounded to the type of the graphs where that is another",
+        },
+    ]
