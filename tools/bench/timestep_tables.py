@@ -152,7 +152,6 @@ machine had other work.
 ```bash
 # takes some minutes a row
 python -m tools.bench.timestep_tables dit-xl-2-256 --sampler ddim --steps 50 {_COLLECT}
-python -m tools.bench.timestep_tables pixart-alpha-xl-2-1024 --height 256 --width 256 {_COLLECT}
 python -m tools.bench.timestep_tables qwen-image-1328 --set num_layers=2 --height 256 --width 256 {_COLLECT}
 python -m tools.bench.timestep_tables auraflow-1024 --set num_mmdit_layers=1 --set num_single_dit_layers=4 \\
   --height 256 --width 256 {_COLLECT}
