@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -16,7 +15,6 @@ def built_in_schedules() -> Mapping[str, Path]:
     return {path.stem: path for path in sorted(SCHEDULES.rglob("*.json"), key=lambda path: path.stem)}
 
 
-def schedule_file(path: str | os.PathLike[str]) -> str | os.PathLike[str]:
+def schedule_file(path: Path) -> Path:
     """``path``, or the built-in schedule of this name where there is no such file."""
-    built_in = built_in_schedules().get(os.fspath(path)) if isinstance(path, str | os.PathLike) else None
-    return path if built_in is None or os.path.exists(path) else built_in
+    return path if path.exists() else built_in_schedules().get(str(path), path)

@@ -329,8 +329,8 @@ class Schedule(_Part):
     def load(cls, path: str | os.PathLike[str]) -> Schedule:
         """Read a schedule file (at most 16 MiB), or a built-in schedule by its name; a UserError names the file, the
         field and what is wrong."""
-        path = schedule_file(path)
-        if isinstance(path, str | os.PathLike) and not os.path.exists(path):
+        path = schedule_file(arguments.path("path", path))
+        if not path.exists():
             raise UserError(f"{path}: no such file, and no built-in schedule, which `dipgo-schedule list` shows")
         data = read_bytes(path)
         try:
