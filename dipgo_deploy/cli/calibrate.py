@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +15,7 @@ from dipgo_deploy.cli.common import (
     examples,
     human_console,
     json_option,
-    progress_bars,
+    stage_bar,
 )
 from dipgo_deploy.cli.options import (
     MODEL_HELP,
@@ -213,7 +211,7 @@ def _with_engines(console: Console, given: dict[str, Any], how: dict[str, Any]) 
 
     bundle, reference = Bundle.open(given["engine_dir"]), Bundle.open(given["reference_engine_dir"])
     conditions = _conditions(bundle.manifest, given["prompts"], class_label_numbers(given["class_labels"]))
-    with _progress(console) as report:
+    with stage_bar(console) as report:
         backend = create_backend(given["backend"], threads=given["threads"])
         fitted = calibrate_engines(bundle, reference, backend, conditions, **how, report=report)
     with_solver(bundle, fitted)
@@ -276,7 +274,7 @@ def _with_torch(console: Console, given: dict[str, Any], how: dict[str, Any]) ->
     quiet_libraries()
     if given["threads"] is not None:
         torch.set_num_threads(given["threads"])
-    with _progress(console) as report:
+    with stage_bar(console) as report:
         problem = load_problem(
             ProblemOptions(
                 model=given["model"],
@@ -323,25 +321,6 @@ def _facts(output: Path, fitted: Schedule) -> dict[str, Any]:
         "residuals": list(known["residuals"]),
         "residual": residual_of(fitted.solver),
     }
-
-
-@contextmanager
-def _progress(console: Console) -> Iterator[Callable[[str, int, int], None]]:
-    """A bar; a plain line for each stage where there is no terminal."""
-    with progress_bars(console) as bars:
-        task = bars.add_task("starting", total=None)
-        current = ""
-
-        def report(stage: str, done: int, total: int) -> None:
-            nonlocal current
-            if stage != current:
-                current = stage
-                bars.reset(task, description=stage, total=total or None)
-                if not console.is_terminal:
-                    console.print(stage, markup=False)
-            bars.update(task, completed=done, total=total or None)
-
-        yield report
 
 
 main = entry_point(command)

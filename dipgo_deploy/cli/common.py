@@ -307,6 +307,26 @@ def progress_bars(console: Console, *facts: str) -> Iterator[Progress]:
         yield bars
 
 
+@contextmanager
+def stage_bar(console: Console) -> Iterator[Callable[[str, int, int], None]]:
+    """A bar, which is told (stage, done, total), 0 where that is not known; a plain line for each stage where there is
+    no terminal."""
+    with progress_bars(console) as bars:
+        task = bars.add_task("starting", total=None)
+        current = ""
+
+        def report(stage: str, done: int, total: int) -> None:
+            nonlocal current
+            if stage != current:
+                current = stage
+                bars.reset(task, description=stage, total=total or None)
+                if not console.is_terminal:
+                    console.print(stage, markup=False)
+            bars.update(task, completed=done, total=total or None)
+
+        yield report
+
+
 def drawable(console: Console, characters: str, plain: str) -> str:
     """The characters that are wanted, or plain ones where the console's encoding lacks any of them."""
     try:

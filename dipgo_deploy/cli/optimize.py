@@ -13,8 +13,8 @@ from dipgo_deploy.cli.common import (
     examples,
     human_console,
     json_option,
-    progress_bars,
     reading_options,
+    stage_bar,
 )
 from dipgo_deploy.cli.options import (
     PATH,
@@ -120,25 +120,17 @@ def command(
         class_labels=class_label_numbers(given["class_labels"]),
     )
     export = ExportOptions(dtype=given["dtype"], check=given["check"], overwrite=given["overwrite"])
-    with progress_bars(console, "facts") as bars:
-        task = bars.add_task("starting", total=None, facts="")
-        current = [""]
-
-        def stage(name: str) -> None:
-            current[0] = name
-            bars.reset(task, description=name, total=None, facts="")
-            if not console.is_terminal:
-                console.print(name, markup=False)
-
-        def progress(name: str, done: int, total: int) -> None:
-            if name != current[0]:
-                stage(name)
-            bars.update(task, completed=done, total=total or None)
-
-        def say(line: str) -> None:
-            console.print(line, markup=False, soft_wrap=True)
-
-        result = optimize(problem, engine_dir, goal, export, batch=image_batch, stage=stage, progress=progress, say=say)
+    with stage_bar(console) as progress:
+        result = optimize(
+            problem,
+            engine_dir,
+            goal,
+            export,
+            batch=image_batch,
+            stage=lambda name: progress(name, 0, 0),
+            progress=progress,
+            say=lambda line: console.print(line, markup=False, soft_wrap=True),
+        )
     found = facts(result)
     console.print(f"{engine_dir}: {found['launches']} launches for {found['evaluations']} evaluations of the full run")
     if result.row is not None:

@@ -271,11 +271,11 @@ def _write(planned: PlannedExport, graphs: list[ir.Model], folder: Path) -> None
 def write_tables(rows: Mapping[str, np.ndarray], model: ir.Model, folder: Path) -> None:
     """Write the tables (float32, by name) in the types that ``model`` gives them."""
     import torch
+    from onnx_ir.tensor_adapters import to_torch_dtype
     from safetensors.torch import save
 
-    kinds = {str(value.name): value.dtype.name for value in model.graph.outputs if value.dtype is not None}
-    types = {"FLOAT": torch.float32, "FLOAT16": torch.float16, "BFLOAT16": torch.bfloat16, "INT64": torch.int64}
-    tensors = {name: torch.from_numpy(table).to(types[kinds[name]]).contiguous() for name, table in rows.items()}
+    types = {str(value.name): to_torch_dtype(value.dtype) for value in model.graph.outputs if value.dtype is not None}
+    tensors = {name: torch.from_numpy(table).to(types[name]).contiguous() for name, table in rows.items()}
     # Not save_file: what that writes only its owner can read.
     (folder / TABLES_NAME).write_bytes(save(tensors))
 

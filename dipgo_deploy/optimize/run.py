@@ -11,7 +11,6 @@ from typing import Any
 
 from dipgo_deploy import arguments
 from dipgo_deploy.bench.quality import Row, measure, schedule_cases
-from dipgo_deploy.bench.statistics import Estimate
 from dipgo_deploy.bundle.directory import Bundle
 from dipgo_deploy.bundle.staging import check_target
 from dipgo_deploy.calibrate.core import CalibrationOptions
@@ -56,11 +55,6 @@ class Optimized:
     row: Row | None
     met: bool | None
     seconds: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def ssim(self) -> Estimate | None:
-        """To the full run."""
-        return None if self.row is None else self.row.ssim
 
 
 def optimize(
@@ -186,15 +180,16 @@ def _search(
     say: Stage,
 ) -> Schedule:
     """The schedule of the smallest number of launches that is good enough; without a quality, of the only one."""
-    best: list[tuple[int, Schedule, Estimate | None]] = []
+    schedules: list[Schedule] = []
+    reached: dict[int, float] = {}
 
     def found(count: int, schedule: Schedule) -> None:
+        schedules.append(schedule)
         if quality is None:
-            best.append((count, schedule, None))
             return
         ssim = _judged(problem, schedule, chosen.judges, CHOOSING_SEED, batch, Path(pictures)).ssim
         say(f"{count} launches: SSIM {ssim.value:.4f} ({ssim.low:.4f} to {ssim.high:.4f}) on images that choose")
-        best.append((count, schedule, ssim))
+        reached[count] = ssim.low
         if ssim.low >= quality:
             raise _Enough
 
@@ -212,15 +207,14 @@ def _search(
                 found=found,
             )
         except _Enough:
-            return best[-1][1]
+            return schedules[-1]
     if quality is not None:
-        _, _, ssim = max(best, key=lambda item: 0.0 if item[2] is None else item[2].low)
-        reached = "none" if ssim is None else f"{ssim.low:.4f}"
+        closest = max(reached, key=lambda count: reached[count])
         raise UserError(
-            f"--quality {quality:g}: {best[-1][0]} launches reach {reached} at the lower end of the interval; give a "
-            "lower one, more --minutes, or --launches"
+            f"--quality {quality:g}: {closest} launches reach {reached[closest]:.4f} at the lower end of the interval; "
+            "give a lower one, more --minutes, or --launches"
         )
-    return best[-1][1]
+    return schedules[-1]
 
 
 def _judged(
