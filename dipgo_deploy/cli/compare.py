@@ -120,6 +120,14 @@ def _size(name: str, what: str) -> Any:
 )
 @option(
     "Output",
+    "--bisect",
+    type=PATH,
+    show_default="none",
+    help="Folder for the first node that is wrong, where a graph is: with its weights, its inputs, what it gives and "
+    "ought to give, and the polygraphy command that shows it. It must not exist.",
+)
+@option(
+    "Output",
     "--junit",
     type=PATH,
     show_default="none",
@@ -147,6 +155,7 @@ def command(
     atol: float,
     save_inputs: Path | None,
     save_outputs: Path | None,
+    bisect: Path | None,
     junit: Path | None,
     as_json: bool,
 ) -> None:
@@ -174,10 +183,17 @@ def command(
             raise UserError(f"{name} {folder}: is a file; give a folder")
     if save_inputs is not None and save_outputs is not None and save_inputs.resolve() == save_outputs.resolve():
         raise UserError(f"--save-outputs {save_outputs}: has files of the same names; give another folder")
+    if bisect is not None:
+        from dipgo_deploy.compare.bisect_folder import check_folder
+
+        check_folder(bisect, "--bisect")
     from dipgo_deploy.backends import create_backend
     from dipgo_deploy.bundle.directory import Bundle
 
-    bundle = at_sizes(Bundle.open(engine_dir), batch, height, width)
+    opened = Bundle.open(engine_dir)
+    if bisect is not None and opened.manifest.dtype == "bf16":
+        raise UserError("--bisect: bf16 graphs do not run on a CPU; bisect the same export in fp32 or fp16")
+    bundle = at_sizes(opened, batch, height, width)
     labels = class_ids(bundle.manifest, prompts, class_labels, guidance_scale)
     created = create_backend(backend, threads=threads)
     created.check(bundle.manifest)
@@ -229,9 +245,33 @@ def command(
         if as_json or junit is not None:
             status.update("hashing the model")
             of = _provenance(bundle, reference, report, asked=tolerance is not None)
-    failure = str(error) if error is not None else report.first_failure()
+        failure = str(error) if error is not None else report.first_failure()
+        line = None
+        if bisect is not None and failure is not None:
+            from dipgo_deploy.cli.bisect import bisected
+
+            try:
+                line, of["bisect"] = bisected(
+                    bundle,
+                    reference,
+                    inputs,
+                    created,
+                    options,
+                    tolerance_of(manifest, reference, options),
+                    bisect,
+                    whole=opened,
+                    model=model,
+                    against=None,
+                    notify=status.update,
+                )
+            except UserError as ended:  # the comparison itself is still told
+                line, of["bisect"] = f"not bisected: {ended}", {"line": f"not bisected: {ended}"}
     if error is None:
         _show(console, report, reference.source.name)
+    if line is not None:
+        console.print(line, markup=False, soft_wrap=True)
+    elif bisect is not None:
+        console.print("nothing is beyond tolerance, so there is nothing to bisect", markup=False)
     facts = {
         "engine_dir": str(engine_dir),
         "model": reference.source.name,

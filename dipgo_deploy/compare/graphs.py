@@ -37,7 +37,7 @@ def compare_variants(
     for recording in recordings:
         entry = bundle.manifest.plan.variants[recording.variant]
         inputs = {spec.name: recording.inputs[spec.name] for spec in entry.graph.inputs}
-        with _failures_named(bundle, entry), open_graph(bundle, entry) as run:
+        with failures_named(bundle, entry), open_graph(bundle, entry) as run:
             outputs = run(inputs)
         yield Checked(recording.step, entry.name, _errors(outputs, recording.outputs, tolerance))
 
@@ -68,7 +68,7 @@ def compare_segments(
 
         def run(segment: int, feeds: dict[str, np.ndarray]) -> Arrays:
             entry = plan.variants[segment]
-            with _failures_named(bundle, entry):
+            with failures_named(bundle, entry):
                 if not keep_open:
                     with open_graph(bundle, entry) as once:
                         return dict(once(feeds))
@@ -101,7 +101,7 @@ def _errors(outputs: Arrays, expected: Arrays, tolerance: Tolerance) -> tuple[Te
 
 
 @contextmanager
-def _failures_named(bundle: Bundle, entry: VariantEntry) -> Iterator[None]:
+def failures_named(bundle: Bundle, entry: VariantEntry) -> Iterator[None]:
     """What goes wrong inside, in one line with the graph's file."""
     try:
         yield

@@ -42,32 +42,40 @@ def save_outputs(bundle: Bundle, recordings: Iterable[Recording], folder: Path) 
     Raises:
         UserError: the folder cannot be written.
     """
-    from polygraphy.comparator import RunResults
-
     found: dict[str, list[Mapping[str, np.ndarray]]] = {}
     for recording in recordings:
         found.setdefault(bundle.manifest.plan.variants[recording.variant].name, []).append(recording.outputs)
-    results = {}
-    for name, outputs in found.items():
-        if all(outputs):
-            results[name] = RunResults()
-            results[name].add(outputs, runtime=0.0, runner_name=_RUNNER)
+    results = {name: polygraphy_outputs(outputs, _RUNNER) for name, outputs in found.items() if all(outputs)}
     _save(results, folder, "--save-outputs")
     return [f"--save-outputs: the model has no outputs of {name}" for name in found if name not in results]
 
 
-def _save(documents: Mapping[str, Any], folder: Path, option: str) -> None:
+def polygraphy_outputs(outputs: Iterable[Mapping[str, np.ndarray]], runner: str) -> Any:
+    """Outputs of one or several runs as polygraphy has them; runner: what made them."""
+    from polygraphy.comparator import RunResults
+
+    results = RunResults()
+    results.add(list(outputs), runtime=0.0, runner_name=runner)
+    return results
+
+
+def save_polygraphy(document: Any, path: Path) -> None:
+    """Write inputs (a list of arrays by name) or outputs as polygraphy's JSON. Raises OSError."""
     from polygraphy.json import save_json
 
     from dipgo_deploy.compare.runners import silenced
 
+    with silenced():
+        save_json(document, str(path))
+
+
+def _save(documents: Mapping[str, Any], folder: Path, option: str) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, document in documents.items():
             partial = folder / f".{name}.json.partial"
             try:
-                with silenced():
-                    save_json(document, str(partial))
+                save_polygraphy(document, partial)
                 os.replace(partial, folder / f"{name}.json")
             finally:
                 partial.unlink(missing_ok=True)
