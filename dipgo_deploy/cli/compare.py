@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,19 +10,17 @@ import click
 
 from dipgo_deploy.backends import BACKENDS
 from dipgo_deploy.bundle.shapes import Range, Sizes
-from dipgo_deploy.cli.common import checked_outputs, emit, entry_point, examples, human_console, json_option
+from dipgo_deploy.cli.common import checked_outputs, entry_point, examples, human_console, json_option
+from dipgo_deploy.cli.compared import Outputs
 from dipgo_deploy.cli.options import PATH, Command, engine_dir_option, option, threads_option, version_option
 from dipgo_deploy.cli.run import parse_labels
-from dipgo_deploy.errors import NotFiniteError, ToleranceError, UserError
+from dipgo_deploy.cli.sides import MODEL, against_side, check_against
+from dipgo_deploy.errors import NotFiniteError, UserError
 
 if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.table import Table
-
     from dipgo_deploy.bundle.directory import Bundle
     from dipgo_deploy.bundle.manifest import Manifest
-    from dipgo_deploy.compare.metrics import TensorError
-    from dipgo_deploy.compare.report import Checked, Part, Report
+    from dipgo_deploy.compare.report import Report
     from dipgo_deploy.reference.load import Reference
 
 
@@ -79,6 +76,22 @@ def _size(name: str, what: str) -> Any:
 @_size("--width", "Image width in pixels")
 @option("Comparison", "--variants-only", is_flag=True, help="Compare only each graph by itself.")
 @option("Comparison", "--loop-only", is_flag=True, help="Compare only the whole loop.")
+@option(
+    "Comparison",
+    "--against",
+    metavar="SIDE",
+    show_default="everything with the model",
+    help="Compare the loop with another side: model (in torch, under the schedule), stock (diffusers' own pipeline "
+    "without a schedule), a backend (cpu, cuda, tensorrt, tensorrt-rtx) or another engine directory. With --bisect: "
+    "the engine directory whose graphs are right.",
+)
+@option(
+    "Comparison",
+    "--cross",
+    is_flag=True,
+    help="At each evaluation run the other side on this side's latent and caches too: what an evaluation makes, and "
+    "what it inherits.",
+)
 @option(
     "Comparison", "--no-pictures", is_flag=True, help="Leave out the runs from prompt to picture, which take longest."
 )
@@ -150,6 +163,8 @@ def command(
     threads: int | None,
     variants_only: bool,
     loop_only: bool,
+    against: str | None,
+    cross: bool,
     no_pictures: bool,
     tolerance: float | None,
     atol: float,
@@ -187,6 +202,15 @@ def command(
         from dipgo_deploy.compare.bisect_folder import check_folder
 
         check_folder(bisect, "--bisect")
+    other = check_against(against)
+    if bisect is not None and (cross or against is not None and other is None):
+        raise click.UsageError("--bisect goes with --against ENGINE_DIR only, and not with --cross")
+    beside = bisect is None and (against is not None or cross)
+    if beside:
+        given = (variants_only, loop_only, no_pictures, save_inputs is not None, save_outputs is not None)
+        names = ("--variants-only", "--loop-only", "--no-pictures", "--save-inputs", "--save-outputs")
+        if unused := next((name for name, value in zip(names, given, strict=True) if value), None):
+            raise click.UsageError(f"{unused}: not with --against or --cross, which compare the loop and its results")
     from dipgo_deploy.backends import create_backend
     from dipgo_deploy.bundle.directory import Bundle
 
@@ -197,6 +221,27 @@ def command(
     labels = class_ids(bundle.manifest, prompts, class_labels, guidance_scale)
     created = create_backend(backend, threads=threads)
     created.check(bundle.manifest)
+    outputs = Outputs(engine_dir, junit, as_json)
+    if beside:
+        with human_console(as_json).status("comparing") as status:
+            report, facts = against_side(
+                bundle,
+                created,
+                against or MODEL,
+                model=model,
+                prompts=prompts,
+                labels=labels,
+                guidance_scale=guidance_scale,
+                seed=seed,
+                tolerance=tolerance,
+                absolute=atol,
+                cross=cross,
+                threads=threads,
+                notify=status.update,
+            )
+        common = {"engine_dir": str(engine_dir), "dtype": bundle.manifest.dtype, "backend": created.name, "seed": seed}
+        outputs.write(report, {**common, **facts}, None)
+        return
     from dipgo_deploy.compare.engine import Options, compare_engine, tolerance_of
     from dipgo_deploy.compare.pictures import cases
     from dipgo_deploy.compare.report import Report
@@ -245,7 +290,7 @@ def command(
         if as_json or junit is not None:
             status.update("hashing the model")
             of = _provenance(bundle, reference, report, asked=tolerance is not None)
-        failure = str(error) if error is not None else report.first_failure()
+        failure = error or report.first_failure()
         line = None
         if bisect is not None and failure is not None:
             from dipgo_deploy.cli.bisect import bisected
@@ -261,17 +306,15 @@ def command(
                     bisect,
                     whole=opened,
                     model=model,
-                    against=None,
+                    against=other,
                     notify=status.update,
                 )
             except UserError as ended:  # the comparison itself is still told
                 line, of["bisect"] = f"not bisected: {ended}", {"line": f"not bisected: {ended}"}
-    if error is None:
-        _show(console, report, reference.source.name)
     if line is not None:
-        console.print(line, markup=False, soft_wrap=True)
+        of["bisect"]["line"] = line
     elif bisect is not None:
-        console.print("nothing is beyond tolerance, so there is nothing to bisect", markup=False)
+        of["bisect"] = {"line": "nothing is beyond tolerance, so there is nothing to bisect"}
     facts = {
         "engine_dir": str(engine_dir),
         "model": reference.source.name,
@@ -280,21 +323,8 @@ def command(
         "seed": seed,
         "guidance_scale": inputs.guidance_scale,
         **of,
-        **report.as_dict(),
-        "passed": failure is None,
-        "error": None if error is None else str(error),
     }
-    if junit is not None:
-        from dipgo_deploy.compare.junit import junit_xml, properties
-        from dipgo_deploy.files import write_atomic
-
-        write_atomic(junit, junit_xml(bundle.path.resolve().name, report, properties(facts), error))
-        console.print(f"{junit}: test cases", markup=False, soft_wrap=True)
-    emit(facts, as_json)
-    if error is not None:
-        raise error
-    if failure is not None:
-        raise ToleranceError(failure)
+    outputs.write(report, facts, error)
 
 
 def _provenance(bundle: Bundle, reference: Reference, report: Report, *, asked: bool) -> dict[str, Any]:
@@ -364,93 +394,6 @@ def class_ids(
     )
     request = check_request(manifest, asked)
     return () if request.classes is None else tuple(int(label) for label in request.classes)
-
-
-def _show(console: Console, report: Report, model: str) -> None:
-    for part in report.parts:
-        _show_part(console, part)
-    if report.variants:
-        table = _table(f"{model}: variants by themselves", "variant", "step", "tensors", "worst tensor")
-        for checked in report.variants:
-            worst = checked.worst
-            cells = [str(checked.variant), str(checked.step), str(len(checked.tensors)), worst.name]
-            table.add_row(*cells, *_numbers(worst))
-        console.print(table)
-    if report.loop:
-        table = _table(f"{model}: the whole loop", "step", "variant", "tensor")
-        for run in _runs(report.loop):
-            first = run[0]
-            if first.variant is None:
-                # What is used again is compared with what the model makes of it each time.
-                worst = max(run, key=lambda checked: (not checked.passed, checked.worst.relative)).worst
-                steps = f"{first.step}-{run[-1].step}" if len(run) > 1 else str(first.step)
-                table.add_row(steps, "no launch", worst.name, *_numbers(worst))
-                continue
-            for tensor in first.tensors:
-                table.add_row(str(first.step), first.variant, tensor.name, *_numbers(tensor))
-        console.print(table)
-    tensors = report.results.tensors if report.results is not None else ()
-    for tensor in tensors:
-        console.print(
-            f"{tensor.name}: largest error {tensor.relative:.2e} of the largest value, "
-            f"cosine {tensor.cosine:.9f}, PSNR {tensor.psnr:.1f} dB",
-            markup=False,
-            soft_wrap=True,
-        )
-    for part in report.pictures:
-        _show_part(console, part)
-    for line in report.skipped:
-        console.print(line, markup=False, soft_wrap=True)
-    if report.passed:
-        console.print(f"everything is within {report.tolerance.relative:g} of the supernet", markup=False)
-
-
-def _runs(loop: Sequence[Checked]) -> list[list[Checked]]:
-    """Evaluations in order; those without a launch that follow one another, together."""
-    runs: list[list[Checked]] = []
-    for checked in loop:
-        if runs and checked.variant is None and runs[-1][0].variant is None:
-            runs[-1].append(checked)
-        else:
-            runs.append([checked])
-    return runs
-
-
-def _show_part(console: Console, part: Part) -> None:
-    """One line; what is wrong with it is in the error at the end."""
-    if part.passed and part.tensors:
-        worst = max(part.tensors, key=lambda tensor: tensor.relative)
-        found = f"{worst.name} within {worst.relative:.2e}" if worst.relative else "equal"
-    else:
-        found = "equal" if part.passed else "DIFFERENT"
-    console.print(f"{part.where}: {found} ({part.reference})", markup=False, soft_wrap=True)
-
-
-def _table(title: str, *headings: str) -> Table:
-    from rich.table import Table
-
-    table = Table(title=title)
-    for heading in headings:
-        right = heading in ("step", "tensors")
-        table.add_column(heading, justify="right" if right else "left", no_wrap=right, overflow="fold")
-    for heading in ("error", "relative", "cosine", ""):
-        table.add_column(heading, justify="right", no_wrap=True)
-    return table
-
-
-def _numbers(tensor: TensorError) -> list[str]:
-    return [
-        f"{tensor.max_absolute:.2e}",
-        f"{tensor.relative:.2e}",
-        f"{tensor.cosine:.7f}",
-        _verdict(tensor),
-    ]
-
-
-def _verdict(tensor: TensorError) -> str:
-    if not tensor.passed:
-        return "[bold red]beyond[/]"
-    return "ok" if tensor.made is None else "inherited"
 
 
 main = entry_point(command)

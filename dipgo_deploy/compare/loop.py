@@ -131,7 +131,7 @@ def compare_loop(
     supernet = ReferenceLoop(reference, inputs, record)
     kinds = reference.schedule.cache_kinds
     order = {block: place for place, block in enumerate(kinds)}
-    used = _predictions_used(reference)
+    used = predictions_used(reference)
     steps: list[_Step] = []
     latest: list[np.ndarray] = []
     carried: dict[Key, np.ndarray] = {}
@@ -294,7 +294,7 @@ def _without_weight(entry: VariantEntry, launch: LaunchEntry) -> set[str]:
     return {name for name, weight in zip(weighted, launch.forecast, strict=False) if not weight}
 
 
-def _predictions_used(reference: Reference) -> list[bool]:
+def predictions_used(reference: Reference) -> list[bool]:
     """Per evaluation, whether the sampler gives any weight to its prediction; the engine need not make the others."""
     from dipgo_deploy.sampler import prediction_used, sampler_matrix
 

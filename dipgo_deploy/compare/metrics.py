@@ -65,6 +65,7 @@ class TensorError:
         limit: the largest relative error that passes by itself.
         made: where a launch inherits an error from its latent, the relative error that it makes itself, beside the
             model on that very latent; None where none was looked for.
+        carried: what it inherits, in a comparison crosswise: how far the reference's own two results are apart.
     """
 
     name: str
@@ -75,6 +76,7 @@ class TensorError:
     passed: bool
     limit: float
     made: float | None = None
+    carried: float | None = None
 
 
 def tensor_error(name: str, actual: np.ndarray, expected: np.ndarray, tolerance: Tolerance) -> TensorError:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dipgo_deploy._version import __version__
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from dipgo_deploy.bundle.directory import Bundle
     from dipgo_deploy.compare.metrics import Tolerance
+    from dipgo_deploy.models.family import ModelFamily
     from dipgo_deploy.reference.source import Source
 
 _PACKAGES = ("numpy", "torch", "diffusers", "transformers", "onnx", "onnxruntime", "onnxruntime-gpu", "polygraphy")
@@ -28,21 +29,26 @@ def models(bundle: Bundle, source: Source) -> dict[str, Any]:
     ``engine_dir``: the seal of the manifest, and the sha256 of each file of weights. ``model``: that of the
     configuration, and of the denoiser's parameters (see ``parameters_hash``), which reads all of them.
     """
-    manifest = bundle.manifest
     return {
-        "engine_dir": {
-            "path": str(bundle.path),
-            "class_name": manifest.model.class_name,
-            "config_hash": manifest.model.config_hash,
-            "seal": manifest.seal or None,
-            "weights": {name: sha for name, sha in manifest.files.items() if name.endswith(WEIGHTS_NAME)},
-        },
+        "engine_dir": engine_facts(bundle),
         "model": {
             "name": source.name,
             "class_name": source.family.class_name,
             "config_hash": source.config_hash,
             "weights": parameters_hash(source.denoiser.state_dict()),
         },
+    }
+
+
+def engine_facts(bundle: Bundle) -> dict[str, Any]:
+    """What tells an engine directory apart."""
+    manifest = bundle.manifest
+    return {
+        "path": str(bundle.path),
+        "class_name": manifest.model.class_name,
+        "config_hash": manifest.model.config_hash,
+        "seal": manifest.seal or None,
+        "weights": {name: sha for name, sha in manifest.files.items() if name.endswith(WEIGHTS_NAME)},
     }
 
 
@@ -67,6 +73,22 @@ def versions(bundle: Bundle) -> dict[str, dict[str, str]]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return {"engine_dir": {"created_by": bundle.manifest.created_by, **bundle.manifest.tools}, "here": here}
+
+
+def side_tolerances(
+    family: ModelFamily, dtypes: Sequence[str], tolerance: Tolerance, *, asked: bool
+) -> list[dict[str, Any]]:
+    """The tolerance of two sides, of graphs in these types; asked: it was given, and is not the family's."""
+    loosest = max(dtypes, key=lambda dtype: family.tolerances[dtype])
+    reason = "asked for" if asked else f"what {family.class_name} in {loosest} may differ from the model in float32"
+    return [
+        {
+            "of": "loop and results",
+            "relative": tolerance.relative,
+            "absolute": tolerance.absolute,
+            "reason": reason + ("; the absolute one was asked for" if tolerance.absolute else ""),
+        }
+    ]
 
 
 def tolerances(source: Source, dtype: str, tolerance: Tolerance, *, asked: bool) -> list[dict[str, Any]]:

@@ -104,6 +104,7 @@ class Report:
             images.
         pictures: from prompt to picture.
         skipped: a line for everything that was not compared.
+        reference: what graphs and loop were compared with, in words.
     """
 
     tolerance: Tolerance
@@ -113,6 +114,7 @@ class Report:
     parts: tuple[Part, ...] = ()
     pictures: tuple[Part, ...] = ()
     skipped: tuple[str, ...] = ()
+    reference: str = "the supernet"
 
     @property
     def passed(self) -> bool:
@@ -133,12 +135,12 @@ class Report:
         for step in steps:
             loop = [checked for checked in self.loop if checked.step == step]
             alone = [checked for checked in self.variants if checked.step == step]
-            yield from (line for checked in loop for line in _of_loop(checked, given=True))
+            yield from (line for checked in loop for line in self._of_loop(checked, given=True))
             for checked in alone:
-                yield from _of_variant(checked)
-            yield from (line for checked in loop for line in _of_loop(checked, given=False))
+                yield from self._of_variant(checked)
+            yield from (line for checked in loop for line in self._of_loop(checked, given=False))
         if self.results is not None:
-            yield from _of_results(self.results)
+            yield from self._of_results(self.results)
         for part in self.pictures:
             yield from part.failures()
 
@@ -149,15 +151,29 @@ class Report:
             yield _of_part("parts", part)
         for checked in self.variants:
             name = f"{checked.variant}, evaluation {checked.step}"
-            yield Outcome("variants", name, checked.tensors, tuple(_of_variant(checked)))
+            yield Outcome("variants", name, checked.tensors, tuple(self._of_variant(checked)))
         for checked in self.loop:
-            lines = (*_of_loop(checked, given=True), *_of_loop(checked, given=False))
+            lines = (*self._of_loop(checked, given=True), *self._of_loop(checked, given=False))
             yield Outcome("loop", f"evaluation {checked.step}, {_launched(checked)}", checked.tensors, lines)
         if self.results is not None:
             name = "after the last evaluation"
-            yield Outcome("results", name, self.results.tensors, tuple(_of_results(self.results)))
+            yield Outcome("results", name, self.results.tensors, tuple(self._of_results(self.results)))
         for part in self.pictures:
             yield _of_part("pictures", part)
+
+    def _of_variant(self, checked: Checked) -> Iterator[str]:
+        where = f"variant {checked.variant} by itself, evaluation {checked.step}"
+        return (_failure(where, tensor, self.reference) for tensor in checked.tensors if not tensor.passed)
+
+    def _of_results(self, checked: Checked) -> Iterator[str]:
+        where = "loop, after the last evaluation"
+        return (_failure(where, tensor, self.reference) for tensor in checked.tensors if not tensor.passed)
+
+    def _of_loop(self, checked: Checked, *, given: bool) -> Iterator[str]:
+        where = f"loop, evaluation {checked.step}, {_launched(checked)}"
+        for tensor in checked.tensors:
+            if not tensor.passed and given_to_launch(tensor.name) == given:
+                yield _failure(where, tensor, self.reference)
 
     @property
     def agreement(self) -> Agreement:
@@ -175,6 +191,7 @@ class Report:
             "passed": self.passed,
             "first_failure": self.first_failure(),
             "failures": list(self.failures()),
+            "reference": self.reference,
             "tolerance": asdict(self.tolerance),
             "parts": [_plain_part(part) for part in self.parts],
             "variants": [_plain(checked) for checked in self.variants],
@@ -198,22 +215,7 @@ def _launched(checked: Checked) -> str:
     return "no launch" if checked.variant is None else f"variant {checked.variant}"
 
 
-def _of_variant(checked: Checked) -> Iterator[str]:
-    where = f"variant {checked.variant} by itself, evaluation {checked.step}"
-    return (_failure(where, tensor) for tensor in checked.tensors if not tensor.passed)
-
-
-def _of_results(checked: Checked) -> Iterator[str]:
-    return (_failure("loop, after the last evaluation", tensor) for tensor in checked.tensors if not tensor.passed)
-
-
-def _of_loop(checked: Checked, *, given: bool) -> Iterator[str]:
-    for tensor in checked.tensors:
-        if not tensor.passed and given_to_launch(tensor.name) == given:
-            yield _failure(f"loop, evaluation {checked.step}, {_launched(checked)}", tensor)
-
-
-def _failure(where: str, tensor: TensorError, reference: str = "the supernet") -> str:
+def _failure(where: str, tensor: TensorError, reference: str) -> str:
     itself = "" if tensor.made is None else f", {tensor.made:.2e} of them made by the launch itself"
     return (
         f"{where}, {tensor.name}: error {tensor.relative:.2e} of its largest value "

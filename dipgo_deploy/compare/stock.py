@@ -73,12 +73,15 @@ class StockRun:
         conditions: by keyword, what the denoiser was given at its first evaluation, (G*n, ...).
         latents: (n, C, h, w) before the VAE, None without one.
         images: float32 (n, H, W, 3) in [0, 1], None for a pipeline that was stopped, or has no VAE.
+        steps: of a plain call, what its scheduler was given at each evaluation: timestep, the latent as the denoiser
+            gets it, and the prediction after guidance, as the pipeline has them.
     """
 
     tokens: dict[str, list[np.ndarray]] = field(default_factory=dict)
     conditions: dict[str, np.ndarray] = field(default_factory=dict)
     latents: np.ndarray | None = None
     images: np.ndarray | None = None
+    steps: list[tuple[float, np.ndarray, np.ndarray]] = field(default_factory=list)
 
 
 class StockFailure(UserError):
@@ -148,7 +151,15 @@ class StockPipeline:
         """
         return self._call(case, stop=False)
 
-    def _call(self, case: Case, *, stop: bool) -> StockRun:
+    def plain(self, case: Case) -> StockRun:
+        """The whole call with the pipeline's own denoiser and no schedule; ``steps`` has its evaluations.
+
+        Raises:
+            StockFailure: the pipeline fails.
+        """
+        return self._call(case, stop=False, plain=True)
+
+    def _call(self, case: Case, *, stop: bool, plain: bool = False) -> StockRun:
         pipeline, run = self._pipeline, StockRun()
         pipeline.scheduler = fresh(self._reference.scheduler)
         pixels = self._reference.source.family.pixels
@@ -160,7 +171,7 @@ class StockPipeline:
         try:
             with ExitStack() as stack, torch.no_grad(), torch.random.fork_rng(devices=[]):
                 torch.manual_seed(case.seed)  # what a pipeline draws without its generator
-                stack.enter_context(denoiser.in_place(pipeline))
+                stack.enter_context(denoiser.itself(pipeline, run) if plain else denoiser.in_place(pipeline))
                 stack.enter_context(_tokens_seen(pipeline, self._encoders(), run))
                 if decoded and not pixels:
                     stack.enter_context(_latents_seen(pipeline.vae, run))
@@ -172,7 +183,8 @@ class StockPipeline:
         except Exception as error:  # stock pipelines fail in their own ways
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise StockFailure(f"{type(pipeline).__name__} itself fails on {case.name}: {reason}") from error
-        denoiser.check_all_done(type(pipeline).__name__)
+        if not plain:
+            denoiser.check_all_done(type(pipeline).__name__)
         if decoded:
             pictures = np.asarray(images, np.float32)
             run.images = np.ascontiguousarray(np.broadcast_to(pictures, (*pictures.shape[:-1], 3)))
@@ -293,6 +305,17 @@ class _Denoiser:
                 replaced_forward(module, lambda *args, **kwargs: self._evaluate(module, original, args, kwargs))
             )
             self._module, self._original = module, original
+            yield
+
+    @contextmanager
+    def itself(self, pipeline: Any, run: StockRun) -> Iterator[None]:
+        """While this lasts, ``pipeline`` evaluates its own denoiser, and what its scheduler is given is recorded."""
+        module = getattr(pipeline, self._reference.source.family.component)
+        original = module.forward
+        with (
+            replaced_forward(module, lambda *args, **kwargs: original(*args, **self._with_null(kwargs))),
+            _steps_seen(pipeline.scheduler, run),
+        ):
             yield
 
     def check_all_done(self, name: str) -> None:
@@ -419,6 +442,32 @@ def _tokens_seen(pipeline: Any, encoders: tuple[str, ...], run: StockRun) -> Ite
                 )
                 stack.callback(handle.remove)
         yield
+
+
+@contextmanager
+def _steps_seen(scheduler: Any, run: StockRun) -> Iterator[None]:
+    """Takes what a pipeline gives its scheduler; ``scale_model_input`` makes the latent that the denoiser gets."""
+    step, scale = scheduler.step, getattr(scheduler, "scale_model_input", None)
+    latest: dict[str, torch.Tensor] = {}
+
+    def scaled(sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        latest["latent"] = scale(sample, *args, **kwargs)  # type: ignore[misc]
+        return latest["latent"]
+
+    def stepped(model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        given = latest.pop("latent", sample)
+        given = given[-len(sample) :]  # some pipelines scale what they have doubled for guidance
+        run.steps.append((float(timestep), host(given), host(model_output)))
+        return step(model_output, timestep, sample, *args, **kwargs)
+
+    scheduler.__dict__["step"] = stepped
+    if scale is not None:
+        scheduler.__dict__["scale_model_input"] = scaled
+    try:
+        yield
+    finally:
+        for name in ("step", "scale_model_input"):
+            scheduler.__dict__.pop(name, None)
 
 
 @contextmanager

@@ -13,7 +13,8 @@ from tiny_engines import LABELS, changed, corrupted, save_dit_pipeline, schedule
 
 from dipgo_deploy.bundle.directory import Bundle, reseal
 from dipgo_deploy.bundle.manifest import Components, ConditionSpec
-from dipgo_deploy.cli.compare import _show, class_ids, main
+from dipgo_deploy.cli.compare import class_ids, main
+from dipgo_deploy.cli.compared import show
 from dipgo_deploy.compare.metrics import TensorError, Tolerance
 from dipgo_deploy.compare.report import Checked, Report
 from dipgo_deploy.errors import UserError
@@ -56,7 +57,7 @@ def test_json_is_all_there_is_on_stdout(engine, capfd):
     assert report["passed"] is True and report["first_failure"] is None
     assert report["tolerance"] == {"relative": 1e-4, "absolute": 0.0}
     assert (report["dtype"], report["backend"], report["seed"], report["guidance_scale"]) == ("fp32", "cpu", 5, 2.0)
-    keys = {"name", "max_absolute", "relative", "cosine", "psnr", "passed", "limit", "made"}
+    keys = {"name", "max_absolute", "relative", "cosine", "psnr", "passed", "limit", "made", "carried"}
     assert keys == set(report["variants"][0]["tensors"][0])
     assert len(report["loop"]) == 6 and report["loop"][0]["step"] == 0
     assert [tensor["name"] for tensor in report["results"]["tensors"]] == ["latents", "images"]
@@ -141,7 +142,7 @@ def test_evaluations_without_a_launch_are_one_row():
 
     loop = (checked(0, "v00", 0), *(checked(n, None, 1e-6 * n) for n in (1, 2, 3)), checked(4, "v01", 0))
     console = Console(width=120, file=io.StringIO())
-    _show(console, Report(Tolerance(1e-4), loop=(*loop, checked(5, None, 1.0), checked(6, None, 0.0))), "model")
+    show(console, Report(Tolerance(1e-4), loop=(*loop, checked(5, None, 1.0), checked(6, None, 0.0))), "model")
     rows = [line.split() for line in console.file.getvalue().splitlines() if "noise_pred" in line]
     rows = [[cell for cell in row if cell not in ("│", "|")] for row in rows]
     assert [row[0] for row in rows] == ["0", "1-3", "4", "5-6"]
