@@ -146,7 +146,14 @@ def _size(name: str, what: str) -> Any:
     show_default="none",
     help="JUnit XML to write, a test case for each part, variant, evaluation and picture.",
 )
-@checked_outputs("junit")
+@option(
+    "Output",
+    "--html",
+    type=PATH,
+    show_default="none",
+    help="A page to write: curves of the error, the pictures that differ most, and all tables, in one file.",
+)
+@checked_outputs("junit", "html")
 @json_option
 @version_option
 def command(
@@ -172,6 +179,7 @@ def command(
     save_outputs: Path | None,
     bisect: Path | None,
     junit: Path | None,
+    html: Path | None,
     as_json: bool,
 ) -> None:
     """Compare an engine directory with the model that it was exported from.
@@ -186,7 +194,7 @@ def command(
 
     Where the schedule skips blocks, diffusers' pipeline runs with the supernet (the model in torch with gates) in place
     of its denoiser. The exit status is 1 beyond the tolerance, and the first launch, graph and tensor that are wrong
-    are named; --json and --junit have all of them.
+    are named; --json, --junit and --html have all of them.
     """
     if variants_only and loop_only:
         raise click.UsageError("give --variants-only or --loop-only, not both")
@@ -221,7 +229,10 @@ def command(
     labels = class_ids(bundle.manifest, prompts, class_labels, guidance_scale)
     created = create_backend(backend, threads=threads)
     created.check(bundle.manifest)
-    outputs = Outputs(engine_dir, junit, as_json)
+    from dipgo_deploy.compare.worst import WorstPictures
+
+    outputs = Outputs(engine_dir, junit, html, as_json)
+    worst = WorstPictures()
     if beside:
         with human_console(as_json).status("comparing") as status:
             report, facts = against_side(
@@ -237,10 +248,11 @@ def command(
                 absolute=atol,
                 cross=cross,
                 threads=threads,
+                pictures=worst,
                 notify=status.update,
             )
         common = {"engine_dir": str(engine_dir), "dtype": bundle.manifest.dtype, "backend": created.name, "seed": seed}
-        outputs.write(report, {**common, **facts}, None)
+        outputs.write(report, {**common, **facts}, None, worst.pairs)
         return
     from dipgo_deploy.compare.engine import Options, compare_engine, tolerance_of
     from dipgo_deploy.compare.pictures import cases
@@ -279,6 +291,7 @@ def command(
             open_graph=graphs_on(created, threads),
             save_inputs=save_inputs,
             save_outputs=save_outputs,
+            seen=worst.take,
         )
         error: UserError | NotFiniteError | None = None
         try:
@@ -287,7 +300,7 @@ def command(
             # Whoever reads the result in a file learns of it too.
             error, report = ended, Report(tolerance_of(manifest, reference, options))
         of: dict[str, Any] = {}
-        if as_json or junit is not None:
+        if as_json or junit is not None or html is not None:
             status.update("hashing the model")
             of = _provenance(bundle, reference, report, asked=tolerance is not None)
         failure = error or report.first_failure()
@@ -324,7 +337,7 @@ def command(
         "guidance_scale": inputs.guidance_scale,
         **of,
     }
-    outputs.write(report, facts, error)
+    outputs.write(report, facts, error, worst.pairs)
 
 
 def _provenance(bundle: Bundle, reference: Reference, report: Report, *, asked: bool) -> dict[str, Any]:

@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 from dipgo_deploy.cli.common import emit, human_console
 from dipgo_deploy.errors import NotFiniteError, ToleranceError, UserError
+from dipgo_deploy.files import write_atomic
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
     from dipgo_deploy.compare.metrics import TensorError
-    from dipgo_deploy.compare.report import Checked, Part, Report
+    from dipgo_deploy.compare.report import Part, Report
+    from dipgo_deploy.compare.worst import Pair
 
 
 @dataclass(frozen=True)
@@ -24,10 +26,17 @@ class Outputs:
 
     engine_dir: Path
     junit: Path | None
+    html: Path | None
     as_json: bool
 
-    def write(self, report: Report, facts: dict[str, Any], error: UserError | NotFiniteError | None) -> None:
-        """Tell what was found; facts: of the whole, for machines.
+    def write(
+        self,
+        report: Report,
+        facts: dict[str, Any],
+        error: UserError | NotFiniteError | None,
+        pictures: Sequence[Pair],
+    ) -> None:
+        """Tell what was found; facts: of the whole, for machines; pictures: for the page.
 
         Raises:
             UserError, NotFiniteError: ``error``. ToleranceError: something is beyond tolerance.
@@ -44,13 +53,17 @@ class Outputs:
             "passed": failure is None,
             "error": None if error is None else str(error),
         }
+        name = self.engine_dir.resolve().name
         if self.junit is not None:
             from dipgo_deploy.compare.junit import junit_xml, properties
-            from dipgo_deploy.files import write_atomic
 
-            name = self.engine_dir.resolve().name
             write_atomic(self.junit, junit_xml(name, report, properties(told), error))
             console.print(f"{self.junit}: test cases", markup=False, soft_wrap=True)
+        if self.html is not None:
+            from dipgo_deploy.compare.html import html_page
+
+            write_atomic(self.html, html_page(name, report, told, pictures, error))
+            console.print(f"{self.html}: the page", markup=False, soft_wrap=True)
         emit(told, self.as_json)
         if error is not None:
             raise error
@@ -60,6 +73,8 @@ class Outputs:
 
 def show(console: Console, report: Report, model: str) -> None:
     """Tables of graphs and loop, and a line for all else; model: of what."""
+    from dipgo_deploy.compare.report import collapsed
+
     for part in report.parts:
         _show_part(console, part)
     if report.variants:
@@ -72,7 +87,7 @@ def show(console: Console, report: Report, model: str) -> None:
     if report.loop:
         crossed = any(tensor.carried is not None for checked in report.loop for tensor in checked.tensors)
         table = _table(f"{model}: the whole loop", "step", "variant", "tensor", crossed=crossed)
-        for run in _runs(report.loop):
+        for run in collapsed(report.loop):
             first = run[0]
             if first.variant is None:
                 # What is used again is compared with what the model makes of it each time.
@@ -97,17 +112,6 @@ def show(console: Console, report: Report, model: str) -> None:
         console.print(line, markup=False, soft_wrap=True)
     if report.passed:
         console.print(f"everything is within {report.tolerance.relative:g} of {report.reference}", markup=False)
-
-
-def _runs(loop: Sequence[Checked]) -> list[list[Checked]]:
-    """Evaluations in order; those without a launch that follow one another, together."""
-    runs: list[list[Checked]] = []
-    for checked in loop:
-        if runs and checked.variant is None and runs[-1][0].variant is None:
-            runs[-1].append(checked)
-        else:
-            runs.append([checked])
-    return runs
 
 
 def _show_part(console: Console, part: Part) -> None:

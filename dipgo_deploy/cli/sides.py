@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from dipgo_deploy.backends.base import Backend
     from dipgo_deploy.bundle.directory import Bundle
     from dipgo_deploy.compare.report import Report
+    from dipgo_deploy.compare.worst import WorstPictures
 
 MODEL, STOCK = "model", "stock"
 
@@ -45,11 +46,13 @@ def against_side(
     absolute: float,
     cross: bool,
     threads: int | None,
+    pictures: WorstPictures,
     notify: Callable[[str], None],
 ) -> tuple[Report, dict[str, Any]]:
     """What ``compare_sides`` finds, and for the JSON what the sides are.
 
-    bundle: at the sizes that are compared. against: ``model``, ``stock``, a backend or a folder.
+    bundle: at the sizes that are compared. against: ``model``, ``stock``, a backend or a folder. pictures: takes the
+    final ones.
 
     Raises:
         UserError: a side that cannot do it.
@@ -92,7 +95,9 @@ def against_side(
         "tolerances": side_tolerances(family, dtypes, Tolerance(limit, absolute), asked=tolerance is not None),
     }
     side = EngineSide(bundle, backend)
-    return compare_sides(side, reference, given, Tolerance(limit, absolute), cross=cross, notify=notify), facts
+    limits = Tolerance(limit, absolute)
+    report = compare_sides(side, reference, given, limits, cross=cross, seen=pictures.take, notify=notify)
+    return report, facts
 
 
 def _check_same(bundle: Bundle, other: Bundle) -> None:

@@ -12,6 +12,7 @@ from dipgo_deploy.bundle.names import PREDICTION
 from dipgo_deploy.compare.metrics import TensorError, Tolerance, tensor_error
 from dipgo_deploy.compare.report import IMAGES, LATENT, LATENTS, Checked, Report
 from dipgo_deploy.compare.sides import Crossed, Given, Side, State
+from dipgo_deploy.compare.worst import Seen, nobody
 from dipgo_deploy.errors import UserError
 
 Notify = Callable[[str], None]
@@ -24,6 +25,7 @@ def compare_sides(
     tolerance: Tolerance,
     *,
     cross: bool = False,
+    seen: Seen = nobody,
     notify: Notify = lambda stage: None,
 ) -> Report:
     """Run both loops from the same noise, each on its own way, and compare latents, stored values and predictions.
@@ -31,6 +33,7 @@ def compare_sides(
     cross: at each evaluation the reference also runs on the side's latent and stored values. What the side differs by
     from *that* is made by the evaluation (``made``), and judged; what the reference's own two results differ by is
     inherited (``carried``), all of a latent. The results are judged by the whole error.
+    seen: is shown the final images.
 
     Raises:
         UserError: the sides have other numbers of evaluations, or a graph cannot be run.
@@ -51,6 +54,7 @@ def compare_sides(
     images = side.decode(side.final()), reference.decode(reference.final())
     if images[0] is not None and images[1] is not None:
         results.append(tensor_error(IMAGES, images[0], images[1], tolerance))
+        seen("after the last evaluation", images[0], images[1])
     return Report(tolerance, loop=tuple(checked), results=Checked(None, None, tuple(results)), reference=reference.name)
 
 

@@ -25,6 +25,7 @@ from dipgo_deploy.compare.saved import save_inputs, save_outputs
 from dipgo_deploy.compare.self_test import SelfTestRecorder
 from dipgo_deploy.compare.stock import Case, StockFailure, StockPipeline
 from dipgo_deploy.compare.weights import check_weights
+from dipgo_deploy.compare.worst import Seen, nobody
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.reference.conditions import ReferenceInputs, host
 from dipgo_deploy.reference.load import Reference
@@ -52,6 +53,7 @@ class Options:
         save_inputs: folder for each variant's recorded inputs, as polygraphy's JSON.
         save_outputs: folder for what the model makes of them, likewise.
         self_test: records the test that the engine directory carries, where the loop is compared.
+        seen: is shown every picture of both sides.
     """
 
     variants: bool = True
@@ -65,6 +67,7 @@ class Options:
     save_inputs: Path | None = None
     save_outputs: Path | None = None
     self_test: SelfTestRecorder | None = None
+    seen: Seen = nobody
 
 
 def compare_engine(
@@ -133,7 +136,7 @@ def _run(
         except UserError as error:
             skipped.append(f"not compared with the stock pipeline: {error}")
         else:
-            pictures = Pictures(Pipeline(bundle, backend, lazy=True), stock, tolerance)
+            pictures = Pictures(Pipeline(bundle, backend, lazy=True), stock, tolerance, options.seen)
     if pictures is not None and manifest.components.text_encoder is None and reference.source.text is not None:
         skipped.append("prompts are not compared: the engine directory has no text encoder")
         pictures = None
@@ -145,7 +148,7 @@ def _run(
     if loop is not None:
         notify("decoding")
         components += _vae(bundle, backend, reference, loop.expected, tolerance)
-        results = _results(bundle, backend, reference, loop, tolerance)
+        results = _results(bundle, backend, reference, loop, tolerance, options.seen)
     if pictures is not None and options.pictures:
         notify("drawing with both pipelines")
         drawn = _each_case(options.cases, pictures.picture, skipped)
@@ -243,13 +246,17 @@ def _vae(
     return [Part("VAE", "", "the model's own", errors)] if errors else []
 
 
-def _results(bundle: Bundle, backend: Backend, reference: Reference, loop: LoopResult, tolerance: Tolerance) -> Checked:
+def _results(
+    bundle: Bundle, backend: Backend, reference: Reference, loop: LoopResult, tolerance: Tolerance, seen: Seen
+) -> Checked:
     """The final latents, and the images that each side's own VAE makes of its own latents."""
     errors = [tensor_error(LATENTS, loop.actual, loop.expected, tolerance)]
     images = _decoded(bundle, reference, loop.expected)
     if images is not None:
         decoder = Decoder(bundle.path, bundle.manifest.components, backend)
-        errors.append(tensor_error(IMAGES, decoder(loop.actual), images, tolerance))
+        drawn = decoder(loop.actual)
+        errors.append(tensor_error(IMAGES, drawn, images, tolerance))
+        seen("the loop's own", drawn, images)
     return Checked(None, None, tuple(errors))
 
 

@@ -16,6 +16,7 @@ import numpy as np
 from dipgo_deploy.compare.metrics import TensorError, Tolerance, tensor_error
 from dipgo_deploy.compare.report import IMAGES, LATENTS, Part
 from dipgo_deploy.compare.stock import Case, StockPipeline, StockRun
+from dipgo_deploy.compare.worst import Seen, nobody
 from dipgo_deploy.errors import NotFiniteError
 from dipgo_deploy.runtime.given_pictures import picture_conditions
 from dipgo_deploy.runtime.requests import Asked, OutputType, check_request, class_condition, text_conditions
@@ -85,8 +86,9 @@ class Pictures:
         UserError: the stock pipeline cannot do what the directory does, or a graph cannot be loaded.
     """
 
-    def __init__(self, ours: Pipeline, stock: StockPipeline, tolerance: Tolerance) -> None:
-        self._ours, self._stock, self._tolerance = ours, stock, tolerance
+    def __init__(self, ours: Pipeline, stock: StockPipeline, tolerance: Tolerance, seen: Seen = nobody) -> None:
+        """seen: is shown every picture."""
+        self._ours, self._stock, self._tolerance, self._seen = ours, stock, tolerance, seen
         self._manifest = ours.bundle.manifest
 
     def components(self, case: Case) -> list[Part]:
@@ -112,7 +114,9 @@ class Pictures:
                 errors.append(self._error(LATENTS, actual.latents[row], expected.latents[row]))
             if self._decodes(expected):
                 assert expected.images is not None
-                errors.append(self._error(IMAGES, np.asarray(actual.images[row]), expected.images[row]))
+                picture = np.asarray(actual.images[row])
+                errors.append(self._error(IMAGES, picture, expected.images[row]))
+                self._seen(f"{case.name}, {place}", picture, expected.images[row])
             parts.append(Part("picture", f"{case.name}, {place}", STOCK, tuple(errors)))
         return parts
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -205,6 +205,17 @@ class Report:
 def given_to_launch(name: str) -> bool:
     """Whether a tensor of the loop is an input of its launch: the latent, or a cache that is read."""
     return name == LATENT or (not name.startswith("new_") and "/out" in name)
+
+
+def collapsed(loop: Sequence[Checked]) -> list[list[Checked]]:
+    """Evaluations in order; those without a launch that follow one another, together."""
+    runs: list[list[Checked]] = []
+    for checked in loop:
+        if runs and checked.variant is None and runs[-1][0].variant is None:
+            runs[-1].append(checked)
+        else:
+            runs.append([checked])
+    return runs
 
 
 def _of_part(section: str, part: Part) -> Outcome:

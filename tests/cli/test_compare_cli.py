@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import html
 import io
 import json
 import shutil
@@ -69,7 +70,7 @@ def test_json_is_all_there_is_on_stdout(engine, capfd):
 
 def test_beyond_tolerance_is_status_1_and_one_line(engine, tmp_path, capfd):
     bad = corrupted(engine, tmp_path / "bad", "v00.onnx", "transformer_blocks.3.ff.net.0.proj.weight")
-    assert main(command(bad, "--json", "--junit", tmp_path / "compare.xml")) == 1
+    assert main(command(bad, "--json", "--junit", tmp_path / "compare.xml", "--html", tmp_path / "compare.html")) == 1
     printed = capfd.readouterr()
     line = printed.err.splitlines()[-1]
     assert line.startswith("error: weights, graphs, transformer_blocks.3.ff.net.0.proj.weight, values: error 2.00e+00")
@@ -86,6 +87,10 @@ def test_beyond_tolerance_is_status_1_and_one_line(engine, tmp_path, capfd):
     assert report["versions"]["here"]["torch"] == report["versions"]["engine_dir"]["torch"] == torch.__version__
     assert [row["relative"] for row in report["tolerances"]] == [1e-4, 0.0]
     assert all(row["reason"] for row in report["tolerances"]) and report["error"] is None
+    page = (tmp_path / "compare.html").read_text()
+    assert f"first: {report['first_failure']}" in html.unescape(page) and "<svg" in page
+    assert page.count("data:image/png") == 3 * 4  # both sides of four pictures, and their difference
+    assert all(digest in page for digest in sides["engine_dir"]["weights"].values())
     root = ET.parse(tmp_path / "compare.xml").getroot()
     assert [suite.get("name") for suite in root] == ["comparison", "parts", "variants", "loop", "results", "pictures"]
     assert len(root.findall("testsuite[@name='loop']/testcase")) == len(report["loop"])
