@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from diffusers import AutoencoderKLWan
 from family_checks import (
     assert_pictures_equal_stock,
     build_with_tensorrt_rtx,
     loop_report,
     plan_for,
+    random_weights,
     schedule_for,
     with_gates,
 )
 from sd_pipelines import relative
 
+from dipgo_deploy.compare.stock import prompts_as_they_are
 from dipgo_deploy.export.exporter import PlannedExport, publish, replan
 from dipgo_deploy.models import family_for
 from dipgo_deploy.models.target import schedule_target
@@ -27,6 +30,37 @@ from dipgo_deploy.sampler import make_scheduler
 from dipgo_deploy.schedule import builders
 
 SEED, STEPS = 3, 4
+
+
+def wan_vae(**changes: Any) -> AutoencoderKLWan:
+    """Two levels, of which one lengthens time."""
+    settings: dict[str, Any] = {
+        "base_dim": 4,
+        "z_dim": 4,
+        "dim_mult": [1, 1],
+        "num_res_blocks": 0,
+        "temperal_downsample": [True],
+        "latents_mean": [0.1, -0.2, 0.3, 0.0],
+        "latents_std": [1.5, 0.7, 1.0, 2.0],
+        "scale_factor_temporal": 2,
+        "scale_factor_spatial": 2,
+    }
+    torch.manual_seed(0)
+    return random_weights(AutoencoderKLWan(**{**settings, **changes}))
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A model, the trace of it, and the engine directory of the full schedule of its own sampler, with components."""
+
+    model: str
+    planned: PlannedExport
+    engine: Path
+
+
+def exported(model: str | Path, folder: Path, size: Mapping[str, int]) -> Exported:
+    planned = plan_for(model, schedule_for(model, steps=STEPS), check=False, **size)
+    return Exported(str(model), planned, publish(planned, folder).path)
 
 
 def ours(engine_dir: Path, **call: Any) -> np.ndarray:
@@ -43,14 +77,14 @@ def theirs(pipeline: Any, *, sampler: str | None = None, **call: Any) -> np.ndar
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(SEED)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), prompts_as_they_are(pipeline):
             frames = pipeline(num_inference_steps=STEPS, generator=generator, **call).frames
     finally:
         pipeline.scheduler = own
     return np.asarray(frames, np.float32)
 
 
-def check_random_blocks(model: Path, planned: PlannedExport, engine: Path, folder: Path) -> None:
+def check_random_blocks(model: str | Path, planned: PlannedExport, engine: Path, folder: Path) -> None:
     """Half of the blocks, with residuals, are the supernet; so are tokens, conditions and videos, beside the stock
     pipeline with the supernet in it. engine: where components are borrowed from."""
     assert {block.cache for block in planned.schedule.blocks} == {"residual"}

@@ -357,11 +357,11 @@ class LatentSpec(_Frozen):
         return None if self.frames is None else (self.frames - 1) * (self.time_scale or 1) + 1
 
 
-class DecoderChunk(_Frozen):
-    """A part of a video that is decoded at once."""
+class VideoChunk(_Frozen):
+    """A part of a video that is decoded or encoded at once."""
 
-    graph: int = pydantic.Field(ge=0, description="0: vae_decoder, else the place in vae_following, from 1 on")
-    start: int = pydantic.Field(ge=0, description="first of the latent frames that the graph takes")
+    graph: int = pydantic.Field(ge=0, description="0: the first graph, else the place among the following, from 1 on")
+    start: int = pydantic.Field(ge=0, description="first of the frames that the graph takes: latent ones to decode")
 
 
 class Components(_Frozen):
@@ -379,19 +379,29 @@ class Components(_Frozen):
         description="graphs that decode later chunks of a video: inputs latents and state_N, outputs images and "
         "next_N; what a chunk leaves as next_N is state_N of the one after it, zeros in front of the first",
     )
-    vae_chunks: Many[DecoderChunk] = pydantic.Field(
+    vae_chunks: Many[VideoChunk] = pydantic.Field(
         default=(), exclude_if=_is_empty, description="the chunks of a video in order; none: it is decoded at once"
     )
     vae_encoder: Graph | None = pydantic.Field(
         default=None,
         exclude_if=_is_none,
         description="images float32 (batch, H, W, 3) in [0, 1] -> mean and, unless it is deterministic, standard "
-        "deviation of their latents, float32 (batch, C, h, w), both times the scaling factor",
+        "deviation of their latents, float32 (batch, C, h, w), both times the scaling factor; of a video (batch, F, H, "
+        "W, 3) -> (batch, C, f, h, w), all of it or the first chunk",
+    )
+    vae_encoder_following: Many[Graph] = pydantic.Field(
+        default=(),
+        exclude_if=_is_empty,
+        description="graphs that encode later chunks of a video, with state_N and next_N as in vae_following",
+    )
+    vae_encoder_chunks: Many[VideoChunk] = pydantic.Field(
+        default=(), exclude_if=_is_empty, description="the chunks of a video in order; none: it is encoded at once"
     )
     image_encoder: Graph | None = pydantic.Field(
         default=None,
         exclude_if=_is_none,
-        description="images float32 (1, S, S, 3) in [0, 1] -> their embeddings, and those of nothing, (1, 1, [T,] D)",
+        description="images float32 (1, S, S, 3) in [0, 1] -> their embeddings, and those of nothing, (1, 1, [T,] D), "
+        "or their states (1, T, D) alone",
     )
     class_labels: dict[str, int] | None = pydantic.Field(default=None, description="label name -> class id")
     null_class: int | None = None
@@ -405,13 +415,19 @@ class Components(_Frozen):
         return () if self.vae_decoder is None else (self.vae_decoder, *self.vae_following)
 
     @property
+    def encoders(self) -> tuple[Graph, ...]:
+        """All graphs of the VAE's encoder."""
+        return () if self.vae_encoder is None else (self.vae_encoder, *self.vae_encoder_following)
+
+    @property
     def graphs(self) -> tuple[Graph, ...]:
         """All of them: text encoder, decoder, encoders of pictures."""
         text = () if self.text_encoder is None else (self.text_encoder.graph,)
         return (
             *text,
             *self.decoders,
-            *(graph for graph in (self.vae_encoder, self.image_encoder) if graph is not None),
+            *self.encoders,
+            *(() if self.image_encoder is None else (self.image_encoder,)),
         )
 
 

@@ -16,12 +16,15 @@ class PictureUse(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(frozen=True, extra="forbid")
 
     argument: Argument = pydantic.Field(default="control_image", description="of the call, that gives the picture")
-    form: Literal["pixels", "latents", "mask", "embeds"] = pydantic.Field(
+    form: Literal["pixels", "latents", "mask", "first_frame", "embeds", "states"] = pydantic.Field(
         default="pixels",
-        description="pixels: (batch, 3, H, W) in [0, 1]; latents: what the VAE's encoder makes of it (batch, C, h, w); "
+        description="pixels: (batch, 3, H, W) in [0, 1]; latents: what the VAE's encoder makes of it (batch, C, h, w), "
+        "of a video that begins with it and is grey behind it (batch, C, f, h, w), or as many of its frames; "
         "mask: 1 where to draw and 0 elsewhere, of each latent pixel the first of its pixels (batch, 1, h, w), or all "
-        "of them as channels (batch, scale**2, h, w); embeds: what the image encoder makes of it, (batch, 1, [T,] D), "
-        "and of nothing for the unconditional half",
+        "of them as channels (batch, scale**2, h, w); first_frame: 1 in the first frame, which is the picture, and 0 "
+        "in the others (batch, frames of the video to one of the latent, f, h, w); embeds: what the image encoder "
+        "makes of it, (batch, 1, [T,] D), and of nothing for the unconditional half; states: what its last layer but "
+        "one gives (batch, T, D), in both halves",
     )
     place: int = pydantic.Field(
         default=0, ge=0, le=7, description="of the pictures of this argument, where it has several"
@@ -36,6 +39,11 @@ class PictureUse(pydantic.BaseModel):
     offset: float = pydantic.Field(default=0.0, description="added to latents: that shift again, where they have none")
     each: bool = pydantic.Field(
         default=False, description="one draw for each image of the call, not for each picture that it is given"
+    )
+    kept: bool = pydantic.Field(
+        default=False,
+        description="latents are the first frames of the video: the denoiser takes them in the place of the latent's, "
+        "and so does what it is decoded from",
     )
     start_drawn: bool = pydantic.Field(
         default=False,

@@ -56,6 +56,13 @@ def _check(manifest: Manifest) -> None:
         _check_shape("conditions", spec)
     for where, graph in _graphs(manifest):
         _check_graph(where, graph)
+    components = manifest.components
+    for what, chunks, graphs in (
+        ("vae_chunks", components.vae_chunks, components.decoders),
+        ("vae_encoder_chunks", components.vae_encoder_chunks, components.encoders),
+    ):
+        strange = [chunk.graph for chunk in chunks if chunk.graph >= len(graphs)]
+        _require(not strange, f"{what}: there is no graph {strange[:1]}")
     latent = manifest.latent
     sample = (manifest.batch, *latent.shape)
     _require(min(sample) >= 1, f"latent: {sample} has an extent below 1")
@@ -100,8 +107,8 @@ def _graphs(manifest: Manifest) -> Iterator[tuple[str, Graph]]:
         yield "text_encoder", components.text_encoder.graph
     for graph in components.decoders:
         yield "vae_decoder", graph
-    if components.vae_encoder is not None:
-        yield "vae_encoder", components.vae_encoder
+    for graph in components.encoders:
+        yield "vae_encoder", graph
     if components.image_encoder is not None:
         yield "image_encoder", components.image_encoder
 

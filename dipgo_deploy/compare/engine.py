@@ -13,7 +13,7 @@ import torch
 
 from dipgo_deploy.backends.base import Backend
 from dipgo_deploy.bundle.directory import Bundle
-from dipgo_deploy.bundle.manifest import Manifest
+from dipgo_deploy.bundle.manifest import Components, Manifest
 from dipgo_deploy.compare.facts import check_facts
 from dipgo_deploy.compare.graphs import OpenGraph, compare_segments, compare_variants, frugal_session
 from dipgo_deploy.compare.launch_list import check_launch_list
@@ -31,8 +31,8 @@ from dipgo_deploy.reference.conditions import ReferenceInputs, host
 from dipgo_deploy.reference.load import Reference
 from dipgo_deploy.reference.recording import Recorder, Recording, run_until_complete
 from dipgo_deploy.reference.steps import StepRecorder, recorder_for
-from dipgo_deploy.reference.vae import decoded, from_vae, scaling_and_shift, to_images
-from dipgo_deploy.runtime.image import Decoder, Encoder
+from dipgo_deploy.reference.vae import decoded, from_images, from_vae, scaling_and_shift, to_images
+from dipgo_deploy.runtime.image import Decoder, Encoder, with_grey
 from dipgo_deploy.runtime.pipeline import Pipeline
 
 if TYPE_CHECKING:
@@ -239,9 +239,10 @@ def _vae(
         actual[IMAGES] = Decoder(bundle.path, components, backend)(latents)
     vae = getattr(reference.source.pipeline, "vae", None)
     if encoder is not None and vae is not None:
-        picture = np.random.default_rng(0).random(encoder.inputs[0].shape, np.float32)
-        expected |= _encode(vae, picture)
-        actual |= Encoder(bundle.path, encoder, backend)(picture)
+        shape = encoder.inputs[0].shape
+        picture = np.random.default_rng(0).random((shape[0], *shape[-3:]), np.float32)
+        expected |= _encode(vae, _whole_video(components, picture) if len(shape) > 4 else picture)
+        actual |= Encoder(bundle.path, components.encoders, backend, components.vae_encoder_chunks)(picture)
     errors = tuple(tensor_error(name, actual[name], expected[name], tolerance) for name in expected)
     return [Part("VAE", "", "the model's own", errors)] if errors else []
 
@@ -282,10 +283,18 @@ def _decode(vae: Any, latents: np.ndarray) -> np.ndarray:
         return host(to_images(decoded(vae, torch.from_numpy(latents))))
 
 
+def _whole_video(components: Components, picture: np.ndarray) -> np.ndarray:
+    """The video (B, F, H, W, 3) that encoders of videos make of a picture (B, H, W, 3)."""
+    last = components.vae_encoder_chunks[-1:]
+    graph = components.encoders[last[0].graph if last else 0]
+    frames = graph.inputs[0].shape[1] + (last[0].start if last else 0)
+    return with_grey(picture, 0, (len(picture), frames, *picture.shape[1:]))
+
+
 def _encode(vae: Any, images: np.ndarray) -> dict[str, np.ndarray]:
-    """What the encoder's graph gives for images float32 (B, H, W, 3) in [0, 1]."""
+    """What the encoder's graph gives for images float32 (B, [F,] H, W, 3) in [0, 1]."""
     with torch.no_grad():
-        encoded = vae.encode(torch.from_numpy(2 * images - 1).permute(0, 3, 1, 2))
+        encoded = vae.encode(from_images(torch.from_numpy(images)))
     spread = getattr(encoded, "latent_dist", None)
     mean = encoded.latents if spread is None else spread.mean
     found = {"mean": host(from_vae(vae, mean))}

@@ -57,7 +57,7 @@ def check_weights(bundle: Bundle, source: Source) -> list[Part]:
         folders[str(Path(encoder.graph.file).parent)] = named
     vae = getattr(source.pipeline, "vae", None)
     pictures = getattr(source.pipeline, "image_encoder", None)
-    # What follows in a video lies beside the decoder.
+    # What follows in a video lies beside the first.
     pairs = ((components.vae_decoder, vae), (components.vae_encoder, vae), (components.image_encoder, pictures))
     for graph, module in pairs:
         if graph is not None and module is not None:

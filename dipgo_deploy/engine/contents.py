@@ -91,7 +91,8 @@ def _spec(spec: TensorSpec) -> dict[str, Any]:
 def _components(manifest: Manifest) -> dict[str, Any]:
     """All that is said of them but their graphs."""
     found = manifest.components.model_dump(
-        mode="json", exclude={"vae_decoder", "vae_following", "vae_encoder", "image_encoder"}
+        mode="json",
+        exclude={"vae_decoder", "vae_following", "vae_encoder", "vae_encoder_following", "image_encoder"},
     )
     if found["text_encoder"] is not None:
         del found["text_encoder"]["graph"]

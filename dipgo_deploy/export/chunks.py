@@ -1,7 +1,7 @@
-"""Decoders of videos in chunks of latent frames, so that memory does not grow with the length of the video.
+"""Decoders and encoders of videos in chunks of frames, so that memory does not grow with the length of the video.
 
-A VAE that goes through time hands its decoder's last frames on from one chunk to the next: ``state``. The first chunk
-starts with zeros, which is what a causal convolution has in front of a video.
+A VAE that goes through time hands its last frames on from one chunk to the next: ``state``. The first chunk starts with
+zeros, which is what a causal convolution has in front of a video.
 """
 
 from __future__ import annotations
@@ -12,6 +12,10 @@ from typing import Any
 
 import torch
 
+from dipgo_deploy.errors import UserError
+
+# Frames that AutoencoderKLWan encodes at a time.
+_ENCODED = 4
 # What AutoencoderKLWan writes for zeros.
 _ZEROS = "Rep"
 
@@ -20,22 +24,23 @@ State = tuple[torch.Tensor | None, ...]
 
 @dataclass(frozen=True)
 class Part:
-    """One graph of a decoder.
+    """One graph of a decoder or an encoder.
 
     Attributes:
-        start, stop: the latent frames of the first chunk that it decodes.
-        decode(vae, latents, state): latents as the VAE takes them, (B, C, stop - start, h, w) -> what it makes of them,
-            (B, 3, F, H, W), and the state that it leaves; None in it for what stays zero.
+        start, stop: the frames of the first chunk that it takes: latent ones to decode, of the video to encode.
+        run(vae, frames, state): frames as the VAE takes them, (B, C, stop - start, h, w) -> what it makes of them,
+            (B, 3, F, H, W) or moments (B, 2 C, f, h, w), and the state that it leaves; None in it for what stays zero.
     """
 
     start: int
     stop: int
-    decode: Callable[[Any, torch.Tensor, State], tuple[torch.Tensor, State]]
+    run: Callable[[Any, torch.Tensor, State], tuple[torch.Tensor, State]]
 
 
 @dataclass(frozen=True)
 class Chunks:
-    """How a video is decoded: the distinct ``parts``, and for each chunk in order the part and its first frame."""
+    """How a video is decoded or encoded: the distinct ``parts``, and for each chunk in order the part and its first
+    frame."""
 
     parts: tuple[Part, ...]
     order: tuple[tuple[int, int], ...]
@@ -47,16 +52,25 @@ def chunks_of(vae: Any, frames: int | None) -> Chunks | None:
     return None if of_class is None or frames is None else of_class(vae, frames)
 
 
-def state_shapes(vae: Any, chunks: Chunks, latents: Sequence[int]) -> tuple[torch.Size, ...]:
-    """Shapes of the state between chunks for latents (B, C, f, h, w); nothing is computed."""
+def encoder_chunks_of(vae: Any, frames: int) -> Chunks | None:
+    """The chunks that a VAE encodes ``frames`` frames of a video in, as it does by itself; None: all at once.
+
+    Raises UserError for a number of frames that it does not encode all of.
+    """
+    of_class = _ENCODERS.get(type(vae).__name__)
+    return None if of_class is None else of_class(vae, frames)
+
+
+def state_shapes(vae: Any, chunks: Chunks, whole: Sequence[int]) -> tuple[torch.Size, ...]:
+    """Shapes of the state between chunks for latents or a video (B, C, f, h, w); nothing is computed."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         state: State = ()
         for number, _ in chunks.order[:2]:
             part = chunks.parts[number]
-            chunk = torch.zeros(*latents[:2], part.stop - part.start, *latents[3:], dtype=vae.dtype)
-            _, state = part.decode(vae, chunk, state)
+            chunk = torch.zeros(*whole[:2], part.stop - part.start, *whole[3:], dtype=vae.dtype)
+            _, state = part.run(vae, chunk, state)
             last = state
     return tuple(entry.shape for entry in last if entry is not None)
 
@@ -90,6 +104,35 @@ def _wan_frame(vae: Any, latents: torch.Tensor, state: State | None) -> tuple[to
 def _two_frames(frames: torch.Tensor) -> torch.Tensor:
     missing = 2 - frames.shape[2]
     return torch.nn.functional.pad(frames, (0, 0, 0, 0, missing, 0)) if missing else frames
+
+
+def _wan_encoder(vae: Any, frames: int) -> Chunks:
+    """The first frame and then four at a time, as its ``_encode`` does."""
+    if (frames - 1) % _ENCODED:
+        raise UserError(
+            f"--num-frames {frames}: {type(vae).__name__} encodes {_ENCODED} frames at a time behind the first; give a "
+            f"multiple of {_ENCODED} and 1"
+        )
+
+    def first(vae: Any, frames: torch.Tensor, _: State) -> tuple[torch.Tensor, State]:
+        return _wan_encoded(vae, frames, None)
+
+    parts = (Part(0, 1, first), Part(1, 1 + _ENCODED, _wan_encoded))
+    following = tuple((1, start) for start in range(1, frames, _ENCODED))
+    return Chunks(parts[: 2 if following else 1], ((0, 0), *following))
+
+
+def _wan_encoded(vae: Any, frames: torch.Tensor, state: State | None) -> tuple[torch.Tensor, State]:
+    """state: of each causal convolution in turn its last two frames; None in front of a video."""
+    kept: list[Any] = [None] * vae._cached_conv_counts["encoder"]
+    kept[: len(state or ())] = state or ()
+    if vae.config.patch_size is not None:
+        from diffusers.models.autoencoders.autoencoder_kl_wan import patchify
+
+        frames = patchify(frames, patch_size=vae.config.patch_size)
+    place = [0]
+    moments = vae.quant_conv(vae.encoder(frames, feat_cache=kept, feat_idx=place))
+    return moments, tuple(_two_frames(entry) for entry in kept[: place[0]])
 
 
 def _hunyuan(vae: Any, frames: int) -> Chunks | None:
@@ -128,3 +171,5 @@ _CLASSES: dict[str, Callable[[Any, int], Chunks | None]] = {
     "AutoencoderKLWan": _wan,
     "AutoencoderKLHunyuanVideo": _hunyuan,
 }
+
+_ENCODERS: dict[str, Callable[[Any, int], Chunks | None]] = {"AutoencoderKLWan": _wan_encoder}

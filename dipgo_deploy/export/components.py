@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from dipgo_deploy.bundle.manifest import Components, DecoderChunk, Graph, TextEncoderEntry, TokenizerEntry
+from dipgo_deploy.bundle.manifest import Components, Graph, TextEncoderEntry, TokenizerEntry, VideoChunk
 from dipgo_deploy.bundle.names import EMBEDS, NEXT, NO_EMBEDS, STATE
 from dipgo_deploy.bundle.shapes import SizeRanges, Sizes
 from dipgo_deploy.errors import UserError
-from dipgo_deploy.export.chunks import Chunks, Part, chunks_of, state_shapes
+from dipgo_deploy.export.chunks import Chunks, Part, State, chunks_of, encoder_chunks_of, state_shapes
 from dipgo_deploy.export.dynamic import Dimensions, example_sizes
 from dipgo_deploy.export.passes import apply
 from dipgo_deploy.export.passes.dimensions import NameDimensions
@@ -23,7 +24,7 @@ from dipgo_deploy.export.program import to_onnx, torch_dtype
 from dipgo_deploy.export.tensors import graph_entry
 from dipgo_deploy.export.weights import save_graph, write_weights
 from dipgo_deploy.reference.conditions import as_tokenized
-from dipgo_deploy.reference.vae import decoded, from_vae, scaling_and_shift, to_images, to_vae
+from dipgo_deploy.reference.vae import decoded, from_images, from_vae, scaling_and_shift, to_images, to_vae
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -56,7 +57,7 @@ def export_components(
         scheme: how its prompts are encoded.
         conditions: the denoiser's, of which those of source ``text`` become outputs.
         pixels: the latent is the picture.
-        embeds: the condition that is a picture's embeddings, of which the image encoder is exported.
+        embeds: the condition that is a picture's embeddings or states, of which the image encoder is exported.
         encoder: export the VAE's encoder too, for image-to-image and conditions that are a picture's latents.
 
     Raises:
@@ -64,6 +65,7 @@ def export_components(
     """
     vae = getattr(pipeline, "vae", None)
     vae_dtype = "fp32" if "vae" in float32 or vae is None else _vae_dtype(pipeline, dtype)
+    seen_dtype = "fp32" if "image_encoder" in float32 else dtype
     decoder: Graph | None = None
     following: list[Graph] = []
     chunks = None if vae is None else chunks_of(vae, latent.frames)
@@ -82,6 +84,12 @@ def export_components(
             "fp32",
             sizes=sizes,
         )
+    encoders: list[Graph] = []
+    encoder_chunks = None
+    if encoder and decoder is not None:
+        frames = _encoded_frames(conditions, latent)
+        encoder_chunks = None if frames is None else encoder_chunks_of(vae, frames)
+        encoders = _vae_encoder(vae, stage, decoder, frames, encoder_chunks, vae_dtype)
     labels = getattr(pipeline, "labels", None)  # DiTPipeline: name -> class id
     classes = getattr(getattr(pipeline, "transformer", None), "config", {}).get("num_embeds_ada_norm")
     return Components(
@@ -90,11 +98,11 @@ def export_components(
         else None,
         vae_decoder=decoder,
         vae_following=tuple(following),
-        vae_chunks=()
-        if chunks is None
-        else tuple(DecoderChunk(graph=part, start=start) for part, start in chunks.order),
-        image_encoder=None if embeds is None else _image_encoder(pipeline.image_encoder, embeds, stage, dtype),
-        vae_encoder=_vae_encoder(vae, stage, decoder, vae_dtype) if encoder and decoder is not None else None,
+        vae_chunks=_order(chunks),
+        image_encoder=None if embeds is None else _image_encoder(pipeline.image_encoder, embeds, stage, seen_dtype),
+        vae_encoder=encoders[0] if encoders else None,
+        vae_encoder_following=tuple(encoders[1:]),
+        vae_encoder_chunks=_order(encoder_chunks),
         class_labels=dict(labels) if labels else None,
         null_class=classes,
         classes=getattr(getattr(pipeline, "unet", None), "config", {}).get("num_class_embeds"),
@@ -232,24 +240,46 @@ def _decoder_in_chunks(
     """The graph of each distinct part, beside one file of weights."""
     _to(vae, torch_dtype(dtype))
     shapes = state_shapes(vae, chunks, (batch, *latent.shape))
+
+    def taken(part: Part) -> torch.Tensor:
+        return torch.randn(batch, latent.channels, part.stop - part.start, *latent.extents[1:])
+
+    return _in_chunks(_DecoderPart, "latents", taken, vae, chunks, shapes, stage, "vae_decoder", dtype)
+
+
+def _order(chunks: Chunks | None) -> tuple[VideoChunk, ...]:
+    return () if chunks is None else tuple(VideoChunk(graph=part, start=start) for part, start in chunks.order)
+
+
+def _in_chunks(
+    kind: type[_VaePart],
+    given: str,
+    taken: Callable[[Part], torch.Tensor],
+    vae: Any,
+    chunks: Chunks,
+    states: Sequence[torch.Size],
+    stage: Path,
+    name: str,
+    dtype: str,
+) -> list[Graph]:
+    """The graph of each distinct part. given: name of what it takes; taken: an example; states: their shapes."""
     models = []
     for number, part in enumerate(chunks.parts):
-        taken = torch.randn(batch, latent.channels, part.stop - part.start, *latent.extents[1:])
-        states = [torch.zeros(shape, dtype=vae.dtype) for shape in shapes] if number else []
+        before = [torch.zeros(shape, dtype=vae.dtype) for shape in states] if number else []
         outputs: list[str] = []
         model = to_onnx(
-            _DecoderPart(vae, part, outputs, last=len(chunks.order) == 1).eval(),
-            [taken, *states],
-            ["latents", *(f"{STATE}{place}" for place in range(len(states)))],
+            kind(vae, part, outputs, last=len(chunks.order) == 1).eval(),
+            [taken(part), *before],
+            [given, *(f"{STATE}{place}" for place in range(len(before)))],
             lambda outputs=outputs: outputs,  # type: ignore[misc]
             dtype=dtype,
             prefix="vae.",
-            label="vae decoder",
+            label=name.replace("_", " "),
         )
         _name_constants(model, number, vae)
         models.append(model)
-    names = ["model", *(f"vae_decoder_{number}" for number in range(1, len(models)))]
-    return _save_all(dict(zip(names, models, strict=True)), stage, "vae_decoder")
+    names = ["model", *(f"{name}_{number}" for number in range(1, len(models)))]
+    return _save_all(dict(zip(names, models, strict=True)), stage, name)
 
 
 def _name_constants(model: ir.Model, number: int, vae: Any) -> None:
@@ -260,27 +290,61 @@ def _name_constants(model: ir.Model, number: int, vae: Any) -> None:
             value.name = f"{value.name}/{number}"
 
 
-class _DecoderPart(torch.nn.Module):
-    """Latents of a chunk and the state in front of it -> images and the state behind it; ``outputs`` are its names."""
+class _VaePart(torch.nn.Module):
+    """A chunk and the state in front of it -> what is made of it and the state behind; ``outputs`` are its names."""
 
     def __init__(self, vae: Any, part: Part, outputs: list[str], *, last: bool) -> None:
         super().__init__()
         self.vae = vae
         self._part, self._outputs, self._last = part, outputs, last
 
-    def forward(self, latents: torch.Tensor, *state: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        given = to_vae(self.vae, latents).to(self.vae.dtype)
-        video, left = self._part.decode(self.vae, given, state)
+    def _named(self, made: Mapping[str, torch.Tensor], left: State) -> tuple[torch.Tensor, ...]:
         kept = {} if self._last else {f"{NEXT}{place}": entry for place, entry in enumerate(left) if entry is not None}
-        self._outputs[:] = ["images", *kept]
-        return to_images(video), *kept.values()
+        self._outputs[:] = [*made, *kept]
+        return *made.values(), *kept.values()
 
 
-def _vae_encoder(vae: Any, stage: Path, decoder: Graph, dtype: str) -> Graph:
-    """For pictures of the decoder's size. A VAE without a distribution (a tiny one) has no standard deviation."""
+class _DecoderPart(_VaePart):
+    """Latents -> images."""
+
+    def forward(self, latents: torch.Tensor, *state: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        video, left = self._part.run(self.vae, to_vae(self.vae, latents).to(self.vae.dtype), state)
+        return self._named({"images": to_images(video)}, left)
+
+
+class _EncoderPart(_VaePart):
+    """Images -> mean and standard deviation of their latents."""
+
+    def forward(self, images: torch.Tensor, *state: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        moments, left = self._part.run(self.vae, from_images(images).to(self.vae.dtype), state)
+        return self._named(_scaled(self.vae, DiagonalGaussianDistribution(moments)), left)
+
+
+def _scaled(vae: Any, spread: Any) -> dict[str, torch.Tensor]:
+    """Mean and standard deviation of a distribution, as latents float32 that a denoiser sees."""
     scaling, _ = scaling_and_shift(vae)
+    return {"mean": from_vae(vae, spread.mean.float()), "std": spread.std.float() * scaling}
+
+
+def _encoded_frames(conditions: Sequence[ConditionSpec], latent: LatentSpec) -> int | None:
+    """Frames of the video that conditions are the latents of; None for a model of pictures."""
+    if latent.frames is None:
+        return None
+    most = max(spec.shape[2] for spec in conditions if spec.picture.form == "latents")
+    return (most - 1) * (latent.time_scale or 1) + 1
+
+
+def _vae_encoder(
+    vae: Any, stage: Path, decoder: Graph, frames: int | None, chunks: Chunks | None, dtype: str
+) -> list[Graph]:
+    """For pictures of the decoder's size, or videos of so many frames. A VAE without a distribution (a tiny one) has no
+    standard deviation."""
+    scaling_and_shift(vae)  # refused before the trace
     torch_type = torch_dtype(dtype)
     outputs: list[str] = []
+    shape = decoder.outputs[0].shape
+    if frames is not None:
+        shape = (shape[0], frames, *shape[2:])
 
     class Encoder(torch.nn.Module):
         def __init__(self) -> None:
@@ -288,32 +352,39 @@ def _vae_encoder(vae: Any, stage: Path, decoder: Graph, dtype: str) -> Graph:
             self.vae = vae
 
         def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            encoded = vae.encode((2 * images - 1).permute(0, 3, 1, 2).to(torch_type))
+            encoded = vae.encode(from_images(images).to(torch_type))
             spread = getattr(encoded, "latent_dist", None)
-            outputs[:] = ["mean"] if spread is None else ["mean", "std"]
-            mean = encoded.latents if spread is None else spread.mean
-            scaled = (from_vae(vae, mean.float()),)
-            return scaled if spread is None else (*scaled, spread.std.float() * scaling)
+            found = {"mean": from_vae(vae, encoded.latents.float())} if spread is None else _scaled(vae, spread)
+            outputs[:] = found
+            return tuple(found.values())
 
     _to(vae, torch_type)
-    images = torch.rand(decoder.outputs[0].shape)
-    return _export(Encoder(), [images], ["images"], outputs, stage, "vae_encoder", dtype, "vae.")
+    if chunks is None:
+        return [_export(Encoder(), [torch.rand(shape)], ["images"], outputs, stage, "vae_encoder", dtype, "vae.")]
+
+    def taken(part: Part) -> torch.Tensor:
+        return torch.rand(shape[0], part.stop - part.start, *shape[2:])
+
+    states = state_shapes(vae, chunks, (shape[0], 3, *shape[1:4]))
+    return _in_chunks(_EncoderPart, "images", taken, vae, chunks, states, stage, "vae_encoder", dtype)
 
 
 def _image_encoder(encoder: Any, embeds: ConditionSpec, stage: Path, dtype: str) -> Graph:
     """Embeddings of one picture and, as diffusers' pipelines have them for the unconditional half, of none: zeros for a
-    pooled embedding, the states of a picture of mean colour for all of them."""
+    pooled embedding, the states of a picture of mean colour for all of them. Or the states of one picture alone."""
     torch_type = torch_dtype(dtype)
     mean, deviation = (torch.tensor(values).reshape(1, 3, 1, 1) for values in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
-    states = len(embeds.shape) == 4
+    alone, states = embeds.picture.form == "states", len(embeds.shape) == 4
 
     class Encoder(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.image_encoder = encoder
 
-        def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
             pixels = ((images.permute(0, 3, 1, 2) - mean) / deviation).to(torch_type)
+            if alone:
+                return (encoder(pixels, output_hidden_states=True).hidden_states[-2].float(),)
             if states:
                 both = encoder(torch.cat([pixels, torch.zeros_like(pixels)]), output_hidden_states=True)
                 found = both.hidden_states[-2].float()[:, None]
@@ -324,9 +395,8 @@ def _image_encoder(encoder: Any, embeds: ConditionSpec, stage: Path, dtype: str)
     encoder.to(torch_type).eval()
     side = int(encoder.config.image_size)
     images = torch.rand(1, side, side, 3)
-    return _export(
-        Encoder(), [images], ["images"], [EMBEDS, NO_EMBEDS], stage, "image_encoder", dtype, "image_encoder."
-    )
+    outputs = [EMBEDS] if alone else [EMBEDS, NO_EMBEDS]
+    return _export(Encoder(), [images], ["images"], outputs, stage, "image_encoder", dtype, "image_encoder.")
 
 
 def _export(

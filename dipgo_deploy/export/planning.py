@@ -190,7 +190,7 @@ def _check_shape(source: Source, options: ExportOptions) -> None:
     """Refuse (UserError) sizes that the model does not take; before anything is loaded."""
     guidance = source.guided if options.guidance is None else options.guidance
     shape = _shape(source, options, guidance)
-    check_masks(condition_specs(source.family, source.config, shape), source.family, source.scale)
+    check_masks(condition_specs(source.family, source.config, shape), source.family, source.scale, source.time_scale)
 
 
 @dataclass(frozen=True)

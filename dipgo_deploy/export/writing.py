@@ -127,7 +127,7 @@ def write_bundle(
             dtype=options.dtype,
             pixels=planned.source.family.pixels,
             encoder=planned.image is not None or any(spec.picture.form == "latents" for spec in conditions),
-            embeds=next((spec for spec in conditions if spec.picture.form == "embeds"), None),
+            embeds=next((spec for spec in conditions if spec.picture.form in ("embeds", "states")), None),
             float32=planned.source.family.float32_in_fp16 if options.dtype == "fp16" else (),
         )
     planned.exported_schedule.save(stage / SCHEDULE_NAME)

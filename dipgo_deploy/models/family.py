@@ -203,6 +203,8 @@ class ModelFamily:
         image_to_image(steps, strength): the steps that a run from a picture leaves out, of all that were asked for, as
             the ``get_timesteps`` of diffusers' image-to-image pipeline has it; None where there is no such pipeline.
         starts: it only works from a picture: exports without a strength are refused.
+        image_encoder: parts of the pipeline that make a condition of a picture, an encoder and what prepares pictures
+            for it; where they are there, the encoder's configuration is in the model's under its name.
         adapter: the option that names a file of weights beside the folder, which makes it one of this family.
         index: entries of ``model_index.json`` that are wanted, and refused where another family's folder has them.
         size_multiple(config): an open latent height or width has to be a multiple of it; None where a trace is good
@@ -215,6 +217,7 @@ class ModelFamily:
         pixels_per_latent: pixels of the picture to one of the VAE's latent, on each side, where no VAE says.
         scales_fixed: the model is told how far pixels and frames are apart, so that its VAE has to have the two numbers
             above.
+        vae_settings: settings of the pipeline's VAE that have to be so, where its configuration has them.
         kind: of the samplers it is for, where its folder has none that tells.
         float32_in_fp16: components of the pipeline that overflow in float16 and stay in float32 in a fp16 export.
         given(args, kwargs): latent, timestep and conditions by ``InputSpec.name``, of the pipeline's own call of the
@@ -245,6 +248,7 @@ class ModelFamily:
     joined: tuple[str, ...] = ()
     image_to_image: Callable[[int, float], int] | None = None
     starts: bool = False
+    image_encoder: tuple[str, str] | None = None
     adapter: str | None = None
     index: Mapping[str, Any] = field(default_factory=dict)
     size_multiple: Callable[[Mapping[str, Any]], int] | None = None
@@ -254,6 +258,7 @@ class ModelFamily:
     fps: int | None = None
     pixels_per_latent: int = 8
     scales_fixed: bool = False
+    vae_settings: Mapping[str, Any] = field(default_factory=dict)
     kind: Kind = "diffusion"
     float32_in_fp16: tuple[str, ...] = ()
     given: Callable[..., tuple[Tensor, Tensor, Mapping[str, Tensor]]] | None = None

@@ -227,7 +227,7 @@ def loaded_parts(model: str | Path) -> dict[str, tuple[str, str]]:
         return {}
     family, config = denoiser_config(model)
     companions = family.companions_in(config)
-    kept = (family.component, *family.companions, "vae", "scheduler")
+    kept = (family.component, *family.companions, *(family.image_encoder or ()), "vae", "scheduler")
     parts = {
         name: (str(value[0]), str(value[1]))
         for name, value in index.items()
@@ -269,7 +269,7 @@ def is_here(model: str | Path) -> bool:
 
 def _is_small(name: str) -> bool:
     """Whether a part has no weights."""
-    return name.startswith(("tokenizer", "scheduler"))
+    return name.startswith(("tokenizer", "scheduler")) or name.endswith("_processor")
 
 
 def _by_variant(part: Path, stem: str) -> dict[str | None, Path]:

@@ -20,6 +20,7 @@ from dipgo_deploy.documents import read_document
 from dipgo_deploy.errors import UserError, one_line
 from dipgo_deploy.models import unet2d_condition
 from dipgo_deploy.models.family import InputSpec
+from dipgo_deploy.models.image_encoder import side_of, states_of
 from dipgo_deploy.models.joined import variant_name
 
 if TYPE_CHECKING:
@@ -46,15 +47,15 @@ def read_adapter(file: Path, encoder: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise UserError(f"--ip-adapter {file}: cannot be read as safetensors ({one_line(error)})") from None
     config = read_document(encoder / "config.json", "configuration of an image encoder", infinite=True)
-    side, patch = config.get("image_size", 224), config.get("patch_size", 32)
+    tokens, states_width = states_of(config)
     if f"{_IMAGE}proj.weight" in tensors:
         outputs, taken = tensors[f"{_IMAGE}proj.weight"]
         made, states, width = config.get("projection_dim", 512), False, outputs // _TOKENS
         embeds = [1, taken]
     elif f"{_IMAGE}latents" in tensors:
-        taken, made, states = tensors[f"{_IMAGE}proj_in.weight"][1], config.get("hidden_size", 768), True
+        taken, made, states = tensors[f"{_IMAGE}proj_in.weight"][1], states_width, True
         width = tensors[f"{_IMAGE}proj_out.weight"][0]
-        embeds = [1, (side // patch) ** 2 + 1, taken]
+        embeds = [1, tokens, taken]
     else:
         raise UserError(
             f"--ip-adapter {file}: is none of the kinds that are supported, IP-Adapter and IP-Adapter Plus (FaceID and "
@@ -65,7 +66,7 @@ def read_adapter(file: Path, encoder: Path) -> dict[str, Any]:
             f"--ip-adapter {file}: takes embeddings of {taken} numbers, {encoder} makes {made}; give the one that it "
             "was trained with (--image-encoder)"
         )
-    return {"embeds": embeds, "states": states, "width": width, "image_size": side}
+    return {"embeds": embeds, "states": states, "width": width, "image_size": side_of(config)}
 
 
 def inputs(config: Mapping[str, Any], batch: int, height: int, width: int, text_length: int) -> tuple[InputSpec, ...]:

@@ -42,12 +42,19 @@ def variant_name(family: ModelFamily, kind: str) -> str:
     return f"{family.class_name}+{kind}"
 
 
-def with_channels(family: ModelFamily, kind: str, beside: tuple[Beside, ...], **changes: Any) -> ModelFamily:
-    """The variant ``kind`` of a family: at every evaluation conditions (B, C', h, w) are joined to the latent (B, C, h,
-    w) along its channels, in this order.
+def with_channels(
+    family: ModelFamily, kind: str, beside: tuple[Beside, ...], alone: Mapping[str, Any] | None = None, **changes: Any
+) -> ModelFamily:
+    """The variant ``kind`` of a family: at every evaluation conditions (B, C', [f,] h, w) are joined to the latent (B,
+    C, [f,] h, w) along its channels, in this order.
 
-    changes: fields of the family.
+    alone: settings of a model that is given its latent alone, besides as many channels. changes: fields of the family.
     """
+
+    def _alone(config: Mapping[str, Any]) -> dict[str, Any]:
+        into = config.get("out_channels") or config["in_channels"]
+        return {**config, **(alone or {}), "in_channels": into}
+
     names = [part.name for part in beside]
 
     def counts(config: Mapping[str, Any]) -> tuple[int, list[int]]:
@@ -65,9 +72,9 @@ def with_channels(family: ModelFamily, kind: str, beside: tuple[Beside, ...], **
     def latent_channels(config: Mapping[str, Any]) -> int:
         return counts(config)[0]
 
-    def inputs(config: Mapping[str, Any], batch: int, height: int, width: int, text: int) -> tuple[InputSpec, ...]:
-        own = family.inputs(_alone(config), batch, height, width, text)
-        shapes = [(batch, count, height, width) for count in counts(config)[1]]
+    def inputs(config: Mapping[str, Any], batch: int, *size_and_text: int) -> tuple[InputSpec, ...]:
+        own = family.inputs(_alone(config), batch, *size_and_text)
+        shapes = [(batch, count, *size_and_text[: family.axes]) for count in counts(config)[1]]
         joined = (
             InputSpec(name, shape, "model", "condition", "image") for name, shape in zip(names, shapes, strict=True)
         )
@@ -87,12 +94,5 @@ def with_channels(family: ModelFamily, kind: str, beside: tuple[Beside, ...], **
         inputs=inputs,
         call=call,
         joined=tuple(names),
-        pictures={part.name: part.use for part in beside},
-        size_multiple=None,
-        **changes,
+        **{"pictures": {part.name: part.use for part in beside}, "size_multiple": None, **changes},
     )
-
-
-def _alone(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration of a model that is given its latent alone."""
-    return {**config, "in_channels": config.get("out_channels") or config["in_channels"]}

@@ -21,6 +21,7 @@ from dipgo_deploy.errors import UserError
 from dipgo_deploy.models import ip_adapter
 from dipgo_deploy.models.defaults import class_defaults, with_defaults
 from dipgo_deploy.models.family import ModelFamily, numbered
+from dipgo_deploy.models.image_encoder import check_processor
 from dipgo_deploy.models.quantized import gguf_refused, is_gguf, refuse_quantised_settings
 from dipgo_deploy.models.registry import families, family_for
 from dipgo_deploy.schedule.identity import FILE_HASH, file_hash
@@ -197,13 +198,15 @@ def denoiser_config(model: str | Path) -> tuple[ModelFamily, dict[str, Any]]:
         others = {
             name: read_configuration(folder / name / "config.json") for name in companion_folders(folder, family, index)
         }
+        if family.image_encoder is not None:
+            others |= _image_encoder(folder, index, *family.image_encoder)
         if options.ip_adapter is not None and options.encoder_folder is not None:
             others[ip_adapter.ADAPTER] = ip_adapter.read_adapter(Path(options.ip_adapter), options.encoder_folder)
         whole = _filled(family, config, others)
         _check_settings(folder, family, whole)
         _check_pipeline(folder, family, index, pipeline)
         _check_tokenizers(folder, index)
-        _check_vae(folder, family.latent_channels(whole), family.packing)
+        _check_vae(folder, family, family.latent_channels(whole))
         return family, whole
     if read_options(model).ip_adapter is not None:
         raise UserError(f"{folder}: no {INDEX}: --ip-adapter needs the folder of a pipeline")
@@ -218,6 +221,16 @@ def denoiser_config(model: str | Path) -> tuple[ModelFamily, dict[str, Any]]:
         _check_settings(folder, family, whole)
         return family, whole
     raise UserError(f"{folder}: no {INDEX} or config.json; give a folder in diffusers' format")
+
+
+def _image_encoder(folder: Path, index: Mapping[str, Any], name: str, processor: str) -> dict[str, dict[str, Any]]:
+    """The configuration of a pipeline's image encoder by its name; nothing where it has none."""
+    if _class_in(index, name) is None:
+        return {}
+    config = read_configuration(folder / name / "config.json")
+    prepared = folder / processor / "preprocessor_config.json"
+    check_processor(prepared, read_configuration(prepared), config)
+    return {name: config}
 
 
 def scheduler_config(folder: str | Path) -> dict[str, Any] | None:
@@ -328,12 +341,15 @@ def _check_tokenizers(folder: Path, index: Mapping[str, Any]) -> None:
             )
 
 
-def _check_vae(folder: Path, channels: int, packing: int) -> None:
-    """Refuse a VAE whose latents are not those of the denoiser."""
+def _check_vae(folder: Path, family: ModelFamily, channels: int) -> None:
+    """Refuse a VAE whose latents are not those of the denoiser, or that is not as the family needs it."""
     config = component_config(folder, "vae") or {}
     made = config.get("latent_channels", config.get("z_dim"))
-    if isinstance(made, int) and (made := made * packing**2) != channels:
+    if isinstance(made, int) and (made := made * family.packing**2) != channels:
         raise UserError(f"{folder}: its VAE makes latents of {made} channels, its denoiser takes {channels}")
+    for key, value in family.vae_settings.items():
+        if config.get(key, value) != value:
+            raise UserError(f"{folder}: its VAE has {key} = {config[key]}, {family.pipelines[0]} is for {value} only")
 
 
 def _family_of_pipeline(folder: Path, index: Mapping[str, Any], options: ReadOptions) -> ModelFamily:

@@ -19,6 +19,7 @@ from dipgo_deploy.models import (
     hunyuan,
     ip_adapter,
     ltx,
+    ltx_image,
     pixart,
     qwenimage,
     sana,
@@ -26,6 +27,7 @@ from dipgo_deploy.models import (
     unet2d,
     unet2d_condition,
     wan,
+    wan_image,
     zimage,
 )
 from dipgo_deploy.models.family import ModelFamily
@@ -56,7 +58,9 @@ BUILT_IN = (
     zimage.FAMILY,
     sana.FAMILY,
     wan.FAMILY,
+    wan_image.FAMILY,
     ltx.FAMILY,
+    ltx_image.FAMILY,
     hunyuan.FAMILY,
 )
 

@@ -40,10 +40,18 @@ class TraceShape:
         return 2 * self.batch if self.guidance else self.batch
 
 
-def check_masks(specs: tuple[InputSpec, ...], family: ModelFamily, scale: int) -> None:
-    """Refuse (UserError) a mask in channels that are not the pixels of one of the latent. scale: of its VAE."""
+def check_masks(specs: tuple[InputSpec, ...], family: ModelFamily, scale: int, time_scale: int | None) -> None:
+    """Refuse (UserError) a mask in channels that are not the pixels, or the frames, of one of the latent.
+
+    scale, time_scale: of its VAE.
+    """
     for spec in specs:
         use = family.pictures.get(spec.name)
+        if use is not None and use.form == "first_frame" and spec.shape[1] != time_scale:
+            raise UserError(
+                f"{family.diffusers_class}: takes a mask of {spec.shape[1]} channels, its VAE makes {time_scale} "
+                "frames of one of the latent; use the VAE that it was trained with"
+            )
         if use is not None and use.form == "mask" and spec.shape[1] not in (1, scale**2):
             raise UserError(
                 f"{family.diffusers_class}: takes a mask of {spec.shape[1]} channels, its VAE has {scale}x{scale} "

@@ -49,8 +49,8 @@ def latent_channels(config: Mapping[str, Any]) -> int:
     into, out = int(config["in_channels"]), int(config["out_channels"] or config["in_channels"])
     if into != out or config.get("image_dim") is not None or config.get("added_kv_proj_dim") is not None:
         raise UserError(
-            f"{CLASS_NAME}: in_channels {into}, out_channels {out}, image_dim {config.get('image_dim')}: models that "
-            "start from a picture are not supported; use a text-to-video model"
+            f"{CLASS_NAME}: in_channels {into}, out_channels {out}, image_dim {config.get('image_dim')}: starts from a "
+            "picture; give the folder of its pipeline, WanImageToVideoPipeline"
         )
     return into
 
@@ -106,7 +106,6 @@ FAMILY = ModelFamily(
     class_name=CLASS_NAME,
     pipelines=("WanPipeline",),
     models="Wan 2.1 text to video",
-    refused=("Wan image to video",),
     component="transformer",
     blocks=blocks,
     inputs=inputs,

@@ -95,8 +95,8 @@ def reference_conditions(
 
     Text conditions get ``prompts`` and the empty prompt, class conditions ``labels`` and the null class: one for all
     images, or one each. Without a text encoder an encoded prompt is unit noise that depends on the prompt. A guidance
-    condition is ``guidance_scale``, by default the pipeline's, or 7.5. A picture is noise in [0, 1], its latents or
-    embeddings are unit noise, a mask is 0 or 1.
+    condition is ``guidance_scale``, by default the pipeline's, or 7.5. A picture is noise in [0, 1], its latents,
+    embeddings or states are unit noise, a mask is 0 or 1.
     """
     import torch
 
@@ -132,10 +132,10 @@ def _picture_noise(use: PictureUse, shape: tuple[int, ...]) -> torch.Tensor:
     import torch
 
     stream = np.random.default_rng(0)
-    if use.form in ("latents", "embeds"):
+    if use.form in ("latents", "embeds", "states"):
         return torch.from_numpy(stream.standard_normal(shape, np.float32))
     values = stream.random(shape, np.float32)
-    return torch.from_numpy(values.round() if use.form == "mask" else values)
+    return torch.from_numpy(values.round() if use.form in ("mask", "first_frame") else values)
 
 
 def _scale(source: Source, chosen: float | None) -> float:

@@ -75,6 +75,12 @@ def to_images(decoded: Any) -> Any:
     return (decoded.float() / 2 + 0.5).clamp(0, 1).permute(0, *range(2, decoded.ndim), 1)
 
 
+def from_images(images: Any) -> Any:
+    """What a VAE encodes, (B, 3, [F,] H, W) in [-1, 1], of images (B, [F,] H, W, 3) in [0, 1]; the inverse of
+    ``to_images``."""
+    return (2 * images - 1).permute(0, images.ndim - 1, *range(1, images.ndim - 1))
+
+
 def _patch(vae: Any) -> int:
     """Pixels of the VAE's latent, of each side, that one of the denoiser's holds in its channels."""
     return 1 if getattr(vae, "bn", None) is None else int(vae.config.patch_size[0])

@@ -1,21 +1,20 @@
-"""A VAE decoder of videos that goes through time: chunk after chunk, in memory for one."""
+"""A VAE of videos that goes through time, one way: chunk after chunk, in memory for one."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from dipgo_deploy.backends.base import Backend, Launchable, Memory
 from dipgo_deploy.backends.storage import to_storage
-from dipgo_deploy.bundle.manifest import Components, Graph
+from dipgo_deploy.bundle.manifest import Graph, VideoChunk
 from dipgo_deploy.bundle.names import NEXT, STATE
 
 
-class ChunkedDecoder:
-    """The graphs of a decoder in chunks, bound to two sets of memory for the state between them.
+class Chunked:
+    """The graphs of a decoder or an encoder in chunks, bound to two sets of memory for the state between them.
 
     One is read while the other is written, and nothing is copied.
 
@@ -23,9 +22,10 @@ class ChunkedDecoder:
         UserError: a graph cannot be loaded.
     """
 
-    def __init__(self, engine_dir: Path, components: Components, backend: Backend) -> None:
-        self._backend, self._chunks = backend, components.vae_chunks
-        self._graphs = components.decoders
+    def __init__(
+        self, engine_dir: Path, graphs: Sequence[Graph], chunks: Sequence[VideoChunk], backend: Backend
+    ) -> None:
+        self._backend, self._chunks, self._graphs = backend, chunks, graphs
         specs = [(spec.name, spec.nbytes) for graph in self._graphs for spec in (*graph.inputs, *graph.outputs)]
         largest: dict[str, int] = {}
         for name, nbytes in specs:
@@ -54,20 +54,23 @@ class ChunkedDecoder:
             memory[spec.name] = whole.at(0, spec.nbytes)
         return memory
 
-    def __call__(self, inputs: Mapping[str, np.ndarray], _sizes: Any = None) -> dict[str, np.ndarray]:
-        """Latents (batch, C, f, h, w) by the first graph's input -> its output (batch, F, H, W, 3), all chunks."""
-        latents = next(iter(inputs.values()))
+    def __call__(self, give: Callable[[int, tuple[int, ...]], np.ndarray]) -> dict[str, list[np.ndarray]]:
+        """Each output by name, a part for every chunk.
+
+        give: first frame and shape of a chunk -> what its graph takes of them.
+        """
         backend = self._backend
         for state in self._states:
             for memory in state.values():
                 backend.upload(memory, np.zeros(memory.nbytes, np.uint8))
-        images = []
+        found: dict[str, list[np.ndarray]] = {}
         for place, chunk in enumerate(self._chunks):
             graph = self._graphs[chunk.graph]
-            taken, made = graph.inputs[0], graph.outputs[0]
-            part = latents[:, :, chunk.start : chunk.start + taken.shape[2]]
-            backend.upload(self._plain[taken.name], to_storage(part, taken.dtype))
+            taken = graph.inputs[0]
+            backend.upload(self._plain[taken.name], to_storage(give(chunk.start, taken.shape), taken.dtype))
             self._calls[chunk.graph][place % 2]()
             backend.synchronize()
-            images.append(backend.download(self._plain[made.name], made))
-        return {self._graphs[0].outputs[0].name: np.concatenate(images, axis=1)}
+            for made in graph.outputs:
+                if made.name in self._plain:
+                    found.setdefault(made.name, []).append(backend.download(self._plain[made.name], made))
+        return found

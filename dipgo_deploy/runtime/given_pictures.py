@@ -72,12 +72,17 @@ def _make(
     manifest: Manifest, spec: ConditionSpec, given: Mapping[str, Any], rows: int, per_prompt: int, found: GivenPictures
 ) -> None:
     use, argument = spec.picture, spec.picture.argument
-    if use.form == "embeds":
+    if use.form in ("embeds", "states"):
         encoder = manifest.components.image_encoder
         if encoder is None:
             raise UserError(f"{argument}: this engine directory has no image encoder; give the condition {spec.name}")
         found.encoded[spec.name] = to_squares(given[argument][use.place], encoder.inputs[0].shape[1], argument)
         _check_count(argument, len(found.encoded[spec.name]), rows)
+        return
+    if use.form == "first_frame":
+        shown = np.zeros((1, *spec.shape[1:]), np.float32)
+        shown[:, :, 0] = 1
+        found.rows[spec.name] = _repeated(shown, rows, per_prompt)
         return
     height, width = _pixels(manifest, spec)
     picture = given[argument][use.place]

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 
 from dipgo_deploy.backends.base import Backend
-from dipgo_deploy.bundle.manifest import Components, Graph
+from dipgo_deploy.bundle.manifest import Components, Graph, VideoChunk
 from dipgo_deploy.bundle.shapes import SizeRanges, Sizes
 from dipgo_deploy.errors import NotFiniteError, UserError
-from dipgo_deploy.runtime.chunks import ChunkedDecoder
+from dipgo_deploy.runtime.chunks import Chunked
 from dipgo_deploy.runtime.component import Component
 
 if TYPE_CHECKING:
@@ -34,9 +34,9 @@ class Decoder:
         graph = components.vae_decoder
         assert graph is not None  # checked by the caller
         self._graph = graph
-        self._decode: Component | ChunkedDecoder
+        self._decode: Component | Chunked
         if components.vae_chunks:
-            self._decode = ChunkedDecoder(engine_dir, components, backend)
+            self._decode = Chunked(engine_dir, components.decoders, components.vae_chunks, backend)
         else:
             self._decode = Component(engine_dir, graph, backend)
 
@@ -49,32 +49,60 @@ class Decoder:
             part = latents[start : start + most]
             batch = batch_for(len(part), most, graph.sizes)
             sizes = None if graph.sizes is None else Sizes(batch, *latents.shape[-2:])
-            outputs = self._decode({graph.inputs[0].name: pad_batch(part, batch)}, sizes)
-            parts.append(outputs[graph.outputs[0].name][: len(part)].astype(np.float32))
+            images = self._decoded(pad_batch(part, batch), sizes)
+            parts.append(images[: len(part)].astype(np.float32))
         return np.concatenate(parts)
+
+    def _decoded(self, latents: np.ndarray, sizes: Sizes | None) -> np.ndarray:
+        name = self._graph.outputs[0].name
+        if isinstance(self._decode, Component):
+            return self._decode({self._graph.inputs[0].name: latents}, sizes)[name]
+        return np.concatenate(self._decode(lambda start, shape: latents[:, :, start : start + shape[2]])[name], axis=1)
 
 
 class Encoder:
-    """The VAE encoder of an engine directory, or its image encoder.
+    """The VAE encoder of an engine directory, or its image encoder. chunks: of one that goes through time.
 
     Raises:
-        UserError: the graph cannot be loaded.
+        UserError: a graph cannot be loaded.
     """
 
-    def __init__(self, engine_dir: Path, graph: Graph, backend: Backend) -> None:
-        self._component = Component(engine_dir, graph, backend)
+    def __init__(
+        self, engine_dir: Path, graphs: Sequence[Graph], backend: Backend, chunks: Sequence[VideoChunk] = ()
+    ) -> None:
+        self._graph = graphs[0]
+        self._encode: Component | Chunked
+        if chunks:
+            self._encode = Chunked(engine_dir, graphs, chunks, backend)
+        else:
+            self._encode = Component(engine_dir, self._graph, backend)
 
     def __call__(self, images: np.ndarray) -> dict[str, np.ndarray]:
         """Images float32 (n, H, W, 3) in [0, 1], any n -> ``mean`` and, unless the VAE is deterministic, ``std`` of
-        their latents, float32 (n, C, h, w), both times the scaling factor; or embeddings of each and of none."""
-        graph = self._component.graph
-        batch = graph.inputs[0].shape[0]
+        their latents, float32 (n, C, [f,] h, w), both times the scaling factor; or embeddings of each and of none. A
+        VAE of videos encodes one that begins with the image (``with_grey``)."""
+        batch = self._graph.inputs[0].shape[0]
         parts = []
         for start in range(0, len(images), batch):
             part = images[start : start + batch]
-            outputs = self._component({graph.inputs[0].name: pad_batch(part, batch)})
+            outputs = self._encoded(pad_batch(part, batch))
             parts.append({name: array[: len(part)].astype(np.float32) for name, array in outputs.items()})
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    def _encoded(self, images: np.ndarray) -> dict[str, np.ndarray]:
+        taken = self._graph.inputs[0]
+        if isinstance(self._encode, Component):
+            return self._encode({taken.name: images if len(taken.shape) == 4 else with_grey(images, 0, taken.shape)})
+        found = self._encode(lambda start, shape: with_grey(images, start, shape))
+        return {name: np.concatenate(latents, axis=2) for name, latents in found.items()}
+
+
+def with_grey(images: np.ndarray, start: int, shape: Sequence[int]) -> np.ndarray:
+    """Frames (n, F, H, W, 3) from ``start`` on of a video whose first is the image (n, H, W, 3), and grey behind it."""
+    frames = np.full(shape, 0.5, np.float32)
+    if start == 0:
+        frames[:, 0] = images
+    return frames
 
 
 def to_pictures(pictures: Picture | Sequence[Picture], height: int, width: int, name: str = "image") -> np.ndarray:

@@ -241,9 +241,8 @@ class Pipeline:
 
     def _ready_encoder(self) -> Encoder:
         if self._encoder is None:
-            graph = self.bundle.manifest.components.vae_encoder
-            assert graph is not None  # checked with the request
-            loaded = Encoder(self.bundle.path, graph, self.backend)
+            components = self.bundle.manifest.components
+            loaded = Encoder(self.bundle.path, components.encoders, self.backend, components.vae_encoder_chunks)
             self.bundle.check_unchanged()
             self._encoder = loaded
         return self._encoder
@@ -252,7 +251,7 @@ class Pipeline:
         if self._image_encoder is None:
             graph = self.bundle.manifest.components.image_encoder
             assert graph is not None  # checked with the request
-            loaded = Encoder(self.bundle.path, graph, self.backend)
+            loaded = Encoder(self.bundle.path, (graph,), self.backend)
             self.bundle.check_unchanged()
             self._image_encoder = loaded
         return self._image_encoder
@@ -550,7 +549,7 @@ class Pipeline:
             pictures = request.encoded.get(spec.name)
             if pictures is None or spec.picture.drawn not in drawn:
                 continue
-            if spec.picture.form == "embeds":
+            if spec.picture.form in ("embeds", "states"):
                 conditions[spec.name] = self._embedded(spec, pictures, request.images)
                 continue
             mean, deviation = self._encoded(pictures)
@@ -570,7 +569,8 @@ class Pipeline:
 
     def _embedded(self, spec: ConditionSpec, pictures: np.ndarray, images: int) -> tuple[np.ndarray | None, np.ndarray]:
         found = self._ready_image_encoder()(pictures)
-        rows, nothing = (_of_each(found[name], images) for name in (EMBEDS, NO_EMBEDS))
+        # Where it gives nothing for none, the picture is in both halves.
+        rows, nothing = (_of_each(found.get(name, found[EMBEDS]), images) for name in (EMBEDS, NO_EMBEDS))
         if not fits(rows, spec.dtype):
             raise self._not_finite(f"image encoder, {spec.name}")
         return (nothing if self.bundle.manifest.guidance else None), rows
@@ -624,6 +624,10 @@ class Pipeline:
                 )
             if not np.isfinite(denoised).all():
                 raise self._not_finite(loop.not_finite() or "the last sum of all predictions")
+            for spec in picture_conditions(manifest):
+                if spec.picture.kept:
+                    frames = inputs[spec.name].shape[2]
+                    denoised[:, :, :frames] = inputs[spec.name][-batch:]
             parts.append(denoised[: request.images - start])
         return np.concatenate(parts), total
 

@@ -490,7 +490,7 @@ def _check_strength(manifest: Manifest, asked: Asked) -> None:
 
 
 def _check_image(manifest: Manifest, asked: Asked, rows: int) -> np.ndarray | None:
-    if asked.image is None:
+    if asked.image is None or manifest.sampler.strength is None:
         return None
     encoder = manifest.components.vae_encoder
     if encoder is None:

@@ -24,6 +24,7 @@ from dipgo_deploy.models.files import (
     loaded_parts,
     part_weights,
 )
+from dipgo_deploy.models.image_encoder import side_of
 from dipgo_deploy.models.location import (
     INDEX,
     config_folder,
@@ -109,22 +110,25 @@ def load_pipeline(folder_or_id: str | Path, dtype: torch.dtype = torch.float32, 
     import diffusers
 
     index = pipeline_index(folder_or_id)
-    family, _ = denoiser_config(folder_or_id)
+    family, config = denoiser_config(folder_or_id)
     if not index:
         raise UserError(f"{folder_or_id}: has no {INDEX}; give the folder of a pipeline")
     source = resolve_model(folder_or_id)
     parts = loaded_parts(folder_or_id)
     absent = {name: None for name, value in index.items() if isinstance(value, list) and name not in parts}
     loaded: dict[str, Any] = {}
-    tokenizers = {}
+    afterwards: dict[str, Any] = {}
     for name, (library, class_name) in parts.items():
         if name in components or name == "scheduler":
             continue
-        if not name.startswith("tokenizer"):
+        if family.image_encoder is not None and name == family.image_encoder[1]:
+            # It comes in afterwards, too: it stands in the place of a class that may need torchvision.
+            loaded[name], afterwards[name] = None, image_processor(side_of(config[family.image_encoder[0]]))
+        elif not name.startswith("tokenizer"):
             loaded[name] = _load_part(folder_or_id, name, library, class_name, None, dtype)
         elif class_name.endswith("Processor"):
             # Its class cannot be looked at where what it needs is missing, so that it comes in afterwards.
-            loaded[name], tokenizers[name] = None, _tokenizer_of_processor(source, name)
+            loaded[name], afterwards[name] = None, _tokenizer_of_processor(source, name)
     encoder = read_options(folder_or_id).encoder_folder
     if encoder is not None:
         loaded |= _image_encoder(encoder, dtype)
@@ -139,17 +143,21 @@ def load_pipeline(folder_or_id: str | Path, dtype: torch.dtype = torch.float32, 
         )
     except Exception as error:  # diffusers, transformers and the hub's client each raise their own
         raise UserError(f"{source}: {owner.__name__} cannot be loaded: {_reason(error)}") from error
-    pipeline.register_modules(**tokenizers)
+    pipeline.register_modules(**afterwards)
     return pipeline
 
 
 def _image_encoder(folder: Path, dtype: torch.dtype) -> dict[str, Any]:
     """An IP-Adapter's image encoder, and the preparation of pictures that diffusers gives it."""
+    encoder = _load_part(folder, ".", "transformers", "CLIPVisionModelWithProjection", None, dtype)
+    return {"image_encoder": encoder.eval(), "feature_extractor": image_processor(encoder.config.image_size)}
+
+
+def image_processor(side: int) -> Any:
+    """CLIP's preparation of pictures for an encoder of so many pixels."""
     from transformers import CLIPImageProcessor
 
-    encoder = _load_part(folder, ".", "transformers", "CLIPVisionModelWithProjection", None, dtype)
-    side = encoder.config.image_size
-    return {"image_encoder": encoder.eval(), "feature_extractor": CLIPImageProcessor(size=side, crop_size=side)}
+    return CLIPImageProcessor(size=side, crop_size=side)
 
 
 def _tokenizer_of_processor(source: str, name: str) -> Any:

@@ -3,25 +3,36 @@
 from __future__ import annotations
 
 import runpy
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKLLTXVideo, FlowMatchEulerDiscreteScheduler, LTXPipeline, LTXVideoTransformer3DModel
+from diffusers import (
+    AutoencoderKLLTXVideo,
+    FlowMatchEulerDiscreteScheduler,
+    LTXImageToVideoPipeline,
+    LTXPipeline,
+    LTXVideoTransformer3DModel,
+)
 from family_checks import build_with_tensorrt_rtx, loop_report, plan_for, random_weights, schedule_for, with_gates
 from flow_pipelines import t5, t5_tokenizer
+from PIL import Image
 from sd_pipelines import relative
+from shared_traces import shared_parts
 from tiny_denoisers import ltx_transformer as transformer
 from video_checks import (
     STEPS,
+    Exported,
     check_blocks,
     check_half_precision,
     check_layers_in_both_layouts,
     check_random_blocks,
     check_samplers,
     check_whole_evaluations_skipped,
+    exported,
     ours,
     theirs,
 )
@@ -31,6 +42,7 @@ from dipgo_deploy.bundle.shapes import Range
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.export.exporter import PlannedExport, publish
 from dipgo_deploy.models import family_for
+from dipgo_deploy.models.location import with_options
 from dipgo_deploy.models.ltx import CLASS_NAME
 from dipgo_deploy.reference.vae import scaling_and_shift
 
@@ -50,6 +62,12 @@ def vae(**changes: Any) -> AutoencoderKLLTXVideo:
     model.latents_mean.copy_(torch.tensor([0.1, -0.2, 0.3, 0.0]))
     model.latents_std.copy_(torch.tensor([1.5, 0.7, 1.0, 2.0]))
     return model
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_export_of_each_part(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with shared_parts(tmp_path_factory.mktemp("ltx-parts")):
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -146,6 +164,38 @@ def test_blocks_and_inputs_of_the_published_size() -> None:
     assert (states.shape, mask.shape, mask.dtype) == ((2, 128, 4096), (2, 128), "int64")
 
 
+@pytest.fixture(scope="module")
+def from_picture(stock: LTXPipeline) -> LTXImageToVideoPipeline:
+    return LTXImageToVideoPipeline(**stock.components)
+
+
+@pytest.fixture(scope="module")
+def video(model: Path, engine: Path, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """The same folder, read as another pipeline. engine: made first, so that its parts are shared."""
+    name = with_options(str(model), pipeline="LTXImageToVideoPipeline")
+    return exported(name, tmp_path_factory.mktemp("ltx-image") / "x", SIZE)
+
+
+def test_image_to_video_is_diffusers(
+    from_picture: LTXImageToVideoPipeline, video: Exported, picture: Image.Image
+) -> None:
+    call: dict[str, Any] = {"prompt": PROMPT, "negative_prompt": NEGATIVE, "guidance_scale": 4.0, "image": picture}
+    for kind in ("latent", "np"):
+        want = theirs(from_picture, output_type=kind, **call, **SIZE)
+        want = unpacked(want) if kind == "latent" else want
+        got = ours(video.engine, output_type=kind, **call)
+        assert got.shape == want.shape
+        assert relative(got, want) < 1e-4
+        # The picture is the first frame, and matters for the others.
+        other = ours(video.engine, output_type=kind, **{**call, "image": picture.rotate(90)})
+        later = np.s_[:, :, 1:] if kind == "latent" else np.s_[:, 1:]
+        assert relative(other[later], want[later]) > 1e-3
+
+
+def test_image_to_video_in_blocks_with_residuals(video: Exported, tmp_path: Path) -> None:
+    check_random_blocks(video.model, video.planned, video.engine, tmp_path / "half")
+
+
 def test_refusals_are_one_line(stock: LTXPipeline, model: Path, tmp_path: Path) -> None:
     schedule = schedule_for(model, steps=STEPS)
     for options, words in (
@@ -157,6 +207,10 @@ def test_refusals_are_one_line(stock: LTXPipeline, model: Path, tmp_path: Path) 
             plan_for(model, schedule, **{**SIZE, **options})
     with pytest.raises(UserError, match="patch_size 2, patch_size_t 1: only models whose tokens"):
         family_for(CLASS_NAME).inputs({**ENTRY["config"], "patch_size": 2}, 2, 21, 16, 22, 128)
+    other = tmp_path / "scaled"
+    LTXImageToVideoPipeline(**{**stock.components, "vae": vae(scaling_factor=0.5)}).save_pretrained(other)
+    with pytest.raises(UserError, match="its VAE has scaling_factor = 0.5, LTXImageToVideoPipeline is for 1.0 only"):
+        plan_for(other, schedule, **SIZE)
     # Positions are told in pixels and seconds, as the VAE has them.
     other = LTXPipeline(**{**stock.components, "vae": vae(patch_size=2)})
     other.save_pretrained(tmp_path / "other")

@@ -1,9 +1,12 @@
-"""Wan in small: text to video, guidance in two calls, UMT5, a decoder that goes through time frame by frame."""
+"""Wan in small: text to video, guidance in two calls, UMT5, a decoder that goes through time frame by frame; image to
+video with the first frame's latents, a mask and CLIP's states of it."""
 
 from __future__ import annotations
 
 import json
 import runpy
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +15,27 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+from diffusers import UniPCMultistepScheduler, WanImageToVideoPipeline, WanPipeline, WanTransformer3DModel
 from family_checks import build_with_tensorrt_rtx, plan_for, random_weights, schedule_for
 from flow_pipelines import t5_tokenizer, umt5
+from PIL import Image
 from sd_pipelines import relative
+from shared_traces import shared_parts
 from tiny_denoisers import wan_transformer
+from transformers import CLIPVisionConfig, CLIPVisionModel
 from video_checks import (
     STEPS,
+    Exported,
     check_blocks,
     check_half_precision,
     check_layers_in_both_layouts,
     check_random_blocks,
     check_samplers,
     check_whole_evaluations_skipped,
+    exported,
     ours,
     theirs,
+    wan_vae,
 )
 
 from dipgo_deploy.bench import quality
@@ -38,6 +47,7 @@ from dipgo_deploy.models import family_for
 from dipgo_deploy.models.wan import CLASS_NAME
 from dipgo_deploy.search.evaluate import sample
 from dipgo_deploy.search.problem import Pair, ProblemOptions, load_problem
+from dipgo_deploy.supernet.load import image_processor
 
 # Latents of 3 x 4 x 8: the tiny VAE halves each side and makes two frames of each latent one but the first.
 SIZE = {"height": 16, "width": 16, "num_frames": 5}
@@ -45,26 +55,19 @@ PROMPT, NEGATIVE = "a red  &amp; shoe", "a and"
 # The settings of the published folders.
 UNIPC = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
 
+# Pixels of the image encoder's side.
+SIDE = 16
+
 FULL_SIZE = {
     model["name"]: model
     for model in runpy.run_path(str(Path(__file__).resolve().parents[2] / "tools/full_size/wan.py"))["MODELS"]
 }
 
 
-def vae() -> AutoencoderKLWan:
-    """Two levels, of which one lengthens time."""
-    model = AutoencoderKLWan(
-        base_dim=4,
-        z_dim=4,
-        dim_mult=[1, 1],
-        num_res_blocks=0,
-        temperal_downsample=[True],
-        latents_mean=[0.1, -0.2, 0.3, 0.0],
-        latents_std=[1.5, 0.7, 1.0, 2.0],
-        scale_factor_temporal=2,
-        scale_factor_spatial=2,
-    )
-    return random_weights(model)
+@pytest.fixture(scope="module", autouse=True)
+def one_export_of_each_part(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with shared_parts(tmp_path_factory.mktemp("wan-parts")):
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +76,7 @@ def stock() -> WanPipeline:
     return WanPipeline(
         tokenizer=t5_tokenizer(),
         text_encoder=umt5(),
-        vae=vae(),
+        vae=wan_vae(),
         transformer=wan_transformer(),
         scheduler=UniPCMultistepScheduler(**UNIPC),
     )
@@ -185,7 +188,7 @@ def test_refusals_are_one_line(model: Path, engine: Path) -> None:
             plan_for(model, schedule, **{**SIZE, **options})
     family = family_for(CLASS_NAME)
     for config, words in (
-        ({"image_dim": 1280, "added_kv_proj_dim": 5120, "in_channels": 36}, "start from a picture"),
+        ({"image_dim": 1280, "added_kv_proj_dim": 5120, "in_channels": 36}, "starts from a picture"),
         ({"rope_max_seq_len": 8}, "positions for 8 patches"),
     ):
         with pytest.raises(UserError) as error:
@@ -195,3 +198,79 @@ def test_refusals_are_one_line(model: Path, engine: Path) -> None:
         ours(engine, prompt="a", num_frames=9)
     with pytest.raises(UserError, match=r"latents: shape \(1, 4, 8, 8\), needs \(1, 4, 3, 8, 8\)"):
         ours(engine, prompt="a", latents=np.zeros((1, 4, 8, 8), np.float32))
+
+
+def image_encoder() -> CLIPVisionModel:
+    torch.manual_seed(0)
+    settings = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return random_weights(CLIPVisionModel(CLIPVisionConfig(image_size=SIDE, patch_size=8, **settings)), scale=0.2)
+
+
+@pytest.fixture(scope="module")
+def from_picture(stock: WanPipeline) -> WanImageToVideoPipeline:
+    shared = {name: getattr(stock, name) for name in ("tokenizer", "text_encoder", "vae", "scheduler")}
+    return WanImageToVideoPipeline(
+        **shared,
+        transformer=wan_transformer(in_channels=10, image_dim=8, added_kv_proj_dim=24),
+        image_encoder=image_encoder(),
+        image_processor=image_processor(SIDE),
+    )
+
+
+@pytest.fixture(scope="module")
+def video(from_picture: WanImageToVideoPipeline, engine: Path, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """engine: made first, so that its parts are shared."""
+    folder = tmp_path_factory.mktemp("wan-image")
+    from_picture.save_pretrained(folder / "model")
+    return exported(folder / "model", folder / "x", SIZE)
+
+
+def test_image_to_video_is_diffusers(
+    from_picture: WanImageToVideoPipeline, video: Exported, picture: Image.Image
+) -> None:
+    call: dict[str, Any] = {"prompt": "a red shoe", "negative_prompt": "a and", "guidance_scale": 3.0, "image": picture}
+    for kind in ("latent", "np"):
+        want = theirs(from_picture, output_type=kind, **call, **SIZE)
+        got = ours(video.engine, output_type=kind, **call)
+        assert got.shape == want.shape
+        assert relative(got, want) < 1e-4
+        # The picture does matter in this tiny model.
+        assert relative(ours(video.engine, output_type=kind, **{**call, "image": picture.rotate(90)}), want) > 1e-3
+
+
+def test_image_to_video_in_blocks_with_residuals(video: Exported, tmp_path: Path) -> None:
+    check_random_blocks(video.model, video.planned, video.engine, tmp_path / "half")
+
+
+def test_image_to_video_is_written(video: Exported, picture: Image.Image, tmp_path: Path) -> None:
+    clip, shown = tmp_path / "clip.mp4", tmp_path / "in.png"
+    picture.save(shown)
+    call = ["--engine-dir", str(video.engine), "--prompt", "shoe", "--image", str(shown), "-o", str(clip), "--json"]
+    done = CliRunner().invoke(run.command, call, catch_exceptions=False)
+    assert json.loads(done.stdout)["shape"] == [1, 4, 3, 8, 8]
+    with av.open(str(clip)) as shot:
+        assert len(list(shot.decode(shot.streams.video[0]))) == 5
+    with pytest.raises(UserError, match="image: missing; this engine directory draws from a picture"):
+        ours(video.engine, prompt="shoe")
+
+
+def test_image_to_video_refusals_are_one_line(video: Exported, tmp_path: Path) -> None:
+    schedule = schedule_for(video.model, steps=STEPS)
+    config, processor = "transformer/config.json", "image_processor/preprocessor_config.json"
+    for number, (file, changes, words) in enumerate(
+        (
+            (config, {"in_channels": 12}, "a mask of 4 channels, its VAE makes 2 frames of one of the latent"),
+            (config, {"in_channels": 4}, "only models work whose input is the latent with mask and image_latents"),
+            (config, {"pos_embed_seq_len": 10}, "models that are given the last frame, too, are not supported"),
+            (config, {"image_dim": 16}, "image_dim 16, its image_encoder makes states of 8; use its own"),
+            (processor, {"crop_size": 32}, "crop_size = 32, its image encoder takes 16 pixels"),
+            (processor, {"do_center_crop": False}, "do_center_crop = False: pictures are prepared with True only"),
+            ("model_index.json", {"image_encoder": [None, None]}, "image_dim 8, but its pipeline has no image_encoder"),
+            ("model_index.json", {"_class_name": "WanPipeline"}, "starts from a picture; give the folder of its pipe"),
+        )
+    ):
+        folder = shutil.copytree(video.model, tmp_path / str(number))
+        document = json.loads((folder / file).read_text())
+        (folder / file).write_text(json.dumps({**document, **changes}))
+        with pytest.raises(UserError, match=words):
+            plan_for(folder, schedule, allow_other_config=True, **SIZE)
