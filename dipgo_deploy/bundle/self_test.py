@@ -47,6 +47,11 @@ class Recorded(pydantic.BaseModel):
         description="launches of the layout `variants` that are expected by themselves, from recorded caches"
     )
     left_out: tuple[str, ...] = pydantic.Field(description="variants that are not expected by themselves")
+    whole: bool = pydantic.Field(
+        default=True,
+        exclude_if=bool,
+        description="whether the loop was recorded to its end; else the predictions are all there is of it",
+    )
 
     @pydantic.field_validator("tolerance", "guidance_scale")
     @classmethod
@@ -80,10 +85,10 @@ def alone_tensor(launch: int, name: str) -> str:
     return f"launch.{launch}.{name}"
 
 
-def loop_specs(manifest: Manifest, predictions: tuple[int, ...]) -> dict[str, TensorSpec]:
+def loop_specs(manifest: Manifest, predictions: tuple[int, ...], *, whole: bool) -> dict[str, TensorSpec]:
     """What is recorded of the loop; manifest: at its sizes."""
     sample = (manifest.batch, *manifest.latent.shape)
-    shapes = {FINAL: sample, **{prediction_tensor(launch): sample for launch in predictions}}
+    shapes = {**({FINAL: sample} if whole else {}), **{prediction_tensor(launch): sample for launch in predictions}}
     found = {name: TensorSpec(name=name, shape=shape, dtype="float32") for name, shape in shapes.items()}
     for spec in manifest.conditions:
         name = condition_tensor(spec.name)
@@ -105,7 +110,7 @@ def alone_specs(manifest: Manifest, launch: int) -> dict[str, TensorSpec]:
 
 def tensor_specs(recorded: Recorded, manifest: Manifest) -> dict[str, TensorSpec]:
     """All tensors of a test by name; manifest: at its sizes."""
-    found = loop_specs(manifest, recorded.predictions)
+    found = loop_specs(manifest, recorded.predictions, whole=recorded.whole)
     for launch in recorded.alone:
         found |= alone_specs(manifest, launch)
     return found
@@ -163,6 +168,8 @@ def _check_launches(path: Path, recorded: Recorded, manifest: Manifest) -> None:
     for launch in (*recorded.predictions, *recorded.alone):
         if not 0 <= launch < len(plan.launches):
             raise UserError(f"{path}: there is no launch {launch}; {EXPORT_AGAIN}")
+    if not recorded.whole and not recorded.predictions:
+        raise UserError(f"{path}: nothing is recorded of the loop; {EXPORT_AGAIN}")
     for launch in recorded.predictions:
         if plan.launches[launch].slot is None:
             raise UserError(f"{path}: launch {launch} makes no prediction; {EXPORT_AGAIN}")

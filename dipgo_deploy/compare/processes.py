@@ -6,44 +6,71 @@ and which holds the pages of one layer at a time; the second runs the graphs, wi
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dipgo_deploy.bundle.self_test import SELF_TEST_NAME
 from dipgo_deploy.compare.metrics import Agreement, worst
 from dipgo_deploy.errors import ToleranceError, UserError
 
 if TYPE_CHECKING:
     from dipgo_deploy.bundle.manifest import PlanEntry
+    from dipgo_deploy.compare.self_test import SelfTestRecorder
+    from dipgo_deploy.reference.recorded import ToDisk
     from dipgo_deploy.reference.recording import Recorder
     from dipgo_deploy.reference.steps import StepRecorder
     from dipgo_deploy.schedule.document import Schedule
+    from dipgo_deploy.supernet.loop import Evaluation
 
 # Exit status of a comparison beyond tolerance; 1 is that of any Python that ends in a traceback.
 _BEYOND = 3
 
 
-def verify_in_processes(engine_dir: Path, model: str) -> Agreement:
+def verify_in_processes(engine_dir: Path, model: str, self_test: int | None = None) -> Agreement:
     """Compare manifest, launch list and graphs of a written engine directory with the model, in two processes; how far
     the graphs agree.
 
     The first runs the supernet and records, the second runs the graphs: it has neither torch nor the torch model, the
     first no graph. The recordings are files in a folder of ``engine_dir`` meanwhile.
+    self_test: bytes of the test that the directory is to carry, as far as the first process runs the model's loop; it
+    is written where everything agrees, and not in the manifest yet.
 
     Raises:
         ToleranceError: as ``verify_written``. UserError: a process failed.
     """
+    with _recorded(engine_dir, model, self_test) as folder:
+        agreement = Agreement(*json.loads(_run("compare", str(engine_dir), str(folder)).splitlines()[-1]))
+        _take_self_test(folder, engine_dir, self_test)
+        return agreement
+
+
+def record_in_process(engine_dir: Path, model: str, self_test: int) -> None:
+    """Record the test that a directory is to carry where its graphs are not compared; as ``verify_in_processes``."""
+    with _recorded(engine_dir, model, self_test) as folder:
+        _take_self_test(folder, engine_dir, self_test)
+
+
+@contextlib.contextmanager
+def _recorded(engine_dir: Path, model: str, self_test: int | None) -> Iterator[Path]:
+    """The folder that the first process has written; gone when the context ends."""
     if not engine_dir.is_dir():
         raise UserError(f"{engine_dir}: no such folder; give an engine directory")
     with tempfile.TemporaryDirectory(prefix=".recorded-", dir=engine_dir) as folder:
-        _run("record", str(engine_dir), model, folder)
-        return Agreement(*json.loads(_run("compare", str(engine_dir), folder).splitlines()[-1]))
+        _run("record", str(engine_dir), model, folder, str(self_test or 0))
+        yield Path(folder)
+
+
+def _take_self_test(folder: Path, engine_dir: Path, self_test: int | None) -> None:
+    if self_test is not None:
+        os.replace(folder / SELF_TEST_NAME, engine_dir / SELF_TEST_NAME)
 
 
 def _run(*arguments: str) -> str:
@@ -62,17 +89,19 @@ def _run(*arguments: str) -> str:
     return done.stdout
 
 
-def _record(engine_dir: Path, model: str, folder: Path) -> None:
+def _record(engine_dir: Path, model: str, folder: Path, self_test: int = 0) -> None:
     """What the first process does: recordings in ``folder/0`` and, of open sizes, further folders, one for each of the
-    sizes that are compared."""
+    sizes that are compared; and where ``self_test`` says of how many bytes, a test for the directory in ``folder``."""
     from dipgo_deploy.bundle.directory import Bundle
+    from dipgo_deploy.bundle.self_test import write_self_test
     from dipgo_deploy.compare.facts import check_facts
     from dipgo_deploy.compare.launch_list import check_launch_list
+    from dipgo_deploy.compare.self_test import SelfTestRecorder
     from dipgo_deploy.compare.written import sizes_compared
     from dipgo_deploy.reference.load import load_reference
     from dipgo_deploy.reference.mapped import MappedCaches, float32_files, give_back_after_use
     from dipgo_deploy.reference.quiet import quiet_libraries
-    from dipgo_deploy.reference.recorded import ToDisk
+    from dipgo_deploy.reference.recorded import ToDisk, read_recordings
     from dipgo_deploy.reference.recording import run_until_complete
     from dipgo_deploy.reference.steps import recorder_for
 
@@ -90,10 +119,35 @@ def _record(engine_dir: Path, model: str, folder: Path) -> None:
             recorder = recorder_for(bundle, reference.schedule, inputs.guidance_scale, again=False)
             (folder / str(place)).mkdir()
             written = ToDisk(recorder, folder / str(place), caches)
-            run_until_complete(written, reference, inputs, _caches_kept(reference.schedule, plan, recorder))
+            test = SelfTestRecorder(bundle, self_test, whole=False) if self_test and not place else None
+            keep = _caches_kept(reference.schedule, plan, recorder)
+            run_until_complete(_With(written, test), reference, inputs, keep)
             written.close()
+            if test is not None:
+                alone = read_recordings(folder / str(place)) if plan.layout == "variants" else ()
+                test.finish(inputs, alone, None, reference.source.family.tolerances[manifest.dtype])
+                assert test.test is not None
+                write_self_test(folder, test.test)
             del reference
             gc.collect()  # a model's hooks refer to it
+
+
+class _With:
+    """A recorder, and beside it one that takes what the loop runs for the first."""
+
+    def __init__(self, recorder: ToDisk, beside: SelfTestRecorder | None) -> None:
+        self._recorder, self._beside = recorder, beside
+
+    @property
+    def complete(self) -> bool:
+        """Whether the first has what it wants."""
+        return self._recorder.complete
+
+    def __call__(self, evaluation: Evaluation) -> None:
+        """Take one evaluation of the loop."""
+        if self._beside is not None:
+            self._beside(evaluation)
+        self._recorder(evaluation)
 
 
 def _caches_kept(schedule: Schedule, plan: PlanEntry, recorder: Recorder | StepRecorder) -> Callable[[int], set[str]]:
@@ -153,7 +207,7 @@ def _main() -> int:
     stage, engine_dir, *rest = sys.argv[1:]
     try:
         if stage == "record":
-            _record(Path(engine_dir), rest[0], Path(rest[1]))
+            _record(Path(engine_dir), rest[0], Path(rest[1]), int(rest[2]))
         else:
             print(json.dumps(_compare(Path(engine_dir), Path(rest[0]))))
     except ToleranceError as error:

@@ -40,15 +40,17 @@ class SelfTestRecorder:
     """Takes every evaluation of the model's loop, then what was compared, and makes a test of it of at most ``limit``
     bytes: the loop with a few of its predictions, and as many variants by themselves as there is room for.
 
-    bundle: at its usual sizes. needed: bytes of the least that can be recorded. test: None before ``finish``.
+    bundle: at its usual sizes. whole: False where the model's loop is not run to its end. needed: bytes of the least
+    that can be recorded. test: None before ``finish``.
     """
 
-    def __init__(self, bundle: Bundle, limit: int) -> None:
+    def __init__(self, bundle: Bundle, limit: int, *, whole: bool = True) -> None:
         self._manifest = bundle.manifest
-        self._limit = limit
-        self.needed = nbytes(loop_specs(bundle.manifest, ()))
+        self.limit = limit
+        self._whole = whole
         launches = bundle.manifest.plan.launches
         predicting = [index for index, launch in enumerate(launches) if launch.slot is not None]
+        self.needed = nbytes(loop_specs(bundle.manifest, () if whole else (predicting[0],), whole=whole))
         some = np.linspace(0, len(predicting) - 1, _PREDICTIONS).round().astype(int)
         self._chosen = {launches[predicting[place]].step: predicting[place] for place in some}
         self._predictions: dict[int, np.ndarray] = {}
@@ -64,7 +66,7 @@ class SelfTestRecorder:
         self,
         inputs: ReferenceInputs,
         recordings: Iterable[Recording],
-        final: np.ndarray,
+        final: np.ndarray | None,
         tolerance: float,
         compared: Sequence[Checked] | None = None,
     ) -> None:
@@ -73,7 +75,7 @@ class SelfTestRecorder:
         Args:
             inputs: what the loop started from, of ``SEED``.
             recordings: of variants; none of the layout ``segments``.
-            final: the model's final latents, float32 (B, C, h, w).
+            final: the model's final latents, float32 (B, C, h, w); None of a loop that did not come to its end.
             tolerance: of the comparison, relative.
             compared: evaluations of the engine's loop. Where the engine was judged by the model on its own latent, the
                 prediction is not expected of others: they have no model. None where no engine was run: then only the
@@ -86,14 +88,14 @@ class SelfTestRecorder:
         plan = manifest.plan
         self._check_seed(inputs)
         expected = self._expected(compared)
-        tensors = {FINAL: final}
+        tensors = {} if final is None else {FINAL: final}
         tensors |= {condition_tensor(name): rows for name, rows in as_arrays(inputs.conditions).items()}
         kept: tuple[int, ...] = ()
         for launch in expected:
-            if nbytes(loop_specs(manifest, (*kept, launch))) <= self._limit:
+            if nbytes(loop_specs(manifest, (*kept, launch), whole=self._whole)) <= self.limit:
                 kept = (*kept, launch)
                 tensors[prediction_tensor(launch)] = self._predictions[launch]
-        used = nbytes(loop_specs(manifest, kept))
+        used = nbytes(loop_specs(manifest, kept, whole=self._whole))
         alone: dict[int, int] = {}
         for recording in recordings:
             launch = next(
@@ -102,7 +104,7 @@ class SelfTestRecorder:
                 if (launch.step, launch.variant) == (recording.step, recording.variant)
             )
             size = nbytes(alone_specs(manifest, launch))
-            if recording.variant not in alone and used + size <= self._limit:
+            if recording.variant not in alone and used + size <= self.limit:
                 used += size
                 alone[recording.variant] = launch
                 tensors |= _tensors_of(recording, launch, plan.variants[recording.variant].reads)
@@ -116,6 +118,7 @@ class SelfTestRecorder:
                 predictions=kept,
                 alone=tuple(alone.values()),
                 left_out=tuple(variant.name for place, variant in enumerate(plan.variants) if place not in alone),
+                whole=self._whole,
             ),
             tensors,
             manifest,

@@ -38,7 +38,8 @@ class ExportOptions:
         timestep_tables: what depends on the timestep alone as tables, made at export, without its weights; None: where
             these are at least 5 % of all. A planned export says what it became.
         self_test: record a loop of the model, which ``Pipeline.self_test`` compares with anywhere; at most 64 MiB of
-            it. None: where it fits 1 MiB and the model's loop runs for the check (or would, of bf16).
+            it, with ``low_memory`` its beginning and each variant's first launch. None: where it fits 1 MiB and the
+            model's loop runs for the check (or would, of bf16 without ``low_memory``).
     """
 
     dtype: str = "fp32"
@@ -78,9 +79,5 @@ def check_options(options: ExportOptions) -> None:
     for name in ("guidance", "low_memory", "timestep_tables", "self_test"):
         if getattr(options, name) is not None:
             arguments.flag(name, getattr(options, name))
-    if options.self_test and options.low_memory:
-        raise UserError(
-            "--self-test: not where weights are held once, as those of large models are; give --no-low-memory too"
-        )
     if options.layout == "segments" and options.max_variants is not None:
         raise UserError("--max-variants: not with --layout segments, where no weight is in two graphs; leave it out")

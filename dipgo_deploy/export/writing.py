@@ -151,14 +151,17 @@ def _self_test_recorder(planned: PlannedExport, bundle: Bundle, note: Notify) ->
     options, manifest = planned.options, bundle.manifest
     if options.self_test is False:
         return None
-    if options.low_memory:
-        note("no self-test: weights are held once, so the model's loop is not run to its end; --no-low-memory runs it")
+    if options.low_memory and options.dtype == "bf16" and options.self_test is None:
+        note(
+            "no self-test: bf16 graphs are not compared here, and the model would run for it alone; --self-test does it"
+        )
         return None
     if not options.check and options.self_test is None:
         note("no self-test: it is recorded with the comparison; --self-test records it without")
         return None
     limit = MOST_BYTES if options.self_test else SMALL_BYTES
-    recorder = SelfTestRecorder(bundle.at(manifest.usual_sizes), limit)
+    # Where weights are held once, the model's loop runs no further than the comparison of the graphs needs.
+    recorder = SelfTestRecorder(bundle.at(manifest.usual_sizes), limit, whole=not options.low_memory)
     if recorder.needed <= limit:
         return recorder
     needed = f"a loop's conditions and latents take {recorder.needed / 2**20:.1f} MiB, more than {limit / 2**20:.0f}"
@@ -170,6 +173,28 @@ def _self_test_recorder(planned: PlannedExport, bundle: Bundle, note: Notify) ->
 
 def _with_self_test(planned: PlannedExport, bundle: Bundle, recorder: SelfTestRecorder, notify: Notify) -> Manifest:
     """The directory with its test, and its manifest."""
+    if planned.options.low_memory:
+        _record_in_process(planned, bundle, recorder, notify)
+    else:
+        _write_recorded(planned, bundle, recorder, notify)
+    digest = sha256_file(bundle.path / SELF_TEST_NAME)
+    files = dict(sorted({**bundle.manifest.files, SELF_TEST_NAME: digest}.items()))
+    manifest = bundle.manifest.model_copy(update={"files": files})
+    (bundle.path / MANIFEST_NAME).write_text(manifest.dumps(), encoding="utf-8")
+    return manifest
+
+
+def _record_in_process(planned: PlannedExport, bundle: Bundle, recorder: SelfTestRecorder, notify: Notify) -> None:
+    """The file, where the comparison has not written it."""
+    from dipgo_deploy.compare.processes import record_in_process
+
+    if not (bundle.path / SELF_TEST_NAME).is_file():
+        notify("recording a self-test")
+        record_in_process(bundle.path, planned.source.name, recorder.limit)
+
+
+def _write_recorded(planned: PlannedExport, bundle: Bundle, recorder: SelfTestRecorder, notify: Notify) -> None:
+    """The file, of what was recorded with the comparison, else by itself."""
     from dipgo_deploy.compare.self_test import record_alone
     from dipgo_deploy.reference.load import reference_of
 
@@ -180,11 +205,6 @@ def _with_self_test(planned: PlannedExport, bundle: Bundle, recorder: SelfTestRe
         record_alone(usual, reference_of(usual, source), source.family.tolerances[planned.options.dtype], recorder)
     assert recorder.test is not None
     write_self_test(bundle.path, recorder.test)
-    digest = sha256_file(bundle.path / SELF_TEST_NAME)
-    files = dict(sorted({**bundle.manifest.files, SELF_TEST_NAME: digest}.items()))
-    manifest = bundle.manifest.model_copy(update={"files": files})
-    (bundle.path / MANIFEST_NAME).write_text(manifest.dumps(), encoding="utf-8")
-    return manifest
 
 
 def _release(planned: PlannedExport) -> None:
@@ -208,7 +228,8 @@ def _check(
     if not planned.options.low_memory:
         return verify_written(bundle, _in_float32(planned.source, planned.options), notify, note, recorder)
     notify(f"comparing the {planned.layout} with the supernet")
-    agreement = verify_in_processes(bundle.path, planned.source.name)
+    limit = None if recorder is None else recorder.limit
+    agreement = verify_in_processes(bundle.path, planned.source.name, limit)
     note("not compared at this size: the loop, the weights' values, text encoder and VAE; dipgo-compare does it")
     return agreement
 

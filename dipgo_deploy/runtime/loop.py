@@ -211,6 +211,7 @@ class DenoisingLoop:
         image: np.ndarray | None = None,
         guidance_scale: float = 1.0,
         on_launch: Callable[[int], None] | None = None,
+        count: int | None = None,
     ) -> np.ndarray:
         """Denoise one batch.
 
@@ -221,6 +222,7 @@ class DenoisingLoop:
             image: latents of the picture (B, C, h, w) that a run for image-to-image starts from.
             guidance_scale: ignored by a bundle without guidance.
             on_launch: called with the index of each launch after it was enqueued.
+            count: launches that are run, all by default; with fewer only the history is of any account.
 
         Returns:
             The final latent, float32 (B, C, h, w).
@@ -231,7 +233,7 @@ class DenoisingLoop:
         """
         view = self._at(noise)
         self._begin(view, noise, conditions, noises, image, guidance_scale)
-        for index, call in enumerate(view.calls):
+        for index, call in enumerate(view.calls[:count]):
             (call or self._ready(index))()
             if on_launch is not None:
                 on_launch(index)

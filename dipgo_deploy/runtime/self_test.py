@@ -160,7 +160,7 @@ def _caches(test: SelfTest, index: int, launch: LaunchEntry) -> np.ndarray:
 
 
 def _loop(test: SelfTest, loop: DenoisingLoop) -> CheckedPart:
-    """The whole loop from the seed's noise."""
+    """The loop from the seed's noise, as far as it was recorded."""
     manifest, plan, recorded = test.manifest, test.manifest.plan, test.recorded
     noise = loop_noise(recorded.seed, sample_shape(manifest), plan.noises, picture=plan.image_slot is not None)
     final = loop.run(
@@ -169,6 +169,7 @@ def _loop(test: SelfTest, loop: DenoisingLoop) -> CheckedPart:
         noises=np.stack(noise.draws) if noise.draws else None,
         image=noise.picture,
         guidance_scale=recorded.guidance_scale,
+        count=None if recorded.whole else max(recorded.predictions) + 1,
     )
     history = loop.history()
     tensors = []
@@ -177,6 +178,8 @@ def _loop(test: SelfTest, loop: DenoisingLoop) -> CheckedPart:
         assert launch.slot is not None  # checked when the test was read
         expected = test.tensors[prediction_tensor(index)]
         tensors.append(_checked(f"prediction of evaluation {launch.step}", history[launch.slot], expected, test))
+    if not recorded.whole:
+        return CheckedPart("beginning of the loop", tuple(tensors))
     tensors.append(_checked("final latents", final, test.tensors[FINAL], test))
     return CheckedPart("loop", tuple(tensors))
 

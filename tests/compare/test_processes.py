@@ -12,13 +12,16 @@ import torch
 from tiny_engines import corrupted, plan_variants, save_dit_pipeline, stored_weights
 
 from dipgo_deploy.bundle.directory import Bundle
+from dipgo_deploy.bundle.self_test import SELF_TEST_NAME, read_self_test
 from dipgo_deploy.compare import processes
+from dipgo_deploy.compare.metrics import Agreement
 from dipgo_deploy.errors import ToleranceError, UserError
 from dipgo_deploy.export.exporter import PlannedExport, publish
 from dipgo_deploy.reference.load import load_reference
 from dipgo_deploy.reference.recorded import read_recordings, read_steps
 from dipgo_deploy.reference.recording import run_until_complete
 from dipgo_deploy.reference.steps import recorder_for
+from dipgo_deploy.runtime.pipeline import Pipeline
 
 torch.set_num_threads(1)
 
@@ -34,8 +37,12 @@ def plan(model: Path) -> Callable[..., PlannedExport]:
 
 
 def test_a_wrong_graph_is_found_by_the_process(plan: Callable[..., PlannedExport], model: Path, tmp_path: Path) -> None:
-    engine = publish(plan(low_memory=True, check=False), tmp_path / "engine").path
-    found = processes.verify_in_processes(engine, str(model))
+    agreed: list[Agreement] = []
+    notes: list[str] = []
+    options = {"agreed": agreed.append, "note": notes.append}
+    engine = publish(plan(low_memory=True), tmp_path / "engine", **options).path
+    (found,) = agreed
+    assert not [line for line in notes if "self-test" in line]
     assert 0 < found.relative < 1e-4 and found.psnr > 80 and found.cosine > 0.999999
     variant = Bundle.open(engine).manifest.plan.variants[0]
     weight = next(name for name in stored_weights(engine, variant) if name.startswith("transformer_blocks.0.ff"))
@@ -47,6 +54,16 @@ def test_a_wrong_graph_is_found_by_the_process(plan: Callable[..., PlannedExport
     with pytest.raises(UserError, match="nowhere: no such folder"):
         processes.verify_in_processes(tmp_path / "nowhere", str(model))
     assert not list(tmp_path.rglob(".*"))
+
+    # What the first process ran of the model's loop is in the directory: its beginning, and each variant by itself.
+    recorded = read_self_test(Bundle.open(engine, verify=True)).recorded
+    plan_entry = Bundle.open(engine).manifest.plan
+    assert not recorded.whole and len(recorded.predictions) == 1 and recorded.left_out == ()
+    assert len(recorded.alone) == len(plan_entry.variants)
+    report = Pipeline.from_engine_dir(engine, "cpu", threads=1).self_test()
+    assert report.passed and report.parts[-1].name == "beginning of the loop"
+    assert [tensor.name for tensor in report.parts[-1].tensors] == ["prediction of evaluation 0"]
+    assert not Pipeline.from_engine_dir(wrong, "cpu", threads=1).self_test().passed
 
 
 def test_graphs_run_where_torch_was_never_loaded(
@@ -73,8 +90,8 @@ def test_recordings_are_those_of_a_loop_that_keeps_all_caches_in_memory(
     bundle = publish(plan(layout=layout, low_memory=True, check=False), tmp_path / "engine")
     folder = tmp_path / "recorded"
     folder.mkdir()
-    processes._record(bundle.path, str(model), folder)
-    assert [part.name for part in folder.iterdir()] == ["0"]  # the caches' files are gone
+    processes._record(bundle.path, str(model), folder, 2**20)
+    assert {part.name for part in folder.iterdir()} == {"0", SELF_TEST_NAME}  # the caches' files are gone
 
     reference = load_reference(bundle)
     given = reference.inputs(bundle.manifest)
@@ -100,3 +117,12 @@ def test_only_a_comparison_beyond_tolerance_is_one(
     monkeypatch.setattr(processes.subprocess, "run", lambda *arguments, **options: done)
     with pytest.raises(kind, match="no space left on device"):
         processes._run("record")
+
+
+@pytest.mark.slow
+def test_a_test_is_recorded_where_nothing_is_compared(plan: Callable[..., PlannedExport], tmp_path: Path) -> None:
+    """bf16 graphs do not run on a CPU; whoever asks gets the model's values all the same."""
+    bundle = publish(plan(low_memory=True, dtype="bf16", self_test=True), tmp_path / "engine")
+    test = read_self_test(bundle)
+    assert not test.recorded.whole and test.recorded.predictions and test.recorded.alone
+    assert "8 bits" in test.recorded.reason
