@@ -84,6 +84,9 @@ class Backend(Protocol):
     def load(self, engine_dir: Path, graph: Graph, weights: ChangedWeights | None = None) -> Executable:
         """Load one graph of the engine directory, with ``weights`` in the place of those that they change."""
 
+    def release(self, executable: Any) -> None:
+        """Let go of a loaded graph, after all its launches: none of them is called again."""
+
     def memory(self) -> dict[str, int]:
         """Bytes on the device by what they are for, as far as the backend knows; empty on the CPU."""
 

@@ -162,6 +162,9 @@ class OnnxRuntimeBackend:
         _check_interface(path, "output", session.get_outputs(), graph.outputs)
         return OnnxExecutable(session, graph, path, self.name, self._ort, kept=tuple(values))
 
+    def release(self, executable: OnnxExecutable) -> None:
+        """Nothing refers to it but who has it."""
+
     def synchronize(self) -> None:
         """Nothing to wait for: a run returns when it is done.
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import numpy as np
 
@@ -144,6 +144,10 @@ class TensorRTBackend:
         self._loaded[executable] = record.weights_bytes
         return executable
 
+    def release(self, executable: TensorRTExecutable) -> None:
+        """Forget the captured launches of a loaded graph, which hold it."""
+        self._queue.forget(executable.contexts)
+
     def copy(self, target: Memory, source: Memory, nbytes: int) -> None:
         """Enqueue a copy on the device."""
         self._cuda.copy(target, source, nbytes)
@@ -213,9 +217,15 @@ class TensorRTExecutable:
         self.graph = graph
         self._kernels = kernels
         self._context: _Context | None = None
+        self._contexts: WeakSet[_Context] = WeakSet()
         self._engine = engine
         self._backend = backend
         self._path = path
+
+    @property
+    def contexts(self) -> Collection[Hashable]:
+        """Those of its launches."""
+        return tuple(self._contexts)
 
     def bind(self, tensors: Mapping[str, Memory], graph: Graph | None = None) -> Launchable:
         """Bind all inputs and outputs by address, for as many launches as wanted; see ``Executable.bind``.
@@ -235,6 +245,7 @@ class TensorRTExecutable:
         context = self._context
         if context is None or not self._backend.one_context:
             self._context = context = _Context(self._backend, self._engine, self._path, self._kernels)
+            self._contexts.add(context)
         # The slots of latents of odd sizes are not aligned.
         odd = {name for name, memory in kept.items() if memory.address % ALIGNMENT}
         inputs, outputs = ([s for s in specs if s.name in odd] for specs in (shaped.inputs, shaped.outputs))

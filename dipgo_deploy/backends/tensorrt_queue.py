@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from typing import Literal, Protocol
 
 GraphMode = Literal["off", "step", "loop"]
@@ -57,6 +57,16 @@ class LaunchQueue:
             sequence = tuple(self._pending)
             self._pending.clear()
             self._go(sequence)
+
+    def forget(self, contexts: Collection[Hashable]) -> None:
+        """Forget all sequences with one of these contexts: they are not run again."""
+        for known in (self._graphs, self._warm):
+            for sequence in [key for key in known if any(run.context in contexts for run in key)]:
+                self._drop(sequence)
+
+    def _drop(self, sequence: tuple[Run, ...]) -> None:
+        self._graphs.pop(sequence, None)
+        self._warm.discard(sequence)
 
     def invalidate(self) -> None:
         """Forget all graphs: something they refer to has moved."""

@@ -148,7 +148,7 @@ def profile_loop(
         blocks, operators = sum_kernels(profiling.events(), names)
     return LoopProfile(
         loop=total,
-        launches=tuple(seconds / repeats for seconds in launches.seconds),
+        launches=tuple(seconds / repeats for seconds in launches.seconds[: len(bundle.manifest.plan.launches)]),
         blocks={name: seconds / repeats for name, seconds in blocks.items()},
         operators={name: seconds / repeats for name, seconds in operators.items()},
     )

@@ -22,6 +22,8 @@ FORMAT_VERSION = 4
 FORECAST_VERSION = 5
 # What is written where graphs take rows of tables.
 TABLES_VERSION = 6
+# What is written where graphs take rows that are made at the start of a run.
+RUN_ROWS_VERSION = 7
 # What is read too: directories without a seal, of which nobody can tell whether the manifest was changed.
 UNSEALED_VERSION = 3
 MANIFEST_NAME = "manifest.json"
@@ -231,12 +233,30 @@ class PlanEntry(_Frozen):
         description="timesteps of the rows in `tables.safetensors` beside the graphs; graphs take the row of a "
         "launch's timestep as their inputs `table.NAME`",
     )
+    table_classes: Many[int] = pydantic.Field(
+        default=(),
+        exclude_if=_is_empty,
+        description="classes of the tables `run.NAME` in `tables.safetensors`, (classes, timesteps, *row of an image); "
+        "graphs take the rows of a run's classes and a launch's timestep as their inputs `run.NAME`; a run can have no "
+        "other class",
+    )
+    prologue: Graph | None = pydantic.Field(
+        default=None,
+        exclude_if=_is_none,
+        description="graph that runs before the launches of a run with other conditions: conditions -> `run.NAME`, "
+        "with the timesteps of the tables in front where it depends on the timestep",
+    )
     arena_bytes: int
     lower_bound_bytes: int
     macs_full: int
     macs_schedule: int
     macs_run: int
     evaluations: int
+
+    @property
+    def graphs(self) -> tuple[Graph, ...]:
+        """Those of the variants, and the prologue's."""
+        return (*(variant.graph for variant in self.variants), *(() if self.prologue is None else (self.prologue,)))
 
     @property
     def history(self) -> History:
@@ -434,7 +454,7 @@ class Components(_Frozen):
 class Manifest(_Frozen):
     """``manifest.json`` of an engine directory."""
 
-    format_version: Literal[3, 4, 5, 6] = 4
+    format_version: Literal[3, 4, 5, 6, 7] = 4
     created_by: str
     model: ModelEntry
     schedule: str = SCHEDULE_NAME
@@ -493,7 +513,9 @@ class Manifest(_Frozen):
                 "latent": self.latent.model_copy(update={"height": sizes.height, "width": sizes.width}),
                 "sizes": None,
                 "conditions": tuple(spec.at(sizes) for spec in self.conditions),
-                "plan": self.plan.model_copy(update={"variants": variants}),
+                "plan": self.plan.model_copy(
+                    update={"variants": variants, "prologue": self.plan.prologue and self.plan.prologue.at(sizes)}
+                ),
                 "components": self.components.model_copy(update=components),
             }
         )
@@ -501,7 +523,7 @@ class Manifest(_Frozen):
     def graph_files(self) -> tuple[str, ...]:
         """Paths of all graphs and of the tokenizers, relative to the directory."""
         encoder = self.components.text_encoder
-        names = [variant.graph.file for variant in self.plan.variants]
+        names = [graph.file for graph in self.plan.graphs]
         names += [graph.file for graph in self.components.graphs]
         names += [entry.file for entry in encoder.tokenizers] if encoder is not None else []
         return tuple(names)
@@ -510,6 +532,7 @@ class Manifest(_Frozen):
         """JSON text with its seal, stable for equal manifests."""
         version = FORECAST_VERSION if any(launch.forecast for launch in self.plan.launches) else FORMAT_VERSION
         version = TABLES_VERSION if self.plan.table_timesteps else version
+        version = RUN_ROWS_VERSION if self.plan.table_classes or self.plan.prologue is not None else version
         document = {**json.loads(self.model_dump_json(exclude={"seal"})), "format_version": version}
         return json.dumps({**document, "seal": seal_of(document)}, indent=1, ensure_ascii=False) + "\n"
 
@@ -530,10 +553,10 @@ class Manifest(_Frozen):
         version = data.get("format_version")
         if version == UNSEALED_VERSION:
             _log.warning("%s: was exported before directories were sealed, so changes to it do not show", path)
-        elif version not in (FORMAT_VERSION, FORECAST_VERSION, TABLES_VERSION):
+        elif version not in (FORMAT_VERSION, FORECAST_VERSION, TABLES_VERSION, RUN_ROWS_VERSION):
             raise UserError(
                 f"{path}: format_version {str(version)[:20]}, this version reads {UNSEALED_VERSION} to "
-                f"{TABLES_VERSION}; export it again or update"
+                f"{RUN_ROWS_VERSION}; export it again or update"
             )
         elif sealed and data.get("seal") != seal_of(data):
             raise UserError(

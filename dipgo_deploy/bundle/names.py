@@ -21,7 +21,7 @@ STATE, NEXT = "state_", "next_"
 # What an image encoder gives: embeddings of a picture, and of none.
 EMBEDS, NO_EMBEDS = "embeds", "no_embeds"
 
-_TABLE = "table."
+_TABLE, _RUN = "table.", "run."
 _NEW, _VALUE = "new_", "value."
 
 _CACHE = re.compile(r"(?:new_)?(?P<prefix>cache|residual|value)\.(?P<block>.+)/out(?P<index>\d+)(?:@(?P<nth>\d+))?")
@@ -77,6 +77,16 @@ def table_input(label: str) -> str:
 def is_table(name: str) -> bool:
     """Whether an input of a graph takes a row of a table of timesteps."""
     return name.startswith(_TABLE)
+
+
+def run_input(label: str) -> str:
+    """Input of a graph that takes a row of what is made at the start of a run."""
+    return f"{_RUN}{label}"
+
+
+def is_run_row(name: str) -> bool:
+    """Whether an input of a graph takes a row of what is made at the start of a run."""
+    return name.startswith(_RUN)
 
 
 def parse_cache(name: str) -> CacheName | None:

@@ -19,6 +19,7 @@ from dipgo_deploy.bundle.names import (
     HISTORY_BEFORE,
     PREDICTION,
     TIMESTEP,
+    is_run_row,
     is_table,
     is_weighted,
 )
@@ -68,6 +69,7 @@ def _check(manifest: Manifest) -> None:
     _require(min(sample) >= 1, f"latent: {sample} has an extent below 1")
     for variant in plan.variants:
         _check_variant(manifest, variant, sample)
+    _check_rows(manifest)
     _check_weights("final", plan.final, plan.slots)
     written: set[int] = _given_slots(plan)
     arena = _Arena(plan.arena_bytes)
@@ -103,6 +105,8 @@ def _graphs(manifest: Manifest) -> Iterator[tuple[str, Graph]]:
     components = manifest.components
     for variant in manifest.plan.variants:
         yield f"variant {variant.name}", variant.graph
+    if manifest.plan.prologue is not None:
+        yield "prologue", manifest.plan.prologue
     if components.text_encoder is not None:
         yield "text_encoder", components.text_encoder.graph
     for graph in components.decoders:
@@ -139,7 +143,7 @@ def _check_variant(manifest: Manifest, variant: VariantEntry, sample: tuple[int,
     conditions = {spec.name: spec for spec in manifest.conditions}
     known = {HISTORY, HISTORY_BEFORE, COEFFICIENTS, TIMESTEP, GUIDANCE_SCALE, FORECAST, *variant.reads, *conditions}
     tables = {name for name in inputs if is_table(name)} if manifest.plan.table_timesteps else set()
-    strange = sorted(inputs.keys() - known - tables)
+    strange = sorted(inputs.keys() - known - tables - {name for name in inputs if is_run_row(name)})
     _require(not strange, f"{where}: nothing fills its input {', '.join(strange[:3])}")
     lost = sorted(outputs.keys() - {PREDICTION, *variant.writes})
     _require(not lost, f"{where}: nothing takes its output {', '.join(lost[:3])}")
@@ -163,6 +167,42 @@ def _check_variant(manifest: Manifest, variant: VariantEntry, sample: tuple[int,
             _require(spec.dtype == conditions[name].dtype, f"{where}: {name} is {spec.dtype}")
 
 
+def _check_rows(manifest: Manifest) -> None:
+    """Rows of tables and of what is made at the start of a run."""
+    plan, conditions = manifest.plan, {spec.name: spec for spec in manifest.conditions}
+    rows: dict[str, TensorSpec] = {}
+    for variant in plan.variants:
+        for spec in variant.graph.inputs:
+            if is_table(spec.name) or is_run_row(spec.name):
+                other = rows.setdefault(spec.name, spec)
+                same = (other.shape, other.dtype) == (spec.shape, spec.dtype)
+                _require(same, f"variant {variant.name}: {spec.name} is not what it is elsewhere")
+    labels = [spec for spec in manifest.conditions if spec.source == "class"]
+    _require(not plan.table_classes or bool(labels), "table_classes: the model takes no classes")
+    _require(len(set(plan.table_classes)) == len(plan.table_classes), "table_classes: a class stands twice")
+    made = {}
+    if plan.prologue is not None:
+        made = {spec.name: spec for spec in plan.prologue.outputs}
+        strange = sorted(name for name in made if not is_run_row(name))
+        _require(not strange, f"prologue: nothing takes its output {', '.join(strange[:3])}")
+        for spec in plan.prologue.inputs:
+            if spec.name != GUIDANCE_SCALE:
+                wanted = conditions.get(spec.name)
+                _require(wanted is not None, f"prologue: nothing fills its input {spec.name}")
+                same = wanted is not None and (wanted.shape, wanted.dtype) == (spec.shape, spec.dtype)
+                _require(same, f"prologue: {spec.name} is not what the conditions say")
+    for name, spec in rows.items():
+        if not is_run_row(name):
+            continue
+        if name in made:
+            shapes = (spec.shape, (len(plan.table_timesteps), *spec.shape))
+            right = made[name].shape in shapes and made[name].dtype == spec.dtype
+            _require(right, f"prologue: {name} is {made[name].dtype} {made[name].shape}, graphs take {spec.shape}")
+        else:
+            _require(bool(plan.table_classes), f"variant: nothing fills its input {name}")
+            _require(spec.shape[:1] == labels[0].shape, f"variant: {name} has the shape {spec.shape}")
+
+
 def weighted_reads(variant: VariantEntry) -> int:
     """How many of a graph's reads have a weight of the launch: those of a forecast, or of a weighted sum all."""
     return sum(map(is_weighted, variant.reads)) or len(variant.reads)
@@ -183,7 +223,7 @@ def _check_launch(
         math.isfinite(launch.timestep) and 0 <= launch.timestep <= MOST_TIMESTEP,
         f"{where}: {launch.timestep} is no timestep",
     )
-    tabled = launch.timestep in plan.table_timesteps or not any(map(is_table, inputs))
+    tabled = launch.timestep in plan.table_timesteps or not any(is_table(name) or is_run_row(name) for name in inputs)
     _require(tabled, f"{where}: there is no row of tables for its timestep {launch.timestep}")
     if HISTORY in inputs:
         _check_weights(where, launch.coefficients, plan.slots)

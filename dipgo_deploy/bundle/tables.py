@@ -1,4 +1,5 @@
-"""Tables of what depends on the timestep alone: a row for each timestep of the launches, in one safetensors file."""
+"""Tables of what is known before the first launch: a row for each timestep of the launches, or for each timestep and
+class, in one safetensors file."""
 
 from __future__ import annotations
 
@@ -7,17 +8,25 @@ from collections.abc import Mapping
 import numpy as np
 
 from dipgo_deploy.bundle.directory import Bundle
-from dipgo_deploy.bundle.manifest import TensorSpec
+from dipgo_deploy.bundle.manifest import Manifest, TensorSpec
 from dipgo_deploy.bundle.names import is_table
+from dipgo_deploy.bundle.prologue import made_by_prologue, run_specs
 from dipgo_deploy.bundle.stored_tensors import open_tensors, read_tensors
+from dipgo_deploy.errors import UserError
 
 TABLES_NAME = "tables.safetensors"
 
 
 def table_specs(bundle: Bundle) -> dict[str, TensorSpec]:
-    """The inputs of all graphs that are rows of tables, by name."""
+    """The inputs of all graphs that are rows of timestep tables, by name."""
     graphs = [variant.graph for variant in bundle.manifest.plan.variants]
     return {spec.name: spec for graph in graphs for spec in graph.inputs if is_table(spec.name)}
+
+
+def class_specs(manifest: Manifest) -> dict[str, TensorSpec]:
+    """The inputs of all graphs that are rows of tables of classes, by name."""
+    made = made_by_prologue(manifest.plan)
+    return {name: spec for name, spec in run_specs(manifest.plan).items() if name not in made}
 
 
 class Tables:
@@ -30,17 +39,25 @@ class Tables:
     def __init__(self, bundle: Bundle) -> None:
         plan = bundle.manifest.plan
         self.specs = table_specs(bundle)
+        self.of_classes = class_specs(bundle.manifest)
+        self._path = bundle.path
         self._place = {timestep: place for place, timestep in enumerate(plan.table_timesteps)}
+        self._class_place = {label: place for place, label in enumerate(plan.table_classes)}
         self._timestep = {launch.step: launch.timestep for launch in plan.launches}
         self.rows: Mapping[str, np.ndarray] = {}
-        if self.specs:
+        self._class_rows: Mapping[str, np.ndarray] = {}
+        if self.specs or self.of_classes:
             path = (bundle.path / plan.variants[0].graph.file).parent / TABLES_NAME
             count = len(plan.table_timesteps)
-            tables = {
-                name: TensorSpec(name=name, shape=(count, *spec.shape), dtype=spec.dtype)
-                for name, spec in self.specs.items()
+            stored = {name: (count, *spec.shape) for name, spec in self.specs.items()}
+            stored |= {
+                name: (len(plan.table_classes), count, *spec.shape[1:]) for name, spec in self.of_classes.items()
             }
-            self.rows = read_tensors(open_tensors(path), tables, "the graphs take")
+            dtypes = {name: spec.dtype for name, spec in {**self.specs, **self.of_classes}.items()}
+            tables = {name: TensorSpec(name=name, shape=shape, dtype=dtypes[name]) for name, shape in stored.items()}
+            read = read_tensors(open_tensors(path), tables, "the graphs take")
+            self.rows = {name: read[name] for name in self.specs}
+            self._class_rows = {name: read[name] for name in self.of_classes}
 
     def has(self, timestep: float) -> bool:
         """Whether there are rows for a timestep."""
@@ -51,6 +68,22 @@ class Tables:
         return self._place[timestep]
 
     def at_evaluation(self, step: int) -> dict[str, np.ndarray]:
-        """What graphs take at an evaluation with launches, by name."""
+        """The rows of the timestep that graphs take at an evaluation with launches, by name."""
         place = self.row(self._timestep[step]) if self.rows else 0
         return {name: rows[place] for name, rows in self.rows.items()}
+
+    def for_classes(self, classes: np.ndarray) -> dict[str, np.ndarray]:
+        """The rows of class ids int64 (images,), by name: (timesteps, images, *row of an image).
+
+        Raises:
+            UserError: a class that has none.
+        """
+        missing = [int(label) for label in classes if int(label) not in self._class_place]
+        if missing:
+            known = ", ".join(map(str, self._class_place))
+            raise UserError(
+                f"{self._path}: class {missing[0]}: was exported for the classes {known} alone; export it again with "
+                "this one, or without --class-labels"
+            )
+        places = [self._class_place[int(label)] for label in classes]
+        return {name: rows[places].swapaxes(0, 1) for name, rows in self._class_rows.items()}

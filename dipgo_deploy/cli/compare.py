@@ -258,7 +258,7 @@ def command(
     from dipgo_deploy.compare.pictures import cases
     from dipgo_deploy.compare.report import Report
     from dipgo_deploy.compare.runners import graphs_on
-    from dipgo_deploy.reference.conditions import LABEL, PROMPT
+    from dipgo_deploy.reference.conditions import PROMPT, label_of
     from dipgo_deploy.reference.load import load_reference
     from dipgo_deploy.reference.quiet import quiet_libraries
 
@@ -275,7 +275,7 @@ def command(
             manifest,
             guidance_scale=manifest.guidance_scale if guidance_scale is None else guidance_scale,
             prompts=prompts or (PROMPT,),
-            labels=labels or (LABEL,),
+            labels=labels or (label_of(bundle.manifest),),
             seed=seed,
         )
         whole = not (variants_only or loop_only)
@@ -379,7 +379,7 @@ def class_ids(
     """
     import numpy as np
 
-    from dipgo_deploy.reference.conditions import DEFAULT_GUIDANCE_SCALE, LABEL, PROMPT
+    from dipgo_deploy.reference.conditions import DEFAULT_GUIDANCE_SCALE, PROMPT, label_of
     from dipgo_deploy.runtime.given_pictures import picture_conditions
     from dipgo_deploy.runtime.requests import Asked, check_request, class_condition, text_conditions
 
@@ -401,7 +401,7 @@ def class_ids(
         image_latents=None if manifest.sampler.strength is None else np.zeros((1, *latent.shape), np.float32),
         conditions={spec.name: np.zeros((1, *spec.shape[1:]), np.float32) for spec in picture_conditions(manifest)},
         prompt=list(prompts) or (PROMPT if text_conditions(manifest) else None),
-        class_labels=labels or (LABEL if class_condition(manifest) is not None else None),
+        class_labels=labels or (label_of(manifest) if class_condition(manifest) is not None else None),
         guidance_scale=scale,
         output_type="latent",
     )

@@ -21,6 +21,7 @@ from dipgo_deploy.cli.options import (
     PATH,
     Command,
     allow_other_config_option,
+    class_label_numbers,
     guidance_option,
     model_option,
     option,
@@ -103,6 +104,20 @@ SIZES = "N|MIN:MAX|MIN:OPT:MAX"
     show_default="where they save 5 % of the weights",
     help="Compute what depends on the timestep alone now, and leave out its weights; a LoRA cannot change them then.",
 )
+@option(
+    "Engine",
+    "--prologue/--no-prologue",
+    default=None,
+    show_default="where it takes 5 % of the weights out of the graphs",
+    help="Compute what depends on a class or a text, and not on the latent, once a run in a graph of its own.",
+)
+@option(
+    "Engine",
+    "--class-labels",
+    show_default="any class",
+    help="Class ids, with commas between them, that alone can be drawn: what depends on the class becomes tables too, "
+    "and its weights are left out.",
+)
 @option("Comparison", "--check/--no-check", default=True, help="Compare the written graphs with the model in torch.")
 @option(
     "Comparison",
@@ -156,6 +171,7 @@ def command(
     for name in ("batch", "height", "width"):
         if options[name] is not None:
             options[name] = size(f"--{name}", options[name])
+    options["class_labels"] = class_label_numbers(options["class_labels"]) or ()
     settings = ExportOptions(**options)
     if budget is not None and any(isinstance(options[name], Range) for name in ("batch", "height", "width")):
         raise UserError("--memory-budget: not with ranges of sizes; give plain numbers for --batch, --height, --width")
@@ -231,15 +247,7 @@ def _facts(planned: PlannedExport, *, both_layouts: bool) -> dict[str, Any]:
             "begin": start.begin,
             "raised": [name for _, name in start.raised],
         }
-    if planned.traced.tables is not None:
-        tables = planned.traced.tables
-        facts["timestep_tables"] = {
-            "tables": len(tables.shapes),
-            "rows": len(planned.table_timesteps),
-            "bytes": tables.row_bytes * len(planned.table_timesteps),
-            "weight_bytes_saved": tables.nbytes,
-            "share_of_weights": tables.share,
-        }
+    facts |= _beforehand_facts(planned)
     if planned.copies is not None:
         facts["weight_copies"] = planned.copies
     both_layouts = both_layouts and planned.traced.shape.sizes is None  # segments are of one size
@@ -257,6 +265,30 @@ def _facts(planned: PlannedExport, *, both_layouts: bool) -> dict[str, Any]:
     if planned.segments is None:
         return facts | plan_summary(planned.plan, planned.traced.graph)
     return facts | segments_summary(segments, planned.plan, pieces)
+
+
+def _beforehand_facts(planned: PlannedExport) -> dict[str, Any]:
+    """What is made before the launches, and the weights that leave the graphs for it."""
+    traced, timesteps = planned.traced, len(planned.table_timesteps)
+    found: dict[str, Any] = {}
+    for name, made in (
+        ("timestep_tables", traced.tables),
+        ("class_tables", traced.classes),
+        ("prologue", traced.prologue),
+    ):
+        if made is not None:
+            part = made.part
+            found[name] = {
+                "values" if name == "prologue" else "tables": len(part.shapes),
+                "rows": timesteps,
+                "bytes": part.row_bytes(timesteps),
+                "weight_bytes_saved": part.nbytes,
+                "share_of_weights": part.share,
+            }
+    if traced.classes is not None:
+        classes = traced.classes.classes
+        found["class_tables"] |= {"classes": list(classes), "bytes": found["class_tables"]["bytes"] * len(classes)}
+    return found
 
 
 def _show_layouts(console: Any, facts: dict[str, Any], budget: int | None) -> str | None:
@@ -316,6 +348,18 @@ def _show(console: Any, facts: dict[str, Any]) -> None:
             f"timestep tables: {tables['tables']} of {tables['rows']} rows, {_bytes(tables['bytes'])}, in the place of "
             f"{_bytes(tables['weight_bytes_saved'])} of weights ({tables['share_of_weights']:.0%}); a LoRA cannot "
             "change what they are made of, --no-timestep-tables goes without"
+        )
+    if tables := facts.get("class_tables"):
+        console.print(
+            f"class tables: {tables['tables']} of {tables['rows']} timesteps and {len(tables['classes'])} classes, "
+            f"{_bytes(tables['bytes'])}, in the place of {_bytes(tables['weight_bytes_saved'])} of weights "
+            f"({tables['share_of_weights']:.0%}); no other class can be drawn"
+        )
+    if made := facts.get("prologue"):
+        console.print(
+            f"prologue: {made['values']} values for {made['rows']} timesteps, {_bytes(made['bytes'])}, made once a run "
+            f"by {_bytes(made['weight_bytes_saved'])} of weights ({made['share_of_weights']:.0%}) that no launch then "
+            "needs; --no-prologue goes without"
         )
     console.print(facts["worth"]["line"], markup=False, soft_wrap=True)
     console.print(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from dipgo_deploy.bundle.prologue import PROLOGUE_NAME
 from dipgo_deploy.cli.common import emit, entry_point, examples, human_console, json_option
 from dipgo_deploy.cli.options import PATH, Command, option, version_option
 
@@ -180,6 +181,13 @@ def _summary(facts: Mapping[str, Any]) -> dict[str, str]:
         scales = {name: 1 if name == BATCH else scale for name in facts["sizes"]}
         ranges = [f"{name} {Range(**spec).describe(scales[name])}" for name, spec in facts["sizes"].items()]
         lines["sizes"] = f"{', '.join(ranges)}; all shapes here are the largest"
+    if facts["table_classes"]:
+        lines["classes"] = f"{', '.join(map(str, facts['table_classes']))} alone: their tables were made at export"
+    prologue = next((graph for graph in facts["graphs"] if graph["name"] == PROLOGUE_NAME), None)
+    if prologue is not None:
+        made = f"{len(prologue['outputs'])} values once a run of {', '.join(i['name'] for i in prologue['inputs'])}"
+        weights = prologue["weight_bytes"]
+        lines["prologue"] = made if weights is None else f"{made}, by {_size(weights)} of weights"
     if facts["promoted"]:
         lines["re-enabled"] = f"{len(facts['promoted'])} gates"
     full = facts["macs"]["full"] * facts["evaluations"]
@@ -196,6 +204,7 @@ def _memory(memory: Mapping[str, Any]) -> dict[str, str]:
         "arena": f"{_size(memory['arena'])}, at least {_size(memory['arena_least'])} for these caches",
         "history": _size(memory["history"]),
         "tables": _size(memory["tables"]) if memory["tables"] else "none",
+        "run rows": _size(memory["run_rows"]) if memory["run_rows"] else "none",
         "other": f"{_size(memory['other'])} (conditions, coefficients, what components read and write)",
     }
 

@@ -21,6 +21,7 @@ from dipgo_deploy.compare.loop import LoopResult, compare_loop
 from dipgo_deploy.compare.metrics import Tolerance, tensor_error
 from dipgo_deploy.compare.pictures import Pictures
 from dipgo_deploy.compare.report import IMAGES, LATENTS, Checked, Part, Report
+from dipgo_deploy.compare.rows import with_rows
 from dipgo_deploy.compare.saved import save_inputs, save_outputs
 from dipgo_deploy.compare.self_test import SelfTestRecorder
 from dipgo_deploy.compare.stock import Case, StockFailure, StockPipeline
@@ -212,9 +213,10 @@ def _denoiser(
     if isinstance(recorder, StepRecorder):
         if alone:
             notify("comparing the segments")
-            checked, recordings = compare_segments(bundle, recorder.recordings, options.open_graph, tolerance)
+            steps = with_rows(bundle, recorder.recordings, options.open_graph)
+            checked, recordings = compare_segments(bundle, steps, options.open_graph, tolerance)
     else:
-        recordings = recorder.recordings
+        recordings = tuple(with_rows(bundle, recorder.recordings, options.open_graph)) if alone else ()
         if options.variants:
             notify(f"comparing {len(bundle.manifest.plan.variants)} variants")
             checked = tuple(compare_variants(bundle, recordings, options.open_graph, tolerance))

@@ -29,7 +29,7 @@ OpenGraph = Callable[[Bundle, VariantEntry], AbstractContextManager[Run]]
 def compare_variants(
     bundle: Bundle, recordings: Iterable[Recording], open_graph: OpenGraph, tolerance: Tolerance
 ) -> Iterator[Checked]:
-    """Every variant on its recorded inputs, one after the other.
+    """Every variant on its recorded inputs (``with_rows``), one after the other.
 
     Raises:
         UserError: a graph cannot be loaded or run.

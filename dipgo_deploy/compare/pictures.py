@@ -69,7 +69,8 @@ def cases(
         ]
     if class_condition(manifest) is not None:
         components = manifest.components
-        known = sorted(set((components.class_labels or {}).values()))
+        known = [label for label in manifest.plan.table_classes if label != components.null_class]
+        known = known or sorted(set((components.class_labels or {}).values()))
         known = known or list(range(components.null_class or components.classes or 1))
         chosen = tuple(labels) or tuple(dict.fromkeys((known[0], known[len(known) // 2], known[-1])))
         return [

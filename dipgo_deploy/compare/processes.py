@@ -184,6 +184,7 @@ def _compare(engine_dir: Path, folder: Path) -> Agreement:
     from dipgo_deploy.compare.graphs import compare_segments, compare_variants, frugal_session
     from dipgo_deploy.compare.metrics import Tolerance
     from dipgo_deploy.compare.report import Report
+    from dipgo_deploy.compare.rows import with_rows
     from dipgo_deploy.compare.written import passed, sizes_compared
     from dipgo_deploy.models.registry import family_for
     from dipgo_deploy.reference.recorded import read_recordings, read_steps
@@ -194,10 +195,10 @@ def _compare(engine_dir: Path, folder: Path) -> Agreement:
     agreements = []
     for place, (bundle, where) in enumerate(sizes_compared(whole)):
         if manifest.plan.layout == "segments":
-            steps = read_steps(folder / str(place))
+            steps = with_rows(bundle, read_steps(folder / str(place)), frugal_session)
             checked, _ = compare_segments(bundle, steps, frugal_session, tolerance, keep_open=False)
         else:
-            recordings = read_recordings(folder / str(place))
+            recordings = with_rows(bundle, read_recordings(folder / str(place)), frugal_session)
             checked = tuple(compare_variants(bundle, recordings, frugal_session, tolerance))
         agreements.append(passed(Report(tolerance, variants=checked), where))
     return worst(agreements)

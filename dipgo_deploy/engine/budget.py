@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from dipgo_deploy.bundle.manifest import Manifest, TensorSpec
+from dipgo_deploy.bundle.prologue import run_row_bytes
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.plan.buffers import ALIGNMENT
 
@@ -24,7 +25,7 @@ class MemoryNeed:
         weights: by engine; engines do not share them.
         arena: cache tensors.
         history: latents and predictions.
-        other: conditions, schedules, and what components read and write.
+        other: conditions, schedules, rows that are made at the start of a run, and what components read and write.
     """
 
     weights: Mapping[str, int]
@@ -55,7 +56,7 @@ def memory_need(manifest: Manifest, weights: Mapping[str, int]) -> MemoryNeed:
         weights=dict(weights),
         arena=plan.arena_bytes,
         history=plan.slots * sample,
-        other=_bytes(components) + _bytes(manifest.conditions) + rows,
+        other=_bytes(components) + _bytes(manifest.conditions) + rows + run_row_bytes(plan),
     )
 
 

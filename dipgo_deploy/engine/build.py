@@ -191,10 +191,11 @@ def build_engines(
 
 
 def graphs_of(manifest: Manifest) -> list[Graph]:
-    """Graphs of all variants that are launched, then of the components."""
+    """Graphs of all variants that are launched, the prologue's, then those of the components."""
     launched = {launch.variant for launch in manifest.plan.launches}
     graphs = [variant.graph for index, variant in enumerate(manifest.plan.variants) if index in launched]
-    return [*graphs, *manifest.components.graphs]
+    prologue = [] if manifest.plan.prologue is None else [manifest.plan.prologue]
+    return [*graphs, *prologue, *manifest.components.graphs]
 
 
 def _check_options(flavour: Flavour, options: BuildOptions) -> None:

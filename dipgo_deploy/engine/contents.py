@@ -18,6 +18,7 @@ from dipgo_deploy.backends.tensorrt_plans import (
 )
 from dipgo_deploy.bundle.directory import Bundle
 from dipgo_deploy.bundle.manifest import Graph, Manifest, TensorSpec
+from dipgo_deploy.bundle.prologue import run_row_bytes
 from dipgo_deploy.bundle.stored import stored_values
 from dipgo_deploy.bundle.tables import TABLES_NAME
 from dipgo_deploy.bundle.weights import WEIGHTS_INDEX, WEIGHTS_NAME, WeightsIndex, weights_of
@@ -30,11 +31,12 @@ def contents(bundle: Bundle, *, verify: bool = False) -> dict[str, Any]:
 
     ``model``, ``sampler``, ``latent`` (without the batch), ``conditions`` and ``components``: as the manifest has them.
     ``schedule``: see ``schedule_facts``. ``variants``: each with the evaluations it runs at and the caches it reads and
-    writes. ``graphs``: of variants, then of components, with inputs, outputs and weights (None where
+    writes. ``graphs``: of variants, of the prologue, then of components, with inputs, outputs and weights (None where
     the directory is older than the index of weights). ``caches``: by name, each value of one with its offset, the
     launch that writes it and those that read it. ``launches``: in order. ``memory``: ``weights`` as stored,
     ``weights_of_graphs`` where each graph has its own, ``arena`` with ``arena_least`` that no allocation goes below,
-    ``history``, ``tables``, ``other`` (see ``MemoryNeed``). ``engines``: see ``engines``. ``tools``: versions that made
+    ``history``, ``tables``, ``run_rows`` that are made at the start of a run, ``other`` (see ``MemoryNeed``).
+    ``table_classes``: that alone can be drawn; none: all. ``engines``: see ``engines``. ``tools``: versions that made
     it. ``files``: sha256 by path.
 
     verify: also compare the engines with the weights that are here, and with their own sha256, which reads all of
@@ -67,6 +69,7 @@ def contents(bundle: Bundle, *, verify: bool = False) -> dict[str, Any]:
         "macs": {name: getattr(manifest.plan, f"macs_{name}") for name in ("full", "schedule", "run")},
         "conditions": [spec.model_dump(mode="json") for spec in manifest.conditions],
         "components": _components(manifest),
+        "table_classes": list(manifest.plan.table_classes),
         "variants": _variants(manifest),
         "graphs": graphs,
         "caches": _caches(manifest),
@@ -79,7 +82,7 @@ def contents(bundle: Bundle, *, verify: bool = False) -> dict[str, Any]:
 
 
 def _graphs(manifest: Manifest) -> Iterator[Graph]:
-    yield from (variant.graph for variant in manifest.plan.variants)
+    yield from manifest.plan.graphs
     yield from manifest.components.graphs
 
 
@@ -187,7 +190,8 @@ def _memory(bundle: Bundle, graphs: list[dict[str, Any]]) -> dict[str, Any]:
         "arena": need.arena,
         "arena_least": manifest.plan.lower_bound_bytes,
         "history": need.history,
-        "tables": tables.stat().st_size if manifest.plan.table_timesteps else 0,
+        "tables": tables.stat().st_size if tables.is_file() else 0,
+        "run_rows": run_row_bytes(manifest.plan),
         "other": need.other,
     }
 

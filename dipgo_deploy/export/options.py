@@ -37,6 +37,11 @@ class ExportOptions:
             None: for weights of more than ``low_memory.LARGE_BYTES``; a planned export says what it became.
         timestep_tables: what depends on the timestep alone as tables, made at export, without its weights; None: where
             these are at least 5 % of all. A planned export says what it became.
+        prologue: what depends on the conditions (a class, the text) and not on the latent as a graph of its own, which
+            runs once a run for all timesteps; None: where that takes at least 5 % of the weights out of the others. Not
+            without ``timestep_tables``. A planned export says what it became.
+        class_labels: make tables of what depends on the class too, for these class ids alone: no other class can be
+            drawn then. Empty: any class.
         self_test: record a loop of the model, which ``Pipeline.self_test`` compares with anywhere; at most 64 MiB of
             it, with ``low_memory`` its beginning and each variant's first launch. None: where it fits 1 MiB and the
             model's loop runs for the check (or would, of bf16 without ``low_memory``).
@@ -57,6 +62,8 @@ class ExportOptions:
     overwrite: bool = False
     low_memory: bool | None = None
     timestep_tables: bool | None = None
+    prologue: bool | None = None
+    class_labels: tuple[int, ...] = ()
     self_test: bool | None = None
 
 
@@ -76,8 +83,13 @@ def check_options(options: ExportOptions) -> None:
         arguments.number("strength", options.strength)
     for name in ("allow_other_config", "check", "components", "overwrite"):
         arguments.flag(name, getattr(options, name))
-    for name in ("guidance", "low_memory", "timestep_tables", "self_test"):
+    for name in ("guidance", "low_memory", "timestep_tables", "prologue", "self_test"):
         if getattr(options, name) is not None:
             arguments.flag(name, getattr(options, name))
+    for label in arguments.items("class_labels", options.class_labels, "class ids"):
+        arguments.whole("class_labels", label, least=0)
+    for option, given in (("--prologue", options.prologue), ("--class-labels", bool(options.class_labels))):
+        if given and options.timestep_tables is False:
+            raise UserError(f"{option}: not with --no-timestep-tables; leave one of the two out")
     if options.layout == "segments" and options.max_variants is not None:
         raise UserError("--max-variants: not with --layout segments, where no weight is in two graphs; leave it out")

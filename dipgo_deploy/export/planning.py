@@ -16,7 +16,7 @@ from dipgo_deploy.export.conditions import open_conditions
 from dipgo_deploy.export.low_memory import convert_in_place, is_large, load_frugally
 from dipgo_deploy.export.options import ExportOptions, LayoutChoice, check_options
 from dipgo_deploy.export.program import torch_dtype
-from dipgo_deploy.export.trace import TracedModel, trace
+from dipgo_deploy.export.trace import Beforehand, TracedModel, trace
 from dipgo_deploy.models.files import check_weights, left_out_parts
 from dipgo_deploy.models.location import denoiser_config
 from dipgo_deploy.models.shape import TraceShape, check_masks, condition_specs
@@ -56,7 +56,7 @@ class PlannedExport:
         plan: launches of the layout ``variants``.
         matrix: the sampler as coefficients.
         used: per evaluation, whether the sampler gives any weight to its prediction.
-        options: as given, with ``guidance``, ``low_memory`` and ``timestep_tables`` decided.
+        options: as given, with ``guidance``, ``low_memory``, ``timestep_tables`` and ``prologue`` decided.
         segments: the launches in that layout; None where ``variants`` is exported.
         copies: of the weights that graphs of ``variants`` would hold, where ``auto`` chose by them.
         image: for image-to-image.
@@ -98,7 +98,7 @@ class PlannedExport:
     @property
     def table_timesteps(self) -> tuple[float, ...]:
         """Timesteps of the rows of the tables, in the order of the launches; none without tables."""
-        steps = [launch.step for launch in self.plan.launches] if self.traced.tables is not None else []
+        steps = [launch.step for launch in self.plan.launches] if self.traced.parts else []
         return tuple(dict.fromkeys(float(self.matrix.timesteps[step]) for step in steps))
 
     @property
@@ -156,9 +156,12 @@ def plan_export(
     notify("tracing the denoiser")
     specs = source.specs(schedule)
     denoiser = source.denoiser if options.dtype == "fp32" else _denoiser_in(source, options, dtype)
-    kinds, tables = schedule.cache_kinds, options.timestep_tables
-    traced = trace(denoiser, source.family, source.config, specs, kinds, shape, options.dtype, tables=tables)
-    options = replace(options, timestep_tables=traced.tables is not None)
+    beforehand = Beforehand(
+        options.timestep_tables, table_classes(source, shape, options), options.prologue, schedule.steps
+    )
+    kinds = schedule.cache_kinds
+    traced = trace(denoiser, source.family, source.config, specs, kinds, shape, options.dtype, beforehand=beforehand)
+    options = replace(options, timestep_tables=bool(traced.parts), prologue=traced.prologue is not None)
     notify("planning")
     return _planned(source, schedule, sampling, traced, options)
 
@@ -191,6 +194,29 @@ def _check_shape(source: Source, options: ExportOptions) -> None:
     guidance = source.guided if options.guidance is None else options.guidance
     shape = _shape(source, options, guidance)
     check_masks(condition_specs(source.family, source.config, shape), source.family, source.scale, source.time_scale)
+    table_classes(source, shape, options)
+
+
+def table_classes(source: Source, shape: TraceShape, options: ExportOptions) -> tuple[int, ...]:
+    """The classes of the tables that ``class_labels`` asks for, with the null class where guidance needs it.
+
+    Raises:
+        UserError: the model takes no classes, or has not one of them; ranges of batches.
+    """
+    labels = tuple(options.class_labels)
+    if not labels:
+        return ()
+    spec = next((s for s in condition_specs(source.family, source.config, shape) if s.source == "class"), None)
+    if spec is None:
+        raise UserError(f"--class-labels: {source.family.class_name} takes no classes here; leave it out")
+    if shape.sizes is not None and not shape.sizes.batch.is_static:
+        raise UserError("--class-labels: not with a range for --batch; give a plain number")
+    count = int(source.config["num_class_embeds"]) if spec.null is None else spec.null + 1
+    beyond = next((label for label in labels if label >= count), None)
+    if beyond is not None:
+        raise UserError(f"--class-labels {beyond}: the model has the classes 0 to {count - 1}")
+    null = () if spec.null is None or not shape.guidance else (spec.null,)
+    return tuple(dict.fromkeys((*labels, *null)))
 
 
 @dataclass(frozen=True)

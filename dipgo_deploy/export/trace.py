@@ -12,10 +12,12 @@ from dipgo_deploy.bundle.names import GUIDANCE_SCALE, PREDICTION, TIMESTEP
 from dipgo_deploy.bundle.shapes import SizeRanges
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.export.dynamic import Dimensions, concrete, example_sizes, macs_at
+from dipgo_deploy.export.known import KnownPart
 from dipgo_deploy.export.macs import node_macs
 from dipgo_deploy.export.pieces import node_graph
 from dipgo_deploy.export.program import to_onnx, torch_dtype
-from dipgo_deploy.export.timestep_tables import TimestepTables, take_out_tables
+from dipgo_deploy.export.prologue import Prologue, find_prologue, is_worth, take_out_prologue
+from dipgo_deploy.export.timestep_tables import ClassTables, TimestepTables, take_out_classes, take_out_tables
 from dipgo_deploy.models.family import BlockSpec, Granularity, InputSpec, ModelFamily
 from dipgo_deploy.models.shape import TraceShape, condition_specs
 from dipgo_deploy.models.target import nominal_size
@@ -27,6 +29,23 @@ if TYPE_CHECKING:
     import torch
 
 LATENT = "latent"
+
+
+@dataclass(frozen=True)
+class Beforehand:
+    """What is made before the launches, and leaves the graphs.
+
+    Attributes:
+        tables: what depends on the timestep alone, at export; None: where that is worth it.
+        classes: what depends on the class too, at export, for these alone.
+        prologue: what depends on the conditions, at the start of a run; None: where that is worth it.
+        timesteps: how many there may be.
+    """
+
+    tables: bool | None = False
+    classes: tuple[int, ...] = ()
+    prologue: bool | None = False
+    timesteps: int = 1
 
 
 @dataclass(frozen=True)
@@ -42,7 +61,7 @@ class TracedModel:
         graph: its block graph.
         conditions: the condition inputs.
         dtype: the export's dtype name.
-        tables: what was taken out of ``model``, which then has inputs for their rows.
+        tables, classes, prologue: what was taken out of ``model``, which then has inputs for their rows.
     """
 
     model: ir.Model
@@ -51,6 +70,13 @@ class TracedModel:
     shape: TraceShape
     dtype: str
     tables: TimestepTables | None = None
+    classes: ClassTables | None = None
+    prologue: Prologue | None = None
+
+    @property
+    def parts(self) -> tuple[KnownPart, ...]:
+        """Of all that was taken out."""
+        return tuple(made.part for made in (self.tables, self.classes, self.prologue) if made is not None)
 
     @cached_property
     def pieces(self) -> PieceGraph:
@@ -67,15 +93,15 @@ def trace(
     shape: TraceShape,
     dtype: str,
     *,
-    tables: bool | None = False,
+    beforehand: Beforehand = Beforehand(),
 ) -> TracedModel:
     """Trace ``denoiser`` (already in the torch dtype of ``dtype``) once, with every boundary tensor as an output.
 
-    tables: take out what depends on the timestep alone; None: where that is worth it.
+    beforehand: what is taken out of it.
 
     Raises:
         UserError: the exporter refuses the model, or its open sizes, or its graph holds control flow; or there is
-            nothing for the tables that were asked for.
+            nothing of what is to be taken out.
     """
     import torch
 
@@ -117,28 +143,48 @@ def trace(
         label=family.class_name,
         dynamic_shapes=_dynamic_shapes(shape, conditions),
     )
-    taken = _tables(model, shape, family, tables)
+    tables, classes, prologue = _taken(model, shape, family, conditions, beforehand)
     apply(model, SeparateProjections())
     if shape.sizes is not None:
         apply(model, NameDimensions(LATENT, shape.sizes), ShapesFromSizes(LATENT))
     roles: dict[str, InputRole] = {LATENT: "step", TIMESTEP: "step"}
     roles.update({name: "constant" for name in names[2:]})
-    roles.update(dict.fromkeys(() if taken is None else taken.shapes, "step"))
+    for made in (tables, classes, prologue):
+        for name in () if made is None else made.part.shapes:
+            roles[name] = "step" if made is not None and name in made.part.timed else "constant"
     graph = read_block_graph(model, boundary.blocks, roles, PREDICTION, shape.sizes)
-    return TracedModel(model=model, graph=graph, conditions=conditions, shape=shape, dtype=dtype, tables=taken)
+    return TracedModel(model, graph, conditions, shape, dtype, tables, classes, prologue)
 
 
-def _tables(model: ir.Model, shape: TraceShape, family: ModelFamily, wanted: bool | None) -> TimestepTables | None:
-    if wanted is False:
-        return None
-    images = shape.batch * (2 if shape.guidance else 1)
-    taken = take_out_tables(model, images, always=wanted is True)
-    if wanted and taken is None:
+def _taken(
+    model: ir.Model, shape: TraceShape, family: ModelFamily, conditions: Sequence[InputSpec], wanted: Beforehand
+) -> tuple[TimestepTables | None, ClassTables | None, Prologue | None]:
+    """What is made beforehand, taken out of ``model``."""
+    if wanted.tables is False:
+        return None, None, None
+    label = next((spec.name for spec in conditions if spec.source == "class"), None)
+    others = [spec for spec in conditions if not wanted.classes or spec.name != label]
+    for_run = wanted.prologue is not False and (
+        wanted.prologue or is_worth(find_prologue(model.graph, None, others), wanted.timesteps)
+    )
+    always = wanted.tables is True or for_run or bool(wanted.classes)
+    tables = take_out_tables(model, shape.model_batch, always=always)
+    if wanted.tables and tables is None:
         ranges = ", or for a plain number for --batch" if shape.sizes is not None else ""
         raise UserError(
             f"--timestep-tables: no product of {family.class_name} depends on the timestep alone; leave it out{ranges}"
         )
-    return taken
+    classes = prologue = None
+    if wanted.classes:
+        assert label is not None  # checked with the options
+        classes = take_out_classes(model, tables, label, wanted.classes, shape.model_batch, wanted.timesteps)
+    if for_run:
+        found = find_prologue(model.graph, tables, others)
+        if found.frontier:
+            prologue = take_out_prologue(model, found)
+        elif wanted.prologue:
+            raise UserError(f"--prologue: no product of {family.class_name} depends on conditions alone; leave it out")
+    return tables, classes, prologue
 
 
 def _dynamic_shapes(shape: TraceShape, conditions: Sequence[InputSpec]) -> list[Any] | None:

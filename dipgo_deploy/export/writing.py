@@ -17,6 +17,7 @@ from dipgo_deploy.bundle.manifest import (
     SCHEDULE_NAME,
     Components,
     ConditionSpec,
+    Graph,
     LatentSpec,
     LaunchEntry,
     Manifest,
@@ -26,6 +27,7 @@ from dipgo_deploy.bundle.manifest import (
     VariantEntry,
 )
 from dipgo_deploy.bundle.names import HISTORY, cache_input, cache_output
+from dipgo_deploy.bundle.prologue import PROLOGUE_NAME
 from dipgo_deploy.bundle.self_test import MOST_BYTES, SELF_TEST_NAME, SMALL_BYTES, write_self_test
 from dipgo_deploy.bundle.staging import staged_directory
 from dipgo_deploy.bundle.tables import TABLES_NAME
@@ -96,8 +98,8 @@ def write_bundle(
 
     options, plan = planned.options, planned.plan
     notify(f"cutting {len(plan.variants if planned.segments is None else planned.segments.segments)} {planned.layout}")
-    variants = write_entries(planned, stage / GRAPHS)
-    plan_entry = _plan_entry(planned, variants)
+    variants, prologue = write_entries(planned, stage / GRAPHS)
+    plan_entry = _plan_entry(planned, variants, prologue)
     if options.low_memory:
         _release(planned)
     shape = planned.traced.shape
@@ -211,6 +213,8 @@ def _release(planned: PlannedExport) -> None:
     """Drop the weights of a planned export whose graphs are written; it cannot be written again."""
     for value in planned.traced.model.graph.initializers.values():
         value.const_value = None
+    for part in planned.traced.parts:
+        part.release()
     planned.source.denoiser.to("meta")
 
 
@@ -244,10 +248,12 @@ def _in_float32(source: Source, options: ExportOptions) -> Source:
     return replace(source, pipeline=load_pipeline(source.name, **denoiser))
 
 
-def write_entries(planned: PlannedExport, folder: Path) -> tuple[VariantEntry, ...]:
-    """Cut every variant or segment, write the graphs into ``folder`` and say for the manifest what they are."""
+def write_entries(planned: PlannedExport, folder: Path) -> tuple[tuple[VariantEntry, ...], Graph | None]:
+    """Cut every variant or segment, write the graphs into ``folder`` and say for the manifest what they, and the
+    prologue's, are."""
     if planned.segments is None:
-        graphs = write_variants(planned, folder)
+        graphs = [cut_variant(planned.traced, variant, planned.history) for variant in planned.plan.variants]
+        prologue = _write(planned, graphs, folder)
         return tuple(
             VariantEntry(
                 name=variant.name,
@@ -258,10 +264,10 @@ def write_entries(planned: PlannedExport, folder: Path) -> tuple[VariantEntry, .
                 macs=variant.macs,
             )
             for variant, graph in zip(planned.plan.variants, graphs, strict=True)
-        )
+        ), prologue
     segments = planned.segments.segments
     graphs = [cut_segment(planned.traced, segment, planned.history) for segment in segments]
-    _write(planned, graphs, folder)
+    prologue = _write(planned, graphs, folder)
     return tuple(
         VariantEntry(
             name=segment.name,
@@ -272,7 +278,7 @@ def write_entries(planned: PlannedExport, folder: Path) -> tuple[VariantEntry, .
             macs=segment.macs,
         )
         for segment, graph in zip(segments, graphs, strict=True)
-    )
+    ), prologue
 
 
 def write_variants(planned: PlannedExport, folder: Path) -> list[ir.Model]:
@@ -282,21 +288,33 @@ def write_variants(planned: PlannedExport, folder: Path) -> list[ir.Model]:
     return graphs
 
 
-def _write(planned: PlannedExport, graphs: list[ir.Model], folder: Path) -> None:
-    tables = planned.traced.tables
-    write_graphs(graphs, folder, () if tables is None else tables.parameters)
-    if tables is not None:
-        write_tables(tables.rows(planned.table_timesteps), tables.model, folder)
+def _write(planned: PlannedExport, graphs: list[ir.Model], folder: Path) -> Graph | None:
+    """Write graphs with their weights, the prologue's among them, and tables; what the manifest says of that one."""
+    traced, timesteps = planned.traced, planned.table_timesteps
+    rows = {} if traced.tables is None else traced.tables.rows(timesteps)
+    prologue = None if traced.prologue is None else traced.prologue.graph(timesteps, rows)
+    atexport = [made for made in (traced.tables, traced.classes) if made is not None]
+    tabled = [parameter for made in atexport for parameter in made.part.parameters]
+    write_graphs([*graphs, *([] if prologue is None else [prologue])], folder, tabled)
+    if traced.classes is not None:
+        rows |= traced.classes.rows(timesteps, rows)
+    used = {str(value.name) for graph in graphs for value in graph.graph.inputs}
+    types = {str(value.name): value.dtype for made in atexport for value in made.part.model.graph.outputs}
+    stored = {name: table for name, table in rows.items() if name in used}
+    if stored:
+        write_tables(stored, types, folder)
+    return None if prologue is None else graph_entry(prologue, f"{GRAPHS}/{PROLOGUE_NAME}.onnx", traced.shape.sizes)
 
 
-def write_tables(rows: Mapping[str, np.ndarray], model: ir.Model, folder: Path) -> None:
-    """Write the tables (float32, by name) in the types that ``model`` gives them."""
+def write_tables(rows: Mapping[str, np.ndarray], types: Mapping[str, Any], folder: Path) -> None:
+    """Write the tables (float32, by name) in their types of the graphs."""
     import torch
     from onnx_ir.tensor_adapters import to_torch_dtype
     from safetensors.torch import save
 
-    types = {str(value.name): to_torch_dtype(value.dtype) for value in model.graph.outputs if value.dtype is not None}
-    tensors = {name: torch.from_numpy(table).to(types[name]).contiguous() for name, table in rows.items()}
+    tensors = {
+        name: torch.from_numpy(table).to(to_torch_dtype(types[name])).contiguous() for name, table in rows.items()
+    }
     # Not save_file: what that writes only its owner can read.
     (folder / TABLES_NAME).write_bytes(save(tensors))
 
@@ -362,7 +380,7 @@ def _conditions(planned: PlannedExport) -> tuple[ConditionSpec, ...]:
     return open_conditions(planned.source, planned.traced.shape, planned.options.dtype)
 
 
-def _plan_entry(planned: PlannedExport, variants: tuple[VariantEntry, ...]) -> PlanEntry:
+def _plan_entry(planned: PlannedExport, variants: tuple[VariantEntry, ...], prologue: Graph | None) -> PlanEntry:
     plan, matrix, columns = planned.plan, planned.matrix, planned.columns
     laid_out = planned.segments or plan
     with_history = {
@@ -391,6 +409,8 @@ def _plan_entry(planned: PlannedExport, variants: tuple[VariantEntry, ...]) -> P
         noises=matrix.noises,
         image_slot=planned.history.chain if matrix.image else None,
         table_timesteps=planned.table_timesteps,
+        table_classes=() if planned.traced.classes is None else planned.traced.classes.classes,
+        prologue=prologue,
         arena_bytes=laid_out.arena_bytes,
         lower_bound_bytes=laid_out.lower_bound_bytes,
         macs_full=plan.macs_full,

@@ -321,7 +321,7 @@ def _folders(bundle: Bundle) -> dict[str, Path]:
 
 
 def _count(bundle: Bundle, used: Mapping[Path, set[str]], index: Mapping[Path, WeightsIndex]) -> dict[str, int]:
-    graphs: list[Graph] = [variant.graph for variant in bundle.manifest.plan.variants]
+    graphs: list[Graph] = [*bundle.manifest.plan.graphs]
     if bundle.manifest.components.text_encoder is not None:
         graphs.append(bundle.manifest.components.text_encoder.graph)
     files = {graph.file: bundle.path / graph.file for graph in graphs}
@@ -386,7 +386,8 @@ def _check_coverage(lora: LoraFile, components: Sequence[Coverage], weights: _We
         elif tabled := [name for name in coverage.not_applied if weights.tabled(name)]:
             problems.append(
                 f"{len(tabled)} of its {coverage.layers} layers of the {coverage.component} became tables of "
-                f"timesteps at export (first: {tabled[0]}), which export with --no-timestep-tables leaves out"
+                f"timesteps at export (first: {tabled[0]}), which export with --no-timestep-tables, and without "
+                "--class-labels, leaves out"
             )
         elif coverage.not_applied:
             share = f"{len(coverage.not_applied)} of its {coverage.layers}"

@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dipgo_deploy.bundle.pictures import PictureUse
+from dipgo_deploy.bundle.prologue import usual_class
 from dipgo_deploy.bundle.prompts import prepared
 from dipgo_deploy.runtime.noise import TorchNoise, loop_noise
 
 if TYPE_CHECKING:
     import torch
 
+    from dipgo_deploy.bundle.manifest import Manifest
     from dipgo_deploy.models.family import InputSpec
     from dipgo_deploy.reference.source import Source
     from dipgo_deploy.sampler.start import ImageStart
@@ -140,6 +142,12 @@ def _picture_noise(use: PictureUse, shape: tuple[int, ...]) -> torch.Tensor:
 
 def _scale(source: Source, chosen: float | None) -> float:
     return chosen if chosen is not None else source.default_guidance_scale() or DEFAULT_GUIDANCE_SCALE
+
+
+def label_of(manifest: Manifest) -> int:
+    """The class that an engine directory is compared at where none is asked for."""
+    usual = usual_class(manifest)
+    return LABEL if usual is None else usual
 
 
 def has_text_encoder(source: Source) -> bool:

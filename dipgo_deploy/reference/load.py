@@ -10,7 +10,7 @@ from dipgo_deploy.bundle.directory import Bundle
 from dipgo_deploy.bundle.manifest import Manifest
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.models.shape import TraceShape, condition_specs
-from dipgo_deploy.reference.conditions import ReferenceInputs, reference_inputs
+from dipgo_deploy.reference.conditions import ReferenceInputs, label_of, reference_inputs
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,6 +41,7 @@ class Reference:
     def inputs(self, manifest: Manifest, **options: Any) -> ReferenceInputs:
         """Noise and conditions of the size that ``manifest`` has; ``options`` as ``reference_inputs`` takes them."""
         latent = manifest.latent
+        options.setdefault("labels", (label_of(manifest),))
         return reference_inputs(
             self.source,
             self.conditions,

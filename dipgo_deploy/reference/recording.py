@@ -47,7 +47,7 @@ class Recording:
     Attributes:
         variant: index into the plan's variants.
         step: evaluation.
-        inputs: every input that its graph can have by name, float32 or int64.
+        inputs: every input that its graph can have by name, float32 or int64; rows of tables are not recorded.
         outputs: the supernet's float32 values by graph output name.
     """
 
@@ -57,22 +57,12 @@ class Recording:
     outputs: dict[str, np.ndarray]
 
 
-RowsAt = Callable[[int], Mapping[str, np.ndarray]]
-"""Evaluation -> the rows of tables that its launches take, by the name of the input."""
-
-
-def no_rows(step: int) -> Mapping[str, np.ndarray]:
-    """Of an engine directory without tables."""
-    return {}
-
-
 class Recorder:
     """Records each variant at its first launch and its last; give it to ``run_loop`` as ``record``. For the layout
     ``variants``.
 
     launches: (step, variant) of each launch, in order. slots: entries of the history. again: False for the first launch
     only, so that the loop need not run to its end. forecasts: evaluation -> its launch's weights of stored values.
-    tables: evaluation -> the rows of tables that its launches take, by name.
     """
 
     def __init__(
@@ -84,9 +74,7 @@ class Recorder:
         *,
         again: bool = True,
         forecasts: Mapping[int, Sequence[float]] | None = None,
-        tables: RowsAt = no_rows,
     ) -> None:
-        self._tables = tables
         self._forecasts = forecasts or {}
         first: dict[int, int] = {}
         last: dict[int, int] = {}
@@ -121,7 +109,6 @@ class Recorder:
         inputs.update({name: cache_tensor(name, evaluation.before) for name in variant.reads})
         if row := self._forecasts.get(evaluation.step):
             inputs[FORECAST] = np.array(row, np.float32)
-        inputs.update(self._tables(evaluation.step))
         outputs = {PREDICTION: host(evaluation.prediction)} if variant.predicts else {}
         outputs.update({name: cache_tensor(name, evaluation.after) for name in variant.writes})
         self.recordings.append(Recording(index, evaluation.step, inputs, outputs))

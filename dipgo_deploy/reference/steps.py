@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dipgo_deploy.bundle.names import PREDICTION, parse_cache
-from dipgo_deploy.bundle.tables import Tables
 from dipgo_deploy.reference.conditions import host
-from dipgo_deploy.reference.recording import Recorder, RowsAt, cache_tensor, evaluation_inputs, no_rows
+from dipgo_deploy.reference.recording import Recorder, cache_tensor, evaluation_inputs
 
 if TYPE_CHECKING:
     from dipgo_deploy.bundle.directory import Bundle
@@ -29,8 +28,8 @@ if TYPE_CHECKING:
 class StepRecording:
     """One evaluation of the supernet.
 
-    inputs: by graph input name, float32 or int64, all but the tensors in the arena. outputs: float32 by graph output
-    name, all that a segment may write at this evaluation and the supernet knows.
+    inputs: by graph input name, float32 or int64, all but the tensors in the arena and rows of tables.
+    outputs: float32 by graph output name, all that a segment may write at this evaluation and the supernet knows.
     """
 
     step: int
@@ -50,11 +49,9 @@ class StepRecorder:
         slots: int,
         *,
         again: bool = True,
-        tables: RowsAt = no_rows,
     ) -> None:
         """launches: (step, segment) in order. schedule: after promotion. slots: entries of the history. again: False
-        until every segment was launched once. tables: as ``Recorder`` has it."""
-        self._tables = tables
+        until every segment was launched once."""
         first: dict[int, int] = {}
         second: dict[int, int] = {}
         for step, segment in launches:
@@ -90,7 +87,6 @@ class StepRecorder:
             if block in self._kept[evaluation.step]:
                 outputs[name] = cache_tensor(name, evaluation.after)
         inputs = evaluation_inputs(evaluation, self._guidance_scale, self._slots)
-        inputs.update(self._tables(evaluation.step))
         self.recordings.append(StepRecording(evaluation.step, inputs, outputs))
 
 
@@ -107,11 +103,9 @@ def recorder_for(
     bundle: Bundle, schedule: Schedule, guidance_scale: float | None, *, again: bool = True
 ) -> Recorder | StepRecorder:
     """The recorder of a plan's layout; ``schedule`` after promotion. again: record a second time."""
-    plan, tables = bundle.manifest.plan, Tables(bundle).at_evaluation
+    plan = bundle.manifest.plan
     launches = [(launch.step, launch.variant) for launch in plan.launches]
     if plan.layout == "variants":
         forecasts = {launch.step: launch.forecast for launch in plan.launches}
-        return Recorder(
-            plan.variants, launches, guidance_scale, plan.slots, again=again, forecasts=forecasts, tables=tables
-        )
-    return StepRecorder(plan.variants, launches, schedule, guidance_scale, plan.slots, again=again, tables=tables)
+        return Recorder(plan.variants, launches, guidance_scale, plan.slots, again=again, forecasts=forecasts)
+    return StepRecorder(plan.variants, launches, schedule, guidance_scale, plan.slots, again=again)

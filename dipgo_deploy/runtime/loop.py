@@ -24,6 +24,7 @@ from dipgo_deploy.bundle.shapes import Sizes
 from dipgo_deploy.bundle.tables import Tables
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.runtime.component import MOST_SIZES
+from dipgo_deploy.runtime.run_rows import RunRows
 
 # All bits set is NaN in float32, float16 and bfloat16.
 _POISON_BYTE = 0xFF
@@ -60,10 +61,10 @@ class DenoisingLoop:
     """The launches of an engine directory, bound to one set of buffers on a backend; one or several an evaluation.
 
     Buffers: the history float32 (slots, B, C, h, w), with zeros in front of it; coefficients, one row of ``slots``
-    float32 per launch; timesteps, one float32 per launch; rows of tables, where graphs take some; weights of stored
-    values, where a launch has some; the guidance scale; the conditions; the cache arena. A prediction is bound to its
-    slot of the history and a cache to its offset in the arena, so nothing is copied between launches. One run at a
-    time.
+    float32 per launch; timesteps, one float32 per launch; rows of tables and of what is made at the start of a run,
+    where graphs take some; weights of stored values, where a launch has some; the guidance scale; the conditions; the
+    cache arena. A prediction is bound to its slot of the history and a cache to its offset in the arena, so nothing is
+    copied between launches. One run at a time.
 
     Where sizes are open the buffers are made for the largest, and each run is of the sizes of its noise: the launches
     are bound anew for sizes that were not among the last few.
@@ -108,13 +109,16 @@ class DenoisingLoop:
             backend, [graph_coefficients(launch.coefficients, plan.history.chain) for launch in plan.launches]
         )
         self._timesteps = _upload_rows(backend, [(launch.timestep,) for launch in plan.launches])
-        self._tables = _upload_tables(backend, Tables(bundle), plan.launches)
+        tables = Tables(bundle)
+        self._tables = _upload_tables(backend, tables, plan.launches)
         forecasts = [launch.forecast for launch in plan.launches]
         self._forecasts = _upload_rows(backend, forecasts) if any(forecasts) else ()
         self._guidance_scale = backend.allocate(4)
         self._conditions = {spec.name: backend.allocate(spec.nbytes) for spec in manifest.conditions}
         self._arena = backend.allocate(plan.arena_bytes)
         self._weights = weights
+        bound = {GUIDANCE_SCALE: self._guidance_scale, **self._conditions}
+        self._run_rows = RunRows(bundle, backend, tables, bound, weights)
         self._executables: dict[int, Executable] = {}
         self._views = {self.sample_shape: self._view}
         self._place(self._view)
@@ -129,6 +133,7 @@ class DenoisingLoop:
         """
         for index in range(len(self.launches)):
             self._ready(index)
+        self._run_rows.load()
 
     @property
     def graphs_loaded(self) -> int:
@@ -184,6 +189,7 @@ class DenoisingLoop:
             GUIDANCE_SCALE: self._guidance_scale,
             **self._conditions,
             **(self._tables[index] if self._tables else {}),
+            **self._run_rows.at(view.manifest, launch),
         }
         if launch.forecast:
             tensors[FORECAST] = self._forecasts[index]
@@ -264,6 +270,7 @@ class DenoisingLoop:
         for spec in view.manifest.conditions:
             array = _with_shape(spec.name, conditions.get(spec.name), spec.shape)
             self._backend.upload(self._conditions[spec.name], to_storage(array, spec.dtype))
+        self._run_rows.fill(view.manifest, conditions, guidance_scale)
 
     def history(self) -> np.ndarray:
         """The history after a run, float32 (slots, B, C, h, w): it holds only until the next one."""
@@ -306,7 +313,7 @@ class DenoisingLoop:
         for index, launch in enumerate(self.launches):
             if launch.step != step:
                 continue
-            if self._tables and timestep != launch.timestep:
+            if (self._tables or self._run_rows.timed) and timestep != launch.timestep:
                 raise UserError(
                     f"{self._bundle.path}: evaluation {step} has tables for the timestep {launch.timestep}, not "
                     f"{timestep}; export the engine directory again with --no-timestep-tables"

@@ -395,10 +395,16 @@ def _class_id(manifest: Manifest, label: int | str) -> int:
         found = by_name.get(label.strip().casefold())
         if found is None:
             raise UserError(f"class_labels: no class is named {label!r}" + _some_names(manifest))
-        return found
+        label = found
     if isinstance(label, bool) or not isinstance(label, (int, np.integer)):
         raise arguments.wrong("class_labels", label, "a class id or a name")
-    null = manifest.components.null_class
+    null, tabled = manifest.components.null_class, manifest.plan.table_classes
+    if tabled and label not in tabled:
+        known = ", ".join(str(known) for known in tabled if known != null)
+        raise UserError(
+            f"class_labels: class {label}: the engine directory was exported for {known} alone (--class-labels); give "
+            "one of them, or export it again"
+        )
     allowed = set(names.values()) if names else None
     if allowed is not None and label not in allowed and label != null:
         raise UserError(f"class_labels: no class has id {label}" + _some_names(manifest))

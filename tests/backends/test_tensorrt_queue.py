@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -225,3 +226,20 @@ def test_invalidated_graphs_are_warmed_up_and_captured_again(mode):
     for _ in range(3):
         go(queue, a)
     assert log == ["a", "capture a", "graph a", "graph a"]
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_what_is_forgotten_is_held_no_more(times):
+    """Run alone (warm) or captured: the queue would keep a graph that was let go of, with its weights."""
+    queue, log = traced_queue("loop")
+    let_go, stays = Traced("a", object(), log), Traced("b", 2, log)
+    for run in (let_go, stays):
+        for _ in range(times):
+            go(queue, run)
+    context = weakref.ref(let_go)
+    queue.forget([let_go.context])
+    del run, let_go
+    assert context() is None
+    log.clear()
+    go(queue, stays)
+    assert log == (["capture b", "graph b"] if times == 1 else ["graph b"])

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 
-from dipgo_deploy.bundle.tables import Tables
 from dipgo_deploy.compare.graphs import frugal_session
 from dipgo_deploy.difference import relative_error
 from dipgo_deploy.reference.recording import Recorder, cache_tensor, run_until_complete
@@ -22,8 +21,7 @@ def test_the_tensor_of_another_name_is_refused():
 def record(bundle, reference, given, **options):
     plan = bundle.manifest.plan
     launches = [(launch.step, launch.variant) for launch in plan.launches]
-    tables = Tables(bundle).at_evaluation
-    recorder = Recorder(plan.variants, launches, given.guidance_scale, plan.slots, tables=tables, **options)
+    recorder = Recorder(plan.variants, launches, given.guidance_scale, plan.slots, **options)
     run_until_complete(recorder, reference, given)
     return recorder.recordings
 

@@ -18,6 +18,7 @@ import click
 import numpy as np
 
 from dipgo_deploy.bundle.directory import Bundle
+from dipgo_deploy.bundle.prologue import usual_class
 from dipgo_deploy.cli.common import emit, entry_point, human_console, json_option
 from dipgo_deploy.runtime.memory import process_memory
 from tools.bench.measure import machine, machine_line, spread
@@ -107,7 +108,11 @@ def _first_evaluation(bundle: Bundle, loop: Any) -> None:
         if done == last:
             raise _Stop
 
-    conditions = {spec.name: np.zeros(spec.shape, spec.dtype) for spec in bundle.manifest.conditions}
+    label = usual_class(bundle.manifest) or 0
+    conditions = {
+        spec.name: np.full(spec.shape, label if spec.source == "class" else 0, spec.dtype)
+        for spec in bundle.manifest.conditions
+    }
     with contextlib.suppress(_Stop):
         loop.run(np.zeros(loop.sample_shape, np.float32), conditions, on_launch=stop)
 

@@ -54,6 +54,10 @@ class TimedBackend:
         """As the wrapped backend; launches of the graph are timed."""
         return _TimedExecutable(self._inner.load(engine_dir, graph, weights), self)
 
+    def release(self, executable: Any) -> None:
+        """As the wrapped backend."""
+        self._inner.release(executable.inner)
+
     def memory(self) -> dict[str, int]:
         """As the wrapped backend."""
         return self._inner.memory()
@@ -62,11 +66,11 @@ class TimedBackend:
 class _TimedExecutable:
     def __init__(self, inner: Executable, backend: TimedBackend) -> None:
         self.graph = inner.graph
-        self._inner = inner
+        self.inner = inner
         self._backend = backend
 
     def bind(self, tensors: Mapping[str, Memory], graph: Graph | None = None) -> Launchable:
-        call, backend, clock = self._inner.bind(tensors, graph), self._backend, self._backend.clock
+        call, backend, clock = self.inner.bind(tensors, graph), self._backend, self._backend.clock
 
         def timed() -> None:
             start = clock()
