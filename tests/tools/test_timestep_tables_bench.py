@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tools.bench.timestep_tables import WITH, WITHOUT, as_text
+from tools.bench.timestep_tables import as_text
 
 
 def test_both_exports_of_a_model_stand_below_each_other() -> None:
@@ -31,7 +31,7 @@ def test_both_exports_of_a_model_stand_below_each_other() -> None:
         "steps": 10,
         "width": 256,
         "height": 512,
-        "sides": {WITH: side(70, 3), WITHOUT: side(100, 0)},
+        "sides": {"tables": side(70, 3), "no tables": side(100, 0)},
     }
     lines = [line for line in as_text([row]).splitlines() if line.startswith("| some-model")]
     model = "some-model (num_layers=2), 256x512, 10 steps"

@@ -1,4 +1,4 @@
-"""What timestep tables save of a published full-size configuration with random weights: disk, memory, time.
+"""What tables and the prologue save of a published full-size configuration with random weights: disk, memory, time.
 
 python -m tools.bench.timestep_tables dit-xl-2-256 --dtype fp32 --out DIR --collect docs/results/timestep-tables.json
 """
@@ -16,6 +16,7 @@ import numpy as np
 
 from dipgo_deploy.bundle.tables import TABLES_NAME
 from dipgo_deploy.cli.common import emit, entry_point, human_console, json_option
+from dipgo_deploy.cli.options import class_label_numbers
 from tools.bench.loading import in_process_of_its_own
 from tools.bench.measure import machine, machine_line, spread
 from tools.bench.tables import table, with_quartiles, write_results
@@ -24,7 +25,13 @@ from tools.full_size.export import exported_pixels, make_schedule, model_folder
 from tools.full_size.measure import run_stage
 
 MIB = 2**20
-WITH, WITHOUT = "tables", "no tables"
+# What is exported, and how.
+SIDES: Mapping[str, Mapping[str, Any]] = {
+    "no tables": {"timestep_tables": False},
+    "tables": {"timestep_tables": True, "prologue": False},
+    "prologue": {"prologue": True},
+    "classes": {"prologue": False},
+}
 _PATH = click.Path(path_type=Path)
 
 
@@ -37,13 +44,21 @@ _PATH = click.Path(path_type=Path)
 @click.option("--width", type=click.IntRange(min=1), help="Pixels. [default: the published model's]")
 @click.option("--height", type=click.IntRange(min=1), help="Pixels. [default: the published model's]")
 @click.option("--set", "changes", multiple=True, help="Change of the configuration, as in num_layers=4.")
+@click.option("--sides", default="tables,no tables", show_default=True, help=f"Of {', '.join(SIDES)}.")
+@click.option("--class-labels", help="Of the side `classes`, as in 207,360.")
 @click.option("--repeats", type=click.IntRange(min=1), default=3, show_default=True, help="Processes of each, in turn.")
 @click.option("--check/--no-check", default=True, show_default=True, help="Compare the graphs with the supernet.")
 @click.option("--out", type=_PATH, required=True, help="Work folder.")
 @click.option("--collect", type=_PATH, help="Add the row to this file (.json), with a table beside it.")
 @json_option
-def command(name: str, changes: tuple[str, ...], collect: Path | None, as_json: bool, **options: Any) -> None:
-    """Export configuration NAME with and without timestep tables, and load and run both."""
+def command(
+    name: str, changes: tuple[str, ...], sides: str, collect: Path | None, as_json: bool, **options: Any
+) -> None:
+    """Export configuration NAME with and without timestep tables (and a prologue), and load and run all of them."""
+    options["sides"] = tuple(part.strip() for part in sides.split(","))
+    unknown = [side for side in options["sides"] if side not in SIDES]
+    if unknown or ("classes" in options["sides"]) != (options["class_labels"] is not None):
+        raise click.UsageError(f"--sides {sides}: give some of {', '.join(SIDES)}; `classes` with --class-labels")
     console = human_console(as_json)
     given = {key: int(value) for key, _, value in (change.partition("=") for change in changes)}
     row = measure(find(name), given, options, console.print)
@@ -79,7 +94,7 @@ def measure(
         "weights": made,
         "sides": {},
     }
-    probes: dict[str, list[dict[str, float]]] = {WITH: [], WITHOUT: []}
+    probes: dict[str, list[dict[str, float]]] = {name: [] for name in options["sides"]}
     directories = {name: out / f"{label}.{name.replace(' ', '-')}.engine" for name in probes}
     try:
         for name, directory in directories.items():
@@ -89,8 +104,10 @@ def measure(
                 "dtype": dtype,
                 "layout": "variants",
                 "check": options["check"],
-                "timestep_tables": name == WITH,
+                **SIDES[name],
             }
+            if name == "classes":
+                settings["class_labels"] = class_label_numbers(options["class_labels"])
             exported = {"folder": str(folder), "schedule": str(file), "engine_dir": str(directory)}
             row["sides"][name] = {
                 "export": run_stage("export", {**exported, "options": {**settings, **sides}}, log),
@@ -161,7 +178,7 @@ python -m tools.bench.timestep_tables auraflow-1024 --set num_mmdit_layers=1 --s
 
 
 def cells(row: Mapping[str, Any]) -> list[Sequence[str]]:
-    """Two lines of the table."""
+    """A line of the table for each side."""
     changes = ", ".join(f"{key}={value}" for key, value in row["changes"].items())
     name = f"{row['name']}{f' ({changes})' if changes else ''}, {row['width']}x{row['height']}, {row['steps']} steps"
     lines: list[Sequence[str]] = []
