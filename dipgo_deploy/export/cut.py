@@ -10,8 +10,8 @@ import numpy as np
 
 from dipgo_deploy.bundle.history import History
 from dipgo_deploy.bundle.names import FORECAST, cache_input, cache_output
-from dipgo_deploy.export.latent import constant, latent_from_history, prepend
-from dipgo_deploy.export.trace import LATENT, TracedModel
+from dipgo_deploy.export.latent import LATENT, constant, latent_from_history, prepend
+from dipgo_deploy.export.trace import TracedModel
 from dipgo_deploy.plan.graph import BlockGraph, CacheKind
 from dipgo_deploy.plan.model import Cache, Variant
 

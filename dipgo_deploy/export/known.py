@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dipgo_deploy.bundle.shapes import BATCH
 from dipgo_deploy.errors import UserError
-from dipgo_deploy.export.latent import constant, prepend
+from dipgo_deploy.export.latent import LATENT, constant, prepend
 from dipgo_deploy.export.macs import node_macs
 from dipgo_deploy.export.stored import stored_parameter
 from dipgo_deploy.export.tensors import PASSABLE
@@ -117,13 +118,16 @@ class Found:
         return bool(self.frontier) and self.nbytes - self.row_bytes(timesteps) >= share * self.total
 
 
-def find_known(graph: ir.Graph, sources: Mapping[str, Source], for_all: ForAll | None = None) -> Found:
+def find_known(
+    graph: ir.Graph, sources: Mapping[str, Source], for_all: ForAll | None = None, *, open_batch: bool = False
+) -> Found:
     """What depends on ``sources`` (inputs of the graph) alone, up to the last products on the way.
 
     What follows them (a reshape, an activation) is cheaper computed again than stored. No part of it is what would
-    have to be known of every token for every timestep. for_all: leave out what cannot be computed so.
+    have to be known of every token for every timestep. for_all: leave out what cannot be computed so. open_batch:
+    also what has a row for each image of an open batch; ``NameDimensions`` went before.
     """
-    inside, behind = _inside(graph, sources, for_all)
+    inside, behind = _inside(graph, sources, for_all, open_batch)
     frontier = tuple(value for node in graph if node in inside for value in node.outputs if _leaves(value, inside))
     weights = {value for node in inside for value in node.inputs if value is not None and value.is_initializer()}
     freed = {value for value in weights if all(user in inside for user, _ in value.uses())}
@@ -158,7 +162,7 @@ def take_out(
         found.nbytes / max(found.total, 1),
     )
     for value, row in rows.items():
-        _replace(graph, value, str(row.name), extents_of(row if expanded else value), found.inside)
+        _replace(graph, value, str(row.name), row if expanded else value, found.inside)
     for node in reversed(list(graph)):
         if node in found.inside:
             graph.remove(node, safe=True)
@@ -170,33 +174,41 @@ def take_out(
 
 
 def _inside(
-    graph: ir.Graph, sources: Mapping[str, Source], for_all: ForAll | None
+    graph: ir.Graph, sources: Mapping[str, Source], for_all: ForAll | None, open_batch: bool
 ) -> tuple[set[ir.Node], Mapping[ir.Node, Source]]:
     """Known nodes that a product at or behind them needs, and what every known node depends on."""
     outside: set[ir.Node] = set()
     while True:
-        behind = _behind(graph, sources, for_all, outside)
+        behind = _behind(graph, sources, for_all, open_batch, outside)
         needed: set[ir.Node] = set()
         for node in reversed(list(graph)):
             if node not in behind:
                 continue
             users = {user for value in node.outputs for user, _ in value.uses()}
-            if users & needed or (behind[node] and _multiplies(node)):
+            if users & needed or (behind[node] and _multiplies(node, open_batch)):
                 needed.add(node)
         needed = {node for node in needed if behind[node]}
         # What cannot be an input of a graph is made inside: its maker then takes a row.
-        stuck = {node for node in needed for value in node.outputs if _leaves(value, needed) and not _passable(value)}
+        left = [(node, value) for node in needed for value in node.outputs if _leaves(value, needed)]
+        stuck = {node for node, value in left if not _passable(value, open_batch)}
         if not stuck:
             return needed, behind
         outside |= stuck
 
 
 def _behind(
-    graph: ir.Graph, sources: Mapping[str, Source], for_all: ForAll | None, outside: set[ir.Node]
+    graph: ir.Graph,
+    sources: Mapping[str, Source],
+    for_all: ForAll | None,
+    open_batch: bool,
+    outside: set[ir.Node],
 ) -> dict[ir.Node, Source]:
     """What known nodes depend on; nothing: constants only."""
     behind: dict[ir.Node, Source] = {}
     for node in graph:
+        if open_batch and node.op_type == "Shape" and node.inputs[0] is not None and node.inputs[0].is_graph_input():
+            behind[node] = NOTHING  # the sizes of a run: all that is read of the latent
+            continue
         read: list[Source | None] = []
         for value in node.inputs:
             producer = None if value is None else value.producer()
@@ -217,29 +229,43 @@ def _behind(
     return behind
 
 
-def _multiplies(node: ir.Node) -> bool:
+def _multiplies(node: ir.Node, open_batch: bool = True) -> bool:
     try:
         return node_macs(node) > 0
-    except ValueError:  # open sizes: its result depends on them
-        return False
+    except ValueError:  # open sizes
+        return open_batch
 
 
 def _leaves(value: ir.Value, inside: Collection[ir.Node]) -> bool:
     return any(user not in inside for user, _ in value.uses())
 
 
-def _passable(value: ir.Value) -> bool:
-    static = value.shape is not None and all(isinstance(extent, int) for extent in value.shape)
-    return static and value.dtype is not None and value.dtype.name in PASSABLE
+def _passable(value: ir.Value, open_batch: bool) -> bool:
+    if value.shape is None or value.dtype is None or value.dtype.name not in PASSABLE:
+        return False
+    static = all(isinstance(extent, int) for extent in value.shape)
+    return static or (open_batch and of_open_batch(value))
+
+
+def of_open_batch(value: ir.Value) -> bool:
+    """Whether the first extent of a value is an open batch, times a number, and the others are static."""
+    from dipgo_deploy.export.passes import dimensions
+
+    extents = dimensions.extents_of(value)
+    if not extents or value.shape is None or len(extents) != len(value.shape):
+        return False
+    names = [name for term in extents[0] for name, _ in term.factors]
+    others = all(isinstance(extent, int) for extent in list(value.shape)[1:])
+    return len(extents[0]) == 1 and names == [BATCH] and others
 
 
 def _part(model: ir.Model, found: Found, name_of: Callable[[str], str], images: int) -> ir.Model:
     """The graph that computes the values; its outputs have the names and shapes of the rows."""
     import onnx_ir as ir
 
-    taken = {value for node in found.inside for value in node.inputs if value is not None and value.is_graph_input()}
-    inputs = [value for value in model.graph.inputs if value in taken]
-    part = ir.convenience.extract(model.graph, inputs, list(found.frontier))
+    part = ir.convenience.extract(model.graph, list(model.graph.inputs), list(found.frontier))
+    for value in [value for value in part.inputs if not value.uses()]:
+        part.inputs.remove(value)
     names: set[str] = set()
     for value, output in zip(found.frontier, list(part.outputs), strict=True):
         name = name_of(_label(value))
@@ -247,9 +273,9 @@ def _part(model: ir.Model, found: Found, name_of: Callable[[str], str], images: 
             name += "'"
         names.add(name)
         output.name = name
-        extents = extents_of(value)
-        if images > 1 and extents[:1] == (images,):
-            output.shape = ir.Shape([1, *extents[1:]])
+        assert value.shape is not None
+        if of_open_batch(value) or (images > 1 and value.shape[0] == images):
+            output.shape = ir.Shape([1, *list(value.shape)[1:]])
     return ir.Model(part, ir_version=model.ir_version, producer_name="dipgo_deploy")
 
 
@@ -274,15 +300,21 @@ def _parameters(values: Collection[ir.Value]) -> tuple[str, ...]:
     return tuple(sorted(names))
 
 
-def _replace(graph: ir.Graph, value: ir.Value, name: str, row: tuple[int, ...], inside: Collection[ir.Node]) -> None:
+def _replace(graph: ir.Graph, value: ir.Value, name: str, row: ir.Value, inside: Collection[ir.Node]) -> None:
     """A new input in the place of ``value``, for all users that stay."""
     import onnx_ir as ir
 
-    made = ir.val(name, dtype=value.dtype, shape=ir.Shape(row))
+    from dipgo_deploy.export.passes import dimensions
+    from dipgo_deploy.export.passes.shapes import shape_vector
+
+    made = ir.val(name, dtype=value.dtype, shape=ir.Shape(extents_of(row)))
     graph.inputs.append(made)
-    extents = extents_of(value)
-    if row != extents:
-        shape = constant(graph, f"{name}/shape", np.array(extents, np.int64))
+    if list(row.shape or ()) != list(value.shape or ()):
+        if of_open_batch(value):
+            latent = next(source for source in graph.inputs if source.name == LATENT)
+            shape = shape_vector(graph, latent, dimensions.extents_of(value) or (), f"{name}/")
+        else:
+            shape = constant(graph, f"{name}/shape", np.array(extents_of(value), np.int64))
         node = ir.node("Expand", [made, shape], name=f"{name}/ForEachImage")
         prepend(graph, node)
         made = node.outputs[0]

@@ -14,6 +14,8 @@ from dipgo_deploy.export.dynamic import SIZES
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+LATENT = "latent"
+
 
 def latent_from_history(part: ir.Graph, latent: ir.Value, layout: History) -> list[ir.Value]:
     """Put the sum of the history in the place of ``latent``, an input of ``part``; the inputs that it takes then.

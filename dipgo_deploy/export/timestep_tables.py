@@ -16,37 +16,57 @@ import numpy as np
 
 from dipgo_deploy.bundle.names import TIMESTEP, run_input, table_input
 from dipgo_deploy.errors import UserError
+from dipgo_deploy.export.dynamic import concrete
 from dipgo_deploy.export.known import KnownPart, Source, extents_of, find_known, nbytes_of, take_out
+from dipgo_deploy.export.latent import LATENT
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+    from dipgo_deploy.bundle.shapes import SizeRanges
+
 # Below this share of the weights tables are not the default: a LoRA can no longer change what they are made of.
 WORTH_SHARE = 0.05
+# Images of which an open batch's rows are made: they have to be alike.
+_SEVERAL = 2
 
 
 @dataclass(frozen=True)
 class TimestepTables:
-    """The part of a traced model that became tables: timestep float32 (1,) -> a row of each."""
+    """The part of a traced model that became tables: timestep float32 (1,) -> a row of each.
+
+    sizes: of the latent that an open batch is read off, where it is.
+    """
 
     part: KnownPart
+    sizes: tuple[int, ...] = ()
 
     def rows(self, timesteps: Sequence[float]) -> dict[str, np.ndarray]:
         """The tables: float32 (timesteps, *row) by name; raises as ``KnownPart.rows`` does."""
         points = {TIMESTEP: [np.array([timestep], np.float32) for timestep in timesteps]}
+        if self.sizes:
+            points[LATENT] = [np.zeros(self.sizes, np.float32)] * len(timesteps)
         return self.part.rows(points, "give --no-timestep-tables")
 
 
-def take_out_tables(model: ir.Model, images: int, *, always: bool) -> TimestepTables | None:
+def take_out_tables(
+    model: ir.Model, images: int, *, always: bool, sizes: SizeRanges | None = None
+) -> TimestepTables | None:
     """Take what depends on the timestep alone out of ``model``, which gets an input for each value; None, and nothing
     is changed, where there is nothing or (unless ``always``) where it is not worth it.
 
-    A value that has a row for each of the ``images`` of a launch, all alike, becomes one row.
+    A value that has a row for each of the ``images`` of a launch, all alike, becomes one row; also where ``sizes``
+    leave their number open.
     """
-    found = find_known(model.graph, {TIMESTEP: Source.TIMESTEP})
+    open_batch = sizes is not None and not sizes.batch.is_static
+    found = find_known(model.graph, {TIMESTEP: Source.TIMESTEP}, open_batch=open_batch)
     if not found.frontier or (not always and found.nbytes < WORTH_SHARE * found.total):
         return None
-    return TimestepTables(take_out(model, found, table_input, images))
+    part = take_out(model, found, table_input, 1 if open_batch else images)
+    latent = next((value for value in part.model.graph.inputs if value.name == LATENT), None)
+    if latent is None or sizes is None:
+        return TimestepTables(part)
+    return TimestepTables(part, concrete(latent, sizes.min._replace(batch=_SEVERAL)))
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from dipgo_deploy.bundle.shapes import SizeRanges
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.export.dynamic import Dimensions, concrete, example_sizes, macs_at
 from dipgo_deploy.export.known import KnownPart
+from dipgo_deploy.export.latent import LATENT
 from dipgo_deploy.export.macs import node_macs
 from dipgo_deploy.export.pieces import node_graph
 from dipgo_deploy.export.program import to_onnx, torch_dtype
@@ -27,8 +28,6 @@ from dipgo_deploy.plan.pieces import PieceGraph, split
 if TYPE_CHECKING:
     import onnx_ir as ir
     import torch
-
-LATENT = "latent"
 
 
 @dataclass(frozen=True)
@@ -143,10 +142,10 @@ def trace(
         label=family.class_name,
         dynamic_shapes=_dynamic_shapes(shape, conditions),
     )
-    tables, classes, prologue = _taken(model, shape, family, conditions, beforehand)
-    apply(model, SeparateProjections())
     if shape.sizes is not None:
         apply(model, NameDimensions(LATENT, shape.sizes), ShapesFromSizes(LATENT))
+    tables, classes, prologue = _taken(model, shape, family, conditions, beforehand)
+    apply(model, SeparateProjections())
     roles: dict[str, InputRole] = {LATENT: "step", TIMESTEP: "step"}
     roles.update({name: "constant" for name in names[2:]})
     for made in (tables, classes, prologue):
@@ -168,11 +167,10 @@ def _taken(
         wanted.prologue or is_worth(find_prologue(model.graph, None, others), wanted.timesteps)
     )
     always = wanted.tables is True or for_run or bool(wanted.classes)
-    tables = take_out_tables(model, shape.model_batch, always=always)
+    tables = take_out_tables(model, shape.model_batch, always=always, sizes=shape.sizes)
     if wanted.tables and tables is None:
-        ranges = ", or for a plain number for --batch" if shape.sizes is not None else ""
         raise UserError(
-            f"--timestep-tables: no product of {family.class_name} depends on the timestep alone; leave it out{ranges}"
+            f"--timestep-tables: no product of {family.class_name} depends on the timestep alone; leave it out"
         )
     classes = prologue = None
     if wanted.classes:
@@ -183,7 +181,10 @@ def _taken(
         if found.frontier:
             prologue = take_out_prologue(model, found)
         elif wanted.prologue:
-            raise UserError(f"--prologue: no product of {family.class_name} depends on conditions alone; leave it out")
+            ranges = ", or for a plain number for --batch" if shape.sizes is not None else ""
+            raise UserError(
+                f"--prologue: no product of {family.class_name} depends on conditions alone; leave it out{ranges}"
+            )
     return tables, classes, prologue
 
 

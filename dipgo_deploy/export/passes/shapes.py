@@ -48,11 +48,20 @@ class ShapesFromSizes(ir.passes.InPlacePass):
         return next(value for value in graph.inputs if value.name == self.latent)
 
 
+def shape_vector(graph: ir.Graph, source: ir.Value, extents: Sequence[Extent], prefix: str) -> ir.Value:
+    """int64 (len(extents),), computed from the shape of the graph input ``source``.
+
+    prefix: of the names of the nodes, which ``Graph.sort`` has to put in their places.
+    """
+    return _Builder(graph, source, prefix).vector(extents)
+
+
 class _Builder:
     """Nodes that compute shapes from the shape of one graph input; each expression once."""
 
-    def __init__(self, graph: ir.Graph, source: ir.Value) -> None:
+    def __init__(self, graph: ir.Graph, source: ir.Value, prefix: str = "") -> None:
         self._graph = graph
+        self._prefix = prefix
         self._made: dict[str, ir.Value] = {}
         self._sizes = self._node("Shape", [source], SIZES, 4)
 
@@ -106,15 +115,15 @@ class _Builder:
     def _constant(self, values: Sequence[int]) -> ir.Value:
         name = "const/" + "x".join(map(str, values))
         if name not in self._made:
-            tensor = ir.tensor(np.array(values, np.int64), name=name)
-            value = ir.Value(name=name, const_value=tensor, shape=tensor.shape, type=ir.TensorType(tensor.dtype))
+            tensor = ir.tensor(np.array(values, np.int64), name=self._prefix + name)
+            value = ir.Value(name=tensor.name, const_value=tensor, shape=tensor.shape, type=ir.TensorType(tensor.dtype))
             self._graph.register_initializer(value)
             self._made[name] = value
         return self._made[name]
 
     def _node(self, operator: str, inputs: Sequence[ir.Value], name: str, length: int, **attributes: int) -> ir.Value:
-        node = ir.node(operator, inputs, attributes=attributes or None, name=name)
-        node.outputs[0].name = name
+        node = ir.node(operator, inputs, attributes=attributes or None, name=self._prefix + name)
+        node.outputs[0].name = node.name
         node.outputs[0].dtype = ir.DataType.INT64
         node.outputs[0].shape = ir.Shape([length])
         self._graph.append(node)
