@@ -279,9 +279,9 @@ def _beforehand_facts(planned: PlannedExport) -> dict[str, Any]:
         if made is not None:
             part = made.part
             found[name] = {
-                "values" if name == "prologue" else "tables": len(part.shapes),
+                "values" if name == "prologue" else "tables": len(part.names),
                 "rows": timesteps,
-                "bytes": part.row_bytes(timesteps),
+                "bytes": part.row_bytes(timesteps, traced.shape.sizes),
                 "weight_bytes_saved": part.nbytes,
                 "share_of_weights": part.share,
             }

@@ -11,6 +11,7 @@ import numpy as np
 
 from dipgo_deploy.bundle.shapes import BATCH
 from dipgo_deploy.errors import UserError
+from dipgo_deploy.export.dynamic import concrete
 from dipgo_deploy.export.latent import LATENT, constant, prepend
 from dipgo_deploy.export.macs import node_macs
 from dipgo_deploy.export.stored import stored_parameter
@@ -18,6 +19,8 @@ from dipgo_deploy.export.tensors import PASSABLE
 
 if TYPE_CHECKING:
     import onnx_ir as ir
+
+    from dipgo_deploy.bundle.shapes import SizeRanges
 
 
 class Source(enum.Flag):
@@ -54,15 +57,19 @@ class KnownPart:
     share: float
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """Of the values."""
+        return tuple(str(value.name) for value in self.model.graph.outputs)
+
+    @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Shape of a row, by name."""
+        """Shape of a row, by name, where all are static."""
         return {str(value.name): extents_of(value) for value in self.model.graph.outputs}
 
-    def row_bytes(self, timesteps: int) -> int:
-        """Of the rows of all values for so many timesteps."""
-        return sum(
-            nbytes_of(value) * (timesteps if value.name in self.timed else 1) for value in self.model.graph.outputs
-        )
+    def row_bytes(self, timesteps: int, sizes: SizeRanges | None = None) -> int:
+        """Of the rows of all values for so many timesteps, at the largest of ``sizes``."""
+        outputs = self.model.graph.outputs
+        return sum(nbytes_of(value, sizes) * (timesteps if value.name in self.timed else 1) for value in outputs)
 
     def rows(self, points: Mapping[str, Sequence[np.ndarray]], option: str) -> dict[str, np.ndarray]:
         """The values at each of some points: float32 (points, *row) by name.
@@ -98,7 +105,8 @@ class KnownPart:
 class Found:
     """What ``find_known`` found: the nodes, and the values that others take of them.
 
-    nbytes: of the weights that no other node has. total: of all weights.
+    nbytes: of the weights that no other node has. total: of all weights. rows: bytes of a row of each value of the
+    frontier, at the largest sizes.
     """
 
     inside: frozenset[ir.Node]
@@ -108,10 +116,11 @@ class Found:
     freed: frozenset[ir.Value]
     nbytes: int
     total: int
+    rows: Mapping[ir.Value, int]
 
     def row_bytes(self, timesteps: int) -> int:
         """Of the rows for so many timesteps."""
-        return sum(nbytes_of(value) * (timesteps if value in self.timed else 1) for value in self.frontier)
+        return sum(self.rows[value] * (timesteps if value in self.timed else 1) for value in self.frontier)
 
     def saves(self, share: float, timesteps: int) -> bool:
         """Whether the weights, less the rows, are at least this share of all."""
@@ -119,14 +128,15 @@ class Found:
 
 
 def find_known(
-    graph: ir.Graph, sources: Mapping[str, Source], for_all: ForAll | None = None, *, open_batch: bool = False
+    graph: ir.Graph, sources: Mapping[str, Source], for_all: ForAll | None = None, *, sizes: SizeRanges | None = None
 ) -> Found:
     """What depends on ``sources`` (inputs of the graph) alone, up to the last products on the way.
 
     What follows them (a reshape, an activation) is cheaper computed again than stored. No part of it is what would
-    have to be known of every token for every timestep. for_all: leave out what cannot be computed so. open_batch:
-    also what has a row for each image of an open batch; ``NameDimensions`` went before.
+    have to be known of every token for every timestep. for_all: leave out what cannot be computed so. sizes: where
+    these are open (``NameDimensions`` went before), also what has a row for each image of an open batch.
     """
+    open_batch = sizes is not None and not sizes.batch.is_static
     inside, behind = _inside(graph, sources, for_all, open_batch)
     frontier = tuple(value for node in graph if node in inside for value in node.outputs if _leaves(value, inside))
     weights = {value for node in inside for value in node.inputs if value is not None and value.is_initializer()}
@@ -140,16 +150,17 @@ def find_known(
         frozenset(freed),
         sum(nbytes_of(value) for value in freed),
         sum(nbytes_of(value) for value in graph.initializers.values()),
+        {value: nbytes_of(value, sizes) for value in frontier},
     )
 
 
 def take_out(
-    model: ir.Model, found: Found, name_of: Callable[[str], str], images: int, *, expanded: bool = True
+    model: ir.Model, found: Found, name_of: Callable[[str], str], images: int | None, *, expanded: bool = True
 ) -> KnownPart:
     """Take what was found out of ``model``, which gets an input for each value.
 
     name_of: the input of the value that has this label. images: a value that has a row for each of so many images of a
-    launch, all alike, becomes one row; 1 leaves all as they are. expanded: its input in ``model`` is one row, too.
+    launch, all alike, becomes one row; None leaves all as they are. expanded: its input in ``model`` is one row, too.
     """
     graph = model.graph
     made = _part(model, found, name_of, images)
@@ -206,8 +217,8 @@ def _behind(
     """What known nodes depend on; nothing: constants only."""
     behind: dict[ir.Node, Source] = {}
     for node in graph:
-        if open_batch and node.op_type == "Shape" and node.inputs[0] is not None and node.inputs[0].is_graph_input():
-            behind[node] = NOTHING  # the sizes of a run: all that is read of the latent
+        if open_batch and _reads_batch(node):
+            behind[node] = NOTHING
             continue
         read: list[Source | None] = []
         for value in node.inputs:
@@ -216,6 +227,8 @@ def _behind(
                 read.append(NOTHING)
             else:
                 read.append(sources.get(str(value.name)) if producer is None else behind.get(producer))
+        if open_batch and any(_is_shape_of_latent(value) for value in node.inputs):
+            continue  # another size
         known = [source for source in read if source is not None]
         if len(known) < len(read) or node in outside or any(value.is_graph_output() for value in node.outputs):
             continue
@@ -227,6 +240,28 @@ def _behind(
             continue
         behind[node] = together
     return behind
+
+
+def _reads_batch(node: ir.Node) -> bool:
+    """Whether a node reads the batch, and nothing else, off the shape of the latent, as ``ShapesFromSizes`` writes it.
+
+    That is the entry of a shape; the shape itself is taken along.
+    """
+    first = node.inputs[0] if node.inputs else None
+    if first is None:
+        return False
+    if _is_shape_of_latent(node.outputs[0]):
+        return any(_reads_batch(user) for user, _ in node.outputs[0].uses())
+    index = node.inputs[1] if node.op_type == "Gather" else None
+    first_entry = index is not None and index.const_value is not None and index.const_value.numpy().tolist() == [0]
+    return _is_shape_of_latent(first) and first_entry
+
+
+def _is_shape_of_latent(value: ir.Value | None) -> bool:
+    node = None if value is None else value.producer()
+    return (
+        node is not None and node.op_type == "Shape" and node.inputs[0] is not None and node.inputs[0].is_graph_input()
+    )
 
 
 def _multiplies(node: ir.Node, open_batch: bool = True) -> bool:
@@ -259,7 +294,7 @@ def of_open_batch(value: ir.Value) -> bool:
     return len(extents[0]) == 1 and names == [BATCH] and others
 
 
-def _part(model: ir.Model, found: Found, name_of: Callable[[str], str], images: int) -> ir.Model:
+def _part(model: ir.Model, found: Found, name_of: Callable[[str], str], images: int | None) -> ir.Model:
     """The graph that computes the values; its outputs have the names and shapes of the rows."""
     import onnx_ir as ir
 
@@ -274,7 +309,7 @@ def _part(model: ir.Model, found: Found, name_of: Callable[[str], str], images: 
         names.add(name)
         output.name = name
         assert value.shape is not None
-        if of_open_batch(value) or (images > 1 and value.shape[0] == images):
+        if images is not None and (of_open_batch(value) or (images > 1 and value.shape[0] == images)):
             output.shape = ir.Shape([1, *list(value.shape)[1:]])
     return ir.Model(part, ir_version=model.ir_version, producer_name="dipgo_deploy")
 
@@ -307,9 +342,10 @@ def _replace(graph: ir.Graph, value: ir.Value, name: str, row: ir.Value, inside:
     from dipgo_deploy.export.passes import dimensions
     from dipgo_deploy.export.passes.shapes import shape_vector
 
-    made = ir.val(name, dtype=value.dtype, shape=ir.Shape(extents_of(row)))
+    made = ir.val(name, dtype=value.dtype, shape=row.shape)
+    made.meta.update(value.meta)  # of open sizes
     graph.inputs.append(made)
-    if list(row.shape or ()) != list(value.shape or ()):
+    if row is not value and list(row.shape or ()) != list(value.shape or ()):
         if of_open_batch(value):
             latent = next(source for source in graph.inputs if source.name == LATENT)
             shape = shape_vector(graph, latent, dimensions.extents_of(value) or (), f"{name}/")
@@ -395,9 +431,10 @@ def extents_of(value: ir.Value) -> tuple[int, ...]:
     return tuple(int(extent) for extent in value.shape)
 
 
-def nbytes_of(value: ir.Value) -> int:
-    """Bytes of a weight, or of a value whose shape is static."""
+def nbytes_of(value: ir.Value, sizes: SizeRanges | None = None) -> int:
+    """Bytes of a weight, or of a value, at the largest of ``sizes`` where its shape is not static."""
     if value.const_value is not None:
         return int(value.const_value.nbytes)
     assert value.dtype is not None
-    return int(np.prod(extents_of(value))) * int(value.dtype.itemsize)
+    shape = extents_of(value) if sizes is None else concrete(value, sizes.max)
+    return int(np.prod(shape)) * int(value.dtype.itemsize)

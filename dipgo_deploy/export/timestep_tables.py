@@ -58,11 +58,10 @@ def take_out_tables(
     A value that has a row for each of the ``images`` of a launch, all alike, becomes one row; also where ``sizes``
     leave their number open.
     """
-    open_batch = sizes is not None and not sizes.batch.is_static
-    found = find_known(model.graph, {TIMESTEP: Source.TIMESTEP}, open_batch=open_batch)
+    found = find_known(model.graph, {TIMESTEP: Source.TIMESTEP}, sizes=sizes)
     if not found.frontier or (not always and found.nbytes < WORTH_SHARE * found.total):
         return None
-    part = take_out(model, found, table_input, 1 if open_batch else images)
+    part = take_out(model, found, table_input, images)
     latent = next((value for value in part.model.graph.inputs if value.name == LATENT), None)
     if latent is None or sizes is None:
         return TimestepTables(part)

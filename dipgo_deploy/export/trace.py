@@ -149,7 +149,7 @@ def trace(
     roles: dict[str, InputRole] = {LATENT: "step", TIMESTEP: "step"}
     roles.update({name: "constant" for name in names[2:]})
     for made in (tables, classes, prologue):
-        for name in () if made is None else made.part.shapes:
+        for name in () if made is None else made.part.names:
             roles[name] = "step" if made is not None and name in made.part.timed else "constant"
     graph = read_block_graph(model, boundary.blocks, roles, PREDICTION, shape.sizes)
     return TracedModel(model, graph, conditions, shape, dtype, tables, classes, prologue)
@@ -164,7 +164,7 @@ def _taken(
     label = next((spec.name for spec in conditions if spec.source == "class"), None)
     others = [spec for spec in conditions if not wanted.classes or spec.name != label]
     for_run = wanted.prologue is not False and (
-        wanted.prologue or is_worth(find_prologue(model.graph, None, others), wanted.timesteps)
+        wanted.prologue or is_worth(find_prologue(model.graph, None, others, shape.sizes), wanted.timesteps)
     )
     always = wanted.tables is True or for_run or bool(wanted.classes)
     tables = take_out_tables(model, shape.model_batch, always=always, sizes=shape.sizes)
@@ -177,14 +177,11 @@ def _taken(
         assert label is not None  # checked with the options
         classes = take_out_classes(model, tables, label, wanted.classes, shape.model_batch, wanted.timesteps)
     if for_run:
-        found = find_prologue(model.graph, tables, others)
+        found = find_prologue(model.graph, tables, others, shape.sizes)
         if found.frontier:
             prologue = take_out_prologue(model, found)
         elif wanted.prologue:
-            ranges = ", or for a plain number for --batch" if shape.sizes is not None else ""
-            raise UserError(
-                f"--prologue: no product of {family.class_name} depends on conditions alone; leave it out{ranges}"
-            )
+            raise UserError(f"--prologue: no product of {family.class_name} depends on conditions alone; leave it out")
     return tables, classes, prologue
 
 

@@ -44,7 +44,7 @@ def for_all(node: ir.Node, timed: Collection[int]) -> bool:
     if kind == "Gemm":
         return first_alone and not node.attributes.get_int("transA", 0)
     if kind in ("Reshape", "Expand"):
-        return first_alone and _constant(node, 1) is not None
+        return first_alone
     if kind in _AXES:
         axes = _constant(node, _AXES[kind][0])
         return first_alone and axes is not None and axes.size > 0
@@ -105,8 +105,10 @@ class _Vectorised:
                 self._align(node, place, wide)
         if kind in ("Reshape", "Expand"):
             shape = _constant(node, 1)
-            assert shape is not None
-            node.replace_input_with(1, self._integers(node, [self._count, *shape.tolist()]))
+            if shape is None:  # of open sizes
+                self._before(node, 1, "Concat", [self._integers(node, [self._count]), node.inputs[1]], axis=0)
+            else:
+                node.replace_input_with(1, self._integers(node, [self._count, *shape.tolist()]))
         elif kind in _AXES:
             place, of = _AXES[kind]
             axes, within = _constant(node, place), rank
@@ -183,11 +185,11 @@ class _Vectorised:
         out.shape = None
         self._with_axis(made)
 
-    def _before(self, node: ir.Node, place: int, kind: str, inputs: Sequence[Any]) -> None:
+    def _before(self, node: ir.Node, place: int, kind: str, inputs: Sequence[Any], **attributes: int) -> None:
         import onnx_ir as ir
 
         self._made += 1
-        added = ir.node(kind, inputs, name=f"{node.name}/{kind}{self._made}")
+        added = ir.node(kind, inputs, attributes=attributes or None, name=f"{node.name}/{kind}{self._made}")
         made = added.outputs[0]
         made.name, made.dtype = str(added.name), inputs[0].dtype
         self._graph.insert_before(node, added)

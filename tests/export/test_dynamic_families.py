@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ class Case:
     sides: tuple[int, int, int]
     step: int
     scale: int = 8
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def ranges(self) -> dict[str, Range]:
@@ -46,13 +47,13 @@ class Case:
         torch.manual_seed(0)
         self.make().save_pretrained(folder / "model")
         schedule = schedule_for(folder / "model", sampler=self.sampler, steps=STEPS, ratio=0.4, seed=1)
-        planned = plan_for(folder / "model", schedule, components=False, **self.ranges, **options)
+        planned = plan_for(folder / "model", schedule, components=False, **self.ranges, **self.options, **options)
         return publish(planned, folder / "x").path
 
 
 # The native sizes lie inside the ranges: what a model keeps ready for them alone must not decide a trace.
 CASES = {
-    "sd3": Case(sd35_transformer, "flow-euler", (4, 8, 12), 2),
+    "sd3": Case(sd35_transformer, "flow-euler", (4, 8, 12), 2, options={"prologue": True}),
     "pixart": Case(lambda: pixart_transformer(sample_size=8, use_additional_conditions=True), "euler", (4, 6, 12), 2),
     "sana": Case(lambda: sana_transformer(sample_size=8, interpolation_scale=2.0), "flow-euler", (4, 6, 12), 1),
     "unet2d": Case(unet2d, "euler", (8, 12, 24), 4, scale=1),
@@ -120,10 +121,20 @@ def test_other_sizes_are_refused_before_anything_runs(engines: Callable[[str], P
     assert drawn.shape == (2, channels, case.sides[2], case.sides[0]) and np.isfinite(drawn).all()
 
 
+def test_what_is_made_before_the_launches_has_a_row_for_each_image(engines: Callable[[str], Path]) -> None:
+    plan = Bundle.open(engines("sd3")).manifest.plan
+    assert plan.prologue is not None and plan.prologue.sizes is not None
+    specs = {spec.name: spec.dims for spec in plan.prologue.outputs}
+    count = len(plan.table_timesteps)
+    assert specs["run.norm_out.linear"] is not None and specs["run.norm_out.linear"][:2] == (count, "2*batch")
+    taken = {spec.name: spec.dims for variant in plan.variants for spec in variant.graph.inputs}
+    assert taken["run.norm_out.linear"] == specs["run.norm_out.linear"][1:]
+
+
 @every
 def test_engines_are_built(engines: Callable[[str], Path], name: str) -> None:
     engine = engines(name)
-    assert build_with_tensorrt_rtx(engine) == len(Bundle.open(engine).manifest.plan.variants)
+    assert build_with_tensorrt_rtx(engine) == len(Bundle.open(engine).manifest.plan.graphs)
 
 
 @pytest.mark.slow
@@ -131,7 +142,7 @@ def test_engines_are_built(engines: Callable[[str], Path], name: str) -> None:
 @pytest.mark.parametrize("case", [Case(two_level_unet, "euler", (4, 8, 12), 2), *CASES.values()], ids=["unet", *CASES])
 def test_engines_are_built_in_half_precision(case: Case, dtype: str, tmp_path: Path) -> None:
     engine = case.export(tmp_path, dtype=dtype)
-    assert build_with_tensorrt_rtx(engine) == len(Bundle.open(engine).manifest.plan.variants)
+    assert build_with_tensorrt_rtx(engine) == len(Bundle.open(engine).manifest.plan.graphs)
 
 
 def test_position_embeddings_have_an_end(tmp_path: Path) -> None:
