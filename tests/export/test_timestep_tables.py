@@ -77,11 +77,11 @@ def test_a_row_takes_the_place_of_what_made_it():
     model = exported(module)
     tables = taken(model)
     # One row for all images, of the last product; what follows it (halves, a comparison) stays in the graph.
-    assert tables.shapes == {"table.second": (1, 12)}
-    assert tables.row_bytes == 48
-    assert tables.parameters == ("first.bias", "first.weight", "second.bias", "second.weight")
+    assert tables.part.shapes == {"table.second": (1, 12)}
+    assert tables.part.row_bytes(1) == 48
+    assert tables.part.parameters == ("first.bias", "first.weight", "second.bias", "second.weight")
     weights = 4 * (2 * 64 + 64 + 64 * 12 + 12)
-    assert weights <= tables.nbytes < weights + 64  # and some scalars
+    assert weights <= tables.part.nbytes < weights + 64  # and some scalars
     assert {value.name for value in model.graph.inputs} == {"latent", "timestep", "table.second"}
     products = [node.op_type for node in model.graph if node.op_type in ("Gemm", "MatMul")]
     assert len(products) == 1  # of the latent
