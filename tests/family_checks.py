@@ -126,8 +126,7 @@ def check_family(
 
 def with_gates(planned: PlannedExport, schedule: Schedule, folder: Path, **changes: Any) -> Bundle:
     """The trace of ``planned`` cut for another schedule, written to ``folder``."""
-    again = replan(planned, schedule)
-    return publish(replace(again, options=replace(again.options, **changes)), folder)
+    return publish(replan(replace(planned, options=replace(planned.options, **changes)), schedule), folder)
 
 
 def with_strength(planned: PlannedExport, strength: float) -> PlannedExport:

@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dipgo_deploy.bundle.prologue import prologue_entry
 from dipgo_deploy.compare.graphs import OpenGraph, failures_named
 from dipgo_deploy.compare.inner import InnerGraph, RunModel, made_name, run_plainly
 from dipgo_deploy.compare.metrics import Tolerance, tensor_error
+from dipgo_deploy.compare.rows import with_rows
 from dipgo_deploy.compare.step_runner import StepRunner
 from dipgo_deploy.difference import peak
 from dipgo_deploy.errors import UserError, one_line
@@ -126,12 +128,16 @@ def locate(
     Raises:
         UserError: a reference that does not fit, or differs from the model too.
     """
-    dtype = bundle.manifest.dtype
+    dtype, segments = bundle.manifest.dtype, bundle.manifest.plan.layout == "segments"
+    given = list(with_rows(bundle, recordings, open_graph))  # type: ignore[type-var]
     found: _Wrong | None
-    if bundle.manifest.plan.layout == "variants":
-        found = _first(_alone(bundle, recordings, open_graph), tolerance)  # type: ignore[arg-type]
+    if segments:
+        found = _prologue(bundle, sound(dtype), recordings, open_graph, tolerance)
+        found = found or _first(_within(bundle, sound(dtype), given, open_graph), tolerance)  # type: ignore[arg-type]
     else:
-        found = _first(_within(bundle, sound(dtype), recordings, open_graph), tolerance)  # type: ignore[arg-type]
+        found = _first(_alone(bundle, given, open_graph), tolerance)  # type: ignore[arg-type]
+        if found is not None and bundle.manifest.plan.prologue is not None:
+            found = _prologue(bundle, sound(dtype), recordings, open_graph, tolerance) or found
     if found is None:
         return None
     graph = InnerGraph(bundle.path / found.entry.graph.file)
@@ -185,6 +191,23 @@ def _within(
             )
 
 
+def _prologue(
+    bundle: Bundle,
+    sound: Bundle,
+    recordings: Sequence[Recording] | Sequence[StepRecording],
+    open_graph: OpenGraph,
+    tolerance: Tolerance,
+) -> _Wrong | None:
+    """What the prologue makes beside what the reference's does; None where there is none, or it is within tolerance."""
+    plan = bundle.manifest.plan
+    if plan.prologue is None or not recordings:
+        return None
+    entry, first = prologue_entry(plan), recordings[0]
+    inputs = {spec.name: first.inputs[spec.name] for spec in plan.prologue.inputs}
+    actual = _run(bundle, entry, open_graph, inputs)
+    return _first(iter([(first.step, entry, inputs, actual, _plainly(sound, bundle, entry, inputs))]), tolerance)
+
+
 def _run(bundle: Bundle, entry: VariantEntry, open_graph: OpenGraph, inputs: Arrays) -> Arrays:
     """The graph's outputs; NaN where it cannot be loaded or run: what is wrong in it is looked for."""
     try:
@@ -206,7 +229,9 @@ def _same_graph(sound: Bundle, bundle: Bundle, entry: VariantEntry) -> Path:
         UserError: there is none: it is of another schedule, or compiled otherwise.
     """
     names = _names(entry)
-    other = next((other for other in sound.manifest.plan.variants if _names(other) == names), None)
+    plan = sound.manifest.plan
+    there = (*plan.variants, *(() if plan.prologue is None else (prologue_entry(plan),)))
+    other = next((other for other in there if _names(other) == names), None)
     if other is None:
         raise UserError(
             f"--bisect: no graph of {sound.path} has the inputs and outputs of {bundle.path / entry.graph.file}; give "

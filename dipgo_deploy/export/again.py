@@ -13,7 +13,8 @@ from dipgo_deploy.export.planning import Notify
 
 def options_of(bundle: Bundle, dtype: str | None = None) -> ExportOptions:
     """How an engine directory was exported, without what surrounds its denoiser. dtype: another one."""
-    manifest = bundle.manifest
+    manifest, plan = bundle.manifest, bundle.manifest.plan
+    in_run = plan.prologue is not None or bool(plan.table_classes)
     usual, sizes = manifest.usual_sizes, manifest.sizes
     scale = manifest.latent.scale or 1
 
@@ -42,7 +43,10 @@ def options_of(bundle: Bundle, dtype: str | None = None) -> ExportOptions:
         allow_other_config=True,
         check=False,
         components=False,
-        timestep_tables=bool(table_specs(bundle)),
+        # Of a prologue or tables of classes they may be a part, and in no graph.
+        timestep_tables=None if in_run else bool(table_specs(bundle)),
+        prologue=plan.prologue is not None,
+        class_labels=plan.table_classes,
         self_test=False,
     )
 

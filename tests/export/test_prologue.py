@@ -15,18 +15,27 @@ import pytest
 from click.testing import CliRunner
 from family_checks import loop_report, with_gates
 from lora_files import make_updates, save_lora
+from seeded_defects import replaced
 from tiny_engines import changed, save_dit_pipeline, schedule_for
 
 from dipgo_deploy.backends.base import ChangedWeights
 from dipgo_deploy.backends.onnxruntime import OnnxExecutable, OnnxRuntimeBackend
-from dipgo_deploy.bundle.directory import Bundle
+from dipgo_deploy.bundle.directory import Bundle, reseal
 from dipgo_deploy.bundle.manifest import Graph
 from dipgo_deploy.bundle.weights import WeightsIndex, weights_of
 from dipgo_deploy.cli.inspect import command as inspect
+from dipgo_deploy.compare.bisect import locate
+from dipgo_deploy.compare.graphs import frugal_session
+from dipgo_deploy.compare.metrics import Tolerance
 from dipgo_deploy.errors import UserError
+from dipgo_deploy.export.again import options_of
 from dipgo_deploy.export.exporter import ExportOptions, PlannedExport, plan_export, publish
+from dipgo_deploy.export.options import check_options
 from dipgo_deploy.lora.file import LoraChoice
 from dipgo_deploy.lora.merge import merge_loras
+from dipgo_deploy.reference.load import load_reference
+from dipgo_deploy.reference.recording import run_until_complete
+from dipgo_deploy.reference.steps import recorder_for
 from dipgo_deploy.runtime.loop import DenoisingLoop
 from dipgo_deploy.runtime.pipeline import Pipeline
 from dipgo_deploy.supernet.load import load_denoiser
@@ -92,6 +101,7 @@ def test_both_layouts_equal_the_supernet(planned: PlannedExport, engine: Bundle,
         assert report.first_failure() is None
         assert report.results is not None and report.results.tensors[0].relative < 1e-5
         assert bundle.manifest.format_version == 7
+        assert bundle.manifest.plan.layout == ("segments" if bundle is segments else "variants")
         assert not bundle.manifest.plan.table_classes
 
 
@@ -275,3 +285,30 @@ def test_half_precision(model: Path, tmp_path: Path):
     for name, options in {"any": {}, "some": {"class_labels": (1,)}}.items():
         bundle = publish(plan_with(model, dtype="fp16", **options), tmp_path / name)
         assert loop_report(bundle.path).first_failure() is None
+
+
+@pytest.mark.parametrize("layout", ["variants", "segments"])
+def test_a_node_of_it_that_is_wrong_is_found(planned: PlannedExport, engine: Bundle, tmp_path: Path, layout: str):
+    sound = engine
+    if layout == "segments":
+        sound = with_gates(planned, planned.schedule, tmp_path / "sound", layout="segments")
+    bad = replaced(tmp_path / "bad", sound.path)
+    model = onnx.load(bad / "graphs/prologue.onnx", load_external_data=False)
+    wrong = next(node for node in model.graph.node if node.op_type == "Sigmoid")
+    wrong.op_type = "Tanh"
+    (bad / "graphs/prologue.onnx").unlink()  # it may be a link
+    onnx.save(model, bad / "graphs/prologue.onnx")
+    reference = load_reference(sound)
+    inputs = reference.inputs(sound.manifest)
+    recorder = recorder_for(sound, reference.schedule, inputs.guidance_scale)
+    run_until_complete(recorder, reference, inputs)
+    found = locate(reseal(bad), recorder.recordings, frugal_session, lambda _: sound, Tolerance(1e-4))
+    assert found is not None and found.graph == "prologue"
+    assert [name for name, _ in found.nodes] == [wrong.name]
+
+
+def test_it_is_exported_again_as_it_was(engine: Bundle, two_classes: Bundle):
+    assert options_of(engine).prologue is True and options_of(engine).class_labels == ()
+    again = options_of(two_classes)
+    assert again.prologue is False and again.class_labels == two_classes.manifest.plan.table_classes
+    check_options(again)

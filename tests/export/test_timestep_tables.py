@@ -153,6 +153,7 @@ def test_both_layouts_equal_the_supernet_and_the_export_without_tables(
     assert planned.options.timestep_tables is True  # the default: they save enough here
     plain = publish(planned_for(wan, timestep_tables=False), tmp_path / "off")
     segments = with_gates(planned, planned.schedule, tmp_path / "segments", layout="segments")
+    assert segments.manifest.plan.layout == "segments"
     sizes = {}
     for bundle in (with_tables, segments, plain):
         report = loop_report(bundle.path)
