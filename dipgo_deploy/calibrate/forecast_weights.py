@@ -30,6 +30,11 @@ class ReadWeights:
         """As ``schedule.forecast.Reads`` has it; evaluations are launches by number."""
         return self._rows[step].get(block, AS_STORED) if step < len(self._rows) else AS_STORED
 
+    @property
+    def terms(self) -> int:
+        """As ``schedule.forecast.Reads`` has it."""
+        return self._terms
+
     def fit(
         self, model: SupernetModel, place: int, launch: Launch, batches: Iterable[tuple[Group, np.ndarray]]
     ) -> None:

@@ -23,7 +23,6 @@ from dipgo_deploy.runtime.noise import TorchNoise, loop_noise
 from dipgo_deploy.runtime.pipeline import Pipeline
 from dipgo_deploy.runtime.requests import Asked, check_request, class_condition, text_conditions
 from dipgo_deploy.runtime.self_test import sample_shape
-from dipgo_deploy.schedule.forecast import MOST_TERMS
 
 if TYPE_CHECKING:
     from dipgo_deploy.bundle.manifest import LaunchEntry, TensorSpec, VariantEntry
@@ -139,9 +138,9 @@ class _Stored:
         return None if known is None else held[known]
 
 
-def _with(values: Mapping[int, np.ndarray], step: int, array: np.ndarray) -> dict[int, np.ndarray]:
-    """With one more, of the last that anything can read."""
-    return dict([*values.items(), (step, array)][-MOST_TERMS:])
+def _with(values: Mapping[int, np.ndarray], step: int, array: np.ndarray, count: int) -> dict[int, np.ndarray]:
+    """With one more, of the last ``count``."""
+    return dict([*values.items(), (step, array)][-count:])
 
 
 class EngineSide:
@@ -174,6 +173,7 @@ class EngineSide:
         if plan.image_slot is not None:
             history[plan.image_slot] = given.picture
         stored: dict[Cache, dict[int, np.ndarray]] = {}
+        kept = max([1, *(len(launch.forecast) for launch in self._loop.launches)])
         used: np.ndarray | None = None
         for step in range(self.rows):
             self._step, self._before_arena, self._before_at = step, self._arena, dict(self._at)
@@ -196,7 +196,7 @@ class EngineSide:
                 written[cache] = array
             stored = {
                 **stored,
-                **{cache: _with(stored.get(cache, {}), step, array) for cache, array in written.items()},
+                **{cache: _with(stored.get(cache, {}), step, array, kept) for cache, array in written.items()},
             }
             names = dict.fromkeys(self._variant(launch).name for launch in (launches[0], launches[-1]))
             after = _Stored(stored)

@@ -12,8 +12,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.schedule.solver import FrozenJson, Numbers
 
-MOST_TERMS = 3
-"""Values of one block that are kept at most."""
+MOST_TERMS = 32
+"""Values of one block that are kept at most; a forecast that reads fewer keeps fewer."""
 # An extrapolation ten times as far as the values lie apart, to the second order, has no weight above 300.
 MOST_WEIGHT = 1e3
 CONTRACTION = 0.5
@@ -50,6 +50,10 @@ class Reads(Protocol):
         """What block number ``block`` reads at evaluation ``step``: weights of the values that it stored at the
         evaluations ``stored``, the latest first; at most as many as there are."""
 
+    @property
+    def terms(self) -> int:
+        """The most values of one block that are read."""
+
 
 class _Forecast(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -82,6 +86,11 @@ class RuleForecast(_Forecast):
         return _extrapolation(
             tuple(place - places[1] for place in places), self.contraction if self.kind == "hermite" else None
         )
+
+    @property
+    def terms(self) -> int:
+        """As ``Reads`` has it."""
+        return self.order + 1
 
     def _position(self, step: int) -> float:
         return float(step) if self.positions is None else self.positions[step]
@@ -129,7 +138,7 @@ class FittedForecast(_Forecast):
 
     Attributes:
         kind: ``weights``.
-        weights: T rows of N lists: weights of the values that the block stored last, the latest first, up to three;
+        weights: T rows of N lists: weights of the values that the block stored last, the latest first, up to 32;
             empty for a kept block, and for a removed one that reads its last value as it is.
         provenance: how they were fitted.
     """
@@ -141,6 +150,11 @@ class FittedForecast(_Forecast):
     def weights_of(self, step: int, block: int, stored: Sequence[int]) -> Weights:
         """As ``Reads`` has it."""
         return _stripped(self.weights[step][block] or AS_STORED)
+
+    @property
+    def terms(self) -> int:
+        """As ``Reads`` has it."""
+        return max((len(weights) for row in self.weights for weights in row), default=1)
 
     def facts(self, gates: Gates) -> dict[str, Any]:
         """What it is, as JSON values: kind, how many reads there are, and how many of these as they are."""

@@ -19,7 +19,7 @@ from dipgo_deploy.errors import UserError
 from dipgo_deploy.models.family import BlockSpec, CacheKind, call_with_keywords
 from dipgo_deploy.models.forward import replaced_forward
 from dipgo_deploy.models.guidance import PLAIN, Guidance
-from dipgo_deploy.schedule.forecast import AS_STORED, MOST_TERMS, Reads
+from dipgo_deploy.schedule.forecast import AS_STORED, Reads
 from dipgo_deploy.supernet.cuts import Structure, flatten, residual_inputs, unflatten
 
 Gate = bool | Tensor
@@ -165,8 +165,9 @@ class Supernet:
                     hook = _gate_hook(spec, kind, gate, stored, tensors, structures, self.store)
                     stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
                     if self.forecast is not None:
-                        earlier[spec.name] = state.stored(spec.name)[: MOST_TERMS - 1]
-                        stored_at[spec.name] = (step, *state.stored_at.get(spec.name, ())[: MOST_TERMS - 1])
+                        older = self.forecast.terms - 1
+                        earlier[spec.name] = state.stored(spec.name)[:older]
+                        stored_at[spec.name] = (step, *state.stored_at.get(spec.name, ())[:older])
             prediction = self.call(self.model, latent, timestep, conditions)
         return prediction, CacheState(tensors, structures, earlier, stored_at)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from io import BytesIO
 from pathlib import Path
@@ -389,7 +390,9 @@ def test_cache_dit_with_taylorseer(read: Callable[..., Schedule]) -> None:
         ({"cache_type": "DBPrune"}, "decides on data which blocks run"),
         ({"Fn_compute_blocks": 8}, "8 and 0 blocks of the 4 in transformer_blocks are more than there are"),
         ({"steps_computation_mask": [1, 0]}, "2 entries, but the sampler evaluates 6 times"),
-        ({"enable_foca": True}, "enable_foca: is true"),
+        ({"enable_dmd": True}, "enable_dmd: is true, which fits exponentials to the sample's own past"),
+        ({"enable_foca": True, "enable_taylorseer": True}, "enable_foca: is true, and so is enable_taylorseer"),
+        ({"enable_foca": True, "calibrator_cache_type": "hidden_states"}, "calibrator_cache_type: is hidden_states"),
         ({"surprise": 1}, "surprise: is no setting of cache-dit's DBCache that is known"),
         ({"num_inference_steps": 28}, "num_inference_steps: made for 28 steps, not for 6; give --steps 28"),
     ],
@@ -549,7 +552,7 @@ def factors_of(steps: int, interval: int, order: int, first: int) -> list[dict[i
     return seen
 
 
-@pytest.mark.parametrize(("order", "first"), [(1, 3), (2, 3), (2, 2), (1, 1), (0, 3)])
+@pytest.mark.parametrize(("order", "first"), [(1, 3), (2, 3), (2, 2), (1, 1), (0, 3), (4, 3), (3, 1)])
 @pytest.mark.parametrize("mode", ["Taylor", "HiCache"])
 def test_taylorseer_and_hicache(read: Callable[..., Schedule], order: int, first: int, mode: str) -> None:
     steps, interval, scale = 14, 4, 0.6
@@ -557,7 +560,6 @@ def test_taylorseer_and_hicache(read: Callable[..., Schedule], order: int, first
     if mode == "Taylor":
         del given["hicache_scale"]
     schedule = read("taylorseer", given, target(FLUX, steps, model="FluxTransformer2DModel"))
-    hermite = [lambda x: 1.0, lambda x: 2 * x, lambda x: 4 * x * x - 2]
     stored: list[int] = []
     for step, held in enumerate(factors_of(steps, interval, order, first)):
         assert set(schedule.gates[step]) == {held is None}
@@ -567,8 +569,10 @@ def test_taylorseer_and_hicache(read: Callable[..., Schedule], order: int, first
         distance, factors = held
         expected = np.zeros(steps)
         for place, factor in factors.items():
-            power = distance**place if mode == "Taylor" else scale**place * hermite[place](scale * distance)
-            expected += factor * power / [1, 1, 2][place]
+            hermite = np.polynomial.hermite.hermval(scale * distance, [0] * place + [1])
+            expected += (
+                factor * (distance**place if mode == "Taylor" else scale**place * hermite) / math.factorial(place)
+            )
         weights = schedule.forecast.weights_of(step, 0, stored) if schedule.forecast else ()
         made = np.zeros(steps)
         for other, weight in zip(stored, weights or (1.0,), strict=False):
@@ -587,7 +591,7 @@ def test_a_rule_is_kept_as_one_where_it_gives_the_same(read: Callable[..., Sched
 
 def test_what_needs_more_values_than_are_kept_is_refused(read: Callable[..., Schedule]) -> None:
     made_for = target(FLUX, 12)
-    refused(read, "taylorseer", {"interval": 3, "max_order": 4}, made_for, "max_order: 4 reads 5 values of a layer")
+    refused(read, "taylorseer", {"interval": 3, "max_order": 32}, made_for, "max_order: 32 is")
     refused(read, "taylorseer", {"interval": 3, "max_order": 1, "mode": "ToCa"}, made_for, "is not Taylor or HiCache")
 
 

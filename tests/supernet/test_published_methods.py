@@ -128,11 +128,43 @@ def test_ecad_on_flux(tmp_path: Path) -> None:
     check(schedule, direct)
 
 
+FOCA = -1
+
+
+class FoCa:
+    """The residual of the blocks in between as cache-dit's calibrator estimates it: two anchors, and a window of the
+    last two values that estimates go into too."""
+
+    def __init__(self) -> None:
+        self.full: list[tuple[int, Tensor]] = []
+        self.window: list[Tensor] = []
+
+    def computed(self, step: int, value: Tensor) -> None:
+        self.full = [*self.full[-1:], (step, value)]
+        self.window = [*self.window[-1:], value]
+
+    def estimated(self, step: int) -> Tensor:
+        anchor, elapsed = self.full[-1][1], step - self.full[-1][0]
+        if len(self.full) < 2 or len(self.window) < 2:
+            return anchor
+        slopes = anchor - self.full[0][1] + self.window[1] - self.window[0]
+        if elapsed <= 3:
+            estimate = anchor + elapsed / 2 * slopes
+        else:
+            estimate = 3 / elapsed * (anchor + 1.5 * slopes) + (1 - 3 / elapsed) * anchor
+        self.window = [self.window[1], estimate]
+        return estimate
+
+
 class DualBlocks(nn.Module):
-    """A list of blocks as cache-dit runs it: first ones, the others or their last residual, extrapolated, last ones."""
+    """A list of blocks as cache-dit runs it: first ones, the others or their last residual, extrapolated, last ones.
+
+    order: of TaylorSeer; FOCA: that method.
+    """
 
     def __init__(self, blocks: nn.ModuleList, mask: Sequence[int], first: int, last: int, order: int) -> None:
         super().__init__()
+        self.foca = (FoCa(), FoCa())
         self.blocks, self.mask, self.edges, self.order = blocks, mask, (first, len(blocks) - last), order
         self.step, self.last = -1, -1
         self.factors: list[list[Tensor]] = [[], []]
@@ -150,6 +182,9 @@ class DualBlocks(nn.Module):
         if self.mask[self.step]:
             after = self.run(blocks[start:end], *before, rest)
             for stream, (new, old) in enumerate(zip(after, before, strict=True)):
+                if self.order == FOCA:
+                    self.foca[stream].computed(self.step, new - old)
+                    continue
                 fresh = [new - old]
                 for place in range(self.order):
                     if place >= len(self.factors[stream]) or self.step <= 1:
@@ -157,6 +192,8 @@ class DualBlocks(nn.Module):
                     fresh.append((fresh[place] - self.factors[stream][place]) / (self.step - self.last))
                 self.factors[stream] = fresh
             self.last = self.step
+        elif self.order == FOCA:
+            after = tuple(state + foca.estimated(self.step) for state, foca in zip(before, self.foca, strict=True))
         else:
             elapsed = self.step - self.last
             after = tuple(
@@ -167,12 +204,22 @@ class DualBlocks(nn.Module):
         return text, hidden
 
 
-@pytest.mark.parametrize(("first", "last", "order"), [(1, 0, 0), (0, 1, 2)])
-def test_cache_dit_static_masks(tmp_path: Path, first: int, last: int, order: int) -> None:
-    mask = [1, 1, 0, 0, 1, 0, 1, 0]
+@pytest.mark.parametrize(
+    ("first", "last", "order", "mask"),
+    [
+        (1, 0, 0, [1, 1, 0, 0, 1, 0, 1, 0]),
+        (0, 1, 2, [1, 1, 0, 0, 1, 0, 1, 0]),
+        (0, 1, 3, [1, 1, 1, 1, 0, 1, 0, 0]),
+        (1, 0, FOCA, [1, 0, 1, 0, 0, 1, 0, 0]),
+        (0, 0, FOCA, [1, 1, 0, 1, 0, 1, 1, 0]),
+        (0, 1, FOCA, [1, 1, 0, 0, 0, 0, 0, 0]),
+    ],
+)
+def test_cache_dit_static_masks(tmp_path: Path, first: int, last: int, order: int, mask: list[int]) -> None:
     config = {"Fn_compute_blocks": first, "Bn_compute_blocks": last, "steps_computation_mask": mask}
     config |= {"steps_computation_policy": "static", "enable_taylorseer": order > 0, "enable_encoder_taylorseer": True}
-    config |= {"taylorseer_order": order} if order else {}
+    config |= {"taylorseer_order": order} if order > 0 else {}
+    config |= {"enable_foca": True, "enable_encoder_foca": True} if order == FOCA else {}
     schedule = imported("cache-dit", {"cache_config": config}, tmp_path, "block", "residual")
     model = flux_transformer()
     for name in ("transformer_blocks", "single_transformer_blocks"):
@@ -320,3 +367,62 @@ def test_spectrum(tmp_path: Path) -> None:
         return (latent - denoised) / sigmas[step]
 
     check_solver("spectrum", {"w": share, "m": degree, "lam": ridge}, tmp_path, steps, method)
+
+
+class Hidden(nn.Module):
+    """FLUX's single blocks as Spectrum's authors run them: all, or a fit of what the last one gave for the picture."""
+
+    def __init__(self, model: nn.Module, settings: Mapping[str, float]) -> None:
+        super().__init__()
+        self.blocks = [*model.transformer_blocks, *model.single_transformer_blocks]
+        self.split = len(model.transformer_blocks)
+        self.settings, self.window = settings, settings["window_size"]
+        self.step, self.skipped = -1, 0
+        self.known: list[tuple[int, Tensor]] = []
+
+    def forward(self, hidden: Tensor, text: Tensor, rest: Mapping[str, Any]) -> Tensor:
+        self.step += 1
+        given = self.settings
+        if self.step >= given["warmup_steps"] and (self.skipped + 1) % math.floor(self.window):
+            self.skipped += 1
+            return self.fitted()
+        if self.step >= given["warmup_steps"]:
+            self.window = round(self.window + given["flex_window"], 3)
+        self.skipped = 0
+        for block in self.blocks:
+            text, hidden = block(hidden_states=hidden, encoder_hidden_states=text, **rest)
+        self.known.append((self.step, hidden))
+        return hidden
+
+    def fitted(self) -> Tensor:
+        degree, ridge, share = int(self.settings["m"]), self.settings["lam"], self.settings["w"]
+
+        def basis(steps: Sequence[int]) -> np.ndarray:
+            return np.polynomial.chebyshev.chebvander((np.array(steps) - 25.0) * 2 / 50, degree)
+
+        table = basis([step for step, _ in self.known])
+        stack = torch.stack([value.flatten() for _, value in self.known]).double().numpy()
+        fit = np.linalg.solve(table.T @ table + ridge * np.eye(degree + 1), table.T @ stack)
+        chebyshev = torch.from_numpy(basis([self.step]) @ fit).float()
+        (earlier, older), (latest, value) = self.known[-2:]
+        line = value + (self.step - latest) / (latest - earlier) * (value - older)
+        return (1 - share) * line + share * chebyshev.reshape(value.shape)
+
+
+def test_spectrum_on_features(tmp_path: Path) -> None:
+    settings = {"w": 0.5, "m": 2, "lam": 0.1, "window_size": 2, "flex_window": 0.75, "warmup_steps": 3}
+    schedule = imported("spectrum-features", settings, tmp_path, "block", "output")
+    assert [all(row) for row in schedule.gates] == [True, True, True, False, True, False, True, False]
+    assert schedule.forecast.terms == 5  # the fit is to all that was computed
+    model = flux_transformer()
+    hidden = Hidden(model, settings)
+
+    class First(nn.Module):
+        """In the place of all blocks: the first list's first one runs them."""
+
+        def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor, **rest: Any) -> Any:
+            return encoder_hidden_states, hidden(hidden_states, encoder_hidden_states, rest)
+
+    model.transformer_blocks = nn.ModuleList([First()])
+    model.single_transformer_blocks = nn.ModuleList([])
+    check(schedule, [evaluate(model, step) for step in range(STEPS)])

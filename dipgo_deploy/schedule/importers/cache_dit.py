@@ -2,9 +2,10 @@
 
 What is read is ``cache_config`` (or the whole file, as older ones have it): ``steps_computation_mask`` with 1 for a
 step that computes (or the name of a policy: slow, medium, fast, ultra), ``steps_computation_policy``,
-``Fn_compute_blocks`` (8) and ``Bn_compute_blocks`` (0), ``enable_taylorseer`` and ``taylorseer_order``. At a step
-with 0 the first Fn and the last Bn blocks of each list of blocks compute (FLUX has two lists), and between them the
-last residual of the others together is added, which is the sum of theirs; with TaylorSeer it is extrapolated first.
+``Fn_compute_blocks`` (8) and ``Bn_compute_blocks`` (0), ``enable_taylorseer`` and ``taylorseer_order``, or
+``enable_foca``. At a step with 0 the first Fn and the last Bn blocks of each list of blocks compute (FLUX has two
+lists), and between them the last residual of the others together is added, which is the sum of theirs; with TaylorSeer
+or FoCa it is extrapolated first.
 With the policy ``dynamic``, which is theirs if none is said, or without a mask, a threshold on data decides: that is
 refused.
 """
@@ -17,7 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 from dipgo_deploy.documents import parse
 from dipgo_deploy.errors import UserError, one_line
+from dipgo_deploy.schedule.forecast import MOST_TERMS
 from dipgo_deploy.schedule.importers.base import Imported, Importer, Source, check_only_gates, check_steps_of
+from dipgo_deploy.schedule.importers.foca import reads as foca_reads
 from dipgo_deploy.schedule.importers.linear import as_forecast
 from dipgo_deploy.schedule.importers.settings import Settings
 from dipgo_deploy.schedule.importers.stacks import outer, stacks_of
@@ -157,13 +160,19 @@ def _read(data: bytes, source: Source) -> Imported:
         raise UserError(f"steps_computation_mask: is missing, so a threshold on data decides; {_STATIC}")
     if settings.value("steps_computation_policy", "dynamic") != "static":
         raise UserError(f"steps_computation_policy: is dynamic, so a threshold on data decides; {_STATIC}")
-    for other in ("enable_dmd", "enable_foca"):
-        if settings.flag(other, False):
-            raise UserError(
-                f"{other}: is true, whose estimate is not a sum of the last three values; give enable_taylorseer"
-            )
-    order = settings.integer("taylorseer_order", 1, most=2) if settings.flag("enable_taylorseer", False) else None
-    text = settings.flag("enable_encoder_taylorseer", False)
+    if settings.flag("enable_dmd", False):
+        raise UserError("enable_dmd: is true, which fits exponentials to the sample's own past; give enable_foca")
+    foca = settings.flag("enable_foca", False)
+    taylor = settings.flag("enable_taylorseer", False)
+    if foca and taylor:
+        raise UserError("enable_foca: is true, and so is enable_taylorseer; cache-dit takes one of them")
+    order = settings.integer("taylorseer_order", 1, most=MOST_TERMS - 1) if taylor else None
+    name = "enable_encoder_foca" if foca else "enable_encoder_taylorseer"
+    text = settings.flag(name, False)
+    if foca and settings.value("calibrator_cache_type", "residual") != "residual":
+        raise UserError("calibrator_cache_type: is hidden_states; give residual")
+    # Those of the other one, and what only FoCa looks at.
+    settings.ignore("enable_encoder_foca", "enable_encoder_taylorseer", "calibrator_cache_type")
     if settings.value("taylorseer_cache_type", "residual") != "residual":
         raise UserError("taylorseer_cache_type: is hidden_states; give residual")
     # With a static mask none of these is looked at.
@@ -181,13 +190,14 @@ def _read(data: bytes, source: Source) -> Imported:
         raise UserError(f"steps_computation_mask: {len(mask)} entries, but the sampler evaluates {source.steps} times")
     kept = outer(source.names, first, last, "Fn_compute_blocks and Bn_compute_blocks")
     gates = tuple(tuple(run or name in kept for name in source.names) for run in mask)
-    if order is None:
+    if order is None and not foca:
         return Imported(gates)
     removed = [name not in kept for name in source.names]
-    forecast = as_forecast(mask, reads(mask, order, 2), removed, rule_of(order))
-    notes = (
-        () if text else ("the text's part of a block is extrapolated with the picture's (enable_encoder_taylorseer)",)
-    )
+    if order is None:
+        forecast = as_forecast(mask, foca_reads(mask), removed)
+    else:
+        forecast = as_forecast(mask, reads(mask, order, 2), removed, rule_of(order))
+    notes = () if text else (f"the text's part of a block is extrapolated with the picture's ({name})",)
     return Imported(gates, forecast, notes=notes)
 
 

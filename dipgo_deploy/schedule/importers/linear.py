@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from dipgo_deploy.schedule.forecast import Forecast, RuleForecast
 
 _ROUNDING = 1e-12
+_NEGLIGIBLE = 1e-9
 
 Value = Mapping[int, float]
 """Evaluation -> weight of the value that it computed."""
@@ -86,7 +87,8 @@ def _of_last(step: int, value: Value, stored: Sequence[int]) -> tuple[float, ...
     from dipgo_deploy.schedule.forecast import MOST_TERMS
 
     used = {other: weight for other, weight in value.items() if weight}
-    old = next((other for other in used if other not in stored[:MOST_TERMS]), None)
+    # What a recursion has left of values long ago is below the rounding of float32.
+    old = next((o for o, weight in used.items() if o not in stored[:MOST_TERMS] and abs(weight) > _NEGLIGIBLE), None)
     if old is not None:
         raise UserError(
             f"evaluation {step} reads the value of evaluation {old}, {stored.index(old)} computed ones before the "

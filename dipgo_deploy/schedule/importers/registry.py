@@ -31,6 +31,7 @@ _HOMES: Mapping[str, str] = {
     "openvino-taylorseer": "openvino_taylorseer",
     "meancache": "meancache",
     "spectrum": "spectrum",
+    "spectrum-features": "spectrum_features",
     "weights": "weights",
     "cache-dit": "cache_dit",
     "deepcache": "deepcache",

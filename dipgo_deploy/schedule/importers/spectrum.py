@@ -17,7 +17,7 @@ from dipgo_deploy.schedule.importers.linear import Value, as_predictions
 from dipgo_deploy.schedule.importers.settings import Settings
 
 _NOMINAL_STEPS = 50  # steps lie at -1 + 2 step / 50, however many there are
-_MOST_DEGREE = 20
+MOST_DEGREE = 20
 
 
 def computed(steps: int, window: float, growth: float, warmup: int, stop: int) -> tuple[bool, ...]:
@@ -36,9 +36,15 @@ def computed(steps: int, window: float, growth: float, warmup: int, stop: int) -
     return tuple(runs)
 
 
-def reads(runs: Sequence[bool], share: float, degree: int, ridge: float) -> list[Value]:
-    """What stands for each evaluation: a ridge fit of Chebyshev polynomials to the last computed values, mixed
-    with a step half as long as that between the last two."""
+def reads(
+    runs: Sequence[bool], share: float, degree: int, ridge: float, *, kept: int | None = None, line: float | None = None
+) -> list[Value]:
+    """What stands for each evaluation: a ridge fit of Chebyshev polynomials to the last ``kept`` computed values, mixed
+    with the line through the last two.
+
+    kept: None: one more than the degree, at least 6. line: how far the line goes for each distance of the last two
+    evaluations; None: half a distance, however far it is.
+    """
     import numpy as np
 
     def basis(step: int) -> list[float]:
@@ -52,14 +58,18 @@ def reads(runs: Sequence[bool], share: float, degree: int, ridge: float) -> list
     known: list[int] = []
     for step, run in enumerate(runs):
         if run:
-            known = [*known, step][-max(degree + 1, 6) :]
+            known = [*known, step][-(kept or max(degree + 1, 6)) :]
             values.append({step: 1.0})
             continue
         table = np.array([basis(other) for other in known])
         fit = table @ np.linalg.solve(table.T @ table + ridge * np.eye(degree + 1), np.array(basis(step)))
         weights = dict(zip(known, (share * fit).tolist(), strict=True))
-        weights[known[-1]] += (1 - share) * 1.5
-        weights[known[-2]] -= (1 - share) * 0.5
+        if len(known) > 1:
+            length = 0.5 if line is None else line * (step - known[-1]) / (known[-1] - known[-2])
+            weights[known[-1]] += (1 - share) * (1 + length)
+            weights[known[-2]] -= (1 - share) * length
+        else:
+            weights[known[-1]] += 1 - share
         values.append(weights)
     return values
 
@@ -67,7 +77,7 @@ def reads(runs: Sequence[bool], share: float, degree: int, ridge: float) -> list
 def _read(data: bytes, source: Source) -> Imported:
     settings = Settings.from_json(data, "Spectrum")
     share = settings.number("w", 0.4, least=0, most=1)
-    degree = settings.integer("m", 3, least=1, most=_MOST_DEGREE)
+    degree = settings.integer("m", 3, least=1, most=MOST_DEGREE)
     ridge = settings.number("lam", 1.0, least=1e-6)
     window = settings.integer("window_size", 2, least=1)
     growth = settings.number("flex_window", 0.5, least=0)

@@ -3,7 +3,7 @@
 Settings are those of the authors' code: ``interval`` (``fresh_threshold``), ``max_order`` and ``first_enhance``, the
 steps at the beginning that all compute (2 for DiT and 3 for FLUX, if not said). The first difference is made at step
 ``first_enhance`` - 1, and each next order one computed step later. HiCache has Hermite polynomials in place of powers
-(``hicache_scale``, 0.5). Three values of a layer are kept here, so orders above 2 are refused.
+(``hicache_scale``, 0.5).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from dipgo_deploy.errors import UserError
+from dipgo_deploy.schedule.forecast import MOST_TERMS
 from dipgo_deploy.schedule.importers.base import Imported, Importer, Source, check_steps_of, whole_steps
 from dipgo_deploy.schedule.importers.linear import Value, as_forecast, differences, total
 from dipgo_deploy.schedule.importers.settings import Settings
@@ -20,7 +21,7 @@ from dipgo_deploy.schedule.importers.settings import Settings
 if TYPE_CHECKING:
     from dipgo_deploy.schedule.forecast import RuleForecast
 
-_MOST_ORDER = 2
+_OF_RULES = 2  # the highest order that a rule of a schedule has; above it the forecast is a list of weights
 
 
 def computed(steps: int, interval: int, first: int) -> tuple[bool, ...]:
@@ -44,10 +45,10 @@ def reads(runs: Sequence[bool], order: int, first: int, scale: float | None = No
 
 
 def rule_of(order: int, scale: float | None = None) -> RuleForecast | None:
-    """The rule that a schedule can have for this order; None where there is none (order 0)."""
+    """The rule that a schedule can have for this order; None where there is none (order 0, or above 2)."""
     from dipgo_deploy.schedule.forecast import RuleForecast
 
-    if not order or scale == 0:
+    if not 0 < order <= _OF_RULES or scale == 0:
         return None
     kind = "taylor" if scale is None else "hermite"
     return RuleForecast.model_validate({"kind": kind, "order": order, "contraction": scale})
@@ -65,12 +66,7 @@ def _factor(distance: float, order: int, scale: float | None) -> float:
 def _read(data: bytes, source: Source) -> Imported:
     settings = Settings.from_json(data, "TaylorSeer or HiCache")
     interval = settings.integer(settings.any_of("interval", "fresh_threshold"), least=1)
-    order = settings.integer("max_order", least=0)
-    if order > _MOST_ORDER:
-        raise UserError(
-            f"max_order: {order} reads {order + 1} values of a layer, and {_MOST_ORDER + 1} are kept; give at most "
-            f"{_MOST_ORDER}"
-        )
+    order = settings.integer("max_order", least=0, most=MOST_TERMS - 1)
     mode = str(settings.value("mode", "HiCache" if "hicache_scale" in settings else "Taylor")).lower()
     if mode not in ("taylor", "hicache"):
         raise UserError(f"mode: {mode[:40]!r} is not Taylor or HiCache")
