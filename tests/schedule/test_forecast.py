@@ -134,7 +134,7 @@ def test_a_document_with_a_forecast_is_read_and_written(document: dict[str, Any]
         ({"kind": "weights", "weights": [[[]] * 3, [[1e4], [], []], *[[[]] * 3] * 2]}, "the weight 10000"),
         ({"kind": "weights", "weights": [[[]] * 3, [["1"], [], []], *[[[]] * 3] * 2]}, "not a number"),
         ({"kind": "weights", "weights": [[[]] * 3, [1, [], []], *[[[]] * 3] * 2]}, "not a list of weights"),
-        ({"kind": "weights", "weights": [[[1, 1, 1, 1]]] * 4}, "more than the 3 values"),
+        ({"kind": "weights", "weights": [[[1] * 33]] * 4}, "more than the 32 values"),
         ({"kind": "weights", "weights": [[[]] * 9] * 4}, "forecast.weights.0: 9 entries"),
     ],
 )

@@ -103,6 +103,13 @@ def test_column_2i_is_the_attention_and_the_last_router_the_first_evaluation() -
     assert rows == ["111111", "001000", "111111", "000001"]
 
 
+def test_routers_for_u_vit_are_refused_by_name() -> None:
+    """Their files hold the routers alone."""
+    document = Routers(torch.zeros(4, 2 * DEPTH)).state_dict()
+    with pytest.raises(UserError, match="is a router of Learning-to-Cache for U-ViT: diffusers has no such model"):
+        read_gates(saved(document), NAMES)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
 def test_views_and_other_dtypes_are_read(dtype: torch.dtype) -> None:
     base = torch.linspace(-4, 4, 4 * 2 * DEPTH * 2).to(dtype)

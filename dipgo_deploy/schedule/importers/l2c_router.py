@@ -12,6 +12,8 @@ computed where its ``sigmoid(prob)`` is above a threshold, and its last output i
 - HarmoniCa (which began as a copy of that code) uses every router but the last, index T - 1, whose scores are fixed
   at 5: the first evaluation computes every layer. The threshold is 0.1 in the authors' command.
 
+Routers for U-ViT are a file of another layout (the routers alone), and are refused by name: no family fits.
+
 Which one a file is shows in its keys: the optimizer has a state for the even routers of the one, for all but the last
 of the other; without an optimizer, in the last router, which is random in the one and 5 throughout in the other.
 """
@@ -101,6 +103,11 @@ def _scores(archive: TorchArchive, index: int, router: Any, layers: int) -> tupl
 
 def _routers(document: Any, most: int) -> list[Any]:
     """The routers' tensors by index."""
+    if isinstance(document, dict) and "0.prob" in document:  # the routers themselves, without what trained them
+        raise UserError(
+            "is a router of Learning-to-Cache for U-ViT: diffusers has no such model, so its layers have no names; "
+            "give one for DiT, or the same decisions as a mask (npy) for a family of your own"
+        )
     routers = document.get("routers") if isinstance(document, dict) else None
     if not isinstance(routers, dict) or not routers:
         raise UserError("has no 'routers': not a router checkpoint of Learning-to-Cache or HarmoniCa")

@@ -1,7 +1,7 @@
 """Weights of your own for what is not computed, as L2P (arXiv 2604.26365) learns them: one list a step.
 
 ``compute_step`` lists the steps that run. ``weights`` has, for each other step by its number, weights of the values
-that were computed last, the latest first. ``of`` says of what: ``blocks`` (each block's value, at most three) or
+that were computed last, the latest first. ``of`` says of what: ``blocks`` (each block's value, at most 32) or
 ``prediction`` (what the whole denoiser gives, any number of them; the schedule gets a solver). L2P's authors have not
 released files; this layout is this project's.
 """
