@@ -58,8 +58,8 @@ class Exported:
     engine: Path
 
 
-def exported(model: str | Path, folder: Path, size: Mapping[str, int]) -> Exported:
-    planned = plan_for(model, schedule_for(model, steps=STEPS), check=False, **size)
+def exported(model: str | Path, folder: Path, size: Mapping[str, int], steps: int = STEPS) -> Exported:
+    planned = plan_for(model, schedule_for(model, steps=steps), check=False, **size)
     return Exported(str(model), planned, publish(planned, folder).path)
 
 

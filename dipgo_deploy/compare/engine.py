@@ -32,7 +32,7 @@ from dipgo_deploy.reference.conditions import ReferenceInputs, host
 from dipgo_deploy.reference.load import Reference
 from dipgo_deploy.reference.recording import Recorder, Recording, run_until_complete
 from dipgo_deploy.reference.steps import StepRecorder, recorder_for
-from dipgo_deploy.reference.vae import decoded, from_images, from_vae, scaling_and_shift, to_images
+from dipgo_deploy.reference.vae import decoded, deviation_of, from_images, from_vae, to_images
 from dipgo_deploy.runtime.image import Decoder, Encoder, with_grey
 from dipgo_deploy.runtime.pipeline import Pipeline
 
@@ -296,8 +296,8 @@ def _whole_video(components: Components, picture: np.ndarray) -> np.ndarray:
 def _encode(vae: Any, images: np.ndarray) -> dict[str, np.ndarray]:
     """What the encoder's graph gives for images float32 (B, [F,] H, W, 3) in [0, 1]."""
     with torch.no_grad():
-        encoded = vae.encode(from_images(torch.from_numpy(images)))
+        encoded = vae.encode(from_images(vae, torch.from_numpy(images)))
     spread = getattr(encoded, "latent_dist", None)
     mean = encoded.latents if spread is None else spread.mean
     found = {"mean": host(from_vae(vae, mean))}
-    return found if spread is None else found | {"std": host(spread.std * scaling_and_shift(vae)[0])}
+    return found if spread is None else found | {"std": host(deviation_of(vae, spread.std))}

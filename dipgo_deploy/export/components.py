@@ -24,7 +24,15 @@ from dipgo_deploy.export.program import to_onnx, torch_dtype
 from dipgo_deploy.export.tensors import graph_entry
 from dipgo_deploy.export.weights import save_graph, write_weights
 from dipgo_deploy.reference.conditions import as_tokenized
-from dipgo_deploy.reference.vae import decoded, from_images, from_vae, scaling_and_shift, to_images, to_vae
+from dipgo_deploy.reference.vae import (
+    decoded,
+    deviation_of,
+    from_images,
+    from_vae,
+    scaling_and_shift,
+    to_images,
+    to_vae,
+)
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -316,14 +324,13 @@ class _EncoderPart(_VaePart):
     """Images -> mean and standard deviation of their latents."""
 
     def forward(self, images: torch.Tensor, *state: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        moments, left = self._part.run(self.vae, from_images(images).to(self.vae.dtype), state)
+        moments, left = self._part.run(self.vae, from_images(self.vae, images).to(self.vae.dtype), state)
         return self._named(_scaled(self.vae, DiagonalGaussianDistribution(moments)), left)
 
 
 def _scaled(vae: Any, spread: Any) -> dict[str, torch.Tensor]:
     """Mean and standard deviation of a distribution, as latents float32 that a denoiser sees."""
-    scaling, _ = scaling_and_shift(vae)
-    return {"mean": from_vae(vae, spread.mean.float()), "std": spread.std.float() * scaling}
+    return {"mean": from_vae(vae, spread.mean.float()), "std": deviation_of(vae, spread.std.float())}
 
 
 def _encoded_frames(conditions: Sequence[ConditionSpec], latent: LatentSpec) -> int | None:
@@ -352,7 +359,7 @@ def _vae_encoder(
             self.vae = vae
 
         def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            encoded = vae.encode(from_images(images).to(torch_type))
+            encoded = vae.encode(from_images(vae, images).to(torch_type))
             spread = getattr(encoded, "latent_dist", None)
             found = {"mean": from_vae(vae, encoded.latents.float())} if spread is None else _scaled(vae, spread)
             outputs[:] = found

@@ -137,7 +137,12 @@ def plan_export(
     if options.components and (left_out := left_out_parts(model)):
         unchecked = "; nothing checks the pictures" if "safety_checker" in left_out else ""
         _log.warning("%s: the engine directory has no %s%s", model, ", ".join(left_out), unchecked)
-    _check_shape(unloaded_source(model, stock), options)
+    unloaded = unloaded_source(model, stock)
+    if options.components and unloaded.text is not None and unloaded.text.given:
+        _log.warning(
+            "%s: its prompt encoder sees the picture, too, and is not exported: calls take prompt_embeds", model
+        )
+    _check_shape(unloaded, options)
     sampling = _nominal_sampling(model, schedule, options.strength)
     dtype = torch_dtype(options.dtype)
     if options.low_memory is None:

@@ -122,6 +122,7 @@ class TextScheme:
             exceed ``length``, of which ``encode`` leaves that many.
         around: text before and after every prompt, negative ones too, such as a chat template's.
         removed: texts that are taken out of prompts.
+        given: conditions are given with every call; what makes them is neither loaded nor exported.
         unescape: HTML entities are unescaped, and white space becomes single spaces.
     """
 
@@ -135,10 +136,11 @@ class TextScheme:
     around: tuple[str, str] = ("", "")
     removed: tuple[str, ...] = ()
     unescape: bool = False
+    given: bool = False
 
     def has_encoders(self, pipeline: Any) -> bool:
         """Whether a pipeline holds every encoder that ``encode`` uses; ``pipeline`` may be None."""
-        return all(getattr(pipeline, name, None) is not None for name in self.encoders)
+        return not self.given and all(getattr(pipeline, name, None) is not None for name in self.encoders)
 
 
 def call_with_keywords(model: nn.Module, latent: Tensor, timestep: Tensor, conditions: Mapping[str, Tensor]) -> Tensor:

@@ -228,10 +228,12 @@ def loaded_parts(model: str | Path) -> dict[str, tuple[str, str]]:
     family, config = denoiser_config(model)
     companions = family.companions_in(config)
     kept = (family.component, *family.companions, *(family.image_encoder or ()), "vae", "scheduler")
+    scheme = family.text(config, None)
+    encoders = () if scheme is not None and scheme.given else ("text_encoder", "tokenizer")
     parts = {
         name: (str(value[0]), str(value[1]))
         for name, value in index.items()
-        if _names_a_class(value) and (name in kept or name.startswith(("text_encoder", "tokenizer")))
+        if _names_a_class(value) and (name in kept or name.startswith(encoders))
     } | {name: ("diffusers", class_name) for name, class_name in companions.items()}
     for name, (library, class_name) in parts.items():
         if library not in STEMS:

@@ -36,7 +36,15 @@ from dipgo_deploy.bundle.pictures import PictureUse
 from dipgo_deploy.models.family import BlockSpec, Granularity, InputSpec, ModelFamily, TextScheme, TokenizerSpec
 from dipgo_deploy.models.forward import replaced_forward
 from dipgo_deploy.models.image_start import rounded_down
-from dipgo_deploy.models.joined import CONTROL_LATENTS, MASK, MASKED_LATENTS, Beside, variant_name, with_channels
+from dipgo_deploy.models.joined import (
+    CONTROL_LATENTS,
+    FOLLOWED,
+    MASK,
+    MASKED_LATENTS,
+    Beside,
+    variant_name,
+    with_channels,
+)
 from dipgo_deploy.models.packed import PACK, channels_of_tokens, check_even, pack, unpack
 from dipgo_deploy.models.rotary import along
 from dipgo_deploy.models.shift import dynamic_shift
@@ -46,9 +54,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 CLASS_NAME = "FluxTransformer2DModel"
-
-# The condition of Kontext: latents of the picture that is followed.
-FOLLOWED = "image_latents"
 
 _DOUBLE, _SINGLE = "transformer_blocks", "single_transformer_blocks"
 _CLIP_TOKENS = 77

@@ -13,6 +13,8 @@ from dipgo_deploy.models.family import InputSpec, ModelFamily
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+# Latents of a picture that is followed: its tokens are behind those of the latent.
+FOLLOWED = "image_latents"
 MASK, MASKED_LATENTS, CONTROL_LATENTS = "mask", "masked_image_latents", "control_image_latents"
 
 

@@ -25,6 +25,7 @@ from dipgo_deploy.errors import UserError
 from dipgo_deploy.models.family import BlockSpec, Granularity, InputSpec, ModelFamily, TextScheme, TokenizerSpec
 from dipgo_deploy.models.forward import replaced_forward
 from dipgo_deploy.models.guidance import Guidance, renormalised
+from dipgo_deploy.models.joined import FOLLOWED
 from dipgo_deploy.models.packed import PACK, check_even, pack, set_timesteps, unpack
 from dipgo_deploy.models.rotary import rotate, turns
 from dipgo_deploy.models.sublayers import sublayers, whole_blocks
@@ -87,16 +88,23 @@ def inputs(config: Mapping[str, Any], batch: int, height: int, width: int, text_
 def call(model: nn.Module, latent: Tensor, timestep: Tensor, conditions: Mapping[str, Tensor]) -> Tensor:
     """The prediction (B, C, h, w) from the latent (B, C, h, w), packed on the way in and unpacked on the way out."""
     rows, columns = latent.shape[2] // PACK, latent.shape[3] // PACK
+    others = dict(conditions)
+    tokens, followed = pack(latent), others.pop(FOLLOWED, None)
+    if followed is not None:
+        import torch
+
+        tokens = torch.cat([tokens, pack(followed.to(latent.dtype))], dim=1)
+    shapes = [(1, rows, columns)] * (1 if followed is None else 2)
     timestep = timestep / _TIMESTEPS
-    with _real_rotations(model, conditions[_STATES].shape[1], rows, columns), _unrounded(model, timestep):
+    with _real_rotations(model, others[_STATES].shape[1], rows, columns, len(shapes)), _unrounded(model, timestep):
         predicted = model(
-            hidden_states=pack(latent),
+            hidden_states=tokens,
             timestep=timestep,
-            img_shapes=[[(1, rows, columns)]] * latent.shape[0],
+            img_shapes=[shapes] * latent.shape[0],
             return_dict=False,
-            **conditions,
+            **others,
         )[0]
-    return unpack(predicted, rows, columns)
+    return unpack(predicted[:, : rows * columns], rows, columns)
 
 
 @contextmanager
@@ -112,17 +120,19 @@ def _unrounded(model: nn.Module, timestep: Tensor) -> Iterator[None]:
 
 
 @contextmanager
-def _real_rotations(model: nn.Module, length: int, rows: int, columns: int) -> Iterator[None]:
+def _real_rotations(model: nn.Module, length: int, rows: int, columns: int, pictures: int = 1) -> Iterator[None]:
     """Inside the context the rotary tables are constants, and products of complex numbers are written out: no graph
     knows complex numbers.
 
-    The picture's tokens are counted from its middle, those of the text from behind it, along all axes alike.
+    The tokens of each picture are counted from its middle, those of the text from behind it, along all axes alike.
     """
     from diffusers.models.transformers import transformer_qwenimage
 
     embed: Any = model.pos_embed
     down, right = np.meshgrid(_from_middle(rows), _from_middle(columns), indexing="ij")
-    picture = np.stack([np.zeros(rows * columns), down.reshape(-1), right.reshape(-1)], axis=1)
+    picture = np.concatenate(
+        [np.stack([np.full(rows * columns, place), down.flat, right.flat], axis=1) for place in range(pictures)]
+    )
     text = np.repeat(max(rows // 2, columns // 2) + np.arange(length)[:, None], 3, axis=1)
 
     def tables(*_: Any, **options: Any) -> tuple[Tensor, Tensor]:
@@ -164,24 +174,28 @@ def text(config: Mapping[str, Any], pipeline: Any) -> TextScheme:
 
 def given(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor, Mapping[str, Tensor]]:
     """What the pipeline hands to ``forward``, whose text is as long as the longest prompt, filled up to 512 tokens."""
+    return kwargs["hidden_states"], kwargs["timestep"], filled(kwargs, _TOKENS)
+
+
+def filled(kwargs: Mapping[str, Any], tokens: int) -> dict[str, Tensor]:
+    """States and mask of a text that the pipeline hands to ``forward``, filled up to so many tokens."""
     import torch
 
     states, mask = kwargs[_STATES], kwargs[_MASK]
     if mask is None:
         mask = torch.ones(states.shape[:2], dtype=torch.int64)
-    missing = _TOKENS - states.shape[1]
-    conditions = {
+    missing = tokens - states.shape[1]
+    return {
         _STATES: torch.nn.functional.pad(states, (0, 0, 0, missing)),
         _MASK: torch.nn.functional.pad(mask.to(torch.int64), (0, missing)),
     }
-    return kwargs["hidden_states"], kwargs["timestep"], conditions
 
 
 FAMILY = ModelFamily(
     class_name=CLASS_NAME,
     pipelines=("QwenImagePipeline",),
     models="Qwen-Image",
-    refused=("Edit", "Layered"),
+    refused=("Layered",),
     component="transformer",
     blocks=blocks,
     inputs=inputs,

@@ -56,12 +56,21 @@ def to_vae(vae: Any, latents: Any) -> Any:
 
 def from_vae(vae: Any, encoded: Any) -> Any:
     """Latents (B, C, [f,] h, w) of what the VAE encoded; the inverse of ``to_vae``."""
+    return _latents(vae, encoded, scaling_and_shift(vae)[1])
+
+
+def deviation_of(vae: Any, encoded: Any) -> Any:
+    """The standard deviation of those latents, of that of what the VAE encoded."""
+    return _latents(vae, encoded, 0.0)
+
+
+def _latents(vae: Any, encoded: Any, shift: Any) -> Any:
     from torch.nn import functional
 
-    scaling, shift = scaling_and_shift(vae)
     patch = _patch(vae)
-    latents = ((encoded if patch == 1 else functional.pixel_unshuffle(encoded, patch)) - shift) * scaling
-    return latents.squeeze(2) if _one_frame(vae) else latents
+    latents = encoded if patch == 1 else functional.pixel_unshuffle(encoded, patch)
+    scaled = (latents - shift) * scaling_and_shift(vae)[0]
+    return scaled.squeeze(2) if _one_frame(vae) else scaled
 
 
 def decoded(vae: Any, latents: Any) -> Any:
@@ -75,10 +84,10 @@ def to_images(decoded: Any) -> Any:
     return (decoded.float() / 2 + 0.5).clamp(0, 1).permute(0, *range(2, decoded.ndim), 1)
 
 
-def from_images(images: Any) -> Any:
-    """What a VAE encodes, (B, 3, [F,] H, W) in [-1, 1], of images (B, [F,] H, W, 3) in [0, 1]; the inverse of
-    ``to_images``."""
-    return (2 * images - 1).permute(0, images.ndim - 1, *range(1, images.ndim - 1))
+def from_images(vae: Any, images: Any) -> Any:
+    """What the VAE encodes, (B, 3, [F,] H, W) in [-1, 1], of images (B, [F,] H, W, 3) in [0, 1]."""
+    given = (2 * images - 1).permute(0, images.ndim - 1, *range(1, images.ndim - 1))
+    return given.unsqueeze(2) if _one_frame(vae) else given
 
 
 def _patch(vae: Any) -> int:

@@ -3,6 +3,8 @@ and diffusers' own pipeline."""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,8 @@ import torch
 from diffusers import (
     AutoencoderKLQwenImage,
     FlowMatchEulerDiscreteScheduler,
+    QwenImageEditPipeline,
+    QwenImageEditPlusPipeline,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
 )
@@ -25,17 +29,20 @@ from family_checks import (
     schedule_for,
     with_gates,
 )
-from language_models import qwen25_vl, qwen_tokenizer
+from language_models import WIDTH, qwen25_vl, qwen_tokenizer
 from lora_files import assert_lora_is_merged
+from PIL import Image
 from sd_pipelines import PROMPT, assert_equals_supernet, relative, stock
+from shared_traces import shared_parts
 from tiny_denoisers import qwenimage_transformer as transformer
+from video_checks import Exported, exported
 
 from dipgo_deploy.bundle.directory import Bundle
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.export.exporter import PlannedExport, publish
 from dipgo_deploy.models import family_for
 from dipgo_deploy.models.packed import pack
-from dipgo_deploy.models.qwenimage import CLASS_NAME, _real_rotations
+from dipgo_deploy.models.qwenimage import CLASS_NAME, _real_rotations, filled
 from dipgo_deploy.models.rotary import rotate
 from dipgo_deploy.runtime.pipeline import Pipeline
 from tools.full_size.qwenimage import MODELS
@@ -53,6 +60,12 @@ SCHEDULER = {
     "shift_terminal": 0.02,
     "use_dynamic_shifting": True,
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_export_of_each_part(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with shared_parts(tmp_path_factory.mktemp("qwenimage-parts")):
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -173,6 +186,60 @@ def test_half_precision_is_close(model: Path, dtype: str, tmp_path: Path) -> Non
     assert build_with_tensorrt_rtx(bundle.path) == len(bundle.manifest.plan.variants) + 2
 
 
+@pytest.fixture(scope="module")
+def edit(own: Any, engine: Path, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """engine: made first, so that its VAE's decoder is shared."""
+    folder = tmp_path_factory.mktemp("edit")
+    editing(QwenImageEditPipeline, own).save_pretrained(folder / "model")
+    return exported(folder / "model", folder / "x", SIZE, steps=STEPS)
+
+
+def editing(kind: Any, own: Any) -> Any:
+    """With the VAE and the denoiser of text to picture, and without what sees the picture."""
+    parts = {name: getattr(own, name) for name in ("scheduler", "vae", "transformer")}
+    return kind(**parts, text_encoder=None, tokenizer=None, processor=None)
+
+
+@pytest.mark.parametrize("kind", [QwenImageEditPipeline, QwenImageEditPlusPipeline])
+def test_edit_follows_a_picture_as_diffusers(
+    edit: Exported,
+    own: Any,
+    kind: Any,
+    picture: Image.Image,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What its prompt encoder would give is noise; diffusers makes pictures of a mebipixel."""
+    size = (SIZE["width"], SIZE["height"])
+    whole = (*size, None) if kind is QwenImageEditPipeline else size
+    monkeypatch.setattr(sys.modules[kind.__module__], "calculate_dimensions", lambda area, ratio: whole)
+    states, nothing = torch.randn(2, 1, 9, WIDTH, generator=torch.Generator().manual_seed(0)).unbind(0)
+    masks = {
+        name: torch.ones(1, 9, dtype=torch.int64) for name in ("prompt_embeds_mask", "negative_prompt_embeds_mask")
+    }
+    given = {"prompt_embeds": states, "negative_prompt_embeds": nothing, **masks}
+    want = theirs(editing(kind, own), image=picture, output_type="np", scale=SCALE, **given)
+
+    def drawn(shown: Image.Image) -> np.ndarray:
+        embeds = {
+            name: {key: tensor.numpy() for key, tensor in filled(as_given, 2048).items()}
+            for name, as_given in (
+                (name, {"encoder_hidden_states": given[name], "encoder_hidden_states_mask": None})
+                for name in ("prompt_embeds", "negative_prompt_embeds")
+            )
+        }
+        return ours(edit.engine, image=shown, output_type="np", guidance_scale=SCALE, **embeds)
+
+    assert relative(drawn(picture), want) <= 1e-4
+    assert relative(drawn(picture.rotate(90)), want) > 1e-3
+    with pytest.raises(UserError, match="prompt: this engine directory has no text encoder; give prompt_embeds"):
+        ours(edit.engine, image=picture, prompt="make it winter")
+
+
+def test_a_random_schedule_of_edit_is_the_supernet(edit: Exported, tmp_path: Path) -> None:
+    with_gates(edit.planned, schedule_for(edit.model, steps=STEPS, ratio=0.5), tmp_path / "x", components=False)
+    assert_equals_supernet(tmp_path / "x")
+
+
 def test_rotations_are_the_models_own() -> None:
     """Against its complex numbers, at the published extents and sides of which one is odd."""
     denoiser = transformer(attention_head_dim=128, axes_dims_rope=(16, 56, 56), num_attention_heads=1)
@@ -182,9 +249,14 @@ def test_rotations_are_the_models_own() -> None:
     turned = torch.view_as_real(torch.view_as_complex(features.unflatten(-1, (-1, 2))) * picture[:, None]).flatten(3)
     with _real_rotations(denoiser, length, rows, columns):
         found, behind = denoiser.pos_embed([[(1, rows, columns)]], max_txt_seq_len=length)
+    with _real_rotations(denoiser, length, rows, columns, pictures=2):
+        both, _ = denoiser.pos_embed([[(1, rows, columns)] * 2], max_txt_seq_len=length)
     torch.testing.assert_close(rotate(features, found), turned, rtol=0, atol=1e-5)
     torch.testing.assert_close(behind, torch.view_as_real(text), rtol=0, atol=1e-4)
     assert "forward" not in vars(denoiser.pos_embed)
+    # A second picture is at position 1 of the axis of frames.
+    followed, _ = denoiser.pos_embed([[(1, rows, columns)] * 2], max_txt_seq_len=length, device=torch.device("cpu"))
+    torch.testing.assert_close(both, torch.view_as_real(followed), rtol=0, atol=1e-5)
 
 
 def test_renormalised_guidance_keeps_the_norm_of_tokens() -> None:
