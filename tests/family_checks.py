@@ -47,8 +47,8 @@ def schedule_for(
     """A schedule that removes a random ``ratio`` of the gates (0: a full run); sampler None: the model's own."""
     target = schedule_target(str(model), sampler, steps, granularity, cache)
     if ratio == 0:
-        return target.schedule(builders.full(target.steps, len(target.blocks)), "full", {})
-    gates = builders.random(target.steps, len(target.blocks), ratio, seed)
+        return target.schedule(target.gates(builders.full), "full", {})
+    gates = target.gates(lambda evaluations, blocks: builders.random(evaluations, blocks, ratio, seed))
     return target.schedule(gates, "random", {"ratio": ratio, "seed": seed})
 
 

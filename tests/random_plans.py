@@ -72,8 +72,16 @@ def random_forecast(rng: random.Random, gates: Sequence[Sequence[bool]]) -> Fore
     return None
 
 
-def naive(graph: BlockGraph, gates: Sequence[Sequence[bool]], forecast: Forecast | None = None) -> list[int | None]:
-    """Predictions by the definition: kept blocks compute and store, removed ones read. None: a store was missing."""
+def naive(
+    graph: BlockGraph,
+    gates: Sequence[Sequence[bool]],
+    forecast: Forecast | None = None,
+    denoisers: Sequence[int] | None = None,
+) -> list[int | None]:
+    """Predictions by the definition: kept blocks compute and store, removed ones read. None: a store was missing.
+
+    denoisers: of each evaluation, of ``random_turns``.
+    """
     owner = {output: k for k, block in enumerate(graph.blocks) for output in block.outputs}
     source = residual_source(graph)
     store = Kept(forecast)
@@ -94,11 +102,46 @@ def naive(graph: BlockGraph, gates: Sequence[Sequence[bool]], forecast: Forecast
             return known[name]
 
         for block, kept in zip(graph.blocks, row, strict=True):
-            for output in block.outputs if kept else ():
+            for output in block.outputs if kept and is_run(block, denoisers, step) else ():
                 made, origin = value(output), value(source[output]) if output in source else 0
                 store.store(output, step, None if made is None or origin is None else (made - origin) % PRIME)
-        predictions.append(value(graph.prediction))
+        predictions.append(value(graph.predictions[0 if denoisers is None else denoisers[step]]))
     return predictions
+
+
+def is_run(block: Block, denoisers: Sequence[int] | None, step: int) -> bool:
+    """Whether an evaluation runs the denoiser that a block is of."""
+    return denoisers is None or block.name.startswith(f"d{denoisers[step]}.")
+
+
+def random_turns(rng: random.Random) -> tuple[BlockGraph, list[list[bool]], list[int]]:
+    """Two graphs under ``d0.`` and ``d1.`` with their inputs in common, gates, and the denoiser of each evaluation."""
+    parts = [random_graph(rng) for _ in range(2)]
+    values: dict[str, Value] = {}
+    blocks: list[Block] = []
+    costs: list[int] = []
+    for place, part in enumerate(parts):
+
+        def named(name: str, place=place, part=part) -> str:
+            return name if name in part.inputs else f"d{place}.{name}"
+
+        for value in part.values.values():
+            work = frozenset(len(costs) + node for node in value.work)
+            reads = frozenset(map(named, value.reads))
+            values[named(value.name)] = Value(named(value.name), value.nbytes, reads, work)
+        for block in part.blocks:
+            outputs, inputs = tuple(map(named, block.outputs)), tuple(map(named, block.inputs))
+            blocks.append(Block(named(block.name), outputs, block.cache, inputs))
+        costs += part.costs
+    predictions = tuple(f"d{place}.{part.predictions[0]}" for place, part in enumerate(parts))
+    graph = BlockGraph(parts[0].inputs, values, tuple(blocks), predictions, tuple(costs))
+    denoisers = [rng.randint(0, 1) for _ in range(rng.randint(2, 8))]
+    if rng.random() < 0.5:
+        denoisers.sort()
+    gates = [[rng.random() < 0.5 for _ in blocks] for _ in denoisers]
+    for denoiser in {*denoisers} if rng.random() < 0.9 else ():
+        gates[denoisers.index(denoiser)] = [True] * len(blocks)
+    return graph, gates, denoisers
 
 
 def random_graph(rng: random.Random) -> BlockGraph:
@@ -152,7 +195,7 @@ def random_graph(rng: random.Random) -> BlockGraph:
     if rng.random() < 0.95:
         extra = some(["stack", *values]) if look == "dag" or rng.random() < 0.2 else []
         prediction = add("noise_pred", [hidden, *extra])
-    return BlockGraph(inputs, values, tuple(blocks), prediction, tuple(range(1, len(values) + 4)))
+    return BlockGraph(inputs, values, tuple(blocks), (prediction,), tuple(range(1, len(values) + 4)))
 
 
 def random_gates(rng: random.Random, steps: int, blocks: int) -> list[list[bool]]:
@@ -192,6 +235,7 @@ def expand(rng: random.Random, graph: BlockGraph) -> Traced:
     tensors: dict[str, Tensor] = {}
     weights: dict[str, int] = {}
     pool: list[str] = []
+    denoiser_of: dict[str, str] = {}  # of the tensors that only one of several denoisers may read
     style = rng.choice(["plain", "shared", "wild"])
 
     def add(name: str, reads: list[str], nbytes: int, *, extra: bool = False, passable: bool = True) -> None:
@@ -201,8 +245,10 @@ def expand(rng: random.Random, graph: BlockGraph) -> Traced:
             weights[used[-1]] = rng.choice([8, BIG, BIG])
         outputs = (name, f"{name}/twin") if extra else (name,)
         nodes.append(Node(tuple(reads), outputs, rng.choice([0, rng.randint(0, 40)]), frozenset(used)))
+        of = next((found for read in reads if (found := denoiser_of.get(read))), name[:3] if name[2:3] == "." else "")
         for output in outputs:
             tensors[output] = Tensor(f"k{nbytes}", nbytes, passable)
+            denoiser_of[output] = of
         pool.extend(outputs[1:])
 
     source = residual_source(graph)
@@ -210,17 +256,23 @@ def expand(rng: random.Random, graph: BlockGraph) -> Traced:
         if name in source:  # what is added has one shape
             value = replace(value, nbytes=tensors[source[name]].nbytes)
         reads = sorted(value.reads)
+
+        def open_to(names: list[str], name: str = name) -> list[str]:
+            return [
+                other for other in names if denoiser_of.get(other, "") in ("", name[:3] if name[2:3] == "." else "")
+            ]
+
         if style != "plain":
             for _ in range(rng.randint(0, 2)):
-                seen = [*graph.inputs, *pool, *(n for n in graph.values if n in tensors)]
+                seen = open_to([*graph.inputs, *pool, *(n for n in graph.values if n in tensors)])
                 if style == "shared":
-                    seen = [*graph.inputs, *pool[:2]]
+                    seen = open_to([*graph.inputs, *pool[:2]])
                 constant = style == "wild" and rng.random() < 0.2
                 unnamed = f"t{len(tensors)}"
                 sources = [] if constant else [rng.choice(seen) for _ in range(rng.randint(1, 2))]
                 add(unnamed, sources, rng.randint(1, 3), passable=rng.random() < 0.85)
                 pool.append(unnamed)
-            reads += [rng.choice(pool) for _ in range(rng.randint(0, 2)) if pool]
+            reads += [rng.choice(open_to(pool)) for _ in range(rng.randint(0, 2)) if open_to(pool)]
         add(name, reads, value.nbytes, extra=style == "wild" and rng.random() < 0.15)
     made = NodeGraph(tuple(nodes), tensors, weights)
     return read_off(made, graph)
@@ -248,8 +300,16 @@ def read_off(nodes: NodeGraph, graph: BlockGraph) -> Traced:
     return Traced(replace(graph, values=values, costs=tuple(node.macs for node in nodes.nodes)), nodes)
 
 
-def supernet(traced: Traced, gates: Sequence[Sequence[bool]], forecast: Forecast | None = None) -> list[int | None]:
-    """Predictions by the definition: kept blocks compute and store, removed ones read. None: a store was missing."""
+def supernet(
+    traced: Traced,
+    gates: Sequence[Sequence[bool]],
+    forecast: Forecast | None = None,
+    denoisers: Sequence[int] | None = None,
+) -> list[int | None]:
+    """Predictions by the definition: kept blocks compute and store, removed ones read. None: a store was missing.
+
+    denoisers: of each evaluation, of ``random_turns``.
+    """
     graph = traced.graph
     owner = {output: k for k, block in enumerate(graph.blocks) for output in block.outputs}
     source = residual_source(graph)
@@ -275,7 +335,7 @@ def supernet(traced: Traced, gates: Sequence[Sequence[bool]], forecast: Forecast
 
         fresh: dict[str, int | None] = {}
         for block, kept in zip(graph.blocks, row, strict=True):
-            for output in block.outputs if kept else ():
+            for output in block.outputs if kept and is_run(block, denoisers, step) else ():
                 try:
                     origin = evaluate(traced, source[output], known, given) if output in source else 0
                     fresh[output] = (evaluate(traced, output, known, given) - origin) % PRIME
@@ -284,7 +344,8 @@ def supernet(traced: Traced, gates: Sequence[Sequence[bool]], forecast: Forecast
         for output, made in fresh.items():
             store.store(output, step, made)
         try:
-            predictions.append(evaluate(traced, graph.prediction, known, given))
+            prediction = graph.predictions[0 if denoisers is None else denoisers[step]]
+            predictions.append(evaluate(traced, prediction, known, given))
         except Missing:
             predictions.append(None)
     return predictions

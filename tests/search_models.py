@@ -83,7 +83,7 @@ def chain(cache: str, blocks: int = 3) -> BlockGraph:
         last = name
     values["noise_pred"] = Value("noise_pred", 8, frozenset({last, "timestep"}), frozenset({blocks + 1}))
     costs = (1, *(10 * (i + 1) for i in range(blocks)), 2)
-    return BlockGraph({"latent": "step", "timestep": "step"}, values, tuple(made), "noise_pred", costs)
+    return BlockGraph({"latent": "step", "timestep": "step"}, values, tuple(made), ("noise_pred",), costs)
 
 
 def skip_graph() -> BlockGraph:
@@ -96,4 +96,4 @@ def skip_graph() -> BlockGraph:
         "noise_pred": Value("noise_pred", 8, frozenset({"U0/out0"}), frozenset()),
     }
     blocks = tuple(Block(name, (f"{name}/out0",)) for name in ("D0", "D1", "U1", "U0"))
-    return BlockGraph({"latent": "step", "timestep": "step"}, values, blocks, "noise_pred", (10, 20, 30, 40))
+    return BlockGraph({"latent": "step", "timestep": "step"}, values, blocks, ("noise_pred",), (10, 20, 30, 40))

@@ -139,9 +139,9 @@ def check_layers_in_both_layouts(model: Path, folder: Path, size: Mapping[str, i
             assert tensor.relative <= 1e-4, f"{tensor.name}: {tensor.relative}"
 
 
-def check_half_precision(model: Path, folder: Path, dtype: str, size: Mapping[str, int]) -> None:
+def check_half_precision(model: Path, folder: Path, dtype: str, size: Mapping[str, int], steps: int = 2) -> None:
     """fp16 is as close as the family allows (the export compares it; a CPU does not run bf16), and builds."""
-    schedule = schedule_for(model, ratio=0.5, steps=2, granularity="layer")
+    schedule = schedule_for(model, ratio=0.5, steps=steps, granularity="layer")
     bundle = publish(plan_for(model, schedule, dtype=dtype, components=False, **size), folder)
     assert build_with_tensorrt_rtx(bundle.path) == len(bundle.manifest.plan.variants)
 

@@ -62,12 +62,12 @@ def _whole(published: Sequence[dict[str, Any]]) -> str:
                 family.models,
                 _classes(family),
                 ", ".join(f"`{name}`" for name in family.pipelines),
-                ", ".join(f"{name} {blocks} / {layers}" for name, blocks, layers in units) or "as without",
+                ", ".join(f"{name} {blocks} / {layers}" for name, blocks, layers in units) or _without(family),
                 ", ".join(sorted(kinds, reverse=True)),
                 _open(family),
                 _from_picture(family),
                 _pictures(family),
-                "is one" if family.companions else _yes(family.class_name in with_control or None),
+                "is one" if "controlnet" in family.companions else _yes(family.class_name in with_control or None),
                 "yes, with its authors' names too" if family.diffusers_class in KIND_OF_CLASS else "yes",
                 _video(family),
                 ", ".join(family.refused),
@@ -82,6 +82,11 @@ def _counts(family: ModelFamily, config: dict[str, Any]) -> tuple[int, int]:
 
 def _classes(family: ModelFamily) -> str:
     return " with ".join(f"`{name}`" for name in (family.diffusers_class, *family.companions.values()))
+
+
+def _without(family: ModelFamily) -> str:
+    """Of a family that no published size is known of: its class has some."""
+    return "as without" if len(family.denoisers) == 1 else "those of one, of each"
 
 
 def _from_picture(family: ModelFamily) -> str:

@@ -24,6 +24,8 @@ FORECAST_VERSION = 5
 TABLES_VERSION = 6
 # What is written where graphs take rows that are made at the start of a run.
 RUN_ROWS_VERSION = 7
+# What is written where a model has several denoisers.
+DENOISERS_VERSION = 8
 # What is read too: directories without a seal, of which nobody can tell whether the manifest was changed.
 UNSEALED_VERSION = 3
 MANIFEST_NAME = "manifest.json"
@@ -56,6 +58,10 @@ def _is_none(value: object) -> bool:
 
 def _is_one(value: float) -> bool:
     return value == 1
+
+
+def _is_zero(value: int) -> bool:
+    return value == 0
 
 
 def _is_right(value: str) -> bool:
@@ -204,6 +210,9 @@ class LaunchEntry(_Frozen):
         description="weights of stored values: of the variant's reads whose name ends in @N, or of all reads of a "
         "segment that is a weighted sum; empty where the graph takes none",
     )
+    denoiser: int = pydantic.Field(
+        default=0, exclude_if=_is_zero, description="whose launch it is, of the model's denoisers"
+    )
 
 
 class PlanEntry(_Frozen):
@@ -272,6 +281,11 @@ class ModelEntry(_Frozen):
     config_hash: str
     granularity: Literal["block", "layer"]
     config: dict[str, Any]
+    denoisers: Many[str] = pydantic.Field(
+        default=(),
+        exclude_if=_is_empty,
+        description="names of the denoisers that take turns; empty where the model is one",
+    )
 
 
 class SamplerEntry(_Frozen):
@@ -454,7 +468,7 @@ class Components(_Frozen):
 class Manifest(_Frozen):
     """``manifest.json`` of an engine directory."""
 
-    format_version: Literal[3, 4, 5, 6, 7] = 4
+    format_version: Literal[3, 4, 5, 6, 7, 8] = 4
     created_by: str
     model: ModelEntry
     schedule: str = SCHEDULE_NAME
@@ -533,6 +547,7 @@ class Manifest(_Frozen):
         version = FORECAST_VERSION if any(launch.forecast for launch in self.plan.launches) else FORMAT_VERSION
         version = TABLES_VERSION if self.plan.table_timesteps else version
         version = RUN_ROWS_VERSION if self.plan.table_classes or self.plan.prologue is not None else version
+        version = DENOISERS_VERSION if self.model.denoisers else version
         document = {**json.loads(self.model_dump_json(exclude={"seal"})), "format_version": version}
         return json.dumps({**document, "seal": seal_of(document)}, indent=1, ensure_ascii=False) + "\n"
 
@@ -553,10 +568,10 @@ class Manifest(_Frozen):
         version = data.get("format_version")
         if version == UNSEALED_VERSION:
             _log.warning("%s: was exported before directories were sealed, so changes to it do not show", path)
-        elif version not in (FORMAT_VERSION, FORECAST_VERSION, TABLES_VERSION, RUN_ROWS_VERSION):
+        elif version not in range(FORMAT_VERSION, DENOISERS_VERSION + 1):
             raise UserError(
                 f"{path}: format_version {str(version)[:20]}, this version reads {UNSEALED_VERSION} to "
-                f"{RUN_ROWS_VERSION}; export it again or update"
+                f"{DENOISERS_VERSION}; export it again or update"
             )
         elif sealed and data.get("seal") != seal_of(data):
             raise UserError(

@@ -14,7 +14,7 @@ from dipgo_deploy.bundle.manifest import Graph, LaunchEntry, Manifest, PlanEntry
 from dipgo_deploy.bundle.names import (
     COEFFICIENTS,
     FORECAST,
-    GUIDANCE_SCALE,
+    GUIDANCE_SCALES,
     HISTORY,
     HISTORY_BEFORE,
     PREDICTION,
@@ -79,6 +79,7 @@ def _check(manifest: Manifest) -> None:
         _require(0 <= launch.variant < len(plan.variants), f"{where}: there is no variant {launch.variant}")
         _require(launch.step >= step, f"{where}: evaluation {launch.step} comes after evaluation {step}")
         step = launch.step
+        _check_denoiser(where, manifest, launch)
         _check_launch(where, plan, launch, plan.variants[launch.variant], written, arena)
     _require(step < plan.evaluations, f"launches: evaluation {step} of {plan.evaluations}")
     for slot, weight in enumerate(plan.final):
@@ -141,7 +142,7 @@ def _check_variant(manifest: Manifest, variant: VariantEntry, sample: tuple[int,
     _require(len(set(variant.reads)) == len(variant.reads), f"{where}: reads one input twice")
     _require(len(set(variant.writes)) == len(variant.writes), f"{where}: writes one output twice")
     conditions = {spec.name: spec for spec in manifest.conditions}
-    known = {HISTORY, HISTORY_BEFORE, COEFFICIENTS, TIMESTEP, GUIDANCE_SCALE, FORECAST, *variant.reads, *conditions}
+    known = {HISTORY, HISTORY_BEFORE, COEFFICIENTS, TIMESTEP, FORECAST, *GUIDANCE_SCALES, *variant.reads, *conditions}
     tables = {name for name in inputs if is_table(name)} if manifest.plan.table_timesteps else set()
     strange = sorted(inputs.keys() - known - tables - {name for name in inputs if is_run_row(name)})
     _require(not strange, f"{where}: nothing fills its input {', '.join(strange[:3])}")
@@ -186,7 +187,7 @@ def _check_rows(manifest: Manifest) -> None:
         strange = sorted(name for name in made if not is_run_row(name))
         _require(not strange, f"prologue: nothing takes its output {', '.join(strange[:3])}")
         for spec in plan.prologue.inputs:
-            if spec.name != GUIDANCE_SCALE:
+            if spec.name not in GUIDANCE_SCALES:
                 wanted = conditions.get(spec.name)
                 _require(wanted is not None, f"prologue: nothing fills its input {spec.name}")
                 same = wanted is not None and (wanted.shape, wanted.dtype) == (spec.shape, spec.dtype)
@@ -211,6 +212,16 @@ def weighted_reads(variant: VariantEntry) -> int:
 def _given_slots(plan: PlanEntry) -> set[int]:
     """Slots that are filled before the first launch."""
     return {0, *range(plan.history.chain, plan.slots)}
+
+
+def _check_denoiser(where: str, manifest: Manifest, launch: LaunchEntry) -> None:
+    """A launch's denoiser is one of the model's, and its graph takes no other's guidance scale."""
+    count = max(1, len(manifest.model.denoisers))
+    _require(count <= len(GUIDANCE_SCALES), f"model.denoisers: {count}, more than {len(GUIDANCE_SCALES)}")
+    _require(0 <= launch.denoiser < count, f"{where}: there is no denoiser {launch.denoiser}")
+    taken = {spec.name for spec in manifest.plan.variants[launch.variant].graph.inputs} & set(GUIDANCE_SCALES)
+    own = GUIDANCE_SCALES[launch.denoiser]
+    _require(taken <= {own}, f"{where}: its graph takes {', '.join(sorted(taken))}, its denoiser has {own}")
 
 
 def _check_launch(

@@ -350,7 +350,8 @@ def examples(*lines: str) -> str:
 def lora_line(report: LoraReport) -> str:
     """One line about a LoRA that was applied, with what was left out."""
     shares = [f"{part.applied} of {part.layers} layers of the {part.component}" for part in report.components]
-    line = f"{report.file}: scale {report.scale:g}, applied {', '.join(shares)}"
+    where = f" (the denoiser is {report.denoiser})" if report.denoiser else ""
+    line = f"{report.file}: scale {report.scale:g}, applied {', '.join(shares)}{where}"
     for part in report.components:
         if part.not_computed:
             line += f"; nothing here depends on {_first(part.not_computed)} of the {part.component}"
@@ -376,9 +377,10 @@ def lora_options(purpose: str) -> Callable[[F], F]:
             "--lora",
             "loras",
             multiple=True,
-            metavar="FILE[:SCALE]",
+            metavar="[DENOISER=]FILE[:SCALE]",
             show_default="none; scale 1",
-            help=f"LoRA file or folder (safetensors) {purpose}; can be given several times.",
+            help=f"LoRA file or folder (safetensors) {purpose}; can be given several times. Of a model of two "
+            "denoisers it is for the first, or for transformer_2 as in transformer_2=FILE.",
         ),
         option(
             "LoRA",

@@ -125,15 +125,17 @@ def _show(console: Console, facts: Mapping[str, Any]) -> None:
             for row in facts["caches"]
         ),
     )
+    several = any("denoiser" in row for row in facts["launches"])
     _print_table(
         console,
         "Launches",
-        ("launch", "evaluation", "timestep", "variant", "reads", "writes", "slot"),
+        ("launch", "evaluation", "timestep", *(("denoiser",) if several else ()), "variant", "reads", "writes", "slot"),
         (
             (
                 row["launch"],
                 row["step"],
                 f"{row['timestep']:g}",
+                *((row["denoiser"],) if several else ()),
                 row["variant"],
                 len(row["reads"]),
                 len(row["writes"]),
@@ -159,6 +161,7 @@ def _show(console: Console, facts: Mapping[str, Any]) -> None:
 
 def _summary(facts: Mapping[str, Any]) -> dict[str, str]:
     from dipgo_deploy.bundle.shapes import BATCH, Range
+    from dipgo_deploy.schedule.summary import denoisers_line
 
     model, sampler, schedule = facts["model"], facts["sampler"], facts["schedule"]
     scale = facts["scale"] or 1
@@ -173,6 +176,7 @@ def _summary(facts: Mapping[str, Any]) -> dict[str, str]:
         "guidance": f"yes{usual}" if facts["guidance"] else f"no{usual}",
         "sampler": f"{sampler['class_name']}, {sampler['num_inference_steps']} steps, "
         f"{facts['evaluations']} evaluations",
+        **({"denoisers": denoisers_line(schedule["denoisers"])} if "denoisers" in schedule else {}),
         "schedule": f"{schedule['kept_gates']:.1%} of the gates kept",
         "worth": schedule["worth"]["line"].removeprefix("worth: "),
         "launches": f"{launches} of {len(facts['variants'])} graphs, layout {facts['layout']}",

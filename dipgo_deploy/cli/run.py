@@ -115,6 +115,13 @@ _DEFAULT_OUTPUT = {"pil": "output.png", "np": "output.npy", "latent": "output.np
 )
 @option(
     "Prompt",
+    "--guidance-scale-2",
+    type=float,
+    show_default="the same",
+    help="Of the second denoiser, of a model of two (Wan 2.2).",
+)
+@option(
+    "Prompt",
     "--prompt-embeds",
     multiple=True,
     metavar="[NAME=]FILE",
@@ -276,6 +283,7 @@ def command(
     num_images: int,
     seed: int,
     guidance_scale: float | None,
+    guidance_scale_2: float | None,
     images: tuple[Path, ...],
     mask_images: tuple[Path, ...],
     strength: float | None,
@@ -359,6 +367,7 @@ def command(
             num_images_per_prompt=num_images,
             seed=seed,
             guidance_scale=guidance_scale,
+            guidance_scale_2=guidance_scale_2,
             strength=strength,
             ip_adapter_scale=ip_adapter_scale,
             control_scale=control_scale or None,

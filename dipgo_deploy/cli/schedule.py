@@ -111,7 +111,7 @@ def _write(schedule: Schedule, output: Path, as_json: bool, forecast: RuleForeca
     from dipgo_deploy.schedule.summary import schedule_facts, schedule_line
 
     if forecast is not None:
-        if all(map(all, schedule.gates)):
+        if schedule.gates == schedule.runs:
             raise UserError("--forecast: no block is skipped, so nothing is forecast; leave it out")
         schedule = schedule.with_forecast(forecast)
     schedule.save(output)
@@ -130,7 +130,7 @@ def full(output: Path, as_json: bool, forecast: RuleForecast | None, **options: 
     from dipgo_deploy.schedule import builders
 
     target = _pending(**options).complete()
-    gates = builders.full(target.steps, len(target.blocks))
+    gates = target.gates(builders.full)
     _write(target.schedule(gates, "full", {}), output, as_json, forecast)
 
 
@@ -142,7 +142,7 @@ def uniform(interval: int, output: Path, as_json: bool, forecast: RuleForecast |
     from dipgo_deploy.schedule import builders
 
     target = _pending(**options).complete()
-    gates = builders.uniform(target.steps, len(target.blocks), interval)
+    gates = target.gates(lambda steps, blocks: builders.uniform(steps, blocks, interval))
     _write(target.schedule(gates, "uniform", {"interval": interval}), output, as_json, forecast)
 
 
@@ -189,7 +189,7 @@ def random(ratio: float, seed: int, output: Path, as_json: bool, forecast: RuleF
     from dipgo_deploy.schedule import builders
 
     target = _pending(**options).complete()
-    gates = builders.random(target.steps, len(target.blocks), ratio, seed)
+    gates = target.gates(lambda steps, blocks: builders.random(steps, blocks, ratio, seed))
     _write(target.schedule(gates, "random", {"ratio": ratio, "seed": seed}), output, as_json, forecast)
 
 
@@ -432,13 +432,14 @@ def _check_model(schedule: Schedule, model: str, allow_other_config: bool) -> No
 
 def _planned(schedule: Schedule, model: str) -> dict[str, Any]:
     """What the compiler makes of the schedule on this model, traced at its native size."""
+    from dipgo_deploy.export.planning import denoiser_numbers
     from dipgo_deploy.export.trace import trace_blocks
     from dipgo_deploy.models.location import denoiser_config, pipeline_index
     from dipgo_deploy.plan.compile import compile_plan
 
     family, config = denoiser_config(model)
     graph = trace_blocks(model, schedule.model.granularity, schedule.cache_kinds)
-    plan = compile_plan(graph, schedule.gates, forecast=schedule.forecast)
+    plan = compile_plan(graph, schedule.gates, denoisers=denoiser_numbers(family, schedule), forecast=schedule.forecast)
     full_macs = plan.macs_full * schedule.steps
     return {
         "kept_macs": plan.macs_schedule / full_macs if full_macs else 1.0,
@@ -451,7 +452,8 @@ def _planned(schedule: Schedule, model: str) -> dict[str, Any]:
 
 
 def _print_grid(schedule: Schedule, console: Console) -> None:
-    """One line a block; a dot is a removed gate. Evaluations that do not fit the width follow below."""
+    """One line a block; a dot is a removed gate, and a blank an evaluation of another denoiser. Evaluations that do not
+    fit the width follow below."""
     from rich.text import Text
 
     kept, removed = tuple(drawable(console, "█·", "#."))
@@ -463,17 +465,21 @@ def _print_grid(schedule: Schedule, console: Console) -> None:
         console.print(Text(" " * margin + ruler[: stop - start + 3].rstrip(), style="dim"), soft_wrap=True)
         for column, name in enumerate(schedule.block_names):
             line = Text(f"{name:<{margin}}")
-            for row in schedule.gates[start:stop]:
-                line.append(kept if row[column] else removed, style="green" if row[column] else "dim")
+            for row, runs in zip(schedule.gates[start:stop], schedule.runs[start:stop], strict=True):
+                gate = kept if row[column] else removed if runs[column] else " "
+                line.append(gate, style="green" if row[column] else "dim")
             console.print(line, soft_wrap=True)
         console.print()
 
 
 def _print_facts(facts: Mapping[str, Any], schedule: Schedule, console: Console) -> None:
+    from dipgo_deploy.schedule.summary import denoisers_line
+
     provenance, solver, forecast = facts["provenance"], schedule.solver, schedule.forecast
     lines = {
         "model": f"{facts['model']['class_name']}, {facts['blocks']} units ({facts['model']['granularity']})",
         "sampler": f"{facts['sampler']}, {facts['num_inference_steps']} steps, {facts['steps']} evaluations",
+        **({} if schedule.denoisers is None else {"denoisers": denoisers_line(schedule.denoisers)}),
         **({} if solver is None else {"solver": solver.summary}),
         **({} if forecast is None else {"forecast": forecast.summary(schedule.gates)}),
         "made by": str(provenance.get("method", "not said")),

@@ -14,7 +14,7 @@ from dipgo_deploy.compare.report import Part
 from dipgo_deploy.schedule.forecast import AS_STORED, stored_before
 
 if TYPE_CHECKING:
-    from dipgo_deploy.bundle.manifest import Manifest, PlanEntry
+    from dipgo_deploy.bundle.manifest import LaunchEntry, Manifest, PlanEntry
     from dipgo_deploy.reference.load import Reference
     from dipgo_deploy.schedule.document import Schedule
 
@@ -39,6 +39,10 @@ def check_launch_list(manifest: Manifest, reference: Reference) -> list[Part]:
             return [Part(NAME, f"launch {index}", "the schedule", (), note)]
         if index and launch.step < plan.launches[index - 1].step:
             note = f"evaluation {launch.step} comes after evaluation {plan.launches[index - 1].step}"
+            return [Part(NAME, f"launch {index}", "the schedule", (), note)]
+        found, wanted = _denoiser(manifest, launch), schedule.denoisers and schedule.denoisers[launch.step]
+        if found != wanted:
+            note = f"is of denoiser {found}, the schedule runs {wanted} at evaluation {launch.step}"
             return [Part(NAME, f"launch {index}", "the schedule", (), note)]
     source, columns = _predictions(plan, len(reference.schedule.gates))
     matrix = sampler_matrix(
@@ -84,6 +88,11 @@ def check_launch_list(manifest: Manifest, reference: Reference) -> list[Part]:
     failed = [part for part in parts if not part.passed]
     whole = tuple(tensor for part in parts for tensor in part.tensors)
     return failed or [Part(NAME, "", "the sampler", (max(whole, key=lambda tensor: tensor.relative),))]
+
+
+def _denoiser(manifest: Manifest, launch: LaunchEntry) -> str | None:
+    names = manifest.model.denoisers
+    return names[launch.denoiser] if names else None
 
 
 def _forecast(schedule: Schedule, reads: Sequence[str], step: int, stored: Sequence[tuple[int, ...]]) -> list[float]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
@@ -286,7 +286,7 @@ def _settings(pipeline: Any) -> dict[str, Any]:
 
 
 class _Denoiser:
-    """Follows the evaluations of a pipeline: so many calls of its denoiser are the supernet's next one."""
+    """Follows the evaluations of a pipeline: so many calls of its denoisers are the supernet's next one."""
 
     def __init__(self, reference: Reference, run: StockRun, stop: bool, calls: int) -> None:
         self._reference, self._run, self._stop = reference, run, stop
@@ -294,33 +294,42 @@ class _Denoiser:
         self._states = [CacheState() for _ in range(calls)]
         self._calls = 0
         self._control: dict[str, Any] = {}
+        family = reference.source.family
+        self._beside = [name for name in family.companions if name not in family.denoisers]
 
     @contextmanager
     def in_place(self, pipeline: Any) -> Iterator[None]:
         """While this lasts, ``pipeline`` evaluates the supernet."""
         family = self._reference.source.family
-        module = getattr(pipeline, family.component)
         with ExitStack() as stack:
-            for name in family.companions:
+            for name in self._beside:
                 # Its outputs are made where the denoiser's own are: both are gated.
                 stack.enter_context(replaced_forward(getattr(pipeline, name), self._companion))
-            original = module.forward
-            stack.enter_context(
-                replaced_forward(module, lambda *args, **kwargs: self._evaluate(module, original, args, kwargs))
-            )
-            self._module, self._original = module, original
+            for name in family.denoisers:
+                module = getattr(pipeline, name or family.component)
+                self._original = module.forward
+                stack.enter_context(replaced_forward(module, self._in_place_of(name, module)))
             yield
 
     @contextmanager
     def itself(self, pipeline: Any, run: StockRun) -> Iterator[None]:
-        """While this lasts, ``pipeline`` evaluates its own denoiser, and what its scheduler is given is recorded."""
-        module = getattr(pipeline, self._reference.source.family.component)
-        original = module.forward
-        with (
-            replaced_forward(module, lambda *args, **kwargs: original(*args, **self._with_null(kwargs))),
-            _steps_seen(pipeline.scheduler, run),
-        ):
+        """While this lasts, ``pipeline`` evaluates its own denoisers, and what its scheduler is given is recorded."""
+        family = self._reference.source.family
+        with ExitStack() as stack:
+            for name in family.denoisers:
+                module = getattr(pipeline, name or family.component)
+                stack.enter_context(replaced_forward(module, self._own(module.forward)))
+            stack.enter_context(_steps_seen(pipeline.scheduler, run))
             yield
+
+    def _own(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """A denoiser's own ``forward``."""
+        return lambda *args, **kwargs: original(*args, **self._with_null(kwargs))
+
+    def _in_place_of(self, name: str, module: Any) -> Callable[..., Any]:
+        """The ``forward`` of a denoiser of this name."""
+        original = module.forward
+        return lambda *args, **kwargs: self._evaluate(name, module, original, args, kwargs)
 
     def check_all_done(self, name: str) -> None:
         """Refuse a pipeline that stopped early."""
@@ -333,7 +342,7 @@ class _Denoiser:
         self._control = kwargs
         return (), None
 
-    def _evaluate(self, module: Any, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _evaluate(self, name: str, module: Any, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         kwargs = self._with_null(kwargs)
         source = self._reference.source
         latent, timestep, conditions = (source.family.given or self._given)(args, kwargs)
@@ -352,18 +361,23 @@ class _Denoiser:
             raise UserError(
                 f"the stock pipeline evaluates its denoiser more often than the schedule's {len(self._gates)} times"
             )
+        ours = self._reference.supernet
+        if ours.denoisers is not None and name != ours.denoisers[step]:
+            raise StockFailure(
+                f"the stock pipeline runs {name} at evaluation {step}, the schedule {ours.denoisers[step]}: with this "
+                "schedule there is no stock picture to compare with"
+            )
 
         def call(model: Any, *_: Any) -> Any:
-            if not source.family.companions:
+            if not self._beside:
                 return original(*args, **kwargs)
             with replaced_forward(module, original):  # the family's own call ends in the denoiser's
                 prediction = source.family.call(model, latent, timestep, conditions)
             given = args[0] if args else kwargs.get("hidden_states", latent)
             return (pack(prediction) if given.ndim == 3 else prediction,)
 
-        ours = self._reference.supernet
         supernet = Supernet(ours.model, ours.specs, ours.cache_kinds, call)
-        supernet.forecast = ours.forecast
+        supernet.forecast, supernet.denoisers = ours.forecast, ours.denoisers
         result, self._states[half] = supernet.step(latent, timestep, {}, self._gates[step], self._states[half], step)
         self._calls += 1
         return result

@@ -34,7 +34,7 @@ from dipgo_deploy.engine.budget import MemoryNeed, check_budget, memory_need
 from dipgo_deploy.engine.network import CURRENT, Work, build_plan
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.files import sole_user, write_atomic
-from dipgo_deploy.lora.file import LoraChoice
+from dipgo_deploy.lora.file import Given, LoraChoice
 from dipgo_deploy.lora.merge import LoraReport, MergedWeights, merge_loras
 
 _POLL_SECONDS = 0.1
@@ -60,7 +60,7 @@ class BuildOptions:
     timing_cache: Path | None = None
     memory_budget: int | None = None
     build: bool = True
-    lora: tuple[tuple[Path, float], ...] = ()
+    lora: tuple[Given, ...] = ()
     lora_partial: bool = False
 
 
@@ -159,7 +159,9 @@ def build_engines(
     bundle = Bundle.open(engine_dir, verify=verify)
     target = _target(flavour, options, device)
     folder = plans_folder(bundle.path, backend, module.__version__, target)
-    choices = [LoraChoice(file, scale, options.lora_partial) for file, scale in options.lora]
+    choices = [
+        LoraChoice(one[0], one[1], options.lora_partial, one[2] if len(one) == 3 else "") for one in options.lora
+    ]
     merged = merge_loras(bundle, choices) if choices else None
     jobs = _jobs(bundle, flavour, module.__version__, target, folder, options, merged)
     need = memory_need(bundle.manifest, {job.name: job.weights_bytes for job in jobs})

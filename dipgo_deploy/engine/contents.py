@@ -172,6 +172,7 @@ def _launches(manifest: Manifest) -> list[dict[str, Any]]:
             "slot": launch.slot,
             "coefficients": list(launch.coefficients),
             "forecast": list(launch.forecast),
+            **({"denoiser": manifest.model.denoisers[launch.denoiser]} if manifest.model.denoisers else {}),
         }
         for number, launch in enumerate(plan.launches)
     ]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dipgo_deploy.bundle.history import History
-from dipgo_deploy.bundle.names import FORECAST, cache_input, cache_output
+from dipgo_deploy.bundle.names import FORECAST, PREDICTION, cache_input, cache_output
 from dipgo_deploy.export.latent import LATENT, constant, latent_from_history, prepend
 from dipgo_deploy.export.trace import TracedModel
 from dipgo_deploy.plan.graph import BlockGraph, CacheKind
@@ -85,7 +85,7 @@ def cut_variant(traced: TracedModel, variant: Variant, layout: History) -> ir.Mo
 
     outputs = []
     if variant.predicts:
-        outputs.append(values[graph.prediction])
+        outputs.append(as_prediction(values[variant.prediction]))
     block_input = {
         output: block.inputs[index]
         for block in graph.blocks
@@ -107,6 +107,12 @@ def cut_variant(traced: TracedModel, variant: Variant, layout: History) -> ir.Mo
     return as_model(
         traced, part, variant.name, inputs, [*([weights] if weighted else []), *caches_read], outputs, layout
     )
+
+
+def as_prediction(value: ir.Value) -> ir.Value:
+    """A graph's prediction under the name that all graphs give it, whichever denoiser's it is."""
+    value.name = PREDICTION
+    return value
 
 
 def cache_key(cache: Cache) -> tuple[CacheKind, str, int]:
@@ -198,7 +204,7 @@ def _wanted(graph: BlockGraph, variant: Variant, sources: _Sources, bound: set[s
     """Values that must be computed: the prediction, what is stored, and what residual sums and differences need."""
     wanted = {cache.value for cache in variant.writes}
     if variant.predicts:
-        wanted.add(graph.prediction)
+        wanted.add(variant.prediction)
     stored = {cache.value for cache in variant.writes if cache.kind == "residual"}
     for block in graph.blocks:
         wanted.update(block.inputs[i] for i, output in enumerate(block.outputs) if output in stored and block.inputs)

@@ -13,14 +13,16 @@ from dipgo_deploy.supernet.cuts import collect, model_dtype
 
 
 class TracedDenoiser(torch.nn.Module):
-    """Wraps a diffusers denoiser for one trace.
+    """Wraps a diffusers denoiser, or several that take turns, for one trace.
 
-    ``forward(latent, timestep, [guidance_scale], *conditions)``: latent float32 (B, C, h, w), already scaled as the
-    scheduler wants it; timestep float32 (1,); guidance_scale float32 (1,), only with ``guidance``, which joins both
-    halves (``Guidance.combine``) and is None without guidance; with it the conditions
-    (named by ``conditions``, handed to the family's ``call``) have batch 2B, the unconditional half first. Returns the
-    prediction float32 (B, C, h, w) (after guidance; learned variance dropped), then every named value once. ``values``
-    and ``blocks`` say what those outputs are; they are filled while ``forward`` runs.
+    ``forward(latent, timestep, [guidance_scale, ...], *conditions)``: latent float32 (B, C, h, w), already scaled as
+    the scheduler wants it; timestep float32 (1,); a guidance_scale float32 (1,) for each of the denoisers, only with
+    ``guidance``, which joins both halves (``Guidance.combine``) and is None without guidance; with it the conditions
+    (named by ``conditions``, handed to the family's ``call``) have batch 2B, the unconditional half first. Returns each
+    denoiser's prediction float32 (B, C, h, w) (after guidance; learned variance dropped), then every named value once.
+    ``boundary`` says what those are; it is filled while ``forward`` runs.
+
+    denoisers: their paths in ``denoiser``, as a family has them.
     """
 
     def __init__(
@@ -34,6 +36,7 @@ class TracedDenoiser(torch.nn.Module):
         channels: int,
         guidance: Callable[..., torch.Tensor] | None,
         boundary: BoundaryTensors,
+        denoisers: Sequence[str] = ("",),
     ) -> None:
         super().__init__()
         self.denoiser = denoiser
@@ -44,27 +47,35 @@ class TracedDenoiser(torch.nn.Module):
         self._channels = channels
         self._guidance = guidance
         self._boundary = boundary
+        self._denoisers = tuple(denoisers)
 
     def forward(self, latent: torch.Tensor, timestep: torch.Tensor, *rest: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """See the class."""
-        given = rest if self._guidance is None else rest[1:]
+        scales = () if self._guidance is None else rest[: len(self._denoisers)]
         batch = latent if self._guidance is None else torch.cat([latent, latent])
         batch = batch.to(model_dtype(self.denoiser))
-        conditions = dict(zip(self._conditions, given, strict=True))
+        conditions = dict(zip(self._conditions, rest[len(scales) :], strict=True))
+        times = timestep.expand(batch.shape[0])
         with collect(self.denoiser, self._specs) as cuts:
-            predicted = self._call(self.denoiser, batch, timestep.expand(batch.shape[0]), conditions)
+            predicted = [
+                self._call(self.denoiser.get_submodule(path), batch, times, conditions) for path in self._denoisers
+            ]
+        guided = [self._guided(latent, one, scales[place : place + 1]) for place, one in enumerate(predicted)]
+        values = self._boundary.arrange(self._specs, self._cache_kinds, cuts)
+        return (*guided, *values)
+
+    def _guided(self, latent: torch.Tensor, predicted: torch.Tensor, scale: Sequence[torch.Tensor]) -> torch.Tensor:
         predicted = predicted[:, : self._channels].float()
         if self._guidance is not None:
             # With an open batch torch cannot tell that `chunk` gives two; where it is not open the plainer graph stays.
             halves = predicted.chunk(2) if isinstance(latent.shape[0], int) else ()
             unconditional, conditional = halves or predicted.unflatten(0, (2, -1)).unbind(0)
-            predicted = self._guidance(unconditional, conditional, rest[0])
-        values = self._boundary.arrange(self._specs, self._cache_kinds, cuts)
-        return (predicted, *values)
+            predicted = self._guidance(unconditional, conditional, scale[0])
+        return predicted
 
 
 class BoundaryTensors:
-    """What the outputs after the prediction are: filled by ``arrange`` during a trace.
+    """What the outputs after the predictions are: filled by ``arrange`` during a trace.
 
     names: one name per output tensor. blocks: the blocks in terms of these names, aliases resolved.
     """

@@ -21,7 +21,7 @@ from dipgo_deploy.models.files import check_weights, left_out_parts
 from dipgo_deploy.models.location import denoiser_config
 from dipgo_deploy.models.shape import TraceShape, check_masks, condition_specs
 from dipgo_deploy.models.stock import stock_configuration
-from dipgo_deploy.models.target import check_schedule, nominal_set_timesteps
+from dipgo_deploy.models.target import check_schedule, nominal_set_timesteps, pipelines_denoisers
 from dipgo_deploy.plan.compile import compile_plan
 from dipgo_deploy.plan.layouts import MANY_COPIES, copies_in_variants
 from dipgo_deploy.plan.model import Plan
@@ -29,6 +29,7 @@ from dipgo_deploy.plan.segments import SegmentPlan, plan_segments
 from dipgo_deploy.reference.source import Source, load_source, unloaded_source
 from dipgo_deploy.schedule.document import Schedule
 from dipgo_deploy.schedule.image import ImageRun, image_run
+from dipgo_deploy.schedule.summary import denoisers_line
 
 if TYPE_CHECKING:
     import os
@@ -144,6 +145,7 @@ def plan_export(
         )
     _check_shape(unloaded, options)
     sampling = _nominal_sampling(model, schedule, options.strength)
+    _say_denoisers(model, schedule, sampling)
     dtype = torch_dtype(options.dtype)
     if options.low_memory is None:
         options = replace(options, low_memory=is_large(model, dtype))
@@ -278,6 +280,24 @@ def _check_open(source: Source, sampling: _Sampling, shape: TraceShape, options:
             )
 
 
+def _say_denoisers(model: str, schedule: Schedule, sampling: _Sampling) -> None:
+    """One line in the log where the schedule runs others than the model's own pipeline."""
+    from dipgo_deploy.sampler.schedulers import timesteps_of
+
+    if schedule.denoisers is None:
+        return
+    steps = schedule.sampler.num_inference_steps
+    timesteps = timesteps_of(sampling.scheduler, steps, set_timesteps_kwargs=sampling.set_timesteps)
+    own = pipelines_denoisers(schedule, model, timesteps)
+    if own != schedule.denoisers:
+        _log.warning(
+            "the schedule's denoisers are %s, those of the model's own pipeline %s: make the schedule again for the "
+            "videos that diffusers makes",
+            denoisers_line(schedule.denoisers),
+            denoisers_line(own),
+        )
+
+
 def _with_options(
     family: ModelFamily, schedule: Schedule, scheduler: Any, options: Mapping[str, Any], strength: float | None
 ) -> _Sampling:
@@ -316,6 +336,7 @@ def _planned(
     plan = compile_plan(
         traced.graph,
         schedule.gates,
+        denoisers=denoiser_numbers(source.family, schedule),
         max_variants=options.max_variants,
         prediction_used=sampling.used,
         forecast=schedule.forecast,
@@ -346,8 +367,19 @@ def in_segments(planned: PlannedExport) -> SegmentPlan:
     """The same schedule in the layout ``segments``."""
     traced, forecast = planned.traced, planned.schedule.forecast
     return plan_segments(
-        traced.graph, traced.pieces, planned.plan.keep, prediction_used=planned.used, forecast=forecast
+        traced.graph,
+        traced.pieces,
+        planned.plan.keep,
+        denoisers=denoiser_numbers(planned.source.family, planned.schedule),
+        prediction_used=planned.used,
+        forecast=forecast,
     )
+
+
+def denoiser_numbers(family: ModelFamily, schedule: Schedule) -> tuple[int, ...]:
+    """Of each evaluation, the place of its denoiser among the family's."""
+    names = schedule.denoisers or family.denoisers[:1] * schedule.steps
+    return tuple(map(family.denoisers.index, names))
 
 
 def in_layout(planned: PlannedExport, layout: LayoutChoice) -> PlannedExport:

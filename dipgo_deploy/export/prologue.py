@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dipgo_deploy.bundle.names import GUIDANCE_SCALE, TIMESTEP, run_input
+from dipgo_deploy.bundle.names import GUIDANCE_SCALES, TIMESTEP, run_input
 from dipgo_deploy.bundle.prologue import PROLOGUE_NAME
 from dipgo_deploy.bundle.shapes import Sizes, evaluate_shape
 from dipgo_deploy.export.known import Found, KnownPart, Source, find_known, of_open_batch, take_out
@@ -51,7 +51,7 @@ def find_prologue(
 ) -> Found:
     """What depends on conditions, and on the timestep where no condition has tokens or is a picture. sizes: as
     ``find_known`` has them."""
-    sources = {TIMESTEP: Source.TIMESTEP, GUIDANCE_SCALE: Source.CONDITION}
+    sources = {TIMESTEP: Source.TIMESTEP, **dict.fromkeys(GUIDANCE_SCALES, Source.CONDITION)}
     sources |= dict.fromkeys(() if tables is None else tables.part.names, Source.TIMESTEP)
     sources |= {spec.name: Source.TOKENS if len(spec.shape) > 2 else Source.CONDITION for spec in conditions}
     return find_known(graph, sources, for_all, sizes=sizes)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from dipgo_deploy.bundle.history import History
 from dipgo_deploy.bundle.names import FORECAST, PREDICTION, segment_input, segment_output
 from dipgo_deploy.errors import UserError
-from dipgo_deploy.export.cut import as_model, like, weighted_sum
+from dipgo_deploy.export.cut import as_model, as_prediction, like, weighted_sum
 from dipgo_deploy.export.pieces import tensor_of
 from dipgo_deploy.export.trace import TracedModel
 from dipgo_deploy.plan.segments import Segment
@@ -55,7 +55,7 @@ def _cut_part(traced: TracedModel, segment: Segment, history: History) -> ir.Mod
     }
     wanted = {cache.value for cache in segment.writes}
     if segment.predicts:
-        wanted.add(graph.prediction)
+        wanted.add(segment.prediction)
     wanted |= {source[cache.value] for cache in segment.writes if cache.kind == "residual"} - set(segment.reads)
     order = sorted(wanted)
     given = [values[name] for name in segment.reads]
@@ -70,7 +70,7 @@ def _cut_part(traced: TracedModel, segment: Segment, history: History) -> ir.Mod
     for name, value in zip(segment.reads, caches, strict=True):
         _check_type(value, name)
         value.name = segment_input(name)
-    outputs = [inside[graph.prediction]] if segment.predicts else []
+    outputs = [as_prediction(inside[segment.prediction])] if segment.predicts else []
     for cache in segment.writes:
         value = inside[cache.value]
         if cache.kind == "output":

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from dipgo_deploy.bundle.names import GUIDANCE_SCALE, PREDICTION, TIMESTEP
+from dipgo_deploy.bundle.names import GUIDANCE_SCALES, PREDICTION, TIMESTEP
 from dipgo_deploy.bundle.shapes import SizeRanges
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.export.dynamic import Dimensions, concrete, example_sizes, macs_at
@@ -55,8 +55,8 @@ class TracedModel:
     ``conditions`` are those of the largest, and the multiply-accumulates those of the usual ones.
 
     Attributes:
-        model: onnx-ir model with inputs ``latent``, ``timestep``, [``guidance_scale``], conditions, and outputs
-            ``noise_pred`` and every named value.
+        model: onnx-ir model with inputs ``latent``, ``timestep``, [``guidance_scale``, ...], conditions, and outputs
+            ``noise_pred``, ... and every named value; of both rows one for each denoiser.
         graph: its block graph.
         conditions: the condition inputs.
         dtype: the export's dtype name.
@@ -123,12 +123,14 @@ def trace(
         channels=channels,
         guidance=family.guide.combine if shape.guidance else None,
         boundary=boundary,
+        denoisers=family.denoisers,
     ).eval()
     arguments = [torch.randn(example.batch, channels, *example.extents), torch.tensor([500.0])]
     names = [LATENT, TIMESTEP]
-    if shape.guidance:
-        arguments.append(torch.tensor([5.0]))
-        names.append(GUIDANCE_SCALE)
+    scales = GUIDANCE_SCALES[: len(family.denoisers)] if shape.guidance else ()
+    arguments += [torch.tensor([5.0]) for _ in scales]
+    names += scales
+    predictions = tuple(PREDICTION + (f"_{place + 1}" if place else "") for place in range(len(family.denoisers)))
     for spec in condition_specs(family, config, example):
         arguments.append(_example(spec, dtype))
         names.append(spec.name)
@@ -136,11 +138,11 @@ def trace(
         wrapper,
         arguments,
         names,
-        lambda: [PREDICTION, *boundary.names],
+        lambda: [*predictions, *boundary.names],
         dtype=dtype,
         prefix="denoiser.",
         label=family.class_name,
-        dynamic_shapes=_dynamic_shapes(shape, conditions),
+        dynamic_shapes=_dynamic_shapes(shape, conditions, len(family.denoisers)),
     )
     if shape.sizes is not None:
         apply(model, NameDimensions(LATENT, shape.sizes), ShapesFromSizes(LATENT))
@@ -151,7 +153,7 @@ def trace(
     for made in (tables, classes, prologue):
         for name in () if made is None else made.part.names:
             roles[name] = "step" if made is not None and name in made.part.timed else "constant"
-    graph = read_block_graph(model, boundary.blocks, roles, PREDICTION, shape.sizes)
+    graph = read_block_graph(model, boundary.blocks, roles, predictions, shape.sizes)
     return TracedModel(model, graph, conditions, shape, dtype, tables, classes, prologue)
 
 
@@ -185,13 +187,15 @@ def _taken(
     return tables, classes, prologue
 
 
-def _dynamic_shapes(shape: TraceShape, conditions: Sequence[InputSpec]) -> list[Any] | None:
+def _dynamic_shapes(shape: TraceShape, conditions: Sequence[InputSpec], denoisers: int) -> list[Any] | None:
     """Of latent, timestep, and the rest as ``TracedDenoiser.forward`` takes it."""
     if shape.sizes is None:
         return None
     dimensions = Dimensions(shape.sizes)
     halves = 2 if shape.guidance else 1
-    rest: list[Any] = [None] * shape.guidance + [dimensions.rows(halves) or None for _ in conditions]
+    rest: list[Any] = [None] * (denoisers if shape.guidance else 0) + [
+        dimensions.rows(halves) or None for _ in conditions
+    ]
     return [dimensions.latent, None, *([tuple(rest)] if rest else [])]
 
 
@@ -199,7 +203,7 @@ def read_block_graph(
     model: ir.Model,
     blocks: Sequence[Block],
     roles: Mapping[str, InputRole],
-    prediction: str,
+    predictions: tuple[str, ...],
     sizes: SizeRanges | None = None,
 ) -> BlockGraph:
     """Condense a traced graph to its named values: walk back from each until the next named values or inputs.
@@ -224,7 +228,7 @@ def read_block_graph(
     costs = tuple(node_macs(node) for node in model.graph) if sizes is None else macs_at(model, sizes.opt)
     costly = {index for index, cost in enumerate(costs) if cost}
     values = {name: replace(value, work=value.work & costly) for name, value in values.items()}
-    return BlockGraph(inputs=dict(roles), values=values, blocks=tuple(blocks), prediction=prediction, costs=costs)
+    return BlockGraph(inputs=dict(roles), values=values, blocks=tuple(blocks), predictions=predictions, costs=costs)
 
 
 def trace_blocks(

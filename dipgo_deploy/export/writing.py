@@ -36,7 +36,7 @@ from dipgo_deploy.errors import UserError
 from dipgo_deploy.export.conditions import open_conditions
 from dipgo_deploy.export.cut import cache_key, cut_variant
 from dipgo_deploy.export.options import ExportOptions
-from dipgo_deploy.export.planning import Notify, PlannedExport
+from dipgo_deploy.export.planning import Notify, PlannedExport, denoiser_numbers
 from dipgo_deploy.export.segments import cut_segment, reads_of, writes_of
 from dipgo_deploy.export.tensors import graph_entry
 from dipgo_deploy.export.weights import save_graph, write_weights
@@ -244,8 +244,7 @@ def _in_float32(source: Source, options: ExportOptions) -> Source:
 
     if options.dtype == "fp32" or not options.components or source.pipeline is None:
         return source
-    denoiser: dict[str, Any] = {source.family.component: source.denoiser}
-    return replace(source, pipeline=load_pipeline(source.name, **denoiser))
+    return replace(source, pipeline=load_pipeline(source.name, **source.family.parts(source.denoiser)))
 
 
 def write_entries(planned: PlannedExport, folder: Path) -> tuple[tuple[VariantEntry, ...], Graph | None]:
@@ -351,6 +350,7 @@ def _manifest(
             config_hash=source.config_hash,
             granularity=schedule.model.granularity,
             config={key: value for key, value in source.config.items() if not key.startswith("_")},
+            denoisers=tuple(filter(None, source.family.denoisers)),
         ),
         promoted=planned.promoted,
         sampler=SamplerEntry(
@@ -383,6 +383,7 @@ def _conditions(planned: PlannedExport) -> tuple[ConditionSpec, ...]:
 def _plan_entry(planned: PlannedExport, variants: tuple[VariantEntry, ...], prologue: Graph | None) -> PlanEntry:
     plan, matrix, columns = planned.plan, planned.matrix, planned.columns
     laid_out = planned.segments or plan
+    numbers = denoiser_numbers(planned.source.family, planned.schedule)
     with_history = {
         place for place, entry in enumerate(variants) if HISTORY in {spec.name for spec in entry.graph.inputs}
     }
@@ -401,6 +402,7 @@ def _plan_entry(planned: PlannedExport, variants: tuple[VariantEntry, ...], prol
                 writes=launch.writes,
                 slot=None if launch.prediction is None else columns.index(1 + launch.prediction),
                 forecast=launch.weights,
+                denoiser=numbers[launch.step],
             )
             for launch in laid_out.launches
         ),

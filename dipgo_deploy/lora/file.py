@@ -144,27 +144,37 @@ class LoraFile:
 
 
 class LoraChoice(NamedTuple):
-    """A LoRA to apply: a file or folder, its scale, and whether what does not fit is left out (else refused)."""
+    """A LoRA to apply: a file or folder, its scale, whether what does not fit is left out (else refused), and which of
+    a model's denoisers it is for (the first one where none is named)."""
 
     file: Path
     scale: float = 1.0
     partial: bool = False
+    denoiser: str = ""
 
 
-def parse_choice(text: str) -> tuple[Path, float]:
-    """``FILE`` or ``FILE:SCALE`` as (file, scale); the scale is 1 where none is given.
+Given = tuple[Path, float] | tuple[Path, float, str]
+"""File and scale of a LoRA, and the denoiser that it is for where one is named."""
+
+
+def parse_choice(text: str) -> tuple[Path, float, str]:
+    """``FILE``, ``FILE:SCALE`` or ``DENOISER=FILE:SCALE`` as (file, scale, denoiser); the scale is 1 where none is
+    given, the denoiser empty.
 
     Raises:
         UserError: what follows the last colon is not a finite number, and no such file or folder exists.
     """
+    denoiser, equals, rest = text.partition("=")
+    if equals and denoiser.isidentifier() and not Path(text).exists():
+        return (*parse_choice(rest)[:2], denoiser)
     name, colon, scale = text.rpartition(":")
     if not colon or Path(text).exists():
-        return Path(text), 1.0
+        return Path(text), 1.0, ""
     try:
         value = float(scale)
     except ValueError:
         raise UserError(f"--lora {text}: no such file, and {scale!r} is no scale; give FILE or FILE:SCALE") from None
-    return Path(name), check_scale(value)
+    return Path(name), check_scale(value), ""
 
 
 def check_scale(scale: float) -> float:

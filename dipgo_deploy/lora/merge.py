@@ -70,6 +70,7 @@ class LoraReport:
     Attributes:
         applied: layers that were changed, of all components.
         left_out: keys of changes that are not supported.
+        denoiser: the one that it was applied to, of a model of several.
         graphs: changed tensors by graph; graphs that lack the layers have fewer, or none.
     """
 
@@ -79,6 +80,7 @@ class LoraReport:
     components: tuple[Coverage, ...]
     left_out: tuple[str, ...]
     graphs: Mapping[str, int]
+    denoiser: str = ""
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,7 @@ class _Change:
 class MergedWeights:
     """The changed weights of an engine directory, merged when they are asked for and then kept.
 
-    identity: (sha256, scale) of each LoRA file, in order.
+    identity: (sha256, scale) of each LoRA file, in order; behind the former @ and the denoiser, of a model of several.
     """
 
     identity: tuple[tuple[str, float], ...]
@@ -181,13 +183,15 @@ def merge_loras(bundle: Bundle, choices: Sequence[LoraChoice]) -> MergedWeights:
             partial also: a component of which no layer fits, a layer that the model does not have, or a change of
             another kind than low-rank updates and differences.
     """
-    loras = [(read_lora(choice.file), check_scale(choice.scale), choice.partial) for choice in choices]
-    weights = _Weights(bundle)
-    changes: dict[Path, dict[str, list[_Change]]] = {folder: defaultdict(list) for folder in weights.index}
+    loras = [(read_lora(choice.file), check_scale(choice.scale), choice) for choice in choices]
+    of_denoiser = {denoiser: _Weights(bundle, denoiser) for denoiser in dict.fromkeys(one.denoiser for one in choices)}
+    index = next(iter(of_denoiser.values())).index
+    changes: dict[Path, dict[str, list[_Change]]] = {folder: defaultdict(list) for folder in index}
     reports, identity = [], []
-    for lora, scale, partial in loras:
+    for lora, scale, choice in loras:
+        weights = of_denoiser[choice.denoiser]
         targets, components = _match(lora, weights)
-        _check_coverage(lora, components, weights, partial)
+        _check_coverage(lora, components, weights, choice.partial)
         used: dict[Path, set[str]] = defaultdict(set)
         for change in {id(target.change): target.change for target in targets}.values():
             lora.check_values(change)
@@ -198,7 +202,7 @@ def merge_loras(bundle: Bundle, choices: Sequence[LoraChoice]) -> MergedWeights:
             if scale:
                 changes[target.folder][target.name].append(_Change(target.change, target.rows, scale))
         if scale:
-            identity.append((lora.sha256(), scale))
+            identity.append((lora.sha256() + (f"@{weights.denoiser}" if weights.denoiser else ""), scale))
         reports.append(
             LoraReport(
                 file=str(lora.path),
@@ -206,17 +210,22 @@ def merge_loras(bundle: Bundle, choices: Sequence[LoraChoice]) -> MergedWeights:
                 applied=sum(coverage.applied for coverage in components),
                 components=components,
                 left_out=tuple(key for key, _ in lora.others),
-                graphs=_count(bundle, used, weights.index),
+                graphs=_count(bundle, used, index),
+                denoiser=weights.denoiser,
             )
         )
-    return MergedWeights(tuple(identity), tuple(reports), changes, weights.index)
+    return MergedWeights(tuple(identity), tuple(reports), changes, index)
 
 
 class _Weights:
-    """The parameters of an engine directory, to be found by the names that LoRA files have for them."""
+    """The parameters of an engine directory, to be found by the names that LoRA files have for them.
 
-    def __init__(self, bundle: Bundle) -> None:
+    denoiser: of a model of several the one whose parameters are looked at, the first where it says nothing.
+    """
+
+    def __init__(self, bundle: Bundle, denoiser: str = "") -> None:
         self.path = bundle.path
+        self.denoiser = _chosen(bundle.manifest.model.denoisers, denoiser)
         self.class_name = bundle.manifest.model.class_name
         layers = bundle.manifest.model.config.get("layers_per_block")
         self._layers_per_block = layers if isinstance(layers, int) else None
@@ -228,14 +237,15 @@ class _Weights:
             for name, stored in self.index[folder].tensors.items():
                 for parameter in (stored.parameter, *stored.equal):
                     module, _, kind = (parameter or "").rpartition(".")
-                    if kind in ("weight", "bias"):
-                        component, path = _owner(graphs, module)
+                    if kind in ("weight", "bias") and self._is_looked_at(graphs, module):
+                        component, path = self._owner(graphs, module)
                         self._tensors[component, path.replace(".", "_"), kind].append((folder, name))
         self._tabled = {
             (component, path.replace(".", "_"))
             for graphs, folder in folders.items()
             for parameter in self.index[folder].tabled
-            for component, path in [_owner(graphs, parameter.rpartition(".")[0])]
+            for component, path in [self._owner(graphs, parameter.rpartition(".")[0])]
+            if self._is_looked_at(graphs, parameter)
         }
         self.components = {component for component, _, _ in self._tensors}
         self._highest: dict[tuple[str, str, str], int] = {}
@@ -243,6 +253,17 @@ class _Weights:
             if match := _NUMBERED.fullmatch(path):
                 key = component, match[1], match[3]
                 self._highest[key] = max(int(match[2]), self._highest.get(key, 0))
+
+    def _is_looked_at(self, graphs: str, module: str) -> bool:
+        """Not, if it is another denoiser's."""
+        return graphs != "denoiser" or not self.denoiser or module.startswith(f"{self.denoiser}.")
+
+    def _owner(self, graphs: str, module: str) -> tuple[str, str]:
+        """The component that a module belongs to, and its path there."""
+        if graphs == "denoiser" and self.denoiser:
+            return graphs, module.removeprefix(f"{self.denoiser}.")
+        encoder = _ENCODER.fullmatch(module) if graphs == "text_encoder" else None
+        return (graphs, module) if encoder is None else (encoder[1], encoder[2])
 
     def component_of(self, layer: Layer) -> str:
         """What a layer is of: the first of its components that is here, else the first."""
@@ -415,10 +436,12 @@ def _made_for(components: Sequence[Coverage]) -> str | None:
     return None
 
 
-def _owner(graphs: str, module: str) -> tuple[str, str]:
-    """The component that a module belongs to, and its path there."""
-    encoder = _ENCODER.fullmatch(module) if graphs == "text_encoder" else None
-    return (graphs, module) if encoder is None else (encoder[1], encoder[2])
+def _chosen(known: Sequence[str], denoiser: str) -> str:
+    """The denoiser that a LoRA is for; nothing where the model has one."""
+    if denoiser and denoiser not in known:
+        here = f"this model has {' and '.join(known)}" if known else "this model has one denoiser; leave it out"
+        raise UserError(f"--lora {denoiser[:60]}=: {here}")
+    return denoiser or next(iter(known), "")
 
 
 def _check_shape(path: Path, change: Change, shapes: Sequence[tuple[int, ...]]) -> None:

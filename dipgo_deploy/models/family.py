@@ -208,6 +208,10 @@ class ModelFamily:
         image_encoder: parts of the pipeline that make a condition of a picture, an encoder and what prepares pictures
             for it; where they are there, the encoder's configuration is in the model's under its name.
         adapter: the option that names a file of weights beside the folder, which makes it one of this family.
+        denoisers: paths, in what ``join`` makes, of the models that make predictions in turn, by the names that the
+            pipeline has for them; the blocks of each are under its path. One alone is the whole module.
+        denoiser_at(index, scheduler config, timesteps): which of them the pipeline runs at each timestep; where there
+            is one it is never asked.
         index: entries of ``model_index.json`` that are wanted, and refused where another family's folder has them.
         size_multiple(config): an open latent height or width has to be a multiple of it; None where a trace is good
             for one size only.
@@ -252,6 +256,8 @@ class ModelFamily:
     starts: bool = False
     image_encoder: tuple[str, str] | None = None
     adapter: str | None = None
+    denoisers: tuple[str, ...] = ("",)
+    denoiser_at: Callable[[Mapping[str, Any], Mapping[str, Any], Sequence[float]], tuple[str, ...]] | None = None
     index: Mapping[str, Any] = field(default_factory=dict)
     size_multiple: Callable[[Mapping[str, Any]], int] | None = None
     pixels: bool = False
@@ -311,6 +317,16 @@ class ModelFamily:
     def companions_in(self, config: Mapping[str, Any]) -> dict[str, str]:
         """The companions that a configuration has: name -> class."""
         return {each: class_name for name, class_name in self.companions.items() for each in numbered(name, config)}
+
+    def parts(self, denoiser: nn.Module) -> dict[str, Any]:
+        """The pipeline's denoisers by its names for them. denoiser: as it was loaded, all of them."""
+        return {name or self.component: denoiser.get_submodule(name) for name in self.denoisers}
+
+    def denoisers_of(
+        self, index: Mapping[str, Any], scheduler: Mapping[str, Any], timesteps: Sequence[float]
+    ) -> tuple[str, ...]:
+        """Which denoiser the pipeline runs at each timestep; nothing where it has one."""
+        return () if self.denoiser_at is None else self.denoiser_at(index, scheduler, timesteps)
 
     @property
     def axes(self) -> int:

@@ -91,7 +91,7 @@ def part_weights(model: str | Path, name: str, library: str, class_name: str) ->
     """
     file = single_file(model)
     # A companion (a ControlNet) is a model of its own, with files of its own.
-    if file is not None and not name.startswith("controlnet"):
+    if file is not None and name not in _companions(model):
         prefix = prefix_in_file(_whole_file(file), name, class_name)
         if prefix is not None:
             return Weights((file,), None, prefix)
@@ -105,6 +105,11 @@ def part_weights(model: str | Path, name: str, library: str, class_name: str) ->
             f"{file}: has no {name}, and {error} (where the pipeline can do without, write [null, null] for it and its "
             f"tokenizer in {INDEX})"
         ) from None
+
+
+def _companions(model: str | Path) -> Mapping[str, str]:
+    family, config = denoiser_config(model)
+    return family.companions_in(config)
 
 
 @functools.lru_cache(maxsize=4)
@@ -159,19 +164,24 @@ def _check_regular(folder: Path, parts: Iterable[str]) -> None:
 def _check_units(model: str | Path, parts: Mapping[str, Weights]) -> None:
     """Refuse a configuration with more blocks than there are weights for, before all of them are made."""
     family, config = denoiser_config(model)
-    name = family.component if family.component in parts else "."
-    if name not in parts or parts[name].prefix is not None:
-        return
-    stored = {tensor for path in parts[name].files for tensor in _types_in(path)}
-    stems = {tensor[:place] for tensor in stored for place, letter in enumerate(tensor) if letter == "."}
-    units = [spec.name for spec in family.blocks(config, "block") if spec.name not in family.companions_in(config)]
-    without = [unit for unit in units if unit not in stems]
-    # With none at all it is the names that are others, which is said when they are loaded.
-    if without and len(without) < len(units):
-        raise UserError(
-            f"{config_folder(model) / name}: its config.json says {len(units)} blocks, its weights have none for "
-            f"{len(without)} of them (first: {without[0]}); fetch both again"
-        )
+    every = [spec.name for spec in family.blocks(config, "block")]
+    for denoiser in family.denoisers:
+        component = denoiser or family.component
+        name = component if component in parts else "."
+        if name not in parts or parts[name].prefix is not None:
+            continue
+        stored = {tensor for path in parts[name].files for tensor in _types_in(path)}
+        stems = {tensor[:place] for tensor in stored for place, letter in enumerate(tensor) if letter == "."}
+        own = f"{denoiser}." if denoiser else ""
+        units = [unit.removeprefix(own) for unit in every if unit.startswith(own)]
+        units = [unit for unit in units if unit not in family.companions_in(config)]
+        without = [unit for unit in units if unit not in stems]
+        # With none at all it is the names that are others, which is said when they are loaded.
+        if without and len(without) < len(units):
+            raise UserError(
+                f"{config_folder(model) / name}: its config.json says {len(units)} blocks, its weights have none for "
+                f"{len(without)} of them (first: {without[0]}); fetch both again"
+            )
 
 
 def _types_in(path: Path) -> dict[str, str]:

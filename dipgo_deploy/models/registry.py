@@ -60,6 +60,7 @@ BUILT_IN = (
     zimage.FAMILY,
     sana.FAMILY,
     wan.FAMILY,
+    wan.TWO,
     wan_image.FAMILY,
     ltx.FAMILY,
     ltx_image.FAMILY,

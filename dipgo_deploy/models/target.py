@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.models.family import BlockSpec, CacheKind, Granularity, ModelFamily
 from dipgo_deploy.models.files import denoiser_weights
-from dipgo_deploy.models.location import config_folder, denoiser_config, native_size, scheduler_config
+from dipgo_deploy.models.location import (
+    config_folder,
+    denoiser_config,
+    native_size,
+    pipeline_index,
+    scheduler_config,
+)
 from dipgo_deploy.models.registry import family_for
 from dipgo_deploy.sampler.kinds import check_kind, kind_of
 from dipgo_deploy.schedule.builders import PendingTarget, Target
@@ -80,6 +86,7 @@ def pending_target(
         assert scheduler is not None  # without a sampler the model has one
         options = nominal_set_timesteps(family, config, scheduler, num_inference_steps)
         timesteps = timesteps_of(scheduler, num_inference_steps, set_timesteps_kwargs=options)
+        denoisers = family.denoisers_of(pipeline_index(model), scheduler.config, timesteps)
         return Target(
             model=ModelIdentity(class_name=family.class_name, config_hash=config_hash(config), granularity=granularity),
             blocks=blocks,
@@ -90,6 +97,7 @@ def pending_target(
             ),
             steps=len(timesteps),
             timesteps=timesteps,
+            denoisers=denoisers,
             embeddings=None if family.time_embeddings is None else lambda: _embeddings(model, timesteps),
             size=(native_size(config) or nominal_size(family)) if "mu" in options else None,
             matrix=lambda: sampler_matrix(scheduler, num_inference_steps, set_timesteps_kwargs=options),
@@ -143,8 +151,20 @@ def check_schedule(schedule: Schedule, model: str, *, allow_other_config: bool =
     caches: dict[str, tuple[str, ...]] = {}
     if schedule.model.class_name == family.class_name:
         caches = {spec.name: spec.caches for spec in family.blocks(config, granularity)}
-    schedule.check_model(family.class_name, accepted_hashes(config), caches, allow_other_config=allow_other_config)
+    schedule.check_model(
+        family.class_name,
+        accepted_hashes(config),
+        caches,
+        denoisers=family.denoisers,
+        allow_other_config=allow_other_config,
+    )
     check_sampler_kind(model, schedule.sampler.class_name, schedule.sampler.config)
+
+
+def pipelines_denoisers(schedule: Schedule, model: str, timesteps: Sequence[float]) -> tuple[str, ...]:
+    """Which denoiser the model's own pipeline runs at these timesteps; nothing where it has one."""
+    family, _ = denoiser_config(model)
+    return family.denoisers_of(pipeline_index(model), schedule.sampler.config, timesteps)
 
 
 def check_sampler(schedule: Schedule) -> None:

@@ -1,5 +1,7 @@
 """Wan, a video diffusion transformer (diffusers ``WanTransformer3DModel``; arXiv 2503.20314): text to video.
 
+``TWO``: Wan 2.2's two experts, one for high and one for low noise (``models/denoisers.py``).
+
 The latent has a time axis, (B, C, f, h, w). Granularity ``block``: one transformer block is one unit, 30 for the model
 of 1.3B, 40 for that of 14B. Default cache: ``residual`` (a removed block adds its last computed change to its current
 input); on request ``output``. MagCache and TeaCache skip all blocks of an evaluation at once.
@@ -15,6 +17,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from dipgo_deploy.errors import UserError
+from dipgo_deploy.models.denoisers import with_second
 from dipgo_deploy.models.family import (
     BlockSpec,
     Granularity,
@@ -120,3 +123,4 @@ FAMILY = ModelFamily(
     fps=16,
     time_embeddings=time_embeddings,
 )
+TWO = with_second(FAMILY, models="Wan 2.2 text to video (two experts)")

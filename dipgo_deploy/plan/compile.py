@@ -22,6 +22,7 @@ def compile_plan(
     graph: BlockGraph,
     gates: Sequence[Sequence[bool]],
     *,
+    denoisers: Sequence[int] | None = None,
     max_variants: int | None = None,
     prediction_used: Sequence[bool] | None = None,
     alignment: int = ALIGNMENT,
@@ -31,6 +32,8 @@ def compile_plan(
 
     Args:
         gates: ``gates[t][k]`` says whether block k of ``graph.blocks`` is computed at evaluation t.
+        denoisers: per evaluation, which of the graph's predictions is made (default: the first); the blocks of the
+            other denoisers are not computed there, whatever their gates say.
         max_variants: re-enable blocks until at most this many variants are left.
         prediction_used: per evaluation, whether the sampler gives any weight to that evaluation's prediction (default:
             all); at least one must be.
@@ -45,6 +48,7 @@ def compile_plan(
     compiled = demanded(
         graph,
         gates,
+        denoisers=denoisers,
         max_variants=max_variants,
         prediction_used=prediction_used,
         alignment=alignment,
@@ -56,11 +60,12 @@ def compile_plan(
 @dataclass(frozen=True)
 class Compiled:
     """A schedule on a block graph before it is laid out. asked, kept: per evaluation the mask of kept blocks, as asked
-    for and after promotion."""
+    for and after promotion. denoisers: per evaluation, whose prediction it makes."""
 
     index: GraphIndex
     asked: tuple[int, ...]
     kept: tuple[int, ...]
+    denoisers: tuple[int, ...]
     demand: Demand
 
 
@@ -68,6 +73,7 @@ def demanded(
     graph: BlockGraph,
     gates: Sequence[Sequence[bool]],
     *,
+    denoisers: Sequence[int] | None = None,
     max_variants: int | None = None,
     prediction_used: Sequence[bool] | None = None,
     alignment: int = ALIGNMENT,
@@ -79,11 +85,16 @@ def demanded(
     used = [True] * len(rows) if prediction_used is None else [bool(use) for use in prediction_used]
     if len(used) != len(rows) or not any(used):
         raise ValueError(f"prediction_used must have {len(rows)} entries and a true one")
+    chosen = tuple(denoisers or (0,) * len(rows))
+    if len(chosen) != len(rows) or not set(chosen) <= set(range(len(graph.predictions))):
+        raise ValueError(f"denoisers must have {len(rows)} entries from 0 to {len(graph.predictions) - 1}")
     if alignment < 1:
         raise ValueError(f"alignment must be at least 1, it is {alignment}")
     if max_variants is not None and max_variants < 1:
         raise UserError(f"the most variants allowed must be at least 1, it is {max_variants}")
-    assignments: tuple[Assignment, ...] = tuple(Assignment(row) for row in rows)
+    assignments: tuple[Assignment, ...] = tuple(
+        Assignment(row, denoiser=denoiser) for row, denoiser in zip(rows, chosen, strict=True)
+    )
     demands = demand(index, assignments, used, forecast)
     if demands.missing:
         step, value = demands.missing[0]
@@ -93,6 +104,9 @@ def demanded(
             f"keep the block at evaluation {step} or at an earlier one"
         )
     if max_variants is not None:
+        least = len({launch.denoiser for launch in demands.launches})
+        if max_variants < least:
+            raise UserError(f"at most {max_variants} variants: {least} denoisers are run, each in graphs of its own")
         asked = assignments
         assignments, demands = promote(index, assignments, used, max_variants, forecast)
         if isinstance(forecast, FittedForecast) and assignments != asked:
@@ -100,7 +114,7 @@ def demanded(
                 f"at most {max_variants} variants would re-enable blocks, and the weights of the schedule's forecast "
                 "were fitted without them; allow more variants, or fit the weights to a schedule that has fewer"
             )
-    return Compiled(index, tuple(rows), tuple(assignment.gates for assignment in assignments), demands)
+    return Compiled(index, tuple(rows), tuple(assignment.gates for assignment in assignments), chosen, demands)
 
 
 def _gate_masks(graph: BlockGraph, gates: Sequence[Sequence[bool]]) -> list[int]:
@@ -162,7 +176,8 @@ def _assemble(compiled: Compiled, alignment: int) -> Plan:
             )
         )
         slot += launch.predicts
-    macs_of_gates = cache(lambda row: index.costs.macs(index.gated(row)))
+    macs_of_gates = cache(lambda row, denoiser: index.costs.macs(index.gated(row, denoiser)))
+    everything = (1 << len(index.outputs)) - 1
     blocks = range(len(index.outputs))
     return Plan(
         keep=tuple(tuple(bool(row >> block & 1) for block in blocks) for row in kept),
@@ -171,8 +186,8 @@ def _assemble(compiled: Compiled, alignment: int) -> Plan:
         prediction_slots=demands.prediction_slots,
         arena_bytes=arena,
         lower_bound_bytes=lower_bound(lifetimes, alignment),
-        macs_full=macs_of_gates((1 << len(index.outputs)) - 1),
-        macs_schedule=sum(macs_of_gates(row) for row in kept),
+        macs_full=round(sum(macs_of_gates(everything, at) for at in compiled.denoisers) / len(kept)),
+        macs_schedule=sum(map(macs_of_gates, kept, compiled.denoisers)),
         macs_run=sum(variants[launch.variant].macs for launch in launches),
         promoted=tuple(
             (step, index.block_names[block])
@@ -211,6 +226,7 @@ def _variant(index: GraphIndex, name: str, group: Group, terms: Mapping[int, int
         writes=tuple(index.cache(value) for value in _sorted_values(index, group.writes)),
         predicts=group.predicts,
         macs=index.costs.macs(group.computed),
+        prediction=index.names[index.predictions[group.denoiser]] if group.predicts else "",
     )
 
 

@@ -52,12 +52,12 @@ class BlockGraph:
             class labels, guidance scale).
         values: every named value by name.
         blocks: in order of execution.
-        prediction: name of the value that is the noise prediction.
+        predictions: names of the values that are the noise predictions, one a denoiser.
         costs: multiply-accumulates of each traced node.
     """
 
     inputs: Mapping[str, InputRole]
     values: Mapping[str, Value]
     blocks: tuple[Block, ...]
-    prediction: str
+    predictions: tuple[str, ...]
     costs: tuple[int, ...] = ()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from graphlib import CycleError, TopologicalSorter
+from operator import or_
 
 from dipgo_deploy.plan.costs import CostTable, bits
 from dipgo_deploy.plan.graph import BlockGraph
@@ -24,7 +26,8 @@ class GraphIndex:
         block: position of the block the value is an output of, else -1.
         outputs: per block, the mask of its outputs.
         free: mask of the values that belong to no block and so are always computed.
-        prediction: position of the noise prediction.
+        predictions: positions of the noise predictions, one a denoiser.
+        own: per denoiser, the mask of the values that no other one's prediction alone needs.
         nbytes: sizes in bytes.
     """
 
@@ -37,7 +40,8 @@ class GraphIndex:
     outputs: tuple[int, ...]
     block_names: tuple[str, ...]
     free: int
-    prediction: int
+    predictions: tuple[int, ...]
+    own: tuple[int, ...]
     nbytes: tuple[int, ...]
     costs: CostTable
 
@@ -45,12 +49,12 @@ class GraphIndex:
         """The cache that a block output is stored in; nth: see ``Cache``."""
         return Cache(self.names[value], "output" if self.base[value] < 0 else "residual", nth)
 
-    def gated(self, gates: int) -> int:
-        """Mask of the values that an evaluation computes when it keeps the blocks in the mask ``gates``."""
+    def gated(self, gates: int, denoiser: int = 0) -> int:
+        """Mask of the values that an evaluation of a denoiser computes when it keeps the blocks in ``gates``."""
         mask = self.free
         for block in bits(gates):
             mask |= self.outputs[block]
-        return mask
+        return mask & self.own[denoiser]
 
 
 def index_graph(graph: BlockGraph) -> GraphIndex:
@@ -64,26 +68,49 @@ def index_graph(graph: BlockGraph) -> GraphIndex:
         for read in value.reads:
             if read not in graph.values and read not in graph.inputs:
                 raise ValueError(f"value {name!r} reads {read!r}, which is neither a value nor a graph input")
-    if graph.prediction not in graph.values:
-        raise ValueError(f"the prediction {graph.prediction!r} is not a value of the graph")
+    if not graph.predictions:
+        raise ValueError("the graph has no prediction")
+    for prediction in graph.predictions:
+        if prediction not in graph.values:
+            raise ValueError(f"the prediction {prediction!r} is not a value of the graph")
     names = _topological(graph, base)
     position = {name: place for place, name in enumerate(names)}
     reads = tuple(tuple(sorted(position[r] for r in graph.values[n].reads if r in position)) for n in names)
     outputs = tuple(sum(1 << position[name] for name in set(block.outputs)) for block in graph.blocks)
+    reads_mask = tuple(sum(1 << place for place in places) for places in reads)
+    bases = tuple(position[base[n]] if n in base else -1 for n in names)
+    predictions = tuple(position[prediction] for prediction in graph.predictions)
     return GraphIndex(
         names=names,
         reads=reads,
-        reads_mask=tuple(sum(1 << place for place in places) for places in reads),
+        reads_mask=reads_mask,
         stepwise=tuple(any(graph.inputs.get(r) == "step" for r in graph.values[n].reads) for n in names),
-        base=tuple(position[base[n]] if n in base else -1 for n in names),
+        base=bases,
         block=tuple(owner.get(n, -1) for n in names),
         outputs=outputs,
         block_names=tuple(block.name for block in graph.blocks),
         free=sum(1 << place for place, n in enumerate(names) if n not in owner),
-        prediction=position[graph.prediction],
+        predictions=predictions,
+        own=_own([_behind(prediction, reads_mask, bases) for prediction in predictions], len(names)),
         nbytes=tuple(graph.values[n].nbytes for n in names),
         costs=CostTable([graph.values[n].work for n in names], graph.costs),
     )
+
+
+def _behind(prediction: int, reads: Sequence[int], bases: Sequence[int]) -> int:
+    """Mask of a value and of all that it is made of when nothing is removed."""
+    behind = 1 << prediction
+    for value in range(prediction, -1, -1):  # what a value needs has a lower position
+        if behind >> value & 1:
+            behind |= reads[value] | (1 << bases[value] if bases[value] >= 0 else 0)
+    return behind
+
+
+def _own(behind: Sequence[int], count: int) -> tuple[int, ...]:
+    """Per prediction the mask of all values but those that only others are made of."""
+    everything = (1 << count) - 1
+    others = [reduce(or_, (mask for place, mask in enumerate(behind) if place != one), 0) for one in range(len(behind))]
+    return tuple(everything & ~(other & ~mask) for mask, other in zip(behind, others, strict=True))
 
 
 def _outputs(graph: BlockGraph) -> tuple[dict[str, int], dict[str, str]]:

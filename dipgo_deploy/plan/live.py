@@ -21,6 +21,7 @@ class Need:
         reads: block outputs taken from their cache (for a residual cache, added to the current input).
         stores: block outputs whose cache a later launch reads from this one.
         predicts: makes a new noise prediction.
+        denoiser: which of the predictions is its evaluation's.
     """
 
     step: int
@@ -28,6 +29,7 @@ class Need:
     reads: int
     stores: int
     predicts: bool
+    denoiser: int = 0
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ def demand(
             if index.base[value] >= 0:
                 needed |= 1 << index.base[value]  # the residual is output - input: both are needed
         if predicts[step]:
-            needed |= 1 << index.prediction
+            needed |= 1 << index.predictions[assignment.denoiser]
         computed = reads = 0
         while needed:
             # Values are in topological order, so the highest one left is needed by no other one left.
@@ -100,7 +102,7 @@ def demand(
             if index.base[value] >= 0:
                 needed |= 1 << index.base[value]
         if computed or reads:
-            launches.append(Need(step, computed, reads, stores[step], predicts[step]))
+            launches.append(Need(step, computed, reads, stores[step], predicts[step], assignment.denoiser))
     launches.reverse()
     slots = _slots(numbering, [launch.step for launch in launches if launch.predicts])
     return Demand(tuple(launches), numbering.stored, slots, tuple(sorted(missing)), numbering.forecasts)

@@ -27,6 +27,7 @@ class Variant:
         computed: named values computed by their own nodes (the prediction included when ``predicts``).
         reads, writes: caches in sorted order; reads become graph inputs, writes graph outputs.
         macs: multiply-accumulates of a launch.
+        prediction: of a variant that predicts, the value that it is.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Variant:
     writes: tuple[Cache, ...]
     predicts: bool
     macs: int
+    prediction: str = ""
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ class Plan:
         prediction_slots: per evaluation, the prediction slot that the sampler is given.
         arena_bytes: size of the one cache buffer.
         lower_bound_bytes: the most cache bytes alive at one launch, which no allocation can beat.
-        macs_full: of one full evaluation.
+        macs_full: of one full evaluation; where denoisers differ, the mean over all evaluations.
         macs_schedule: of a run that skips exactly what the schedule removes, launch or not, dead computation included.
         macs_run: of the launches.
         promoted: (step, block name) of each gate re-enabled to meet ``max_variants``.

@@ -44,6 +44,7 @@ class Segment:
         reads: tensors taken from the arena, by name (``term0`` ... for the other kinds).
         writes: tensors put there; ``residual`` means the named value minus its block's input.
         predicts: whether it writes a prediction.
+        prediction: of a part that predicts, the value that it is.
         tensor: kind of the tensors of a sum or difference.
         weight_bytes: of its own weights, which no other segment has.
     """
@@ -58,6 +59,7 @@ class Segment:
     pieces: tuple[int, ...] = ()
     terms: int = 0
     tensor: str = ""
+    prediction: str = ""
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,8 @@ class Version(NamedTuple):
 
 @dataclass(frozen=True)
 class _Step:
-    """What one evaluation with launches does, by names. reads: cached values with what is read of them."""
+    """What one evaluation with launches does, by names. reads: cached values with what is read of them. prediction:
+    that of its denoiser."""
 
     step: int
     computed: frozenset[str]
@@ -101,6 +104,7 @@ class _Step:
     stores: frozenset[str]
     predicts: bool
     slot: int
+    prediction: str
 
 
 @dataclass(frozen=True)
@@ -110,7 +114,7 @@ class _Model:
     pieces: PieceGraph
     maker: Mapping[str, int]
     base: Mapping[str, str]
-    prediction: str
+    predictions: tuple[str, ...]
 
 
 @dataclass
@@ -131,6 +135,7 @@ def plan_segments(
     pieces: PieceGraph,
     gates: Sequence[Sequence[bool]],
     *,
+    denoisers: Sequence[int] | None = None,
     prediction_used: Sequence[bool] | None = None,
     alignment: int = ALIGNMENT,
     forecast: Reads | None = None,
@@ -140,11 +145,13 @@ def plan_segments(
     pieces: of the same trace (``pieces.split``). The other arguments and what is re-enabled are those of
     ``compile_plan``.
     """
-    compiled = demanded(graph, gates, prediction_used=prediction_used, alignment=alignment, forecast=forecast)
+    compiled = demanded(
+        graph, gates, denoisers=denoisers, prediction_used=prediction_used, alignment=alignment, forecast=forecast
+    )
     index, demands = compiled.index, compiled.demand
     model = _model(index, pieces)
     steps = _steps(index, demands)
-    runs = _runs(graph, model, steps, index.costs.macs((1 << len(index.names)) - 1))
+    runs = _runs(graph, model, steps, max(map(index.costs.macs, index.own)))
     before, apart = _order(model, steps, runs)
     active = sorted(runs)
     parts = [
@@ -164,7 +171,7 @@ def _model(index: GraphIndex, pieces: PieceGraph) -> _Model:
         pieces=pieces,
         maker={name: place for place, piece in enumerate(pieces.pieces) for name in piece.makes},
         base={index.names[v]: index.names[u] for v, u in enumerate(index.base) if u >= 0},
-        prediction=index.names[index.prediction],
+        predictions=tuple(index.names[value] for value in index.predictions),
     )
 
 
@@ -175,7 +182,8 @@ def _steps(index: GraphIndex, demands: Demand) -> list[_Step]:
     steps, slot = [], 0
     for need in demands.launches:
         reads = {index.names[value]: demands.read(need.step, value) for value in bits(need.reads)}
-        steps.append(_Step(need.step, names(need.computed), reads, names(need.stores), need.predicts, slot))
+        prediction = index.names[index.predictions[need.denoiser]]
+        steps.append(_Step(need.step, names(need.computed), reads, names(need.stores), need.predicts, slot, prediction))
         slot += need.predicts
     return steps
 
@@ -184,7 +192,7 @@ def _runs(graph: BlockGraph, model: _Model, steps: Sequence[_Step], macs_full: i
     """The evaluations at which each piece runs; pieces that never do are left out.
 
     A piece runs when one of its owners is computed. One that depends on constant inputs only runs once. The cheap
-    ones among those that depend on inputs only run together.
+    ones among those that depend on inputs only run together, at the evaluations of their denoisers.
     """
     pieces = model.pieces.pieces
     block_outputs = {name for block in graph.blocks for name in block.outputs}
@@ -197,7 +205,7 @@ def _runs(graph: BlockGraph, model: _Model, steps: Sequence[_Step], macs_full: i
     entrance: set[int] = set()
     for place in runs:
         piece = pieces[place]
-        if not block_outputs.isdisjoint(piece.makes) or model.prediction in piece.makes:
+        if not (block_outputs | set(model.predictions)).isdisjoint(piece.makes):
             continue
         sources = {model.maker[name] for name in piece.reads if name in model.maker}
         inputs = [graph.inputs[name] for name in piece.reads if name not in model.maker]
@@ -205,8 +213,12 @@ def _runs(graph: BlockGraph, model: _Model, steps: Sequence[_Step], macs_full: i
             constant.add(place)
         elif sources <= constant | entrance and piece.macs <= _CHEAP_SHARE * macs_full:
             entrance.add(place)
-    together = frozenset().union(*(runs[place] for place in entrance))
-    runs.update(dict.fromkeys(entrance, together))
+    prediction_at = {step.step: step.prediction for step in steps}
+    together: dict[frozenset[str], set[int]] = {}
+    for place in entrance:
+        together.setdefault(frozenset(map(prediction_at.__getitem__, runs[place])), set()).add(place)
+    for alike in together.values():
+        runs.update(dict.fromkeys(alike, frozenset().union(*(runs[place] for place in alike))))
     for place in sorted(constant, reverse=True):
         readers = [at for other, at in runs.items() if not set(pieces[place].makes).isdisjoint(pieces[other].reads)]
         runs[place] = frozenset({min(min(at) for at in (runs[place], *readers))})
@@ -267,7 +279,11 @@ class _Emitter:
         self._made_once = {place: min(at) for place, at in runs.items() if len(at) == 1}
         self.externals = [_externals(model, part) for part in parts]
         self._fused = _fused_residuals(model, steps, parts, self.externals)
-        self._direct = _predicts_directly(index, model, steps, runs)
+        self._direct = {
+            name
+            for name, value in zip(model.predictions, index.predictions, strict=True)
+            if index.block[value] < 0 and _predicts_directly(name, model, steps, runs)
+        }
         self._queue: list[_Emitted] = []
 
     def launches(self) -> Iterator[_Emitted]:
@@ -286,7 +302,7 @@ class _Emitter:
             launch = _Emitted(step.step, number, [self._effective(step, name) for name in self.externals[number]])
             for place in part:
                 for name in model.pieces.pieces[place].makes:
-                    if name == model.prediction and self._direct:
+                    if name == step.prediction and name in self._direct:
                         launch.prediction = step.slot
                     else:
                         launch.writes.append(Version("value", name, step.step))
@@ -297,9 +313,9 @@ class _Emitter:
             terms = [Version("value", name, step.step), self._effective(step, model.base[name])]
             key = ("difference", 2, model.pieces.tensors[name].kind, False)
             self._queue.append(_Emitted(step.step, key, terms, [Version("residual", name, step.step)]))
-        if step.predicts and not self._direct:
-            terms = [self._effective(step, model.prediction)]
-            key = ("sum", 1, model.pieces.tensors[model.prediction].kind, True)
+        if step.predicts and step.prediction not in self._direct:
+            terms = [self._effective(step, step.prediction)]
+            key = ("sum", 1, model.pieces.tensors[step.prediction].kind, True)
             self._queue.append(_Emitted(step.step, key, terms, prediction=step.slot))
         return self._queue
 
@@ -309,7 +325,7 @@ class _Emitter:
         running = [number for number, part in enumerate(self._parts) if step.step in self._runs[part[0]]]
         wanted = [name for number in running for name in self.externals[number]]
         wanted += [model.base[name] for name in (*step.reads, *step.stores) if name in model.base]
-        wanted += [model.prediction] * step.predicts
+        wanted += [step.prediction] * step.predicts
         return {name: wanted.count(name) for name in wanted}
 
     def _effective(self, step: _Step, name: str) -> Version:
@@ -373,16 +389,14 @@ def _fused_residuals(
 
 
 def _predicts_directly(
-    index: GraphIndex, model: _Model, steps: Sequence[_Step], runs: Mapping[int, frozenset[int]]
+    prediction: str, model: _Model, steps: Sequence[_Step], runs: Mapping[int, frozenset[int]]
 ) -> bool:
-    """Whether the part that makes the prediction can write it to its slot: nothing else wants it, and it makes one at
+    """Whether the part that makes a prediction can write it to its slot: nothing else wants it, and it makes one at
     every launch. So it is in a traced model; a prediction that is a block's output is copied to its slot."""
-    if index.block[index.prediction] >= 0 or any(model.prediction in piece.reads for piece in model.pieces.pieces):
+    if any(prediction in piece.reads for piece in model.pieces.pieces) or prediction in model.base.values():
         return False
-    if model.prediction in model.base.values():
-        return False
-    predicting = {step.step for step in steps if step.predicts and model.prediction in step.computed}
-    return runs[model.maker[model.prediction]] == predicting
+    predicting = {step.step for step in steps if step.predicts and prediction in step.computed}
+    return runs.get(model.maker[prediction], frozenset()) == predicting
 
 
 def _assemble(
@@ -448,6 +462,7 @@ def _segment(
             reads=_externals(model, part),
             writes=tuple(Cache(v.name, kinds[v.what]) for v in launch.writes if (v.what, v.name) in read),
             predicts=launch.prediction is not None,
+            prediction=next((n for piece in pieces for n in piece.makes if n in model.predictions), ""),
             macs=sum(piece.macs for piece in pieces),
             weight_bytes=model.pieces.weight_bytes(part),
             pieces=part,

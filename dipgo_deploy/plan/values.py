@@ -35,16 +35,18 @@ class Assignment:
     """What one evaluation is asked to do: by the schedule, and by whoever wants two evaluations to share a variant.
 
     Attributes:
-        gates: mask of the blocks that the evaluation keeps.
+        gates: mask of the blocks that the evaluation keeps; a denoiser's are kept at its own evaluations only.
         compute: mask of kept values to compute even when they are what the cache holds already.
         need: mask of values to make available even when nothing uses them.
         predict: make a new prediction even when nothing uses it.
+        denoiser: which of the predictions is the evaluation's.
     """
 
     gates: int
     compute: int = 0
     need: int = 0
     predict: bool = False
+    denoiser: int = 0
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ def number_values(index: GraphIndex, assignments: Sequence[Assignment], forecast
     last: list[tuple[_Stored, ...]] = [()] * count  # for forecasts, the latest first
     computed_rows, stored_rows, predictions, forecasts = [], [], [], []
     for step, assignment in enumerate(assignments):
-        kept = index.gated(assignment.gates)
+        kept = index.gated(assignment.gates, assignment.denoiser)
         computed = 0
         now: list[int] = []
         terms: dict[int, Terms] = {}
@@ -121,6 +123,6 @@ def number_values(index: GraphIndex, assignments: Sequence[Assignment], forecast
             now.append(number)
         computed_rows.append(computed)
         stored_rows.append(tuple(stored))
-        predictions.append(now[index.prediction])
+        predictions.append(now[index.predictions[assignment.denoiser]])
         forecasts.append(terms)
     return Numbering(tuple(computed_rows), tuple(stored_rows), tuple(predictions), tuple(forecasts))

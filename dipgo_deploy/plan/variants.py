@@ -31,20 +31,22 @@ class Group:
     reads: int
     writes: int
     predicts: bool
+    denoiser: int
     steps: tuple[int, ...]
 
 
 def group_launches(launches: Sequence[Need]) -> tuple[Group, ...]:
-    """One group for each distinct (computed, reads, predicts), in order of its first launch."""
-    members: dict[tuple[int, int, bool], list[Need]] = {}
+    """One group for each distinct (computed, reads, predicts, denoiser), in order of its first launch."""
+    members: dict[tuple[int, int, bool, int], list[Need]] = {}
     for launch in launches:
-        members.setdefault((launch.computed, launch.reads, launch.predicts), []).append(launch)
+        key = launch.computed, launch.reads, launch.predicts, launch.denoiser
+        members.setdefault(key, []).append(launch)
     groups = []
-    for (computed, reads, predicts), shared in members.items():
+    for (computed, reads, predicts, denoiser), shared in members.items():
         writes = 0
         for launch in shared:
             writes |= launch.stores
-        groups.append(Group(computed, reads, writes, predicts, tuple(launch.step for launch in shared)))
+        groups.append(Group(computed, reads, writes, predicts, denoiser, tuple(launch.step for launch in shared)))
     return tuple(groups)
 
 
@@ -65,7 +67,8 @@ def promote(
     taken; far above it, where that would take long, a round merges half of the excess by estimate.
 
     Always ends: a merge makes the assignments of at least one evaluation strictly larger, and evaluations that are all
-    asked for everything share one variant. ``assignments`` must have no missing reads.
+    asked for everything share one variant. Those of two denoisers never do: ``limit`` is at least the number of
+    denoisers that are run. ``assignments`` must have no missing reads.
     """
     current = tuple(assignments)
     demands = demand(index, current, used, forecast)
@@ -104,8 +107,12 @@ def _merge(
         for group in cluster:
             for step in group.steps:
                 old = merged[step]
-                merged[step] = Assignment(
-                    old.gates | gates, old.compute | computed, old.need | computed | reads, old.predict or predicts
+                merged[step] = replace(
+                    old,
+                    gates=old.gates | gates,
+                    compute=old.compute | computed,
+                    need=old.need | computed | reads,
+                    predict=old.predict or predicts,
                 )
     return merged
 
@@ -127,7 +134,12 @@ def _cheapest_pairs(index: GraphIndex, groups: Sequence[Group], count: int) -> l
     """The pairs with the smallest estimated added cost."""
     atoms = [index.costs.atoms_of(group.computed) for group in groups]
     launches = [len(group.steps) for group in groups]
-    pairs = ((i, j) for i in range(len(groups)) for j in range(i + 1, len(groups)))
+    pairs = (
+        (i, j)
+        for i in range(len(groups))
+        for j in range(i + 1, len(groups))
+        if groups[i].denoiser == groups[j].denoiser
+    )
     best = heapq.nsmallest(
         count, ((_added(index, atoms[i], launches[i], atoms[j], launches[j]), i, j) for i, j in pairs)
     )
@@ -143,19 +155,27 @@ def _clusters(index: GraphIndex, groups: Sequence[Group], merges: int) -> list[l
     def entry(i: int, j: int) -> tuple[int, int, int]:
         return _added(index, atoms[i], launches[i], atoms[j], launches[j]), i, j
 
-    heap = [entry(i, j) for i in members for j in members if i < j]
+    heap = [entry(i, j) for i in members for j in members if i < j and _of_one(members[i], members[j])]
     heapq.heapify(heap)
     for new in range(len(groups), len(groups) + merges):
-        _, i, j = heapq.heappop(heap)
-        while i not in members or j not in members:
+        i = j = -1
+        while heap and not (i in members and j in members):
             _, i, j = heapq.heappop(heap)
+        if not (i in members and j in members):
+            break  # what is left is of different denoisers
         atoms[new] = atoms[i] | atoms[j]
         launches[new] = launches[i] + launches[j]
         joined = members.pop(i) + members.pop(j)
-        for other in members:
-            heapq.heappush(heap, entry(other, new))
+        for other, theirs in members.items():
+            if _of_one(theirs, joined):
+                heapq.heappush(heap, entry(other, new))
         members[new] = joined
     return [cluster for cluster in members.values() if len(cluster) > 1]
+
+
+def _of_one(cluster: Sequence[Group], other: Sequence[Group]) -> bool:
+    """Whether two clusters are of one denoiser."""
+    return cluster[0].denoiser == other[0].denoiser
 
 
 def _added(index: GraphIndex, left: int, left_launches: int, right: int, right_launches: int) -> int:

@@ -11,7 +11,7 @@ import numpy as np
 from dipgo_deploy.bundle.names import (
     COEFFICIENTS,
     FORECAST,
-    GUIDANCE_SCALE,
+    GUIDANCE_SCALES,
     HISTORY,
     HISTORY_BEFORE,
     PREDICTION,
@@ -145,7 +145,7 @@ def evaluation_inputs(evaluation: Evaluation, guidance_scale: float | None, slot
     inputs = launch_inputs(host(evaluation.model_input), float(evaluation.timestep), slots)
     inputs.update(as_arrays(evaluation.conditions))
     if guidance_scale is not None:
-        inputs[GUIDANCE_SCALE] = np.array([guidance_scale], np.float32)
+        inputs.update({name: np.array([guidance_scale], np.float32) for name in GUIDANCE_SCALES})
     return inputs
 
 

@@ -73,7 +73,13 @@ class Source:
     def check(self, schedule: Schedule, *, allow_other_config: bool = False) -> None:
         """Refuse (UserError) a schedule that was not made for this model."""
         caches = {spec.name: spec.caches for spec in self.specs(schedule)}
-        schedule.check_model(self.family.class_name, self.config_hashes, caches, allow_other_config=allow_other_config)
+        schedule.check_model(
+            self.family.class_name,
+            self.config_hashes,
+            caches,
+            denoisers=self.family.denoisers,
+            allow_other_config=allow_other_config,
+        )
 
     def trace_shape(
         self,
@@ -156,16 +162,21 @@ class Source:
         return self.family.is_guided(self.config, pipeline_index(self.name))
 
     def supernet(
-        self, granularity: Granularity, kinds: Mapping[str, CacheKind], forecast: Reads | None = None
+        self,
+        granularity: Granularity,
+        kinds: Mapping[str, CacheKind],
+        forecast: Reads | None = None,
+        denoisers: Sequence[str] | None = None,
     ) -> Supernet:
-        """The gated denoiser; ``kinds``: cache kind by block name; ``forecast``: what removed blocks read."""
+        """The gated denoiser; ``kinds``: cache kind by block name; ``forecast``: what removed blocks read;
+        ``denoisers``: that of each evaluation, as a schedule has them."""
         from dipgo_deploy.supernet.gated import Supernet
 
         specs = self.family.blocks(self.config, granularity)
         supernet = Supernet(
             self.denoiser, specs, [kinds[spec.name] for spec in specs], self.family.call, self.family.guide
         )
-        supernet.forecast = forecast
+        supernet.forecast, supernet.denoisers = forecast, denoisers
         return supernet
 
     def set_timesteps(self, scheduler: Any, extents: Sequence[int], steps: int) -> dict[str, Any]:
@@ -261,8 +272,7 @@ def load_source(name: str, dtype: torch.dtype | None = None, weights: str | None
     denoiser, family, config = load_denoiser(weights or name, *given)
     pipeline, native = None, native_size(config)
     if (config_folder(name) / INDEX).is_file():
-        components: dict[str, Any] = {family.component: denoiser}
-        pipeline = load_pipeline(name, **components)
+        pipeline = load_pipeline(name, **family.parts(denoiser))
         _check_tokenizers(name, pipeline, family.text(config, pipeline))
         native = native_of(pipeline, family)
     scales = scale_of(pipeline, family), time_scale_of(pipeline, family)

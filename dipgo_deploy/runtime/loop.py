@@ -14,7 +14,7 @@ from dipgo_deploy.bundle.manifest import Graph, LaunchEntry, Manifest, TensorSpe
 from dipgo_deploy.bundle.names import (
     COEFFICIENTS,
     FORECAST,
-    GUIDANCE_SCALE,
+    GUIDANCE_SCALES,
     HISTORY,
     HISTORY_BEFORE,
     PREDICTION,
@@ -62,7 +62,7 @@ class DenoisingLoop:
 
     Buffers: the history float32 (slots, B, C, h, w), with zeros in front of it; coefficients, one row of ``slots``
     float32 per launch; timesteps, one float32 per launch; rows of tables and of what is made at the start of a run,
-    where graphs take some; weights of stored values, where a launch has some; the guidance scale; the conditions; the
+    where graphs take some; weights of stored values, where a launch has some; the guidance scales; the conditions; the
     cache arena. A prediction is bound to its slot of the history and a cache to its offset in the arena, so nothing is
     copied between launches. One run at a time.
 
@@ -113,11 +113,11 @@ class DenoisingLoop:
         self._tables = _upload_tables(backend, tables, plan.launches)
         forecasts = [launch.forecast for launch in plan.launches]
         self._forecasts = _upload_rows(backend, forecasts) if any(forecasts) else ()
-        self._guidance_scale = backend.allocate(4)
+        self._guidance_scales = {name: backend.allocate(4) for name in GUIDANCE_SCALES}
         self._conditions = {spec.name: backend.allocate(spec.nbytes) for spec in manifest.conditions}
         self._arena = backend.allocate(plan.arena_bytes)
         self._weights = weights
-        bound = {GUIDANCE_SCALE: self._guidance_scale, **self._conditions}
+        bound = {**self._guidance_scales, **self._conditions}
         self._run_rows = RunRows(bundle, backend, tables, bound, weights)
         self._executables: dict[int, Executable] = {}
         self._views = {self.sample_shape: self._view}
@@ -186,7 +186,7 @@ class DenoisingLoop:
             HISTORY_BEFORE: self._room.at(self._zeros - view.history.nbytes // plan.slots, view.history.nbytes),
             COEFFICIENTS: self._coefficients[index],
             TIMESTEP: self._timesteps[index],
-            GUIDANCE_SCALE: self._guidance_scale,
+            **self._guidance_scales,
             **self._conditions,
             **(self._tables[index] if self._tables else {}),
             **self._run_rows.at(view.manifest, launch),
@@ -215,7 +215,7 @@ class DenoisingLoop:
         *,
         noises: np.ndarray | None = None,
         image: np.ndarray | None = None,
-        guidance_scale: float = 1.0,
+        guidance_scale: float | Sequence[float] = 1.0,
         on_launch: Callable[[int], None] | None = None,
         count: int | None = None,
     ) -> np.ndarray:
@@ -226,7 +226,7 @@ class DenoisingLoop:
             conditions: each condition input of the manifest by name, with its shape.
             noises: the sampler's noise draws (M, B, C, h, w); may be None when M is 0.
             image: latents of the picture (B, C, h, w) that a run for image-to-image starts from.
-            guidance_scale: ignored by a bundle without guidance.
+            guidance_scale: ignored by a bundle without guidance; several: one for each of the model's denoisers.
             on_launch: called with the index of each launch after it was enqueued.
             count: launches that are run, all by default; with fewer only the history is of any account.
 
@@ -253,7 +253,7 @@ class DenoisingLoop:
         conditions: Mapping[str, np.ndarray],
         noises: np.ndarray | None,
         image: np.ndarray | None,
-        guidance_scale: float,
+        guidance_scale: float | Sequence[float],
     ) -> None:
         """Put everything in its place that a run is given."""
         plan = view.manifest.plan
@@ -266,11 +266,15 @@ class DenoisingLoop:
         if plan.image_slot is not None:
             history[plan.image_slot] = _with_shape("image", image, view.sample_shape)
         self._backend.upload(self._history, history)
-        self._backend.upload(self._guidance_scale, np.array([guidance_scale], np.float32))
+        count = max(1, len(view.manifest.model.denoisers))
+        given = guidance_scale if isinstance(guidance_scale, Sequence) else [guidance_scale] * count
+        scales = {name: float(scale) for name, scale in zip(GUIDANCE_SCALES[:count], given, strict=True)}
+        for name, scale in scales.items():
+            self._backend.upload(self._guidance_scales[name], np.array([scale], np.float32))
         for spec in view.manifest.conditions:
             array = _with_shape(spec.name, conditions.get(spec.name), spec.shape)
             self._backend.upload(self._conditions[spec.name], to_storage(array, spec.dtype))
-        self._run_rows.fill(view.manifest, conditions, guidance_scale)
+        self._run_rows.fill(view.manifest, conditions, scales)
 
     def history(self) -> np.ndarray:
         """The history after a run, float32 (slots, B, C, h, w): it holds only until the next one."""
@@ -283,7 +287,7 @@ class DenoisingLoop:
         conditions: Mapping[str, np.ndarray],
         *,
         timestep: float,
-        guidance_scale: float = 1.0,
+        guidance_scale: float | Sequence[float] = 1.0,
         arena: np.ndarray | None = None,
     ) -> tuple[np.ndarray | None, np.ndarray]:
         """The launches of one evaluation alone, from a latent of the caller's.

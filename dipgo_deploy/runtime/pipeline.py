@@ -143,7 +143,7 @@ class Pipeline:
         cuda_graph: GraphMode = "off",
         verify: bool = False,
         load: LoadMode = "eager",
-        lora: Sequence[tuple[str | os.PathLike[str], float]] = (),
+        lora: Sequence[tuple[str | os.PathLike[str], float] | tuple[str | os.PathLike[str], float, str]] = (),
         lora_partial: bool = False,
     ) -> Pipeline:
         """Open an engine directory made by ``dipgo-export``.
@@ -160,7 +160,7 @@ class Pipeline:
                 ``lazy``: each graph when it is first launched, so that the first launch comes early and what is never
                 used takes no memory (on the CPU without what makes loading slow, see ``quick_start`` of
                 ``OnnxRuntimeBackend``); ``auto``: ``lazy`` on the CPU, ``call`` elsewhere.
-            lora: LoRA files to start with, as (file, scale); see ``load_lora``.
+            lora: LoRA files to start with, as (file, scale) or (file, scale, denoiser); see ``load_lora``.
             lora_partial: ``partial`` for each of them.
 
         Raises:
@@ -256,7 +256,9 @@ class Pipeline:
             self._image_encoder = loaded
         return self._image_encoder
 
-    def load_lora(self, file: str | os.PathLike[str], scale: float = 1.0, *, partial: bool = False) -> LoraReport:
+    def load_lora(
+        self, file: str | os.PathLike[str], scale: float = 1.0, *, partial: bool = False, denoiser: str = ""
+    ) -> LoraReport:
         """Add a LoRA to the weights of the denoiser, all variants alike, and of the text encoders.
 
         Several add up, each with its scale. Graphs that were loaded are loaded again with the merged weights; those of
@@ -266,12 +268,13 @@ class Pipeline:
             file: safetensors, in the spelling of diffusers, PEFT, kohya, XLabs or ComfyUI, or a folder of it.
             scale: of the update; 0 changes nothing.
             partial: leave out what cannot be applied; the result says what.
+            denoiser: which one it is for, of a model of several (``transformer_2``); the first by default.
 
         Raises:
             UserError: the file cannot be read, does not fit this model, or (without ``partial``) not as a whole, or
                 the backend cannot change weights here; the pipeline is then as it was.
         """
-        (choice,) = _lora_choices([(file, scale)], arguments.flag("partial", partial))
+        (choice,) = _lora_choices([(file, scale, denoiser)], arguments.flag("partial", partial))
         with self._alone("load_lora"):
             return self._change_weights([*self._loras, choice])[-1]
 
@@ -331,6 +334,7 @@ class Pipeline:
         num_images_per_prompt: int = 1,
         seed: int = 0,
         guidance_scale: float | None = None,
+        guidance_scale_2: float | None = None,
         latents: np.ndarray | None = None,
         prompt_embeds: Embeds | None = None,
         negative_prompt_embeds: Embeds | None = None,
@@ -361,6 +365,7 @@ class Pipeline:
                 sampler's noise, as diffusers does with ``torch.Generator("cpu").manual_seed(seed)`` for a pipeline in
                 float32.
             guidance_scale: at least 1; default: the engine directory's.
+            guidance_scale_2: of the second denoiser, of a model of two; default: the same.
             latents: initial unit noise (n, C, h, w), instead of the seed's.
             prompt_embeds: text embeddings (prompts, L, D), instead of prompts; for a model with several text
                 conditions (a pooled embedding, a mask) a dictionary of all of them, by the manifest's names.
@@ -396,6 +401,7 @@ class Pipeline:
             class_labels=class_labels,
             num_images_per_prompt=num_images_per_prompt,
             guidance_scale=guidance_scale,
+            guidance_scale_2=guidance_scale_2,
             latents=latents,
             prompt_embeds=prompt_embeds,
             negative_prompt_embeds=negative_prompt_embeds,
@@ -619,7 +625,7 @@ class Pipeline:
                     inputs,
                     noises=np.stack([pad_batch(noise[rows], batch) for noise in noises]) if noises else None,
                     image=None if picture is None else pad_batch(picture[rows], batch),
-                    guidance_scale=request.guidance_scale,
+                    guidance_scale=request.guidance_scales,
                     on_launch=None if callback is None else launched,
                 )
             if not np.isfinite(denoised).all():
@@ -666,11 +672,12 @@ def _fitted_to(bundle: Bundle) -> FittedTo | None:
     return None if solver is None else solver.fitted_to
 
 
-def _lora_choices(files: Sequence[tuple[str | os.PathLike[str], float]], partial: bool) -> list[LoraChoice]:
+def _lora_choices(files: Sequence[tuple[Any, ...]], partial: bool) -> list[LoraChoice]:
     found = []
     for pair in arguments.items("lora", files, "pairs of a file and a scale"):
-        if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+        if not isinstance(pair, (tuple, list)) or len(pair) not in (2, 3):
             raise arguments.wrong("lora", pair, "pairs of a file and a scale")
         file, scale = arguments.path("lora file", pair[0]), arguments.number("lora scale", pair[1])
-        found.append(LoraChoice(file, scale, partial))
+        denoiser = arguments.text("lora denoiser", pair[2]) if len(pair) == 3 else ""
+        found.append(LoraChoice(file, scale, partial, denoiser))
     return found

@@ -41,6 +41,7 @@ class Asked:
     class_labels: int | str | Sequence[int | str] | None = None
     num_images_per_prompt: int = 1
     guidance_scale: float | None = None
+    guidance_scale_2: float | None = None
     latents: np.ndarray | None = None
     prompt_embeds: Embeds | None = None
     negative_prompt_embeds: Embeds | None = None
@@ -84,6 +85,7 @@ class Request:
 
     Attributes:
         size: of the latent: [frames,] height and width in latent pixels.
+        guidance_scales: one for each of the model's denoisers.
         fixed: the conditions that depend on neither text nor class, (images, ...) by name.
         null: of those the unconditional half's rows, where they are others.
         encoded: pictures whose latents or embeddings are conditions, float32 (1 or prompts, H, W, 3) in [0, 1] by name.
@@ -93,7 +95,7 @@ class Request:
 
     images: int
     size: tuple[int, ...]
-    guidance_scale: float
+    guidance_scales: tuple[float, ...]
     text: TextRequest | None
     classes: np.ndarray | None
     null_class: int | None
@@ -104,6 +106,11 @@ class Request:
     encoded: dict[str, np.ndarray] = field(default_factory=dict)
     image: np.ndarray | None = None
     image_latents: np.ndarray | None = None
+
+    @property
+    def guidance_scale(self) -> float:
+        """That of the first denoiser."""
+        return self.guidance_scales[0]
 
 
 def check_request(manifest: Manifest, asked: Asked) -> Request:
@@ -132,6 +139,7 @@ def check_request(manifest: Manifest, asked: Asked) -> Request:
     images = rows * per_prompt
     _check_memory(manifest, images)
     scale = _check_guidance(manifest, asked.guidance_scale)
+    scales = _guidance_scales(manifest, scale, asked.guidance_scale_2)
     _check_strength(manifest, asked)
     fixed = _check_fixed(manifest, _with_scales(manifest, asked), images, scale)
     given: dict[str, object] = {name: getattr(asked, name) for name in ARGUMENTS}
@@ -139,7 +147,7 @@ def check_request(manifest: Manifest, asked: Asked) -> Request:
     return Request(
         images=images,
         size=manifest.latent.extents,
-        guidance_scale=scale,
+        guidance_scales=scales,
         text=text and _repeat_text(text, per_prompt),
         classes=None if classes is None else np.repeat(classes, per_prompt),
         null_class=manifest.components.null_class,
@@ -439,6 +447,18 @@ def _check_guidance(manifest: Manifest, asked: float | None) -> float:
         what = f"{least:g} (no guidance)" if manifest.guidance else "0"
         raise UserError(f"guidance_scale: {scale}, must be {what} or more")
     return float(scale)
+
+
+def _guidance_scales(manifest: Manifest, first: float, second: float | None) -> tuple[float, ...]:
+    """One for each denoiser: that of the second is the first's where none is given, as in diffusers."""
+    count = len(manifest.model.denoisers)
+    if second is None:
+        return (first,) * max(1, count)
+    if count < 2:
+        raise UserError("guidance_scale_2: the model of this engine directory has one denoiser; leave it out")
+    if not manifest.guidance:
+        raise UserError("guidance_scale_2: this engine directory was exported without guidance; leave it out")
+    return first, float(arguments.number("guidance_scale_2", second))
 
 
 def _check_latents(manifest: Manifest, latents: np.ndarray | None, images: int) -> np.ndarray | None:

@@ -10,7 +10,7 @@ from dipgo_deploy.backends.base import ALIGNMENT, Backend, ChangedWeights, Execu
 from dipgo_deploy.backends.storage import as_bytes, to_storage
 from dipgo_deploy.bundle.directory import Bundle
 from dipgo_deploy.bundle.manifest import LaunchEntry, Manifest
-from dipgo_deploy.bundle.names import GUIDANCE_SCALE
+from dipgo_deploy.bundle.names import GUIDANCE_SCALES
 from dipgo_deploy.bundle.prologue import class_name, made_by_prologue, run_specs
 from dipgo_deploy.bundle.shapes import Sizes
 from dipgo_deploy.bundle.tables import Tables
@@ -73,10 +73,11 @@ class RunRows:
                 found[name] = self._memory[name].at(place * spec.nbytes if for_each else 0, spec.nbytes)
         return found
 
-    def fill(self, manifest: Manifest, conditions: Given, guidance_scale: float) -> None:
+    def fill(self, manifest: Manifest, conditions: Given, scales: Mapping[str, float]) -> None:
         """Make the rows of a run, unless they are those of the one before; its conditions are uploaded already.
 
-        manifest: at the sizes of the run. conditions: each by name.
+        manifest: at the sizes of the run. conditions: each by name. scales: of the guidance, by the input that takes
+        it.
 
         Raises:
             UserError: the graph cannot be loaded or run, or a class that has no rows.
@@ -84,9 +85,9 @@ class RunRows:
         prologue = manifest.plan.prologue
         names = {spec.name for spec in (() if prologue is None else prologue.inputs)}
         label = class_name(manifest) if self._tables.of_classes else None
-        given = {name: conditions[name] for name in (*sorted(names - {GUIDANCE_SCALE}), *([label] if label else []))}
-        if GUIDANCE_SCALE in names:
-            given[GUIDANCE_SCALE] = np.array([guidance_scale], np.float32)
+        taken = (*sorted(names - {*GUIDANCE_SCALES}), *([label] if label else []))
+        given = {name: conditions[name] for name in taken}
+        given |= {name: np.array([scale], np.float32) for name, scale in scales.items() if name in names}
         if not given or _equal(self._key, given):
             return
         self._key = None

@@ -11,7 +11,15 @@ from typing import Any
 
 from dipgo_deploy._version import __version__
 from dipgo_deploy.errors import UserError
-from dipgo_deploy.schedule.document import BlockEntry, Gates, ModelIdentity, SamplerEntry, Schedule, gate_rows
+from dipgo_deploy.schedule.document import (
+    BlockEntry,
+    Gates,
+    ModelIdentity,
+    SamplerEntry,
+    Schedule,
+    denoiser_of,
+    gate_rows,
+)
 from dipgo_deploy.schedule.solver import Rows, Solver, extrapolated
 
 _UNIT = re.compile(r"(?P<side>down|up)_blocks\.(?P<index>\d+)(?P<layer>\..+)?")
@@ -30,6 +38,7 @@ class Target:
         size: extents of the latent that the timesteps are those of, where they depend on it.
         matrix: makes the sampler's matrix.
         embeddings: makes what the model makes of the timesteps alone, (T, D) and (T, any); None where it is not known.
+        denoisers: T names, of a model of several: which one the pipeline runs at each evaluation; else empty.
     """
 
     model: ModelIdentity
@@ -40,6 +49,7 @@ class Target:
     size: tuple[int, ...] | None = None
     matrix: Callable[[], Rows] | None = None
     embeddings: Callable[[], tuple[Any, Any]] | None = None
+    denoisers: tuple[str, ...] = ()
 
     @property
     def most_steps(self) -> int:
@@ -68,9 +78,33 @@ class Target:
         """The blocks' names in order of execution."""
         return tuple(block.name for block in self.blocks)
 
+    def gates(self, rule: Callable[[int, int], Gates]) -> Gates:
+        """The T x N gates of a rule, which gives them for so many evaluations and blocks: each denoiser follows it by
+        itself, from its own first evaluation on."""
+        of_block = [denoiser_of(name) if self.denoisers else "" for name in self.block_names]
+        at = self.denoisers or ("",) * self.steps
+        cells: dict[tuple[int, int], bool] = {}
+        for denoiser in dict.fromkeys(at):
+            steps = [step for step, name in enumerate(at) if name == denoiser]
+            blocks = [block for block, name in enumerate(of_block) if name == denoiser]
+            for step, row in zip(steps, rule(len(steps), len(blocks)), strict=True):
+                cells.update({(step, block): kept for block, kept in zip(blocks, row, strict=True)})
+        everything = range(len(self.blocks))
+        return tuple(tuple(cells.get((step, block), False) for block in everything) for step in range(self.steps))
+
     def schedule(self, gates: Sequence[Sequence[bool]], method: str, parameters: Mapping[str, Any]) -> Schedule:
-        """The document for these gates (T x N), with how they were made as its provenance."""
+        """The document for these gates (T x N), with how they were made as its provenance. Blocks of a denoiser that an
+        evaluation does not run are not kept there, whatever their gates say."""
+        several: dict[str, Any] = {}
+        if self.denoisers:
+            several = {"denoisers": self.denoisers, "format_version": 4}
+            names = self.block_names
+            gates = [
+                [bool(kept) and denoiser_of(name) == denoiser for name, kept in zip(names, row, strict=False)]
+                for denoiser, row in zip(self.denoisers, gates, strict=False)
+            ]
         return Schedule(
+            **several,
             model=self.model,
             blocks=self.blocks,
             steps=self.steps,

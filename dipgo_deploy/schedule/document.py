@@ -35,8 +35,8 @@ from dipgo_deploy.schedule.frozen import freeze, freeze_config, to_json
 from dipgo_deploy.schedule.kinds import CacheKind, Granularity
 from dipgo_deploy.schedule.solver import FrozenJson, Solver
 
-# 2: with a solver. 3: with a forecast.
-FORMAT_VERSION = 3
+# 2: with a solver. 3: with a forecast. 4: with denoisers.
+FORMAT_VERSION = 4
 
 Gates = tuple[tuple[bool, ...], ...]
 Name = Annotated[StrictStr, Field(min_length=1)]
@@ -130,7 +130,10 @@ class Schedule(_Part):
     Attributes:
         blocks: N blocks in order of execution.
         steps: T, the number of EVALUATIONS of the denoiser (PNDM evaluates more often than it steps).
-        keep: T strings of N characters, ``1`` = the block is computed, ``0`` = its cache is read.
+        keep: T strings of N characters, ``1`` = the block is computed, ``0`` = its cache is read, or the evaluation
+            runs another denoiser.
+        denoisers: T names: the denoiser that makes the prediction of each evaluation; a block's name begins with that
+            of its own. None: the model has one.
         solver: the fitted solver that is run in place of ``sampler``; T is then its number of evaluations.
         forecast: what removed blocks read; None: the value that they stored last.
         provenance: how it was made (``method``, ``parameters``, ``tool_version``).
@@ -140,11 +143,12 @@ class Schedule(_Part):
 
     model_config = ConfigDict(frozen=True, extra="forbid", title="dipgo_deploy schedule")
 
-    format_version: Literal[1, 2, 3] = 1
+    format_version: Literal[1, 2, 3, 4] = 1
     model: ModelIdentity
     blocks: tuple[BlockEntry, ...]
     steps: Positive
     keep: tuple[Row, ...]
+    denoisers: tuple[Name, ...] | None = Field(default=None, exclude_if=_is_none)
     sampler: SamplerEntry
     solver: Solver | None = Field(default=None, exclude_if=_is_none)
     forecast: AnyForecast | None = Field(default=None, exclude_if=_is_none)
@@ -169,14 +173,21 @@ class Schedule(_Part):
         names = schedule.block_names
         validation.check_names(names)
         validation.check_rows(schedule.keep, names, schedule.steps)
-        validation.check_caches_written(schedule.gates, names)
+        if schedule.denoisers is not None:
+            if schedule.format_version < 4:
+                raise UserError(f"format_version: {schedule.format_version} has no denoisers; give 4")
+            validation.check_denoisers(schedule.denoisers, names, schedule.gates)
+            for name in ("solver", "forecast"):
+                if getattr(schedule, name) is not None:
+                    raise UserError(f"{name}: not for a model of several denoisers; leave it out")
+        validation.check_caches_written(schedule.gates, names, schedule.runs)
         if schedule.solver is not None:
             if schedule.format_version == 1:
                 raise UserError("format_version: 1 has no solver; give 2")
             schedule.solver.check(schedule.steps)
         if schedule.forecast is not None:
-            if schedule.format_version < FORMAT_VERSION:
-                raise UserError(f"format_version: {schedule.format_version} has no forecast; give {FORMAT_VERSION}")
+            if schedule.format_version < 3:
+                raise UserError(f"format_version: {schedule.format_version} has no forecast; give 3")
             schedule.forecast.check(schedule.gates, names)
         return schedule
 
@@ -195,10 +206,18 @@ class Schedule(_Part):
         """T x N booleans, True where the block is computed."""
         return tuple(tuple(cell == "1" for cell in row) for row in self.keep)
 
+    @cached_property
+    def runs(self) -> Gates:
+        """T x N booleans, True where the evaluation runs the denoiser that the block is of."""
+        names = self.block_names
+        if self.denoisers is None:
+            return ((True,) * len(names),) * self.steps
+        return tuple(tuple(denoiser_of(name) == denoiser for name in names) for denoiser in self.denoisers)
+
     @property
     def kept_share(self) -> float:
-        """Share of the T x N gates that are computed, 0 to 1."""
-        return sum(row.count("1") for row in self.keep) / (self.steps * len(self.blocks))
+        """Share of the gates of the denoisers that are run that are computed, 0 to 1."""
+        return sum(row.count("1") for row in self.keep) / sum(map(sum, self.runs))
 
     def with_gates(self, gates: Sequence[Sequence[bool]], provenance: Mapping[str, Any] | None = None) -> Schedule:
         """The same document with other gates (T x N), and with other provenance when it is given."""
@@ -213,11 +232,13 @@ class Schedule(_Part):
         config_hash: str | Sequence[str],
         caches: Mapping[str, Sequence[str]],
         *,
+        denoisers: Sequence[str] = ("",),
         allow_other_config: bool = False,
     ) -> None:
         """Refuse (UserError) a model that this schedule was not made for.
 
         Args:
+            denoisers: its names for those that take turns; one has none.
             config_hash: the hash of its configuration, or all that are accepted for it, the one that is recorded
                 first.
             caches: block name -> cache kinds it supports, in order of execution, at this schedule's granularity.
@@ -226,6 +247,7 @@ class Schedule(_Part):
         if class_name != self.model.class_name:
             raise UserError(f"model.class_name: made for {self.model.class_name}, this model is {class_name}")
         validation.check_block_names(self.block_names, tuple(caches))
+        validation.check_denoisers_known(self.denoisers, denoisers)
         validation.check_cache_kinds(self.cache_kinds, caches)
         hashes = (config_hash,) if isinstance(config_hash, str) else config_hash
         validation.check_config_hash(self.model.config_hash, hashes, allow_other=allow_other_config)
@@ -290,12 +312,15 @@ class Schedule(_Part):
         """The document of these evaluations alone, in their order; without a solver, whose rows would be too many."""
         forecast = None if self.forecast is None else self.forecast.at(steps)
         rows = tuple(self.keep[step] for step in steps)
-        return self._with({"solver": None, "steps": len(rows), "keep": rows, "forecast": forecast})
+        denoisers = None if self.denoisers is None else tuple(self.denoisers[step] for step in steps)
+        changes = {"steps": len(rows), "keep": rows, "forecast": forecast, "denoisers": denoisers}
+        return self._with({"solver": None, **changes})
 
     def _with(self, changes: Mapping[str, Any]) -> Schedule:
         """With other fields, and the version that they need."""
         fields: dict[str, Any] = {**{name: getattr(self, name) for name in Schedule.model_fields}, **changes}
-        fields["format_version"] = 3 if fields["forecast"] is not None else 2 if fields["solver"] is not None else 1
+        needed = {"solver": 2, "forecast": 3, "denoisers": 4}
+        fields["format_version"] = max([1, *(version for name, version in needed.items() if fields[name] is not None)])
         return Schedule.model_validate(fields)
 
     @classmethod
@@ -341,6 +366,11 @@ class Schedule(_Part):
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the document; the file appears under its name only when it is complete."""
         write_atomic(arguments.path("path", path), self.to_json().encode())
+
+
+def denoiser_of(block: str) -> str:
+    """The denoiser that a block is of, in a model of several."""
+    return block.partition(".")[0]
 
 
 def gate_rows(gates: Iterable[Sequence[bool]]) -> tuple[str, ...]:

@@ -48,8 +48,10 @@ def image_run(schedule: Schedule, strength: float, begin: int) -> tuple[Schedule
             "stored values; leave it out, or export a schedule with another forecast"
         )
     first, *rest = schedule.gates[begin:]
-    raised = tuple((begin, name) for name, kept in zip(schedule.block_names, first, strict=True) if not kept)
-    return _with_rows(schedule, [(True,) * len(first), *rest]), ImageRun(strength, begin, schedule, raised)
+    there = schedule.runs[begin]
+    cells = zip(schedule.block_names, first, there, strict=True)
+    raised = tuple((begin, name) for name, kept, runs in cells if runs and not kept)
+    return _with_rows(schedule, [there, *rest]), ImageRun(strength, begin, schedule, raised)
 
 
 def run_from(schedule: Schedule, begin: int) -> Schedule:
@@ -61,4 +63,6 @@ def _with_rows(schedule: Schedule, gates: Sequence[Sequence[bool]]) -> Schedule:
     fields = {name: getattr(schedule, name) for name in Schedule.model_fields}
     own = range(schedule.steps - len(gates), schedule.steps)
     forecast = None if schedule.forecast is None else schedule.forecast.at(own)
-    return Schedule.model_validate({**fields, "keep": gate_rows(gates), "steps": len(gates), "forecast": forecast})
+    denoisers = None if schedule.denoisers is None else schedule.denoisers[own.start :]
+    rows = {"keep": gate_rows(gates), "steps": len(gates), "forecast": forecast, "denoisers": denoisers}
+    return Schedule.model_validate({**fields, **rows})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import groupby
 from typing import Any
 
 from dipgo_deploy.schedule.document import Schedule
@@ -16,6 +18,7 @@ def schedule_facts(schedule: Schedule) -> dict[str, Any]:
         "model": schedule.model.model_dump(),
         "blocks": len(schedule.blocks),
         "steps": schedule.steps,
+        **({} if schedule.denoisers is None else {"denoisers": list(schedule.denoisers)}),
         "kept_gates": schedule.kept_share,
         "sampler": schedule.sampler.class_name,
         "num_inference_steps": schedule.sampler.num_inference_steps,
@@ -23,6 +26,15 @@ def schedule_facts(schedule: Schedule) -> dict[str, Any]:
         "forecast": None if schedule.forecast is None else schedule.forecast.facts(schedule.gates),
         "provenance": to_json(schedule.provenance),
     }
+
+
+def denoisers_line(denoisers: Sequence[str]) -> str:
+    """Which denoiser runs at which evaluations: ``transformer 0-12, transformer_2 13-39``."""
+    spans: list[str] = []
+    for name, group in groupby(enumerate(denoisers), key=lambda pair: pair[1]):
+        steps = [step for step, _ in group]
+        spans.append(f"{name} {steps[0]}" + (f"-{steps[-1]}" if len(steps) > 1 else ""))
+    return ", ".join(spans)
 
 
 def schedule_line(schedule: Schedule) -> str:

@@ -23,6 +23,7 @@ def check_sizes(document: Mapping[str, Any]) -> None:
     blocks, keep = document.get("blocks"), document.get("keep")
     solver, forecast = document.get("solver"), document.get("forecast")
     lists = {"blocks": (blocks, MAX_BLOCKS), "keep": (keep, MAX_EVALUATIONS)}
+    lists["denoisers"] = document.get("denoisers"), MAX_EVALUATIONS
     if isinstance(solver, Mapping):
         lists |= {f"solver.{name}": (solver.get(name), MAX_EVALUATIONS) for name in ("timesteps", "rows", "final")}
     if isinstance(forecast, Mapping):
@@ -80,18 +81,44 @@ def check_rows(rows: Sequence[str], names: Sequence[str], steps: int) -> None:
             raise UserError(f"keep: evaluation {step} has {len(row)} cells, but there are {len(names)} blocks")
 
 
-def check_caches_written(gates: Iterable[Sequence[bool]], names: Sequence[str]) -> None:
-    """Refuse a removed block whose cache was never written by an earlier evaluation."""
+def check_caches_written(gates: Iterable[Sequence[bool]], names: Sequence[str], runs: Sequence[Sequence[bool]]) -> None:
+    """Refuse a removed block whose cache was never written by an earlier evaluation. runs: where its denoiser does."""
     written = [False] * len(names)
     for step, row in enumerate(gates):
         for column, kept in enumerate(row):
             if kept:
                 written[column] = True
-            elif not written[column]:
+            elif runs[step][column] and not written[column]:
+                first = next(place for place, there in enumerate(runs) if there[column])
                 raise UserError(
                     f"keep: evaluation {step}, block {names[column]}: its cache is read before it was ever written; "
-                    f"keep the block at evaluation 0"
+                    f"keep the block at evaluation {first}"
                 )
+
+
+def check_denoisers(denoisers: Sequence[str], names: Sequence[str], gates: Sequence[Sequence[bool]]) -> None:
+    """Refuse another number of denoisers than of evaluations, one without blocks, and a block that is kept where its
+    own denoiser does not run."""
+    if len(denoisers) != len(gates):
+        raise UserError(f"denoisers: {len(denoisers)} for {len(gates)} evaluations; give one each")
+    for step, (denoiser, row) in enumerate(zip(denoisers, gates, strict=True)):
+        if not any(name.startswith(f"{denoiser}.") for name in names):
+            raise UserError(f"denoisers: evaluation {step}: no block's name begins with {denoiser[:60]}.")
+        for name, kept in zip(names, row, strict=True):
+            if kept and not name.startswith(f"{denoiser}."):
+                raise UserError(
+                    f"keep: evaluation {step}, block {name}: is kept, but the evaluation runs {denoiser[:60]}; write 0"
+                )
+
+
+def check_denoisers_known(denoisers: Sequence[str] | None, known: Sequence[str]) -> None:
+    """Refuse denoisers that are not the model's; none where it has one. known: of the model, one of none is ''."""
+    if denoisers is None and len(known) > 1:
+        raise UserError(f"denoisers: missing; this model runs {' and '.join(known)} in turn; name one an evaluation")
+    for step, denoiser in enumerate(denoisers or ()):
+        if denoiser not in known or not denoiser:
+            here = " and ".join(known) if len(known) > 1 else "one only"
+            raise UserError(f"denoisers: evaluation {step}: {denoiser[:60]} is none of this model, which has {here}")
 
 
 def check_block_names(names: Sequence[str], model_names: Sequence[str]) -> None:

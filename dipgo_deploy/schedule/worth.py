@@ -45,7 +45,7 @@ def worth_of(schedule: Schedule, without_launch: Collection[int] | None = None) 
         unet = schedule.model.class_name.startswith("UNet2D") and plain
         without_launch = [step for step, row in enumerate(schedule.gates) if unet and not any(row)]
     repeated = set(without_launch)
-    whole = all(all(row) for step, row in enumerate(schedule.gates) if step not in repeated)
+    whole = all(row == schedule.runs[step] for step, row in enumerate(schedule.gates) if step not in repeated)
     run = steps - len(repeated)
     if schedule.solver is not None:
         cost = f"{steps}" if whole and run == steps else f"about {evaluations:.1f}"

@@ -206,6 +206,12 @@ def load_problem(options: ProblemOptions, notify: Notify = lambda stage: None) -
             without prompts.
     """
     target = schedule_target(options.model, options.sampler, options.steps, options.granularity, options.cache)
+    if target.denoisers:
+        several = " and ".join(dict.fromkeys(target.denoisers))
+        raise UserError(
+            f"{options.model}: runs {several} in turn, which is neither searched, fitted nor measured here; make a "
+            "schedule by a rule (dipgo-schedule uniform), or import one"
+        )
     prompts = _prompts(options)
     device = _device(options.device)
     notify("loading the model")

@@ -64,10 +64,12 @@ class Supernet:
 
     store: where the caches of bool gates lie; None: the tensors themselves, in memory.
     forecast: what removed blocks read; None: what they stored last. Its evaluations are those that ``step`` is told.
+    denoisers: the path of the denoiser of each of these; None: the model is one. Blocks of the others do nothing there.
     """
 
     store: CacheStore | None = None
     forecast: Reads | None = None
+    denoisers: Sequence[str] | None = None
 
     def __init__(
         self,
@@ -137,8 +139,12 @@ class Supernet:
         structures = {name: state.structures[name] for name in tensors}
         earlier = {name: values for name, values in state.earlier.items() if name in tensors}
         stored_at = {name: steps for name, steps in state.stored_at.items() if name in tensors}
+        denoiser = "" if self.denoisers is None else self.denoisers[step]
+        own = f"{denoiser}." if denoiser else ""
         with ExitStack() as stack:
             for place, (spec, kind, raw) in enumerate(zip(self.specs, self.cache_kinds, gates, strict=True)):
+                if not spec.name.startswith(own):
+                    continue
                 gate = _checked(raw, spec, step)
                 if self.forecast is not None and not isinstance(gate, bool):
                     raise UserError(
@@ -168,7 +174,7 @@ class Supernet:
                         older = self.forecast.terms - 1
                         earlier[spec.name] = state.stored(spec.name)[:older]
                         stored_at[spec.name] = (step, *state.stored_at.get(spec.name, ())[:older])
-            prediction = self.call(self.model, latent, timestep, conditions)
+            prediction = self.call(self.model.get_submodule(denoiser), latent, timestep, conditions)
         return prediction, CacheState(tensors, structures, earlier, stored_at)
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -212,9 +213,10 @@ def test_files_that_cannot_be_read(tmp_path):
 def test_file_and_scale(tmp_path):
     strange = tmp_path / "a:2"
     strange.write_bytes(b"")
-    assert parse_choice("a.safetensors") == (parse_choice("a.safetensors:1")[0], 1.0)
+    assert parse_choice("a.safetensors") == parse_choice("a.safetensors:1")
+    assert parse_choice("transformer_2=dir/a.safetensors:0.5") == (Path("dir/a.safetensors"), 0.5, "transformer_2")
     assert parse_choice("dir/a.safetensors:-0.5")[1] == -0.5
-    assert parse_choice(str(strange)) == (strange, 1.0)
+    assert parse_choice(str(strange)) == (strange, 1.0, "")
     for wrong in ("a:strong", "a:nan", "a:inf", "a:1e300"):
         with pytest.raises(UserError, match="--lora"):
             parse_choice(wrong)

@@ -165,7 +165,7 @@ def indexed(folder: Path, denoiser: torch.nn.Module, encoders: dict[str, torch.n
     return SimpleNamespace(
         path=folder,
         manifest=SimpleNamespace(
-            model=SimpleNamespace(class_name=type(denoiser).__name__, config=dict(denoiser.config)),
+            model=SimpleNamespace(class_name=type(denoiser).__name__, config=dict(denoiser.config), denoisers=()),
             plan=SimpleNamespace(variants=[SimpleNamespace(graph=SimpleNamespace(file="graphs/v00.onnx"))]),
             components=SimpleNamespace(text_encoder=SimpleNamespace(graph=graph) if encoders else None),
         ),

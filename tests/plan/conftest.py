@@ -37,7 +37,7 @@ def _unet() -> BlockGraph:
         inputs={"stack": "step", "timestep": "step", "text": "constant", "guidance_scale": "constant"},
         values=values,
         blocks=tuple(Block(name, outputs[name]) for name in names),
-        prediction="noise_pred",
+        predictions=("noise_pred",),
         costs=tuple(10 * (i + 1) for i in range(node + 2)),
     )
 
@@ -56,7 +56,7 @@ def _chain(cache: str, blocks: int = 4) -> BlockGraph:
         {"stack": "step", "timestep": "step"},
         values,
         tuple(made),
-        "noise_pred",
+        ("noise_pred",),
         tuple(10**i for i in range(blocks + 2)),
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 
 import pytest
@@ -15,6 +16,7 @@ from random_plans import (
     random_forecast,
     random_gates,
     random_graph,
+    random_turns,
     residual_source,
     residue,
 )
@@ -81,7 +83,7 @@ def execute(plan: Plan, graph: BlockGraph, spoil: tuple[int, str] | None = None,
 
         if variant.predicts:
             assert launch.prediction == len(predictions)
-            predictions.append(value(graph.prediction))
+            predictions.append(value(variant.prediction))
         else:
             assert launch.prediction is None
         for cache, offset in zip(variant.writes, launch.writes, strict=True):
@@ -129,7 +131,7 @@ def check(plan: Plan, graph: BlockGraph, used: Sequence[bool], expected: Sequenc
     assert [variant.name for variant in plan.variants] == [f"v{i:02d}" for i in range(len(plan.variants))]
     first_launches = [[x.variant for x in plan.launches].index(i) for i in range(len(plan.variants))]
     assert first_launches == sorted(first_launches)
-    assert len({(v.computed, v.reads, v.predicts) for v in plan.variants}) == len(plan.variants)
+    assert len({(v.computed, v.reads, v.prediction) for v in plan.variants}) == len(plan.variants)
     for variant in plan.variants:
         assert list(variant.reads) == sorted(variant.reads)
         assert list(variant.writes) == sorted(variant.writes)
@@ -155,6 +157,29 @@ def test_plan_equals_supernet(case):
     assert plan.macs_run <= plan.macs_schedule <= plan.macs_full * len(gates)
     assert all(offset % alignment == 0 for launch in plan.launches for offset in (*launch.reads, *launch.writes))
     assert plan == compile_plan(graph, gates, prediction_used=used, alignment=alignment)
+
+
+@pytest.mark.parametrize("limit", [None, 1, 2, 3])
+def test_denoisers_in_turn_equal_the_supernet(limit):
+    """Each keeps its caches to itself, and no graph has values of two."""
+    compared = 0
+    for seed in range(100):
+        graph, gates, denoisers = random_turns(random.Random(seed))
+        try:
+            plan = compile_plan(graph, gates, denoisers=denoisers, max_variants=limit)
+        except UserError as error:
+            too_few = limit is not None and limit < len(set(denoisers)) and "each in graphs of its own" in str(error)
+            assert too_few or None in naive(graph, gates, denoisers=denoisers)
+            continue
+        expected = naive(graph, plan.keep, denoisers=denoisers)
+        check(plan, graph, [True] * len(gates), expected, tight=limit is None)
+        for launch in plan.launches:
+            variant = plan.variants[launch.variant]
+            own = f"d{denoisers[launch.step]}."
+            assert all(name.startswith(own) for name in (*variant.computed, *(cache.value for cache in variant.reads)))
+        assert all(block.startswith(f"d{denoisers[step]}.") for step, block in plan.promoted)
+        compared += 1
+    assert compared > (10 if limit == 1 else 50)
 
 
 @settings(RELAXED, max_examples=400)

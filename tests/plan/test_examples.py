@@ -115,7 +115,7 @@ def constant_block_graph() -> BlockGraph:
             "noise_pred": Value("noise_pred", 16, frozenset({"body/out0"}), frozenset({2})),
         },
         blocks=(Block("text", ("text/out0",)), Block("body", ("body/out0",))),
-        prediction="noise_pred",
+        predictions=("noise_pred",),
         costs=(100, 10, 1),
     )
 
@@ -138,7 +138,7 @@ def test_a_prediction_can_be_that_of_an_older_step_than_the_last():
             "noise_pred": Value("noise_pred", 16, frozenset({"b/out0"})),
         },
         blocks=(Block("b", ("b/out0",), "residual", ("embed",)),),
-        prediction="noise_pred",
+        predictions=("noise_pred",),
     )
     plan = compile_plan(graph, rows("1", "0", "1"))
     assert plan.prediction_slots == (0, 1, 0)
@@ -211,8 +211,9 @@ def test_user_errors(chain, gates, options, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"prediction": "nothing"}, "prediction 'nothing'"),
-        ({"values": {"a": Value("a", 1, frozenset({"b"}))}, "blocks": (), "prediction": "a"}, "reads 'b'"),
+        ({"predictions": ("nothing",)}, "prediction 'nothing'"),
+        ({"predictions": ()}, "no prediction"),
+        ({"values": {"a": Value("a", 1, frozenset({"b"}))}, "blocks": (), "predictions": ("a",)}, "reads 'b'"),
         ({"blocks": (Block("x", ("b0/out0",)), Block("y", ("b0/out0",)))}, "two blocks"),
         ({"blocks": (Block("x", ("b0/out0",), "residual"),)}, "needs 1 inputs"),
         ({"blocks": (Block("x", ("b9/out0",)),)}, "not a value"),
@@ -263,7 +264,7 @@ for i, n in enumerate(names):
     values[n] = Value(n, 10 + i % 3, frozenset({"stack", *names[max(0, i - 2):i]}), frozenset({i, 8}))
 values["noise_pred"] = Value("noise_pred", 4, frozenset(names[-3:]), frozenset({9}))
 blocks = tuple(Block(n[:2], (n,)) for n in names)
-graph = BlockGraph({"stack": "step"}, values, blocks, "noise_pred", tuple(range(1, 11)))
+graph = BlockGraph({"stack": "step"}, values, blocks, ("noise_pred",), tuple(range(1, 11)))
 gates = [[True] * 8] + [[rng.random() < 0.5 for _ in names] for _ in range(15)]
 for limit in (None, 3):
     plan = compile_plan(graph, gates, max_variants=limit, alignment=8)

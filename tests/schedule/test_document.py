@@ -122,7 +122,7 @@ def test_the_file_is_readable_line_by_line(document: dict[str, Any], tmp_path: P
         ({"blocks": []}, "blocks: the list is empty"),
         ({"blocks": [{"name": "a", "cache": "output"}] * 3}, "blocks: a is listed twice (positions 0 and 1)"),
         ({"blocks": [{"name": "a", "cache": "delta"}]}, "blocks.0.cache: "),
-        ({"format_version": 4}, "format_version: 4 is not known, only 1 to 3"),
+        ({"format_version": 5}, "format_version: 5 is not known, only 1 to 4"),
         ({"format_version": "1"}, "format_version: '1' is not known"),
         ({"extra": 1}, "extra: Extra inputs are not permitted"),
         ({"model": {"class_name": "U", "config_hash": "zz", "granularity": "block"}}, "model.config_hash: "),
@@ -300,7 +300,7 @@ def test_the_shipped_schema_is_current() -> None:
 
 def test_the_schema_refuses_what_the_code_refuses(document: dict[str, Any]) -> None:
     jsonschema.validate(document, json_schema())
-    for changes in ({"keep": ["12"]}, {"steps": 0}, {"format_version": 4}, {"extra": 1}):
+    for changes in ({"keep": ["12"]}, {"steps": 0}, {"format_version": 5}, {"extra": 1}):
         with pytest.raises(jsonschema.ValidationError):
             jsonschema.validate({**document, **changes}, json_schema())
 
