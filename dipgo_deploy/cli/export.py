@@ -259,7 +259,7 @@ def _facts(planned: PlannedExport, *, both_layouts: bool) -> dict[str, Any]:
         shape = planned.traced.shape
         channels = planned.source.family.latent_channels(planned.source.config)
         history_bytes = 4 * planned.history.slots * shape.batch * channels * math.prod(shape.extents)
-        needs, one_copy = compare_layouts(planned.plan, segments, pieces, history_bytes)
+        needs, one_copy = compare_layouts(planned.plan, segments, pieces, history_bytes, _beside_bytes(planned))
         facts["layouts"] = {need.layout: need.row() for need in needs}
         facts["weight_bytes"] = one_copy
     if planned.segments is None:
@@ -291,12 +291,21 @@ def _beforehand_facts(planned: PlannedExport) -> dict[str, Any]:
     return found
 
 
+def _beside_bytes(planned: PlannedExport) -> int:
+    """Memory of tables, and of the prologue with the rows that it makes."""
+    traced, timesteps = planned.traced, len(planned.table_timesteps)
+    found = sum(part.row_bytes(timesteps) for part in traced.parts)
+    if traced.classes is not None:  # whose rows are of one image
+        found += traced.classes.part.row_bytes(timesteps) * (traced.shape.model_batch - 1)
+    return found + (0 if traced.prologue is None else traced.prologue.part.nbytes)
+
+
 def _show_layouts(console: Any, facts: dict[str, Any], budget: int | None) -> str | None:
     """A table of both layouts; with a budget the layout to take, None where neither fits."""
     from rich.table import Table
 
     table = Table(title="Layouts: what engines of the denoiser hold, scratch not counted")
-    for heading in ("layout", "graphs", "launches", "GMACs", "weights", "arena", "in all"):
+    for heading in ("layout", "graphs", "launches", "GMACs", "weights", "arena", "beside", "in all"):
         table.add_column(heading, justify="left" if heading == "layout" else "right")
     for row in facts["layouts"].values():
         table.add_row(
@@ -306,6 +315,7 @@ def _show_layouts(console: Any, facts: dict[str, Any], budget: int | None) -> st
             f"{row['macs_run'] / 1e9:,.2f}",
             _bytes(row["weight_bytes"]),
             _bytes(row["arena_bytes"]),
+            _bytes(row["beside_bytes"]),
             _bytes(row["total_bytes"]),
         )
     console.print(table)

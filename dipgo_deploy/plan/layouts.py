@@ -17,7 +17,8 @@ MANY_COPIES = 4.0
 @dataclass(frozen=True)
 class LayoutNeed:
     """What a layout takes. weight_bytes: summed over the graphs, as engines that share nothing hold them. arena_bytes:
-    of tensors in the arena. history_bytes: of latents and predictions. macs_run: of all launches."""
+    of tensors in the arena. history_bytes: of latents and predictions. beside_bytes: of tables, and of the prologue
+    with the rows that it makes. macs_run: of all launches."""
 
     layout: str
     graphs: int
@@ -25,12 +26,13 @@ class LayoutNeed:
     weight_bytes: int
     arena_bytes: int
     history_bytes: int
+    beside_bytes: int
     macs_run: int
 
     @property
     def total_bytes(self) -> int:
         """Of the denoiser, without the scratch of its engines."""
-        return self.weight_bytes + self.arena_bytes + self.history_bytes
+        return self.weight_bytes + self.arena_bytes + self.history_bytes + self.beside_bytes
 
     def row(self) -> dict[str, Any]:
         """As JSON-able data."""
@@ -38,7 +40,7 @@ class LayoutNeed:
 
 
 def compare_layouts(
-    plan: Plan, segments: SegmentPlan, pieces: PieceGraph, history_bytes: int
+    plan: Plan, segments: SegmentPlan, pieces: PieceGraph, history_bytes: int, beside_bytes: int = 0
 ) -> tuple[tuple[LayoutNeed, LayoutNeed], int]:
     """The needs of ``variants`` and ``segments``, and the bytes of one copy of all weights that are used."""
     graphs = _pieces_of_variants(plan, pieces)
@@ -50,6 +52,7 @@ def compare_layouts(
             weight_bytes=sum(map(pieces.weight_bytes, graphs)),
             arena_bytes=plan.arena_bytes,
             history_bytes=history_bytes,
+            beside_bytes=beside_bytes,
             macs_run=plan.macs_run,
         ),
         LayoutNeed(
@@ -59,6 +62,7 @@ def compare_layouts(
             weight_bytes=segments.weight_bytes,
             arena_bytes=segments.arena_bytes,
             history_bytes=history_bytes,
+            beside_bytes=beside_bytes,
             macs_run=segments.macs_run,
         ),
     )

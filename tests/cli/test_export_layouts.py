@@ -17,6 +17,7 @@ from dipgo_deploy.schedule import builders
 from dipgo_deploy.schedule.document import Schedule
 
 BUDGET = "200KiB"
+PARTS = ("weight", "arena", "history", "beside")
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,7 @@ def saved(model: Path, steps: int, path: Path) -> None:
 def test_both_layouts_are_shown_and_the_budget_chooses(
     model: Path, schedule: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["--model", str(model), "--schedule", str(schedule), "--plan-only", "--json"]
+    arguments = ["--model", str(model), "--schedule", str(schedule), "--plan-only", "--json", "--no-prologue"]
     assert main([*arguments, "--layout", "segments", "--memory-budget", BUDGET]) == 0
     shown = capsys.readouterr()
     facts = json.loads(shown.out)
@@ -50,7 +51,9 @@ def test_both_layouts_are_shown_and_the_budget_chooses(
     assert variants["weight_bytes"] > 200 * 2**10 > segments["total_bytes"]
     assert facts["weight_bytes"] <= segments["weight_bytes"] < 1.01 * facts["weight_bytes"]
     assert segments["launches"] > variants["launches"] == 6
-    assert segments["total_bytes"] == sum(segments[f"{part}_bytes"] for part in ("weight", "arena", "history"))
+    assert segments["total_bytes"] == sum(
+        segments[f"{part}_bytes"] for part in ("weight", "arena", "history", "beside")
+    )
     assert facts["advice"] == "segments" and "--layout segments" in shown.err
     assert facts["layout"] == "segments" and {row["name"] for row in facts["variants"]} >= {"s00", "sum2"}
     assert len(facts["variants"]) == segments["graphs"] and len(facts["launches"]) == segments["launches"]
@@ -58,6 +61,18 @@ def test_both_layouts_are_shown_and_the_budget_chooses(
     facts = json.loads(capsys.readouterr().out)
     assert facts["advice"] == "variants" and facts["layout"] == "variants"
     assert len(facts["variants"]) == variants["graphs"]
+
+
+def test_the_prologue_is_part_of_what_a_layout_takes(
+    model: Path, schedule: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--model", str(model), "--schedule", str(schedule), "--plan-only", "--json", "--prologue"]
+    assert main(arguments) == 0
+    facts = json.loads(capsys.readouterr().out)
+    tables, prologue = facts["timestep_tables"], facts["prologue"]
+    for row in facts["layouts"].values():
+        assert row["beside_bytes"] == tables["bytes"] + prologue["bytes"] + prologue["weight_bytes_saved"]
+        assert row["total_bytes"] == sum(row[f"{part}_bytes"] for part in PARTS)
 
 
 def test_a_budget_without_plan_only_is_refused(schedule: Path, tmp_path: Path, capsys) -> None:

@@ -134,7 +134,7 @@ def test_what_is_made_before_the_launches_has_a_row_for_each_image(engines: Call
 @every
 def test_engines_are_built(engines: Callable[[str], Path], name: str) -> None:
     engine = engines(name)
-    assert build_with_tensorrt_rtx(engine) == len(Bundle.open(engine).manifest.plan.graphs)
+    assert build_with_tensorrt_rtx(engine) == len(Bundle.open(engine).manifest.plan.variants)
 
 
 @pytest.mark.slow
@@ -142,7 +142,7 @@ def test_engines_are_built(engines: Callable[[str], Path], name: str) -> None:
 @pytest.mark.parametrize("case", [Case(two_level_unet, "euler", (4, 8, 12), 2), *CASES.values()], ids=["unet", *CASES])
 def test_engines_are_built_in_half_precision(case: Case, dtype: str, tmp_path: Path) -> None:
     engine = case.export(tmp_path, dtype=dtype)
-    assert build_with_tensorrt_rtx(engine) == len(Bundle.open(engine).manifest.plan.graphs)
+    assert build_with_tensorrt_rtx(engine) == len(Bundle.open(engine).manifest.plan.variants)
 
 
 def test_position_embeddings_have_an_end(tmp_path: Path) -> None:
