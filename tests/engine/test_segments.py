@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from tiny_engines import save_dit_pipeline, schedule_for, write
 
+from dipgo_deploy.backends.tensorrt_plans import plan_name
 from dipgo_deploy.bundle.directory import Bundle
 from dipgo_deploy.engine.budget import MemoryNeed
 from dipgo_deploy.engine.build import BuildOptions, Observer, build_engines, graphs_of
@@ -38,7 +39,7 @@ def both(planned: PlannedExport, tmp_path_factory: pytest.TempPathFactory) -> di
 def test_every_segment_builds_and_the_second_build_does_nothing(both: dict[str, Path]) -> None:
     manifest = Bundle.open(both["segments"]).manifest
     report = build_engines(both["segments"], "tensorrt-rtx", ONE_GPU)
-    assert {engine.name for engine in report.built} == {variant.name for variant in manifest.plan.variants}
+    assert {engine.name for engine in report.built} == {plan_name(graph) for graph in manifest.plan.graphs}
     assert len(report.engines) == len(graphs_of(manifest)) > 5
     sums = [engine for engine in report.engines if engine.name.startswith("sum")]
     assert sums and all(engine.record.weights_bytes == 0 for engine in sums)
@@ -85,4 +86,4 @@ def test_bf16_segments_build(tmp_path: Path) -> None:
     caches = {spec.dtype for variant in manifest.plan.variants for spec in variant.graph.outputs}
     assert "bfloat16" in caches
     report = build_engines(engine, "tensorrt-rtx", ONE_GPU)
-    assert {entry.name for entry in report.built} == {variant.name for variant in manifest.plan.variants}
+    assert {entry.name for entry in report.built} == {plan_name(graph) for graph in manifest.plan.graphs}
