@@ -32,8 +32,8 @@ def bisected(
     model: str | None,
     against: Path | None,
     notify: Callable[[str], None],
-) -> tuple[str, dict[str, Any]]:
-    """Find the first node that is wrong and write ``folder``; a line for people, and what was found as JSON values.
+) -> dict[str, Any]:
+    """Find the first node that is wrong and write ``folder``; what was found as JSON values, ``line`` for people.
 
     whole: the engine directory with its ranges. against: an engine directory to hold it against; None for the model
     exported again.
@@ -44,6 +44,7 @@ def bisected(
     from dipgo_deploy.bundle.directory import Bundle
     from dipgo_deploy.compare.bisect import locate
     from dipgo_deploy.compare.bisect_folder import facts, write_folder
+    from dipgo_deploy.compare.torch_modules import module_outputs
     from dipgo_deploy.export.again import exported_again
     from dipgo_deploy.reference.recording import run_until_complete
     from dipgo_deploy.reference.steps import recorder_for
@@ -69,12 +70,13 @@ def bisected(
             sound,
             tolerance,
             on_backend=_inner_on(backend.name),
+            modules=lambda step: module_outputs(reference, inputs, step),
             against="the same graph exported again" if against is None else str(against),
         )
         if located is None:
-            return NOTHING, {"line": NOTHING}
+            return {"line": NOTHING}
         command = write_folder(located, folder, tolerance, backend.name)
-        return f"{located.line}\n{folder}: {command}", {"folder": str(folder), **facts(located, tolerance, command)}
+        return {"folder": str(folder), **facts(located, tolerance, command)}
 
 
 def _inner_on(backend: str) -> Any:

@@ -303,13 +303,13 @@ def command(
         if as_json or junit is not None or html is not None:
             status.update("hashing the model")
             of = _provenance(bundle, reference, report, asked=tolerance is not None)
-        failure = error or report.first_failure()
-        line = None
-        if bisect is not None and failure is not None:
+        if bisect is not None:
+            of["bisect"] = {"line": "nothing is beyond tolerance, so there is nothing to bisect"}
+        if bisect is not None and (error or report.first_failure()):
             from dipgo_deploy.cli.bisect import bisected
 
             try:
-                line, of["bisect"] = bisected(
+                of["bisect"] = bisected(
                     bundle,
                     reference,
                     inputs,
@@ -323,11 +323,7 @@ def command(
                     notify=status.update,
                 )
             except UserError as ended:  # the comparison itself is still told
-                line, of["bisect"] = f"not bisected: {ended}", {"line": f"not bisected: {ended}"}
-    if line is not None:
-        of["bisect"]["line"] = line
-    elif bisect is not None:
-        of["bisect"] = {"line": "nothing is beyond tolerance, so there is nothing to bisect"}
+                of["bisect"] = {"line": f"not bisected: {ended}"}
     facts = {
         "engine_dir": str(engine_dir),
         "model": reference.source.name,

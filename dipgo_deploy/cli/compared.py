@@ -47,6 +47,8 @@ class Outputs:
             show(console, report, facts.get("model", self.engine_dir.name))
         if bisected := facts.get("bisect"):
             console.print(bisected["line"], markup=False, soft_wrap=True)
+            if "folder" in bisected:
+                console.print(f"{bisected['folder']}: {bisected['command']}", markup=False, soft_wrap=True)
         told = {
             **facts,
             **report.as_dict(),

@@ -3,7 +3,9 @@
 A graph that is beyond tolerance by itself is held against a reference graph, value by value. Each of its nodes runs on
 what the *reference* gives its inputs, so that what is wrong with the result is what this node makes, and not what it
 inherits. A graph that is right with optimisations off is wrong on its backend only: then inner values are marked as
-outputs there, and the first one beyond tolerance is where it goes wrong.
+outputs there, and the first one beyond tolerance is where it goes wrong. Where the reference graph differs from the
+model too, the exporter is at fault: then values are held against what the model's modules give in torch, where names
+map.
 """
 
 from __future__ import annotations
@@ -36,9 +38,12 @@ if TYPE_CHECKING:
 Arrays = Mapping[str, np.ndarray]
 Sound = Callable[[str], "Bundle"]
 """A dtype -> reference graphs in it: of the same launches, with the same inputs and outputs."""
+Modules = Callable[[int], Arrays]
+"""An evaluation -> what each module of the model gives at it, by its dotted path."""
 
 # What is held at once of inner values.
 _CHUNK_BYTES = 2**30
+_MOST_NAMED = 8
 
 
 @dataclass(frozen=True)
@@ -48,11 +53,12 @@ class Located:
     Attributes:
         evaluation, graph: of the first launch that is beyond tolerance by itself; the graph's name.
         tensor: the first of its outputs that is; error: how far, of its largest value.
-        inside: ``graph`` (it computes something else than the reference) or ``backend`` (it is right with optimisations
-            off).
+        inside: ``graph`` (it computes something else than the reference), ``backend`` (it is right with optimisations
+            off) or ``exporter`` (it computes what the reference graph does, and not what the model does).
         against: what it was held against.
         value: the inner value that is wrong, None where none is beyond tolerance by itself.
-        nodes: what makes it of values that the reference has, in order; names and operators.
+        nodes: what makes it of values that the reference has, in order; names and operators. Of the exporter all nodes
+            between those values that the model's modules give too.
         made: error of that value alone, made of the reference's inputs, over its largest value; infinite where it
             cannot be computed or has another shape.
         beyond: whether ``made`` is beyond tolerance. Else no node is by itself, and this one makes most of it.
@@ -85,10 +91,13 @@ class Located:
         where = f"evaluation {self.evaluation}, graph {self.graph}, {self.tensor}"
         if self.value is None:
             return f"{where}: {self.note}"
-        nodes = ", ".join(f"{name} ({kind})" for name, kind in self.nodes)
+        nodes = ", ".join(f"{name} ({kind})" for name, kind in self.nodes[:_MOST_NAMED])
+        nodes += f" and {len(self.nodes) - _MOST_NAMED} more" if len(self.nodes) > _MOST_NAMED else ""
         made = "cannot be computed" if math.isinf(self.made) and self.note else f"makes an error of {self.made:.2e}"
         most = "" if self.beyond else ", the largest: none is beyond tolerance by itself"
         word = "node" if len(self.nodes) == 1 else "nodes"
+        if self.inside == "exporter":
+            word = f"exported otherwise than the model computes it, in {word}"
         return f"{where}: {word} {nodes} {made}{most}{self.note and ': '}{self.note}"
 
 
@@ -112,6 +121,7 @@ def locate(
     tolerance: Tolerance,
     *,
     on_backend: RunModel | None = None,
+    modules: Modules | None = None,
     against: str = "the same graph exported again",
 ) -> Located | None:
     """Find the first node that is wrong; None where every graph by itself is within tolerance.
@@ -123,10 +133,11 @@ def locate(
         sound: reference graphs, made when they are asked for.
         tolerance: what passes.
         on_backend: how the backend runs a graph with other outputs; None where it cannot (engines that are built).
+        modules: the model in torch; None where it is not there.
         against: what ``sound`` is, in words.
 
     Raises:
-        UserError: a reference that does not fit, or differs from the model too.
+        UserError: a reference that does not fit, or one that differs from the model too and ``modules`` is None.
     """
     dtype, segments = bundle.manifest.dtype, bundle.manifest.plan.layout == "segments"
     given = list(with_rows(bundle, recordings, open_graph))  # type: ignore[type-var]
@@ -151,6 +162,13 @@ def locate(
     if dtype != "fp32" and not _passes(_value(reference, found), found.expected, tolerance):
         reference = InnerGraph(_same_graph(sound("fp32"), bundle, found.entry))
         against += " in fp32"
+    if not _passes(_value(reference, found), found.expected, tolerance):
+        if modules is None:
+            raise UserError(
+                f"--bisect: graph {found.entry.name} and {against} both differ from the model in {found.tensor}: what "
+                "is wrong is in the model's files, or in how this version exports it"
+            )
+        return _in_exporter(graph, found, modules(found.evaluation), tolerance)
     return _in_graph(graph, reference, found, tolerance, against)
 
 
@@ -176,7 +194,8 @@ def _alone(
 def _within(
     bundle: Bundle, sound: Bundle, recordings: Sequence[StepRecording], open_graph: OpenGraph
 ) -> Iterator[tuple[int, VariantEntry, Arrays, Arrays, Arrays]]:
-    """Each segment on what the reference's segments give it, beside the reference's outputs."""
+    """Each segment on what the reference's segments give it, beside the model's outputs where it has them, else the
+    reference's."""
     plan = bundle.manifest.plan
     evaluate = StepRunner(plan, lambda index, feeds: _plainly(sound, bundle, plan.variants[index], feeds))
     for recording in recordings:
@@ -187,7 +206,7 @@ def _within(
                 entry,
                 launched.inputs,
                 _run(bundle, entry, open_graph, launched.inputs),
-                launched.outputs,
+                {name: recording.outputs.get(name, array) for name, array in launched.outputs.items()},
             )
 
 
@@ -263,11 +282,8 @@ def _in_graph(graph: InnerGraph, reference: InnerGraph, wrong: _Wrong, tolerance
             worst = made
         if made.error > tolerance.relative:
             break
-    if worst is None or not worst.error:
-        raise UserError(
-            f"--bisect: graph {wrong.entry.name} and {against} compute the same, and both differ from the model in "
-            f"{wrong.tensor}: what is wrong is in the model's files, or in how this version exports it"
-        )
+    if worst is None:
+        raise UserError(f"--bisect: graph {wrong.entry.name} and {against} have no value of one name on the way")
     part = graph.part(worst.places, [worst.value], worst.given)
     return Located(
         evaluation=wrong.evaluation,
@@ -398,6 +414,46 @@ def _difference(actual: np.ndarray, expected: np.ndarray) -> float:
         difference = np.abs(found - wanted)[~equal]
     largest = float(difference.max())
     return largest / peak(wanted[np.isfinite(wanted)]) if math.isfinite(largest) else math.inf
+
+
+def _in_exporter(graph: InnerGraph, wrong: _Wrong, modules: Arrays, tolerance: Tolerance) -> Located:
+    """The nodes before the first value that is not what a module of the model gives, and behind those that are."""
+    on_the_way = {name for place in graph.ancestors(wrong.tensor) for name in graph.nodes[place].output}
+    leaving = {value: path for value, path in graph.leaving_scopes(modules).items() if value in on_the_way}
+    actual = graph.run(wrong.inputs, list(leaving))
+    wanted = {value: modules[path] for value, path in leaving.items() if modules[path].shape == actual[value].shape}
+    actual |= graph.run(wrong.inputs, [wrong.tensor])
+    wanted[wrong.tensor] = wrong.expected
+    right: list[str] = []
+    for value in [value for value in graph.values if value in wanted]:
+        error = _difference(actual[value].astype(np.float32, copy=False), wanted[value])
+        if error > tolerance.relative:
+            break
+        right.append(value)
+    places = graph.ancestors(value, until=right)
+    inner = sorted(graph.read_by(places) - graph.inputs.keys())
+    given = graph.given(wrong.inputs) | graph.run(wrong.inputs, inner)
+    given = {name: given[name] for name in graph.read_by(places)}
+    path = leaving.get(value)
+    return Located(
+        evaluation=wrong.evaluation,
+        graph=wrong.entry.name,
+        tensor=wrong.tensor,
+        error=wrong.error,
+        inside="exporter",
+        against="the model's modules in torch",
+        value=value,
+        nodes=_named(graph, places),
+        made=error,
+        beyond=True,
+        note="" if path is None else f"module {path}",
+        part=graph.part(places, [value], given),
+        folder=graph.folder,
+        reference=None,
+        inputs=given,
+        actual={value: actual[value]},
+        expected={value: wanted[value].astype(actual[value].dtype, copy=False)},
+    )
 
 
 def _in_backend(graph: InnerGraph, wrong: _Wrong, on_backend: RunModel | None, tolerance: Tolerance) -> Located:

@@ -103,7 +103,7 @@ def _command(located: Located, tolerance: Tolerance, backend: str) -> str:
     finite = expected[np.isfinite(expected)] if expected.dtype.kind == "f" else expected.astype(np.float64)
     # Where no node is beyond tolerance by itself, half of what it makes shows it.
     share = tolerance.relative if located.beyond or located.value is None else located.made / 2
-    runner = _PLAIN if located.inside == "graph" else _RUNNERS[backend]
+    runner = _RUNNERS[backend] if located.inside == "backend" else _PLAIN
     return (
         f"polygraphy run {NODE} {runner} --load-inputs inputs.json --load-outputs expected.json "
         f"--check-error-stat max --rtol 0 --atol {share * peak(finite):.6g}"

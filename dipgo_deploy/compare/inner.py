@@ -78,6 +78,28 @@ class InnerGraph:
         made = {name for node in nodes for name in node.output}
         return {name for node in nodes for name in reads(node)} - made - self.initializers.keys()
 
+    def leaving_scopes(self, scopes: Iterable[str]) -> dict[str, str]:
+        """The values that are the one result of a scope (a dotted path of modules, which names of nodes begin with):
+        what nodes inside it make and others read, or the graph gives. By value the innermost scope."""
+        inside: dict[str, set[int]] = {scope: set() for scope in scopes}
+        for place, node in enumerate(self.nodes):
+            path = node.name.rpartition("/")[0].split(".")
+            for depth in range(len(path)):
+                scope = ".".join(path[: depth + 1])
+                if scope in inside:
+                    inside[scope].add(place)
+        readers: dict[str, set[int]] = {}
+        for place, node in enumerate(self.nodes):
+            for name in reads(node):
+                readers.setdefault(name, set()).add(place)
+        found: dict[str, str] = {}
+        for scope, places in sorted(inside.items(), key=lambda item: item[0].count(".")):
+            made = [name for place in places for name in self.nodes[place].output if name]
+            left = [name for name in made if name in self.outputs or readers.get(name, set()) - places]
+            if len(left) == 1:
+                found[left[0]] = scope
+        return found
+
     def part(self, places: Sequence[int], wanted: Sequence[str], given: Arrays) -> onnx.ModelProto:
         """The nodes at ``places`` as a model: what they read of ``given`` are its inputs, also where one of them makes
         it, and ``wanted`` its outputs. What is both has the name ``made_name`` as an output."""

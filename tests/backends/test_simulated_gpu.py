@@ -274,6 +274,11 @@ def test_engines_are_compared_with_the_supernet(planned, cudart, tmp_path, capsy
     assert compare([*arguments, str(folder)]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["passed"] and report["backend"] == backend and report["variants"] and report["loop"]
+    # Beside ONNX Runtime, without the model.
+    assert compare([*arguments, str(folder), "--against", "cpu", "--cross"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["against"] == f"{folder} on cpu" and report["backend"] == backend
+    assert all(tensor["made"] is not None for checked in report["loop"] for tensor in checked["tensors"])
     file = Bundle.open(folder).manifest.plan.variants[0].graph.file
     stored = onnx.load(folder / file, load_external_data=False).graph.initializer
     weight = next(tensor.name for tensor in stored if tensor.external_data and tensor.name.endswith("weight"))
@@ -281,6 +286,10 @@ def test_engines_are_compared_with_the_supernet(planned, cudart, tmp_path, capsy
     build_engines(wrong, backend)
     assert compare([*arguments, str(wrong)]) == 1
     assert "weights, graphs, " in capsys.readouterr().err
+    bisect = ["--variants-only", "--bisect", str(tmp_path / "found"), "--against", str(folder)]
+    assert compare([*arguments, str(wrong), *bisect]) == 1
+    (node,) = json.loads(capsys.readouterr().out)["bisect"]["nodes"]
+    assert node["name"].startswith(weight.rpartition(".")[0])
 
 
 def test_engines_that_take_memory_while_they_run_are_not_captured(bare, cudart, tmp_path):

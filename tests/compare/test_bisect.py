@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from node_defects import DEFECTS, NodeDefect, attribute, constant
+from node_defects import DEFECTS, NodeDefect, attribute, constant, operator
 from seeded_defects import replaced
 from tiny_engines import save_unet, schedule_for, write
 
@@ -27,6 +27,7 @@ from dipgo_deploy.compare.bisect_folder import write_folder
 from dipgo_deploy.compare.graphs import frugal_session
 from dipgo_deploy.compare.inner import InnerGraph, run_plainly
 from dipgo_deploy.compare.metrics import Tolerance
+from dipgo_deploy.compare.torch_modules import module_outputs
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.export.again import options_of
 from dipgo_deploy.export.exporter import ExportOptions, plan_export
@@ -85,6 +86,15 @@ def _found(
     reference: Bundle | None = None,
 ) -> tuple[Located | None, list[str]]:
     """What is found in a copy with the defect, and the nodes that it is in."""
+    changed, nodes = _changed(sound, defect, folder)
+    half = sound.bundle.manifest.dtype == "fp16"
+    tolerance = tolerance or (Tolerance(2e-2) if half else TOLERANCE)
+    against = reference or sound.bundle
+    return locate(changed, sound.recordings, frugal_session, lambda dtype: against, tolerance), nodes
+
+
+def _changed(sound: Sound, defect: NodeDefect, folder: Path) -> tuple[Bundle, list[str]]:
+    """A copy with the defect, and the nodes that it is in."""
     path = sound.bundle.path / defect.file(sound.bundle.manifest)
     bad = replaced(folder, sound.bundle.path)
     model = onnx.load(path, load_external_data=False)
@@ -92,13 +102,7 @@ def _found(
     changed = bad / path.relative_to(sound.bundle.path)
     changed.unlink()
     changed.write_bytes(model.SerializeToString())
-    half = sound.bundle.manifest.dtype == "fp16"
-    tolerance = tolerance or (Tolerance(2e-2) if half else TOLERANCE)
-    against = reference or sound.bundle
-    found = locate(
-        Bundle(bad, sound.bundle.manifest), sound.recordings, frugal_session, lambda dtype: against, tolerance
-    )
-    return found, nodes
+    return Bundle(bad, sound.bundle.manifest), nodes
 
 
 @pytest.mark.parametrize(
@@ -190,8 +194,42 @@ def test_what_differs_from_the_model_as_the_reference_does_is_no_node_s(
     first = it.recordings[0]
     wrong = {name: array + 1 for name, array in first.outputs.items()}
     recordings = [dataclasses.replace(first, outputs=wrong)]
-    with pytest.raises(UserError, match="compute the same, and both differ from the model in noise_pred"):
+    with pytest.raises(
+        UserError, match="both differ from the model in noise_pred: what is wrong is in the model's files"
+    ):
         locate(it.bundle, recordings, frugal_session, lambda dtype: it.bundle, TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ["dit", pytest.param("segments", marks=pytest.mark.slow)])
+def test_what_the_exporter_makes_wrong_is_found_beside_the_modules_in_torch(
+    name: str, sound: Callable[[str], Sound], tmp_path: Path
+) -> None:
+    """Both graphs have the fault: the model in torch has not."""
+    it = sound(name)
+    reference = load_reference(it.bundle)
+    inputs = reference.inputs(it.bundle.manifest)
+    edit, graph = operator("Gelu", "Relu"), None
+    if name == "segments":
+        graph = next(
+            variant.name
+            for variant in it.bundle.manifest.plan.variants
+            if "Gelu" in {n.op_type for n in onnx.load(it.bundle.path / variant.graph.file).graph.node}
+        )
+    both, _ = _changed(it, NodeDefect("x", name, edit, graph=graph), tmp_path / "bad")
+    found = locate(
+        both,
+        it.recordings,
+        frugal_session,
+        lambda dtype: both,
+        TOLERANCE,
+        modules=lambda step: module_outputs(reference, inputs, step),
+    )
+    assert found is not None and found.inside == "exporter" and found.made > 1e-2
+    # The activation is a module of its own, with one node here.
+    assert found.note == "module transformer_blocks.0.ff.net.0" and [kind for _, kind in found.nodes] == ["Relu"]
+    assert "exported otherwise than the model computes it, in node transformer_blocks.0.ff.net.0/Gelu" in found.line
+    command = write_folder(found, tmp_path / "out", TOLERANCE, "cpu")
+    assert "ORT_DISABLE_ALL" in command and not (tmp_path / "out" / "reference.onnx").exists()
 
 
 def test_the_command_writes_a_folder_whose_command_shows_it(
@@ -214,6 +252,19 @@ def test_the_command_writes_a_folder_whose_command_shows_it(
     assert _status(["sh", "reproduce.sh"], moved) == 1
     sound_one = told["command"].replace("node.onnx", "reference.onnx").split()
     assert _status(sound_one, moved) == 0
+    again = [
+        "--engine-dir",
+        str(bad),
+        "--variants-only",
+        "--bisect",
+        str(out),
+        "--against",
+        str(it.bundle.path),
+        "--json",
+    ]
+    assert main(again) == 1
+    beside = json.loads(capsys.readouterr().out)["bisect"]
+    assert beside["against"] == str(it.bundle.path) and beside["nodes"] == told["nodes"]
     assert main(["--engine-dir", str(bad), "--variants-only", "--bisect", str(moved)]) == 2
     assert f"--bisect {moved}: exists; give a folder that does not" in capsys.readouterr().err
 
