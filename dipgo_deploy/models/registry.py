@@ -62,6 +62,7 @@ BUILT_IN = (
     wan.FAMILY,
     wan.TWO,
     wan_image.FAMILY,
+    wan_image.TWO,
     ltx.FAMILY,
     ltx_image.FAMILY,
     hunyuan.FAMILY,

@@ -108,7 +108,7 @@ def text(config: Mapping[str, Any], pipeline: Any) -> TextScheme:
 FAMILY = ModelFamily(
     class_name=CLASS_NAME,
     pipelines=("WanPipeline",),
-    models="Wan 2.1 text to video",
+    models="Wan 2.1, and 2.2 5B, text to video",
     component="transformer",
     blocks=blocks,
     inputs=inputs,

@@ -13,6 +13,7 @@ from typing import Any
 
 from dipgo_deploy.bundle.pictures import PictureUse
 from dipgo_deploy.errors import UserError
+from dipgo_deploy.models.denoisers import with_second
 from dipgo_deploy.models.family import InputSpec
 from dipgo_deploy.models.image_encoder import states_of
 from dipgo_deploy.models.joined import MASK, Beside, with_channels
@@ -67,3 +68,5 @@ FAMILY = replace(
     image_encoder=(_ENCODER, "image_processor"),
     float32_in_fp16=(*TEXT_TO_VIDEO.float32_in_fp16, _ENCODER),
 )
+# Without CLIP's states.
+TWO = with_second(FAMILY, models="Wan 2.2 image to video (two experts)")

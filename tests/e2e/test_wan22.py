@@ -9,13 +9,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from diffusers import UniPCMultistepScheduler, WanPipeline
+from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanImageToVideoPipeline, WanPipeline
 from family_checks import borrow_components, loop_report, plan_for, random_weights, schedule_for, with_gates
 from flow_pipelines import t5_tokenizer, umt5
 from lora_files import diffusers_keys, make_updates, merge_into, save_lora
+from PIL import Image
 from sd_pipelines import relative
 from tiny_denoisers import wan_transformer
 from video_checks import (
@@ -24,6 +26,7 @@ from video_checks import (
     check_layers_in_both_layouts,
     check_random_blocks,
     check_samplers,
+    exported,
     ours,
     theirs,
     wan_vae,
@@ -228,3 +231,49 @@ def test_without_a_boundary_the_first_runs_everywhere() -> None:
     assert below_boundary(None, {}, [999.0, 0.0]) == [False, False]
     # As torch compares: 0.9 * 1000 is 900.0 in float32, and so is the timestep.
     assert below_boundary(0.9, {"num_train_timesteps": 1000}, [900.0, 899.9999, 899.99999]) == [False, True, False]
+
+
+@pytest.mark.slow  # a trace of its own; tests/e2e/test_wan.py starts from pictures, and two experts are above
+def test_from_a_picture(stock: WanPipeline, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    shared = {name: getattr(stock, name) for name in ("tokenizer", "text_encoder", "vae", "scheduler")}
+    from_picture = WanImageToVideoPipeline(
+        **shared,
+        transformer=wan_transformer(in_channels=10),
+        transformer_2=random_weights(wan_transformer(in_channels=10), seed=1),
+        image_encoder=None,
+        image_processor=None,
+        boundary_ratio=0.9,
+    )
+    from_picture.save_pretrained(tmp_path / "model")
+    video = exported(tmp_path / "model", tmp_path / "x", SIZE)
+    noise = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    call: dict[str, Any] = {"prompt": PROMPT, "negative_prompt": NEGATIVE, "image": Image.fromarray(noise)}
+    for kind in ("latent", "np"):
+        asked = {**call, "guidance_scale": 3.0, "guidance_scale_2": 2.0, "output_type": kind}
+        assert relative(ours(video.engine, **asked), theirs(from_picture, **asked, **SIZE)) < 1e-4
+    check_random_blocks(video.model, video.planned, video.engine, tmp_path / "half")
+
+
+@pytest.mark.slow  # a trace and a decoder of its own
+def test_the_model_of_5b_is_told_the_timestep_of_each_token(tmp_path: Path) -> None:
+    """They are all the same where nothing is given, so one timestep is as good. Its VAE packs pixels two by two."""
+    torch.manual_seed(0)
+    settings = {"base_dim": 4, "decoder_base_dim": 4, "z_dim": 4, "dim_mult": [1, 1], "temperal_downsample": [True]}
+    packed = {"is_residual": True, "in_channels": 12, "out_channels": 12, "patch_size": 2, "num_res_blocks": 1}
+    scales = {"latents_mean": [0.1] * 4, "latents_std": [1.5] * 4, "scale_factor_temporal": 2}
+    pipeline = WanPipeline(
+        tokenizer=t5_tokenizer(),
+        text_encoder=umt5(),
+        vae=random_weights(AutoencoderKLWan(**settings, **packed, **scales, scale_factor_spatial=4)),
+        transformer=wan_transformer(),
+        scheduler=UniPCMultistepScheduler(**UNIPC),
+        expand_timesteps=True,
+    )
+    pipeline.save_pretrained(tmp_path / "model")
+    size = {"height": 32, "width": 32, "num_frames": 5}
+    video = exported(tmp_path / "model", tmp_path / "x", size)
+    for kind in ("latent", "np"):
+        call = {"prompt": PROMPT, "negative_prompt": NEGATIVE, "guidance_scale": 3.0, "output_type": kind}
+        assert relative(ours(video.engine, **call), theirs(pipeline, **call, **size)) < 1e-4
+    check_random_blocks(video.model, video.planned, video.engine, tmp_path / "half")
