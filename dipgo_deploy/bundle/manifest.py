@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sized
-from pathlib import Path
+from collections.abc import Mapping, Sequence, Sized
+from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 import pydantic
@@ -26,6 +26,8 @@ TABLES_VERSION = 6
 RUN_ROWS_VERSION = 7
 # What is written where a model has several denoisers.
 DENOISERS_VERSION = 8
+# What is written where a directory has several schedules.
+SEVERAL_VERSION = 9
 # What is read too: directories without a seal, of which nobody can tell whether the manifest was changed.
 UNSEALED_VERSION = 3
 MANIFEST_NAME = "manifest.json"
@@ -72,7 +74,7 @@ def _is_control(value: PictureUse) -> bool:
     return value == PictureUse()
 
 
-def _is_blank(value: tuple[str, ...]) -> bool:
+def _is_blank(value: Sequence[str]) -> bool:
     return not any(value)
 
 
@@ -222,9 +224,9 @@ class PlanEntry(_Frozen):
     tensors), an evaluation is several launches with the same ``step``, and the arena also holds what parts pass on.
 
     The history is float32 (slots, batch, channels, [frames,] height, width): slot 0 is the initial noise, then the
-    predictions, then the picture's latents where the run starts from one, then ``noises`` noise draws in the order in
-    which the sampler draws them. Graphs take the weights of a launch as ``bundle.history.graph_coefficients`` makes
-    them.
+    predictions, then ``spare`` slots, then the picture's latents where the run starts from one, then ``noises`` noise
+    draws in the order in which the sampler draws them. Graphs take the weights of a launch as
+    ``bundle.history.graph_coefficients`` makes them.
     """
 
     layout: Layout = "variants"
@@ -233,6 +235,13 @@ class PlanEntry(_Frozen):
     final: Many[float] = pydantic.Field(description="weights of the history's slots: the final latent")
     slots: int
     noises: int
+    spare: int = pydantic.Field(
+        default=0,
+        ge=0,
+        exclude_if=_is_zero,
+        description="slots behind the predictions that nothing fills, so that graphs are those of a schedule of "
+        "the same directory with more predictions",
+    )
     image_slot: int | None = pydantic.Field(
         default=None, exclude_if=_is_none, description="slot of the picture's latents, of a run that starts from one"
     )
@@ -271,6 +280,11 @@ class PlanEntry(_Frozen):
     def history(self) -> History:
         """What the graphs know of the history."""
         return History(self.slots, self.slots - self.noises - (self.image_slot is not None))
+
+    @property
+    def launched(self) -> tuple[int, ...]:
+        """The evaluations that have launches, in order."""
+        return tuple(dict.fromkeys(launch.step for launch in self.launches))
 
 
 class ModelEntry(_Frozen):
@@ -468,10 +482,18 @@ class Components(_Frozen):
 class Manifest(_Frozen):
     """``manifest.json`` of an engine directory."""
 
-    format_version: Literal[3, 4, 5, 6, 7, 8] = 4
+    format_version: Literal[3, 4, 5, 6, 7, 8, 9] = 4
     created_by: str
     model: ModelEntry
     schedule: str = SCHEDULE_NAME
+    name: str = pydantic.Field(
+        default="", exclude_if=_is_blank, description="of the schedule, in a directory with several"
+    )
+    others: dict[str, str] = pydantic.Field(
+        default_factory=dict,
+        exclude_if=_is_empty,
+        description="the directory's other schedules: name -> manifest, a file of this kind",
+    )
     promoted: Many[tuple[int, str]] = ()
     sampler: SamplerEntry
     dtype: DType
@@ -548,30 +570,36 @@ class Manifest(_Frozen):
         version = TABLES_VERSION if self.plan.table_timesteps else version
         version = RUN_ROWS_VERSION if self.plan.table_classes or self.plan.prologue is not None else version
         version = DENOISERS_VERSION if self.model.denoisers else version
+        version = SEVERAL_VERSION if self.name else version
         document = {**json.loads(self.model_dump_json(exclude={"seal"})), "format_version": version}
         return json.dumps({**document, "seal": seal_of(document)}, indent=1, ensure_ascii=False) + "\n"
 
+    @property
+    def folder(self) -> str:
+        """Where files are that belong to this schedule alone, relative to the directory."""
+        return PurePosixPath(self.schedule).parent.as_posix()
+
     @classmethod
-    def load(cls, engine_dir: Path, *, sealed: bool = True) -> Manifest:
-        """Read the manifest of an engine directory. sealed: its seal has to be right.
+    def load(cls, engine_dir: Path, *, file: str = MANIFEST_NAME, sealed: bool = True) -> Manifest:
+        """Read the manifest of an engine directory. file: which of several. sealed: its seal has to be right.
 
         Raises:
             UserError: no such directory or manifest, no strict JSON, another format version, a field that is wrong, or
                 a manifest that was changed after the export.
         """
-        path = engine_dir / MANIFEST_NAME
+        path = engine_dir / file
         if not path.is_file():
-            raise UserError(f"{engine_dir}: no {MANIFEST_NAME} there; give an engine directory made by dipgo-export")
+            raise UserError(f"{engine_dir}: no {file} there; give an engine directory made by dipgo-export")
         data = documents.read_document(
             path, "manifest of dipgo-export", EXPORT_AGAIN, limit=MAX_MANIFEST_BYTES, most=MAX_MANIFEST_VALUES
         )
         version = data.get("format_version")
         if version == UNSEALED_VERSION:
             _log.warning("%s: was exported before directories were sealed, so changes to it do not show", path)
-        elif version not in range(FORMAT_VERSION, DENOISERS_VERSION + 1):
+        elif version not in range(FORMAT_VERSION, SEVERAL_VERSION + 1):
             raise UserError(
                 f"{path}: format_version {str(version)[:20]}, this version reads {UNSEALED_VERSION} to "
-                f"{DENOISERS_VERSION}; export it again or update"
+                f"{SEVERAL_VERSION}; export it again or update"
             )
         elif sealed and data.get("seal") != seal_of(data):
             raise UserError(

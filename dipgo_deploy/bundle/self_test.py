@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Literal
 
 import numpy as np
@@ -121,19 +121,24 @@ def nbytes(specs: Mapping[str, TensorSpec]) -> int:
     return sum(spec.nbytes for spec in specs.values())
 
 
-def write_self_test(folder: Path, test: SelfTest) -> None:
-    """Write the file into the folder of an engine directory."""
+def write_self_test(path: Path, test: SelfTest) -> None:
+    """Write the file ``path``."""
     from safetensors.numpy import save
 
     specs = tensor_specs(test.recorded, test.manifest)
     arrays = {name: np.ascontiguousarray(test.tensors[name], NUMPY_DTYPES[spec.dtype]) for name, spec in specs.items()}
     # Not save_file: what that writes only its owner can read.
-    (folder / SELF_TEST_NAME).write_bytes(save(arrays, {_DOCUMENT: test.recorded.model_dump_json()}))
+    path.write_bytes(save(arrays, {_DOCUMENT: test.recorded.model_dump_json()}))
+
+
+def self_test_file(manifest: Manifest) -> str:
+    """The test of a manifest's schedule, relative to the directory."""
+    return (PurePosixPath(manifest.folder) / SELF_TEST_NAME).as_posix()
 
 
 def has_self_test(manifest: Manifest) -> bool:
     """Whether the engine directory carries a test."""
-    return SELF_TEST_NAME in manifest.files
+    return self_test_file(manifest) in manifest.files
 
 
 def read_self_test(bundle: Bundle) -> SelfTest:
@@ -142,7 +147,7 @@ def read_self_test(bundle: Bundle) -> SelfTest:
     Raises:
         UserError: it carries none, or one that does not fit its launch list.
     """
-    path = bundle.path / SELF_TEST_NAME
+    path = bundle.path / self_test_file(bundle.manifest)
     if not has_self_test(bundle.manifest):
         raise UserError(
             f"{bundle.path}: carries no self-test (it is older, too large for one, or was exported without); export it "

@@ -8,7 +8,7 @@ import errno
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 from dipgo_deploy.bundle.manifest import MANIFEST_NAME, Manifest
@@ -106,15 +106,16 @@ def scratch_directory(target: Path) -> Iterator[Path]:
             os.close(lock)
 
 
-def replaced(engine_dir: Path, manifest: Manifest, files: Mapping[str, bytes]) -> None:
+def replaced(engine_dir: Path, manifest: Manifest, files: Mapping[str, bytes], gone: Collection[str] = ()) -> None:
     """Give an engine directory another manifest and other contents of some of its files, all at once.
 
     All other files stay what they are, without being copied where the file system has links. manifest: with the digests
-    of the files as they will be.
+    of the files as they will be. gone: files that it has no more. All names are of files beside the manifest.
 
     Raises:
         UserError: see ``staged_directory``.
     """
+    changed = {MANIFEST_NAME, *files, *gone}
     with staged_directory(engine_dir, overwrite=True) as stage:
         shutil.copytree(
             engine_dir,
@@ -122,10 +123,16 @@ def replaced(engine_dir: Path, manifest: Manifest, files: Mapping[str, bytes]) -
             symlinks=True,
             dirs_exist_ok=True,
             copy_function=_link,
-            ignore=lambda folder, names: {MANIFEST_NAME, *files} & set(names) if Path(folder) == engine_dir else set(),
+            ignore=lambda folder, names: changed & set(names) if Path(folder) == engine_dir else set(),
         )
         for name, content in {**files, MANIFEST_NAME: manifest.dumps().encode()}.items():
             (stage / name).write_bytes(content)
+
+
+def keep_plans(engine_dir: Path, stage: Path) -> None:
+    """Put the engines of a directory into its successor, without copying them where the file system has links."""
+    if (engine_dir / PLANS).is_dir():
+        shutil.copytree(engine_dir / PLANS, stage / PLANS, symlinks=True, copy_function=_link)
 
 
 def _link(source: str, target: str) -> None:

@@ -84,8 +84,10 @@ def _check(manifest: Manifest) -> None:
     _require(step < plan.evaluations, f"launches: evaluation {step} of {plan.evaluations}")
     for slot, weight in enumerate(plan.final):
         _require(not weight or slot in written, f"final: reads slot {slot}, which nothing writes")
-    unwritten = set(range(plan.history.chain)) - written
+    unwritten = set(range(plan.history.chain - plan.spare)) - written
     _require(not unwritten, f"slots: nothing writes {sorted(unwritten)}")
+    spare = set(range(plan.history.chain - plan.spare, plan.history.chain)) & written
+    _require(not spare, f"slots: {sorted(spare)} is written, and said to be spare")
 
 
 def _check_counts(plan: PlanEntry) -> None:
@@ -94,6 +96,7 @@ def _check_counts(plan: PlanEntry) -> None:
     behind = plan.noises + (plan.image_slot is not None)
     _require(plan.slots - behind >= 1, f"plan: {plan.slots} slots with {behind} for pictures and noises")
     chain = plan.slots - behind
+    _require(plan.spare < chain, f"plan: {plan.spare} of {plan.slots} slots are spare")
     _require(plan.image_slot in (None, chain), f"plan: image_slot {plan.image_slot}, it belongs at {chain}")
     _require(0 <= plan.arena_bytes <= MOST_BYTES, f"plan: an arena of {plan.arena_bytes} bytes")
     _require(plan.evaluations >= 1, f"plan: {plan.evaluations} evaluations")

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import pydantic
 
 from dipgo_deploy.bundle.manifest import EXPORT_AGAIN
@@ -119,3 +120,20 @@ def weights_of(graph: Path, index: WeightsIndex | None = None) -> Mapping[str, S
         if size <= longest and (name := names.get(data[at + 1 : at + 1 + size])) is not None:
             found[name] = tensors[name]
     return found
+
+
+def different_weight(folder: Path, other: Path) -> str | None:
+    """The first weight that two folders of graphs have under one name with different values; None where there is none.
+
+    Raises:
+        UserError: an index cannot be read.
+    """
+    indices = WeightsIndex.load(folder).tensors, WeightsIndex.load(other).tensors
+    mapped = [np.memmap(one / WEIGHTS_NAME, mode="r") for one in (folder, other)]
+    for name in sorted(indices[0].keys() & indices[1].keys()):
+        first, second = (
+            file[index[name].offset :][: index[name].length] for file, index in zip(mapped, indices, strict=True)
+        )
+        if not np.array_equal(first, second):
+            return name
+    return None

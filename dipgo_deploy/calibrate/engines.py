@@ -7,6 +7,7 @@ which stand in the manifest alone.
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from dipgo_deploy.backends.base import Backend
 from dipgo_deploy.bundle.directory import Bundle
 from dipgo_deploy.bundle.history import final_latent
 from dipgo_deploy.bundle.manifest import LaunchEntry, Manifest, PlanEntry, SamplerEntry
+from dipgo_deploy.bundle.self_test import has_self_test, self_test_file
 from dipgo_deploy.bundle.staging import replaced
 from dipgo_deploy.calibrate.core import (
     CalibrationOptions,
@@ -39,6 +41,8 @@ from dipgo_deploy.runtime.requests import Asked, check_request
 from dipgo_deploy.schedule.document import Schedule
 from dipgo_deploy.schedule.frozen import to_json
 from dipgo_deploy.schedule.solver import Solver
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -107,12 +111,14 @@ def calibrate_engines(
             resume=resume,
             report=report,
         )
-    part = bundle.load_schedule().at(launched(bundle.manifest.plan))
+    part = bundle.load_schedule().at(bundle.manifest.plan.launched)
     return part.with_solver(solver)
 
 
 def with_solver(bundle: Bundle, fitted: Schedule) -> Bundle:
     """Give an engine directory the solver that was fitted to it: its manifest and its schedule change, at once.
+
+    The self-test that it may carry goes: it is of the loop without the solver.
 
     fitted: what ``calibrate_engines`` made of this directory's schedule.
 
@@ -121,11 +127,15 @@ def with_solver(bundle: Bundle, fitted: Schedule) -> Bundle:
     """
     solver, manifest = fitted.solver, bundle.manifest
     assert solver is not None
-    steps = launched(manifest.plan)
+    steps = manifest.plan.launched
     before = bundle.load_schedule()
     if fitted.gates != tuple(before.gates[step] for step in steps) or solver.noises != manifest.plan.noises:
         raise UserError(f"{bundle.path}: the solver was fitted to another launch list; fit it to this one")
     text = fitted.to_json().encode()
+    old_test = self_test_file(manifest)
+    kept = {name: digest for name, digest in manifest.files.items() if name != old_test}
+    if has_self_test(manifest):
+        _log.warning("%s: its self-test is of the loop without the solver, so it carries none now", bundle.path)
     sampler = fitted.sampler
     changed = manifest.model_copy(
         update={
@@ -136,17 +146,22 @@ def with_solver(bundle: Bundle, fitted: Schedule) -> Bundle:
                 config=to_json(sampler.config),
                 num_inference_steps=sampler.num_inference_steps,
             ),
-            "files": {**manifest.files, manifest.schedule: hashlib.sha256(text).hexdigest()},
+            "files": {**kept, manifest.schedule: hashlib.sha256(text).hexdigest()},
         }
     )
     bundle.check_unchanged()
-    replaced(bundle.path, changed, {manifest.schedule: text})
+    replaced(bundle.path, changed, {manifest.schedule: text}, gone=(old_test,))
     return Bundle.open(bundle.path)
 
 
 def check_pair(bundle: Bundle, reference: Bundle) -> None:
     """Refuse (UserError) engine directories of which one cannot be fitted to the other's runs; loads no graph."""
     own, full = bundle.manifest, reference.manifest
+    if bundle.schedules:
+        raise UserError(
+            f"--engine-dir {bundle.path}: has several schedules ({', '.join(bundle.schedules)}), whose graphs belong "
+            "together; fit each in a directory of its own, then export the fitted schedules together"
+        )
     for one, option in ((bundle, "--engine-dir"), (reference, "--reference-engine-dir")):
         if one.manifest.plan.image_slot is not None:
             raise UserError(
@@ -173,17 +188,12 @@ def check_pair(bundle: Bundle, reference: Bundle) -> None:
         )
 
 
-def launched(plan: PlanEntry) -> list[int]:
-    """The evaluations that are launched, in order."""
-    return list(dict.fromkeys(launch.step for launch in plan.launches))
-
-
 def launches_of(plan: PlanEntry, full: PlanEntry) -> list[Launch]:
     """What is fitted: for each launched evaluation the one of the full run at the nearest timestep."""
     times = {launch.step: launch.timestep for launch in full.launches}
     steps = list(times)
     found = []
-    for step in launched(plan):
+    for step in plan.launched:
         own = [launch for launch in plan.launches if launch.step == step]
         target = steps[nearest(list(times.values()), own[0].timestep)]
         predicts = any(launch.slot is not None for launch in own)
@@ -259,7 +269,7 @@ class _Engines:
         self.kept_bytes = -(-bundle.manifest.plan.arena_bytes // bundle.manifest.batch)
         self._bundle, self._reference, self._backend = bundle, reference, backend
         self._conditions, self._folder = conditions, folder
-        self._steps = launched(bundle.manifest.plan)
+        self._steps = bundle.manifest.plan.launched
         self._loaded: _Loaded | None = None
 
     def _at(self, bundle: Bundle) -> _Loaded:

@@ -27,6 +27,7 @@ from dipgo_deploy.cli.options import (
     engine_dir_option,
     guidance_option,
     model_option,
+    of_several_options,
     option,
     prompts_option,
     size_options,
@@ -389,6 +390,7 @@ def _problem_options(options: dict[str, Any], schedules: Sequence[Any]) -> Any:
 
 @command.command(epilog=examples("dipgo-bench profile --engine-dir engines/fashion-sd --threads 1"))
 @engine_dir_option
+@of_several_options
 @option("Measurement", "--repeats", type=click.IntRange(min=1), default=3, help="Runs of the loop.")
 @threads_option("the physical cores")
 @option(
@@ -398,12 +400,20 @@ def _problem_options(options: dict[str, Any], schedules: Sequence[Any]) -> Any:
     help="Hold one copy of the weights for all graphs: less memory, slower on a CPU.",
 )
 @json_option
-def profile(engine_dir: Path, repeats: int, threads: int | None, share_weights: bool, as_json: bool) -> None:
+def profile(
+    engine_dir: Path,
+    schedule: str | None,
+    launches: int | None,
+    repeats: int,
+    threads: int | None,
+    share_weights: bool,
+    as_json: bool,
+) -> None:
     """Show where the time of a run goes: its launches, its kernels by block and by operator, and the runtime itself."""
     from dipgo_deploy.bench.profile import profile_loop
     from dipgo_deploy.bundle.directory import Bundle
 
-    bundle = Bundle.open(engine_dir)
+    bundle = Bundle.open(engine_dir, schedule=schedule, launches=launches)
     profiled = profile_loop(bundle, repeats=repeats, threads=threads, share_weights=share_weights)
     plan = bundle.manifest.plan
     facts = {

@@ -12,7 +12,15 @@ from dipgo_deploy.backends import BACKENDS
 from dipgo_deploy.bundle.shapes import Range, Sizes
 from dipgo_deploy.cli.common import checked_outputs, entry_point, examples, human_console, json_option
 from dipgo_deploy.cli.compared import Outputs
-from dipgo_deploy.cli.options import PATH, Command, engine_dir_option, option, threads_option, version_option
+from dipgo_deploy.cli.options import (
+    PATH,
+    Command,
+    engine_dir_option,
+    of_several_options,
+    option,
+    threads_option,
+    version_option,
+)
 from dipgo_deploy.cli.run import parse_labels
 from dipgo_deploy.cli.sides import MODEL, against_side, check_against
 from dipgo_deploy.errors import NotFiniteError, UserError
@@ -42,6 +50,7 @@ def _size(name: str, what: str) -> Any:
     ),
 )
 @engine_dir_option
+@of_several_options
 @option(
     "Model",
     "--model",
@@ -158,6 +167,8 @@ def _size(name: str, what: str) -> Any:
 @version_option
 def command(
     engine_dir: Path,
+    schedule: str | None,
+    launches: int | None,
     model: str | None,
     prompts: tuple[str, ...],
     class_labels: tuple[str, ...],
@@ -222,9 +233,11 @@ def command(
     from dipgo_deploy.backends import create_backend
     from dipgo_deploy.bundle.directory import Bundle
 
-    opened = Bundle.open(engine_dir)
+    opened = Bundle.open(engine_dir, schedule=schedule, launches=launches)
     if bisect is not None and opened.manifest.dtype == "bf16":
         raise UserError("--bisect: bf16 graphs do not run on a CPU; bisect the same export in fp32 or fp16")
+    if bisect is not None and opened.schedules:
+        raise UserError("--bisect: not with several schedules in one directory; bisect an export of this one alone")
     bundle = at_sizes(opened, batch, height, width)
     labels = class_ids(bundle.manifest, prompts, class_labels, guidance_scale)
     created = create_backend(backend, threads=threads)

@@ -27,8 +27,11 @@ from dipgo_deploy.cli.options import (
     option,
     version_option,
 )
+from dipgo_deploy.errors import UserError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from dipgo_deploy.compare.metrics import Agreement
     from dipgo_deploy.export.exporter import PlannedExport
 
@@ -44,6 +47,7 @@ SIZES = "N|MIN:MAX|MIN:OPT:MAX"
         "dipgo-export --model ./sd15 --schedule s.json --engine-dir engines/sd15 --dtype fp16 --max-variants 4",
         "dipgo-export --model ./sd15 --schedule s.json --engine-dir sd15 --batch 1:4 --height 512:768 --width 512:768",
         "dipgo-export --model ./sd15 --schedule s.json --engine-dir engines/sd15-img2img --strength 0.6",
+        "dipgo-export --model ./sd15 --schedule five.json --schedule ten.json --engine-dir engines/sd15",
     ),
 )
 @model_option
@@ -55,7 +59,16 @@ SIZES = "N|MIN:MAX|MIN:OPT:MAX"
     default=True,
     help="Export the text encoders, the tokenizers and the VAE too, or the denoiser only.",
 )
-@option("Schedule", "--schedule", "schedule_file", type=PATH, required=True, help="Schedule file; see dipgo-schedule.")
+@option(
+    "Schedule",
+    "--schedule",
+    "schedule_files",
+    type=PATH,
+    required=True,
+    multiple=True,
+    help="Schedule file; see dipgo-schedule. Given several times, the directory offers all of them by the names of the "
+    "files, the first where none is chosen, and they share graphs and weights.",
+)
 @allow_other_config_option
 @option(
     "Schedule",
@@ -146,21 +159,31 @@ SIZES = "N|MIN:MAX|MIN:OPT:MAX"
     help="With --plan-only: say which layout's engines fit into this much memory, such as 8GiB.",
 )
 @option("Output", "--overwrite", is_flag=True, help="Replace an engine directory that exists.")
+@option(
+    "Output",
+    "--add",
+    is_flag=True,
+    help="Add the schedules to an engine directory that exists; what it was exported with stays.",
+)
 @json_option
 @version_option
+@click.pass_context
 def command(
+    ctx: click.Context,
     model: str,
-    schedule_file: Path,
+    schedule_files: tuple[Path, ...],
     engine_dir: Path | None,
     plan_only: bool,
     memory_budget: str | None,
+    add: bool,
     as_json: bool,
     **options: Any,
 ) -> None:
     """Compile a model and a schedule into an engine directory: graphs, one file of weights, a list of launches."""
     from dipgo_deploy.engine.budget import parse_bytes
-    from dipgo_deploy.errors import UserError
-    from dipgo_deploy.export.exporter import ExportOptions, export_bundle, plan_export
+    from dipgo_deploy.export.added import add_schedules
+    from dipgo_deploy.export.exporter import ExportOptions, export_bundle, plan_exports
+    from dipgo_deploy.export.several import read_schedules, shared_graphs
     from dipgo_deploy.reference.quiet import quiet_libraries
 
     if plan_only == (engine_dir is not None):
@@ -172,13 +195,16 @@ def command(
         if options[name] is not None:
             options[name] = size(f"--{name}", options[name])
     options["class_labels"] = class_label_numbers(options["class_labels"]) or ()
+    if add:
+        _refuse_with_add(ctx)
     settings = ExportOptions(**options)
+    schedules = by_name(schedule_files)
     if budget is not None and any(isinstance(options[name], Range) for name in ("batch", "height", "width")):
         raise UserError("--memory-budget: not with ranges of sizes; give plain numbers for --batch, --height, --width")
     quiet_libraries()
     console = human_console(as_json)
     exports: list[PlannedExport] = []
-    facts: dict[str, Any] = {}
+    rows: list[dict[str, Any]] = []
     agreed: list[Agreement] = []
     notes: list[str] = []
     with console.status("starting") as status:
@@ -190,14 +216,27 @@ def command(
 
         def planned(export: PlannedExport) -> None:
             exports.append(export)
-            facts.update(_facts(export, both_layouts=plan_only))
+            rows.append(_facts(export, both_layouts=plan_only))
 
         if engine_dir is None:
-            planned(plan_export(model, schedule_file, settings, notify))
+            for export in plan_exports(model, read_schedules(schedules), settings, notify):
+                planned(export)
+        elif add:
+            add_schedules(
+                engine_dir,
+                {file.stem: file for file in schedule_files} if isinstance(schedules, Path) else schedules,
+                model=model,
+                layout=settings.layout,
+                check=settings.check,
+                notify=notify,
+                planned=planned,
+                agreed=agreed.append,
+                note=notes.append,
+            )
         else:
             export_bundle(
                 model,
-                schedule_file,
+                schedules,
                 engine_dir,
                 settings,
                 notify,
@@ -205,23 +244,56 @@ def command(
                 agreed=agreed.append,
                 note=notes.append,
             )
-    (export,) = exports
-    _show(console, facts)
-    if "layouts" in facts:
-        facts["advice"] = _show_layouts(console, facts, budget)
-    for agreement in agreed:
-        console.print(f"{export.layout} against the supernet: {agreement}", soft_wrap=True)
-        facts["agreement"] = {key: _finite(value) for key, value in agreement._asdict().items()}
+    for place, (export, row) in enumerate(zip(exports, rows, strict=True)):
+        _show(console, row)
+        if "layouts" in row:
+            row["advice"] = _show_layouts(console, row, budget)
+        for agreement in agreed[place : place + 1]:
+            console.print(f"{export.layout} against the supernet: {agreement}", soft_wrap=True)
+            row["agreement"] = {key: _finite(value) for key, value in agreement._asdict().items()}
+    facts: dict[str, Any] = rows[0] if len(rows) == 1 else {"model": rows[0]["model"], "schedules": rows}
+    if len(exports) > 1:
+        facts["shared_graphs"] = shared_graphs(exports)
+        units = sum(len(row["variants"]) for row in rows)
+        console.print(
+            f"{len(exports)} schedules in {units - facts['shared_graphs']} graphs, {facts['shared_graphs']} fewer than "
+            "one by one"
+        )
+    notes = list(dict.fromkeys(notes))  # what is so of every schedule, once
     for note in notes:
         console.print(note, markup=False, soft_wrap=True)
     if notes:
         facts["not_compared"] = notes
+    export = exports[0]
     if export.options.low_memory and settings.low_memory is None:
         console.print("large weights: held once, compared in processes of their own; --no-low-memory goes without")
     if engine_dir is not None:
         console.print(f"{engine_dir}: {_size(engine_dir)}, ready for dipgo-run", markup=False, soft_wrap=True)
         facts["engine_dir"] = str(engine_dir)
     emit(facts, as_json)
+
+
+_OF_ADD = {"model", "schedule_files", "engine_dir", "add", "layout", "check", "as_json"}
+
+
+def _refuse_with_add(ctx: click.Context) -> None:
+    """Refuse (UserError) options that a directory has decided already."""
+    for param in ctx.command.params:
+        name = param.name or ""
+        if name not in _OF_ADD and ctx.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE:
+            raise UserError(f"{param.opts[0]}: with --add it is as the engine directory was exported; leave it out")
+
+
+def by_name(files: Sequence[Path]) -> Path | dict[str, Path]:
+    """One file as it is; several by their names without the suffix. Raises UserError for a name that comes twice."""
+    if len(files) == 1:
+        return files[0]
+    found: dict[str, Path] = {}
+    for file in files:
+        if file.stem in found:
+            raise UserError(f"--schedule {file}: a schedule named {file.stem} is there already; rename the file")
+        found[file.stem] = file
+    return found
 
 
 def size(option: str, text: str) -> int | Range:
@@ -239,6 +311,8 @@ def _facts(planned: PlannedExport, *, both_layouts: bool) -> dict[str, Any]:
     launched = {launch.step for launch in planned.plan.launches}
     repeated = [step for step in range(planned.schedule.steps) if step not in launched]
     facts: dict[str, Any] = {"model": planned.source.name, "layout": planned.layout}
+    if planned.name:
+        facts["schedule"] = planned.name
     facts["worth"] = worth_of(planned.schedule, repeated).facts()
     if planned.image is not None:
         start = planned.image
@@ -333,7 +407,8 @@ def _show_layouts(console: Any, facts: dict[str, Any], budget: int | None) -> st
 def _show(console: Any, facts: dict[str, Any]) -> None:
     from rich.table import Table
 
-    table = Table(title=f"{facts['model']}: {len(facts['variants'])} {facts['layout']}")
+    named = f", schedule {facts['schedule']}" if "schedule" in facts else ""
+    table = Table(title=f"{facts['model']}{named}: {len(facts['variants'])} {facts['layout']}")
     for heading in (facts["layout"].removesuffix("s"), "launches", "steps", "MMACs", "share", "reads", "writes"):
         table.add_column(heading, justify="left" if heading in ("variant", "segment", "steps") else "right")
     for row in facts["variants"]:

@@ -11,7 +11,7 @@ import click
 
 from dipgo_deploy.bundle.prologue import PROLOGUE_NAME
 from dipgo_deploy.cli.common import emit, entry_point, examples, human_console, json_option
-from dipgo_deploy.cli.options import PATH, Command, option, version_option
+from dipgo_deploy.cli.options import PATH, Command, of_several_options, option, version_option
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -32,6 +32,7 @@ _MOST_LINES = 30
     ),
 )
 @click.argument("directories", nargs=-1, required=True, type=PATH, metavar="DIR [DIR]")
+@of_several_options
 @option("Comparison", "--diff", is_flag=True, help="Show what differs between two directories.")
 @option(
     "Model",
@@ -42,7 +43,15 @@ _MOST_LINES = 30
 @json_option
 @version_option
 @click.pass_context
-def command(ctx: click.Context, directories: tuple[Path, ...], diff: bool, verify: bool, as_json: bool) -> None:
+def command(
+    ctx: click.Context,
+    directories: tuple[Path, ...],
+    schedule: str | None,
+    launches: int | None,
+    diff: bool,
+    verify: bool,
+    as_json: bool,
+) -> None:
     """Show what is in an engine directory: variants and their graphs, caches, launches, memory, engines, origin.
 
     Nothing is run, and neither torch nor ONNX is needed. With --diff the exit status is 1 when two directories differ;
@@ -52,7 +61,7 @@ def command(ctx: click.Context, directories: tuple[Path, ...], diff: bool, verif
         raise click.UsageError(f"{len(directories)} directories given; give one, or two with --diff")
     from dipgo_deploy.bundle.directory import Bundle
 
-    bundles = [Bundle.open(path, verify=verify) for path in directories]
+    bundles = [Bundle.open(path, schedule=schedule, launches=launches, verify=verify) for path in directories]
     console = human_console(as_json)
     if not diff:
         from dipgo_deploy.engine.contents import contents
@@ -170,7 +179,9 @@ def _summary(facts: Mapping[str, Any]) -> dict[str, str]:
     frames = "" if facts["video_frames"] is None else f", {facts['video_frames']} frames"
     usual = "" if facts["guidance_scale"] is None else f", scale {facts['guidance_scale']:g}"
     launches = len(facts["launches"])
+    several = [f"{one['name']} ({one['launches']} launches)" for one in facts["schedules"]]
     lines = {
+        **({"schedules": f"{', '.join(several)}; shown: {facts['name']}"} if several else {}),
         "model": f"{model['class_name']} ({model['name']}), {schedule['blocks']} units ({model['granularity']})",
         "latent": f"{facts['batch']} x {_shape(facts['latent'])}, {facts['dtype']}{size}{frames}",
         "guidance": f"yes{usual}" if facts["guidance"] else f"no{usual}",

@@ -161,6 +161,15 @@ def engine_dir_option(function: F) -> F:
     return option("Model", "--engine-dir", type=PATH, required=True, help=text)(function)
 
 
+def of_several_options(function: F) -> F:
+    """Add ``--schedule`` and ``--launches``, which choose one schedule of an engine directory."""
+    text = "Of an engine directory with several schedules, the name of one."
+    named = option("Schedule", "--schedule", metavar="NAME", show_default="its first", help=text)
+    text = "Or the one of its schedules that has launches at so many evaluations."
+    counted = option("Schedule", "--launches", type=click.IntRange(min=1), show_default="its first's", help=text)
+    return named(counted(function))
+
+
 def allow_other_config_option(function: F) -> F:
     """Add ``--allow-other-config``."""
     text = "Accept a model of the schedule's class that has another configuration and the same blocks."

@@ -25,7 +25,15 @@ from dipgo_deploy.cli.common import (
     overwrite_option,
     progress_bars,
 )
-from dipgo_deploy.cli.options import PATH, Command, engine_dir_option, option, threads_option, version_option
+from dipgo_deploy.cli.options import (
+    PATH,
+    Command,
+    engine_dir_option,
+    of_several_options,
+    option,
+    threads_option,
+    version_option,
+)
 from dipgo_deploy.errors import ToleranceError, UserError
 from dipgo_deploy.files import written_whole
 from dipgo_deploy.runtime.video import SUFFIXES, check_video_output, write_video
@@ -61,6 +69,7 @@ _DEFAULT_OUTPUT = {"pil": "output.png", "np": "output.npy", "latent": "output.np
     ),
 )
 @engine_dir_option
+@of_several_options
 @option(
     "Model",
     "--verify",
@@ -309,6 +318,8 @@ def command(
     lora_partial: bool,
     cuda_graph: GraphMode,
     verify: bool,
+    schedule: str | None,
+    launches: int | None,
     as_json: bool,
 ) -> None:
     """Generate pictures or videos from an engine directory. Needs no torch.
@@ -345,6 +356,8 @@ def command(
         share_weights=share_weights,
         cuda_graph=cuda_graph,
         verify=verify,
+        schedule=schedule,
+        launches=launches,
         load=_LOAD[load],
         lora=choices,
         lora_partial=lora_partial,
@@ -402,6 +415,7 @@ def command(
             "model": manifest.model.name,
             "backend": pipeline.backend.name,
             "seed": seed,
+            "schedule": manifest.name or None,
             "evaluations": manifest.plan.evaluations,
             "launches": result.launches,
             "seconds": timings,
@@ -418,6 +432,8 @@ main = entry_point(command)
 _OF_SELF_TEST = {
     "self_test",
     "engine_dir",
+    "schedule",
+    "launches",
     "verify",
     "backend",
     "threads",

@@ -187,7 +187,8 @@ def _slots_wrong(plan: PlanEntry, places: Mapping[int, int]) -> Iterator[tuple[s
                 f"slot {launch.slot} of {plan.slots} is not for a prediction, or is filled already",
             )
         given.add(launch.slot)
-    missing = sorted(set(range(plan.slots)) - set(places.values()))
+    spare = range(plan.history.chain - plan.spare, plan.history.chain)
+    missing = sorted(set(range(plan.slots)) - set(places.values()) - set(spare))
     if missing:
         yield "", f"no launch makes the prediction of slot {missing[0]}"
 

@@ -17,7 +17,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dipgo_deploy.bundle.self_test import SELF_TEST_NAME
+from dipgo_deploy.bundle.directory import chosen_manifest
+from dipgo_deploy.bundle.manifest import Manifest
+from dipgo_deploy.bundle.self_test import SELF_TEST_NAME, self_test_file
 from dipgo_deploy.compare.metrics import Agreement, worst
 from dipgo_deploy.errors import ToleranceError, UserError
 
@@ -34,43 +36,50 @@ if TYPE_CHECKING:
 _BEYOND = 3
 
 
-def verify_in_processes(engine_dir: Path, model: str, self_test: int | None = None) -> Agreement:
+def verify_in_processes(
+    engine_dir: Path, model: str, self_test: int | None = None, schedule: str | None = None
+) -> Agreement:
     """Compare manifest, launch list and graphs of a written engine directory with the model, in two processes; how far
     the graphs agree.
 
     The first runs the supernet and records, the second runs the graphs: it has neither torch nor the torch model, the
     first no graph. The recordings are files in a folder of ``engine_dir`` meanwhile.
     self_test: bytes of the test that the directory is to carry, as far as the first process runs the model's loop; it
-    is written where everything agrees, and not in the manifest yet.
+    is written where everything agrees, and not in the manifest yet. schedule: name of one of several.
 
     Raises:
         ToleranceError: as ``verify_written``. UserError: a process failed.
     """
-    with _recorded(engine_dir, model, self_test) as folder:
-        agreement = Agreement(*json.loads(_run("compare", str(engine_dir), str(folder)).splitlines()[-1]))
-        _take_self_test(folder, engine_dir, self_test)
-        return agreement
+    with _recorded(engine_dir, model, self_test, schedule) as folder:
+        compared = _run("compare", str(engine_dir), str(folder), *_chosen(schedule))
+        _take_self_test(folder, engine_dir, self_test, schedule)
+        return Agreement(*json.loads(compared.splitlines()[-1]))
 
 
-def record_in_process(engine_dir: Path, model: str, self_test: int) -> None:
+def record_in_process(engine_dir: Path, model: str, self_test: int, schedule: str | None = None) -> None:
     """Record the test that a directory is to carry where its graphs are not compared; as ``verify_in_processes``."""
-    with _recorded(engine_dir, model, self_test) as folder:
-        _take_self_test(folder, engine_dir, self_test)
+    with _recorded(engine_dir, model, self_test, schedule) as folder:
+        _take_self_test(folder, engine_dir, self_test, schedule)
+
+
+def _chosen(schedule: str | None) -> tuple[str, ...]:
+    return () if schedule is None else (schedule,)
 
 
 @contextlib.contextmanager
-def _recorded(engine_dir: Path, model: str, self_test: int | None) -> Iterator[Path]:
+def _recorded(engine_dir: Path, model: str, self_test: int | None, schedule: str | None) -> Iterator[Path]:
     """The folder that the first process has written; gone when the context ends."""
     if not engine_dir.is_dir():
         raise UserError(f"{engine_dir}: no such folder; give an engine directory")
     with tempfile.TemporaryDirectory(prefix=".recorded-", dir=engine_dir) as folder:
-        _run("record", str(engine_dir), model, folder, str(self_test or 0))
+        _run("record", str(engine_dir), model, folder, str(self_test or 0), *_chosen(schedule))
         yield Path(folder)
 
 
-def _take_self_test(folder: Path, engine_dir: Path, self_test: int | None) -> None:
+def _take_self_test(folder: Path, engine_dir: Path, self_test: int | None, schedule: str | None) -> None:
     if self_test is not None:
-        os.replace(folder / SELF_TEST_NAME, engine_dir / SELF_TEST_NAME)
+        manifest = chosen_manifest(engine_dir, Manifest.load(engine_dir), schedule)
+        os.replace(folder / SELF_TEST_NAME, engine_dir / self_test_file(manifest))
 
 
 def _run(*arguments: str) -> str:
@@ -89,7 +98,7 @@ def _run(*arguments: str) -> str:
     return done.stdout
 
 
-def _record(engine_dir: Path, model: str, folder: Path, self_test: int = 0) -> None:
+def _record(engine_dir: Path, model: str, folder: Path, self_test: int = 0, schedule: str | None = None) -> None:
     """What the first process does: recordings in ``folder/0`` and, of open sizes, further folders, one for each of the
     sizes that are compared; and where ``self_test`` says of how many bytes, a test for the directory in ``folder``."""
     from dipgo_deploy.bundle.directory import Bundle
@@ -106,7 +115,7 @@ def _record(engine_dir: Path, model: str, folder: Path, self_test: int = 0) -> N
     from dipgo_deploy.reference.steps import recorder_for
 
     quiet_libraries()
-    for place, (bundle, where) in enumerate(sizes_compared(Bundle.open(engine_dir))):
+    for place, (bundle, where) in enumerate(sizes_compared(Bundle.open(engine_dir, schedule=schedule))):
         manifest, plan = bundle.manifest, bundle.manifest.plan
         with float32_files(model, engine_dir) as weights:
             reference = load_reference(bundle, model, weights)
@@ -127,7 +136,7 @@ def _record(engine_dir: Path, model: str, folder: Path, self_test: int = 0) -> N
                 alone = read_recordings(folder / str(place)) if plan.layout == "variants" else ()
                 test.finish(inputs, alone, None, reference.source.family.tolerances[manifest.dtype])
                 assert test.test is not None
-                write_self_test(folder, test.test)
+                write_self_test(folder / SELF_TEST_NAME, test.test)
             del reference
             gc.collect()  # a model's hooks refer to it
 
@@ -178,7 +187,7 @@ def _caches_kept(schedule: Schedule, plan: PlanEntry, recorder: Recorder | StepR
     return keep
 
 
-def _compare(engine_dir: Path, folder: Path) -> Agreement:
+def _compare(engine_dir: Path, folder: Path, schedule: str | None = None) -> Agreement:
     """What the second process does. It must not load torch."""
     from dipgo_deploy.bundle.directory import Bundle
     from dipgo_deploy.compare.graphs import compare_segments, compare_variants, frugal_session
@@ -189,7 +198,7 @@ def _compare(engine_dir: Path, folder: Path) -> Agreement:
     from dipgo_deploy.models.registry import family_for
     from dipgo_deploy.reference.recorded import read_recordings, read_steps
 
-    whole = Bundle.open(engine_dir)
+    whole = Bundle.open(engine_dir, schedule=schedule)
     manifest = whole.manifest
     tolerance = Tolerance(family_for(manifest.model.class_name).tolerances[manifest.dtype])
     agreements = []
@@ -208,9 +217,9 @@ def _main() -> int:
     stage, engine_dir, *rest = sys.argv[1:]
     try:
         if stage == "record":
-            _record(Path(engine_dir), rest[0], Path(rest[1]), int(rest[2]))
+            _record(Path(engine_dir), rest[0], Path(rest[1]), int(rest[2]), *rest[3:])
         else:
-            print(json.dumps(_compare(Path(engine_dir), Path(rest[0]))))
+            print(json.dumps(_compare(Path(engine_dir), Path(rest[0]), *rest[1:])))
     except ToleranceError as error:
         print(error, file=sys.stderr)
         return _BEYOND

@@ -133,7 +133,7 @@ def build_engines(
     *,
     verify: bool = False,
 ) -> BuildReport:
-    """Build the engines of all variants and components that are not there yet.
+    """Build the engines of all variants, of all schedules, and of all components that are not there yet.
 
     A stored engine is kept when its key is that of the graph, weights and options, and its file is whole. Each engine
     appears when it is complete, so a build that was stopped goes on where it was.
@@ -192,12 +192,12 @@ def build_engines(
     )
 
 
-def graphs_of(manifest: Manifest) -> list[Graph]:
-    """Graphs of all variants that are launched, the prologue's, then those of the components."""
-    launched = {launch.variant for launch in manifest.plan.launches}
-    graphs = [variant.graph for index, variant in enumerate(manifest.plan.variants) if index in launched]
-    prologue = [] if manifest.plan.prologue is None else [manifest.plan.prologue]
-    return [*graphs, *prologue, *manifest.components.graphs]
+def graphs_of(*manifests: Manifest) -> list[Graph]:
+    """Graphs of all variants of the manifests of a directory, each once, the prologue's, then of the components."""
+    graphs = [variant.graph for manifest in manifests for variant in manifest.plan.variants]
+    graphs += [manifest.plan.prologue for manifest in manifests if manifest.plan.prologue is not None]
+    graphs += [graph for manifest in manifests for graph in manifest.components.graphs]
+    return list({graph.file: graph for graph in graphs}.values())
 
 
 def _check_options(flavour: Flavour, options: BuildOptions) -> None:
@@ -282,7 +282,7 @@ def _jobs(
 ) -> list[_Job]:
     hashes = WeightHashes()
     jobs: list[_Job] = []
-    for graph in graphs_of(bundle.manifest):
+    for graph in graphs_of(*(one.manifest for one in bundle.with_each())):
         name = plan_name(graph)
         onnx_file = bundle.path / graph.file
         weights, weights_bytes = hashes.digest(onnx_file)

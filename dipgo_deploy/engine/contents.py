@@ -29,6 +29,9 @@ from dipgo_deploy.schedule.summary import schedule_facts
 def contents(bundle: Bundle, *, verify: bool = False) -> dict[str, Any]:
     """All of an engine directory, for JSON. Sizes are in bytes, those of open sizes the largest.
 
+    Of a directory with several schedules it is that of one, and ``schedules`` says of each its name, evaluations that
+    are launched, and graphs. ``engines`` and ``files`` are always the whole directory's.
+
     ``model``, ``sampler``, ``latent`` (without the batch), ``conditions`` and ``components``: as the manifest has them.
     ``schedule``: see ``schedule_facts``. ``variants``: each with the evaluations it runs at and the caches it reads and
     writes. ``graphs``: of variants, of the prologue, then of components, with inputs, outputs and weights (None where
@@ -46,6 +49,7 @@ def contents(bundle: Bundle, *, verify: bool = False) -> dict[str, Any]:
         UserError: a schedule, a graph or an index of weights that cannot be read.
     """
     manifest = bundle.manifest
+    every = list(bundle.with_each())
     graphs = [_graph(bundle.path, graph) for graph in _graphs(manifest)]
     latent, sizes = manifest.latent, manifest.sizes
     return {
@@ -62,6 +66,16 @@ def contents(bundle: Bundle, *, verify: bool = False) -> dict[str, Any]:
         "guidance": manifest.guidance,
         "guidance_scale": manifest.guidance_scale,
         "sampler": manifest.sampler.model_dump(mode="json"),
+        "schedules": [
+            {
+                "name": one.manifest.name,
+                "launches": len(one.manifest.plan.launched),
+                "graphs": [variant.graph.file for variant in one.manifest.plan.variants],
+            }
+            for one in every
+            if one.manifest.name
+        ],
+        "name": manifest.name or None,
         "schedule": schedule_facts(bundle.load_schedule()),
         "promoted": [{"step": step, "block": block} for step, block in manifest.promoted],
         "layout": manifest.plan.layout,
@@ -77,7 +91,7 @@ def contents(bundle: Bundle, *, verify: bool = False) -> dict[str, Any]:
         "memory": _memory(bundle, graphs),
         "engines": list(engines(bundle, verify=verify)),
         "tools": dict(manifest.tools),
-        "files": dict(manifest.files),
+        "files": dict(every[0].manifest.files),
     }
 
 
@@ -207,7 +221,11 @@ def engines(bundle: Bundle, *, verify: bool = False) -> Iterator[dict[str, Any]]
         UserError: weights that cannot be read.
     """
     plans = bundle.path / PLANS
-    graphs = {plan_name(graph): graph for graph in _graphs(bundle.manifest)}
+    graphs = {
+        plan_name(graph): (graph, one.manifest.files[graph.file])
+        for one in bundle.with_each()
+        for graph in _graphs(one.manifest)
+    }
     hashes = WeightHashes()
     stems = {path.with_suffix("") for suffix in (PLAN_SUFFIX, RECORD_SUFFIX) for path in plans.glob(f"*/*{suffix}")}
     for stem in sorted(stems):
@@ -215,7 +233,7 @@ def engines(bundle: Bundle, *, verify: bool = False) -> Iterator[dict[str, Any]]
             stem.with_name(stem.name + PLAN_SUFFIX),
             PlanRecord.load(stem.with_name(stem.name + RECORD_SUFFIX)),
         )
-        graph = graphs.get(graph_of_plan(plan))
+        graph, digest = graphs.get(graph_of_plan(plan), (None, ""))
         facts: dict[str, Any] = {"name": stem.relative_to(plans).as_posix(), "graph": graph and graph.file}
         if record is not None:
             facts |= {
@@ -225,13 +243,18 @@ def engines(bundle: Bundle, *, verify: bool = False) -> Iterator[dict[str, Any]]
                 "weight_bytes": record.weights_bytes,
                 "seconds": record.seconds,
             }
-        yield {**facts, "problem": _problem(bundle, graph, plan, record, hashes if verify else None)}
+        yield {**facts, "problem": _problem(bundle.path, graph, digest, plan, record, hashes if verify else None)}
 
 
 def _problem(
-    bundle: Bundle, graph: Graph | None, plan: Path, record: PlanRecord | None, hashes: WeightHashes | None
+    engine_dir: Path,
+    graph: Graph | None,
+    digest: str,
+    plan: Path,
+    record: PlanRecord | None,
+    hashes: WeightHashes | None,
 ) -> str | None:
-    """Why an engine is not used. hashes: None leaves out what has to be read for it."""
+    """Why an engine is not used. digest: of the graph. hashes: None leaves out what has to be read for it."""
     if record is None:
         return "has no record that can be read"
     if graph is None:
@@ -239,9 +262,9 @@ def _problem(
     if not plan.is_file():
         return "the engine itself is missing"
     other = []
-    if record.inputs.graph != bundle.manifest.files[graph.file]:
+    if record.inputs.graph != digest:
         other.append("another graph")
-    if hashes is not None and record.inputs.weights != hashes.digest(bundle.path / graph.file)[0]:
+    if hashes is not None and record.inputs.weights != hashes.digest(engine_dir / graph.file)[0]:
         other.append("other weights")
     if record.inputs.profile != profile_of(graph):
         other.append("other shapes")

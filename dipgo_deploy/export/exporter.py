@@ -10,17 +10,26 @@ from dipgo_deploy import arguments
 from dipgo_deploy.bundle.directory import Bundle
 from dipgo_deploy.bundle.staging import staged_directory
 from dipgo_deploy.export.options import ExportOptions, check_options
-from dipgo_deploy.export.planning import Notify, PlannedExport, in_layout, plan_export, read_schedule, replan
+from dipgo_deploy.export.planning import Notify, PlannedExport, in_layout, plan_export, replan
+from dipgo_deploy.export.several import Schedules, plan_exports, read_schedules
 from dipgo_deploy.export.writing import Agreed, publish, warn, write_bundle
 from dipgo_deploy.reference.saved import is_pipeline, pipeline_name, saved_pipeline
-from dipgo_deploy.schedule.document import Schedule
 
-__all__ = ["ExportOptions", "PlannedExport", "export_bundle", "in_layout", "plan_export", "publish", "replan"]
+__all__ = [
+    "ExportOptions",
+    "PlannedExport",
+    "export_bundle",
+    "in_layout",
+    "plan_export",
+    "plan_exports",
+    "publish",
+    "replan",
+]
 
 
 def export_bundle(
     model: str | os.PathLike[str] | Any,
-    schedule: Schedule | str | os.PathLike[str],
+    schedule: Schedules,
     engine_dir: str | os.PathLike[str],
     options: ExportOptions | None = None,
     notify: Notify = lambda stage: None,
@@ -36,12 +45,13 @@ def export_bundle(
             ``model.safetensors?config=FOLDER``, or a diffusers pipeline. A pipeline is saved to a temporary folder
             beside ``engine_dir`` first, so its weights are exported as they are now; the engine directory then names
             the model that the pipeline was loaded from.
-        schedule: a schedule or its file.
+        schedule: a schedule or its file; or several of the same blocks by name, which the directory then offers, the
+            first where none is chosen.
         engine_dir: the folder to write.
         options: how; None for ``ExportOptions()``, the defaults of ``dipgo-export``.
         notify: told each stage when it begins.
-        planned: told what is going to be written, before it is.
-        agreed: told how far the denoiser agrees with the supernet, where they were compared.
+        planned: told what is going to be written, before it is, once for each schedule.
+        agreed: told how far the denoiser agrees with the supernet, where they were compared, once for each schedule.
         note: told what was not compared or not recorded, a line each; a warning in the log by default.
 
     Raises:
@@ -53,12 +63,13 @@ def export_bundle(
         model = arguments.path_text("model", model)
     check_options(options)
     target = arguments.path("engine_dir", engine_dir)
-    schedule = read_schedule(schedule)
+    schedules = read_schedules(schedule)
 
     def write(name: str, recorded: str | None = None) -> None:
-        export = plan_export(name, schedule, options, notify)
-        planned(export)
-        write_bundle(export, stage, notify, agreed, note, model_name=recorded)
+        exports = plan_exports(name, schedules, options, notify)
+        for export in exports:
+            planned(export)
+        write_bundle(exports, stage, notify, agreed, note, model_name=recorded)
 
     with staged_directory(target, overwrite=options.overwrite) as stage:
         if isinstance(model, str):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,7 @@ from dipgo_deploy.models.stock import stock_configuration
 from dipgo_deploy.models.target import check_schedule, nominal_set_timesteps, pipelines_denoisers
 from dipgo_deploy.plan.compile import compile_plan
 from dipgo_deploy.plan.layouts import MANY_COPIES, copies_in_variants
-from dipgo_deploy.plan.model import Plan
+from dipgo_deploy.plan.model import Plan, Variant
 from dipgo_deploy.plan.segments import SegmentPlan, plan_segments
 from dipgo_deploy.reference.source import Source, load_source, unloaded_source
 from dipgo_deploy.schedule.document import Schedule
@@ -61,6 +61,10 @@ class PlannedExport:
         segments: the launches in that layout; None where ``variants`` is exported.
         copies: of the weights that graphs of ``variants`` would hold, where ``auto`` chose by them.
         image: for image-to-image.
+        name: of the schedule, where a directory gets several.
+        others: of the first of several, the names of the others.
+        room: entries of the history's chain that graphs have at least, so that schedules share them.
+        table_rows: timesteps of the tables, where they are not only its own.
     """
 
     source: Source
@@ -75,6 +79,10 @@ class PlannedExport:
     segments: SegmentPlan | None = None
     copies: float | None = None
     image: ImageRun | None = None
+    name: str = ""
+    others: tuple[str, ...] = ()
+    room: int = 0
+    table_rows: tuple[float, ...] = ()
 
     @property
     def layout(self) -> Layout:
@@ -92,15 +100,25 @@ class PlannedExport:
 
     @property
     def history(self) -> History:
-        """The history: initial noise, predictions, the picture's latents, noise draws."""
-        slots = len(self.columns)
+        """The history: initial noise, predictions, spare slots, the picture's latents, noise draws."""
+        slots = len(self.columns) + self.spare
         return History(slots, slots - self.matrix.noises - self.matrix.image)
+
+    @property
+    def chain(self) -> int:
+        """Entries of the history that it fills itself: initial noise and predictions."""
+        return len(self.columns) - self.matrix.noises - self.matrix.image
+
+    @property
+    def spare(self) -> int:
+        """Entries of the history between predictions and what comes behind them, which nothing fills."""
+        return max(0, self.room - self.chain)
 
     @property
     def table_timesteps(self) -> tuple[float, ...]:
         """Timesteps of the rows of the tables, in the order of the launches; none without tables."""
         steps = [launch.step for launch in self.plan.launches] if self.traced.parts else []
-        return tuple(dict.fromkeys(float(self.matrix.timesteps[step]) for step in steps))
+        return self.table_rows or tuple(dict.fromkeys(float(self.matrix.timesteps[step]) for step in steps))
 
     @property
     def promoted(self) -> tuple[tuple[int, str], ...]:
@@ -182,7 +200,10 @@ def replan(planned: PlannedExport, schedule: Schedule) -> PlannedExport:
     if schedule.blocks != planned.schedule.blocks or schedule.model.granularity != planned.schedule.model.granularity:
         raise UserError("the schedules have different blocks or cache kinds; export each on its own")
     planned.source.check(schedule, allow_other_config=planned.options.allow_other_config)
-    sampling = _sampling(planned.source, schedule, planned.traced.shape, planned.options.strength)
+    shape, options = planned.traced.shape, planned.options
+    sampling = _sampling(planned.source, schedule, shape, options.strength)
+    if shape.sizes is not None:
+        _check_open(planned.source, sampling, shape, options, schedule.sampler.num_inference_steps)
     return _planned(planned.source, schedule, sampling, planned.traced, planned.options)
 
 
@@ -325,6 +346,30 @@ def _with_options(
     return _Sampling(scheduler, options, prediction_used(matrix), strength, begin)
 
 
+def _compiled(
+    source: Source,
+    schedule: Schedule,
+    used: tuple[bool, ...],
+    traced: TracedModel,
+    options: ExportOptions,
+    like: Iterable[Variant] = (),
+) -> Plan:
+    return compile_plan(
+        traced.graph,
+        schedule.gates,
+        denoisers=denoiser_numbers(source.family, schedule),
+        max_variants=options.max_variants,
+        prediction_used=used,
+        forecast=schedule.forecast,
+        like=like,
+    )
+
+
+def compiled_like(planned: PlannedExport, like: Iterable[Variant]) -> Plan:
+    """The plan with variants that write what those of other schedules write, see ``compile_plan``."""
+    return _compiled(planned.source, planned.schedule, planned.used, planned.traced, planned.options, like)
+
+
 def _planned(
     source: Source, schedule: Schedule, sampling: _Sampling, traced: TracedModel, options: ExportOptions
 ) -> PlannedExport:
@@ -333,14 +378,7 @@ def _planned(
     image = None
     if sampling.strength is not None and sampling.begin is not None:
         schedule, image = image_run(schedule, sampling.strength, sampling.begin)
-    plan = compile_plan(
-        traced.graph,
-        schedule.gates,
-        denoisers=denoiser_numbers(source.family, schedule),
-        max_variants=options.max_variants,
-        prediction_used=sampling.used,
-        forecast=schedule.forecast,
-    )
+    plan = _compiled(source, schedule, sampling.used, traced, options)
     steps = schedule.sampler.num_inference_steps
     kwargs = sampling.set_timesteps
     # Not checked again: it is the matrix that _with_options checked, with some columns added up.

@@ -6,7 +6,7 @@ import importlib.metadata
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from dipgo_deploy._version import __version__
@@ -28,7 +28,7 @@ from dipgo_deploy.bundle.manifest import (
 )
 from dipgo_deploy.bundle.names import HISTORY, cache_input, cache_output
 from dipgo_deploy.bundle.prologue import PROLOGUE_NAME
-from dipgo_deploy.bundle.self_test import MOST_BYTES, SELF_TEST_NAME, SMALL_BYTES, write_self_test
+from dipgo_deploy.bundle.self_test import MOST_BYTES, SMALL_BYTES, self_test_file, write_self_test
 from dipgo_deploy.bundle.staging import staged_directory
 from dipgo_deploy.bundle.tables import TABLES_NAME
 from dipgo_deploy.compare.metrics import Agreement
@@ -40,6 +40,8 @@ from dipgo_deploy.export.planning import Notify, PlannedExport, denoiser_numbers
 from dipgo_deploy.export.segments import cut_segment, reads_of, writes_of
 from dipgo_deploy.export.tensors import graph_entry
 from dipgo_deploy.export.weights import save_graph, write_weights
+from dipgo_deploy.plan.model import Variant
+from dipgo_deploy.plan.segments import Segment
 from dipgo_deploy.reference.source import Source
 from dipgo_deploy.schedule.frozen import to_json
 
@@ -54,6 +56,7 @@ Agreed = Callable[[Agreement], None]
 _log = logging.getLogger(__name__)
 
 GRAPHS = "graphs"
+SCHEDULES = "schedules"
 _TOOLS = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnx-ir", "numpy")
 
 
@@ -63,26 +66,31 @@ def warn(line: str) -> None:
 
 
 def publish(
-    planned: PlannedExport,
+    planned: PlannedExport | Sequence[PlannedExport],
     engine_dir: Path,
     notify: Notify = lambda stage: None,
     agreed: Agreed = lambda agreement: None,
     note: Notify = warn,
 ) -> Bundle:
-    """Write a planned export to ``engine_dir``.
+    """Write a planned export, or several of one trace that were ``joined``, to ``engine_dir``.
 
     ``notify``, ``agreed`` and ``note`` as ``export_bundle`` has them. Raises as it does, and ValueError for an export
     whose weights were released.
     """
-    if next(planned.source.denoiser.parameters()).is_meta:
+    first = _all(planned)[0]
+    if next(first.source.denoiser.parameters()).is_meta:
         raise ValueError("an export with low_memory is written once; plan it again")
-    with staged_directory(engine_dir, overwrite=planned.options.overwrite) as stage:
+    with staged_directory(engine_dir, overwrite=first.options.overwrite) as stage:
         write_bundle(planned, stage, notify, agreed, note)
     return Bundle.open(engine_dir)
 
 
+def _all(planned: PlannedExport | Sequence[PlannedExport]) -> tuple[PlannedExport, ...]:
+    return (planned,) if isinstance(planned, PlannedExport) else tuple(planned)
+
+
 def write_bundle(
-    planned: PlannedExport,
+    planned: PlannedExport | Sequence[PlannedExport],
     stage: Path,
     notify: Notify = lambda stage: None,
     agreed: Agreed = lambda agreement: None,
@@ -92,17 +100,75 @@ def write_bundle(
 ) -> Manifest:
     """Write everything of an engine directory into the empty folder ``stage``; see ``publish``.
 
-    model_name: what the manifest calls the model, if not ``planned.source.name``.
+    model_name: what the manifests call the model, if not ``source.name``. Returns the first schedule's manifest.
     """
+    exports = _all(planned)
+    written, prologue = write_entries(exports, stage / GRAPHS)
+    notify(f"cut {len({entry.graph.file for entries in written for entry in entries})} graphs")
+    plans = [_plan_entry(export, entries, prologue) for export, entries in zip(exports, written, strict=True)]
+    if exports[0].options.low_memory:
+        _release(exports[0])
+    latent, conditions, components = _around(exports[0], stage, notify)
+    manifests = []
+    for export, plan in zip(exports, plans, strict=True):
+        name = model_name or export.source.name
+        manifests.append(_manifest(export, name, plan, latent, conditions, components))
+        path = stage / manifests[-1].schedule
+        path.parent.mkdir(parents=True, exist_ok=True)
+        export.exported_schedule.save(path)
+    content = hash_tree(stage)
+    manifests = _write_manifests(stage, manifests, content)
+    for export, manifest in zip(exports, manifests, strict=True):
+        bundle = Bundle(stage, manifest)
+        recorder = _self_test_recorder(export, bundle, note)
+        if export.options.check:
+            agreement = _check(export, bundle, notify, note, recorder)
+            if agreement is not None:
+                agreed(agreement)
+        if recorder is not None:
+            _write_self_test(export, bundle, recorder, notify)
+            content[self_test_file(manifest)] = sha256_file(stage / self_test_file(manifest))
+    return _write_manifests(stage, manifests, content)[0]
+
+
+def _write_manifests(stage: Path, manifests: Sequence[Manifest], content: Mapping[str, str]) -> list[Manifest]:
+    """Write the manifests with the digests of their files, the first last: it has those of the others, and of all.
+
+    content: sha256 of every file that is no manifest. Returns them as they were written, in their order.
+    """
+    of_graphs = {variant.graph.file for manifest in manifests for variant in manifest.plan.variants}
+    folders = {manifest.folder for manifest in manifests} - {manifests[0].folder}
+    known = dict(content)
+    written = []
+    for place, manifest in [*enumerate(manifests)][::-1]:
+        own = {variant.graph.file for variant in manifest.plan.variants}
+        others = folders - {manifest.folder}
+        files = {
+            name: digest
+            for name, digest in known.items()
+            if place == 0
+            or (
+                (name in own or name not in of_graphs)
+                and not any(PurePosixPath(name).is_relative_to(folder) for folder in others)
+                and name not in (manifests[0].schedule, self_test_file(manifests[0]))
+                and PurePosixPath(name).name != MANIFEST_NAME
+            )
+        }
+        manifest = manifest.model_copy(update={"files": dict(sorted(files.items()))})
+        path = stage / manifest.folder / MANIFEST_NAME
+        path.write_text(manifest.dumps(), encoding="utf-8")
+        known[path.relative_to(stage).as_posix()] = sha256_file(path)
+        written.append(manifest)
+    return written[::-1]
+
+
+def _around(
+    planned: PlannedExport, stage: Path, notify: Notify
+) -> tuple[LatentSpec, tuple[ConditionSpec, ...], Components]:
+    """What stands around the denoiser, its graphs written into ``stage``."""
     from dipgo_deploy.export.components import export_components
 
-    options, plan = planned.options, planned.plan
-    notify(f"cutting {len(plan.variants if planned.segments is None else planned.segments.segments)} {planned.layout}")
-    variants, prologue = write_entries(planned, stage / GRAPHS)
-    plan_entry = _plan_entry(planned, variants, prologue)
-    if options.low_memory:
-        _release(planned)
-    shape = planned.traced.shape
+    options, shape = planned.options, planned.traced.shape
     latent = LatentSpec(
         channels=planned.source.family.latent_channels(planned.source.config),
         frames=shape.frames,
@@ -132,17 +198,7 @@ def write_bundle(
             embeds=next((spec for spec in conditions if spec.picture.form in ("embeds", "states")), None),
             float32=planned.source.family.float32_in_fp16 if options.dtype == "fp16" else (),
         )
-    planned.exported_schedule.save(stage / SCHEDULE_NAME)
-    name = model_name or planned.source.name
-    manifest = _manifest(planned, name, plan_entry, latent, conditions, components, hash_tree(stage))
-    (stage / MANIFEST_NAME).write_text(manifest.dumps(), encoding="utf-8")
-    bundle = Bundle(stage, manifest)
-    recorder = _self_test_recorder(planned, bundle, note)
-    if options.check:
-        agreement = _check(planned, bundle, notify, note, recorder)
-        if agreement is not None:
-            agreed(agreement)
-    return manifest if recorder is None else _with_self_test(planned, bundle, recorder, notify)
+    return latent, conditions, components
 
 
 def _self_test_recorder(planned: PlannedExport, bundle: Bundle, note: Notify) -> SelfTestRecorder | None:
@@ -173,26 +229,20 @@ def _self_test_recorder(planned: PlannedExport, bundle: Bundle, note: Notify) ->
     return None
 
 
-def _with_self_test(planned: PlannedExport, bundle: Bundle, recorder: SelfTestRecorder, notify: Notify) -> Manifest:
-    """The directory with its test, and its manifest."""
+def _write_self_test(planned: PlannedExport, bundle: Bundle, recorder: SelfTestRecorder, notify: Notify) -> None:
+    """The file, where the comparison has not written it."""
     if planned.options.low_memory:
         _record_in_process(planned, bundle, recorder, notify)
     else:
         _write_recorded(planned, bundle, recorder, notify)
-    digest = sha256_file(bundle.path / SELF_TEST_NAME)
-    files = dict(sorted({**bundle.manifest.files, SELF_TEST_NAME: digest}.items()))
-    manifest = bundle.manifest.model_copy(update={"files": files})
-    (bundle.path / MANIFEST_NAME).write_text(manifest.dumps(), encoding="utf-8")
-    return manifest
 
 
 def _record_in_process(planned: PlannedExport, bundle: Bundle, recorder: SelfTestRecorder, notify: Notify) -> None:
-    """The file, where the comparison has not written it."""
     from dipgo_deploy.compare.processes import record_in_process
 
-    if not (bundle.path / SELF_TEST_NAME).is_file():
+    if not (bundle.path / self_test_file(bundle.manifest)).is_file():
         notify("recording a self-test")
-        record_in_process(bundle.path, planned.source.name, recorder.limit)
+        record_in_process(bundle.path, planned.source.name, recorder.limit, bundle.manifest.name or None)
 
 
 def _write_recorded(planned: PlannedExport, bundle: Bundle, recorder: SelfTestRecorder, notify: Notify) -> None:
@@ -206,7 +256,7 @@ def _write_recorded(planned: PlannedExport, bundle: Bundle, recorder: SelfTestRe
         usual = bundle.at(bundle.manifest.usual_sizes)
         record_alone(usual, reference_of(usual, source), source.family.tolerances[planned.options.dtype], recorder)
     assert recorder.test is not None
-    write_self_test(bundle.path, recorder.test)
+    write_self_test(bundle.path / self_test_file(bundle.manifest), recorder.test)
 
 
 def _release(planned: PlannedExport) -> None:
@@ -233,7 +283,7 @@ def _check(
         return verify_written(bundle, _in_float32(planned.source, planned.options), notify, note, recorder)
     notify(f"comparing the {planned.layout} with the supernet")
     limit = None if recorder is None else recorder.limit
-    agreement = verify_in_processes(bundle.path, planned.source.name, limit)
+    agreement = verify_in_processes(bundle.path, planned.source.name, limit, bundle.manifest.name or None)
     note("not compared at this size: the loop, the weights' values, text encoder and VAE; dipgo-compare does it")
     return agreement
 
@@ -247,44 +297,48 @@ def _in_float32(source: Source, options: ExportOptions) -> Source:
     return replace(source, pipeline=load_pipeline(source.name, **source.family.parts(source.denoiser)))
 
 
-def write_entries(planned: PlannedExport, folder: Path) -> tuple[tuple[VariantEntry, ...], Graph | None]:
-    """Cut every variant or segment, write the graphs into ``folder`` and say for the manifest what they, and the
-    prologue's, are."""
-    if planned.segments is None:
-        graphs = [cut_variant(planned.traced, variant, planned.history) for variant in planned.plan.variants]
-        prologue = _write(planned, graphs, folder)
-        return tuple(
-            VariantEntry(
-                name=variant.name,
-                graph=graph_entry(graph, f"{GRAPHS}/{variant.name}.onnx", planned.traced.shape.sizes),
-                reads=tuple(cache_input(*cache_key(cache)) for cache in variant.reads),
-                writes=tuple(cache_output(cache.kind, cache.value) for cache in variant.writes),
-                predicts=variant.predicts,
-                macs=variant.macs,
-            )
-            for variant, graph in zip(planned.plan.variants, graphs, strict=True)
-        ), prologue
-    segments = planned.segments.segments
-    graphs = [cut_segment(planned.traced, segment, planned.history) for segment in segments]
-    prologue = _write(planned, graphs, folder)
-    return tuple(
-        VariantEntry(
-            name=segment.name,
-            graph=graph_entry(graph, f"{GRAPHS}/{segment.name}.onnx"),
-            reads=reads_of(segment),
-            writes=writes_of(segment),
-            predicts=segment.predicts,
-            macs=segment.macs,
-        )
-        for segment, graph in zip(segments, graphs, strict=True)
-    ), prologue
+def write_entries(
+    exports: Sequence[PlannedExport], folder: Path
+) -> tuple[list[tuple[VariantEntry, ...]], Graph | None]:
+    """Cut every variant or segment, write the graphs into ``folder``, and say for the manifests what they, and the
+    prologue's, are.
+
+    What several exports would cut alike is one graph, with the name that the first of them gives it.
+    """
+    graphs: dict[str, ir.Model] = {}
+    known: dict[object, VariantEntry] = {}
+    found = []
+    for export in exports:
+        prefix = "" if export is exports[0] else f"{export.name}."
+        units = export.plan.variants if export.segments is None else export.segments.segments
+        for unit in units:
+            alike = replace(unit, name=""), export.history
+            if alike not in known:
+                named = replace(unit, name=f"{prefix}{unit.name}")
+                graphs[named.name], known[alike] = _cut(export, named)
+        found.append(tuple(known[replace(unit, name=""), export.history] for unit in units))
+    return found, _write(exports[0], list(graphs.values()), folder)
 
 
-def write_variants(planned: PlannedExport, folder: Path) -> list[ir.Model]:
-    """Cut every variant and write the graphs into ``folder``."""
-    graphs = [cut_variant(planned.traced, variant, planned.history) for variant in planned.plan.variants]
-    _write(planned, graphs, folder)
-    return graphs
+def _cut(planned: PlannedExport, unit: Variant | Segment) -> tuple[ir.Model, VariantEntry]:
+    """The graph of a variant or segment, and its entry, which holds as soon as the graph is written."""
+    traced, file = planned.traced, f"{GRAPHS}/{unit.name}.onnx"
+    if isinstance(unit, Segment):
+        graph = cut_segment(traced, unit, planned.history)
+        reads, writes = reads_of(unit), writes_of(unit)
+    else:
+        graph = cut_variant(traced, unit, planned.history)
+        reads = tuple(cache_input(*cache_key(cache)) for cache in unit.reads)
+        writes = tuple(cache_output(cache.kind, cache.value) for cache in unit.writes)
+    entry = VariantEntry(
+        name=unit.name,
+        graph=graph_entry(graph, file, traced.shape.sizes),
+        reads=reads,
+        writes=writes,
+        predicts=unit.predicts,
+        macs=unit.macs,
+    )
+    return graph, entry
 
 
 def _write(planned: PlannedExport, graphs: list[ir.Model], folder: Path) -> Graph | None:
@@ -338,10 +392,11 @@ def _manifest(
     latent: LatentSpec,
     conditions: tuple[ConditionSpec, ...],
     components: Components,
-    files: dict[str, str],
 ) -> Manifest:
+    """Without the digests of its files."""
     source, schedule, options, traced = planned.source, planned.schedule, planned.options, planned.traced
     scaled = traced.shape.guidance or any(spec.source == "guidance" for spec in conditions)
+    folder = f"{SCHEDULES}/{planned.name}/" if planned.name and not planned.others else ""
     return Manifest(
         created_by=f"dipgo_deploy {__version__}",
         model=ModelEntry(
@@ -352,6 +407,9 @@ def _manifest(
             config={key: value for key, value in source.config.items() if not key.startswith("_")},
             denoisers=tuple(filter(None, source.family.denoisers)),
         ),
+        schedule=f"{folder}{SCHEDULE_NAME}",
+        name=planned.name,
+        others={name: f"{SCHEDULES}/{name}/{MANIFEST_NAME}" for name in planned.others},
         promoted=planned.promoted,
         sampler=SamplerEntry(
             class_name=planned.matrix.class_name if schedule.solver is None else schedule.sampler.class_name,
@@ -372,7 +430,7 @@ def _manifest(
         plan=plan,
         components=components,
         tools={name: importlib.metadata.version(name) for name in _TOOLS},
-        files=files,
+        files={},
     )
 
 
@@ -387,6 +445,11 @@ def _plan_entry(planned: PlannedExport, variants: tuple[VariantEntry, ...], prol
     with_history = {
         place for place, entry in enumerate(variants) if HISTORY in {spec.name for spec in entry.graph.inputs}
     }
+
+    def weights(row: np.ndarray) -> tuple[float, ...]:
+        found = row[list(columns)].tolist()
+        return (*found[: planned.chain], *[0.0] * planned.spare, *found[planned.chain :])
+
     return PlanEntry(
         layout=planned.layout,
         variants=variants,
@@ -395,9 +458,7 @@ def _plan_entry(planned: PlannedExport, variants: tuple[VariantEntry, ...], prol
                 step=launch.step,
                 variant=launch.variant,
                 timestep=float(matrix.timesteps[launch.step]),
-                coefficients=tuple(matrix.rows[launch.step, columns].tolist())
-                if launch.variant in with_history
-                else (),
+                coefficients=weights(matrix.rows[launch.step]) if launch.variant in with_history else (),
                 reads=launch.reads,
                 writes=launch.writes,
                 slot=None if launch.prediction is None else columns.index(1 + launch.prediction),
@@ -406,9 +467,10 @@ def _plan_entry(planned: PlannedExport, variants: tuple[VariantEntry, ...], prol
             )
             for launch in laid_out.launches
         ),
-        final=tuple(matrix.final[list(columns)].tolist()),
-        slots=len(columns),
+        final=weights(matrix.final),
+        slots=planned.history.slots,
         noises=matrix.noises,
+        spare=planned.spare,
         image_slot=planned.history.chain if matrix.image else None,
         table_timesteps=planned.table_timesteps,
         table_classes=() if planned.traced.classes is None else planned.traced.classes.classes,

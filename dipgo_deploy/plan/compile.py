@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 
 from dipgo_deploy.errors import UserError
@@ -27,6 +27,7 @@ def compile_plan(
     prediction_used: Sequence[bool] | None = None,
     alignment: int = ALIGNMENT,
     forecast: Reads | None = None,
+    like: Iterable[Variant] = (),
 ) -> Plan:
     """Turn T x N gates into launches of as few static graphs as possible, with the same predictions.
 
@@ -39,6 +40,8 @@ def compile_plan(
             all); at least one must be.
         alignment: of cache offsets, in bytes.
         forecast: what removed blocks read; None: the value that they stored last.
+        like: variants of other schedules. One that computes and reads the same here writes what they write, too, so
+            that all of them are one graph.
 
     The result depends on the arguments only. Raises UserError for gates of the wrong shape, for a limit below one,
     for a removed block that is needed before it was ever computed, and for a limit that re-enables blocks where the
@@ -54,7 +57,7 @@ def compile_plan(
         alignment=alignment,
         forecast=forecast,
     )
-    return _assemble(compiled, alignment)
+    return _assemble(compiled, alignment, like)
 
 
 @dataclass(frozen=True)
@@ -129,11 +132,12 @@ def _gate_masks(graph: BlockGraph, gates: Sequence[Sequence[bool]]) -> list[int]
     return [sum(1 << block for block, kept in enumerate(row) if kept) for row in gates]
 
 
-def _assemble(compiled: Compiled, alignment: int) -> Plan:
+def _assemble(compiled: Compiled, alignment: int, like: Iterable[Variant]) -> Plan:
     """The demand as variants and launches with every cache at its offset."""
     index, asked, kept, demands = compiled.index, compiled.asked, compiled.kept, compiled.demand
     groups = group_launches(demands.launches)
     most = [_most_terms(demands, group) for group in groups]
+    groups = _writing_like(index, groups, most, tuple(like))
     variants = tuple(
         _variant(index, f"v{number:02d}", group, terms)
         for number, (group, terms) in enumerate(zip(groups, most, strict=True))
@@ -195,6 +199,23 @@ def _assemble(compiled: Compiled, alignment: int) -> Plan:
             for block in bits(after & ~before)
         ),
     )
+
+
+def _writing_like(
+    index: GraphIndex, groups: Sequence[Group], most: Sequence[Mapping[int, int]], like: Sequence[Variant]
+) -> tuple[Group, ...]:
+    """The groups, each of which also writes what variants that are like it write."""
+    value_of = {name: value for value, name in enumerate(index.names)}
+    found = []
+    for group, terms in zip(groups, most, strict=True):
+        own = _variant(index, "", group, terms)
+        writes = group.writes
+        for other in like:
+            if (other.computed, other.reads, other.predicts) == (own.computed, own.reads, own.predicts):
+                for cache_ in other.writes:
+                    writes |= 1 << value_of[cache_.value]
+        found.append(replace(group, writes=writes))
+    return tuple(found)
 
 
 def _most_terms(demands: Demand, group: Group) -> dict[int, int]:

@@ -76,6 +76,7 @@ class DenoisingLoop:
             of anything this run has not written shows in the result.
         lazy: load each variant's graph at its first launch, not now.
         weights: take the place of the weights that they change.
+        executables: graphs that are loaded already, by file; what this loop loads goes in, too.
 
     Raises:
         UserError: the backend cannot run the directory, a graph cannot be loaded, or the manifest contradicts itself.
@@ -89,11 +90,12 @@ class DenoisingLoop:
         poison: bool = False,
         lazy: bool = False,
         weights: ChangedWeights | None = None,
+        executables: dict[str, Executable] | None = None,
     ) -> None:
         manifest = bundle.manifest
         backend.check(manifest)
         plan = manifest.plan
-        self._bundle = bundle
+        self.bundle = bundle
         self._backend = backend
         self._poison = poison
         self.launches: tuple[LaunchEntry, ...] = plan.launches
@@ -119,7 +121,7 @@ class DenoisingLoop:
         self._weights = weights
         bound = {**self._guidance_scales, **self._conditions}
         self._run_rows = RunRows(bundle, backend, tables, bound, weights)
-        self._executables: dict[int, Executable] = {}
+        self._executables = {} if executables is None else executables
         self._views = {self.sample_shape: self._view}
         self._place(self._view)
         if not lazy:
@@ -135,11 +137,6 @@ class DenoisingLoop:
             self._ready(index)
         self._run_rows.load()
 
-    @property
-    def graphs_loaded(self) -> int:
-        """How many variants' graphs are loaded."""
-        return len(self._executables)
-
     def _ready(self, index: int) -> Launchable:
         """Launch ``index``, its graph loaded and its tensors bound."""
         view = self._view
@@ -147,11 +144,11 @@ class DenoisingLoop:
         if call is None:
             launch = self.launches[index]
             graph = view.graph(launch)
-            executable = self._executables.get(launch.variant)
+            executable = self._executables.get(graph.file)
             if executable is None:
-                executable = self._backend.load(self._bundle.path, graph, self._weights)
-                self._bundle.check_unchanged()
-                self._executables[launch.variant] = executable
+                executable = self._backend.load(self.bundle.path, graph, self._weights)
+                self.bundle.check_unchanged()
+                self._executables[graph.file] = executable
             tensors = view.tensors[index]
             call = executable.bind(tensors) if graph.sizes is None else executable.bind(tensors, graph)
             view.calls[index] = call
@@ -159,7 +156,7 @@ class DenoisingLoop:
 
     def _at(self, noise: np.ndarray) -> _View:
         """The view for the shape of ``noise``; raises ValueError or UserError for one that it cannot have."""
-        manifest = self._bundle.manifest
+        manifest = self.bundle.manifest
         fixed = manifest.latent.shape[:-2]  # all but height and width
         if manifest.sizes is None or noise.ndim != len(fixed) + 3 or noise.shape[1:-2] != fixed:
             _with_shape("noise", noise, self.sample_shape)
@@ -205,7 +202,7 @@ class DenoisingLoop:
             return {name: tensors[name].at(0, spec.nbytes) for name, spec in specs.items()}
         except (KeyError, ValueError) as error:
             raise UserError(
-                f"{self._bundle.path}: manifest, launch {index} ({variant.name}): {error}; export it again"
+                f"{self.bundle.path}: manifest, launch {index} ({variant.name}): {error}; export it again"
             ) from None
 
     def run(
@@ -319,7 +316,7 @@ class DenoisingLoop:
                 continue
             if (self._tables or self._run_rows.timed) and timestep != launch.timestep:
                 raise UserError(
-                    f"{self._bundle.path}: evaluation {step} has tables for the timestep {launch.timestep}, not "
+                    f"{self.bundle.path}: evaluation {step} has tables for the timestep {launch.timestep}, not "
                     f"{timestep}; export the engine directory again with --no-timestep-tables"
                 )
             self._tell(index, alone, timestep)
@@ -350,7 +347,7 @@ class DenoisingLoop:
 
     def variant(self, index: int) -> VariantEntry:
         """The variant that launch ``index`` runs."""
-        return self._bundle.manifest.plan.variants[self.launches[index].variant]
+        return self.bundle.manifest.plan.variants[self.launches[index].variant]
 
     def fetch(self, index: int, name: str) -> np.ndarray:
         """An input or output of launch ``index`` as it is in memory now: call it from ``on_launch``.

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -25,8 +23,8 @@ from dipgo_deploy.bundle.self_test import read_self_test
 from dipgo_deploy.errors import NotFiniteError, UserError
 from dipgo_deploy.lora.file import LoraChoice
 from dipgo_deploy.runtime.given_pictures import picture_conditions
-from dipgo_deploy.runtime.image import Decoder, Encoder, Picture, batch_for, pad_batch, to_pil
-from dipgo_deploy.runtime.loop import DenoisingLoop
+from dipgo_deploy.runtime.image import Picture, batch_for, pad_batch, to_pil
+from dipgo_deploy.runtime.loaded import Loaded
 from dipgo_deploy.runtime.memory import process_memory
 from dipgo_deploy.runtime.noise import TorchNoise
 from dipgo_deploy.runtime.requests import (
@@ -40,13 +38,12 @@ from dipgo_deploy.runtime.requests import (
     text_conditions,
 )
 from dipgo_deploy.runtime.self_test import SelfTestReport, run_self_test
-from dipgo_deploy.runtime.text import TextEncoder
 from dipgo_deploy.schedule.solver import FittedTo
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from dipgo_deploy.lora.merge import LoraReport, MergedWeights
+    from dipgo_deploy.lora.merge import LoraReport
 
 _log = logging.getLogger(__name__)
 
@@ -116,21 +113,12 @@ class Pipeline:
     loaded when it is first launched.
     """
 
-    def __init__(self, bundle: Bundle, backend: Backend, *, lazy: bool = False) -> None:
+    def __init__(self, bundle: Bundle, backend: Backend, *, lazy: bool = False, loaded: Loaded | None = None) -> None:
         self.bundle = bundle
         self.backend = backend
-        self._lazy = lazy
-        self._lock = threading.RLock()
-        self._busy = False
-        self._loras: list[LoraChoice] = []
-        self._weights: MergedWeights | None = None
+        self._loaded = Loaded(backend, lazy=lazy) if loaded is None else loaded
         self._fitted_to: FittedTo | None = _fitted_to(bundle)
         self._said: set[str] = set()
-        self._loop: DenoisingLoop | None = None
-        self._text: TextEncoder | None = None
-        self._decoder: Decoder | None = None
-        self._encoder: Encoder | None = None
-        self._image_encoder: Encoder | None = None
 
     @classmethod
     def from_engine_dir(
@@ -145,6 +133,8 @@ class Pipeline:
         load: LoadMode = "eager",
         lora: Sequence[tuple[str | os.PathLike[str], float] | tuple[str | os.PathLike[str], float, str]] = (),
         lora_partial: bool = False,
+        schedule: str | None = None,
+        launches: int | None = None,
     ) -> Pipeline:
         """Open an engine directory made by ``dipgo-export``.
 
@@ -162,13 +152,15 @@ class Pipeline:
                 ``OnnxRuntimeBackend``); ``auto``: ``lazy`` on the CPU, ``call`` elsewhere.
             lora: LoRA files to start with, as (file, scale) or (file, scale, denoiser); see ``load_lora``.
             lora_partial: ``partial`` for each of them.
+            schedule: of a directory with several schedules the name of one; None: its first.
+            launches: or the one that has launches at so many evaluations.
 
         Raises:
             UserError: the directory is wrong or damaged, or the backend cannot run it here.
         """
         arguments.choice("load", load, LOAD_MODES)
         choices = _lora_choices(lora, arguments.flag("lora_partial", lora_partial))
-        bundle = Bundle.open(engine_dir, verify=verify)
+        bundle = Bundle.open(engine_dir, schedule=schedule, launches=launches, verify=verify)
         created = create_backend(
             backend,
             threads=threads,
@@ -180,10 +172,24 @@ class Pipeline:
         lazy = load == "lazy" or (load == "auto" and created.name == "cpu")
         pipeline = cls(bundle, created, lazy=lazy)
         if choices:
-            pipeline._change_weights(choices)
+            pipeline._loaded.change_weights(bundle, choices)
         if load == "eager":
             pipeline.load()
         return pipeline
+
+    def with_schedule(self, name: str) -> Pipeline:
+        """A pipeline for another schedule of the same engine directory.
+
+        Graphs, text encoder, VAE and LoRAs are those of this one; buffers and launches are its own. Calls of both wait
+        for each other.
+
+        Raises:
+            UserError: the directory has no schedule of that name.
+        """
+        bundle = Bundle.open(self.bundle.path, schedule=name)
+        self.bundle.check_unchanged()
+        self.backend.check(bundle.manifest)
+        return Pipeline(bundle, self.backend, loaded=self._loaded)
 
     def load(self) -> None:
         """Load and bind the denoiser's graphs, the text encoder and the VAE, where not done yet.
@@ -191,70 +197,8 @@ class Pipeline:
         Raises:
             UserError: a graph cannot be loaded.
         """
-        with self._alone("load"):
-            self._load()
-
-    @contextmanager
-    def _alone(self, what: str) -> Iterator[None]:
-        """Only one thread at a time is inside; a callback of a call that is running must not come in, either."""
-        with self._lock:
-            if self._busy:
-                raise UserError(f"{what}: called by the callback of a call of the same pipeline; use another pipeline")
-            self._busy = True
-            try:
-                yield
-            finally:
-                self._busy = False
-
-    def _load(self) -> None:
-        components = self.bundle.manifest.components
-        self._ready_loop(lazy=False).load()
-        if components.text_encoder is not None:
-            self._ready_text()
-        if components.vae_decoder is not None:
-            self._ready_decoder()
-        if components.vae_encoder is not None:
-            self._ready_encoder()
-        if components.image_encoder is not None:
-            self._ready_image_encoder()
-
-    def _ready_loop(self, *, lazy: bool) -> DenoisingLoop:
-        if self._loop is None:
-            self._loop = DenoisingLoop(self.bundle, self.backend, lazy=lazy, weights=self._weights)
-        return self._loop
-
-    def _ready_text(self) -> TextEncoder:
-        if self._text is None:
-            entry = self.bundle.manifest.components.text_encoder
-            assert entry is not None  # a request with prompts was checked to have an encoder
-            loaded = TextEncoder(self.bundle.path, entry, self.backend, self._weights)
-            self.bundle.check_unchanged()
-            self._text = loaded
-        return self._text
-
-    def _ready_decoder(self) -> Decoder:
-        if self._decoder is None:
-            loaded = Decoder(self.bundle.path, self.bundle.manifest.components, self.backend)
-            self.bundle.check_unchanged()
-            self._decoder = loaded
-        return self._decoder
-
-    def _ready_encoder(self) -> Encoder:
-        if self._encoder is None:
-            components = self.bundle.manifest.components
-            loaded = Encoder(self.bundle.path, components.encoders, self.backend, components.vae_encoder_chunks)
-            self.bundle.check_unchanged()
-            self._encoder = loaded
-        return self._encoder
-
-    def _ready_image_encoder(self) -> Encoder:
-        if self._image_encoder is None:
-            graph = self.bundle.manifest.components.image_encoder
-            assert graph is not None  # checked with the request
-            loaded = Encoder(self.bundle.path, (graph,), self.backend)
-            self.bundle.check_unchanged()
-            self._image_encoder = loaded
-        return self._image_encoder
+        with self._loaded.alone("load"):
+            self._loaded.all_of(self.bundle)
 
     def load_lora(
         self, file: str | os.PathLike[str], scale: float = 1.0, *, partial: bool = False, denoiser: str = ""
@@ -275,18 +219,18 @@ class Pipeline:
                 the backend cannot change weights here; the pipeline is then as it was.
         """
         (choice,) = _lora_choices([(file, scale, denoiser)], arguments.flag("partial", partial))
-        with self._alone("load_lora"):
-            return self._change_weights([*self._loras, choice])[-1]
+        with self._loaded.alone("load_lora"):
+            return self._loaded.change_weights(self.bundle, [*self._loaded.loras, choice])[-1]
 
     def unload_lora(self) -> None:
         """Undo every ``load_lora``: the weights are again, bit for bit, those of the engine directory."""
-        with self._alone("unload_lora"):
-            self._change_weights([])
+        with self._loaded.alone("unload_lora"):
+            self._loaded.change_weights(self.bundle, [])
 
     @property
     def loras(self) -> tuple[LoraReport, ...]:
         """What became of each LoRA that is loaded, in order."""
-        return () if self._weights is None else self._weights.reports
+        return self._loaded.reports
 
     def memory(self) -> dict[str, Any]:
         """Bytes. ``host``: of this process (``rss``, ``pss``); ``device``: as the backend knows them, empty on the CPU;
@@ -295,35 +239,9 @@ class Pipeline:
         return {
             "host": process_memory(),
             "device": self.backend.memory(),
-            "graphs_loaded": 0 if self._loop is None else self._loop.graphs_loaded,
+            "graphs_loaded": self._loaded.graphs_loaded(self.bundle),
             "graphs": len(variants),
         }
-
-    def _change_weights(self, loras: list[LoraChoice]) -> tuple[LoraReport, ...]:
-        """Drop what is loaded, and load as much again with other weights; on an error all stays as it was."""
-        weights = None
-        if loras:
-            from dipgo_deploy.lora.merge import merge_loras
-
-            weights = merge_loras(self.bundle, loras)
-        before = self._loras, self._weights
-        loaded = self._loop is not None, self._text is not None
-        self._loop = self._text = None  # before the new ones are there: both at once would take twice the memory
-        self._loras, self._weights = loras, weights
-        try:
-            self._reload(*loaded)
-        except UserError:
-            self._loop = self._text = None
-            self._loras, self._weights = before
-            self._reload(*loaded)
-            raise
-        return self.loras
-
-    def _reload(self, loop: bool, text: bool) -> None:
-        if loop:
-            self._ready_loop(lazy=self._lazy)
-        if text:
-            self._ready_text()
 
     def __call__(
         self,
@@ -423,7 +341,7 @@ class Pipeline:
         stream = TorchNoise(arguments.whole("seed", seed))
         if callback is not None:
             arguments.function("callback", callback)
-        with self._alone("call"):
+        with self._loaded.alone("call"):
             return self._draw(request, stream, callback, start)
 
     def _draw(
@@ -431,8 +349,8 @@ class Pipeline:
     ) -> PipelineOutput:
         loading = time.perf_counter()
         self._say_what_the_fit_had_not(request)
-        if not self._lazy:
-            self._load()
+        if not self._loaded.lazy:
+            self._loaded.all_of(self.bundle)
         encoding = time.perf_counter()
         drawn = self._drawn(request, stream)
         denoising = time.perf_counter()
@@ -459,7 +377,7 @@ class Pipeline:
         line = self._fitted_to.beyond(
             request.guidance_scale if guided else None,
             (request.size[-2], request.size[-1]),
-            lora=any(choice.scale for choice in self._loras),
+            lora=any(choice.scale for choice in self._loaded.loras),
             scale=manifest.latent.scale or 1,
         )
         if line and line not in self._said:
@@ -472,15 +390,15 @@ class Pipeline:
         Raises:
             UserError: it carries none, a LoRA is loaded, or a run failed.
         """
-        with self._alone("self_test"):
-            if any(choice.scale for choice in self._loras):
+        with self._loaded.alone("self_test"):
+            if any(choice.scale for choice in self._loaded.loras):
                 raise UserError("self_test: a LoRA is loaded, and the test is of the model without; unload it first")
             test = read_self_test(self.bundle)
-            return run_self_test(test, self._ready_loop(lazy=self._lazy))
+            return run_self_test(test, self._loaded.loop(self.bundle))
 
     def tokens(self, prompt: str, *, negative: bool = False) -> dict[str, np.ndarray]:
         """What the text encoders get of a prompt, by graph input name: token ids and masks, int64 (1, length)."""
-        return self._ready_text().tokens(prompt, negative=negative)
+        return self._loaded.text(self.bundle).tokens(prompt, negative=negative)
 
     def conditions(self, request: Request, seed: int = 0) -> Conditions:
         """Per condition its (unconditional, conditional) rows, one for each image; the former None without guidance.
@@ -529,7 +447,7 @@ class Pipeline:
     def _encode(self, prompts: tuple[str, ...] | None, *, negative: bool = False) -> dict[str, np.ndarray] | None:
         if prompts is None:
             return None
-        encoded = self._ready_text()(prompts, negative=negative)
+        encoded = self._loaded.text(self.bundle)(prompts, negative=negative)
         for name, spec in text_conditions(self.bundle.manifest).items():
             if not fits(encoded[name], spec.dtype):
                 raise self._not_finite(f"text encoder, output {name}")
@@ -574,7 +492,7 @@ class Pipeline:
         return conditions
 
     def _embedded(self, spec: ConditionSpec, pictures: np.ndarray, images: int) -> tuple[np.ndarray | None, np.ndarray]:
-        found = self._ready_image_encoder()(pictures)
+        found = self._loaded.image_encoder(self.bundle)(pictures)
         # Where it gives nothing for none, the picture is in both halves.
         rows, nothing = (_of_each(found.get(name, found[EMBEDS]), images) for name in (EMBEDS, NO_EMBEDS))
         if not fits(rows, spec.dtype):
@@ -583,7 +501,7 @@ class Pipeline:
 
     def _encoded(self, pictures: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
         """Mean and standard deviation of the latents of pictures; the latter None for a deterministic VAE."""
-        encoded = self._ready_encoder()(pictures)
+        encoded = self._loaded.encoder(self.bundle)(pictures)
         if not all(np.isfinite(rows).all() for rows in encoded.values()):
             raise self._not_finite("VAE encoder")
         return encoded["mean"], encoded.get("std")
@@ -599,7 +517,7 @@ class Pipeline:
 
         Returns latents and launches.
         """
-        loop = self._ready_loop(lazy=self._lazy)
+        loop = self._loaded.loop(self.bundle)
         manifest = self.bundle.manifest
         most = manifest.batch
         latents, picture = drawn.latents, drawn.picture
@@ -640,7 +558,7 @@ class Pipeline:
     def _images(self, request: Request, latents: np.ndarray) -> list[Image] | np.ndarray:
         if request.output_type == "latent":
             return latents
-        images = self._ready_decoder()(latents)
+        images = self._loaded.decoder(self.bundle)(latents)
         if not np.isfinite(images).all():
             raise self._not_finite("VAE decoder")
         if request.output_type == "np":
@@ -650,7 +568,7 @@ class Pipeline:
     def _not_finite(self, first: str) -> NotFiniteError:
         """The error for a run whose first values that are not finite came from ``first``."""
         dtype = self.bundle.manifest.dtype
-        helps = ["a smaller LoRA scale"] if self._loras else []
+        helps = ["a smaller LoRA scale"] if self._loaded.loras else []
         helps += ["a smaller guidance scale"] if self.bundle.manifest.guidance and not first.startswith("text") else []
         helps += ["an export with --dtype fp32 or bf16"] if dtype == "fp16" else []
         helps += ["dipgo-run --verify, which finds damaged weights"]

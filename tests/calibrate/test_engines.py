@@ -15,6 +15,7 @@ import pytest
 
 from dipgo_deploy.backends import create_backend
 from dipgo_deploy.bundle.directory import Bundle
+from dipgo_deploy.bundle.self_test import SELF_TEST_NAME, has_self_test
 from dipgo_deploy.calibrate.core import CalibrationOptions
 from dipgo_deploy.calibrate.engines import (
     Conditions,
@@ -88,7 +89,8 @@ def test_it_is_the_fit_of_torch_and_the_directory_an_export_of_it(
 ) -> None:
     """Whole and partly run evaluations, caches that are read two launches later, groups that batches do not divide."""
     target = tmp_path / "engine"
-    before = export(dit_folder, schedule_of(problem, PARTLY), target, layout=layout, batch=2)
+    before = export(dit_folder, schedule_of(problem, PARTLY), target, layout=layout, batch=2, self_test=True)
+    assert has_self_test(before.manifest)
     graphs = {path: path.stat().st_ino for path in target.rglob("*.onnx*")}
     (target / "plans").mkdir()
     (target / "plans" / "engine.plan").write_bytes(b"built")
@@ -104,6 +106,7 @@ def test_it_is_the_fit_of_torch_and_the_directory_an_export_of_it(
     np.testing.assert_allclose(ours["residuals"], theirs["residuals"], rtol=1e-2, atol=1e-5)
 
     assert after.load_schedule() == new
+    assert not has_self_test(after.manifest) and not (target / SELF_TEST_NAME).exists()  # of another loop
     assert {path: path.stat().st_ino for path in target.rglob("*.onnx*")} == graphs  # not copied, not written
     assert (target / "plans" / "engine.plan").read_bytes() == b"built"
     with pytest.raises(UserError, match="was replaced while it was in use"):

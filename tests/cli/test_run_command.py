@@ -62,6 +62,7 @@ def test_json_goes_to_stdout_and_words_to_stderr(text_dir, tmp_path, capsys):
         "model": "toy",
         "backend": "cpu",
         "seed": 7,
+        "schedule": None,
         "evaluations": 6,
         "launches": 12,
         "loras": [],
@@ -244,7 +245,7 @@ def test_graphs_are_loaded_as_they_are_launched_on_the_cpu_only(text_dir, monkey
     made = OnnxRuntimeBackend("cpu", threads=1)
     made.name = backend
     monkeypatch.setattr("dipgo_deploy.runtime.pipeline.create_backend", lambda *args, **options: made)
-    assert Pipeline.from_engine_dir(text_dir, backend, load="auto")._lazy == lazy
+    assert Pipeline.from_engine_dir(text_dir, backend, load="auto")._loaded.lazy == lazy
 
 
 def test_lazy_loading_draws_the_same(text_dir, tmp_path, capsys):

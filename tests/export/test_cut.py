@@ -13,13 +13,11 @@ import pytest
 
 from dipgo_deploy.bundle.directory import Bundle
 from dipgo_deploy.bundle.manifest import VariantEntry
-from dipgo_deploy.bundle.names import cache_input, cache_output
 from dipgo_deploy.compare.written import verify_written
 from dipgo_deploy.errors import ToleranceError
 from dipgo_deploy.export.cut import weighted_sum
 from dipgo_deploy.export.exporter import PlannedExport
-from dipgo_deploy.export.tensors import graph_entry
-from dipgo_deploy.export.writing import write_bundle, write_variants
+from dipgo_deploy.export.writing import write_bundle, write_entries
 
 WithGates = Callable[[PlannedExport, list[list[bool]]], PlannedExport]
 MODELS = ("planned_unet", "planned_unet_layers", "planned_dit", "planned_dit_output", "planned_dit_layers")
@@ -33,18 +31,8 @@ def _random_gates(planned: PlannedExport, ratio: float, seed: int) -> list[list[
 
 
 def _write(planned: PlannedExport, folder: Path) -> tuple[VariantEntry, ...]:
-    graphs = write_variants(planned, folder)
-    return tuple(
-        VariantEntry(
-            name=variant.name,
-            graph=graph_entry(graph, f"{variant.name}.onnx"),
-            reads=tuple(cache_input(cache.kind, cache.value) for cache in variant.reads),
-            writes=tuple(cache_output(cache.kind, cache.value) for cache in variant.writes),
-            predicts=variant.predicts,
-            macs=variant.macs,
-        )
-        for variant, graph in zip(planned.plan.variants, graphs, strict=True)
-    )
+    (entries,), _ = write_entries([planned], folder)
+    return entries
 
 
 def _written(planned: PlannedExport, folder: Path) -> Bundle:

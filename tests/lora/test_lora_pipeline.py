@@ -380,9 +380,11 @@ def test_lazy_loads_what_is_launched_and_memory_is_told(unet):
     np.testing.assert_array_equal(draw(pipeline), draw(eager))
     assert pipeline.memory()["graphs_loaded"] == memory["graphs"]
     latents, text = inputs()
-    loop = pipeline_of(unet, load="lazy")._ready_loop(lazy=True)
+    pipeline = pipeline_of(unet, load="lazy")
+    loop = pipeline._loaded.loop(pipeline.bundle)
     loaded = []
-    loop.run(latents, {"encoder_hidden_states": text}, on_launch=lambda _: loaded.append(loop.graphs_loaded))
+    conditions = {"encoder_hidden_states": text}
+    loop.run(latents, conditions, on_launch=lambda _: loaded.append(pipeline.memory()["graphs_loaded"]))
     assert loaded[0] == 1
     with pytest.raises(UserError, match="load 'later'"):
         pipeline_of(unet, load="later")

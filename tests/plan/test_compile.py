@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
@@ -256,3 +257,28 @@ def test_no_launch_repeats_a_prediction(case):
     predictions = execute(plan, graph)
     assert len(set(predictions)) == len(predictions)
     assert {plan.prediction_slots[step] for step, use in enumerate(used) if use} == set(range(len(predictions)))
+
+
+@settings(RELAXED, max_examples=300)
+@given(cases(), st.randoms(use_true_random=False))
+def test_schedules_share_what_they_compute_alike(case, rng):
+    """Each plan still gives the supernet's predictions, and variants of one computation write the same."""
+    graph, gates, used, alignment = case
+    schedules = (gates, [[True] * len(graph.blocks), *random_gates(rng, rng.randint(1, 5), len(graph.blocks))])
+    uses = (used, [True] * len(schedules[1]))
+    try:
+        alone = [
+            compile_plan(graph, rows, prediction_used=use, alignment=alignment)
+            for rows, use in zip(schedules, uses, strict=True)
+        ]
+    except UserError:
+        return
+    like = [variant for plan in alone for variant in plan.variants]
+    written: dict[object, set[object]] = {}
+    for rows, use, before in zip(schedules, uses, alone, strict=True):
+        plan = compile_plan(graph, rows, prediction_used=use, alignment=alignment, like=like)
+        check(plan, graph, use, naive(graph, rows), tight=False)
+        for new, old in zip(plan.variants, before.variants, strict=True):
+            assert set(old.writes) <= set(new.writes) and replace(new, writes=old.writes) == old
+            written.setdefault((new.computed, new.reads, new.predicts), set()).add(new.writes)
+    assert all(len(found) == 1 for found in written.values())

@@ -218,7 +218,7 @@ ERRORS = [
 @pytest.mark.parametrize(("toy", "arguments", "message"), ERRORS)
 def test_what_does_not_fit_is_refused_before_anything_runs(tmp_path, toy, arguments, message):
     pipeline = Pipeline.from_engine_dir(build(tmp_path, toy), "cpu", threads=1, load="call")
-    pipeline._load = None  # type: ignore[method-assign,assignment]  # running would fail on this
+    pipeline._loaded.all_of = None  # type: ignore[method-assign,assignment]  # running would fail on this
     with pytest.raises(UserError, match=message) as caught:
         pipeline(**arguments)
     assert "\n" not in str(caught.value)
@@ -321,7 +321,7 @@ def test_a_prediction_that_is_not_finite_is_named(tmp_path, recwarn):
 
 def test_a_later_launch_that_is_not_finite_is_named(tmp_path):
     pipeline = make(tmp_path, Toy(batch=1))
-    loop = pipeline._ready_loop(lazy=False)
+    loop = pipeline._loaded.loop(pipeline.bundle)
     inner = loop.run
 
     def run(*args, **options):
@@ -341,7 +341,7 @@ def test_a_later_launch_that_is_not_finite_is_named(tmp_path):
 )
 def test_a_text_encoder_that_gives_what_the_denoiser_cannot_take_is_named(tmp_path, dtype, value, refused):
     pipeline = make(tmp_path, Toy(batch=1, dtype=dtype))
-    pipeline._text = lambda prompts, negative: {"encoder_hidden_states": embed("a bag") + value}  # type: ignore
+    pipeline._loaded._text = lambda prompts, negative: {"encoder_hidden_states": embed("a bag") + value}  # type: ignore
     if not refused:
         assert pipeline("a bag").launches == len(ROUTE)
         return
@@ -351,7 +351,7 @@ def test_a_text_encoder_that_gives_what_the_denoiser_cannot_take_is_named(tmp_pa
 
 def test_a_picture_that_is_not_finite_is_no_picture(tmp_path):
     pipeline = make(tmp_path, Toy(batch=1))
-    pipeline._decoder = lambda latents: np.full((1, H, W, 3), np.nan, np.float32)  # type: ignore
+    pipeline._loaded._decoder = lambda latents: np.full((1, H, W, 3), np.nan, np.float32)  # type: ignore
     for output_type in ("pil", "np"):
         with pytest.raises(NotFiniteError, match="VAE decoder: the first output that is not finite"):
             pipeline("a bag", output_type=output_type)
