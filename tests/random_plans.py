@@ -10,7 +10,7 @@ from zlib import crc32
 
 from dipgo_deploy.plan.graph import Block, BlockGraph, Value
 from dipgo_deploy.plan.pieces import Node, NodeGraph, Tensor
-from dipgo_deploy.schedule.forecast import FittedForecast, Forecast, RuleForecast, stored_before
+from dipgo_deploy.schedule.forecast import MOST_TERMS, FittedForecast, Forecast, RuleForecast, stored_before
 
 # Values are residues: adding and subtracting is exact, and different computations collide with chance 2**-61.
 PRIME = 2**61 - 1
@@ -43,7 +43,7 @@ class Kept:
         self._values: dict[str, list[tuple[int, int | None]]] = {}
 
     def store(self, output: str, step: int, value: int | None) -> None:
-        self._values[output] = [(step, value), *self._values.get(output, [])][:3]
+        self._values[output] = [(step, value), *self._values.get(output, [])][:MOST_TERMS]
 
     def read(self, output: str, step: int, block: int) -> int | None:
         values = self._values.get(output, [])
