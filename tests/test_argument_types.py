@@ -84,7 +84,7 @@ def test_opening(engine: Path, name: str, wrong: list[Any]) -> None:
         ("negative_prompt", NOT_TEXT),
         ("class_labels", [3]),
         ("number of images", NOT_WHOLE),
-        ("seed", NOT_WHOLE),
+        ("seed", ["4", 1.5, None, ["1"], [1.5], [True], {1}, True, object()]),
         ("guidance_scale", NOT_NUMBERS),
         ("latents", NOT_ARRAYS),
         ("prompt_embeds", NOT_ARRAYS),

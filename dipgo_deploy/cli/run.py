@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import os
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from dipgo_deploy.backends import BACKENDS
+from dipgo_deploy.cli import many
 from dipgo_deploy.cli.arrays import load_array, load_embeds, load_picture
 from dipgo_deploy.cli.common import (
     emit,
@@ -34,23 +35,18 @@ from dipgo_deploy.cli.options import (
     threads_option,
     version_option,
 )
+from dipgo_deploy.cli.outputs import FPS, check_kind, check_suffix, write_output
 from dipgo_deploy.errors import ToleranceError, UserError
-from dipgo_deploy.files import written_whole
-from dipgo_deploy.runtime.video import SUFFIXES, check_video_output, write_video
+from dipgo_deploy.runtime.parameters import parameters_text
 
 if TYPE_CHECKING:
-    import numpy as np
-    from PIL.Image import Image
-
     from dipgo_deploy.backends.tensorrt_queue import GraphMode
     from dipgo_deploy.runtime.pipeline import LoadMode, Pipeline
 
-_PICTURES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 # Nothing is loaded before the arguments were checked.
 _LOAD: dict[str | None, LoadMode] = {"eager": "call", "lazy": "lazy", None: "auto"}
 _DEFAULT_VIDEO = "output.mp4"
-# Frames a second where nothing says.
-_FPS = 16
+_DEFAULT_FOLDER = "pictures"
 _DEFAULT_OUTPUT = {"pil": "output.png", "np": "output.npy", "latent": "output.npy"}
 
 
@@ -64,6 +60,7 @@ _DEFAULT_OUTPUT = {"pil": "output.png", "np": "output.npy", "latent": "output.np
         'dipgo-run --engine-dir engines/fashion-sd --prompt "a shirt" --output-type latent -o latents.npy',
         'dipgo-run --engine-dir engines/sd15 --prompt "a castle" --lora style.safetensors:0.8 --load lazy',
         'dipgo-run --engine-dir engines/sd15-img2img --prompt "a castle" --image sketch.png',
+        "dipgo-run --engine-dir engines/fashion-sd --prompts prompts.csv --shard 1/4 -o pictures",
         "dipgo-run --engine-dir engines/fashion-sd --self-test --backend tensorrt",
         'dipgo-run --engine-dir engines/wan --prompt "a cat walks on grass" --fps 16 -o clip.mp4',
     ),
@@ -85,6 +82,24 @@ _DEFAULT_OUTPUT = {"pil": "output.png", "np": "output.npy", "latent": "output.np
 )
 @option(
     "Prompt", "--prompt", "prompts", multiple=True, show_default="none", help="Text prompt; can be given several times."
+)
+@option(
+    "Prompt",
+    "--prompts",
+    "prompts_file",
+    type=PATH,
+    metavar="FILE",
+    show_default="none",
+    help="File of prompts, one picture a row, each written to a file of its own in the folder --output: .txt, or .csv "
+    "or .jsonl with prompt, negative_prompt, class_label, seed, guidance_scale, height, width, name. What is there is "
+    "not drawn again.",
+)
+@option(
+    "Prompt",
+    "--shard",
+    metavar="I/N",
+    show_default="all",
+    help="Of --prompts every N-th row from the I-th on, for one of N machines.",
 )
 @option(
     "Prompt",
@@ -278,6 +293,18 @@ _DEFAULT_OUTPUT = {"pil": "output.png", "np": "output.npy", "latent": "output.np
     help="Frames a second of the video that is written.",
 )
 @option("Output", "-o", "--output", type=PATH, show_default="output.png, .mp4 or .npy", help="File to write.")
+@option(
+    "Output",
+    "--name-pattern",
+    default="{name}.png",
+    help="Of --prompts: name of a row's file, of {index}, {seed} and {name}, which is the index where a row has none.",
+)
+@option(
+    "Output",
+    "--parameters/--no-parameters",
+    default=True,
+    help="Write what a picture was made with into its file, as text that other programs read.",
+)
 @overwrite_option
 @json_option
 @version_option
@@ -287,6 +314,8 @@ def command(
     engine_dir: Path,
     self_test: bool,
     prompts: tuple[str, ...],
+    prompts_file: Path | None,
+    shard: str | None,
     class_labels: tuple[str, ...],
     negative_prompt: str | None,
     num_images: int,
@@ -309,6 +338,8 @@ def command(
     negative_prompt_embeds: tuple[str, ...],
     output_type: str,
     output: Path | None,
+    name_pattern: str,
+    parameters: bool,
     overwrite: bool,
     backend: str,
     threads: int | None,
@@ -329,7 +360,9 @@ def command(
     """
     if self_test:
         _refuse_drawing(ctx)
-    if output is not None:
+    for name in ("shard", "name_pattern") if prompts_file is None else _NOT_OF_ROWS:
+        _refuse(ctx, name, "without --prompts" if prompts_file is None else "with --prompts")
+    if output is not None and prompts_file is None:
         check_suffix(output, output_type)
     arrays = {
         "latents": load_array("--latents", latents),
@@ -367,10 +400,24 @@ def command(
         return
     latent = pipeline.bundle.manifest.latent
     video = output_type == "pil" and latent.frames is not None
-    asked = output or Path(_DEFAULT_VIDEO if video else _DEFAULT_OUTPUT[output_type])
-    check_kind(asked, output_type, video=video)
     if fps is not None and not video:
         raise UserError(f"--fps {fps}: no video is written; leave it out")
+    fps = fps or latent.fps or FPS
+    if prompts_file is not None:
+        usual = {
+            "negative_prompt": negative_prompt,
+            "guidance_scale": guidance_scale,
+            "guidance_scale_2": guidance_scale_2,
+            "height": height,
+            "width": width,
+            "num_frames": num_frames,
+        }
+        folder = output or Path(_DEFAULT_FOLDER)
+        rows = many.planned(prompts_file, folder, name_pattern, seed, shard, video=video, overwrite=overwrite)
+        _draw_rows(pipeline, rows, usual, fps, parameters, as_json)
+        return
+    asked = output or Path(_DEFAULT_VIDEO if video else _DEFAULT_OUTPUT[output_type])
+    check_kind(asked, output_type, video=video)
     target = free_output(asked, "--output", overwrite=overwrite)
     with _progress() as progress:
         result = pipeline(
@@ -392,8 +439,20 @@ def command(
             **arrays,  # type: ignore[arg-type]  # latents and embeddings only
             **pictures,  # type: ignore[arg-type]  # pictures only
         )
-    write_output(target, result.videos if video else result.images, fps or latent.fps or _FPS)
     manifest = pipeline.bundle.manifest
+    text = None
+    if parameters and output_type == "pil":
+        text = parameters_text(
+            manifest,
+            prompts=prompts,
+            negative_prompts=(negative_prompt or "",),
+            class_labels=parse_labels(class_labels),
+            seeds=(seed,),
+            guidance_scale=guidance_scale,
+            size=result.images[0].size,
+            loras=pipeline.loras,
+        )
+    write_output(target, result.videos if video else result.images, fps, text)
     memory = pipeline.memory()
     timings = {name: round(seconds, 6) for name, seconds in asdict(result.timings).items()}
     kind = "video" if video else "image"
@@ -453,6 +512,58 @@ def _refuse_drawing(ctx: click.Context) -> None:
             raise UserError(f"{param.opts[0]}: nothing is drawn with --self-test; leave one of them out")
 
 
+# What a row says itself, or what rows cannot have.
+_NOT_OF_ROWS = (
+    "prompts",
+    "class_labels",
+    "num_images",
+    "images",
+    "mask_images",
+    "strength",
+    "control_images",
+    "control_scale",
+    "ip_adapter_images",
+    "ip_adapter_scale",
+    "latents",
+    "prompt_embeds",
+    "negative_prompt_embeds",
+    "output_type",
+)
+
+
+def _refuse(ctx: click.Context, name: str, why: str) -> None:
+    """Refuse (UserError) an option that was given on the command line."""
+    if ctx.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE:
+        param = next(param for param in ctx.command.params if param.name == name)
+        raise UserError(f"{param.opts[0]}: means nothing {why}; leave it out")
+
+
+def _draw_rows(
+    pipeline: Pipeline, rows: many.Plan, usual: Mapping[str, Any], fps: int, parameters: bool, as_json: bool
+) -> None:
+    """Draw the rows of a file of prompts, and say how many."""
+    from rich.console import Console
+
+    start = time.perf_counter()
+    with progress_bars(Console(stderr=True)) as bar:
+        task = bar.add_task("pictures", total=len(rows.jobs))
+        many.draw(pipeline, rows, usual, fps=fps, parameters=parameters, done=lambda count: bar.advance(task, count))
+    facts = {
+        "folder": str(rows.folder),
+        "drawn": len(rows.jobs),
+        "skipped": rows.skipped,
+        "model": pipeline.bundle.manifest.model.name,
+        "backend": pipeline.backend.name,
+        "seconds": round(time.perf_counter() - start, 6),
+        "memory": pipeline.memory(),
+    }
+    there = f", {rows.skipped} there already (--overwrite draws them again)" if rows.skipped else ""
+    human_console(as_json).print(
+        f"{rows.folder}: {facts['drawn']} drawn in {facts['seconds']:.1f} s{there}", markup=False, soft_wrap=True
+    )
+    emit(facts, as_json)
+
+
 def _self_test(pipeline: Pipeline, as_json: bool) -> None:
     """Run the directory's own test and say what came of it.
 
@@ -507,56 +618,3 @@ def parse_labels(texts: tuple[str, ...]) -> list[int | str]:
         # No class has a number of so many digits; Python refuses to read those of thousands.
         labels.append(int(part) if part.removeprefix("-").isdecimal() and len(part) < 20 else part)
     return labels
-
-
-def check_suffix(path: Path, output_type: str) -> None:
-    """Refuse (UserError) a suffix that fits the output type of no model, before any work is done."""
-    pictures, video = list(_PICTURES), list(SUFFIXES)
-    if path.suffix.lower() not in ([*pictures, *video] if output_type == "pil" else [".npy"]):
-        check_kind(path, output_type, video=False)
-
-
-def check_kind(path: Path, output_type: str, *, video: bool) -> None:
-    """Refuse (UserError) a suffix that does not fit the output type of this model."""
-    if video:
-        check_video_output(path)
-        return
-    suffixes = list(_PICTURES) if output_type == "pil" else [".npy"]
-    if path.suffix.lower() not in suffixes:
-        raise UserError(f"--output {path}: output type {output_type} is written to {', '.join(suffixes)}")
-
-
-def write_output(path: Path, images: list[Image] | list[list[Image]] | np.ndarray, fps: int = _FPS) -> None:
-    """Write pictures or videos (as a grid) or an array under a name of its own, then rename.
-
-    Raises:
-        UserError: the file cannot be written.
-    """
-    try:
-        if isinstance(images, list) and isinstance(images[0], list):
-            from dipgo_deploy.runtime.image import grid
-
-            write_video(path, [grid(frames) for frames in zip(*images, strict=True)], fps)
-            return
-        with written_whole(path) as file:
-            _write(file, path.suffix.lower(), images)
-    except OSError as error:
-        raise UserError(f"--output {path}: cannot be written ({error.strerror or error})") from None
-
-
-def _write(file: BinaryIO, suffix: str, images: list[Image] | np.ndarray) -> None:
-    if not isinstance(images, list):
-        import numpy as np
-
-        np.save(file, images, allow_pickle=False)
-        return
-    from dipgo_deploy.runtime.image import grid
-
-    options: dict[str, Any] = {"lossless": True} if suffix == ".webp" else {}
-    grid(images).save(file, _PICTURES[suffix], **options)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -75,6 +75,28 @@ class TorchNoise:
         return ((high << 32 | low) & (2**53 - 1)) * 2.0**-53
 
 
+class NoiseOfEach:
+    """A stream for each image: of every draw image i has what ``TorchNoise(seeds[i])`` gives for it alone.
+
+    So diffusers draws for a list of generators. seed: the first. Raises UserError as ``TorchNoise`` does.
+    """
+
+    def __init__(self, seeds: Sequence[int]) -> None:
+        self._streams = [TorchNoise(seed) for seed in seeds]
+        self.seed = seeds[0]
+
+    def randn(self, shape: Sequence[int]) -> NDArray[np.float32]:
+        """The next draw (images, ...). Raises UserError where it is not for as many images as there are seeds."""
+        if shape[0] != len(self._streams):
+            raise UserError(
+                f"seed: {len(self._streams)} seeds, and {shape[0]} pictures to draw for at once; give one seed"
+            )
+        return np.concatenate([stream.randn((1, *shape[1:])) for stream in self._streams])
+
+
+Noise = TorchNoise | NoiseOfEach
+
+
 @dataclass(frozen=True)
 class LoopNoise:
     """All that one loop draws, float32 (B, C, [f,] h, w) each.

@@ -26,7 +26,7 @@ from dipgo_deploy.runtime.given_pictures import picture_conditions
 from dipgo_deploy.runtime.image import Picture, batch_for, pad_batch, to_pil
 from dipgo_deploy.runtime.loaded import Loaded
 from dipgo_deploy.runtime.memory import process_memory
-from dipgo_deploy.runtime.noise import TorchNoise
+from dipgo_deploy.runtime.noise import Noise, NoiseOfEach, TorchNoise
 from dipgo_deploy.runtime.requests import (
     Asked,
     Embeds,
@@ -250,7 +250,7 @@ class Pipeline:
         negative_prompt: str | Sequence[str] | None = None,
         class_labels: int | str | Sequence[int | str] | None = None,
         num_images_per_prompt: int = 1,
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
         guidance_scale: float | None = None,
         guidance_scale_2: float | None = None,
         latents: np.ndarray | None = None,
@@ -281,7 +281,8 @@ class Pipeline:
             seed: the latents of the picture to start from are drawn from it where there is one, then all initial
                 latents in one draw, those of other pictures before or after that as the model's pipeline does, then the
                 sampler's noise, as diffusers does with ``torch.Generator("cpu").manual_seed(seed)`` for a pipeline in
-                float32.
+                float32; or a seed for each image, as diffusers takes a list of generators: each image is then the one
+                that its seed gives alone.
             guidance_scale: at least 1; default: the engine directory's.
             guidance_scale_2: of the second denoiser, of a model of two; default: the same.
             latents: initial unit noise (n, C, h, w), instead of the seed's.
@@ -338,14 +339,14 @@ class Pipeline:
             output_type=output_type,
         )
         request = check_request(self.bundle.manifest, asked)
-        stream = TorchNoise(arguments.whole("seed", seed))
+        stream = _noise(seed, request.images)
         if callback is not None:
             arguments.function("callback", callback)
         with self._loaded.alone("call"):
             return self._draw(request, stream, callback, start)
 
     def _draw(
-        self, request: Request, stream: TorchNoise, callback: Callable[[int, int], Any] | None, start: float
+        self, request: Request, stream: Noise, callback: Callable[[int, int], Any] | None, start: float
     ) -> PipelineOutput:
         loading = time.perf_counter()
         self._say_what_the_fit_had_not(request)
@@ -407,7 +408,7 @@ class Pipeline:
         """
         return self._drawn(request, TorchNoise(seed)).conditions
 
-    def _drawn(self, request: Request, stream: TorchNoise) -> _Drawn:
+    def _drawn(self, request: Request, stream: Noise) -> _Drawn:
         """All that the loop starts from, drawn in the order of diffusers' pipelines."""
         conditions = self._undrawn(request)
         picture = self._picture(request, stream)
@@ -453,7 +454,7 @@ class Pipeline:
                 raise self._not_finite(f"text encoder, output {name}")
         return encoded
 
-    def _picture(self, request: Request, stream: TorchNoise) -> np.ndarray | None:
+    def _picture(self, request: Request, stream: Noise) -> np.ndarray | None:
         """Latents of the pictures to start from (images, C, h, w), drawn from the encoder's distribution."""
         latents: np.ndarray | None = request.image_latents
         if self.bundle.manifest.sampler.strength is None:
@@ -466,7 +467,7 @@ class Pipeline:
             latents = mean if deviation is None else mean + deviation * stream.randn(mean.shape)
         return None if latents is None else _of_each(latents, request.images)
 
-    def _encoded_pictures(self, request: Request, stream: TorchNoise, drawn: tuple[str, ...]) -> Conditions:
+    def _encoded_pictures(self, request: Request, stream: Noise, drawn: tuple[str, ...]) -> Conditions:
         """Conditions that are latents or embeddings of pictures, those of these ways of drawing."""
         conditions: Conditions = {}
         for spec in picture_conditions(self.bundle.manifest):
@@ -510,7 +511,7 @@ class Pipeline:
         self,
         request: Request,
         drawn: _Drawn,
-        stream: TorchNoise,
+        stream: Noise,
         callback: Callable[[int, int], Any] | None,
     ) -> tuple[np.ndarray, int]:
         """All images in batches of at most the exported size; where that is not open, the last one padded to it.
@@ -588,6 +589,15 @@ def _fitted_to(bundle: Bundle) -> FittedTo | None:
     manifest = bundle.manifest
     solver = bundle.load_schedule().solver if manifest.schedule in manifest.files else None
     return None if solver is None else solver.fitted_to
+
+
+def _noise(seed: object, images: int) -> Noise:
+    if isinstance(seed, (str, bytes)) or not isinstance(seed, Sequence | np.ndarray):
+        return TorchNoise(arguments.whole("seed", seed))
+    seeds = [arguments.whole("seed", one) for one in seed]
+    if len(seeds) != images:
+        raise UserError(f"seed: {len(seeds)} seeds for {images} images; give one, or one for each")
+    return NoiseOfEach(seeds)
 
 
 def _lora_choices(files: Sequence[tuple[Any, ...]], partial: bool) -> list[LoraChoice]:

@@ -12,7 +12,7 @@ from PIL import Image
 from toy_engine import Toy, build, embed
 
 from dipgo_deploy.backends.onnxruntime import OnnxRuntimeBackend
-from dipgo_deploy.cli import run
+from dipgo_deploy.cli import outputs
 from dipgo_deploy.cli.run import main, parse_labels
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.runtime.pipeline import Pipeline
@@ -28,6 +28,12 @@ def class_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build(tmp_path_factory.mktemp("class"), Toy(kind="class", batch=1))
 
 
+def umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
 def command(engine_dir: Path, *more: object) -> list[str]:
     return ["--engine-dir", str(engine_dir), "--threads", "1", "--backend", "cpu", *map(str, more)]
 
@@ -41,7 +47,7 @@ def test_a_picture_is_written_and_reported(text_dir, tmp_path, capsys):
     want = Pipeline.from_engine_dir(text_dir, "cpu", threads=1)("a bag").images[0]
     np.testing.assert_array_equal(np.asarray(Image.open(target)), np.asarray(want))
     assert [path.name for path in tmp_path.iterdir()] == ["bag.png"]
-    assert target.stat().st_mode & 0o777 == 0o666 & ~run._umask()
+    assert target.stat().st_mode & 0o777 == 0o666 & ~umask()
 
 
 def test_json_goes_to_stdout_and_words_to_stderr(text_dir, tmp_path, capsys):
@@ -187,7 +193,7 @@ def test_a_write_that_fails_keeps_the_old_file(text_dir, tmp_path, monkeypatch, 
         file.write(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(run, "_write", full)
+    monkeypatch.setattr(outputs, "_write", full)
     assert main(command(text_dir, "--prompt", "a bag", "-o", target, "--overwrite")) == 2
     assert "bag.png: cannot be written (No space left on device)" in capfd.readouterr().err
     assert target.read_bytes() == b"old"
@@ -260,3 +266,86 @@ def test_a_lora_that_is_not_there_is_one_line(text_dir, tmp_path, capsys, given)
     error = capsys.readouterr().err
     assert error.startswith("error: --lora") and error.count("\n") == 1
     assert not (tmp_path / "a.png").exists()
+
+
+def test_a_picture_says_what_it_was_made_with(text_dir, class_dir, tmp_path, capsys):
+    options = ["--prompt", "a bag", "--negative-prompt", "red", "--seed", "7", "--guidance-scale", "3"]
+    for suffix in ("png", "jpg", "webp"):
+        assert main(command(text_dir, *options, "-o", tmp_path / f"bag.{suffix}")) == 0
+    text = Image.open(tmp_path / "bag.png").text["parameters"]
+    first, negative, line = text.splitlines()
+    assert (first, negative) == ("a bag", "Negative prompt: red")
+    values = dict(part.split(": ") for part in line.split(", "))
+    assert values["Seed"] == "7" and values["CFG scale"] == "3" and values["Model"] == "toy"
+    assert values["Launches"] == "6" and values["Size"] == "{}x{}".format(*Image.open(tmp_path / "bag.png").size)
+    for suffix in ("jpg", "webp"):
+        comment = Image.open(tmp_path / f"bag.{suffix}").getexif().get_ifd(0x8769)[0x9286]
+        assert comment[:8] == b"UNICODE\0" and comment[8:].decode("utf-16-be") == text
+    assert main(command(class_dir, "--class-labels", "Boot,1", "-o", tmp_path / "two.png")) == 0
+    assert 'Class: "Boot, 1", ' in Image.open(tmp_path / "two.png").text["parameters"]
+    assert main(command(text_dir, "--prompt", "a bag", "--no-parameters", "-o", tmp_path / "bare.png")) == 0
+    assert not Image.open(tmp_path / "bare.png").text
+
+
+def rows_file(folder: Path, *rows: dict[str, object]) -> Path:
+    path = folder / "prompts.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_a_file_of_prompts_is_a_picture_a_row(text_dir, tmp_path, capsys):
+    """Each picture is the one that its row gives alone, however they are put together; what is there stays."""
+    file = rows_file(
+        tmp_path,
+        {"prompt": "a bag"},
+        {"prompt": "a boot", "seed": 40, "name": "boot"},
+        {"prompt": "a coat", "negative_prompt": "red"},
+        {"prompt": "a shirt", "guidance_scale": 1.5},
+    )
+    folder = tmp_path / "pictures"
+    given = ["--prompts", file, "--seed", "5", "-o", folder]
+    assert main(command(text_dir, *given, "--shard", "2/2", "--json")) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["drawn"], facts["skipped"]) == (2, 0)
+    assert {path.name for path in folder.iterdir()} == {"boot.png", "00003.png"}
+    (folder / "boot.png").write_bytes(b"kept")
+    assert main(command(text_dir, *given)) == 0
+    assert "2 drawn" in (printed := capsys.readouterr().out) and "2 there already (--overwrite draws" in printed
+    assert (folder / "boot.png").read_bytes() == b"kept"
+    assert main(command(text_dir, *given, "--overwrite")) == 0
+    pipeline = Pipeline.from_engine_dir(text_dir, "cpu", threads=1)
+    for name, prompt, seed, more in (
+        ("00000", "a bag", 5, {}),
+        ("boot", "a boot", 40, {}),
+        ("00002", "a coat", 7, {"negative_prompt": "red"}),
+        ("00003", "a shirt", 8, {"guidance_scale": 1.5}),
+    ):
+        picture = Image.open(folder / f"{name}.png")
+        want = np.asarray(pipeline(prompt, seed=seed, **more).images[0], np.int16)
+        assert abs(np.asarray(picture, np.int16) - want).max() <= 1  # another size of the batch rounds otherwise
+        assert picture.text["parameters"].startswith(prompt) and f"Seed: {seed}," in picture.text["parameters"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "message"),
+    [
+        ([{"prompt": "a"}], ["--prompt", "b"], "--prompt: means nothing with --prompts"),
+        ([{"prompt": "a"}], ["--num-images", "2"], "--num-images: means nothing with --prompts"),
+        ([{"prompt": "a", "steps": 3}], [], "line 1: steps"),
+        ([{"prompt": "a"}, {"prompt": "b", "class_label": 1}], [], "rows with a class label and rows without"),
+        ([{"prompt": "a", "guidance_scale": 0.5}], [], "row 0 (or one drawn with it): guidance_scale: 0.5"),
+        ([{"prompt": "a"}], ["--shard", "3/2"], "--shard 3/2: give i/n"),
+        ([{"prompt": "a"}], ["--name-pattern", "{index}.gif"], "output type pil is written to"),
+        ([{"prompt": "a"}], ["--name-pattern", "../{index}.png"], "is no name of a file"),
+        ([{"prompt": "a"}], ["--name-pattern", "{what}.png"], "--name-pattern {what}.png: 'what'"),
+        ([{"prompt": "a"}, {"prompt": "b"}], ["--name-pattern", "x.png"], "rows 0 and 1 would both be x.png"),
+    ],
+)
+def test_wrong_files_of_prompts_draw_nothing(text_dir, tmp_path, capsys, rows, options, message):
+    folder = tmp_path / "pictures"
+    assert main(command(text_dir, "--prompts", rows_file(tmp_path, *rows), "-o", folder, *options)) == 2
+    printed = capsys.readouterr().err
+    assert message in printed and printed.count("\n") == 1
+    assert not folder.exists()
+    assert main(command(text_dir, "--prompt", "a", "--shard", "1/2")) == 2
+    assert "--shard: means nothing without --prompts" in capsys.readouterr().err

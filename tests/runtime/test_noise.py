@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dipgo_deploy.errors import UserError
-from dipgo_deploy.runtime.noise import TorchNoise
+from dipgo_deploy.runtime.noise import NoiseOfEach, TorchNoise
 
 SEEDS = [0, 1, 42, 2**31, 2**32 - 1, 2**32, 2**40 + 7, 2**64 - 1, -1, -5, -(2**63)]
 LATENTS = (1, 4, 64, 64)
@@ -73,3 +73,16 @@ def test_needs_no_torch() -> None:
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_seed_for_each_image_is_a_generator_for_each() -> None:
+    from diffusers.utils.torch_utils import randn_tensor
+
+    seeds = (3, 2**40, -1)
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    noise = NoiseOfEach(seeds)
+    for shape in ((3, 4, 8, 8), (3, 2)):
+        expected = randn_tensor(shape, generator=generators)
+        np.testing.assert_allclose(noise.randn(shape), expected.numpy(), rtol=0, atol=1e-6)
+    with pytest.raises(UserError, match="3 seeds, and 2 pictures to draw for at once"):
+        noise.randn((2, 4))

@@ -62,6 +62,17 @@ def test_prompts_and_images_in_batches_with_a_padded_last_one(tmp_path):
     np.testing.assert_allclose(odd.latents, want, atol=2e-5)
 
 
+def test_a_seed_for_each_image(tmp_path):
+    pipeline = make(tmp_path, Toy(batch=2))
+    several = pipeline(["a boot", "a bag", "a coat"], seed=[4, 9, 4], output_type="latent").latents
+    for prompt, seed, got in zip(("a boot", "a bag", "a coat"), (4, 9, 4), several, strict=True):
+        np.testing.assert_allclose(pipeline(prompt, seed=seed, output_type="latent").latents[0], got, atol=1e-6)
+    with pytest.raises(UserError, match="seed: 2 seeds for 1 images"):
+        pipeline("a bag", seed=(1, 2))
+    with pytest.raises(UserError, match="seed"):
+        pipeline("a bag", seed="12")
+
+
 def test_a_prompt_that_is_too_long_keeps_its_end_token_and_is_logged(tmp_path, caplog):
     toy = Toy()
     pipeline = make(tmp_path, toy)
