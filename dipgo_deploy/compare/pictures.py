@@ -51,12 +51,13 @@ def cases(
     Args:
         prompts, labels, guidance_scale: what was asked for takes the place of them.
     """
+    scaled = manifest.guidance or any(spec.source == "guidance" for spec in manifest.conditions)
     one_picture = manifest.sampler.strength is not None or bool(picture_conditions(manifest))
     if text_conditions(manifest):
         first = Case("a plain prompt", tuple(prompts) or PLAIN, guidance_scale=guidance_scale, seed=seed)
         if prompts:
             return [first]
-        scale = 3.0 if guidance_scale is None else guidance_scale
+        scale = guidance_scale if guidance_scale is not None or not scaled else 3.0
         negatives = UNUSUAL_NEGATIVES if manifest.guidance else None
         if not one_picture:
             return [first, Case("unusual prompts", UNUSUAL, negatives, None, scale, seed + 1)]
@@ -73,10 +74,10 @@ def cases(
         known = known or sorted(set((components.class_labels or {}).values()))
         known = known or list(range(components.null_class or components.classes or 1))
         chosen = tuple(labels) or tuple(dict.fromkeys((known[0], known[len(known) // 2], known[-1])))
-        return [
-            Case("classes", labels=chosen[:1], guidance_scale=guidance_scale, seed=seed),
-            *([Case("several classes", labels=chosen, guidance_scale=2.0, seed=seed + 1)] if not labels else []),
-        ]
+        first = Case("classes", labels=chosen[:1], guidance_scale=guidance_scale, seed=seed)
+        if labels:
+            return [first]
+        return [first, Case("several classes", labels=chosen, guidance_scale=2.0 if scaled else None, seed=seed + 1)]
     return [Case("noise alone", seed=seed)]
 
 

@@ -97,7 +97,7 @@ def export_components(
     if encoder and decoder is not None:
         frames = _encoded_frames(conditions, latent)
         encoder_chunks = None if frames is None else encoder_chunks_of(vae, frames)
-        encoders = _vae_encoder(vae, stage, decoder, frames, encoder_chunks, vae_dtype)
+        encoders = _vae_encoder(vae, stage, decoder, frames, encoder_chunks, sizes, vae_dtype)
     labels = getattr(pipeline, "labels", None)  # DiTPipeline: name -> class id
     classes = getattr(getattr(pipeline, "transformer", None), "config", {}).get("num_embeds_ada_norm")
     return Components(
@@ -342,14 +342,25 @@ def _encoded_frames(conditions: Sequence[ConditionSpec], latent: LatentSpec) -> 
 
 
 def _vae_encoder(
-    vae: Any, stage: Path, decoder: Graph, frames: int | None, chunks: Chunks | None, dtype: str
+    vae: Any,
+    stage: Path,
+    decoder: Graph,
+    frames: int | None,
+    chunks: Chunks | None,
+    sizes: SizeRanges | None,
+    dtype: str,
 ) -> list[Graph]:
-    """For pictures of the decoder's size, or videos of so many frames. A VAE without a distribution (a tiny one) has no
-    standard deviation."""
+    """For pictures of the decoder's sizes, or videos of so many frames. A VAE without a distribution (a tiny one) has
+    no standard deviation."""
     scaling_and_shift(vae)  # refused before the trace
     torch_type = torch_dtype(dtype)
     outputs: list[str] = []
     shape = decoder.outputs[0].shape
+    pixels = None
+    if sizes is not None:
+        pixels = shape[1] // decoder.inputs[0].shape[2]
+        example = example_sizes(sizes)
+        shape = (example.batch, example.height * pixels, example.width * pixels, shape[3])
     if frames is not None:
         shape = (shape[0], frames, *shape[2:])
 
@@ -367,7 +378,11 @@ def _vae_encoder(
 
     _to(vae, torch_type)
     if chunks is None:
-        return [_export(Encoder(), [torch.rand(shape)], ["images"], outputs, stage, "vae_encoder", dtype, "vae.")]
+        images = [torch.rand(shape)]
+        names = ["images"]
+        return [
+            _export(Encoder(), images, names, outputs, stage, "vae_encoder", dtype, "vae.", sizes=sizes, pixels=pixels)
+        ]
 
     def taken(part: Part) -> torch.Tensor:
         return torch.rand(shape[0], part.stop - part.start, *shape[2:])
@@ -417,8 +432,9 @@ def _export(
     prefix: str = "",
     *,
     sizes: SizeRanges | None = None,
+    pixels: int | None = None,
 ) -> Graph:
-    """``sizes``: ranges of the first argument, a latent."""
+    """``sizes``: ranges of the first argument, a latent, or images of so many ``pixels`` to one of it."""
     model = to_onnx(
         module.eval(),
         arguments,
@@ -427,11 +443,17 @@ def _export(
         dtype=dtype,
         prefix=prefix,
         label=name.replace("_", " "),
-        dynamic_shapes=None if sizes is None else [Dimensions(sizes).latent],
+        dynamic_shapes=None if sizes is None else [_open(sizes, pixels)],
     )
     if sizes is not None:
-        apply(model, NameDimensions(inputs[0], sizes), ShapesFromSizes(inputs[0]))
+        apply(model, NameDimensions(inputs[0], sizes, pixels), ShapesFromSizes(inputs[0], pixels))
     return _save_all({"model": model}, stage, name, sizes)[0]
+
+
+def _open(sizes: SizeRanges, pixels: int | None) -> dict[int, Any]:
+    """The open axes of a latent, or of images of so many pixels to one of it."""
+    dimensions = Dimensions(sizes)
+    return dimensions.latent if pixels is None else dimensions.images(pixels)
 
 
 def _save_all(models: Mapping[str, ir.Model], stage: Path, name: str, sizes: SizeRanges | None = None) -> list[Graph]:

@@ -9,7 +9,7 @@ from dipgo_deploy.bundle.manifest import ConditionSpec
 from dipgo_deploy.bundle.pictures import PictureUse
 from dipgo_deploy.bundle.shapes import BATCH, HEIGHT, WIDTH, Dim, Sizes, corners
 from dipgo_deploy.errors import UserError
-from dipgo_deploy.models.family import InputSpec
+from dipgo_deploy.models.family import InputSpec, ModelFamily
 from dipgo_deploy.models.shape import TraceShape, condition_specs
 from dipgo_deploy.reference.vae import scaling_and_shift
 
@@ -26,14 +26,12 @@ def open_conditions(source: Source, shape: TraceShape, dtype: str) -> tuple[Cond
         UserError: a condition that depends on the sizes in another way than by a whole multiple of one of them.
     """
     specs = condition_specs(source.family, source.config, shape)
-    probes = () if shape.sizes is None else corners(shape.sizes)
-    elsewhere = [condition_specs(source.family, source.config, shape.at(sizes)) for sizes in probes]
+    probes, elsewhere = _at_corners(source.family, source.config, shape)
+    shapes = open_shapes(source.family, source.config, shape)
     conditions = []
     for place, spec in enumerate(specs):
         assert spec.source is not None  # every condition of a family has one
-        others = [specs_there[place] for specs_there in elsewhere]
-        dims = _fit(probes, [other.shape for other in others], f"the shape of {spec.name}")
-        values = _fit(probes, [other.values for other in others], f"the values of {spec.name}")
+        values = _fit(probes, [there[place].values for there in elsewhere], f"the values of {spec.name}")
         conditions.append(
             ConditionSpec(
                 name=spec.name,
@@ -43,11 +41,31 @@ def open_conditions(source: Source, shape: TraceShape, dtype: str) -> tuple[Cond
                 picture=_use(source, spec),
                 values=spec.values,
                 null_values=spec.null_values,
-                dims=_only_open(dims),
+                dims=_only_open(shapes[place]),
                 expressions=_only_open(values),
             )
         )
     return tuple(conditions)
+
+
+def open_shapes(family: ModelFamily, config: Mapping[str, Any], shape: TraceShape) -> list[list[Dim | float]]:
+    """The shape of each condition in numbers and whole multiples of the open sizes; empty ones where none is open.
+
+    Raises as ``open_conditions`` does.
+    """
+    probes, elsewhere = _at_corners(family, config, shape)
+    return [
+        _fit(probes, [there[place].shape for there in elsewhere], f"the shape of {spec.name}")
+        for place, spec in enumerate(condition_specs(family, config, shape))
+    ]
+
+
+def _at_corners(
+    family: ModelFamily, config: Mapping[str, Any], shape: TraceShape
+) -> tuple[Sequence[Sizes], list[tuple[InputSpec, ...]]]:
+    """The least and largest open sizes, and the conditions there."""
+    probes = () if shape.sizes is None else corners(shape.sizes)
+    return probes, [condition_specs(family, config, shape.at(sizes)) for sizes in probes]
 
 
 def _use(source: Source, spec: InputSpec) -> PictureUse:

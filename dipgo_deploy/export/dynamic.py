@@ -6,6 +6,7 @@ computed from those three alone, so that no value depends on another one only fo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from dipgo_deploy.bundle.shapes import BATCH, HEIGHT, WIDTH, Dim, SizeRanges, Sizes, evaluate_shape
@@ -14,8 +15,9 @@ from dipgo_deploy.export.macs import node_macs
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-# Axes of the latent (B, C, h, w).
+# Axes of the latent (B, C, h, w), and of images (B, H, W, 3).
 AXES = {BATCH: 0, HEIGHT: 2, WIDTH: 3}
+IMAGE_AXES = {BATCH: 0, HEIGHT: 1, WIDTH: 2}
 SIZES = "latent/Sizes"
 _SMALL = 256  # bytes; shapes and axes
 _LEAST_MOST = 3
@@ -58,14 +60,18 @@ class Dimensions:
         """Of (B, C, h, w), by axis."""
         return {AXES[name]: dim for name, dim in self._dims.items()}
 
-    def rows(self, per_image: int) -> dict[int, Any]:
-        """Of (per_image * B, ...), by axis."""
-        return {0: per_image * self._dims[BATCH] if per_image > 1 else self._dims[BATCH]} if self.open_batch else {}
+    def images(self, pixels: int) -> dict[int, Any]:
+        """Of images (B, H, W, 3) of so many pixels to one of the latent, by axis."""
+        return {IMAGE_AXES[name]: dim if name == BATCH else pixels * dim for name, dim in self._dims.items()}
 
-    @property
-    def open_batch(self) -> bool:
-        """Whether the batch is open."""
-        return BATCH in self._dims
+    def of(self, dims: Sequence[Dim | float]) -> dict[int, Any]:
+        """Of a shape of numbers and whole multiples of sizes, by axis."""
+        found = {}
+        for axis, dim in enumerate(dims):
+            if isinstance(dim, str):
+                factor, _, name = dim.rpartition("*")
+                found[axis] = int(factor) * self._dims[name] if factor else self._dims[name]
+        return found
 
 
 def macs_at(model: ir.Model, sizes: Sizes) -> tuple[int, ...]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from dipgo_deploy.bundle.names import GUIDANCE_SCALES, PREDICTION, TIMESTEP
 from dipgo_deploy.bundle.shapes import SizeRanges
 from dipgo_deploy.errors import UserError
+from dipgo_deploy.export.conditions import open_shapes
 from dipgo_deploy.export.dynamic import Dimensions, concrete, example_sizes, macs_at
 from dipgo_deploy.export.known import KnownPart
 from dipgo_deploy.export.latent import LATENT
@@ -142,7 +143,7 @@ def trace(
         dtype=dtype,
         prefix="denoiser.",
         label=family.class_name,
-        dynamic_shapes=_dynamic_shapes(shape, conditions, len(family.denoisers)),
+        dynamic_shapes=_dynamic_shapes(family, config, shape),
     )
     if shape.sizes is not None:
         apply(model, NameDimensions(LATENT, shape.sizes), ShapesFromSizes(LATENT))
@@ -187,15 +188,14 @@ def _taken(
     return tables, classes, prologue
 
 
-def _dynamic_shapes(shape: TraceShape, conditions: Sequence[InputSpec], denoisers: int) -> list[Any] | None:
+def _dynamic_shapes(family: ModelFamily, config: Mapping[str, Any], shape: TraceShape) -> list[Any] | None:
     """Of latent, timestep, and the rest as ``TracedDenoiser.forward`` takes it."""
     if shape.sizes is None:
         return None
     dimensions = Dimensions(shape.sizes)
-    halves = 2 if shape.guidance else 1
-    rest: list[Any] = [None] * (denoisers if shape.guidance else 0) + [
-        dimensions.rows(halves) or None for _ in conditions
-    ]
+    conditions = [dimensions.of(dims) or None for dims in open_shapes(family, config, shape)]
+    scales = [None] * (len(family.denoisers) if shape.guidance else 0)
+    rest: list[Any] = [*scales, *conditions]
     return [dimensions.latent, None, *([tuple(rest)] if rest else [])]
 
 

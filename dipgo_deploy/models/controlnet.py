@@ -94,7 +94,6 @@ def _with_nets(
         },
         given=changes.pop("given", None),
         image_to_image=None,
-        size_multiple=None,
         refused=changes.pop("refused", ()),
         **changes,
     )

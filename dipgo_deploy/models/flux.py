@@ -308,5 +308,4 @@ KONTEXT = replace(
     pictures={FOLLOWED: PictureUse(argument="image", form="latents")},
     given=given,
     image_to_image=None,
-    size_multiple=None,
 )

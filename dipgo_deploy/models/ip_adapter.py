@@ -164,5 +164,4 @@ FAMILY = replace(
     pictures={EMBEDS: PictureUse(argument="ip_adapter_image", form="embeds")},
     adapter=ADAPTER,
     image_to_image=None,
-    size_multiple=None,
 )

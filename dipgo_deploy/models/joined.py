@@ -96,5 +96,6 @@ def with_channels(
         inputs=inputs,
         call=call,
         joined=tuple(names),
-        **{"pictures": {part.name: part.use for part in beside}, "size_multiple": None, **changes},
+        pictures={part.name: part.use for part in beside},
+        **changes,
     )

@@ -81,18 +81,25 @@ class Encoder:
         """Images float32 (n, H, W, 3) in [0, 1], any n -> ``mean`` and, unless the VAE is deterministic, ``std`` of
         their latents, float32 (n, C, [f,] h, w), both times the scaling factor; or embeddings of each and of none. A
         VAE of videos encodes one that begins with the image (``with_grey``)."""
-        batch = self._graph.inputs[0].shape[0]
+        graph = self._graph
+        most = graph.inputs[0].shape[0]
         parts = []
-        for start in range(0, len(images), batch):
-            part = images[start : start + batch]
+        for start in range(0, len(images), most):
+            part = images[start : start + most]
+            batch = batch_for(len(part), most, graph.sizes)
             outputs = self._encoded(pad_batch(part, batch))
             parts.append({name: array[: len(part)].astype(np.float32) for name, array in outputs.items()})
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
     def _encoded(self, images: np.ndarray) -> dict[str, np.ndarray]:
-        taken = self._graph.inputs[0]
+        taken, mean = self._graph.inputs[0], self._graph.outputs[0]
         if isinstance(self._encode, Component):
-            return self._encode({taken.name: images if len(taken.shape) == 4 else with_grey(images, 0, taken.shape)})
+            sizes = None
+            if self._graph.sizes is not None:
+                pixels = taken.shape[1] // mean.shape[2]
+                sizes = Sizes(len(images), images.shape[1] // pixels, images.shape[2] // pixels)
+            given = images if len(taken.shape) == 4 else with_grey(images, 0, taken.shape)
+            return self._encode({taken.name: given}, sizes)
         found = self._encode(lambda start, shape: with_grey(images, start, shape))
         return {name: np.concatenate(latents, axis=2) for name, latents in found.items()}
 

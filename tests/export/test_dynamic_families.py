@@ -10,10 +10,25 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from family_checks import build_with_tensorrt_rtx, plan_for, schedule_for
-from flow_pipelines import sd35_transformer
+from diffusers import (
+    FluxControlPipeline,
+    FluxFillPipeline,
+    FluxKontextPipeline,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from family_checks import assert_pictures_equal_stock, build_with_tensorrt_rtx, plan_for, schedule_for
+from flow_pipelines import (
+    save_flux,
+    save_flux_controlnet,
+    save_flux_variant,
+    save_sd3,
+    save_sd3_controlnet,
+    sd35_transformer,
+)
 from pixart_pipelines import transformer as pixart_transformer
-from sd_pipelines import assert_equals_supernet
+from sd_pipelines import assert_equals_supernet, save_inpainting, save_ip_adapter, save_sd15
 from tiny_denoisers import sana_transformer, two_level_unet, unet2d
 
 from dipgo_deploy.bundle.directory import Bundle
@@ -21,6 +36,7 @@ from dipgo_deploy.bundle.shapes import Range, Sizes
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.export.exporter import publish
 from dipgo_deploy.models import families
+from dipgo_deploy.models.location import with_options
 from dipgo_deploy.runtime.pipeline import Pipeline
 
 STEPS = 3
@@ -154,11 +170,47 @@ def test_position_embeddings_have_an_end(tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["adapter", "inpaint", "sd3", "flux", "kontext", "fill", "control"])
+def test_models_that_need_pictures(name: str, tmp_path: Path) -> None:
+    """ControlNets of Stable Diffusion are drawn at other sizes in each run of all tests (tests/e2e)."""
+    flux = {
+        "kontext": (FluxKontextPipeline, 0),
+        "fill": (FluxFillPipeline, 68),
+        "control": (FluxControlPipeline, 4),
+    }
+    model = tmp_path / "model"
+    if name == "sd3":
+        save_sd3_controlnet(model, save_sd3(tmp_path / "plain"))
+    elif name == "flux":
+        save_flux_controlnet(model, save_flux(tmp_path / "plain", guidance=False))
+    elif name in flux:
+        pipeline, joined = flux[name]
+        plain = save_flux(tmp_path / "plain", guidance=False)
+        save_flux_variant(model, plain, pipeline, joined=joined)
+    else:
+        save_sd15(tmp_path / "plain")
+        unet = UNet2DConditionModel.from_pretrained(tmp_path / "plain", subfolder="unet")
+        if name == "adapter":
+            adapter = save_ip_adapter(tmp_path / "adapter", unet)
+        else:
+            save_inpainting(model, tmp_path / "plain", StableDiffusionPipeline, StableDiffusionInpaintPipeline, unet)
+    chosen = with_options(str(tmp_path / "plain"), ip_adapter=str(adapter)) if name == "adapter" else str(model)
+    sampler = "ddim" if name in ("adapter", "inpaint") else None
+    side = Range(min=32, opt=64, max=96)
+    schedule = schedule_for(chosen, sampler=sampler, steps=2, ratio=0.4)
+    planned = plan_for(chosen, schedule, check=False, height=side, width=side, batch=Range(min=1, opt=1, max=2))
+    publish(planned, tmp_path / "x")
+    for sizes in (Sizes(1, 8, 8), Sizes(2, 4, 12)):
+        assert_pictures_equal_stock(tmp_path / "x", sizes=sizes, variants=True)
+
+
 def test_families_of_one_size_only() -> None:
-    """DiT cuts its tokens into a square of the size that it was made for; what is drawn from besides (a ControlNet's
-    picture) has the export's; the rotations of FLUX.2, of Qwen-Image and of videos are constants of it."""
+    """DiT cuts its tokens into a square of the size that it was made for; the rotations of FLUX.2, of Qwen-Image and of
+    videos are constants of the export's; SDXL's refiner starts from a picture, which has that size."""
     of_pictures = {name: family for name, family in families().items() if not family.frames_per_latent}
     fixed = {name for name, family in of_pictures.items() if family.size_multiple is None}
-    pictures = {"DiTTransformer2DModel", "Flux2Transformer2DModel", "QwenImageTransformer2DModel"}
-    assert fixed == {*pictures, *(name for name in of_pictures if "+" in name)}
+    qwen = "QwenImageTransformer2DModel"
+    refiner = "UNet2DConditionModel+Refiner"
+    assert fixed == {"DiTTransformer2DModel", "Flux2Transformer2DModel", qwen, f"{qwen}+Edit", refiner}
     assert all(family.size_multiple is None for family in families().values() if family.frames_per_latent)

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from dipgo_deploy.bundle.shapes import Dim, SizeRanges
+from dipgo_deploy.bundle.shapes import BATCH, Dim, SizeRanges
 from dipgo_deploy.errors import UserError
-from dipgo_deploy.export.dynamic import AXES
+from dipgo_deploy.export.dynamic import AXES, IMAGE_AXES
 
 _META = "dipgo_deploy.extents"
 
@@ -45,15 +45,17 @@ class NameDimensions(ir.passes.InPlacePass):
     """Every dimension that torch named after its own symbols gets its expression over the sizes; ``extents_of`` has it
     as terms. What cannot be told (a dimension that the exporter does not know) stays unnamed.
 
-    latent: name of the input (B, C, h, w) that the sizes are those of. ranges: the sizes that are open.
+    source: name of the input that the sizes are those of, a latent (B, C, h, w) or images (B, H, W, 3) of ``pixels``
+    pixels to one of the latent. ranges: the sizes that are open.
     """
 
-    latent: str
+    source: str
     ranges: SizeRanges
+    pixels: int | None = None
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """See the class. Raises UserError for an input or output whose shape is no such expression."""
-        reader = _reader(model, self.latent, self.ranges)
+        reader = _reader(model, self.source, self.ranges, self.pixels)
         for value in ir.convenience.create_value_mapping(model.graph).values():
             if value.shape is None:
                 continue
@@ -97,17 +99,18 @@ class _Reader:
         return tuple(terms)
 
 
-def _reader(model: ir.Model, latent: str, ranges: SizeRanges) -> _Reader:
-    source = next(value for value in model.graph.inputs if value.name == latent)
+def _reader(model: ir.Model, name_of_source: str, ranges: SizeRanges, pixels: int | None) -> _Reader:
+    source = next(value for value in model.graph.inputs if value.name == name_of_source)
     assert source.shape is not None
     symbols: dict[str, tuple[str, int]] = {}
-    for name, axis in AXES.items():
+    for name, axis in (AXES if pixels is None else IMAGE_AXES).items():
         allowed = getattr(ranges, name)
         if allowed.is_static:
             continue
         dim = source.shape[axis]
         text = "" if isinstance(dim, int) else str(dim.value)
-        symbol = text.removeprefix(f"{allowed.multiple}*")
+        factor = allowed.multiple * (1 if pixels is None or name == BATCH else pixels)
+        symbol = text.removeprefix(f"{factor}*")
         if not symbol.isidentifier():
             raise UserError(f"{name}: the exporter made it {dim}, which cannot vary; give a plain number")
         symbols[symbol] = (name, allowed.multiple)

@@ -8,24 +8,27 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from dipgo_deploy.export.dynamic import AXES, SIZES
+from dipgo_deploy.bundle.shapes import BATCH
+from dipgo_deploy.export.dynamic import AXES, IMAGE_AXES, SIZES
 from dipgo_deploy.export.passes.dimensions import Extent, Term, extents_of, render
 
 
 @dataclass(frozen=True)
 class ShapesFromSizes(ir.passes.InPlacePass):
-    """What ``Shape`` nodes give is computed from the sizes of the input ``latent``; needs ``NameDimensions`` before.
+    """What ``Shape`` nodes give is computed from the sizes of the input ``source``; needs ``NameDimensions`` before,
+    with the same ``pixels``.
 
     A value that is reshaped to the shape of another one would otherwise depend on it: cutting the graph there would
     keep, or compute, that other one.
     """
 
-    latent: str
+    source: str
+    pixels: int | None = None
 
     def requires(self, model: ir.Model) -> None:
         """The extents of the latent are known."""
         if extents_of(self._source(model.graph)) is None:
-            raise ir.passes.PreconditionError(f"the extents of {self.latent} are not known: run NameDimensions first")
+            raise ir.passes.PreconditionError(f"the extents of {self.source} are not known: run NameDimensions first")
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """See the class."""
@@ -33,7 +36,7 @@ class ShapesFromSizes(ir.passes.InPlacePass):
         nodes = [node for node in graph if node.op_type == "Shape" and extents_of(node.inputs[0]) is not None]
         if not nodes:
             return ir.passes.PassResult(model, False)
-        build = _Builder(graph, self._source(graph))
+        build = _Builder(graph, self._source(graph), pixels=self.pixels)
         for node in nodes:
             extents = extents_of(node.inputs[0])
             assert extents is not None
@@ -45,7 +48,7 @@ class ShapesFromSizes(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, True)
 
     def _source(self, graph: ir.Graph) -> ir.Value:
-        return next(value for value in graph.inputs if value.name == self.latent)
+        return next(value for value in graph.inputs if value.name == self.source)
 
 
 def shape_vector(graph: ir.Graph, source: ir.Value, extents: Sequence[Extent], prefix: str) -> ir.Value:
@@ -59,8 +62,8 @@ def shape_vector(graph: ir.Graph, source: ir.Value, extents: Sequence[Extent], p
 class _Builder:
     """Nodes that compute shapes from the shape of one graph input; each expression once."""
 
-    def __init__(self, graph: ir.Graph, source: ir.Value, prefix: str = "") -> None:
-        self._graph = graph
+    def __init__(self, graph: ir.Graph, source: ir.Value, prefix: str = "", pixels: int | None = None) -> None:
+        self._graph, self._pixels = graph, pixels
         self._prefix = prefix
         self._made: dict[str, ir.Value] = {}
         self._sizes = self._node("Shape", [source], SIZES, 4)
@@ -102,9 +105,12 @@ class _Builder:
 
     def _factor(self, name: str, divisor: int) -> ir.Value:
         """``name // divisor``."""
+        axes = AXES if self._pixels is None else IMAGE_AXES
         key = f"size/{name}"
         if key not in self._made:
-            self._made[key] = self._node("Gather", [self._sizes, self._constant([AXES[name]])], key, 1, axis=0)
+            self._made[key] = self._node("Gather", [self._sizes, self._constant([axes[name]])], key, 1, axis=0)
+        if self._pixels is not None and name != BATCH:
+            divisor *= self._pixels
         if divisor == 1:
             return self._made[key]
         part = f"size/({name}//{divisor})"

@@ -85,6 +85,18 @@ def test_a_part_of_a_shape(reads: str, expected: list[int]) -> None:
     assert session.run(["s"], feeds)[0].tolist() == expected
 
 
+def test_sizes_are_read_off_images() -> None:
+    """Of 8 pixels to one of the latent, (B, H, W, 3)."""
+    model = model_of(["2*b", 4, "4*u", "w"])
+    images = model.graph.inputs[0]
+    images.name, images.shape = "images", ir.Shape(["b", "64*u", "8*w", 3])
+    apply(model, NameDimensions("images", RANGES, 8), ShapesFromSizes("images", 8))
+    assert [dim if isinstance(dim, int) else dim.value for dim in images.shape] == ["batch", "8*height", "8*width", 3]
+    session = onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
+    feeds = {"images": np.zeros((3, 192, 72, 3), np.float32), "other": np.zeros((6, 4, 12, 9), np.float32)}
+    assert session.run(["s"], feeds)[0].tolist() == [6, 4, 12, 9]
+
+
 def test_an_expression_is_computed_once() -> None:
     model = model_of(["2*b", "2*b*u", "2*b"])
     apply(model, NameDimensions("latent", RANGES), ShapesFromSizes("latent"))
