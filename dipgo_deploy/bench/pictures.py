@@ -23,7 +23,7 @@ class Pictures:
     """The full run's pictures (float32, mapped), and of each case its pictures (uint8, mapped) and values.
 
     folder: is there already. settings: what has to be the same to go on with what is there. count, shape: of the
-    pictures, (3, H, W).
+    pictures, (3, [F,] H, W).
 
     Raises:
         UserError: the folder cannot be written, or has another measurement.
@@ -41,7 +41,7 @@ class Pictures:
         write_atomic(path, (json.dumps(settings, indent=1) + "\n").encode())
 
     def opened(self, name: str, dtype: Any, *, new: bool) -> np.memmap:
-        """The pictures under a name, (count, 3, H, W); ``new`` ones are not filled yet."""
+        """The pictures under a name, (count, 3, [F,] H, W); ``new`` ones are not filled yet."""
         path = self._folder / f"{name}.npy"
         try:
             if new:

@@ -1,4 +1,5 @@
-"""What schedules do to images: beside the full run over the same seeds, and beside solvers with fewer steps."""
+"""What schedules do to images, or to videos frame by frame: beside the full run over the same seeds, and beside solvers
+with fewer steps."""
 
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dipgo_deploy._version import __version__
+from dipgo_deploy.bench.frames import Frames, measured
 from dipgo_deploy.bench.metrics import PSNR, SSIM, Metric
 from dipgo_deploy.bench.pictures import Pictures, key_of
 from dipgo_deploy.bench.statistics import Estimate, bootstrap, mean, share
@@ -84,7 +86,8 @@ class Row:
         accuracy: share of images recognised as what was asked for.
         frechet: distance to held-out images (both None for a model without a judge).
         guidance_scale: None without guidance.
-        per_image: the metrics of each image, (n,).
+        per_image: the metrics of each image, (n,); of a video the mean of its frames.
+        frames: of videos, the metrics of each frame; empty for pictures.
     """
 
     name: str
@@ -100,6 +103,7 @@ class Row:
     guidance_scale: float | None = None
     baseline: bool = False
     per_image: Mapping[str, np.ndarray] = field(default_factory=dict, compare=False, repr=False)
+    frames: Mapping[str, Frames] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def ssim(self) -> Estimate:
@@ -126,6 +130,8 @@ class Row:
         for name in ("accuracy", "frechet"):
             value = getattr(self, name)
             plain[name] = None if value is None else vars(value)
+        if self.frames:
+            plain["frames"] = {name: found.as_json() for name, found in self.frames.items()}
         return plain
 
 
@@ -229,7 +235,7 @@ def measure(
         by_ratio: the difference is to the first case that saves about as much, not to the very first.
         metrics: SSIM at least.
         notify: told each row when it is measured, before it is known what the case is compared with.
-        strip: shown the rows and, by name and ``REFERENCE``, pictures uint8 (n, 3, H, W) before they go.
+        strip: shown the rows and, by name and ``REFERENCE``, pictures uint8 (n, 3, [F,] H, W) before they go.
 
     Returns:
         A row a case, in their order.
@@ -237,11 +243,6 @@ def measure(
     Raises:
         UserError: a model without a VAE, nothing to measure, or a folder that cannot be used.
     """
-    if problem.source.time_scale is not None:
-        raise UserError(
-            f"{problem.options.model}: makes videos, and pictures are measured here; use dipgo-compare, which compares "
-            "the frames of an engine directory with diffusers' own"
-        )
     if not problem.can_decode:
         raise UserError(f"{problem.options.model}: has no VAE to make images with; give a pipeline's folder")
     if not cases:
@@ -265,7 +266,7 @@ def measure(
     return [*full, *rows]
 
 
-# Rows of the pairs, their images (B, 3, H, W) float32 on the host, and the seconds of their loop.
+# Rows of the pairs, their images (B, 3, [F,] H, W) float32 on the host, and the seconds of their loop.
 Made = tuple[slice, Tensor, float]
 
 
@@ -335,6 +336,12 @@ class _Measurement:
             accuracy = share(int(right.sum()), len(right))
             frechet = _frechet(self._judge, values["features"], self._wanted)
         per_image = {metric.name: values[metric.name] for metric in self._metrics}
+        frames = {
+            metric.name: Frames(values[metric.name], metric.higher)
+            for metric in self._metrics
+            if values[metric.name].ndim == 2
+        }
+        per_image |= {name: found.per_video for name, found in frames.items()}
         return Row(
             name=case.name,
             macs=analysis.cost,
@@ -349,6 +356,7 @@ class _Measurement:
             guidance_scale=problem.guidance_scale,
             baseline=case.group is not None,
             per_image=per_image,
+            frames=frames,
         )
 
     def _problem_of(self, case: Case) -> Problem:
@@ -370,7 +378,7 @@ class _Measurement:
             full = torch.from_numpy(np.array(self._reference[rows]))
             prompts = [self._problem.names[pair.condition] for pair in self._pairs[rows]]
             for metric in self._metrics:
-                parts[metric.name].append(metric.measure(images, full, prompts).double().numpy())
+                parts[metric.name].append(measured(metric, images, full, prompts))
             pixels = to_uint8(images.numpy())
             pictures[rows] = pixels
             if self._judge is not None:

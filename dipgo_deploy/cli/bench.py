@@ -150,7 +150,9 @@ def command() -> None:
     "Measurement", "--by-ratio", is_flag=True, help="Compare each case with the first one that saves about as much."
 )
 @size_options
-@option("Runtime", "--batch", type=click.IntRange(min=1), default=20, help="Images in one evaluation.")
+@option(
+    "Runtime", "--batch", type=click.IntRange(min=1), show_default="20, of videos 1", help="Images in one evaluation."
+)
 @device_option
 @threads_option("torch's own")
 @option("Output", "-o", "--output", type=PATH, old=["--out"], show_default="none", help="JSON file for the result.")
@@ -186,7 +188,7 @@ def quality(
     metric_weights: Path | None,
     **options: Any,
 ) -> None:
-    """Measure the images of schedules against those of the full run with the same seeds.
+    """Measure the images of schedules against those of the full run with the same seeds; videos frame by frame.
 
     FILES are schedules of one model and sampler. The first is what the others are compared with, image by image. For
     the built-in models a classifier says what it recognises.
@@ -223,6 +225,8 @@ def quality(
     with console.status("starting") as status:
         options["guidance_scale"] = guidance_scales[0] if guidance_scales else None
         problem = load_problem(_problem_options(options, [schedule for _, schedule in schedules]), status.update)
+        if measuring["batch"] is None:
+            measuring["batch"] = 20 if problem.source.time_scale is None else 1
         if metric_weights is not None:
             status.update("loading the learned judges")
             judges, left_out = learned(metric_weights, prompts=problem.source.text is not None)
@@ -351,15 +355,21 @@ def _tell_stage(notify: Callable[[str], None], label: str, stage: str, done: int
 
 def _strip_writer(path: Path, count: int, scale: float | None, several: bool) -> Callable[..., None]:
     """Writes the images at which the first case is worst; a file for each guidance scale where there are several."""
+    from dipgo_deploy.bench.frames import at_frames
     from dipgo_deploy.bench.quality import REFERENCE
     from dipgo_deploy.bench.strip import strip, worst, write_strip
 
     def write(rows: Sequence[Row], pictures: Mapping[str, Any], pairs: Sequence[Any]) -> None:
-        places = worst(rows[0].per_image["ssim"], count)
-        shown = {f"{Path(row.name).name}  {row.ssim.value:.4f}": pictures[row.name][places] for row in rows}
+        first = rows[0].frames.get("ssim")
+        places = worst(rows[0].per_image["ssim"] if first is None else first.of_worst, count)
         headings = [f"seed {pairs[place].seed}" for place in places]
+        chosen = {name: found[places] for name, found in pictures.items()}
+        if first is not None:  # of a video, its worst frame
+            headings = [f"{one}, {first.worst[place]}" for one, place in zip(headings, places, strict=True)]
+            chosen = {name: at_frames(found, first.worst[places]) for name, found in chosen.items()}
+        shown = {f"{Path(row.name).name}  {row.ssim.value:.4f}": chosen[row.name] for row in rows}
         target = path.with_name(f"{path.stem}-{scale:g}{path.suffix}") if several else path
-        write_strip(strip(pictures[REFERENCE][places], shown, headings), target)
+        write_strip(strip(chosen[REFERENCE], shown, headings), target)
 
     return write
 
@@ -479,6 +489,7 @@ def _show(console: Any, rows: Sequence[Row], facts: dict[str, Any]) -> None:
         ("launches", True, lambda row: str(row.launches)),
         ("ms", wide, lambda row: f"{row.milliseconds:.1f}"),
         ("SSIM", True, lambda row: _pair(row.ssim, 4)),
+        ("worst frame", any(row.frames for row in rows), lambda row: _pair(row.frames["ssim"].estimate, 4)),
         ("better by", True, lambda row: _pair(row.differences.get("ssim"), 4)),
         ("PSNR", wide, lambda row: _pair(row.psnr, 2)),
         *((HEADINGS.get(name, name), wide, partial(_metric, name)) for name in names),

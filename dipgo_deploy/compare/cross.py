@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 
 from dipgo_deploy.bundle.names import PREDICTION
-from dipgo_deploy.compare.metrics import TensorError, Tolerance, tensor_error
+from dipgo_deploy.compare.metrics import TensorError, Tolerance, image_errors, tensor_error
 from dipgo_deploy.compare.report import IMAGES, LATENT, LATENTS, Checked, Report
 from dipgo_deploy.compare.sides import Crossed, Given, Side, State
 from dipgo_deploy.compare.worst import Seen, nobody
@@ -53,7 +53,7 @@ def compare_sides(
     results = [tensor_error(LATENTS, side.final(), reference.final(), tolerance)]
     images = side.decode(side.final()), reference.decode(reference.final())
     if images[0] is not None and images[1] is not None:
-        results.append(tensor_error(IMAGES, images[0], images[1], tolerance))
+        results += image_errors(IMAGES, images[0], images[1], tolerance)
         seen("after the last evaluation", images[0], images[1])
     return Report(tolerance, loop=tuple(checked), results=Checked(None, None, tuple(results)), reference=reference.name)
 

@@ -18,7 +18,7 @@ from dipgo_deploy.compare.facts import check_facts
 from dipgo_deploy.compare.graphs import OpenGraph, compare_segments, compare_variants, frugal_session
 from dipgo_deploy.compare.launch_list import check_launch_list
 from dipgo_deploy.compare.loop import LoopResult, compare_loop
-from dipgo_deploy.compare.metrics import Tolerance, tensor_error
+from dipgo_deploy.compare.metrics import Tolerance, image_errors, tensor_error
 from dipgo_deploy.compare.pictures import Pictures
 from dipgo_deploy.compare.report import IMAGES, LATENTS, Checked, Part, Report
 from dipgo_deploy.compare.rows import with_rows
@@ -258,7 +258,7 @@ def _results(
     if images is not None:
         decoder = Decoder(bundle.path, bundle.manifest.components, backend)
         drawn = decoder(loop.actual)
-        errors.append(tensor_error(IMAGES, drawn, images, tolerance))
+        errors += image_errors(IMAGES, drawn, images, tolerance)
         seen("the loop's own", drawn, images)
     return Checked(None, None, tuple(errors))
 

@@ -89,6 +89,27 @@ def tensor_error(name: str, actual: np.ndarray, expected: np.ndarray, tolerance:
     return TensorError(name, absolute, found.relative, found.cosine, found.psnr, passed, tolerance.relative)
 
 
+def image_errors(name: str, actual: np.ndarray, expected: np.ndarray, tolerance: Tolerance) -> tuple[TensorError, ...]:
+    """Of pictures (B, H, W, 3); of videos (B, F, H, W, 3) also of the frame that is worst, over the largest value of
+    all, so that it is judged as the whole is."""
+    whole = tensor_error(name, actual, expected, tolerance)
+    if actual.ndim != 5 or actual.shape != expected.shape:
+        return (whole,)
+    frames = [
+        _of_frame(f"{name}, frame {place}", place, actual, expected, tolerance) for place in range(len(actual[0]))
+    ]
+    return whole, max(frames, key=lambda frame: (frame.relative, -frame.psnr))
+
+
+def _of_frame(name: str, place: int, actual: np.ndarray, expected: np.ndarray, tolerance: Tolerance) -> TensorError:
+    found = agreement(actual[:, place], expected[:, place])
+    share = peak(expected[:, place]) / peak(expected)
+    relative, absolute = found.relative * share, found.relative * peak(expected[:, place])
+    passed = relative <= tolerance.relative or absolute <= tolerance.absolute
+    psnr = found.psnr - 20 * math.log10(share)
+    return TensorError(name, absolute, relative, found.cosine, psnr, passed, tolerance.relative)
+
+
 def inherited(error: TensorError, own: TensorError) -> TensorError:
     """``error`` of a launch in a loop, judged by the error that it makes on the latent that it got, ``own``."""
     return replace(error, passed=own.passed, made=own.relative)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dipgo_deploy.compare.metrics import TensorError, Tolerance, tensor_error
+from dipgo_deploy.compare.metrics import TensorError, Tolerance, image_errors, tensor_error
 from dipgo_deploy.compare.report import IMAGES, LATENTS, Part
 from dipgo_deploy.compare.stock import Case, StockPipeline, StockRun
 from dipgo_deploy.compare.worst import Seen, nobody
@@ -117,7 +117,7 @@ class Pictures:
             if self._decodes(expected):
                 assert expected.images is not None
                 picture = np.asarray(actual.images[row])
-                errors.append(self._error(IMAGES, picture, expected.images[row]))
+                errors += image_errors(IMAGES, picture[None], expected.images[row][None], self._tolerance)
                 self._seen(f"{case.name}, {place}", picture, expected.images[row])
             parts.append(Part("picture", f"{case.name}, {place}", STOCK, tuple(errors)))
         return parts

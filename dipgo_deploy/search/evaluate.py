@@ -60,7 +60,7 @@ def sample(problem: Problem, gates: Sequence[Sequence[bool]], pairs: Sequence[Pa
 
 @torch.no_grad()
 def images_of(problem: Problem, latents: Tensor) -> Tensor:
-    """Decoded images (B, 3, H, W) in [0, 1]."""
+    """Decoded images (B, 3, [F,] H, W) in [0, 1]."""
     return problem.decode(latents).clamp(0, 1)
 
 

@@ -165,7 +165,7 @@ class Problem:
         )
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Final latents (B, C, h, w) as images (B, 3, H, W), about 0 to 1, not clamped; differentiable."""
+        """Final latents (B, C, [f,] h, w) as images (B, 3, [F,] H, W), about 0 to 1, not clamped; differentiable."""
         if self.source.family.pixels:
             pixels = latents / 2 + 0.5
             return pixels.expand(-1, 3, -1, -1) if pixels.shape[1] == 1 else pixels

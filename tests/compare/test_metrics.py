@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from dipgo_deploy.compare.metrics import Agreement, Tolerance, agreement, tensor_error, worst
+from dipgo_deploy.compare.metrics import Agreement, Tolerance, agreement, image_errors, tensor_error, worst
 from dipgo_deploy.difference import peak, relative_error
 
 
@@ -47,6 +47,23 @@ def test_agreement_of_tensors() -> None:
 
 def test_the_worst_of_several() -> None:
     assert worst([Agreement(1e-6, 90.0, 0.9), Agreement(1e-3, 95.0, 1.0)]) == Agreement(1e-3, 90.0, 0.9)
+
+
+def test_of_a_video_the_worst_frame_is_told() -> None:
+    rng = np.random.default_rng(0)
+    expected = rng.random((2, 3, 4, 4, 3))
+    expected[:, 1] *= 0.01  # a dark frame, whose error is small beside the others
+    actual = expected + 1e-4 * rng.random(expected.shape)
+    actual[1, 2, 0, 0, 0] += 0.05
+    whole, frame = image_errors("images", actual, expected, Tolerance(1e-2))
+    assert (whole.name, frame.name) == ("images", "images, frame 2")
+    assert frame.relative == pytest.approx(whole.relative) and frame.max_absolute == pytest.approx(whole.max_absolute)
+    assert not frame.passed and not whole.passed and frame.psnr < whole.psnr
+    dark = expected.copy()
+    dark[:, 1] += 5e-3
+    assert [error.passed for error in image_errors("images", dark, expected, Tolerance(1e-2))] == [True, True]
+    assert len(image_errors("images", actual[:, 0], expected[:, 0], Tolerance(1e-2))) == 1  # pictures
+    assert len(image_errors("images", actual[:1], expected, Tolerance(1e-2))) == 1  # of other shapes
 
 
 @pytest.fixture

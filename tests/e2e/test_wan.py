@@ -45,8 +45,11 @@ from dipgo_deploy.errors import UserError
 from dipgo_deploy.export.exporter import PlannedExport, publish
 from dipgo_deploy.models import family_for
 from dipgo_deploy.models.wan import CLASS_NAME
-from dipgo_deploy.search.evaluate import sample
+from dipgo_deploy.schedule.builders import uniform
+from dipgo_deploy.search.evaluate import images_of, sample
+from dipgo_deploy.search.losses import ssim
 from dipgo_deploy.search.problem import Pair, ProblemOptions, load_problem
+from dipgo_deploy.search.samples import held_out
 from dipgo_deploy.supernet.load import image_processor
 
 # Latents of 3 x 4 x 8: the tiny VAE halves each side and makes two frames of each latent one but the first.
@@ -173,8 +176,20 @@ def test_it_is_searched_by_its_latents(model: Path, tmp_path: Path) -> None:
     problem.check_loss("latent-l2")
     with pytest.raises(UserError, match="--loss ssim: compares pictures, and .* makes videos; use latent-l2"):
         problem.check_loss("ssim")
-    with pytest.raises(UserError, match="makes videos, and pictures are measured here"):
-        quality.measure(problem, [], per_condition=2)
+    half = uniform(problem.steps, len(gates[0]), 2)
+    row, same = quality.measure(
+        problem, [quality.Case("half", half), quality.Case("full", tuple(map(tuple, gates)))], 2
+    )
+    found = row.frames["ssim"]
+    pairs = held_out(1, 2, 0)
+    videos = [images_of(problem, sample(problem, rows, pairs)) for rows in (half, gates)]
+    for frame in range(5):
+        np.testing.assert_allclose(found.values[:, frame], ssim(*(one[:, :, frame] for one in videos)), atol=1e-6)
+    assert found.values.shape == (2, 5) and row.ssim.value == pytest.approx(found.values.mean())
+    plain = row.as_json()["frames"]["ssim"]
+    assert plain["worst_of_all"]["value"] == found.values.min() < row.ssim.value < same.ssim.value
+    assert plain["worst"]["value"] == pytest.approx(found.values.min(axis=1).mean())
+    assert same.frames["ssim"].values.min() == pytest.approx(1, abs=1e-4)
 
 
 def test_refusals_are_one_line(model: Path, engine: Path) -> None:
