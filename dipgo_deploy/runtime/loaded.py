@@ -146,8 +146,15 @@ class Loaded:
         if with_text:
             self.text(bundle)
 
+    def drop_all(self) -> None:
+        """Let go of everything; the LoRAs stay chosen."""
+        self._drop()
+        self._decoder = self._encoder = self._image_encoder = None
+
     def _drop(self) -> None:
         """All that a LoRA changes."""
+        for executable in self._executables.values():
+            self.backend.release(executable)
         self._loops.clear()
         self._executables.clear()
         self._text = None

@@ -277,6 +277,13 @@ class DenoisingLoop:
         """The history after a run, float32 (slots, B, C, h, w): it holds only until the next one."""
         return self._backend.download(self._history, self._view.history, copy=False)
 
+    def latents_after(self, index: int) -> np.ndarray:
+        """What the first launch after ``index`` that takes the latent gets, or the final latent, float32 (B, C, [f,] h,
+        w): call it from ``on_launch``."""
+        self._backend.synchronize()
+        following = (launch.coefficients for launch in self.launches[index + 1 :] if launch.coefficients)
+        return final_latent(self.history(), next(following, self._view.manifest.plan.final))
+
     def evaluate(
         self,
         step: int,

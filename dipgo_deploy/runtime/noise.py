@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from dipgo_deploy import arguments
 from dipgo_deploy.errors import UserError
 
 _BLOCK = 16
@@ -75,26 +78,73 @@ class TorchNoise:
         return ((high << 32 | low) & (2**53 - 1)) * 2.0**-53
 
 
-class NoiseOfEach:
-    """A stream for each image: of every draw image i has what ``TorchNoise(seeds[i])`` gives for it alone.
+class GeneratorNoise:
+    """The stream of a torch.Generator of the caller's, which goes on from where it is. It is of the CPU.
 
-    So diffusers draws for a list of generators. seed: the first. Raises UserError as ``TorchNoise`` does.
+    seed: the one that it was given first.
     """
 
-    def __init__(self, seeds: Sequence[int]) -> None:
-        self._streams = [TorchNoise(seed) for seed in seeds]
-        self.seed = seeds[0]
+    def __init__(self, generator: Any) -> None:
+        self._torch = sys.modules["torch"]  # that of the generator: the runtime itself needs none
+        self._generator = generator
+        self.seed: int = generator.initial_seed()
+
+    def randn(self, shape: Sequence[int]) -> NDArray[np.float32]:
+        """The next draw: standard normal, float32, of this shape."""
+        drawn: NDArray[np.float32] = self._torch.randn(
+            tuple(shape), generator=self._generator, dtype=self._torch.float32
+        ).numpy()
+        return drawn
+
+
+class NoiseOfEach:
+    """A stream for each image: of every draw image i has what its own stream gives for it alone.
+
+    So diffusers draws for a list of generators. seed: of the first.
+    """
+
+    def __init__(self, streams: Sequence[TorchNoise | GeneratorNoise]) -> None:
+        self._streams = streams
+        self.seed = streams[0].seed
 
     def randn(self, shape: Sequence[int]) -> NDArray[np.float32]:
         """The next draw (images, ...). Raises UserError where it is not for as many images as there are seeds."""
         if shape[0] != len(self._streams):
             raise UserError(
-                f"seed: {len(self._streams)} seeds, and {shape[0]} pictures to draw for at once; give one seed"
+                f"seed: one for each of {len(self._streams)} images, and {shape[0]} pictures to draw for at once; give "
+                "one for all"
             )
         return np.concatenate([stream.randn((1, *shape[1:])) for stream in self._streams])
 
 
-Noise = TorchNoise | NoiseOfEach
+Noise = TorchNoise | GeneratorNoise | NoiseOfEach
+
+
+def noise_of(seed: object, generator: object, images: int) -> Noise:
+    """What is drawn from for a call: of a seed, or in its place of a torch.Generator; or of one for each image.
+
+    Raises:
+        UserError: neither is one, both are given, their number is not that of the images, or a generator of a GPU.
+    """
+    name, given = ("seed", seed) if generator is None else ("generator", generator)
+    if generator is not None and seed != 0:
+        raise UserError("seed and generator: give one of the two")
+    if isinstance(given, (str, bytes)) or not isinstance(given, Sequence | np.ndarray):
+        return _stream(name, given)
+    if len(given) != images:
+        raise UserError(f"{name}: {len(given)} given for {images} images; give one, or one for each")
+    return NoiseOfEach([_stream(name, one) for one in given])
+
+
+def _stream(name: str, given: object) -> TorchNoise | GeneratorNoise:
+    if name == "seed":
+        return TorchNoise(arguments.whole(name, given))
+    device = getattr(getattr(given, "device", None), "type", None)
+    if not hasattr(given, "initial_seed") or "torch" not in sys.modules:
+        raise arguments.wrong(name, given, "a torch.Generator")
+    if device != "cpu":
+        raise UserError(f"generator: of {device}; noise is drawn on the CPU here, give a generator of the CPU")
+    return GeneratorNoise(given)
 
 
 @dataclass(frozen=True)

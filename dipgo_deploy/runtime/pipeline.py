@@ -25,8 +25,9 @@ from dipgo_deploy.lora.file import LoraChoice
 from dipgo_deploy.runtime.given_pictures import picture_conditions
 from dipgo_deploy.runtime.image import Picture, batch_for, pad_batch, to_pil
 from dipgo_deploy.runtime.loaded import Loaded
+from dipgo_deploy.runtime.loop import DenoisingLoop
 from dipgo_deploy.runtime.memory import process_memory
-from dipgo_deploy.runtime.noise import Noise, NoiseOfEach, TorchNoise
+from dipgo_deploy.runtime.noise import Noise, TorchNoise, noise_of
 from dipgo_deploy.runtime.requests import (
     Asked,
     Embeds,
@@ -87,6 +88,25 @@ class PipelineOutput:
         """The frames of each video, of output type ``pil``."""
         count = self.frames or 1
         return [list(self.images[start : start + count]) for start in range(0, len(self.images), count)]
+
+
+@dataclass(frozen=True)
+class _Watch:
+    """Who is told how far a call is. tensors: what ``step_ended`` gets."""
+
+    launched: Callable[[int, int], Any] | None
+    step_ended: Callable[[Pipeline, int, float, dict[str, Any]], Any] | None
+    tensors: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.tensors if name != "latents"]
+        if unknown:
+            raise UserError(f"callback_on_step_end_tensor_inputs: {unknown[0]!r}, there is 'latents' alone")
+
+    @property
+    def any(self) -> bool:
+        """Whether anyone is."""
+        return self.launched is not None or self.step_ended is not None
 
 
 @dataclass(frozen=True)
@@ -251,6 +271,8 @@ class Pipeline:
         class_labels: int | str | Sequence[int | str] | None = None,
         num_images_per_prompt: int = 1,
         seed: int | Sequence[int] = 0,
+        generator: Any = None,
+        num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
         guidance_scale_2: float | None = None,
         latents: np.ndarray | None = None,
@@ -270,6 +292,8 @@ class Pipeline:
         num_frames: int | None = None,
         output_type: OutputType = "pil",
         callback: Callable[[int, int], Any] | None = None,
+        callback_on_step_end: Callable[[Pipeline, int, float, dict[str, Any]], Any] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> PipelineOutput:
         """Draw pictures.
 
@@ -283,6 +307,9 @@ class Pipeline:
                 sampler's noise, as diffusers does with ``torch.Generator("cpu").manual_seed(seed)`` for a pipeline in
                 float32; or a seed for each image, as diffusers takes a list of generators: each image is then the one
                 that its seed gives alone.
+            generator: in place of the seed a torch.Generator of the CPU, or one for each image, as diffusers takes it;
+                it goes on from where it is.
+            num_inference_steps: those of the engine directory's sampler, or nothing.
             guidance_scale: at least 1; default: the engine directory's.
             guidance_scale_2: of the second denoiser, of a model of two; default: the same.
             latents: initial unit noise (n, C, h, w), instead of the seed's.
@@ -307,6 +334,10 @@ class Pipeline:
             num_frames: that of the engine directory, or nothing.
             output_type: ``pil``, ``np`` or ``latent``.
             callback: called with (launches done, launches in all) after each launch.
+            callback_on_step_end: called as diffusers does, with (pipeline, evaluation, timestep, tensors), after each
+                evaluation that is launched; of several batches for each. What it returns is not put back.
+            callback_on_step_end_tensor_inputs: which tensors it gets, of ``latents``: what the next evaluation gets, or
+                the final ones, float32 (batch, C, [f,] h, w). None of them saves copies from the device.
 
         Raises:
             UserError: an argument does not fit the engine directory (checked before anything runs), or a run failed.
@@ -339,15 +370,16 @@ class Pipeline:
             output_type=output_type,
         )
         request = check_request(self.bundle.manifest, asked)
-        stream = _noise(seed, request.images)
-        if callback is not None:
-            arguments.function("callback", callback)
+        stream = noise_of(seed, generator, request.images)
+        self._check_steps(num_inference_steps)
+        for name, function in (("callback", callback), ("callback_on_step_end", callback_on_step_end)):
+            if function is not None:
+                arguments.function(name, function)
+        watch = _Watch(callback, callback_on_step_end, tuple(callback_on_step_end_tensor_inputs))
         with self._loaded.alone("call"):
-            return self._draw(request, stream, callback, start)
+            return self._draw(request, stream, watch, start)
 
-    def _draw(
-        self, request: Request, stream: Noise, callback: Callable[[int, int], Any] | None, start: float
-    ) -> PipelineOutput:
+    def _draw(self, request: Request, stream: Noise, watch: _Watch, start: float) -> PipelineOutput:
         loading = time.perf_counter()
         self._say_what_the_fit_had_not(request)
         if not self._loaded.lazy:
@@ -355,7 +387,7 @@ class Pipeline:
         encoding = time.perf_counter()
         drawn = self._drawn(request, stream)
         denoising = time.perf_counter()
-        denoised, launches = self._denoise(request, drawn, stream, callback)
+        denoised, launches = self._denoise(request, drawn, stream, watch)
         decoding = time.perf_counter()
         images = self._images(request, denoised)
         end = time.perf_counter()
@@ -384,6 +416,46 @@ class Pipeline:
         if line and line not in self._said:
             self._said.add(line)
             _log.warning("%s: its solver %s: compare the pictures with the full run's", self.bundle.path, line)
+
+    def _check_steps(self, steps: object) -> None:
+        """Refuse (UserError) another number of steps than the sampler was compiled with."""
+        own = self.bundle.manifest.sampler.num_inference_steps
+        if steps is not None and arguments.whole("num_inference_steps", steps, least=1) != own:
+            offered = ", ".join(self.bundle.schedules)
+            others = f"; its schedules are {offered}, see with_schedule" if offered else ""
+            raise UserError(
+                f"num_inference_steps: {steps}, and the engine directory was compiled for {own}{others}; leave it out, "
+                "or export a schedule of so many"
+            )
+
+    def _end_step(self, loop: DenoisingLoop, index: int, watch: _Watch) -> None:
+        """Call back after the last launch of an evaluation."""
+        assert watch.step_ended is not None
+        launches = loop.launches
+        if index + 1 < len(launches) and launches[index + 1].step == launches[index].step:
+            return
+        tensors = {"latents": loop.latents_after(index)} if "latents" in watch.tensors else {}
+        watch.step_ended(self, launches[index].step, launches[index].timestep, tensors)
+
+    def close(self) -> None:
+        """Let go of all that is loaded, also by other pipelines of this directory's schedules; a further call loads it
+        again."""
+        with self._loaded.alone("close"):
+            self._loaded.drop_all()
+
+    def __enter__(self) -> Pipeline:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        manifest = self.bundle.manifest
+        named = f", schedule {manifest.name}" if manifest.name else ""
+        launches = len(manifest.plan.launched)
+        return (
+            f"<Pipeline {self.bundle.path}: {manifest.model.name} on {self.backend.name}, {launches} launches{named}>"
+        )
 
     def self_test(self) -> SelfTestReport:
         """Does this backend on this machine compute the model? Runs the test that the engine directory carries.
@@ -512,7 +584,7 @@ class Pipeline:
         request: Request,
         drawn: _Drawn,
         stream: Noise,
-        callback: Callable[[int, int], Any] | None,
+        watch: _Watch,
     ) -> tuple[np.ndarray, int]:
         """All images in batches of at most the exported size; where that is not open, the last one padded to it.
 
@@ -531,8 +603,10 @@ class Pipeline:
             batch = batch_for(min(most, request.images - start), most, manifest.sizes)
 
             def launched(index: int, done: int = number * len(loop.launches)) -> None:
-                if callback is not None:
-                    callback(done + index + 1, total)
+                if watch.launched is not None:
+                    watch.launched(done + index + 1, total)
+                if watch.step_ended is not None:
+                    self._end_step(loop, index, watch)
 
             inputs = {
                 name: np.concatenate([pad_batch(half[rows], batch) for half in halves if half is not None])
@@ -545,7 +619,7 @@ class Pipeline:
                     noises=np.stack([pad_batch(noise[rows], batch) for noise in noises]) if noises else None,
                     image=None if picture is None else pad_batch(picture[rows], batch),
                     guidance_scale=request.guidance_scales,
-                    on_launch=None if callback is None else launched,
+                    on_launch=launched if watch.any else None,
                 )
             if not np.isfinite(denoised).all():
                 raise self._not_finite(loop.not_finite() or "the last sum of all predictions")
@@ -589,15 +663,6 @@ def _fitted_to(bundle: Bundle) -> FittedTo | None:
     manifest = bundle.manifest
     solver = bundle.load_schedule().solver if manifest.schedule in manifest.files else None
     return None if solver is None else solver.fitted_to
-
-
-def _noise(seed: object, images: int) -> Noise:
-    if isinstance(seed, (str, bytes)) or not isinstance(seed, Sequence | np.ndarray):
-        return TorchNoise(arguments.whole("seed", seed))
-    seeds = [arguments.whole("seed", one) for one in seed]
-    if len(seeds) != images:
-        raise UserError(f"seed: {len(seeds)} seeds for {images} images; give one, or one for each")
-    return NoiseOfEach(seeds)
 
 
 def _lora_choices(files: Sequence[tuple[Any, ...]], partial: bool) -> list[LoraChoice]:

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dipgo_deploy.errors import UserError
-from dipgo_deploy.runtime.noise import NoiseOfEach, TorchNoise
+from dipgo_deploy.runtime.noise import TorchNoise, noise_of
 
 SEEDS = [0, 1, 42, 2**31, 2**32 - 1, 2**32, 2**40 + 7, 2**64 - 1, -1, -5, -(2**63)]
 LATENTS = (1, 4, 64, 64)
@@ -80,9 +80,30 @@ def test_a_seed_for_each_image_is_a_generator_for_each() -> None:
 
     seeds = (3, 2**40, -1)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    noise = NoiseOfEach(seeds)
+    noise = noise_of(seeds, None, 3)
     for shape in ((3, 4, 8, 8), (3, 2)):
         expected = randn_tensor(shape, generator=generators)
         np.testing.assert_allclose(noise.randn(shape), expected.numpy(), rtol=0, atol=1e-6)
-    with pytest.raises(UserError, match="3 seeds, and 2 pictures to draw for at once"):
+    with pytest.raises(UserError, match="one for each of 3 images, and 2 pictures to draw for at once"):
         noise.randn((2, 4))
+
+
+def test_a_generator_goes_on_from_where_it_is() -> None:
+    generator = torch.Generator().manual_seed(5)
+    torch.randn(3, generator=generator)
+    twin = torch.Generator().manual_seed(5)
+    twin.set_state(generator.get_state())
+    noise = noise_of(0, generator, 2)
+    assert noise.seed == 5
+    for shape in ((2, 4, 8, 8), (2, 3)):
+        np.testing.assert_array_equal(noise.randn(shape), torch.randn(shape, generator=twin).numpy())
+    several = noise_of(0, [torch.Generator().manual_seed(seed) for seed in (1, 2)], 2).randn((2, 4, 8, 8))
+    np.testing.assert_allclose(several, noise_of([1, 2], None, 2).randn((2, 4, 8, 8)), rtol=0, atol=1e-6)
+    for seed, other, message in (
+        (0, [generator], "generator: 1 given for 2 images"),
+        (1, generator, "give one of the two"),
+        (0, 3, "generator: int .*torch.Generator|generator"),
+        ([1, 2, 3], None, "seed: 3 given for 2 images"),
+    ):
+        with pytest.raises(UserError, match=message):
+            noise_of(seed, other, 2)

@@ -67,10 +67,42 @@ def test_a_seed_for_each_image(tmp_path):
     several = pipeline(["a boot", "a bag", "a coat"], seed=[4, 9, 4], output_type="latent").latents
     for prompt, seed, got in zip(("a boot", "a bag", "a coat"), (4, 9, 4), several, strict=True):
         np.testing.assert_allclose(pipeline(prompt, seed=seed, output_type="latent").latents[0], got, atol=1e-6)
-    with pytest.raises(UserError, match="seed: 2 seeds for 1 images"):
+    with pytest.raises(UserError, match="seed: 2 given for 1 images"):
         pipeline("a bag", seed=(1, 2))
-    with pytest.raises(UserError, match="seed"):
-        pipeline("a bag", seed="12")
+
+
+def test_a_callback_at_the_end_of_each_evaluation_as_diffusers_has_it(tmp_path):
+    pipeline = make(tmp_path, Toy(batch=1))
+    seen = []
+
+    def ended(given, step, timestep, tensors):
+        assert given is pipeline
+        seen.append((step, timestep, tensors.get("latents")))
+
+    result = pipeline("a bag", seed=3, callback_on_step_end=ended)
+    plan = pipeline.bundle.manifest.plan
+    assert [step for step, *_ in seen] == list(plan.launched)
+    assert [timestep for _, timestep, _ in seen] == [launch.timestep for launch in plan.launches]
+    np.testing.assert_array_equal(seen[-1][2], result.latents)
+    assert len({latents.tobytes() for *_, latents in seen}) == len(seen)
+    seen.clear()
+    pipeline("a bag", seed=3, callback_on_step_end=ended, callback_on_step_end_tensor_inputs=())
+    assert [latents for *_, latents in seen] == [None] * len(plan.launched)
+    with pytest.raises(UserError, match="'prompt_embeds', there is 'latents' alone"):
+        pipeline("a bag", callback_on_step_end=ended, callback_on_step_end_tensor_inputs=["prompt_embeds"])
+
+
+def test_it_is_closed_and_used_again(tmp_path):
+    with make(tmp_path, Toy(batch=1)) as pipeline:
+        before = pipeline("a bag", seed=3).latents
+        assert repr(pipeline) == f"<Pipeline {pipeline.bundle.path}: toy on cpu, 6 launches>"
+        assert pipeline.memory()["graphs_loaded"]
+    assert not pipeline.memory()["graphs_loaded"]
+    np.testing.assert_array_equal(pipeline("a bag", seed=3).latents, before)
+    steps = pipeline.bundle.manifest.sampler.num_inference_steps
+    np.testing.assert_array_equal(pipeline("a bag", seed=3, num_inference_steps=steps).latents, before)
+    with pytest.raises(UserError, match=f"num_inference_steps: 99, and the engine directory was compiled for {steps}"):
+        pipeline("a bag", num_inference_steps=99)
 
 
 def test_a_prompt_that_is_too_long_keeps_its_end_token_and_is_logged(tmp_path, caplog):
