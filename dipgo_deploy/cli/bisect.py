@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from dipgo_deploy.reference.conditions import ReferenceInputs
     from dipgo_deploy.reference.load import Reference
 
-NOTHING = "every graph by itself is within tolerance: what is wrong is not in a graph"
+NOTHING = (
+    "every graph of the denoiser is within tolerance by itself: what is wrong is elsewhere (see the first line above)"
+)
 
 
 def bisected(

@@ -7,6 +7,7 @@ its ``forward`` is replaced while the pipeline runs, by one that follows the eva
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -484,6 +485,7 @@ def _steps_seen(scheduler: Any, run: StockRun) -> Iterator[None]:
         latest["latent"] = scale(sample, *args, **kwargs)  # type: ignore[misc]
         return latest["latent"]
 
+    @functools.wraps(step)  # pipelines look at its parameters to see whether it takes their generator
     def stepped(model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         given = latest.pop("latent", sample)
         given = given[-len(sample) :]  # some pipelines scale what they have doubled for guidance

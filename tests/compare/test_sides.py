@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import torch
+from diffusers import EulerAncestralDiscreteScheduler
 from node_defects import behind
 from seeded_defects import replaced
 from tiny_engines import changed, schedule_for, write
@@ -21,7 +24,7 @@ from dipgo_deploy.compare.cross import compare_sides
 from dipgo_deploy.compare.metrics import Tolerance
 from dipgo_deploy.compare.report import Report
 from dipgo_deploy.compare.sides import EngineSide, Side, given_to
-from dipgo_deploy.compare.stock import Case
+from dipgo_deploy.compare.stock import Case, StockRun, _steps_seen
 from dipgo_deploy.compare.torch_sides import ModelSide, StockSide
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.export.exporter import ExportOptions, PlannedExport, in_layout, plan_export, replan
@@ -140,6 +143,23 @@ def test_the_stock_pipeline_shows_what_a_schedule_leaves_out(
         assert checked.step is not None
         if all(gates[checked.step]):
             assert checked.tensors[-1].made < 1e-4
+
+
+def test_a_stock_pipeline_still_sees_what_its_scheduler_takes() -> None:
+    """Without the generator a stochastic sampler would draw other noise."""
+    scheduler, run = EulerAncestralDiscreteScheduler(), StockRun()
+    scheduler.set_timesteps(2)
+    before = inspect.signature(scheduler.step).parameters.keys()
+    latent = torch.ones(1, 1, 2, 2)
+    with _steps_seen(scheduler, run):
+        assert inspect.signature(scheduler.step).parameters.keys() == before >= {"generator"}
+        scaled = scheduler.scale_model_input(torch.cat([latent] * 2), scheduler.timesteps[0])
+        generator = torch.Generator().manual_seed(1)
+        scheduler.step(2 * latent, scheduler.timesteps[0], latent, generator=generator)
+    assert inspect.signature(scheduler.step).parameters.keys() == before and "step" not in vars(scheduler)
+    ((timestep, seen, prediction),) = run.steps
+    assert timestep == float(scheduler.timesteps[0]) and np.array_equal(seen, scaled[1:].numpy())
+    assert (prediction == 2).all()
 
 
 def test_sides_that_do_not_go_together_are_refused(
