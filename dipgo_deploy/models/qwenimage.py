@@ -104,7 +104,7 @@ def call(model: nn.Module, latent: Tensor, timestep: Tensor, conditions: Mapping
             return_dict=False,
             **others,
         )[0]
-    return unpack(predicted[:, : rows * columns], rows, columns)
+    return unpack(predicted if followed is None else predicted[:, : rows * columns], rows, columns)
 
 
 @contextmanager
