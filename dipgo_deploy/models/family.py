@@ -213,6 +213,7 @@ class ModelFamily:
         denoiser_at(index, scheduler config, timesteps): which of them the pipeline runs at each timestep; where there
             is one it is never asked.
         index: entries of ``model_index.json`` that are wanted, and refused where another family's folder has them.
+        settings: entries of ``model_index.json`` that are wanted, which tell it from a family of the same pipeline.
         size_multiple(config): an open latent height or width has to be a multiple of it; None where a trace is good
             for one size only.
         pixels: the latent is the picture itself, in [-1, 1].
@@ -259,6 +260,7 @@ class ModelFamily:
     denoisers: tuple[str, ...] = ("",)
     denoiser_at: Callable[[Mapping[str, Any], Mapping[str, Any], Sequence[float]], tuple[str, ...]] | None = None
     index: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
     size_multiple: Callable[[Mapping[str, Any]], int] | None = None
     pixels: bool = False
     packing: int = 1

@@ -372,7 +372,7 @@ def _family_of_pipeline(folder: Path, index: Mapping[str, Any], options: ReadOpt
             (found := _class_in(index, part)) is not None and found in (class_name, family.several.get(part))
             for part, class_name in wanted.items()
         )
-        if fits and family.index.items() <= index.items():
+        if fits and {**family.index, **family.settings}.items() <= index.items():
             control = _class_in(index, "controlnet")
             if control is not None and "controlnet" not in wanted and pipeline is None:
                 raise UserError(f"{folder}: {control} is not supported; use a pipeline with a ControlNetModel")

@@ -28,6 +28,7 @@ from dipgo_deploy.models import (
     unet2d,
     unet2d_condition,
     wan,
+    wan_first,
     wan_image,
     zimage,
 )
@@ -61,6 +62,7 @@ BUILT_IN = (
     sana.FAMILY,
     wan.FAMILY,
     wan.TWO,
+    wan_first.FAMILY,
     wan_image.FAMILY,
     wan_image.TWO,
     ltx.FAMILY,

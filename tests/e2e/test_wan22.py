@@ -40,6 +40,7 @@ from dipgo_deploy.errors import UserError
 from dipgo_deploy.export import planning
 from dipgo_deploy.export.exporter import PlannedExport, publish, replan
 from dipgo_deploy.models.denoisers import below_boundary
+from dipgo_deploy.models.location import with_options
 from dipgo_deploy.models.target import schedule_target
 from dipgo_deploy.runtime.pipeline import Pipeline
 from dipgo_deploy.schedule.document import Schedule
@@ -255,14 +256,14 @@ def test_from_a_picture(stock: WanPipeline, tmp_path: Path) -> None:
     check_random_blocks(video.model, video.planned, video.engine, tmp_path / "half")
 
 
-@pytest.mark.slow  # a trace and a decoder of its own
-def test_the_model_of_5b_is_told_the_timestep_of_each_token(tmp_path: Path) -> None:
-    """They are all the same where nothing is given, so one timestep is as good. Its VAE packs pixels two by two."""
+@pytest.fixture(scope="module")
+def of_5b() -> WanPipeline:
+    """Its VAE packs pixels two by two."""
     torch.manual_seed(0)
     settings = {"base_dim": 4, "decoder_base_dim": 4, "z_dim": 4, "dim_mult": [1, 1], "temperal_downsample": [True]}
     packed = {"is_residual": True, "in_channels": 12, "out_channels": 12, "patch_size": 2, "num_res_blocks": 1}
     scales = {"latents_mean": [0.1] * 4, "latents_std": [1.5] * 4, "scale_factor_temporal": 2}
-    pipeline = WanPipeline(
+    return WanPipeline(
         tokenizer=t5_tokenizer(),
         text_encoder=umt5(),
         vae=random_weights(AutoencoderKLWan(**settings, **packed, **scales, scale_factor_spatial=4)),
@@ -270,10 +271,35 @@ def test_the_model_of_5b_is_told_the_timestep_of_each_token(tmp_path: Path) -> N
         scheduler=UniPCMultistepScheduler(**UNIPC),
         expand_timesteps=True,
     )
-    pipeline.save_pretrained(tmp_path / "model")
+
+
+@pytest.mark.slow  # a trace and a decoder of its own
+def test_the_model_of_5b_is_told_the_timestep_of_each_token(of_5b: WanPipeline, tmp_path: Path) -> None:
+    """They are all the same where nothing is given, so one timestep is as good."""
+    of_5b.save_pretrained(tmp_path / "model")
     size = {"height": 32, "width": 32, "num_frames": 5}
     video = exported(tmp_path / "model", tmp_path / "x", size)
     for kind in ("latent", "np"):
         call = {"prompt": PROMPT, "negative_prompt": NEGATIVE, "guidance_scale": 3.0, "output_type": kind}
-        assert relative(ours(video.engine, **call), theirs(pipeline, **call, **size)) < 1e-4
+        assert relative(ours(video.engine, **call), theirs(of_5b, **call, **size)) < 1e-4
+    check_random_blocks(video.model, video.planned, video.engine, tmp_path / "half")
+
+
+@pytest.mark.slow  # the same; LTX-Video starts from a first frame in each run of all tests
+def test_the_model_of_5b_starts_from_a_first_frame(of_5b: WanPipeline, tmp_path: Path) -> None:
+    of_5b.save_pretrained(tmp_path / "model")
+    from_picture = WanImageToVideoPipeline(
+        **of_5b.components, image_encoder=None, image_processor=None, expand_timesteps=True
+    )
+    size = {"height": 32, "width": 32, "num_frames": 5}
+    name = with_options(str(tmp_path / "model"), pipeline="WanImageToVideoPipeline")
+    video = exported(name, tmp_path / "x", size)
+    assert video.planned.source.family.class_name == "WanTransformer3DModel+FirstFrame"
+    noise = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    for kind in ("latent", "np"):
+        call: dict[str, Any] = {"prompt": PROMPT, "negative_prompt": NEGATIVE, "output_type": kind}
+        call |= {"guidance_scale": 3.0, "image": Image.fromarray(noise)}
+        want = theirs(from_picture, **call, **size)
+        assert relative(ours(video.engine, **call), want) < 1e-4
+        assert relative(ours(video.engine, **{**call, "image": Image.fromarray(255 - noise)}), want) > 1e-3
     check_random_blocks(video.model, video.planned, video.engine, tmp_path / "half")
