@@ -37,7 +37,15 @@ from dipgo_deploy.bundle.shapes import Range  # noqa: E402
 from dipgo_deploy.cli.compare import main as compare  # noqa: E402
 from dipgo_deploy.engine.build import BuildOptions, build_engines  # noqa: E402
 from dipgo_deploy.errors import UserError  # noqa: E402
-from dipgo_deploy.export.exporter import ExportOptions, PlannedExport, in_layout, plan_export  # noqa: E402
+from dipgo_deploy.export.exporter import (  # noqa: E402
+    ExportOptions,
+    PlannedExport,
+    in_layout,
+    plan_export,
+    publish,
+    replan,
+)
+from dipgo_deploy.export.several import joined  # noqa: E402
 from dipgo_deploy.runtime.loop import DenoisingLoop  # noqa: E402
 from dipgo_deploy.runtime.pipeline import Pipeline  # noqa: E402
 from dipgo_deploy.supernet.load import load_denoiser  # noqa: E402
@@ -385,6 +393,27 @@ def test_graphs_of_contexts_that_ran_elsewhere_are_noticed(dit, cudart):
     run()
     with pytest.raises(AssertionError, match="has run elsewhere since"):
         graph()
+
+
+@pytest.mark.parametrize("mode", GRAPH_MODES)
+def test_schedules_of_one_directory_share_engines(bare, cudart, tmp_path, mode):
+    """Calls of two schedules in turn: captured graphs of one must not hold what the other runs."""
+    unchecked = replace(bare, options=replace(bare.options, check=False))
+    full, pruned = (
+        replan(unchecked, bare.schedule.with_gates([[step % every == 0] * 4 for step in range(bare.schedule.steps)]))
+        for every in (1, 2)
+    )
+    folder = publish(joined({"full": full, "pruned": pruned}), tmp_path / "engine").path
+    report = build_engines(folder, RTX, BuildOptions())
+    assert sorted(engine.name for engine in report.engines)[:2] == ["prologue", "pruned.v01"]
+    first = Pipeline.from_engine_dir(folder, RTX, cuda_graph=mode)
+    second = first.with_schedule("pruned")
+    wanted = [draw(Pipeline.from_engine_dir(folder, "cpu", schedule=name)) for name in ("full", "pruned")]
+    for _ in range(3):
+        for pipeline, expected in zip((first, second), wanted, strict=True):
+            for _ in range(2):
+                assert_close(draw(pipeline), expected)
+    assert first.memory()["graphs_loaded"] == 1 and second.memory()["graphs_loaded"] == 2
 
 
 def test_a_stripped_engine_does_not_run_unrefitted(bare, cudart, tmp_path, monkeypatch):
