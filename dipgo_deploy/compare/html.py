@@ -29,7 +29,7 @@ body { font: 15px/1.45 system-ui, sans-serif; color: var(--ink); background: var
 h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: .2rem .5rem; border-bottom: 1px solid var(--line); overflow-wrap: anywhere; }
-th { background: var(--soft); } td.n { text-align: right; white-space: nowrap; }
+th { background: var(--soft); } td.n, th.n { text-align: right; white-space: nowrap; }
 .bad { color: var(--bad); font-weight: 600; } .good { color: var(--good); font-weight: 600; }
 svg { width: 100%; height: auto; } svg text { fill: var(--ink); font: 11px system-ui, sans-serif; }
 .axis, .grid { stroke: var(--line); } .limit { stroke: var(--bad); stroke-dasharray: 5 4; }
@@ -39,9 +39,11 @@ svg { width: 100%; height: auto; } svg text { fill: var(--ink); font: 11px syste
 details { margin: .5rem 0; } pre { white-space: pre-wrap; overflow-wrap: anywhere; }
 """
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 760, 280, 62, 12, 12, 52
+_KEY = 105  # width of an entry of the key
 # Below this an error is drawn at the lower edge: float32 itself does not tell it from none.
 _FLOOR = 1e-9
 _COLOURS = 5
+_NUMBERS = ("error", "made", "inherited")
 
 
 def html_page(
@@ -83,9 +85,9 @@ def html_page(
         _section(body, "The whole loop")
         _loop(body, report)
     if report.results is not None:
-        rows = [_row("", "", tensor) for tensor in report.results.tensors]
+        rows = [_row("", "", tensor)[2:] for tensor in report.results.tensors]
         _section(body, "After the last evaluation")
-        _table(body, ("", "", "tensor", "error", "", ""), rows)
+        _table(body, ("tensor", "error", "", ""), rows)
     _parts(body, "From prompt to picture", report.pictures)
     if report.skipped:
         _section(body, "Not compared")
@@ -118,6 +120,7 @@ def curves(report: Report) -> ET.Element:
     for power in range(low, high + 1):
         _line(svg, "grid", _LEFT, y(10.0**power), _WIDTH - _RIGHT, y(10.0**power))
         _label(svg, _LEFT - 6, y(10.0**power) + 4, f"1e{power}", "end")
+    _label(svg, _WIDTH - _RIGHT, _HEIGHT - 14, "evaluation", "end")
     for step in sorted({round(last * share / 5) for share in range(6)}):
         _label(svg, x(step), _HEIGHT - _BOTTOM + 16, str(step), "middle")
     if limit:
@@ -130,7 +133,7 @@ def curves(report: Report) -> ET.Element:
         for px, py, step, value in placed:
             dot = ET.SubElement(svg, "circle", cx=f"{px:.1f}", cy=f"{py:.1f}", r="2.6", style=f"fill: {colour}")
             ET.SubElement(dot, "title").text = f"{name}, evaluation {step}: {value:.2e}"
-        left = _LEFT + number * (wide / max(len(series), 1))
+        left = _LEFT + number * _KEY
         ET.SubElement(
             svg, "rect", x=f"{left:.1f}", y=f"{_HEIGHT - 20}", width="14", height="4", style=f"fill: {colour}"
         )
@@ -252,14 +255,17 @@ def _table(body: ET.Element, headings: Sequence[str], rows: Iterable[Sequence[st
     table = ET.SubElement(body, "table")
     top = ET.SubElement(ET.SubElement(table, "thead"), "tr")
     for heading in headings:
-        ET.SubElement(top, "th").text = heading
+        cell = ET.SubElement(top, "th")
+        cell.text = heading
+        if heading in _NUMBERS:
+            cell.set("class", "n")
     inside = ET.SubElement(table, "tbody")
     for row in rows:
         line = ET.SubElement(inside, "tr")
-        for heading, cell in zip(headings, row, strict=True):
+        for heading, text in zip(headings, row, strict=True):
             entry = ET.SubElement(line, "td")
-            entry.text = _text(cell)
-            if heading in ("error", "made", "inherited"):
+            entry.text = _text(text)
+            if heading in _NUMBERS:
                 entry.set("class", "n")
         line[-1].set("class", "good" if row[-1] == "ok" else "bad")
 
