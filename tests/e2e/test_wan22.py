@@ -38,7 +38,7 @@ from dipgo_deploy.cli import inspect, run
 from dipgo_deploy.cli import schedule as schedule_command
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.export import planning
-from dipgo_deploy.export.exporter import PlannedExport, publish, replan
+from dipgo_deploy.export.exporter import PlannedExport, in_layout, publish, replan
 from dipgo_deploy.models.denoisers import below_boundary
 from dipgo_deploy.models.location import with_options
 from dipgo_deploy.models.target import schedule_target
@@ -119,6 +119,17 @@ def test_other_samplers(stock: WanPipeline, model: Path, planned: PlannedExport,
     check_samplers(stock, model, planned, tmp_path, ("flow-euler", "flow-heun"), embeds, call)
 
 
+def test_segments_are_the_supernet(model: Path, planned: PlannedExport, tmp_path: Path) -> None:
+    schedule = schedule_for(model, ratio=0.5, steps=STEPS)
+    bundle = with_gates(in_layout(planned, "segments"), schedule, tmp_path / "x", components=False)
+    assert bundle.manifest.plan.layout == "segments"
+    report = loop_report(bundle.path)
+    assert report.first_failure() is None and report.results is not None
+    for tensor in (*(tensor for step in report.loop for tensor in step.tensors), *report.results.tensors):
+        assert tensor.relative <= 1e-4, f"{tensor.name}: {tensor.relative}"
+
+
+@pytest.mark.slow  # a trace of its own; tests/e2e/test_wan.py has the same layers
 def test_layers_are_the_supernet_in_both_layouts(model: Path, tmp_path: Path) -> None:
     check_layers_in_both_layouts(model, tmp_path, SIZE)
 

@@ -164,7 +164,7 @@ def test_plan_equals_supernet(case):
 def test_denoisers_in_turn_equal_the_supernet(limit):
     """Each keeps its caches to itself, and no graph has values of two."""
     compared = 0
-    for seed in range(100):
+    for seed in range(40):
         graph, gates, denoisers = random_turns(random.Random(seed))
         try:
             plan = compile_plan(graph, gates, denoisers=denoisers, max_variants=limit)
@@ -180,7 +180,7 @@ def test_denoisers_in_turn_equal_the_supernet(limit):
             assert all(name.startswith(own) for name in (*variant.computed, *(cache.value for cache in variant.reads)))
         assert all(block.startswith(f"d{denoisers[step]}.") for step, block in plan.promoted)
         compared += 1
-    assert compared > (10 if limit == 1 else 50)
+    assert compared > (3 if limit == 1 else 20)
 
 
 @settings(RELAXED, max_examples=400)

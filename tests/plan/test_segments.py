@@ -160,7 +160,7 @@ def test_segments_equal_the_supernet(case):
 def test_denoisers_in_turn_equal_the_supernet():
     """Each runs at its own evaluations only; nothing of the other is launched there."""
     compared = 0
-    for seed in range(150):
+    for seed in range(60):
         rng = random.Random(seed)
         graph, gates, denoisers = random_turns(rng)
         traced = expand(rng, graph)
@@ -179,7 +179,7 @@ def test_denoisers_in_turn_equal_the_supernet():
             owners = {name[:3] for piece in segment.pieces for name in pieces.pieces[piece].owners}
             assert not owners or f"d{denoisers[launch.step]}." in owners
         compared += 1
-    assert compared > 75
+    assert compared > 30
 
 
 @settings(RELAXED, max_examples=300)
