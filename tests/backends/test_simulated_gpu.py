@@ -138,6 +138,23 @@ class Calls:
 
 
 @pytest.mark.parametrize("mode", GRAPH_MODES)
+def test_the_weights_of_the_prologue_leave_the_device(dit, cudart, mode):
+    """After its first run; captured launches hold its engine no more."""
+    prologue = json.loads(next(dit.glob("plans/*/prologue.json")).read_text())["weights_bytes"]
+    pipeline = Pipeline.from_engine_dir(dit, RTX, cuda_graph=mode)
+    loaded = pipeline.memory()["device"]["weights"]
+    first = draw(pipeline)
+    gc.collect()
+    assert prologue and pipeline.memory()["device"]["weights"] == loaded - prologue
+    other = pipeline(class_labels=2, seed=1, guidance_scale=3.0, output_type="latent").latents
+    assert pipeline.memory()["device"]["weights"] == loaded  # there are several conditions: it stays
+    assert np.abs(other - first).max() > 1e-3
+    for _ in range(3):  # runs, is captured, and is replayed
+        np.testing.assert_array_equal(draw(pipeline), first)
+        assert_close(pipeline(class_labels=2, seed=1, guidance_scale=3.0, output_type="latent").latents, other)
+
+
+@pytest.mark.parametrize("mode", GRAPH_MODES)
 def test_a_loop_uploads_launches_and_downloads_once(dit, cudart, monkeypatch, mode):
     """Nothing is allocated or copied between launches, and the host waits once, for the result."""
     calls = Calls(cudart, monkeypatch)
