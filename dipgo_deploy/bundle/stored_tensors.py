@@ -32,6 +32,15 @@ def read_tensors(file: TensorFile, specs: Mapping[str, TensorSpec], taker: str) 
     Raises:
         UserError: a tensor is missing, has another shape or type, or cannot be read.
     """
+    check_tensors(file, specs, taker)
+    try:
+        return {name: file.tensors[name].read() for name in specs}
+    except OSError as error:
+        raise UserError(f"{file.path}: cannot be read ({error.strerror or error}); {EXPORT_AGAIN}") from None
+
+
+def check_tensors(file: TensorFile, specs: Mapping[str, TensorSpec], taker: str) -> None:
+    """Refuse (UserError) a file that has not the tensors of ``specs``; taker: what needs them so, for the message."""
     for name, spec in specs.items():
         tensor = file.tensors.get(name)
         if tensor is None:
@@ -41,7 +50,3 @@ def read_tensors(file: TensorFile, specs: Mapping[str, TensorSpec], taker: str) 
                 f"{file.path}: {name} is {tensor.dtype} {tensor.shape}, {taker} {spec.dtype} {spec.shape}; "
                 f"{EXPORT_AGAIN}"
             )
-    try:
-        return {name: file.tensors[name].read() for name in specs}
-    except OSError as error:
-        raise UserError(f"{file.path}: cannot be read ({error.strerror or error}); {EXPORT_AGAIN}") from None

@@ -11,10 +11,11 @@ from dipgo_deploy.bundle.directory import Bundle
 from dipgo_deploy.bundle.manifest import Manifest, TensorSpec
 from dipgo_deploy.bundle.names import is_table
 from dipgo_deploy.bundle.prologue import made_by_prologue, run_specs
-from dipgo_deploy.bundle.stored_tensors import open_tensors, read_tensors
+from dipgo_deploy.bundle.stored_tensors import check_tensors, open_tensors, read_tensors
 from dipgo_deploy.errors import UserError
 
 TABLES_NAME = "tables.safetensors"
+_TAKER = "the graphs take"
 
 
 def table_specs(bundle: Bundle) -> dict[str, TensorSpec]:
@@ -45,7 +46,6 @@ class Tables:
         self._class_place = {label: place for place, label in enumerate(plan.table_classes)}
         self._timestep = {launch.step: launch.timestep for launch in plan.launches}
         self.rows: Mapping[str, np.ndarray] = {}
-        self._class_rows: Mapping[str, np.ndarray] = {}
         if self.specs or self.of_classes:
             path = (bundle.path / plan.variants[0].graph.file).parent / TABLES_NAME
             count = len(plan.table_timesteps)
@@ -55,9 +55,10 @@ class Tables:
             }
             dtypes = {name: spec.dtype for name, spec in {**self.specs, **self.of_classes}.items()}
             tables = {name: TensorSpec(name=name, shape=shape, dtype=dtypes[name]) for name, shape in stored.items()}
-            read = read_tensors(open_tensors(path), tables, "the graphs take")
-            self.rows = {name: read[name] for name in self.specs}
-            self._class_rows = {name: read[name] for name in self.of_classes}
+            self._file = open_tensors(path)
+            self._tables = tables
+            check_tensors(self._file, tables, _TAKER)
+            self.rows = read_tensors(self._file, {name: tables[name] for name in self.specs}, _TAKER)
 
     def has(self, timestep: float) -> bool:
         """Whether there are rows for a timestep."""
@@ -75,8 +76,10 @@ class Tables:
     def for_classes(self, classes: np.ndarray) -> dict[str, np.ndarray]:
         """The rows of class ids int64 (images,), by name: (timesteps, images, *row of an image).
 
+        They are read when they are asked for, a table at a time: all together may take as much as the weights.
+
         Raises:
-            UserError: a class that has none.
+            UserError: a class that has none, or the file cannot be read.
         """
         missing = [int(label) for label in classes if int(label) not in self._class_place]
         if missing:
@@ -86,4 +89,8 @@ class Tables:
                 "this one, or without --class-labels"
             )
         places = [self._class_place[int(label)] for label in classes]
-        return {name: rows[places].swapaxes(0, 1) for name, rows in self._class_rows.items()}
+        found = {}
+        for name in self.of_classes:
+            (table,) = read_tensors(self._file, {name: self._tables[name]}, _TAKER).values()
+            found[name] = table[places].swapaxes(0, 1)
+        return found

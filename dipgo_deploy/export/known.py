@@ -84,16 +84,18 @@ class KnownPart:
         Raises:
             UserError: images of one batch would get different rows.
         """
-        outputs = {str(value.name) for value in self.model.graph.outputs}
+        shapes, rows = self.shapes, {}
         values = {name: list(arrays) for name, arrays in points.items()}
         (count,) = {len(arrays) for arrays in values.values()}
         last = {str(value.name): node for node in self.model.graph for value in node.inputs if value is not None}
         for node in self.model.graph:
             made = _computed(node, values, count)
-            values.update(made)
-            for name in [name for name in values if last.get(name) is node and name not in outputs]:
+            for name in made.keys() & shapes.keys():
+                rows[name] = _one_row(name, np.stack(made[name]), shapes[name], option)
+            values.update({name: arrays for name, arrays in made.items() if name in last})
+            for name in [name for name in values if last.get(name) is node]:
                 del values[name]
-        return {name: _one_row(name, np.stack(values[name]), shape, option) for name, shape in self.shapes.items()}
+        return {name: rows[name] for name in shapes}
 
     def release(self) -> None:
         """Drop the weights."""
@@ -422,7 +424,7 @@ def _one_row(name: str, values: np.ndarray, row: tuple[int, ...], option: str) -
     first = values[:, :1]
     if not np.array_equal(np.broadcast_to(first, values.shape), values):
         raise UserError(f"{name}: has other values for each image, so that it is no table; {option}")
-    return first
+    return np.ascontiguousarray(first)  # no view: what it is of would stay
 
 
 def extents_of(value: ir.Value) -> tuple[int, ...]:

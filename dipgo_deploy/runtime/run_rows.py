@@ -46,7 +46,8 @@ class RunRows:
             nbytes = made[name].nbytes if name in made else rows * _aligned(spec.nbytes)
             self._memory[name] = backend.allocate(nbytes)
         for name, spec in made.items():  # what no launch takes is written all the same
-            self._memory.setdefault(name, backend.allocate(spec.nbytes))
+            if name not in self._memory:
+                self._memory[name] = backend.allocate(spec.nbytes)
         self._key: Given | None = None
         self._executable: Executable | None = None
         self._calls: dict[Sizes, Launchable] = {}

@@ -38,6 +38,7 @@ from dipgo_deploy.reference.recording import run_until_complete
 from dipgo_deploy.reference.steps import recorder_for
 from dipgo_deploy.runtime.loop import DenoisingLoop
 from dipgo_deploy.runtime.pipeline import Pipeline
+from dipgo_deploy.runtime.run_rows import RunRows
 from dipgo_deploy.supernet.load import load_denoiser
 
 OTHER = "transformer_blocks.1.norm1.linear"
@@ -146,9 +147,8 @@ def test_rows_are_kept_while_the_conditions_are_the_same(engine: Bundle, model: 
 def test_a_run_that_fails_leaves_no_rows_behind(engine: Bundle, monkeypatch: pytest.MonkeyPatch):
     pipeline = Pipeline(engine, Counting())
     first = draw(pipeline)
-    rows = pipeline._ready_loop(lazy=True)._run_rows
     with monkeypatch.context() as patch:
-        patch.setattr(type(rows), "_run", lambda *_: (_ for _ in ()).throw(UserError("out of memory")))
+        patch.setattr(RunRows, "_run", lambda *_: (_ for _ in ()).throw(UserError("out of memory")))
         with pytest.raises(UserError, match="out of memory"):
             draw(pipeline, 2)
     np.testing.assert_array_equal(draw(pipeline), first)
