@@ -158,17 +158,21 @@ def as_text(rows: Sequence[Mapping[str, Any]]) -> str:
 
 _COLLECT = "--out DIR --collect docs/results/timestep-tables.json"
 _INTRODUCTION = f"""\
-What depends on the timestep alone is computed at export ([how](../architecture.md)). Published configurations with
-random weights, cut in depth where the row says so, one image, layout `variants`, ONNX Runtime on one thread of a CPU.
-*Weights* and *tables* are what the denoiser takes on disk; *loading* makes and binds all sessions in a process of its
-own, in turn, files in the page cache; *memory* is what that adds to the process (PSS), and after the first
-evaluation; *evaluation* is the processor time of the first one, where every block runs, at the second time. *Error*
-is the largest of all variants against the model in torch, relative to the largest value. Medians and quartiles; the
-machine had other work.
+What is known before the first launch leaves the graphs ([how](../architecture.md)). *tables*: what depends on the
+timestep alone, computed at export. *prologue*: also what depends on a class or a text, computed once a run; its weights
+are in memory until it has run for the first time. *classes*: tables for the classes 207, 360 and none, and no other
+class can be drawn. Published configurations with random weights, cut in depth where the row says so, one image, layout
+`variants`, ONNX Runtime on one thread of a CPU. *Weights* and *tables* are what the denoiser takes on disk; *loading*
+makes and binds all sessions in a process of its own, in turn, files in the page cache; *memory* is what that adds to
+the process (PSS), and after the first evaluation; *evaluation* is the processor time of the first one, where every
+block runs, at the second time. *Error* is the largest of all variants against the model in torch, relative to the
+largest value. Medians and quartiles; the machine had other work (a load of six to eight on two cores for DiT-XL/2), so
+seconds are no more than a hint.
 
 ```bash
 # takes some minutes a row
-python -m tools.bench.timestep_tables dit-xl-2-256 --sampler ddim --steps 50 {_COLLECT}
+python -m tools.bench.timestep_tables dit-xl-2-256 --sampler ddim --steps 50 \\
+  --sides "no tables,tables,prologue,classes" --class-labels 207,360 {_COLLECT}
 python -m tools.bench.timestep_tables qwen-image-1328 --set num_layers=2 --height 256 --width 256 {_COLLECT}
 python -m tools.bench.timestep_tables auraflow-1024 --set num_mmdit_layers=1 --set num_single_dit_layers=4 \\
   --height 256 --width 256 {_COLLECT}
