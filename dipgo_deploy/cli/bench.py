@@ -365,7 +365,7 @@ def _strip_writer(path: Path, count: int, scale: float | None, several: bool) ->
         headings = [f"seed {pairs[place].seed}" for place in places]
         chosen = {name: found[places] for name, found in pictures.items()}
         if first is not None:  # of a video, its worst frame
-            headings = [f"{one}, {first.worst[place]}" for one, place in zip(headings, places, strict=True)]
+            headings = [f"{one} #{first.worst[place]}" for one, place in zip(headings, places, strict=True)]
             chosen = {name: at_frames(found, first.worst[places]) for name, found in chosen.items()}
         shown = {f"{Path(row.name).name}  {row.ssim.value:.4f}": chosen[row.name] for row in rows}
         target = path.with_name(f"{path.stem}-{scale:g}{path.suffix}") if several else path

@@ -11,6 +11,7 @@ from typing import Any
 
 from dipgo_deploy._version import __version__
 from dipgo_deploy.errors import UserError
+from dipgo_deploy.schedule import validation
 from dipgo_deploy.schedule.document import (
     BlockEntry,
     Gates,
@@ -96,19 +97,21 @@ class Target:
         """The document for these gates (T x N), with how they were made as its provenance. Blocks of a denoiser that an
         evaluation does not run are not kept there, whatever their gates say."""
         several: dict[str, Any] = {}
+        keep = gate_rows(gates)
         if self.denoisers:
             several = {"denoisers": self.denoisers, "format_version": 4}
             names = self.block_names
-            gates = [
-                [bool(kept) and denoiser_of(name) == denoiser for name, kept in zip(names, row, strict=False)]
-                for denoiser, row in zip(self.denoisers, gates, strict=False)
-            ]
+            validation.check_rows(keep, names, self.steps)
+            keep = tuple(
+                "".join(cell if denoiser_of(name) == denoiser else "0" for name, cell in zip(names, row, strict=True))
+                for denoiser, row in zip(self.denoisers, keep, strict=True)
+            )
         return Schedule(
             **several,
             model=self.model,
             blocks=self.blocks,
             steps=self.steps,
-            keep=gate_rows(gates),
+            keep=keep,
             sampler=self.sampler,
             provenance={"method": method, "parameters": dict(parameters), "tool_version": __version__},
         )

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.models import family_for
 from dipgo_deploy.schedule import builders
+from dipgo_deploy.schedule.document import BlockEntry, ModelIdentity, SamplerEntry, Schedule
 
 SD15 = family_for("UNet2DConditionModel").blocks({}, "block")
 SD15_LAYERS = family_for("UNet2DConditionModel").blocks({}, "layer")
@@ -24,6 +25,38 @@ def test_full_and_uniform() -> None:
     assert builders.uniform(3, 2, 1) == builders.full(3, 2)
     with pytest.raises(UserError, match="interval: 0"):
         builders.uniform(3, 2, 0)
+
+
+def two_denoisers(denoisers: tuple[str, ...]) -> builders.Target:
+    names = ("transformer.a", "transformer.b", "transformer_2.a")
+    return builders.Target(
+        model=ModelIdentity(class_name="X+X", config_hash="0" * 64, granularity="block"),
+        blocks=tuple(BlockEntry(name=name, cache="output") for name in names),
+        sampler=SamplerEntry(class_name="S", config={}, num_inference_steps=len(denoisers)),
+        steps=len(denoisers),
+        denoisers=denoisers,
+    )
+
+
+def test_each_denoiser_follows_a_rule_by_itself() -> None:
+    target = two_denoisers(("transformer",) * 2 + ("transformer_2",) * 3)
+    schedule = target.schedule(target.gates(lambda steps, blocks: builders.uniform(steps, blocks, 2)), "uniform", {})
+    assert schedule.keep == ("110", "000", "001", "000", "001")
+    assert (schedule.format_version, schedule.kept_share) == (4, 4 / 7)
+    assert target.schedule([[True] * 3] * 5, "full", {}).keep == ("110", "110", "001", "001", "001")
+    assert Schedule.from_json(schedule.to_json()) == schedule
+    assert schedule.at([0, 2]).denoisers == ("transformer", "transformer_2")
+    refused: tuple[tuple[list[list[bool]], str], ...] = (
+        (
+            [[True] * 3] * 2 + [[False] * 3] * 3,
+            "evaluation 2, block transformer_2.a: .* keep the block at evaluation 2",
+        ),
+        ([[True] * 3] * 6, "6 rows, but steps is 5"),
+        ([[True] * 4] * 5, "4 cells, but there are 3 blocks"),
+    )
+    for gates, words in refused:
+        with pytest.raises(UserError, match=words):
+            target.schedule(gates, "x", {})
 
 
 # What DeepCache's own rules (is_skip_step of the package's helper) run between full steps on SD-1.5, by branch id.
