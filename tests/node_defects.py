@@ -162,7 +162,7 @@ DEFECTS = (
     NodeDefect("a factor of a product", "dit", attribute("Gemm", "alpha", 1.01)),
     NodeDefect("one value of a weight", "dit", constant("MatMul", 1, _one, 3), quick=True),
     NodeDefect("a bias shifted", "dit", constant("Add", 1, lambda values: values + 0.01, 4)),
-    NodeDefect("the scale of an attention", "dit", constant("Mul", 1, lambda values: values * 1.01, 8)),
+    NodeDefect("the scale of an attention", "dit", constant("Mul", 1, lambda values: values * 1.01, 2)),
     NodeDefect("frequencies of the timestep", "dit", constant("Mul", 1, lambda values: values * 1.001, 0)),
     NodeDefect("rows of a class", "dit", constant("Gather", 0, lambda values: values[::-1].copy())),
     NodeDefect("overflow in half precision", "dit", behind("MatMul", HALF, 2)),

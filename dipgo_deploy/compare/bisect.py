@@ -93,7 +93,9 @@ class Located:
             return f"{where}: {self.note}"
         nodes = ", ".join(f"{name} ({kind})" for name, kind in self.nodes[:_MOST_NAMED])
         nodes += f" and {len(self.nodes) - _MOST_NAMED} more" if len(self.nodes) > _MOST_NAMED else ""
-        made = "cannot be computed" if math.isinf(self.made) and self.note else f"makes an error of {self.made:.2e}"
+        made = f"makes an error of {self.made:.2e}"
+        if math.isinf(self.made):
+            made = "cannot be computed" if self.note else "gives another shape, or what is not finite"
         most = "" if self.beyond else ", the largest: none is beyond tolerance by itself"
         word = "node" if len(self.nodes) == 1 else "nodes"
         if self.inside == "exporter":
