@@ -28,7 +28,7 @@ from flow_pipelines import (
     sd35_transformer,
 )
 from pixart_pipelines import transformer as pixart_transformer
-from sd_pipelines import assert_equals_supernet, save_inpainting, save_ip_adapter, save_sd15
+from sd_pipelines import assert_equals_supernet, save_inpainting, save_ip_adapter, save_sd15, with_controlnet
 from tiny_denoisers import sana_transformer, two_level_unet, unet2d
 
 from dipgo_deploy.bundle.directory import Bundle
@@ -170,10 +170,21 @@ def test_position_embeddings_have_an_end(tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_a_condition_of_a_picture_has_the_size_of_the_call(tmp_path: Path) -> None:
+    plain = save_flux(tmp_path / "plain", guidance=False, small=True)
+    model = save_flux_variant(tmp_path / "model", plain, FluxKontextPipeline)
+    side = Range(min=16, opt=16, max=24)
+    schedule = schedule_for(model, steps=2, ratio=0.4)
+    planned = plan_for(model, schedule, check=False, components=False, height=side, width=side)
+    manifest = publish(planned, tmp_path / "x").manifest
+    assert {spec.name: spec.dims for spec in manifest.conditions}["image_latents"] == (1, 4, "height", "width")
+    assert_equals_supernet(tmp_path / "x", sizes=Sizes(1, 12, 8))
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["adapter", "inpaint", "sd3", "flux", "kontext", "fill", "control"])
+@pytest.mark.parametrize("name", ["controlnet", "adapter", "inpaint", "sd3", "flux", "kontext", "fill", "control"])
 def test_models_that_need_pictures(name: str, tmp_path: Path) -> None:
-    """ControlNets of Stable Diffusion are drawn at other sizes in each run of all tests (tests/e2e)."""
+    """With the VAE's encoder, and what a call makes of its pictures, at two sizes; as the stock pipelines."""
     flux = {
         "kontext": (FluxKontextPipeline, 0),
         "fill": (FluxFillPipeline, 68),
@@ -191,12 +202,14 @@ def test_models_that_need_pictures(name: str, tmp_path: Path) -> None:
     else:
         save_sd15(tmp_path / "plain")
         unet = UNet2DConditionModel.from_pretrained(tmp_path / "plain", subfolder="unet")
-        if name == "adapter":
+        if name == "controlnet":
+            model = with_controlnet(tmp_path / "plain")
+        elif name == "adapter":
             adapter = save_ip_adapter(tmp_path / "adapter", unet)
         else:
             save_inpainting(model, tmp_path / "plain", StableDiffusionPipeline, StableDiffusionInpaintPipeline, unet)
     chosen = with_options(str(tmp_path / "plain"), ip_adapter=str(adapter)) if name == "adapter" else str(model)
-    sampler = "ddim" if name in ("adapter", "inpaint") else None
+    sampler = "ddim" if name in ("controlnet", "adapter", "inpaint") else None
     side = Range(min=32, opt=64, max=96)
     schedule = schedule_for(chosen, sampler=sampler, steps=2, ratio=0.4)
     planned = plan_for(chosen, schedule, check=False, height=side, width=side, batch=Range(min=1, opt=1, max=2))
