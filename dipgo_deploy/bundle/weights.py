@@ -123,7 +123,8 @@ def weights_of(graph: Path, index: WeightsIndex | None = None) -> Mapping[str, S
 
 
 def different_weight(folder: Path, other: Path) -> str | None:
-    """The first weight that two folders of graphs have under one name with different values; None where there is none.
+    """The first parameter that two folders of graphs have under one name with different values; None where there is
+    none. Other constants may depend on the timesteps.
 
     Raises:
         UserError: an index cannot be read.
@@ -131,6 +132,8 @@ def different_weight(folder: Path, other: Path) -> str | None:
     indices = WeightsIndex.load(folder).tensors, WeightsIndex.load(other).tensors
     mapped = [np.memmap(one / WEIGHTS_NAME, mode="r") for one in (folder, other)]
     for name in sorted(indices[0].keys() & indices[1].keys()):
+        if indices[0][name].parameter is None:
+            continue
         first, second = (
             file[index[name].offset :][: index[name].length] for file, index in zip(mapped, indices, strict=True)
         )

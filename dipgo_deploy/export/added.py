@@ -40,7 +40,8 @@ def add_schedules(
     """Give an engine directory further schedules of its model, with all else as it is.
 
     The model is traced again. Weights, components and engines are those that are there; so are the graphs, unless a
-    new schedule has more predictions than any before: then all of them get the room for it.
+    new schedule has more predictions than any before: then all of them get the room for it. A prologue gets rows for
+    its timesteps.
 
     Args:
         engine_dir: made by ``dipgo-export``. One with a single schedule calls that ``default`` from now on.
@@ -78,7 +79,8 @@ def add_schedules(
         known = {**bundle.manifest.files}
         changed = [name for name in written.graph_files() if name in known and written.files[name] != known[name]]
         if changed:
-            note(f"{len(changed)} graphs have a longer history now; dipgo-build builds their engines again")
+            why = "a longer history, or rows for more timesteps in the prologue"
+            note(f"{len(changed)} graphs changed ({why}); dipgo-build builds their engines again")
         bundle.check_unchanged()
         keep_plans(bundle.path, stage)
     return Bundle.open(bundle.path)

@@ -16,6 +16,7 @@ from tiny_denoisers import two_level_unet
 from tiny_engines import schedule_for
 
 from dipgo_deploy.backends import create_backend
+from dipgo_deploy.backends.base import Executable
 from dipgo_deploy.backends.onnxruntime import OnnxRuntimeBackend
 from dipgo_deploy.bundle.directory import Bundle
 from dipgo_deploy.bundle.manifest import seal_of
@@ -25,7 +26,7 @@ from dipgo_deploy.errors import UserError
 from dipgo_deploy.export.dynamic import Dimensions
 from dipgo_deploy.export.exporter import ExportOptions, PlannedExport, plan_export, publish
 from dipgo_deploy.export.program import to_onnx
-from dipgo_deploy.export.trace import TracedModel, trace
+from dipgo_deploy.export.trace import Beforehand, TracedModel, trace
 from dipgo_deploy.reference.conditions import as_arrays
 from dipgo_deploy.reference.load import Reference, load_reference
 from dipgo_deploy.runtime.loop import DenoisingLoop
@@ -81,6 +82,7 @@ def _static(planned: PlannedExport, sizes: Sizes) -> TracedModel:
         schedule.cache_kinds,
         planned.traced.shape.at(sizes),
         "fp32",
+        beforehand=Beforehand(tables=planned.options.timestep_tables, prologue=planned.options.prologue),
     )
 
 
@@ -115,7 +117,7 @@ def test_the_manifest_says_how_shapes_depend_on_the_sizes(engine: Path) -> None:
     assert by_name["stack"].shape == (slots, 3, 4, 16, 16)
     assert by_name["noise_pred"].dims == ("batch", 4, "height", "width")
     assert by_name["encoder_hidden_states"].dims == ("2*batch", 77, 8)
-    assert by_name["timestep"].dims is None
+    assert by_name["guidance_scale"].dims is None
     caches = [spec for name, spec in by_name.items() if name.startswith("cache.") or name.startswith("new_")]
     assert {spec.dims for spec in caches if spec.dims is not None} >= {("2*batch", 8, "height", "width")}
     assert all(spec.dims is not None for spec in caches)
@@ -137,7 +139,8 @@ def test_every_size_gives_the_supernets_result(sizes: Sizes, reference: Any) -> 
 
 def test_one_loop_runs_all_sizes_in_turn(engine: Path, reference: Any) -> None:
     """Each run is what a loop of its own gives, whatever ran before: buffers are shared and were larger or smaller."""
-    whole = DenoisingLoop(Bundle.open(engine), create_backend("cpu", threads=1), poison=True)
+    loaded: dict[str, Executable] = {}
+    whole = DenoisingLoop(Bundle.open(engine), create_backend("cpu", threads=1), poison=True, executables=loaded)
     order = [Sizes(3, 16, 16), Sizes(1, 4, 4), Sizes(2, 4, 14), Sizes(1, 4, 4), Sizes(3, 16, 16)]
     for sizes in order:
         bundle, torch_side = reference(sizes)
@@ -147,7 +150,7 @@ def test_one_loop_runs_all_sizes_in_turn(engine: Path, reference: Any) -> None:
         expected = alone.run(*arguments, guidance_scale=3.0)
         assert expected.shape == (sizes.batch, 4, sizes.height, sizes.width)
         np.testing.assert_array_equal(whole.run(*arguments, guidance_scale=3.0), expected)
-    assert whole.graphs_loaded == len({launch.variant for launch in whole.launches})
+    assert len(loaded) == len({launch.variant for launch in whole.launches})
 
 
 def test_bindings_are_kept_per_size(engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
