@@ -88,5 +88,6 @@ def _with_text(suffix: str, text: str) -> dict[str, Any]:
         info.add_text("parameters", text)
         return {"pnginfo": info}
     exif = Image.Exif()
-    exif.get_ifd(_EXIF)[_USER_COMMENT] = _UTF16 + text.encode("utf-16-be")
+    # Not by get_ifd: what is put there Pillow 10 forgets.
+    exif[_EXIF] = {_USER_COMMENT: _UTF16 + text.encode("utf-16-be")}
     return {"exif": exif.tobytes()}
