@@ -166,8 +166,8 @@ class can be drawn. Published configurations with random weights, cut in depth w
 makes and binds all sessions in a process of its own, in turn, files in the page cache; *memory* is what that adds to
 the process (PSS), and after the first evaluation; *evaluation* is the processor time of the first one, where every
 block runs, at the second time. *Error* is the largest of all variants against the model in torch, relative to the
-largest value. Medians and quartiles; the machine had other work (a load of six to eight on two cores for DiT-XL/2), so
-seconds are no more than a hint.
+largest value. Medians and quartiles; DiT-XL/2 on a quiet machine. The machine had other work for the other models, so
+their seconds are no more than a hint.
 
 ```bash
 # takes some minutes a row
