@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from dipgo_deploy.bundle.manifest import NUMPY_DTYPES, TensorDType, TensorSpec
+from dipgo_deploy.plan.buffers import aligned
 
 
 def to_storage(array: np.ndarray, dtype: TensorDType) -> np.ndarray:
@@ -44,6 +45,14 @@ def from_storage(raw: np.ndarray, spec: TensorSpec, *, copy: bool = True) -> np.
         return (raw.view(np.uint16).astype(np.uint32) << 16).view(np.float32).reshape(spec.shape)
     array = raw.view(NUMPY_DTYPES[spec.dtype]).reshape(spec.shape)
     return array.copy() if copy else array
+
+
+def aligned_rows(rows: np.ndarray, dtype: TensorDType, alignment: int) -> np.ndarray:
+    """The bytes of rows (n, ...) in a manifest dtype, uint8 (n, stride): each begins at a multiple of ``alignment``."""
+    stored = as_bytes(to_storage(rows, dtype)).reshape(len(rows), -1)
+    table = np.zeros((len(rows), aligned(stored.shape[1], alignment)), np.uint8)
+    table[:, : stored.shape[1]] = stored
+    return table
 
 
 def as_bytes(array: np.ndarray) -> np.ndarray:

@@ -76,7 +76,7 @@ def add_schedules(
             planned(export)
         written = write_bundle(exports, stage, notify, agreed, note, model_name=bundle.manifest.model.name)
         _check_same_model(bundle, written, stage)
-        known = {**bundle.manifest.files}
+        known = bundle.manifest.files
         changed = [name for name in written.graph_files() if name in known and written.files[name] != known[name]]
         if changed:
             why = "a longer history, or rows for more timesteps in the prologue"

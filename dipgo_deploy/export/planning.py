@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,7 @@ from dipgo_deploy.models.target import check_schedule, nominal_set_timesteps, pi
 from dipgo_deploy.plan.compile import compile_plan
 from dipgo_deploy.plan.layouts import MANY_COPIES, copies_in_variants
 from dipgo_deploy.plan.model import Plan, Variant
-from dipgo_deploy.plan.segments import SegmentPlan, plan_segments
+from dipgo_deploy.plan.segments import Segment, SegmentPlan, plan_segments
 from dipgo_deploy.reference.source import Source, load_source, unloaded_source
 from dipgo_deploy.schedule.document import Schedule
 from dipgo_deploy.schedule.image import ImageRun, image_run
@@ -88,6 +88,15 @@ class PlannedExport:
     def layout(self) -> Layout:
         """What it became, where the options say ``auto``."""
         return "variants" if self.segments is None else "segments"
+
+    @property
+    def units(self) -> tuple[Variant, ...] | tuple[Segment, ...]:
+        """What is cut: a graph each."""
+        return self.plan.variants if self.segments is None else self.segments.segments
+
+    def alike(self, unit: Variant | Segment) -> Hashable:
+        """Units of which this is equal are one graph, also of several exports of one trace."""
+        return replace(unit, name=""), self.history
 
     @property
     def columns(self) -> tuple[int, ...]:

@@ -120,9 +120,5 @@ def joined(exports: Mapping[str, PlannedExport], there: Sequence[str] = ()) -> t
 
 def shared_graphs(exports: Sequence[PlannedExport]) -> int:
     """How many graphs the directory has fewer than its schedules would have one by one."""
-    units = [
-        (replace(unit, name=""), export.history)
-        for export in exports
-        for unit in (export.plan.variants if export.segments is None else export.segments.segments)
-    ]
+    units = [export.alike(unit) for export in exports for unit in export.units]
     return len(units) - len(set(units))

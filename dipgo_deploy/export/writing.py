@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -306,17 +306,16 @@ def write_entries(
     What several exports would cut alike is one graph, with the name that the first of them gives it.
     """
     graphs: dict[str, ir.Model] = {}
-    known: dict[object, VariantEntry] = {}
+    known: dict[Hashable, VariantEntry] = {}
     found = []
     for export in exports:
         prefix = "" if export is exports[0] else f"{export.name}."
-        units = export.plan.variants if export.segments is None else export.segments.segments
-        for unit in units:
-            alike = replace(unit, name=""), export.history
+        for unit in export.units:
+            alike = export.alike(unit)
             if alike not in known:
                 named = replace(unit, name=f"{prefix}{unit.name}")
                 graphs[named.name], known[alike] = _cut(export, named)
-        found.append(tuple(known[replace(unit, name=""), export.history] for unit in units))
+        found.append(tuple(known[export.alike(unit)] for unit in export.units))
     return found, _write(exports[0], list(graphs.values()), folder)
 
 

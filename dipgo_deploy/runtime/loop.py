@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from dipgo_deploy.backends.base import ALIGNMENT, Backend, ChangedWeights, Executable, Launchable, Memory
-from dipgo_deploy.backends.storage import as_bytes, to_storage
+from dipgo_deploy.backends.storage import aligned_rows, to_storage
 from dipgo_deploy.bundle.directory import Bundle
 from dipgo_deploy.bundle.history import final_latent, graph_coefficients
 from dipgo_deploy.bundle.manifest import Graph, LaunchEntry, Manifest, TensorSpec, VariantEntry
@@ -23,6 +23,7 @@ from dipgo_deploy.bundle.names import (
 from dipgo_deploy.bundle.shapes import Sizes
 from dipgo_deploy.bundle.tables import Tables
 from dipgo_deploy.errors import UserError
+from dipgo_deploy.plan.buffers import aligned
 from dipgo_deploy.runtime.component import MOST_SIZES
 from dipgo_deploy.runtime.run_rows import RunRows
 
@@ -103,7 +104,7 @@ class DenoisingLoop:
         self._view = _View(manifest, self._unwritten)  # of the last run; before the first one, of the largest sizes
         self.sample_shape = self._view.sample_shape
         # Zeros in front of the history: what comes before its first slot, at any sizes.
-        zeros = _aligned(self._view.history.nbytes // plan.slots)
+        zeros = aligned(self._view.history.nbytes // plan.slots, ALIGNMENT)
         room = backend.allocate(zeros + self._view.history.nbytes)
         self._history = room.at(zeros, self._view.history.nbytes)
         self._room, self._zeros = room, zeros
@@ -171,10 +172,15 @@ class DenoisingLoop:
         return view
 
     def _place(self, view: _View) -> None:
-        view.tensors = tuple(self._tensors_of(view, index, launch) for index, launch in enumerate(self.launches))
+        rows = self._run_rows.at(view.manifest)
+        view.tensors = tuple(
+            self._tensors_of(view, index, launch, rows(launch)) for index, launch in enumerate(self.launches)
+        )
 
-    def _tensors_of(self, view: _View, index: int, launch: LaunchEntry) -> dict[str, Memory]:
-        """Where each input and output of a launch lives."""
+    def _tensors_of(
+        self, view: _View, index: int, launch: LaunchEntry, run_rows: Mapping[str, Memory]
+    ) -> dict[str, Memory]:
+        """Where each input and output of a launch lives. run_rows: what it may take of the rows of the run."""
         plan = view.manifest.plan
         variant = plan.variants[launch.variant]
         specs = {spec.name: spec for spec in (*variant.graph.inputs, *variant.graph.outputs)}
@@ -186,7 +192,7 @@ class DenoisingLoop:
             **self._guidance_scales,
             **self._conditions,
             **(self._tables[index] if self._tables else {}),
-            **self._run_rows.at(view.manifest, launch),
+            **run_rows,
         }
         if launch.forecast:
             tensors[FORECAST] = self._forecasts[index]
@@ -368,15 +374,10 @@ class DenoisingLoop:
         return self._backend.download(self._view.tensors[index][name], spec)
 
 
-def _aligned(nbytes: int) -> int:
-    """Room for what starts at an aligned address with aligned memory behind it."""
-    return -(-nbytes // ALIGNMENT) * ALIGNMENT
-
-
 def _upload_rows(backend: Backend, rows: Sequence[Sequence[float] | np.ndarray]) -> tuple[Memory, ...]:
     """One allocation for all rows (float32), each at an aligned address."""
     row_bytes = 4 * max((len(row) for row in rows), default=0)
-    stride = _aligned(row_bytes)
+    stride = aligned(row_bytes, ALIGNMENT)
     table = np.zeros((len(rows), stride // 4), np.float32)
     for index, row in enumerate(rows):
         table[index, : len(row)] = row
@@ -393,9 +394,7 @@ def _upload_tables(
         return ()
     placed: dict[str, tuple[Memory, int]] = {}
     for name, rows in tables.rows.items():
-        stored = as_bytes(to_storage(rows, tables.specs[name].dtype)).reshape(len(rows), -1)
-        table = np.zeros((len(rows), _aligned(stored.shape[1])), np.uint8)
-        table[:, : stored.shape[1]] = stored
+        table = aligned_rows(rows, tables.specs[name].dtype, ALIGNMENT)
         placed[name] = backend.allocate(table.nbytes), table.shape[1]
         backend.upload(placed[name][0], table)
     return tuple(

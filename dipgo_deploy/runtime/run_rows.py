@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
 from dipgo_deploy.backends.base import ALIGNMENT, Backend, ChangedWeights, Executable, Launchable, Memory
-from dipgo_deploy.backends.storage import as_bytes, to_storage
+from dipgo_deploy.backends.storage import aligned_rows
 from dipgo_deploy.bundle.directory import Bundle
 from dipgo_deploy.bundle.manifest import LaunchEntry, Manifest
 from dipgo_deploy.bundle.names import GUIDANCE_SCALES
 from dipgo_deploy.bundle.prologue import class_name, made_by_prologue, run_specs
 from dipgo_deploy.bundle.shapes import Sizes
 from dipgo_deploy.bundle.tables import Tables
+from dipgo_deploy.plan.buffers import aligned
 from dipgo_deploy.runtime.component import MOST_SIZES
 
 Given = Mapping[str, np.ndarray]
@@ -43,7 +44,7 @@ class RunRows:
         self._memory: dict[str, Memory] = {}
         for name, spec in run_specs(plan).items():
             rows = len(plan.table_timesteps)
-            nbytes = made[name].nbytes if name in made else rows * _aligned(spec.nbytes)
+            nbytes = made[name].nbytes if name in made else rows * aligned(spec.nbytes, ALIGNMENT)
             self._memory[name] = backend.allocate(nbytes)
         for name, spec in made.items():  # what no launch takes is written all the same
             if name not in self._memory:
@@ -60,19 +61,23 @@ class RunRows:
         specs = run_specs(self._bundle.manifest.plan)
         return any(name not in made or made[name].shape != spec.shape for name, spec in specs.items())
 
-    def at(self, manifest: Manifest, launch: LaunchEntry) -> dict[str, Memory]:
-        """Of a launch the rows that its graph may take, by input. manifest: at the sizes of the run."""
-        plan = manifest.plan
-        made = made_by_prologue(plan)
-        place = self._place.get(launch.timestep, 0)
-        found = {}
-        for name, spec in run_specs(plan).items():
-            if name not in made:
-                found[name] = self._memory[name].at(place * _aligned(spec.nbytes), spec.nbytes)
-            else:
-                for_each = made[name].shape != spec.shape
-                found[name] = self._memory[name].at(place * spec.nbytes if for_each else 0, spec.nbytes)
-        return found
+    def at(self, manifest: Manifest) -> Callable[[LaunchEntry], dict[str, Memory]]:
+        """What gives of a launch the rows that its graph may take, by input. manifest: at the sizes of the run."""
+        made = made_by_prologue(manifest.plan)
+        specs = run_specs(manifest.plan)  # of all graphs: once, not for each launch
+
+        def of(launch: LaunchEntry) -> dict[str, Memory]:
+            place = self._place.get(launch.timestep, 0)
+            found = {}
+            for name, spec in specs.items():
+                if name not in made:
+                    found[name] = self._memory[name].at(place * aligned(spec.nbytes, ALIGNMENT), spec.nbytes)
+                else:
+                    for_each = made[name].shape != spec.shape
+                    found[name] = self._memory[name].at(place * spec.nbytes if for_each else 0, spec.nbytes)
+            return found
+
+        return of
 
     def fill(self, manifest: Manifest, conditions: Given, scales: Mapping[str, float]) -> None:
         """Make the rows of a run, unless they are those of the one before; its conditions are uploaded already.
@@ -134,10 +139,7 @@ class RunRows:
     def _gather(self, classes: np.ndarray) -> None:
         for name, rows in self._tables.for_classes(classes).items():
             spec = self._tables.of_classes[name]
-            stored = as_bytes(to_storage(rows, spec.dtype)).reshape(len(rows), -1)
-            table = np.zeros((len(rows), _aligned(stored.shape[1])), np.uint8)
-            table[:, : stored.shape[1]] = stored
-            self._backend.upload(self._memory[name], table)
+            self._backend.upload(self._memory[name], aligned_rows(rows, spec.dtype, ALIGNMENT))
 
 
 def _equal(before: Given | None, now: Given) -> bool:
@@ -146,7 +148,3 @@ def _equal(before: Given | None, now: Given) -> bool:
         and before.keys() == now.keys()
         and all(before[name].shape == now[name].shape and np.array_equal(before[name], now[name]) for name in now)
     )
-
-
-def _aligned(nbytes: int) -> int:
-    return -(-nbytes // ALIGNMENT) * ALIGNMENT
