@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.files import written_whole
+from dipgo_deploy.runtime.picture_file import PICTURES, save_picture
 from dipgo_deploy.runtime.video import SUFFIXES, check_video_output, write_video
 
 if TYPE_CHECKING:
     import numpy as np
     from PIL.Image import Image
 
-PICTURES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 FPS = 16
 """Frames a second where nothing says."""
-# Where EXIF has a comment of the user, and how that says its encoding.
-_EXIF, _USER_COMMENT, _UTF16 = 0x8769, 0x9286, b"UNICODE\0"
 
 
 def check_suffix(path: Path, output_type: str) -> None:
@@ -72,22 +70,4 @@ def _write(file: BinaryIO, suffix: str, images: list[Image] | np.ndarray, parame
         return
     from dipgo_deploy.runtime.image import grid
 
-    options: dict[str, Any] = {"lossless": True} if suffix == ".webp" else {}
-    if parameters is not None:
-        options |= _with_text(suffix, parameters)
-    grid(images).save(file, PICTURES[suffix], **options)
-
-
-def _with_text(suffix: str, text: str) -> dict[str, Any]:
-    """Options of Pillow's ``save`` that put a text where people's tools look for it."""
-    from PIL import Image
-    from PIL.PngImagePlugin import PngInfo
-
-    if suffix == ".png":
-        info = PngInfo()
-        info.add_text("parameters", text)
-        return {"pnginfo": info}
-    exif = Image.Exif()
-    # Not by get_ifd: what is put there Pillow 10 forgets.
-    exif[_EXIF] = {_USER_COMMENT: _UTF16 + text.encode("utf-16-be")}
-    return {"exif": exif.tobytes()}
+    save_picture(file, suffix, grid(images), parameters)

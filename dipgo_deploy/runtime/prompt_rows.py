@@ -36,7 +36,9 @@ class PromptRow(pydantic.BaseModel):
     @property
     def settings(self) -> tuple[object, ...]:
         """What rows have to have in common to be drawn in one call."""
-        return self.guidance_scale, self.height, self.width
+        # A pipeline takes none of these for some pictures of a call alone, and none is not always the empty text.
+        given = self.prompt is None, self.negative_prompt is None, self.class_label is None
+        return self.guidance_scale, self.height, self.width, *given
 
 
 @dataclass(frozen=True)

@@ -332,7 +332,7 @@ def test_a_file_of_prompts_is_a_picture_a_row(text_dir, tmp_path, capsys):
         ([{"prompt": "a"}], ["--prompt", "b"], "--prompt: means nothing with --prompts"),
         ([{"prompt": "a"}], ["--num-images", "2"], "--num-images: means nothing with --prompts"),
         ([{"prompt": "a", "steps": 3}], [], "line 1: steps"),
-        ([{"prompt": "a"}, {"prompt": "b", "class_label": 1}], [], "rows with a class label and rows without"),
+        ([{"prompt": "a"}, {"prompt": "b", "class_label": 1}], [], "row 1 (or one drawn with it): class_labels: this"),
         ([{"prompt": "a", "guidance_scale": 0.5}], [], "row 0 (or one drawn with it): guidance_scale: 0.5"),
         ([{"prompt": "a"}], ["--shard", "3/2"], "--shard 3/2: give i/n"),
         ([{"prompt": "a"}], ["--name-pattern", "{index}.gif"], "output type pil is written to"),

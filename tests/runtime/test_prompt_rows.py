@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.runtime.prompt_rows import PromptRow, batches, jobs_of, read_rows, shard
+from dipgo_deploy.runtime.row_calls import call_arguments
 
 
 def test_the_three_kinds_say_the_same(tmp_path: Path) -> None:
@@ -57,3 +58,20 @@ def test_every_row_is_in_one_part_and_one_batch(scales: list[int], parts: int, m
         assert [job for call in calls for job in call] == share
         assert all(len(call) <= most and len({job.row.settings for job in call}) == 1 for call in calls)
     assert [job.path.name for job in jobs] == [f"{index:03d}-{7 + index}.png" for index in range(len(rows))]
+
+
+def test_what_a_row_leaves_out_no_other_row_of_its_call_gives_it() -> None:
+    """A model may take zeros where there is no negative prompt, which the empty text is not."""
+    rows = [PromptRow(prompt="a"), PromptRow(prompt="b", negative_prompt=""), PromptRow(prompt="c", class_label="3")]
+    rows += [PromptRow(negative_prompt="d"), PromptRow(prompt="e")]
+    calls = batches(jobs_of(rows, Path("out"), "{index}.png", 0), 8)
+    found = [call_arguments([job.row for job in call], {"num_frames": 9}) for call in calls]
+    assert [(one["prompt"], one["negative_prompt"], one["class_labels"]) for one in found] == [
+        (["a"], None, None),
+        (["b"], [""], None),
+        (["c"], None, [3]),
+        (None, ["d"], None),
+        (["e"], None, None),
+    ]
+    assert call_arguments(rows[:1], {"negative_prompt": "f", "height": 64})["negative_prompt"] == ["f"]
+    assert {one["num_frames"] for one in found} == {9}
