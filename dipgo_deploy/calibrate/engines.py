@@ -302,8 +302,10 @@ class _Engines:
     def predict(self, place: int, launch: Launch, group: Group, latents: np.ndarray) -> np.ndarray:
         """See ``core.Model``."""
         at_work = self._at(self._bundle)
-        found = []
-        for part, batch in at_work.parts(len(group.pairs)):
+        found = {}
+        parts = [*at_work.parts(len(group.pairs))]
+        # To and fro: the conditions of the last evaluation come first, whose rows are kept (``runtime.run_rows``).
+        for part, batch in parts[:: -1 if place % 2 else 1]:
             key = group.rows.start + part.start
             prediction, arena = at_work.loop.evaluate(
                 self._steps[place],
@@ -314,8 +316,8 @@ class _Engines:
                 arena=at_work.arena(key) if place else None,
             )
             at_work.keep(key, arena)
-            found.append(latents[part] if prediction is None else prediction[: part.stop - part.start])
-        return np.concatenate(found)
+            found[part.start] = latents[part] if prediction is None else prediction[: part.stop - part.start]
+        return np.concatenate([found[start] for start in sorted(found)])
 
 
 class _Loaded:

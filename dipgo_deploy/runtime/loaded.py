@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
 
-from dipgo_deploy.backends.base import Backend, Executable
+from dipgo_deploy.backends.base import Backend
 from dipgo_deploy.bundle.directory import Bundle
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.lora.file import LoraChoice
+from dipgo_deploy.runtime.graphs import Graphs
 from dipgo_deploy.runtime.image import Decoder, Encoder
 from dipgo_deploy.runtime.loop import DenoisingLoop
 from dipgo_deploy.runtime.text import TextEncoder
@@ -32,7 +33,7 @@ class Loaded:
         self.lazy = lazy
         self.loras: list[LoraChoice] = []
         self._weights: MergedWeights | None = None
-        self._executables: dict[str, Executable] = {}
+        self._graphs = Graphs(backend)
         self._loops: dict[str, DenoisingLoop] = {}
         self._text: TextEncoder | None = None
         self._decoder: Decoder | None = None
@@ -70,19 +71,13 @@ class Loaded:
         """The loop of a schedule, with buffers of its own; graphs that another schedule has loaded are used."""
         found = self._loops.get(bundle.manifest.name)
         if found is None:
-            found = DenoisingLoop(
-                bundle,
-                self.backend,
-                lazy=self.lazy if lazy is None else lazy,
-                weights=self._weights,
-                executables=self._executables,
-            )
+            found = DenoisingLoop(bundle, self.backend, lazy=self.lazy if lazy is None else lazy, graphs=self._graphs)
             self._loops[bundle.manifest.name] = found
         return found
 
     def graphs_loaded(self, bundle: Bundle) -> int:
         """How many variants of a schedule are loaded."""
-        return len({variant.graph.file for variant in bundle.manifest.plan.variants} & self._executables.keys())
+        return len({variant.graph.file for variant in bundle.manifest.plan.variants} & self._graphs.files)
 
     def text(self, bundle: Bundle) -> TextEncoder:
         """The text encoder of a directory that has one."""
@@ -130,15 +125,19 @@ class Loaded:
         schedules = [loop.bundle for loop in self._loops.values()]
         with_text = self._text is not None
         self._drop()  # before the new ones are there: both at once would take twice the memory
-        self.loras, self._weights = loras, weights
         try:
+            self._with(loras, weights)
             self._load(bundle, schedules, with_text)
         except UserError:
             self._drop()
-            self.loras, self._weights = before
+            self._with(*before)
             self._load(bundle, schedules, with_text)
             raise
         return self.reports
+
+    def _with(self, loras: list[LoraChoice], weights: MergedWeights | None) -> None:
+        self.loras, self._weights = loras, weights
+        self._graphs = Graphs(self.backend, weights)
 
     def _load(self, bundle: Bundle, schedules: list[Bundle], with_text: bool) -> None:
         for schedule in schedules:
@@ -153,10 +152,8 @@ class Loaded:
 
     def _drop(self) -> None:
         """All that a LoRA changes."""
-        for executable in self._executables.values():
-            self.backend.release(executable)
+        self._graphs.release_all()
         self._loops.clear()
-        self._executables.clear()
         self._text = None
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from dipgo_deploy.backends.base import ALIGNMENT, Backend, ChangedWeights, Executable, Launchable, Memory
+from dipgo_deploy.backends.base import ALIGNMENT, Backend, Launchable, Memory
 from dipgo_deploy.backends.storage import aligned_rows, to_storage
 from dipgo_deploy.bundle.directory import Bundle
 from dipgo_deploy.bundle.history import final_latent, graph_coefficients
@@ -25,6 +25,7 @@ from dipgo_deploy.bundle.tables import Tables
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.plan.buffers import aligned
 from dipgo_deploy.runtime.component import MOST_SIZES
+from dipgo_deploy.runtime.graphs import Graphs
 from dipgo_deploy.runtime.run_rows import RunRows
 
 # All bits set is NaN in float32, float16 and bfloat16.
@@ -76,8 +77,7 @@ class DenoisingLoop:
         poison: for tests: before each run fill the arena with NaN and the prediction slots with 1e30, so that a read
             of anything this run has not written shows in the result.
         lazy: load each variant's graph at its first launch, not now.
-        weights: take the place of the weights that they change.
-        executables: graphs that are loaded already, by file; what this loop loads goes in, too.
+        graphs: on the same backend, what is loaded already; what this loop loads goes in, too.
 
     Raises:
         UserError: the backend cannot run the directory, a graph cannot be loaded, or the manifest contradicts itself.
@@ -90,8 +90,7 @@ class DenoisingLoop:
         *,
         poison: bool = False,
         lazy: bool = False,
-        weights: ChangedWeights | None = None,
-        executables: dict[str, Executable] | None = None,
+        graphs: Graphs | None = None,
     ) -> None:
         manifest = bundle.manifest
         backend.check(manifest)
@@ -119,10 +118,9 @@ class DenoisingLoop:
         self._guidance_scales = {name: backend.allocate(4) for name in GUIDANCE_SCALES}
         self._conditions = {spec.name: backend.allocate(spec.nbytes) for spec in manifest.conditions}
         self._arena = backend.allocate(plan.arena_bytes)
-        self._weights = weights
+        self._graphs = Graphs(backend) if graphs is None else graphs
         bound = {**self._guidance_scales, **self._conditions}
-        self._run_rows = RunRows(bundle, backend, tables, bound, weights)
-        self._executables = {} if executables is None else executables
+        self._run_rows = RunRows(bundle, backend, tables, bound, self._graphs)
         self._views = {self.sample_shape: self._view}
         self._place(self._view)
         if not lazy:
@@ -145,11 +143,7 @@ class DenoisingLoop:
         if call is None:
             launch = self.launches[index]
             graph = view.graph(launch)
-            executable = self._executables.get(graph.file)
-            if executable is None:
-                executable = self._backend.load(self.bundle.path, graph, self._weights)
-                self.bundle.check_unchanged()
-                self._executables[graph.file] = executable
+            executable = self._graphs.get(self.bundle, graph)
             tensors = view.tensors[index]
             call = executable.bind(tensors) if graph.sizes is None else executable.bind(tensors, graph)
             view.calls[index] = call

@@ -2,31 +2,76 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from dipgo_deploy.backends.base import ALIGNMENT, Backend, ChangedWeights, Executable, Launchable, Memory
-from dipgo_deploy.backends.storage import aligned_rows
+from dipgo_deploy.backends.base import ALIGNMENT, Backend, Launchable, Memory
+from dipgo_deploy.backends.storage import aligned_rows, as_bytes
 from dipgo_deploy.bundle.directory import Bundle
-from dipgo_deploy.bundle.manifest import LaunchEntry, Manifest
+from dipgo_deploy.bundle.manifest import Graph, LaunchEntry, Manifest, TensorSpec
 from dipgo_deploy.bundle.names import GUIDANCE_SCALES
 from dipgo_deploy.bundle.prologue import class_name, made_by_prologue, run_specs
 from dipgo_deploy.bundle.shapes import Sizes
 from dipgo_deploy.bundle.tables import Tables
 from dipgo_deploy.plan.buffers import aligned
 from dipgo_deploy.runtime.component import MOST_SIZES
+from dipgo_deploy.runtime.graphs import Graphs
 
 Given = Mapping[str, np.ndarray]
+# Of the prologue's rows for earlier conditions: what is kept of them on the host. DiT-XL/2 has 1.5 MiB a launch.
+KEPT_BYTES = 2**27
+
+
+class KeptRows:
+    """Copies of rows for the conditions that were asked for last, ``KEPT_BYTES`` of them in all."""
+
+    def __init__(self) -> None:
+        self._kept: OrderedDict[bytes, dict[str, np.ndarray]] = OrderedDict()
+        self._nbytes = 0
+
+    def keep(self, given: Given, rows: Callable[[], dict[str, np.ndarray]], nbytes: int) -> None:
+        """Keep rows of ``nbytes``, in the place of the oldest; ``rows`` is called where there is room for them."""
+        key = digest(given)
+        if nbytes > KEPT_BYTES or key in self._kept:
+            return
+        while self._nbytes + nbytes > KEPT_BYTES:
+            self._nbytes -= _bytes(self._kept.popitem(last=False)[1])
+        self._kept[key] = rows()
+        self._nbytes += nbytes
+
+    def of(self, given: Given) -> dict[str, np.ndarray] | None:
+        """The rows for these conditions, None where there are none."""
+        key = digest(given)
+        if key in self._kept:
+            self._kept.move_to_end(key)
+        return self._kept.get(key)
+
+
+def digest(given: Given) -> bytes:
+    """sha256 of conditions: names, dtypes, shapes and values."""
+    found = hashlib.sha256()
+    for name in sorted(given):
+        array = np.ascontiguousarray(given[name])
+        found.update(f"{name} {array.dtype.str} {array.shape} ".encode())
+        found.update(as_bytes(array).data)
+    return found.digest()
+
+
+def _bytes(rows: Mapping[str, np.ndarray]) -> int:
+    return sum(array.nbytes for array in rows.values())
 
 
 class RunRows:
     """The rows of an engine directory that are made at the start of a run: by its prologue, or of tables of classes.
 
     The prologue's graph is loaded for a run whose conditions differ from those before, and goes after its first run:
-    then its weights take no memory. From the second run of it on it stays, because there will be more.
+    then its weights take no memory. From the second run of it on it stays, because there will be more. What it made
+    for the conditions of earlier runs is kept (``KeptRows``), so that runs whose conditions take turns make it once.
 
-    bound: where its inputs are. Raises UserError as ``DenoisingLoop`` does.
+    bound: where its inputs are. graphs: what is loaded, on the same backend. Raises UserError as ``DenoisingLoop``.
     """
 
     def __init__(
@@ -35,9 +80,9 @@ class RunRows:
         backend: Backend,
         tables: Tables,
         bound: Mapping[str, Memory],
-        weights: ChangedWeights | None,
+        graphs: Graphs,
     ) -> None:
-        self._bundle, self._backend, self._tables, self._bound, self._weights = bundle, backend, tables, bound, weights
+        self._bundle, self._backend, self._tables, self._bound, self._graphs = bundle, backend, tables, bound, graphs
         plan = bundle.manifest.plan
         made = made_by_prologue(plan)
         self._place = {timestep: place for place, timestep in enumerate(plan.table_timesteps)}
@@ -50,9 +95,9 @@ class RunRows:
             if name not in self._memory:
                 self._memory[name] = backend.allocate(spec.nbytes)
         self._key: Given | None = None
-        self._executable: Executable | None = None
+        self._made: dict[str, TensorSpec] = {}  # by the prologue, at the sizes of the last run
+        self._kept = KeptRows()
         self._calls: dict[Sizes, Launchable] = {}
-        self._runs = 0
 
     @property
     def timed(self) -> bool:
@@ -96,45 +141,47 @@ class RunRows:
         given |= {name: np.array([scale], np.float32) for name, scale in scales.items() if name in names}
         if not given or _equal(self._key, given):
             return
+        if self._key is not None and prologue is not None:
+            self._kept.keep(self._key, self._copies, sum(spec.nbytes for spec in self._made.values()))
         self._key = None
         if label is not None:
             self._gather(conditions[label])
         if prologue is not None:
-            self._run(manifest)
+            self._made = made_by_prologue(manifest.plan)
+            kept = self._kept.of(given)
+            if kept is None:
+                self._run(manifest, prologue)
+            else:
+                for name, rows in kept.items():
+                    self._backend.upload(self._memory[name], rows)
         self._key = {name: np.array(array) for name, array in given.items()}
 
     def load(self) -> None:
-        """Load the prologue's graph, where there is one and it has not run yet."""
-        if self._bundle.manifest.plan.prologue is not None and not self._runs:
-            self._loaded()
-
-    def _loaded(self) -> Executable:
+        """Load the prologue's graph, where there is one that has not run yet."""
         prologue = self._bundle.manifest.plan.prologue
-        assert prologue is not None
-        if self._executable is None:
-            self._executable = self._backend.load(self._bundle.path, prologue, self._weights)
-            self._bundle.check_unchanged()
-        return self._executable
+        if prologue is not None and not self._graphs.loads[prologue.file]:
+            self._graphs.get(self._bundle, prologue)
 
-    def _run(self, manifest: Manifest) -> None:
-        prologue = manifest.plan.prologue
-        assert prologue is not None
-        executable = self._loaded()
+    def _copies(self) -> dict[str, np.ndarray]:
+        """The bytes that the prologue wrote, by name."""
+        raw = {name: TensorSpec(name=name, shape=(s.nbytes // 2,), dtype="float16") for name, s in self._made.items()}
+        return {name: self._backend.download(self._memory[name], spec) for name, spec in raw.items()}
+
+    def _run(self, manifest: Manifest, prologue: Graph) -> None:
+        """prologue: at the sizes of the run."""
         call = self._calls.get(manifest.usual_sizes)
         if call is None:
             while len(self._calls) >= MOST_SIZES:
                 del self._calls[next(iter(self._calls))]
+            bind = self._graphs.get(self._bundle, prologue).bind
             tensors = {**self._bound, **self._memory}
-            bind = executable.bind
             call = bind(tensors) if prologue.sizes is None else bind(tensors, prologue)
             self._calls[manifest.usual_sizes] = call
         call()
         self._backend.synchronize()  # else a captured loop would have it in it
-        self._runs += 1
-        if self._runs == 1:
-            self._executable = None
+        if self._graphs.loads[prologue.file] == 1:
             self._calls.clear()
-            self._backend.release(executable)
+            self._graphs.release(prologue)
 
     def _gather(self, classes: np.ndarray) -> None:
         for name, rows in self._tables.for_classes(classes).items():

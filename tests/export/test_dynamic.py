@@ -16,7 +16,6 @@ from tiny_denoisers import two_level_unet
 from tiny_engines import schedule_for
 
 from dipgo_deploy.backends import create_backend
-from dipgo_deploy.backends.base import Executable
 from dipgo_deploy.backends.onnxruntime import OnnxRuntimeBackend
 from dipgo_deploy.bundle.directory import Bundle
 from dipgo_deploy.bundle.manifest import seal_of
@@ -29,6 +28,7 @@ from dipgo_deploy.export.program import to_onnx
 from dipgo_deploy.export.trace import Beforehand, TracedModel, trace
 from dipgo_deploy.reference.conditions import as_arrays
 from dipgo_deploy.reference.load import Reference, load_reference
+from dipgo_deploy.runtime.graphs import Graphs
 from dipgo_deploy.runtime.loop import DenoisingLoop
 from dipgo_deploy.runtime.pipeline import Pipeline
 
@@ -139,8 +139,9 @@ def test_every_size_gives_the_supernets_result(sizes: Sizes, reference: Any) -> 
 
 def test_one_loop_runs_all_sizes_in_turn(engine: Path, reference: Any) -> None:
     """Each run is what a loop of its own gives, whatever ran before: buffers are shared and were larger or smaller."""
-    loaded: dict[str, Executable] = {}
-    whole = DenoisingLoop(Bundle.open(engine), create_backend("cpu", threads=1), poison=True, executables=loaded)
+    backend = create_backend("cpu", threads=1)
+    graphs = Graphs(backend)
+    whole = DenoisingLoop(Bundle.open(engine), backend, poison=True, graphs=graphs)
     order = [Sizes(3, 16, 16), Sizes(1, 4, 4), Sizes(2, 4, 14), Sizes(1, 4, 4), Sizes(3, 16, 16)]
     for sizes in order:
         bundle, torch_side = reference(sizes)
@@ -150,7 +151,7 @@ def test_one_loop_runs_all_sizes_in_turn(engine: Path, reference: Any) -> None:
         expected = alone.run(*arguments, guidance_scale=3.0)
         assert expected.shape == (sizes.batch, 4, sizes.height, sizes.width)
         np.testing.assert_array_equal(whole.run(*arguments, guidance_scale=3.0), expected)
-    assert len(loaded) == len({launch.variant for launch in whole.launches})
+    assert len(graphs.files) == len({launch.variant for launch in whole.launches})
 
 
 def test_bindings_are_kept_per_size(engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:

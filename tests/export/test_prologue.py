@@ -36,9 +36,11 @@ from dipgo_deploy.lora.merge import merge_loras
 from dipgo_deploy.reference.load import load_reference
 from dipgo_deploy.reference.recording import run_until_complete
 from dipgo_deploy.reference.steps import recorder_for
+from dipgo_deploy.runtime import run_rows
+from dipgo_deploy.runtime.graphs import Graphs
 from dipgo_deploy.runtime.loop import DenoisingLoop
 from dipgo_deploy.runtime.pipeline import Pipeline
-from dipgo_deploy.runtime.run_rows import RunRows
+from dipgo_deploy.runtime.run_rows import KeptRows, RunRows
 from dipgo_deploy.supernet.load import load_denoiser
 
 OTHER = "transformer_blocks.1.norm1.linear"
@@ -142,6 +144,58 @@ def test_rows_are_kept_while_the_conditions_are_the_same(engine: Bundle, model: 
     assert backend.loaded["prologue"] == 2
     np.testing.assert_array_equal(draw(pipeline), first)
     assert backend.loaded["prologue"] == 2 and backend.released == 1  # it stays: there are several conditions
+
+
+@pytest.mark.parametrize("room", [2**27, 0])
+def test_conditions_that_take_turns_make_their_rows_once(engine: Bundle, monkeypatch: pytest.MonkeyPatch, room: int):
+    made: list[None] = []
+    run = RunRows._run
+    monkeypatch.setattr(run_rows, "KEPT_BYTES", room)
+    monkeypatch.setattr(RunRows, "_run", lambda self, *given: (made.append(None), run(self, *given)))
+    pipeline = Pipeline(engine, Counting())
+    drawn = [draw(pipeline, label) for label in (1, 2, 1, 2, 2)]
+    assert len(made) == (2 if room else 4)
+    for before, again in zip(drawn, drawn[2:4], strict=False):
+        np.testing.assert_array_equal(before, again)
+    assert np.abs(drawn[0] - drawn[1]).max() > 1e-3
+
+
+def test_the_oldest_rows_make_room(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(run_rows, "KEPT_BYTES", 2 * 12)
+    kept = KeptRows()
+    given = [{"ids": np.array([label])} for label in range(3)]
+    rows = [{"a": np.full(3, label, np.float32)} for label in range(3)]
+    for label in (0, 1):
+        kept.keep(given[label], lambda label=label: rows[label], 12)  # type: ignore[misc]
+    assert kept.of(given[0]) is rows[0]
+    kept.keep(given[2], lambda: rows[2], 12)
+    assert [kept.of(one) for one in given] == [rows[0], None, rows[2]]
+    kept.keep({"ids": np.array([7])}, lambda: pytest.fail("copied without room"), 25)
+    other = ({"ids": np.array([0], np.int32)}, {"ids": np.array([[0]])}, {"id": np.array([0])})
+    assert not any(kept.of(one) for one in other)
+
+
+def test_it_is_shared_and_goes_with_the_other_graphs(engine: Bundle, model: Path, tmp_path: Path):
+    backend = Counting()
+    graphs = Graphs(backend)
+    loops = [DenoisingLoop(engine, backend, graphs=graphs) for _ in range(2)]
+    noise = np.ones(loops[0].sample_shape, np.float32)
+    first, other, again = (
+        loop.run(noise, {"class_labels": np.array([10, label])}, guidance_scale=3.0)
+        for loop, label in zip((loops[0], loops[1], loops[1]), (1, 2, 1), strict=True)
+    )
+    np.testing.assert_array_equal(first, again)
+    assert np.abs(first - other).max() > 1e-3
+    assert backend.loaded["prologue"] == 2 and backend.released == 1  # not once a loop
+
+    backend = Counting()
+    pipeline = Pipeline(engine, backend)
+    draw(pipeline)
+    draw(pipeline, 2)
+    file = save_lora(tmp_path / "lora.safetensors", make_updates(load_denoiser(str(model))[0], [OTHER]))
+    loaded = backend.loaded.total()
+    pipeline.load_lora(file)
+    assert backend.released == loaded
 
 
 def test_a_run_that_fails_leaves_no_rows_behind(engine: Bundle, monkeypatch: pytest.MonkeyPatch):
