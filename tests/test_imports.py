@@ -16,7 +16,7 @@ import pytest
 import dipgo_deploy
 
 PACKAGE = Path(dipgo_deploy.__file__).parent
-TORCH_FREE = ("runtime", "bundle", "backends", "lora", "plan", "schedule")
+TORCH_FREE = ("runtime", "bundle", "backends", "lora", "plan", "schedule", "serve")
 # The rooms from the ground up. Each imports from those before it, never from one behind it.
 LAYERS = (
     "schedule",
@@ -25,6 +25,7 @@ LAYERS = (
     "backends",
     "lora",
     "runtime",
+    "serve",
     "engine",
     "sampler",
     "models",

@@ -18,7 +18,7 @@ from onnx import TensorProto as TP
 from onnx import helper as oh
 from onnx import numpy_helper
 
-from dipgo_deploy.bundle.files import hash_tree
+from dipgo_deploy.bundle.files import hash_tree, sha256_file
 from dipgo_deploy.bundle.manifest import (
     MANIFEST_NAME,
     Components,
@@ -114,6 +114,23 @@ def build(folder: Path, toy: Toy) -> Path:
     if manifest.components.vae_decoder is not None:
         _save(folder, manifest.components.vae_decoder, _vae_nodes(), [_constant("three", np.array([0, 1, 2]))])
     (folder / MANIFEST_NAME).write_text(replace_manifest(manifest, files=hash_tree(folder)).dumps())
+    return folder
+
+
+def build_several(folder: Path, toy: Toy) -> Path:
+    """Write the engine directory with two schedules: "whole", and "short" without the launch that only stores."""
+    build(folder, toy)
+    manifest, plan = Manifest.load(folder), manifest_of(toy).plan
+    launches = tuple(launch for launch in plan.launches if launch.slot is not None)
+    variants = tuple(variant for variant in plan.variants if variant.predicts)  # those without are the last
+    short = {**plan.model_dump(), "launches": launches, "variants": variants}
+    other = "schedules/short/manifest.json"
+    (folder / other).parent.mkdir(parents=True)
+    (folder / other).write_text(replace_manifest(manifest, name="short", plan=short).dumps())
+    files = {**manifest.files, other: sha256_file(folder / other)}
+    (folder / MANIFEST_NAME).write_text(
+        replace_manifest(manifest, name="whole", others={"short": other}, files=files).dumps()
+    )
     return folder
 
 

@@ -2,7 +2,7 @@
 # Sets everything up, then checks the code and runs the tests and the comparison with the reference.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-tools/setup.sh cpu,export,video,compare,bench,test,docs
+tools/setup.sh cpu,export,video,compare,bench,serve,test,docs
 # Builds engines without a GPU where it can be installed; its tests are skipped elsewhere.
 tools/setup.sh tensorrt-rtx || echo "the extra tensorrt-rtx cannot be installed here: its tests are skipped"
 PATH=$PWD/.venv/bin:$PATH

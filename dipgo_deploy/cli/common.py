@@ -43,6 +43,9 @@ _EXTRA_OF_MODULE = {
     "tensorrt": ("tensorrt",),
     "tensorrt_rtx": ("tensorrt-rtx",),
     "cuda": ("tensorrt", "tensorrt-rtx"),
+    "fastapi": ("serve",),
+    "uvicorn": ("serve",),
+    "prometheus_client": ("serve",),
 }
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 import click
 
 from dipgo_deploy._version import __version__
+from dipgo_deploy.backends import BACKENDS
 
 if TYPE_CHECKING:
     from click.parser import _OptionParser
@@ -34,6 +35,7 @@ GroupName = Literal[
     "LoRA",
     "Comparison",
     "Runtime",
+    "Server",
     "Output",
     "General",
 ]
@@ -324,6 +326,12 @@ _frames = option(
 size_options = options(_pixels("--height", "height"), _pixels("--width", "width"), _frames)
 
 device_option = option("Runtime", "--device", default="cpu", help="Torch device that the model runs on.")
+
+
+def backend_option(function: F) -> F:
+    """Add ``--backend``, of a command that draws with an engine directory."""
+    text = "ONNX Runtime on cpu or cuda, or engines that dipgo-build made; auto takes cuda where it works, else cpu."
+    return option("Runtime", "--backend", type=click.Choice(BACKENDS), default="auto", help=text)(function)
 
 
 def threads_option(default: str) -> Callable[[F], F]:

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dipgo_deploy.backends import BACKENDS
 from dipgo_deploy.cli import many
 from dipgo_deploy.cli.arrays import load_array, load_embeds, load_picture
 from dipgo_deploy.cli.common import (
@@ -29,6 +28,7 @@ from dipgo_deploy.cli.common import (
 from dipgo_deploy.cli.options import (
     PATH,
     Command,
+    backend_option,
     engine_dir_option,
     of_several_options,
     option,
@@ -248,13 +248,7 @@ _DEFAULT_OUTPUT = {"pil": "output.png", "np": "output.npy", "latent": "output.np
     help="Frames of the video; the engine directory has so many, and another number is refused.",
 )
 @lora_options("to add to the weights of all graphs")
-@option(
-    "Runtime",
-    "--backend",
-    type=click.Choice(BACKENDS),
-    default="auto",
-    help="ONNX Runtime on cpu or cuda, or engines that dipgo-build made; auto takes cuda where it works, else cpu.",
-)
+@backend_option
 @threads_option("the physical cores")
 @option(
     "Runtime",

@@ -371,7 +371,7 @@ class Pipeline:
         )
         request = check_request(self.bundle.manifest, asked)
         stream = noise_of(seed, generator, request.images)
-        self._check_steps(num_inference_steps)
+        self.check_steps(num_inference_steps)
         for name, function in (("callback", callback), ("callback_on_step_end", callback_on_step_end)):
             if function is not None:
                 arguments.function(name, function)
@@ -417,7 +417,7 @@ class Pipeline:
             self._said.add(line)
             _log.warning("%s: its solver %s: compare the pictures with the full run's", self.bundle.path, line)
 
-    def _check_steps(self, steps: object) -> None:
+    def check_steps(self, steps: object) -> None:
         """Refuse (UserError) another number of steps than the sampler was compiled with."""
         own = self.bundle.manifest.sampler.num_inference_steps
         if steps is not None and arguments.whole("num_inference_steps", steps, least=1) != own:
