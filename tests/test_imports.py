@@ -16,9 +16,10 @@ import pytest
 import dipgo_deploy
 
 PACKAGE = Path(dipgo_deploy.__file__).parent
-TORCH_FREE = ("runtime", "bundle", "backends", "lora", "plan", "schedule", "serve")
+TORCH_FREE = ("page", "runtime", "bundle", "backends", "lora", "plan", "schedule", "serve")
 # The rooms from the ground up. Each imports from those before it, never from one behind it.
 LAYERS = (
+    "page",
     "schedule",
     "plan",
     "bundle",
@@ -37,6 +38,7 @@ LAYERS = (
     "search",
     "calibrate",
     "bench",
+    "report",
     "optimize",
     "cli",
 )

@@ -268,13 +268,17 @@ def quality(
     if baselines:
         facts["fewest_launches"] = [line for least in _WANTED_SSIM for line in fewest_launches(judged, least)]
     _show(console, rows, facts)
-    if output is not None:
-        from dipgo_deploy.files import write_atomic
-
-        write_atomic(output, (json.dumps(facts, indent=2) + "\n").encode())
+    _write(output, facts)
     if plot is not None:
         plot_quality(judged, plot, f"{problem.options.model}, {facts['images']} images")
     emit(facts, as_json)
+
+
+def _write(output: Path | None, facts: Mapping[str, Any]) -> None:
+    from dipgo_deploy.files import write_atomic
+
+    if output is not None:
+        write_atomic(output, (json.dumps(facts, indent=2) + "\n").encode())
 
 
 def _opponents(baselines: bool, by_ratio: bool) -> str:
@@ -409,7 +413,9 @@ def _problem_options(options: dict[str, Any], schedules: Sequence[Any]) -> Any:
     default=False,
     help="Hold one copy of the weights for all graphs: less memory, slower on a CPU.",
 )
+@option("Output", "-o", "--output", type=PATH, show_default="none", help="JSON file for the result.")
 @json_option
+@checked_outputs("output")
 def profile(
     engine_dir: Path,
     schedule: str | None,
@@ -417,6 +423,7 @@ def profile(
     repeats: int,
     threads: int | None,
     share_weights: bool,
+    output: Path | None,
     as_json: bool,
 ) -> None:
     """Show where the time of a run goes: its launches, its kernels by block and by operator, and the runtime itself."""
@@ -440,6 +447,7 @@ def profile(
         "operators": dict(profiled.operators),
     }
     _show_profile(human_console(as_json), facts)
+    _write(output, facts)
     emit(facts, as_json)
 
 

@@ -91,6 +91,9 @@ def _show_differences(console: Console, found: Sequence[Difference]) -> None:
 
 
 def _show(console: Console, facts: Mapping[str, Any]) -> None:
+    from dipgo_deploy.engine.budget import size
+    from dipgo_deploy.schedule.summary import ranges
+
     _print_pairs(console, _summary(facts))
     _print_table(
         console,
@@ -100,10 +103,10 @@ def _show(console: Console, facts: Mapping[str, Any]) -> None:
             (
                 row["name"],
                 row["launches"],
-                _ranges(row["steps"]),
+                ranges(row["steps"]),
                 f"{row['macs']:.3g}",
-                f"{len(row['reads'])} ({_size(row['read_bytes'])})",
-                f"{len(row['writes'])} ({_size(row['write_bytes'])})",
+                f"{len(row['reads'])} ({size(row['read_bytes'])})",
+                f"{len(row['writes'])} ({size(row['write_bytes'])})",
                 "yes" if row["predicts"] else "no",
             )
             for row in facts["variants"]
@@ -117,10 +120,10 @@ def _show(console: Console, facts: Mapping[str, Any]) -> None:
             (
                 row["name"],
                 row["file"],
-                _size(row["bytes"]),
+                size(row["bytes"]),
                 len(row["inputs"]),
                 len(row["outputs"]),
-                "not known" if row["weights"] is None else f"{row['weights']} ({_size(row['weight_bytes'])})",
+                "not known" if row["weights"] is None else f"{row['weights']} ({size(row['weight_bytes'])})",
             )
             for row in facts["graphs"]
         ),
@@ -130,7 +133,7 @@ def _show(console: Console, facts: Mapping[str, Any]) -> None:
         "Caches, with the launches from which to which each value is kept",
         ("cache", "shape", "dtype", "size", "kept"),
         (
-            (row["name"], _shape(row["shape"]), row["dtype"], _size(row["bytes"]), _lifetimes(row["values"]))
+            (row["name"], _shape(row["shape"]), row["dtype"], size(row["bytes"]), _lifetimes(row["values"]))
             for row in facts["caches"]
         ),
     )
@@ -158,7 +161,7 @@ def _show(console: Console, facts: Mapping[str, Any]) -> None:
         "Engines",
         ("engine", "size", "key", "state"),
         (
-            (row["name"], _size(row.get("bytes", 0)), row.get("key", "")[:12], row["problem"] or "fits its graph")
+            (row["name"], size(row.get("bytes", 0)), row.get("key", "")[:12], row["problem"] or "fits its graph")
             for row in facts["engines"]
         ),
     )
@@ -170,12 +173,13 @@ def _show(console: Console, facts: Mapping[str, Any]) -> None:
 
 def _summary(facts: Mapping[str, Any]) -> dict[str, str]:
     from dipgo_deploy.bundle.shapes import BATCH, Range
+    from dipgo_deploy.engine.budget import size
     from dipgo_deploy.schedule.summary import denoisers_line
 
     model, sampler, schedule = facts["model"], facts["sampler"], facts["schedule"]
     scale = facts["scale"] or 1
     height, width = (extent * scale for extent in facts["latent"][-2:])
-    size = "" if facts["scale"] is None else f", {width}x{height} pixels"
+    pixels = "" if facts["scale"] is None else f", {width}x{height} pixels"
     frames = "" if facts["video_frames"] is None else f", {facts['video_frames']} frames"
     usual = "" if facts["guidance_scale"] is None else f", scale {facts['guidance_scale']:g}"
     launches = len(facts["launches"])
@@ -183,7 +187,7 @@ def _summary(facts: Mapping[str, Any]) -> dict[str, str]:
     lines = {
         **({"schedules": f"{', '.join(several)}; shown: {facts['name']}"} if several else {}),
         "model": f"{model['class_name']} ({model['name']}), {schedule['blocks']} units ({model['granularity']})",
-        "latent": f"{facts['batch']} x {_shape(facts['latent'])}, {facts['dtype']}{size}{frames}",
+        "latent": f"{facts['batch']} x {_shape(facts['latent'])}, {facts['dtype']}{pixels}{frames}",
         "guidance": f"yes{usual}" if facts["guidance"] else f"no{usual}",
         "sampler": f"{sampler['class_name']}, {sampler['num_inference_steps']} steps, "
         f"{facts['evaluations']} evaluations",
@@ -202,7 +206,7 @@ def _summary(facts: Mapping[str, Any]) -> dict[str, str]:
     if prologue is not None:
         made = f"{len(prologue['outputs'])} values once a run of {', '.join(i['name'] for i in prologue['inputs'])}"
         weights = prologue["weight_bytes"]
-        lines["prologue"] = made if weights is None else f"{made}, by {_size(weights)} of weights"
+        lines["prologue"] = made if weights is None else f"{made}, by {size(weights)} of weights"
     if facts["promoted"]:
         lines["re-enabled"] = f"{len(facts['promoted'])} gates"
     full = facts["macs"]["full"] * facts["evaluations"]
@@ -212,15 +216,17 @@ def _summary(facts: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _memory(memory: Mapping[str, Any]) -> dict[str, str]:
+    from dipgo_deploy.engine.budget import size
+
     of_graphs = memory["weights_of_graphs"]
-    each = "not known" if of_graphs is None else _size(of_graphs)
+    each = "not known" if of_graphs is None else size(of_graphs)
     return {
-        "weights": f"{_size(memory['weights'])} stored, {each} where each graph has its own",
-        "arena": f"{_size(memory['arena'])}, at least {_size(memory['arena_least'])} for these caches",
-        "history": _size(memory["history"]),
-        "tables": _size(memory["tables"]) if memory["tables"] else "none",
-        "run rows": _size(memory["run_rows"]) if memory["run_rows"] else "none",
-        "other": f"{_size(memory['other'])} (conditions, coefficients, what components read and write)",
+        "weights": f"{size(memory['weights'])} stored, {each} where each graph has its own",
+        "arena": f"{size(memory['arena'])}, at least {size(memory['arena_least'])} for these caches",
+        "history": size(memory["history"]),
+        "tables": size(memory["tables"]) if memory["tables"] else "none",
+        "run rows": size(memory["run_rows"]) if memory["run_rows"] else "none",
+        "other": f"{size(memory['other'])} (conditions, coefficients, what components read and write)",
     }
 
 
@@ -268,33 +274,14 @@ def _print_table(console: Console, title: str, headings: Sequence[str], rows: It
 
 def _lifetimes(values: Iterable[Mapping[str, Any]]) -> str:
     """``0-4, 5-9``; a value that nobody reads is one number."""
+    from dipgo_deploy.schedule.summary import span
+
     spans = [(value["written"], max((value["written"], *value["read"]))) for value in values]
-    return ", ".join(_span(first, last) for first, last in spans)
-
-
-def _ranges(numbers: Sequence[int]) -> str:
-    """Rising numbers, as ``0-4, 6``."""
-    spans: list[list[int]] = []
-    for number in numbers:
-        if spans and number == spans[-1][1] + 1:
-            spans[-1][1] = number
-        else:
-            spans.append([number, number])
-    return ", ".join(_span(first, last) for first, last in spans)
-
-
-def _span(first: int, last: int) -> str:
-    return str(first) if first == last else f"{first}-{last}"
+    return ", ".join(span(first, last) for first, last in spans)
 
 
 def _shape(shape: Iterable[int]) -> str:
     return "x".join(map(str, shape))
-
-
-def _size(nbytes: int) -> str:
-    from dipgo_deploy.engine.budget import mib
-
-    return f"{nbytes / 2**10:.1f} KiB" if nbytes < 2**20 else mib(nbytes)
 
 
 main = entry_point(command)

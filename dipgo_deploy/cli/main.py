@@ -23,6 +23,7 @@ _VERBS = {
     "bench": ("dipgo_deploy.cli.bench", "Measure what schedules do to the images."),
     "compare": ("dipgo_deploy.cli.compare", "Compare an engine directory with the reference."),
     "inspect": ("dipgo_deploy.cli.inspect", "Show what is in an engine directory, and what differs between two."),
+    "report": ("dipgo_deploy.cli.report", "Show an engine directory as one page of HTML."),
 }
 
 

@@ -94,5 +94,10 @@ def mib(nbytes: int) -> str:
     return f"{nbytes / 2**30:.2f} GiB" if nbytes >= 2**30 else f"{nbytes / 2**20:.1f} MiB"
 
 
+def size(nbytes: int) -> str:
+    """Bytes in the unit that suits them, from KiB on."""
+    return f"{nbytes / 2**10:.1f} KiB" if nbytes < 2**20 else mib(nbytes)
+
+
 def _bytes(specs: list[TensorSpec] | tuple[TensorSpec, ...]) -> int:
     return sum(spec.nbytes for spec in specs)

@@ -30,11 +30,24 @@ def schedule_facts(schedule: Schedule) -> dict[str, Any]:
 
 def denoisers_line(denoisers: Sequence[str]) -> str:
     """Which denoiser runs at which evaluations: ``transformer 0-12, transformer_2 13-39``."""
-    spans: list[str] = []
-    for name, group in groupby(enumerate(denoisers), key=lambda pair: pair[1]):
-        steps = [step for step, _ in group]
-        spans.append(f"{name} {steps[0]}" + (f"-{steps[-1]}" if len(steps) > 1 else ""))
-    return ", ".join(spans)
+    groups = groupby(enumerate(denoisers), key=lambda pair: pair[1])
+    return ", ".join(f"{name} {ranges([step for step, _ in group])}" for name, group in groups)
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """Rising numbers, as ``0-4, 6``."""
+    spans: list[list[int]] = []
+    for number in numbers:
+        if spans and number == spans[-1][1] + 1:
+            spans[-1][1] = number
+        else:
+            spans.append([number, number])
+    return ", ".join(span(first, last) for first, last in spans)
+
+
+def span(first: int, last: int) -> str:
+    """``0-4``, or ``0`` for one alone."""
+    return str(first) if first == last else f"{first}-{last}"
 
 
 def schedule_line(schedule: Schedule) -> str:

@@ -11,6 +11,7 @@ from toy_engine import Toy, build
 
 from dipgo_deploy.bench.profile import OUTSIDE, sum_kernels
 from dipgo_deploy.bundle.manifest import Manifest
+from dipgo_deploy.report.measured import Profile, read_measured
 
 
 def _kernel(name: str, operator: str, microseconds: int) -> dict[str, object]:
@@ -44,10 +45,12 @@ def test_profile_of_an_engine_directory(tmp_path: Path, monkeypatch: pytest.Monk
     from dipgo_deploy.bundle.directory import Bundle
     from dipgo_deploy.cli.bench import command
 
-    folder = build(tmp_path / "engine", Toy())
+    folder, written = build(tmp_path / "engine", Toy()), tmp_path / "times.json"
     block = type("Block", (), {"name": "a"})
     monkeypatch.setattr(Bundle, "load_schedule", lambda self: type("Schedule", (), {"blocks": [block]}))
-    result = CliRunner().invoke(command, ["profile", "--engine-dir", str(folder), "--threads", "1", "--json"])
+    result = CliRunner().invoke(
+        command, ["profile", "--engine-dir", str(folder), "--threads", "1", "--json", "-o", str(written)]
+    )
     assert result.exit_code == 0, result.output
     facts = json.loads(result.stdout)
     plan = Manifest.load(folder).plan
@@ -58,3 +61,5 @@ def test_profile_of_an_engine_directory(tmp_path: Path, monkeypatch: pytest.Monk
     assert facts["host_seconds"] > 0
     assert sum(facts["blocks"].values()) == pytest.approx(sum(facts["operators"].values()))
     assert facts["kernel_seconds"] >= facts["copy_seconds"] >= 0
+    read = read_measured(written)  # as dipgo-report does
+    assert isinstance(read, Profile) and read.fits(plan) and read.loop_seconds == facts["loop_seconds"]

@@ -29,6 +29,7 @@ from dipgo_deploy.bench.strip import strip, worst
 from dipgo_deploy.cli.bench import main
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.models.family import CacheKind
+from dipgo_deploy.report.measured import Quality, read_measured
 from dipgo_deploy.sampler import make_scheduler
 from dipgo_deploy.schedule.builders import full, uniform
 from dipgo_deploy.schedule.forecast import RuleForecast
@@ -309,6 +310,8 @@ def test_the_command_writes_table_json_and_plot(
     assert facts["cases"][0]["against"] in names and facts["cases"][0]["differences"]["gmsd"]["value"] != 0
     assert [line["ssim"] for line in facts["fewest_launches"]] == [0.99, 0.99, 0.995, 0.995]
     assert facts["cases"][0]["ssim"]["low"] <= facts["cases"][0]["ssim"]["value"]
+    read = read_measured(out)  # as dipgo-report does
+    assert isinstance(read, Quality) and [case.name for case in read.cases] == names
     assert plot.read_bytes().startswith(b"\x89PNG")
     assert all((tmp_path / f"s-{scale}.png").read_bytes().startswith(b"\x89PNG") for scale in (2, 3))
     assert "SSIM" in captured.err and "fewest launches for SSIM 0.99" in captured.err

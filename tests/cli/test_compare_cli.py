@@ -20,6 +20,7 @@ from dipgo_deploy.compare.metrics import TensorError, Tolerance
 from dipgo_deploy.compare.report import Checked, Report
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.export.exporter import ExportOptions, plan_export
+from dipgo_deploy.report.measured import Comparison, read_measured
 
 torch.set_num_threads(1)
 
@@ -50,7 +51,7 @@ def test_agreement_is_shown(engine, capsys):
     assert printed.err == ""
 
 
-def test_json_is_all_there_is_on_stdout(engine, capfd):
+def test_json_is_all_there_is_on_stdout(engine, tmp_path, capfd):
     assert main(command(engine, "--class-labels", "bag", "--seed", 5, "--guidance-scale", 2, "--json")) == 0
     printed = capfd.readouterr()
     report = json.loads(printed.out)
@@ -66,6 +67,10 @@ def test_json_is_all_there_is_on_stdout(engine, capfd):
     assert parts == {"manifest", "launch list", "weights", "conditions", "VAE"}
     assert [part["place"] for part in report["pictures"]] == ["classes, class 1"] and report["skipped"] == []
     assert all(part["passed"] for part in (*report["parts"], *report["pictures"]))
+    written = tmp_path / "compare.json"
+    written.write_text(printed.out)
+    read = read_measured(written)  # as dipgo-report does
+    assert isinstance(read, Comparison) and [step.step for step in read.loop] == list(range(6))
 
 
 def test_beyond_tolerance_is_status_1_and_one_line(engine, tmp_path, capfd):

@@ -7,9 +7,9 @@ import io
 import math
 import re
 from dataclasses import replace
-from html.parser import HTMLParser
 
 import numpy as np
+from html_pages import Page
 from PIL import Image
 
 from dipgo_deploy.compare.html import curves, html_page
@@ -35,40 +35,13 @@ def report(*predictions: TensorError | None) -> Report:
     return Report(TOLERANCE, loop=loop, skipped=("a <line>",), results=Checked(None, None, (SOUND,)))
 
 
-class _Page(HTMLParser):
-    """Tags that are open at the end, links to elsewhere, and the text of each row of tables."""
-
-    EMPTY = frozenset({"meta", "img"})
-
-    def __init__(self, page: bytes) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.sources: list[str] = []
-        self.rows: list[list[str]] = []
-        self.feed(page.decode())
-
-    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        if tag not in self.EMPTY:
-            self.open.append(tag)
-        self.sources += [value or "" for name, value in attributes if name in ("src", "href", "xlink:href")]
-        if tag == "tr":
-            self.rows.append([])
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if self.open and self.open[-1] in ("td", "th"):
-            self.rows[-1].append(data)
-
-
 def test_the_page_is_whole_and_needs_nothing_from_elsewhere() -> None:
     pictures = [Pair("class <0>", np.full((4, 6, 3), 0.5, np.float32), np.full((4, 6, 3), 0.25, np.float32), 1.0)]
     part = Part("weights", "", "the model", (), "x.<w>: differs")
     found = replace(report(SOUND, None, None, WRONG), parts=(part,))
     page = html_page("engines/<sd>", found, {"seed": 3, "versions": {"here": {"numpy": "2"}}}, pictures)
     assert page.startswith(b"<!DOCTYPE html>") and b"<sd>" not in page and b"&lt;sd&gt;" in page
-    parsed = _Page(page)
+    parsed = Page(page)
     assert parsed.open == []
     assert parsed.sources and all(source.startswith("data:image/png;base64,") for source in parsed.sources)
     assert b"http" not in page and b"@import" not in page and b"<script" not in page
@@ -83,7 +56,7 @@ def test_the_page_is_whole_and_needs_nothing_from_elsewhere() -> None:
 
 
 def test_evaluations_without_a_launch_are_one_row() -> None:
-    rows = _Page(html_page("x", report(SOUND, None, None, SOUND, None), {})).rows
+    rows = Page(html_page("x", report(SOUND, None, None, SOUND, None), {})).rows
     assert [row[0] for row in rows if "no launch" in row] == ["1-2", "4"]
     assert [row[0] for row in rows if "v<0>" in row] == ["0"] * 3 + ["3"] * 3
     assert b"everything is within 0.0001" in html_page("x", report(SOUND), {})
@@ -92,12 +65,12 @@ def test_evaluations_without_a_launch_are_one_row() -> None:
 def test_crosswise_the_page_has_what_is_made_and_what_is_inherited() -> None:
     crossed = replace(WRONG, made=1e-6, carried=3e-2, passed=True)
     page = html_page("x", report(SOUND, crossed), {})
-    assert ["1", "v<0>", "noise_pred", "3.00e-02", "1.00e-06", "3.00e-02", "inherited", "ok"] in _Page(page).rows
-    assert {"made", "inherited"} <= {text.text for text in curves(report(SOUND, crossed)).iter("text")}
+    assert ["1", "v<0>", "noise_pred", "3.00e-02", "1.00e-06", "3.00e-02", "inherited", "ok"] in Page(page).rows
+    assert {"made", "inherited"} <= {text.text for text in curves(report(SOUND, crossed).loop, 1e-4).iter("text")}
 
 
 def test_curves_lie_where_the_errors_are() -> None:
-    svg = curves(report(SOUND, WRONG, BROKEN))
+    svg = curves(report(SOUND, WRONG, BROKEN).loop, 1e-4)
     (limit,) = [line for line in svg.iter("line") if line.get("class") == "limit"]
     dots = {dot.find("title").text: float(dot.get("cy")) for dot in svg.iter("circle")}
     edge = float(limit.get("y1"))
@@ -113,7 +86,7 @@ def test_curves_lie_where_the_errors_are() -> None:
 def test_a_comparison_that_ended_with_an_error_is_told() -> None:
     page = html_page("x", Report(TOLERANCE), {}, error=UserError("no such <model>"))
     assert b"not compared to the end: no such &lt;model&gt;" in page and b"<svg" not in page
-    assert _Page(page).open == []
+    assert Page(page).open == []
 
 
 def test_the_worst_pictures_are_kept() -> None:

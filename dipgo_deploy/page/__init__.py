@@ -1,0 +1,1 @@
+"""Pages of HTML that need nothing else: shell, tables, pictures, charts as SVG. Pure functions of plain data."""

@@ -1,0 +1,1 @@
+"""An engine directory as a page to look at. Needs no torch."""
