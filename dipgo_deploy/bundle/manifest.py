@@ -13,6 +13,7 @@ import pydantic
 from dipgo_deploy import documents
 from dipgo_deploy.bundle.history import History
 from dipgo_deploy.bundle.pictures import PictureUse
+from dipgo_deploy.bundle.quantized import Method
 from dipgo_deploy.bundle.shapes import NAMES, Dim, SizeRanges, Sizes, evaluate, evaluate_shape
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.schedule.validation import one_line
@@ -28,6 +29,8 @@ RUN_ROWS_VERSION = 7
 DENOISERS_VERSION = 8
 # What is written where a directory has several schedules.
 SEVERAL_VERSION = 9
+# What is written where weights are whole numbers.
+QUANTIZED_VERSION = 10
 # What is read too: directories without a seal, of which nobody can tell whether the manifest was changed.
 UNSEALED_VERSION = 3
 MANIFEST_NAME = "manifest.json"
@@ -287,6 +290,28 @@ class PlanEntry(_Frozen):
         return tuple(dict.fromkeys(launch.step for launch in self.launches))
 
 
+class QuantizationEntry(_Frozen):
+    """What of the denoiser's graphs is in fewer bits."""
+
+    method: Method
+    block_size: int | None = pydantic.Field(
+        default=None, description="inputs of a channel that share a scale, of weights in 4 bits"
+    )
+    weights: int = pydantic.Field(description="how many weights are in fewer bits")
+    bytes_before: int = pydantic.Field(description="that they take in the type of the graphs")
+    bytes_after: int = pydantic.Field(description="that they take with their scales")
+    kept: Many[str] = pydantic.Field(
+        default=(), description="weights of products, of 1024 values or more, that stay as they are"
+    )
+
+    @property
+    def line(self) -> str:
+        """What was done, in a line."""
+        before, after = (f"{nbytes / 2**20:.1f}" for nbytes in (self.bytes_before, self.bytes_after))
+        stay = f"; {len(self.kept)} stay as they are: {', '.join(self.kept)}" if self.kept else ""
+        return f"{self.method}: {self.weights} weights take {after} MiB in place of {before}{stay}"
+
+
 class ModelEntry(_Frozen):
     """Identity of the exported denoiser."""
 
@@ -482,7 +507,7 @@ class Components(_Frozen):
 class Manifest(_Frozen):
     """``manifest.json`` of an engine directory."""
 
-    format_version: Literal[3, 4, 5, 6, 7, 8, 9] = 4
+    format_version: Literal[3, 4, 5, 6, 7, 8, 9, 10] = 4
     created_by: str
     model: ModelEntry
     schedule: str = SCHEDULE_NAME
@@ -511,10 +536,18 @@ class Manifest(_Frozen):
     )
     conditions: Many[ConditionSpec]
     plan: PlanEntry
+    quantization: QuantizationEntry | None = pydantic.Field(
+        default=None, exclude_if=_is_none, description="none: all weights are in the type of the graphs"
+    )
     components: Components
     tools: dict[str, str] = pydantic.Field(description="package versions used for the export")
     files: dict[str, str] = pydantic.Field(description="sha256 of every file, by path relative to the directory")
     seal: str = pydantic.Field(default="", description="sha256 over the content of all the other fields")
+
+    @property
+    def quantized(self) -> Method | None:
+        """How weights are in fewer bits, None where they are not."""
+        return None if self.quantization is None else self.quantization.method
 
     @property
     def usual_sizes(self) -> Sizes:
@@ -571,6 +604,7 @@ class Manifest(_Frozen):
         version = RUN_ROWS_VERSION if self.plan.table_classes or self.plan.prologue is not None else version
         version = DENOISERS_VERSION if self.model.denoisers else version
         version = SEVERAL_VERSION if self.name else version
+        version = QUANTIZED_VERSION if self.quantization is not None else version
         document = {**json.loads(self.model_dump_json(exclude={"seal"})), "format_version": version}
         return json.dumps({**document, "seal": seal_of(document)}, indent=1, ensure_ascii=False) + "\n"
 
@@ -596,10 +630,10 @@ class Manifest(_Frozen):
         version = data.get("format_version")
         if version == UNSEALED_VERSION:
             _log.warning("%s: was exported before directories were sealed, so changes to it do not show", path)
-        elif version not in range(FORMAT_VERSION, SEVERAL_VERSION + 1):
+        elif version not in range(FORMAT_VERSION, QUANTIZED_VERSION + 1):
             raise UserError(
                 f"{path}: format_version {str(version)[:20]}, this version reads {UNSEALED_VERSION} to "
-                f"{SEVERAL_VERSION}; export it again or update"
+                f"{QUANTIZED_VERSION}; export it again or update"
             )
         elif sealed and data.get("seal") != seal_of(data):
             raise UserError(

@@ -11,6 +11,7 @@ import numpy as np
 import pydantic
 
 from dipgo_deploy.bundle.manifest import EXPORT_AGAIN
+from dipgo_deploy.bundle.quantized import Quantized
 from dipgo_deploy.documents import read_document
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.schedule.validation import one_line
@@ -27,6 +28,7 @@ ONNX_TYPES = {
     "float16": 10,
     "double": 11,
     "bfloat16": 16,
+    "int4": 22,
 }
 """ONNX's numbers of the types that an index has."""
 # Field 8 of a protobuf message, a text of at most 16383 bytes: where a graph has the name of a tensor.
@@ -49,6 +51,11 @@ class StoredWeight(_Frozen):
     rows: tuple[int, int, int] | None = pydantic.Field(
         default=None, description="it holds only rows [first, last) of the parameter's, as (first, last, all)"
     )
+    quantized: Quantized | None = pydantic.Field(
+        default=None,
+        exclude_if=lambda value: value is None,
+        description="it holds whole numbers, and this makes the parameter's values of them",
+    )
     shape: tuple[int, ...]
     dtype: str
     offset: int
@@ -57,9 +64,8 @@ class StoredWeight(_Frozen):
     @property
     def parameter_shape(self) -> tuple[int, ...]:
         """Shape of the whole parameter."""
-        if self.transposed:
-            return tuple(reversed(self.shape))
-        return self.shape if self.rows is None else (self.rows[2], *self.shape[1:])
+        shape = self.shape[::-1] if self.transposed else self.shape
+        return shape if self.rows is None else (self.rows[2], *shape[1:])
 
 
 class WeightsIndex(_Frozen):

@@ -352,11 +352,11 @@ def command(
 def _provenance(bundle: Bundle, reference: Reference, report: Report, *, asked: bool) -> dict[str, Any]:
     from dipgo_deploy.compare.provenance import models, tolerances, versions
 
-    source, dtype = reference.source, bundle.manifest.dtype
+    source = reference.source
     return {
         "models": models(bundle, source),
         "versions": versions(bundle),
-        "tolerances": tolerances(source, dtype, report.tolerance, asked=asked),
+        "tolerances": tolerances(source, bundle.manifest, report.tolerance, asked=asked),
     }
 
 

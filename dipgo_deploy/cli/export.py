@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from dipgo_deploy.bundle.manifest import Manifest
+from dipgo_deploy.bundle.quantized import METHODS
 from dipgo_deploy.bundle.shapes import Range, parse_range
 from dipgo_deploy.cli.common import (
     emit,
@@ -130,6 +132,14 @@ SIZES = "N|MIN:MAX|MIN:OPT:MAX"
     show_default="any class",
     help="Class ids, with commas between them, that alone can be drawn: what depends on the class becomes tables too, "
     "and its weights are left out.",
+)
+@option(
+    "Engine",
+    "--quantize",
+    type=click.Choice(METHODS),
+    show_default="as --dtype",
+    help="Weights of products in fewer bits, for memory and disk: a scale for each output channel (int8-weights), or "
+    "in matrix products for each 64 inputs (int4-weights). A LoRA cannot change them then.",
 )
 @option("Comparison", "--check/--no-check", default=True, help="Compare the written graphs with the model in torch.")
 @option(
@@ -268,6 +278,10 @@ def command(
     if export.options.low_memory and settings.low_memory is None:
         console.print("large weights: held once, compared in processes of their own; --no-low-memory goes without")
     if engine_dir is not None:
+        entry = Manifest.load(engine_dir).quantization
+        if entry is not None:
+            facts["quantization"] = entry.model_dump(mode="json")
+            console.print(f"{entry.line}; a LoRA cannot change these", soft_wrap=True)
         console.print(f"{engine_dir}: {_size(engine_dir)}, ready for dipgo-run", markup=False, soft_wrap=True)
         facts["engine_dir"] = str(engine_dir)
     emit(facts, as_json)

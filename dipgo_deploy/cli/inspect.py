@@ -172,6 +172,7 @@ def _show(console: Console, facts: Mapping[str, Any]) -> None:
 
 
 def _summary(facts: Mapping[str, Any]) -> dict[str, str]:
+    from dipgo_deploy.bundle.manifest import QuantizationEntry
     from dipgo_deploy.bundle.shapes import BATCH, Range
     from dipgo_deploy.engine.budget import size
     from dipgo_deploy.schedule.summary import denoisers_line
@@ -207,6 +208,8 @@ def _summary(facts: Mapping[str, Any]) -> dict[str, str]:
         made = f"{len(prologue['outputs'])} values once a run of {', '.join(i['name'] for i in prologue['inputs'])}"
         weights = prologue["weight_bytes"]
         lines["prologue"] = made if weights is None else f"{made}, by {size(weights)} of weights"
+    if facts["quantization"] is not None:
+        lines["weights"] = QuantizationEntry(**facts["quantization"]).line
     if facts["promoted"]:
         lines["re-enabled"] = f"{len(facts['promoted'])} gates"
     full = facts["macs"]["full"] * facts["evaluations"]

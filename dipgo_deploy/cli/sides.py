@@ -66,19 +66,19 @@ def against_side(
     from dipgo_deploy.models.registry import family_for
 
     manifest = bundle.manifest
-    dtypes, other = [manifest.dtype], None
+    manifests, other = [manifest], None
     folder = check_against(against)
     if folder is not None:
         other = Bundle.open(folder).at(manifest.usual_sizes)
     elif against in BACKENDS:
         other = bundle
     if other is not None:
-        dtypes.append(other.manifest.dtype)
+        manifests.append(other.manifest)
         _check_same(bundle, other)
         beside = backend if folder is not None else create_backend(against, threads=threads)
         beside.check(other.manifest)
     family = family_for(manifest.model.class_name)
-    limit = max(family.tolerances[dtype] for dtype in dtypes) if tolerance is None else tolerance
+    limit = max(family.tolerance(one.dtype, one.quantized) for one in manifests) if tolerance is None else tolerance
     notify("encoding")
     given = given_to(bundle, backend, prompts=prompts, labels=labels, guidance_scale=guidance_scale, seed=seed)
     facts: dict[str, Any] = {"models": {"engine_dir": engine_facts(bundle)}, "guidance_scale": given.guidance_scale}
@@ -92,7 +92,7 @@ def against_side(
     facts |= {
         "against": reference.name,
         "versions": versions(bundle),
-        "tolerances": side_tolerances(family, dtypes, Tolerance(limit, absolute), asked=tolerance is not None),
+        "tolerances": side_tolerances(family, manifests, Tolerance(limit, absolute), asked=tolerance is not None),
     }
     side = EngineSide(bundle, backend)
     limits = Tolerance(limit, absolute)

@@ -110,8 +110,14 @@ def compare_engine(
 
 
 def tolerance_of(manifest: Manifest, reference: Reference, options: Options) -> Tolerance:
-    """The one asked for, else that of the model's family."""
-    own = reference.source.family.tolerances[manifest.dtype]
+    """Of graphs, loop and pictures: the one asked for, else that of the model's family."""
+    own = reference.source.family.tolerance(manifest.dtype, manifest.quantized)
+    return Tolerance(own if options.tolerance is None else options.tolerance, options.absolute)
+
+
+def beside_tolerance(manifest: Manifest, reference: Reference, options: Options) -> Tolerance:
+    """Of conditions and VAE, which are never in fewer bits."""
+    own = reference.source.family.tolerance(manifest.dtype)
     return Tolerance(own if options.tolerance is None else options.tolerance, options.absolute)
 
 
@@ -127,6 +133,7 @@ def _run(
 ) -> Report:
     """All that needs graphs to run, after ``parts``."""
     manifest = bundle.manifest
+    beside = beside_tolerance(manifest, reference, options)
     components: list[Part] = []
     drawn: list[Part] = []
     skipped: list[str] = []
@@ -137,7 +144,7 @@ def _run(
         except UserError as error:
             skipped.append(f"not compared with the stock pipeline: {error}")
         else:
-            pictures = Pictures(Pipeline(bundle, backend, lazy=True), stock, tolerance, options.seen)
+            pictures = Pictures(Pipeline(bundle, backend, lazy=True), stock, tolerance, options.seen, conditions=beside)
     if pictures is not None and manifest.components.text_encoder is None and reference.source.text is not None:
         skipped.append("prompts are not compared: the engine directory has no text encoder")
         pictures = None
@@ -148,7 +155,7 @@ def _run(
     results = None
     if loop is not None:
         notify("decoding")
-        components += _vae(bundle, backend, reference, loop.expected, tolerance)
+        components += _vae(bundle, backend, reference, loop.expected, beside)
         results = _results(bundle, backend, reference, loop, tolerance, options.seen)
     if pictures is not None and options.pictures:
         notify("drawing with both pipelines")

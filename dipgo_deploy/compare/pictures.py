@@ -88,9 +88,12 @@ class Pictures:
         UserError: the stock pipeline cannot do what the directory does, or a graph cannot be loaded.
     """
 
-    def __init__(self, ours: Pipeline, stock: StockPipeline, tolerance: Tolerance, seen: Seen = nobody) -> None:
-        """seen: is shown every picture."""
+    def __init__(
+        self, ours: Pipeline, stock: StockPipeline, tolerance: Tolerance, seen: Seen = nobody, *, conditions: Tolerance
+    ) -> None:
+        """tolerance: of pictures and their latents. seen: is shown every picture. conditions: their tolerance."""
         self._ours, self._stock, self._tolerance, self._seen = ours, stock, tolerance, seen
+        self._of_conditions = conditions
         self._manifest = ours.bundle.manifest
 
     def components(self, case: Case) -> list[Part]:
@@ -113,7 +116,7 @@ class Pictures:
         for row, place in enumerate(case.places):
             errors = []
             if expected.latents is not None:
-                errors.append(self._error(LATENTS, actual.latents[row], expected.latents[row]))
+                errors.append(_error(LATENTS, actual.latents[row], expected.latents[row], self._tolerance))
             if self._decodes(expected):
                 assert expected.images is not None
                 picture = np.asarray(actual.images[row])
@@ -183,15 +186,17 @@ class Pictures:
                 yield Part("conditions", place, STOCK, (), f"shape {rows.shape}, the stock pipeline's is {stock.shape}")
                 continue
             rows, stock = _as_seen(masks, rows), _as_seen(masks, stock)
-            errors = tuple(self._error(spec.name, ours, theirs) for ours, theirs in zip(rows, stock, strict=True))
+            pairs = zip(rows, stock, strict=True)
+            errors = tuple(_error(spec.name, ours, theirs, self._of_conditions) for ours, theirs in pairs)
             half = len(rows) // 2 if halves[0] is not None else 0
             for row, error in enumerate(errors):
                 negative = halves[0] is not None and (row < half) != self._stock.conditional_first
                 label = "unconditional half of " if negative else ""
                 yield Part("conditions", f"{case.name}, {label}{parts[row]}", STOCK, (error,))
 
-    def _error(self, name: str, actual: np.ndarray, expected: np.ndarray) -> TensorError:
-        return tensor_error(name, np.asarray(actual, np.float64), np.asarray(expected, np.float64), self._tolerance)
+
+def _error(name: str, actual: np.ndarray, expected: np.ndarray, tolerance: Tolerance) -> TensorError:
+    return tensor_error(name, np.asarray(actual, np.float64), np.asarray(expected, np.float64), tolerance)
 
 
 def _as_seen(masks: Sequence[np.ndarray], states: np.ndarray) -> np.ndarray:

@@ -134,7 +134,7 @@ def _record(engine_dir: Path, model: str, folder: Path, self_test: int = 0, sche
             written.close()
             if test is not None:
                 alone = read_recordings(folder / str(place)) if plan.layout == "variants" else ()
-                test.finish(inputs, alone, None, reference.source.family.tolerances[manifest.dtype])
+                test.finish(inputs, alone, None, reference.source.family.tolerance(manifest.dtype, manifest.quantized))
                 assert test.test is not None
                 write_self_test(folder / SELF_TEST_NAME, test.test)
             del reference
@@ -200,7 +200,7 @@ def _compare(engine_dir: Path, folder: Path, schedule: str | None = None) -> Agr
 
     whole = Bundle.open(engine_dir, schedule=schedule)
     manifest = whole.manifest
-    tolerance = Tolerance(family_for(manifest.model.class_name).tolerances[manifest.dtype])
+    tolerance = Tolerance(family_for(manifest.model.class_name).tolerance(manifest.dtype, manifest.quantized))
     agreements = []
     for place, (bundle, where) in enumerate(sizes_compared(whole)):
         if manifest.plan.layout == "segments":

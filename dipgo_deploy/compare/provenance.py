@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from dipgo_deploy._version import __version__
 from dipgo_deploy.bundle.weights import WEIGHTS_NAME
+from dipgo_deploy.models.family import tolerance_reason
 
 if TYPE_CHECKING:
     import torch
 
     from dipgo_deploy.bundle.directory import Bundle
+    from dipgo_deploy.bundle.manifest import Manifest
     from dipgo_deploy.compare.metrics import Tolerance
     from dipgo_deploy.models.family import ModelFamily
     from dipgo_deploy.reference.source import Source
@@ -76,11 +78,11 @@ def versions(bundle: Bundle) -> dict[str, dict[str, str]]:
 
 
 def side_tolerances(
-    family: ModelFamily, dtypes: Sequence[str], tolerance: Tolerance, *, asked: bool
+    family: ModelFamily, manifests: Sequence[Manifest], tolerance: Tolerance, *, asked: bool
 ) -> list[dict[str, Any]]:
-    """The tolerance of two sides, of graphs in these types; asked: it was given, and is not the family's."""
-    loosest = max(dtypes, key=lambda dtype: family.tolerances[dtype])
-    reason = "asked for" if asked else f"what {family.class_name} in {loosest} may differ from the model in float32"
+    """The tolerance of two sides, of these graphs; asked: it was given, and is not the family's."""
+    loosest = max(manifests, key=lambda manifest: family.tolerance(manifest.dtype, manifest.quantized))
+    reason = "asked for" if asked else _may_differ(family, loosest)
     return [
         {
             "of": "loop and results",
@@ -91,23 +93,30 @@ def side_tolerances(
     ]
 
 
-def tolerances(source: Source, dtype: str, tolerance: Tolerance, *, asked: bool) -> list[dict[str, Any]]:
+def tolerances(source: Source, manifest: Manifest, tolerance: Tolerance, *, asked: bool) -> list[dict[str, Any]]:
     """Each tolerance, what it is for, and why it is that; asked: it was given, and is not the family's."""
-    reason = (
-        "asked for" if asked else f"what {source.family.class_name} in {dtype} may differ from the model in float32"
-    )
+    family = source.family
     absolute = "" if not tolerance.absolute else "; the absolute one was asked for"
+    of = {"graphs, loop and pictures": ("asked for" if asked else _may_differ(family, manifest), tolerance.relative)}
+    beside = tolerance.relative if asked else family.tolerance(manifest.dtype)
+    if beside == tolerance.relative:
+        of = {f"conditions, VAE, {name}": why for name, why in of.items()}
+    else:
+        plain = f"what {family.class_name} in {manifest.dtype} may differ from the model in float32"
+        of["conditions, VAE"] = (plain, beside)
+    copies = "they are copies of the model's, rounded to the type of the graphs where that is another"
+    if manifest.quantized is not None:
+        copies += "; those in fewer bits are the nearest numbers"
     return [
-        {
-            "of": "conditions, VAE, graphs, loop and pictures",
-            "relative": tolerance.relative,
-            "absolute": tolerance.absolute,
-            "reason": reason + absolute,
-        },
-        {
-            "of": "weights and tokens",
-            "relative": 0.0,
-            "absolute": 0.0,
-            "reason": "they are copies of the model's, rounded to the type of the graphs where that is another",
-        },
+        *(
+            {"of": name, "relative": relative, "absolute": tolerance.absolute, "reason": reason + absolute}
+            for name, (reason, relative) in of.items()
+        ),
+        {"of": "weights and tokens", "relative": 0.0, "absolute": 0.0, "reason": copies},
     ]
+
+
+def _may_differ(family: ModelFamily, manifest: Manifest) -> str:
+    if family.tolerance(manifest.dtype, manifest.quantized) > family.tolerance(manifest.dtype):
+        return f"{manifest.quantized}: {tolerance_reason(manifest.dtype, manifest.quantized)}"
+    return f"what {family.class_name} in {manifest.dtype} may differ from the model in float32"

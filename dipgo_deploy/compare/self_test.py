@@ -114,7 +114,7 @@ class SelfTestRecorder:
                 guidance_scale=1.0 if inputs.guidance_scale is None else inputs.guidance_scale,
                 sizes=(manifest.batch, manifest.latent.height, manifest.latent.width),
                 tolerance=tolerance,
-                reason=tolerance_reason(manifest.dtype),
+                reason=tolerance_reason(manifest.dtype, manifest.quantized),
                 predictions=kept,
                 alone=tuple(alone.values()),
                 left_out=tuple(variant.name for place, variant in enumerate(plan.variants) if place not in alone),

@@ -5,13 +5,14 @@ from __future__ import annotations
 import mmap
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 
+from dipgo_deploy.bundle.quantized import BITS, step_of, to_weight, unpacked
 from dipgo_deploy.bundle.weights import WEIGHTS_NAME, StoredWeight, WeightsIndex
-from dipgo_deploy.compare.metrics import Tolerance, tensor_error
+from dipgo_deploy.compare.metrics import TensorError, Tolerance, tensor_error
 from dipgo_deploy.compare.report import Part
 from dipgo_deploy.errors import UserError, one_line
 from dipgo_deploy.reference.conditions import has_text_encoder
@@ -38,8 +39,9 @@ _TORCH = {
 
 
 def check_weights(bundle: Bundle, source: Source) -> list[Part]:
-    """Every stored weight that is a parameter of the model has that one's values in its own type, bit for bit, and
-    every graph takes it from where the index says; a part for each that is wrong, or one for all.
+    """Every stored weight that is a parameter of the model has that one's values in its own type, bit for bit, or in
+    fewer bits the numbers that are nearest to them, and every graph takes it from where the index says; a part for each
+    that is wrong, or one for all.
 
     Raises:
         UserError: an index or a graph that cannot be read.
@@ -71,6 +73,8 @@ def _folder(path: Path, name: str, parameters: Mapping[str, torch.Tensor]) -> It
 
     index = WeightsIndex.load(path)
     used: set[str] = set()
+    needed = {stored.quantized.scale for stored in index.tensors.values() if stored.quantized is not None}
+    scales: dict[str, _Scale] = {}
     for graph in sorted(path.glob("*.onnx")):
         try:
             model = ir.load(graph)
@@ -78,6 +82,9 @@ def _folder(path: Path, name: str, parameters: Mapping[str, torch.Tensor]) -> It
             raise UserError(f"{graph}: is no ONNX graph ({one_line(error)}); export the directory again") from error
         for value in model.graph.initializers.values():
             tensor = value.const_value
+            if tensor is not None and value.name in needed and value.name not in scales:
+                dtype = _TORCH[tensor.dtype.name.lower()]
+                scales[str(value.name)] = _Scale(tensor.numpy().astype(np.float32), dtype)
             if not isinstance(tensor, ir.ExternalTensor):
                 continue
             stored = index.tensors.get(tensor.name)
@@ -92,13 +99,19 @@ def _folder(path: Path, name: str, parameters: Mapping[str, torch.Tensor]) -> It
         data = memoryview(mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ))
     for tensor_name, stored in index.tensors.items():
         if tensor_name in used and stored.parameter is not None:
-            yield from _weight(name, data[stored.offset : stored.offset + stored.length], stored, parameters)
+            found = data[stored.offset : stored.offset + stored.length]
+            yield from _weight(name, found, stored, parameters, scales)
 
 
 def _weight(
-    folder: str, data: memoryview, stored: StoredWeight, parameters: Mapping[str, torch.Tensor]
+    folder: str,
+    data: memoryview,
+    stored: StoredWeight,
+    parameters: Mapping[str, torch.Tensor],
+    scales: Mapping[str, _Scale],
 ) -> Iterator[Part]:
-    dtype = _TORCH[stored.dtype]
+    scale = None if stored.quantized is None else scales[stored.quantized.scale]
+    dtype = _TORCH[stored.dtype] if scale is None else scale.dtype
     for name in (stored.parameter, *stored.equal):
         parameter = parameters.get(str(name))
         if parameter is None:
@@ -108,13 +121,40 @@ def _weight(
         if stored.rows is not None:
             expected = expected[stored.rows[0] : stored.rows[1]]
         expected = (expected.T if stored.transposed else expected).to(dtype).contiguous()
-        if tuple(expected.shape) != stored.shape or expected.nbytes != len(data):
+        nbytes = expected.nbytes if scale is None else expected.numel() * BITS[stored.dtype] // 8
+        if tuple(expected.shape) != stored.shape or nbytes != len(data):
             yield Part(
                 NAME, f"{folder}, {name}", MODEL, (), f"shape {stored.shape}, the model's is {tuple(expected.shape)}"
             )
+            continue
+        if scale is not None:
+            error = _rounded(data, stored, scale.values, expected.float().numpy())
+            if error is not None:
+                yield Part(NAME, f"{folder}, {name}", MODEL, (error,))
             continue
         bits = expected.reshape(-1).view(torch.uint8).numpy()
         if not np.array_equal(bits, np.frombuffer(data, np.uint8)):
             found = torch.frombuffer(bytearray(data), dtype=dtype).reshape(expected.shape)
             error = tensor_error("values", found.double().numpy(), expected.double().numpy(), _EXACT)
             yield Part(NAME, f"{folder}, {name}", MODEL, (error,))
+
+
+class _Scale(NamedTuple):
+    """Scales of a weight in fewer bits, float32, and the type of the graphs."""
+
+    values: np.ndarray
+    dtype: torch.dtype
+
+
+def _rounded(data: memoryview, stored: StoredWeight, scale: np.ndarray, expected: np.ndarray) -> TensorError | None:
+    """How far a weight in fewer bits is from its parameter, where a value is off by more than half a step. expected:
+    float32, of values in the type of the graphs."""
+    assert stored.quantized is not None
+    axis, block = stored.quantized.axis, stored.quantized.block
+    numbers = unpacked(np.frombuffer(data, np.uint8), stored.dtype, stored.shape)
+    found = to_weight(numbers, scale, axis, block)
+    # Float32 itself rounds the quotients, and what they are times.
+    limit = step_of(scale, stored.shape, axis, block) * np.float32(0.5 + 1e-4)
+    if np.all(np.abs(found - expected) <= limit):
+        return None
+    return tensor_error("values", found.astype(np.float64), expected.astype(np.float64), _EXACT)

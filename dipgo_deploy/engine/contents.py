@@ -39,8 +39,8 @@ def contents(bundle: Bundle, *, verify: bool = False) -> dict[str, Any]:
     launch that writes it and those that read it. ``launches``: in order. ``memory``: ``weights`` as stored,
     ``weights_of_graphs`` where each graph has its own, ``arena`` with ``arena_least`` that no allocation goes below,
     ``history``, ``tables``, ``run_rows`` that are made at the start of a run, ``other`` (see ``MemoryNeed``).
-    ``table_classes``: that alone can be drawn; none: all. ``engines``: see ``engines``. ``tools``: versions that made
-    it. ``files``: sha256 by path.
+    ``quantization``: what is in fewer bits, None where nothing is. ``table_classes``: that alone can be drawn; none:
+    all. ``engines``: see ``engines``. ``tools``: versions that made it. ``files``: sha256 by path.
 
     verify: also compare the engines with the weights that are here, and with their own sha256, which reads all of
     them; else by graph, shapes and size of the file.
@@ -58,6 +58,7 @@ def contents(bundle: Bundle, *, verify: bool = False) -> dict[str, Any]:
         "created_by": manifest.created_by,
         "model": manifest.model.model_dump(mode="json"),
         "dtype": manifest.dtype,
+        "quantization": None if manifest.quantization is None else manifest.quantization.model_dump(mode="json"),
         "batch": manifest.batch,
         "latent": list(latent.shape),
         "scale": latent.scale,

@@ -47,6 +47,7 @@ def options_of(bundle: Bundle, dtype: str | None = None) -> ExportOptions:
         timestep_tables=None if in_run else bool(table_specs(bundle)),
         prologue=plan.prologue is not None,
         class_labels=plan.table_classes,
+        quantize=manifest.quantized,
         self_test=False,
     )
 

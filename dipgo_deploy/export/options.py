@@ -7,6 +7,7 @@ from typing import Literal
 
 from dipgo_deploy import arguments
 from dipgo_deploy.bundle.manifest import Layout
+from dipgo_deploy.bundle.quantized import METHODS, Method
 from dipgo_deploy.bundle.shapes import Range
 from dipgo_deploy.errors import UserError
 
@@ -42,6 +43,8 @@ class ExportOptions:
             without ``timestep_tables``. A planned export says what it became.
         class_labels: make tables of what depends on the class too, for these class ids alone: no other class can be
             drawn then. Empty: any class.
+        quantize: weights in fewer bits, each made a number of the type of the graphs where it is used:
+            ``int8-weights``, ``int4-weights``; None: as the type of the graphs has them.
         self_test: record a loop of the model, which ``Pipeline.self_test`` compares with anywhere; at most 64 MiB of
             it, with ``low_memory`` its beginning and each variant's first launch. None: where it fits 1 MiB and the
             model's loop runs for the check (or would, of bf16 without ``low_memory``).
@@ -64,6 +67,7 @@ class ExportOptions:
     timestep_tables: bool | None = None
     prologue: bool | None = None
     class_labels: tuple[int, ...] = ()
+    quantize: Method | None = None
     self_test: bool | None = None
 
 
@@ -72,6 +76,8 @@ def check_options(options: ExportOptions) -> None:
     arguments.instance("options", options, ExportOptions, "ExportOptions")
     arguments.choice("dtype", options.dtype, ("fp32", "fp16", "bf16"))
     arguments.choice("layout", options.layout, ("auto", "variants", "segments"))
+    if options.quantize is not None:
+        arguments.choice("quantize", options.quantize, METHODS)
     for name in ("batch", "height", "width"):
         value = getattr(options, name)
         if not isinstance(value, Range) and not (value is None and name != "batch"):

@@ -1,9 +1,11 @@
-"""How each weight of an exported graph holds its parameter: as it is, transposed, or rows of it."""
+"""How each weight of an exported graph holds its parameter: as it is, transposed, rows of it, or in fewer bits."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
+
+from dipgo_deploy.bundle.quantized import Quantized
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -15,13 +17,15 @@ _META = "dipgo_deploy.stored"
 class StoredParameter:
     """The parameter that a tensor holds, and others of equal value that the exporter merged into it.
 
-    rows: the tensor holds rows [first, last) of so many only, as (first, last, all).
+    rows: the tensor holds rows [first, last) of so many only, as (first, last, all). quantized: the tensor holds whole
+    numbers, and how they make the values.
     """
 
     parameter: str
     transposed: bool
     equal: tuple[str, ...] = ()
     rows: tuple[int, int, int] | None = None
+    quantized: Quantized | None = None
 
 
 def note_parameter(tensor: ir.TensorProtocol, stored: StoredParameter) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dipgo_deploy.bundle.weights import WEIGHTS_INDEX, WEIGHTS_NAME, StoredWeight, WeightsIndex
+from dipgo_deploy.export.quantized import Source
 from dipgo_deploy.export.stored import stored_parameter
 from dipgo_deploy.reference.mapped import give_back, mapped_files
 
@@ -77,7 +78,8 @@ class _GiveBack:
 
         if isinstance(self._last, torch.Tensor):
             give_back(self._last, self._mapped)
-        self._last = tensor.raw
+        raw = tensor.raw
+        self._last = raw.weight.raw if isinstance(raw, Source) else raw
 
 
 def save_graph(model: ir.Model, path: Path) -> None:
@@ -94,6 +96,7 @@ def _stored(tensor: ir.TensorProtocol, external: ir.ExternalTensor) -> StoredWei
         transposed=layout is not None and layout.transposed,
         equal=() if layout is None else layout.equal,
         rows=None if layout is None else layout.rows,
+        quantized=None if layout is None else layout.quantized,
         shape=tuple(int(extent) for extent in tensor.shape),
         dtype=tensor.dtype.name.lower(),
         offset=int(external.offset or 0),

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dipgo_deploy._version import __version__
 from dipgo_deploy.bundle.directory import Bundle
@@ -23,6 +23,7 @@ from dipgo_deploy.bundle.manifest import (
     Manifest,
     ModelEntry,
     PlanEntry,
+    QuantizationEntry,
     SamplerEntry,
     VariantEntry,
 )
@@ -37,6 +38,7 @@ from dipgo_deploy.export.conditions import open_conditions
 from dipgo_deploy.export.cut import cache_key, cut_variant
 from dipgo_deploy.export.options import ExportOptions
 from dipgo_deploy.export.planning import Notify, PlannedExport, denoiser_numbers
+from dipgo_deploy.export.quantized import quantize_weights
 from dipgo_deploy.export.segments import cut_segment, reads_of, writes_of
 from dipgo_deploy.export.tensors import graph_entry
 from dipgo_deploy.export.weights import save_graph, write_weights
@@ -103,16 +105,18 @@ def write_bundle(
     model_name: what the manifests call the model, if not ``source.name``. Returns the first schedule's manifest.
     """
     exports = _all(planned)
-    written, prologue = write_entries(exports, stage / GRAPHS)
-    notify(f"cut {len({entry.graph.file for entries in written for entry in entries})} graphs")
-    plans = [_plan_entry(export, entries, prologue) for export, entries in zip(exports, written, strict=True)]
+    written = write_entries(exports, stage / GRAPHS)
+    notify(f"cut {len({entry.graph.file for entries in written.entries for entry in entries})} graphs")
+    plans = [
+        _plan_entry(export, entries, written.prologue) for export, entries in zip(exports, written.entries, strict=True)
+    ]
     if exports[0].options.low_memory:
         _release(exports[0])
     latent, conditions, components = _around(exports[0], stage, notify)
     manifests = []
     for export, plan in zip(exports, plans, strict=True):
         name = model_name or export.source.name
-        manifests.append(_manifest(export, name, plan, latent, conditions, components))
+        manifests.append(_manifest(export, name, plan, written.quantization, latent, conditions, components))
         path = stage / manifests[-1].schedule
         path.parent.mkdir(parents=True, exist_ok=True)
         export.exported_schedule.save(path)
@@ -254,7 +258,8 @@ def _write_recorded(planned: PlannedExport, bundle: Bundle, recorder: SelfTestRe
         notify("recording a self-test")
         source = _in_float32(planned.source, planned.options)
         usual = bundle.at(bundle.manifest.usual_sizes)
-        record_alone(usual, reference_of(usual, source), source.family.tolerances[planned.options.dtype], recorder)
+        tolerance = source.family.tolerance(planned.options.dtype, planned.options.quantize)
+        record_alone(usual, reference_of(usual, source), tolerance, recorder)
     assert recorder.test is not None
     write_self_test(bundle.path / self_test_file(bundle.manifest), recorder.test)
 
@@ -297,11 +302,16 @@ def _in_float32(source: Source, options: ExportOptions) -> Source:
     return replace(source, pipeline=load_pipeline(source.name, **source.family.parts(source.denoiser)))
 
 
-def write_entries(
-    exports: Sequence[PlannedExport], folder: Path
-) -> tuple[list[tuple[VariantEntry, ...]], Graph | None]:
-    """Cut every variant or segment, write the graphs into ``folder``, and say for the manifests what they, and the
-    prologue's, are.
+class WrittenGraphs(NamedTuple):
+    """What manifests say of the graphs: those of each export, the prologue's, and what is in fewer bits."""
+
+    entries: list[tuple[VariantEntry, ...]]
+    prologue: Graph | None
+    quantization: QuantizationEntry | None
+
+
+def write_entries(exports: Sequence[PlannedExport], folder: Path) -> WrittenGraphs:
+    """Cut every variant or segment, write the graphs into ``folder``, and say for the manifests what they are.
 
     What several exports would cut alike is one graph, with the name that the first of them gives it.
     """
@@ -316,7 +326,7 @@ def write_entries(
                 named = replace(unit, name=f"{prefix}{unit.name}")
                 graphs[named.name], known[alike] = _cut(export, named)
         found.append(tuple(known[export.alike(unit)] for unit in export.units))
-    return found, _write(exports[0], list(graphs.values()), folder)
+    return WrittenGraphs(found, *_write(exports[0], list(graphs.values()), folder))
 
 
 def _cut(planned: PlannedExport, unit: Variant | Segment) -> tuple[ir.Model, VariantEntry]:
@@ -340,14 +350,20 @@ def _cut(planned: PlannedExport, unit: Variant | Segment) -> tuple[ir.Model, Var
     return graph, entry
 
 
-def _write(planned: PlannedExport, graphs: list[ir.Model], folder: Path) -> Graph | None:
-    """Write graphs with their weights, the prologue's among them, and tables; what the manifest says of that one."""
+def _write(
+    planned: PlannedExport, graphs: list[ir.Model], folder: Path
+) -> tuple[Graph | None, QuantizationEntry | None]:
+    """Write graphs with their weights, the prologue's among them, and tables; what the manifest says of that one, and
+    of weights in fewer bits."""
     traced, timesteps = planned.traced, planned.table_timesteps
     rows = {} if traced.tables is None else traced.tables.rows(timesteps)
     prologue = None if traced.prologue is None else traced.prologue.graph(timesteps, rows)
     atexport = [made for made in (traced.tables, traced.classes) if made is not None]
     tabled = [parameter for made in atexport for parameter in made.part.parameters]
-    write_graphs([*graphs, *([] if prologue is None else [prologue])], folder, tabled)
+    every = [*graphs, *([] if prologue is None else [prologue])]
+    method = planned.options.quantize
+    quantization = None if method is None else quantize_weights(every, method)
+    write_graphs(every, folder, tabled)
     if traced.classes is not None:
         rows |= traced.classes.rows(timesteps, rows)
     used = {str(value.name) for graph in graphs for value in graph.graph.inputs}
@@ -355,7 +371,9 @@ def _write(planned: PlannedExport, graphs: list[ir.Model], folder: Path) -> Grap
     stored = {name: table for name, table in rows.items() if name in used}
     if stored:
         write_tables(stored, types, folder)
-    return None if prologue is None else graph_entry(prologue, f"{GRAPHS}/{PROLOGUE_NAME}.onnx", traced.shape.sizes)
+    if prologue is None:
+        return None, quantization
+    return graph_entry(prologue, f"{GRAPHS}/{PROLOGUE_NAME}.onnx", traced.shape.sizes), quantization
 
 
 def write_tables(rows: Mapping[str, np.ndarray], types: Mapping[str, Any], folder: Path) -> None:
@@ -388,6 +406,7 @@ def _manifest(
     planned: PlannedExport,
     name: str,
     plan: PlanEntry,
+    quantization: QuantizationEntry | None,
     latent: LatentSpec,
     conditions: tuple[ConditionSpec, ...],
     components: Components,
@@ -427,6 +446,7 @@ def _manifest(
         sizes=traced.shape.sizes,
         conditions=conditions,
         plan=plan,
+        quantization=quantization,
         components=components,
         tools={name: importlib.metadata.version(name) for name in _TOOLS},
         files={},

@@ -464,6 +464,11 @@ def _check_stored(path: Path, change: Change, name: str, stored: StoredWeight) -
             f"{path}: {change.layer.module}: its {change.parameter} is stored as one with {', '.join(stored.equal)},"
             " which has equal values; it cannot be changed alone"
         )
+    if stored.quantized is not None:
+        raise UserError(
+            f"{path}: {change.layer.module}: its {change.parameter} is in {stored.dtype}, which no LoRA is added to; "
+            "export without --quantize, or export a pipeline that has the LoRA in its weights (diffusers' fuse_lora)"
+        )
     if stored.dtype not in _DTYPES:
         raise UserError(
             f"{path}: {change.layer.module}: its {change.parameter} {name} is {stored.dtype}; only floating-point ones"

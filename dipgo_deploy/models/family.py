@@ -22,11 +22,17 @@ _ROUNDED = (
     "every layer of a graph rounds to {} bits, which adds up over the loop; held to the model in float32, that stays "
     "below, and a wrong weight, kernel or launch does not"
 )
+# Of the largest value, by method.
+_QUANTIZED = {"int8-weights": 1e-1, "int4-weights": 5e-1}
 _REASONS = {
     "fp32": "graphs sum in another order than the model in torch; rounding stays far below, and a wrong weight, kernel "
     "or launch does not",
     "fp16": _ROUNDED.format(11),
     "bf16": _ROUNDED.format(8),
+    "int8-weights": "weights are off by up to 0.4 % of the largest of their channel, in every layer, fed back through "
+    "the loop; that each weight is the nearest number is checked by itself",
+    "int4-weights": "weights are off by up to 7 % of the largest of their block, in every layer, fed back through "
+    "the loop; that each weight is the nearest number is checked by itself",
 }
 
 ConditionSource = Literal["text", "class", "guidance", "image", "fixed"]
@@ -335,12 +341,16 @@ class ModelFamily:
         """Extents of the latent behind its channels: height and width, and the frames in front of them."""
         return 2 if self.frames_per_latent is None else 3
 
+    def tolerance(self, dtype: str, quantized: str | None = None) -> float:
+        """Largest allowed relative error of graphs of this type, or with weights in fewer bits, if that allows more."""
+        return max(self.tolerances[dtype], _QUANTIZED.get(quantized or "", 0.0))
+
     @property
     def diffusers_class(self) -> str:
         """Class of the denoiser itself: ``class_name`` without what it is a variant by."""
         return self.class_name.partition("+")[0]
 
 
-def tolerance_reason(dtype: str) -> str:
-    """Why the tolerance of graphs of this type is what it is."""
-    return _REASONS[dtype]
+def tolerance_reason(dtype: str, quantized: str | None = None) -> str:
+    """Why the tolerance of graphs of this type, with weights in fewer bits, is what it is."""
+    return _REASONS[quantized or dtype]

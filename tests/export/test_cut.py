@@ -31,7 +31,7 @@ def _random_gates(planned: PlannedExport, ratio: float, seed: int) -> list[list[
 
 
 def _write(planned: PlannedExport, folder: Path) -> tuple[VariantEntry, ...]:
-    (entries,), _ = write_entries([planned], folder)
+    (entries,) = write_entries([planned], folder).entries
     return entries
 
 

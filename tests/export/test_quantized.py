@@ -1,0 +1,195 @@
+"""Weights in fewer bits: once for all graphs, the nearest numbers, and graphs that compute with just these."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from diffusers import DiTTransformer2DModel
+from family_checks import random_weights
+from lora_files import diffusers_keys, make_updates, save_lora
+from tiny_engines import schedule_for
+
+from dipgo_deploy.backends import create_backend
+from dipgo_deploy.bundle.directory import Bundle, reseal
+from dipgo_deploy.bundle.manifest import QUANTIZED_VERSION
+from dipgo_deploy.bundle.quantized import BITS, METHODS, Method, to_weight, unpacked
+from dipgo_deploy.bundle.weights import WEIGHTS_NAME, WeightsIndex
+from dipgo_deploy.compare.engine import Options, compare_engine
+from dipgo_deploy.compare.weights import check_weights
+from dipgo_deploy.engine.build import BuildOptions, build_engines
+from dipgo_deploy.errors import UserError
+from dipgo_deploy.export.again import options_of
+from dipgo_deploy.export.exporter import ExportOptions, PlannedExport, in_layout, plan_export, publish
+from dipgo_deploy.reference.load import reference_of
+from dipgo_deploy.runtime.pipeline import Pipeline
+
+WIDTH = 64  # one block of 4-bit inputs
+
+
+@pytest.fixture(scope="module")
+def planned(tmp_path_factory: pytest.TempPathFactory) -> PlannedExport:
+    """A transformer with timestep tables and a prologue."""
+    torch.manual_seed(1)
+    model = DiTTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=WIDTH // 2,
+        in_channels=4,
+        out_channels=8,
+        num_layers=2,
+        sample_size=8,
+        patch_size=2,
+        num_embeds_ada_norm=10,
+    )
+    folder = tmp_path_factory.mktemp("dit")
+    random_weights(model, 0.02).save_pretrained(folder)
+    options = ExportOptions(layout="variants", components=False, timestep_tables=True, prologue=True)
+    return plan_export(str(folder), schedule_for(folder), options)
+
+
+@pytest.fixture(scope="module")
+def written(planned: PlannedExport, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Bundle]:
+    """Both layouts and methods, each compared with the model when it was written."""
+    folder = tmp_path_factory.mktemp("engines")
+    found = {}
+    for layout in ("variants", "segments"):
+        export = in_layout(planned, layout)  # type: ignore[arg-type]
+        for method in METHODS:
+            quantized = replace(export, options=replace(export.options, quantize=method))
+            found[layout, method] = publish(quantized, folder / layout / method)
+    return found
+
+
+CASES = [(layout, method) for layout in ("variants", "segments") for method in METHODS]
+
+
+def _values(bundle: Bundle) -> dict[str, np.ndarray]:
+    """What the parameters in fewer bits are, float32 in the model's own layout."""
+    folder = bundle.path / "graphs"
+    data = np.fromfile(folder / WEIGHTS_NAME, np.uint8)
+    scales = {
+        tensor.name: onnx.numpy_helper.to_array(tensor, str(folder))
+        for path in folder.glob("*.onnx")
+        for tensor in onnx.load(path, load_external_data=False).graph.initializer
+        if tensor.name.endswith(".scale")
+    }
+    found: dict[str, np.ndarray] = {}
+    for stored in WeightsIndex.load(folder).tensors.values():
+        if stored.quantized is None:
+            continue
+        numbers = unpacked(data[stored.offset :][: stored.length], stored.dtype, stored.shape)
+        values = to_weight(numbers, scales[stored.quantized.scale], stored.quantized.axis, stored.quantized.block)
+        values = values.T if stored.transposed else values
+        whole = found.setdefault(str(stored.parameter), np.zeros(stored.parameter_shape, np.float32))
+        first, last, _ = stored.rows or (0, len(whole), 0)
+        whole[first:last] = values
+    return found
+
+
+@pytest.mark.parametrize(("layout", "method"), CASES)
+def test_graphs_compute_with_the_nearest_numbers(
+    planned: PlannedExport, written: dict[tuple[str, str], Bundle], layout: str, method: Method
+) -> None:
+    """The model with the stored values in its weights agrees as closely as with its own."""
+    bundle = written[layout, method]
+    values = _values(bundle)
+    source = planned.source
+    before = {name: tensor.clone() for name, tensor in source.denoiser.state_dict().items()}
+    assert len(values) >= bundle.manifest.quantization.weights - 4  # type: ignore[union-attr]
+    try:
+        for name, parameter in values.items():
+            known = np.any(parameter != 0, axis=tuple(range(1, parameter.ndim)))  # rows that became tables are in none
+            changed = torch.from_numpy(parameter)
+            with torch.no_grad():
+                own = source.denoiser.get_parameter(name)
+                own[torch.from_numpy(known)] = changed[torch.from_numpy(known)]
+        reference = reference_of(bundle, source)
+        backend = create_backend("cpu", share_weights=True)  # the sums in float32
+        options = Options(components=False, tolerance=1e-4)
+        report = compare_engine(bundle, reference, reference.inputs(bundle.manifest), backend, options)
+    finally:
+        source.denoiser.load_state_dict(before)
+    assert report.first_failure() is None
+    assert report.variants and report.loop
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_each_weight_is_there_once(written: dict[tuple[str, str], Bundle], method: Method) -> None:
+    for layout in ("variants", "segments"):
+        bundle = written[layout, method]
+        manifest, entry = bundle.manifest, bundle.manifest.quantization
+        assert entry is not None and manifest.format_version == QUANTIZED_VERSION
+        index = WeightsIndex.load(bundle.path / "graphs").tensors
+        numbers = {name: stored for name, stored in index.items() if stored.quantized is not None}
+        assert {stored.dtype for stored in numbers.values()} == ({"int8", "int4"} if method[3] == "4" else {"int8"})
+        for stored in numbers.values():
+            assert stored.length == np.prod(stored.shape) * BITS[stored.dtype] // 8
+            assert (stored.dtype == "int4") == (stored.quantized.block is not None)  # type: ignore[union-attr]
+        parts = [(stored.parameter, stored.rows) for stored in numbers.values()]
+        assert len(parts) == len(set(parts)) == entry.weights
+        assert not {str(stored.parameter) for stored in index.values() if stored.quantized is None} & {
+            str(name) for name, _ in parts
+        }
+        assert entry.bytes_after < entry.bytes_before * (0.3 if method == "int8-weights" else 0.2)
+        assert (bundle.path / "graphs" / WEIGHTS_NAME).stat().st_size < entry.bytes_before * 0.4
+        assert entry.kept == ()
+        assert options_of(bundle).quantize == method
+
+
+def test_a_directory_carries_a_test_with_a_tolerance_of_its_own(written: dict[tuple[str, str], Bundle]) -> None:
+    for (_, method), bundle in written.items():
+        report = Pipeline.from_engine_dir(bundle.path).self_test()
+        assert report.passed and report.tolerance == {"int8-weights": 1e-1, "int4-weights": 5e-1}[method]
+        assert "nearest number" in report.reason
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_number_off_by_one_is_found(
+    planned: PlannedExport, written: dict[tuple[str, str], Bundle], method: Method, tmp_path: Path
+) -> None:
+    bundle = written["variants", method]
+    assert all(part.passed for part in check_weights(bundle, planned.source))
+    shutil.copytree(bundle.path, tmp_path / "off")
+    stored = next(
+        one
+        for one in WeightsIndex.load(bundle.path / "graphs").tensors.values()
+        if one.quantized is not None and one.dtype == method.partition("-")[0]
+    )
+    with (tmp_path / "off" / "graphs" / WEIGHTS_NAME).open("r+b") as file:
+        file.seek(stored.offset)
+        (value,) = file.read(1)
+        file.seek(stored.offset)
+        file.write(bytes([value ^ 1]))
+    reseal(tmp_path / "off")
+    (wrong,) = [part for part in check_weights(Bundle.open(tmp_path / "off"), planned.source) if not part.passed]
+    assert wrong.name == "weights" and str(stored.parameter) in wrong.place
+
+
+def test_a_lora_is_refused_by_name(
+    planned: PlannedExport, written: dict[tuple[str, str], Bundle], tmp_path: Path
+) -> None:
+    updates = make_updates(planned.source.denoiser, ["transformer_blocks.1.attn1.to_q"])
+    lora = save_lora(tmp_path / "lora.safetensors", updates, diffusers_keys("transformer."))
+    with pytest.raises(UserError, match=r"attn1.to_q: its weight is in int8, which no LoRA .* without --quantize, or"):
+        Pipeline.from_engine_dir(written["variants", "int8-weights"].path).load_lora(lora)
+
+
+def test_other_methods_are_refused() -> None:
+    from dipgo_deploy.export.options import check_options
+
+    with pytest.raises(UserError, match="quantize 'int3': choose one of int8-weights, int4-weights"):
+        check_options(ExportOptions(quantize="int3"))  # type: ignore[arg-type]
+
+
+def test_tensorrt_builds_them(written: dict[tuple[str, str], Bundle]) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed: engines cannot be built here")
+    for method in METHODS:
+        report = build_engines(
+            written["variants", method].path, "tensorrt-rtx", BuildOptions(compute_capabilities=("8.6",))
+        )
+        assert len(report.built) == len(report.engines) > 2
