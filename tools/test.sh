@@ -3,6 +3,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 tools/setup.sh cpu,export,video,compare,bench,serve,test,docs
+tools/setup.sh openvino || echo "the extra openvino cannot be installed here: its tests are skipped"
 # Builds engines without a GPU where it can be installed; its tests are skipped elsewhere.
 tools/setup.sh tensorrt-rtx || echo "the extra tensorrt-rtx cannot be installed here: its tests are skipped"
 PATH=$PWD/.venv/bin:$PATH

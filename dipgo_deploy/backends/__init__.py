@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from dipgo_deploy.backends.base import Backend
     from dipgo_deploy.backends.tensorrt_queue import GraphMode
 
-BACKENDS = ("auto", "cpu", "cuda", "tensorrt", "tensorrt-rtx")
+BACKENDS = ("auto", "cpu", "cuda", "openvino", "tensorrt", "tensorrt-rtx")
 
 
 def create_backend(
@@ -26,8 +26,8 @@ def create_backend(
     """Make a backend by name.
 
     Args:
-        name: ``cpu`` or ``cuda`` (ONNX Runtime on either), ``tensorrt`` or ``tensorrt-rtx`` (engines made by
-            ``dipgo-build``), or ``auto``: CUDA where it works, else the CPU.
+        name: ``cpu`` or ``cuda`` (ONNX Runtime on either), ``openvino`` (on the CPU), ``tensorrt`` or ``tensorrt-rtx``
+            (engines made by ``dipgo-build``), or ``auto``: CUDA where it works, else ONNX Runtime on the CPU.
         threads: CPU threads of one launch; None leaves it to the backend.
         share_weights: one copy of the weights for all graphs; None: on CUDA only (see ``OnnxRuntimeBackend``).
         cuda_graph: ``off``, ``step`` or ``loop`` (see ``TensorRTBackend``); the others have no captured graphs.
@@ -48,6 +48,12 @@ def create_backend(
         return TensorRTBackend(name, cuda_graph=cuda_graph)
     if cuda_graph != "off":
         raise UserError(f"--cuda-graph {cuda_graph}: only with --backend tensorrt or tensorrt-rtx, not {name}")
+    if name == "openvino":
+        from dipgo_deploy.backends.openvino import OpenVinoBackend
+
+        if share_weights:
+            raise UserError("--share-weights: only with --backend cpu or cuda, not openvino")
+        return OpenVinoBackend(threads=threads)
     from dipgo_deploy.backends.onnxruntime import OnnxRuntimeBackend
 
     if name == "auto":

@@ -5,12 +5,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from dipgo_deploy import arguments
-from dipgo_deploy.backends.base import ALIGNMENT, ChangedWeights, Launchable, Memory
+from dipgo_deploy.backends.base import ChangedWeights, Launchable, Memory
+from dipgo_deploy.backends.host import allocate_host, download_host, upload_host
 from dipgo_deploy.backends.install import check_onnxruntime_installation
 from dipgo_deploy.backends.onnxruntime_cuda import CPU, CUDA, FATAL, PROVIDERS, require_cuda
 from dipgo_deploy.backends.onnxruntime_weights import SharedWeights
@@ -22,7 +23,6 @@ from dipgo_deploy.extras import install
 
 _ONNX_TYPES = {"float32": 1, "int64": 7, "float16": 10, "bfloat16": 16}
 _SESSION_TYPES = {"float32": "float", "float16": "float16", "bfloat16": "bfloat16", "int64": "int64"}
-_TOUCHED = 2**23  # up to here memory gets its pages when it is allocated, not in the first run
 # Bytes of a graph's convolutions above which a quick start leaves their layout as it is. ONNX Runtime's own (NCHWc)
 # is made anew for each session, in 3 s a GiB, and is worth 2-7 % of a launch of SD-1.5, 29 % of one of fashion-sd.
 _LARGE_CONVOLUTIONS = 2**28
@@ -88,11 +88,7 @@ class OnnxRuntimeBackend:
             value = self._ort.OrtValue.ortvalue_from_shape_and_type([max(nbytes, 1)], np.uint8, "cuda", 0)
             value.update_inplace(np.zeros(max(nbytes, 1), dtype=np.uint8))
             return Memory(value.data_ptr(), nbytes, value)
-        owner = np.zeros(nbytes + ALIGNMENT, dtype=np.uint8)
-        if nbytes <= _TOUCHED:
-            owner.fill(0)
-        base = owner.ctypes.data
-        return Memory(base + -base % ALIGNMENT, nbytes, _HostBytes(owner, base))
+        return allocate_host(nbytes)
 
     def upload(self, memory: Memory, array: np.ndarray) -> None:
         """Copy a host array to the start of ``memory``.
@@ -100,13 +96,12 @@ class OnnxRuntimeBackend:
         Raises:
             ValueError: the array is larger than the memory.
         """
+        if self.name == "cpu":
+            upload_host(memory, array)
+            return
         data = as_bytes(array)
         if data.nbytes > memory.nbytes:
             raise ValueError(f"{data.nbytes} bytes do not fit a memory of {memory.nbytes}")
-        if self.name == "cpu":
-            start = memory.address - memory.owner.address
-            memory.owner.array[start : start + data.nbytes] = data
-            return
         # A device OrtValue can only be replaced as a whole: what surrounds a part is read back first.
         start = memory.address - memory.owner.data_ptr()
         whole = memory.owner.numpy() if data.nbytes < memory.owner.shape()[0] else np.empty(data.nbytes, np.uint8)
@@ -119,13 +114,11 @@ class OnnxRuntimeBackend:
         Raises:
             ValueError: the tensor is larger than the memory.
         """
+        if self.name == "cpu":
+            return download_host(memory, spec, copy=copy)
         if spec.nbytes > memory.nbytes:
             raise ValueError(f"{spec.name}: {spec.nbytes} bytes are more than the memory's {memory.nbytes}")
-        if self.name == "cpu":
-            raw, base = memory.owner.array, memory.owner.address
-        else:
-            raw, base = memory.owner.numpy(), memory.owner.data_ptr()
-        return from_storage(raw[memory.address - base :], spec, copy=copy)
+        return from_storage(memory.owner.numpy()[memory.address - memory.owner.data_ptr() :], spec, copy=copy)
 
     def load(self, engine_dir: Path, graph: Graph, weights: ChangedWeights | None = None) -> OnnxExecutable:
         """Make a session for one graph; its inputs and outputs must be those of the manifest.
@@ -193,13 +186,6 @@ class OnnxRuntimeBackend:
         from dipgo_deploy.backends.tensorrt_cuda import memory_of_device
 
         return memory_of_device()
-
-
-class _HostBytes(NamedTuple):
-    """Memory on the host, uint8, and its address, which numpy takes long to tell (40 us after a launch)."""
-
-    array: np.ndarray
-    address: int
 
 
 class OnnxExecutable:

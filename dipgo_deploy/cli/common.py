@@ -40,6 +40,7 @@ _EXTRA_OF_MODULE = {
     "onnxscript": ("export",),
     "polygraphy": ("compare",),
     "onnxruntime": ("cpu", "gpu"),
+    "openvino": ("openvino",),
     "tensorrt": ("tensorrt",),
     "tensorrt_rtx": ("tensorrt-rtx",),
     "cuda": ("tensorrt", "tensorrt-rtx"),

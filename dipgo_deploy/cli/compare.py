@@ -91,8 +91,8 @@ def _size(name: str, what: str) -> Any:
     metavar="SIDE",
     show_default="everything with the model",
     help="Compare the loop with another side: model (in torch, under the schedule), stock (diffusers' own pipeline "
-    "without a schedule), a backend (cpu, cuda, tensorrt, tensorrt-rtx) or another engine directory. With --bisect: "
-    "the engine directory whose graphs are right.",
+    "without a schedule), a backend (cpu, cuda, openvino, tensorrt, tensorrt-rtx) or another engine directory. With "
+    "--bisect: the engine directory whose graphs are right.",
 )
 @option(
     "Comparison",
@@ -123,7 +123,7 @@ def _size(name: str, what: str) -> Any:
     "--backend",
     type=click.Choice([name for name in BACKENDS if name != "auto"]),
     default="cpu",
-    help="Backend that runs the graphs: ONNX Runtime on cpu or cuda, or engines that dipgo-build made.",
+    help="Backend that runs the graphs: ONNX Runtime on cpu or cuda, OpenVINO, or engines that dipgo-build made.",
 )
 @threads_option("the physical cores")
 @option(
@@ -220,7 +220,7 @@ def command(
     if bisect is not None:
         from dipgo_deploy.compare.bisect_folder import check_folder
 
-        check_folder(bisect, "--bisect")
+        check_folder(bisect, "--bisect", backend)
     other = check_against(against)
     if bisect is not None and (cross or against is not None and other is None):
         raise click.UsageError("--bisect goes with --against ENGINE_DIR only, and not with --cross")

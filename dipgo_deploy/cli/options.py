@@ -330,7 +330,10 @@ device_option = option("Runtime", "--device", default="cpu", help="Torch device 
 
 def backend_option(function: F) -> F:
     """Add ``--backend``, of a command that draws with an engine directory."""
-    text = "ONNX Runtime on cpu or cuda, or engines that dipgo-build made; auto takes cuda where it works, else cpu."
+    text = (
+        "ONNX Runtime on cpu or cuda, OpenVINO on the CPU, or engines that dipgo-build made; auto takes cuda where it "
+        "works, else cpu."
+    )
     return option("Runtime", "--backend", type=click.Choice(BACKENDS), default="auto", help=text)(function)
 
 

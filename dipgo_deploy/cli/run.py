@@ -261,7 +261,7 @@ _DEFAULT_OUTPUT = {"pil": "output.png", "np": "output.npy", "latent": "output.np
     "Runtime",
     "--load",
     type=click.Choice(["eager", "lazy"]),
-    show_default="lazy on cpu, else eager",
+    show_default="lazy on cpu and openvino, else eager",
     help="Load all graphs before the first launch, or each at its own first launch.",
 )
 @option(

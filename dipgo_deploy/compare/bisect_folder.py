@@ -31,8 +31,11 @@ _RUNNERS = {"cpu": "--onnxrt", "cuda": "--onnxrt --providers cuda", "tensorrt": 
 _MOST_INLINE = 2**30
 
 
-def check_folder(folder: Path, option: str) -> None:
-    """Refuse (UserError) a folder that is there already and not empty, or that cannot be made."""
+def check_folder(folder: Path, option: str, backend: str) -> None:
+    """Refuse (UserError) a folder that is there already and not empty, or that cannot be made, and a backend that
+    polygraphy does not run."""
+    if backend not in _RUNNERS:
+        raise UserError(f"{option}: not with --backend {backend}, which polygraphy does not run; leave it out")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{option} {folder}: exists; give a folder that does not")
     if not folder.resolve().parent.is_dir():

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from dipgo_deploy.reference.source import Source
 
 _PACKAGES = ("numpy", "torch", "diffusers", "transformers", "onnx", "onnxruntime", "onnxruntime-gpu", "polygraphy")
-_ENGINES = ("tensorrt", "tensorrt-rtx")
+_ENGINES = ("openvino", "tensorrt", "tensorrt-rtx")
 
 
 def models(bundle: Bundle, source: Source) -> dict[str, Any]:

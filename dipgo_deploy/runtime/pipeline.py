@@ -160,7 +160,7 @@ class Pipeline:
 
         Args:
             engine_dir: the directory.
-            backend: ``auto``, ``cpu``, ``cuda``, ``tensorrt`` or ``tensorrt-rtx``.
+            backend: ``auto``, ``cpu``, ``cuda``, ``openvino``, ``tensorrt`` or ``tensorrt-rtx``.
             threads: CPU threads of one launch; None: the backend's default.
             share_weights: one copy of the weights for all graphs, at the price of slower products on the CPU; None:
                 on CUDA only.
@@ -189,7 +189,7 @@ class Pipeline:
             quick_start=load in ("lazy", "auto"),
         )
         created.check(bundle.manifest)
-        lazy = load == "lazy" or (load == "auto" and created.name == "cpu")
+        lazy = load == "lazy" or (load == "auto" and created.name in ("cpu", "openvino"))
         pipeline = cls(bundle, created, lazy=lazy)
         if choices:
             pipeline._loaded.change_weights(bundle, choices)

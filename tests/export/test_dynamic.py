@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +153,17 @@ def test_one_loop_runs_all_sizes_in_turn(engine: Path, reference: Any) -> None:
         assert expected.shape == (sizes.batch, 4, sizes.height, sizes.width)
         np.testing.assert_array_equal(whole.run(*arguments, guidance_scale=3.0), expected)
     assert len(graphs.files) == len({launch.variant for launch in whole.launches})
+
+
+@pytest.mark.skipif(find_spec("openvino") is None, reason="the extra openvino is not installed")
+def test_openvino_runs_all_sizes_in_turn(engine: Path, reference: Any) -> None:
+    loops = [DenoisingLoop(Bundle.open(engine), create_backend(name, threads=1)) for name in ("openvino", "cpu")]
+    for sizes in (Sizes(3, 16, 16), Sizes(1, 4, 4), Sizes(2, 4, 14)):
+        bundle, torch_side = reference(sizes)
+        inputs = torch_side.inputs(bundle.manifest, guidance_scale=3.0, seed=sum(sizes))
+        given = inputs.latents.numpy(), as_arrays(inputs.conditions)
+        ours, theirs = (loop.run(*given, guidance_scale=3.0) for loop in loops)
+        np.testing.assert_allclose(ours, theirs, atol=1e-4 * np.abs(theirs).max())
 
 
 def test_bindings_are_kept_per_size(engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
