@@ -35,7 +35,9 @@ def put(body: ET.Element, name: str, chart: Chart) -> None:
         names = ET.SubElement(whole, "div", {"class": "names", "aria-hidden": "true"})
         names.set("style", f"padding-top: {chart.above:g}px; font-size: {min(chart.row - 3, 13):g}px")
         for row in chart.names:
-            line = ET.SubElement(names, "div", {"title": text(row), "style": f"height:{chart.row:g}px;line-height:1"})
+            line = ET.SubElement(
+                names, "div", {"title": text(row), "style": f"height:{chart.row:g}px;line-height:{chart.row:g}px"}
+            )
             ET.SubElement(line, "bdi").text = text(row)
     label = f"{chart.drawing.get('aria-label')}; arrow keys go through it"
     holder = ET.SubElement(

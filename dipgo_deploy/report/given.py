@@ -46,5 +46,5 @@ def read_given(subject: Subject, against: Subject | None, files: Sequence[Path])
         against_profile=their_profile,
         qualities=qualities,
         comparison=comparison,
-        no_pictures="No pictures were made.",
+        no_pictures="No pictures: give --against, the directory of the full run.",
     )

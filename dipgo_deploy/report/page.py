@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 from xml.etree import ElementTree as ET
 
@@ -55,6 +55,27 @@ class Strip:
 
 
 @dataclass(frozen=True)
+class _Tensor:
+    name: str
+    relative: float
+    made: float | None = None
+    carried: float | None = None
+
+
+@dataclass(frozen=True)
+class LoopPoint:
+    """How far a tensor of the loop is from the other directory's."""
+
+    step: int
+    tensors: tuple[_Tensor, ...]
+
+    @classmethod
+    def of(cls, name: str, step: int, relative: float) -> LoopPoint:
+        """One tensor at an evaluation."""
+        return cls(step, (_Tensor(name, relative),))
+
+
+@dataclass(frozen=True)
 class Given:
     """What a report has besides the directory.
 
@@ -64,6 +85,7 @@ class Given:
         qualities: what ``dipgo-bench quality`` found.
         comparison: what ``dipgo-compare`` found, and of which file.
         strips: pictures of both; ``no_pictures`` says why there are none.
+        drift: how far the latents of both are apart where both launch, and at the end.
     """
 
     against: Subject | None = None
@@ -73,7 +95,7 @@ class Given:
     comparison: Comparison | None = None
     strips: Sequence[Strip] = ()
     no_pictures: str = ""
-    remarks: Sequence[str] = field(default=())
+    drift: Sequence[LoopPoint] = ()
 
 
 def report_page(subject: Subject, given: Given) -> bytes:
@@ -131,8 +153,6 @@ def _head(body: ET.Element, subject: Subject, given: Given) -> None:
         ET.SubElement(links, "a", href=f"#{anchor}").text = title
     if given.against is not None:
         _beside(body, subject, given.against)
-    for remark in given.remarks:
-        paragraph(body, remark)
 
 
 def _beside(body: ET.Element, subject: Subject, other: Subject) -> None:
@@ -147,7 +167,8 @@ def _beside(body: ET.Element, subject: Subject, other: Subject) -> None:
     add("graphs", *(str(len(plan.variants)) for plan in plans))
     add("multiply-accumulates of a run", *(macs(plan.macs_run) for plan in plans))
     for name in ("weights", "arena", "history"):
-        add(name, *(size(one.facts["memory"][name]) for one in (subject, other)))
+        needs = (one.facts["memory"][name] for one in (subject, other))
+        add(name, *(size(need) if need else "none" for need in needs))
     names = (subject.name, other.name if other.name != subject.name else str(other.bundle.path))
     table(body, ("", *names), rows, names)
 
@@ -281,7 +302,7 @@ def _time(body: ET.Element, subject: Subject, given: Given) -> None:
         "of that, only moving data": milliseconds(profile.copy_seconds),
     }
     if wanted is not None:
-        rows["ideal: the same multiply-accumulates at the speed of the fastest whole evaluation"] = (
+        rows["ideal: the same multiply-accumulates at the median speed of whole evaluations"] = (
             f"{milliseconds(wanted.loop)}, {wanted.loop / profile.loop_seconds:.0%} of the loop"
         )
     other = given.against_profile
@@ -375,9 +396,17 @@ def _pictures(body: ET.Element, given: Given) -> None:
 
 def _drift(body: ET.Element, subject: Subject, given: Given) -> None:
     found = given.comparison
+    if given.drift:
+        line = (
+            "The latent beside the other directory's from the same noise, at evaluations of that directory that both "
+            f"launch; the last is the final one. Root mean square of the difference over the latent's own, "
+            f"{given.drift[-1].tensors[0].relative:.2e} at the end:"
+        )
+        paragraph(body, line)
+        body.append(curves(given.drift, 0.0))
     if found is None or not found.loop:
         command = f"dipgo-compare --engine-dir {subject.bundle.path} --json > compare.json"
-        _missing(body, "drift", command, "--bench compare.json")
+        _missing(body, "drift from the model in torch", command, "--bench compare.json")
         return
     verdict = "everything within" if found.passed else f"beyond tolerance ({found.first_failure}), which is"
     paragraph(

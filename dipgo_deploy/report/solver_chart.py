@@ -83,7 +83,8 @@ def timestep_chart(plan: PlanEntry) -> Chart:
     first = {launch.step: launch.timestep for launch in reversed(plan.launches)}
     most = max(first.values(), default=0.0) or 1.0
     left, right, y = 8, _WIDE - 8, 16
-    drawing = svg(_WIDE, 42, f"timesteps of {len(first)} evaluations that are launched, from {most:g} on")
+    name = f"timesteps of {len(first)} evaluations that are launched, from {most:g} on"
+    drawing = svg(_WIDE, 42, name, wide=True)
     line(drawing, "axis", left, y, right, y)
 
     def x(timestep: float) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from statistics import median
 
 from dipgo_deploy.bundle.manifest import PlanEntry
 from dipgo_deploy.page.svg import cursor, label, line, number, rect, svg, ticks
@@ -33,7 +34,7 @@ class Ideal:
 
 
 def ideal(plan: PlanEntry, profile: Profile) -> Ideal | None:
-    """By the evaluations that run whole: the fastest of them says what a multiply-accumulate takes. None where no
+    """By the evaluations that run whole: the median of them says what a multiply-accumulate takes. None where no
     evaluation runs whole."""
     whole: dict[int, list[float]] = {}
     for launch, timed in zip(plan.launches, profile.launches, strict=True):
@@ -42,7 +43,7 @@ def ideal(plan: PlanEntry, profile: Profile) -> Ideal | None:
     full = [seconds / macs for macs, seconds in whole.values() if plan.macs_full and macs >= plan.macs_full]
     if not full:
         return None
-    a_mac = min(full)
+    a_mac = median(full)
     return Ideal(a_mac, tuple(a_mac * plan.variants[launch.variant].macs for launch in plan.launches))
 
 
