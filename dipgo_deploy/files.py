@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import re
 import secrets
+import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -18,6 +20,8 @@ MAX_BYTES = 16 * 2**20
 """Of a document, where nothing else is said."""
 # Of a name: what is written beside it has a longer one, and names end at 255 bytes.
 _SHORT = 40
+# What is written beside a file; `mkdtemp` has such names, too.
+_ASIDE = re.compile(r"\.(.+)\.[0-9a-z_]{8}\.partial", re.DOTALL)
 _LFS = b"version https://git-lfs"
 
 
@@ -77,6 +81,22 @@ def written_whole(path: Path) -> Iterator[BinaryIO]:
     finally:
         with contextlib.suppress(OSError):
             os.unlink(aside)
+
+
+def remove_unfinished(folder: Path, names: Collection[str]) -> None:
+    """Remove what is beside files (or folders of frames) of these names because whoever wrote it was killed.
+
+    Nobody may be writing them. Those whose name is too long to be told from another's stay.
+    """
+    for entry in folder.iterdir():
+        found = _ASIDE.fullmatch(entry.name)
+        if found is None or found[1] not in names or len(os.fsencode(found[1])) >= _SHORT:
+            continue
+        with contextlib.suppress(OSError):
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry)
+            else:
+                entry.unlink()
 
 
 def write_atomic(path: Path, data: bytes | memoryview) -> None:

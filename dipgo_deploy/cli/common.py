@@ -47,6 +47,9 @@ _EXTRA_OF_MODULE = {
     "fastapi": ("serve",),
     "uvicorn": ("serve",),
     "prometheus_client": ("serve",),
+    "ray": ("ray",),
+    "pandas": ("ray",),
+    "pyarrow": ("ray",),
 }
 
 

@@ -36,6 +36,7 @@ GroupName = Literal[
     "Comparison",
     "Runtime",
     "Server",
+    "Ray",
     "Output",
     "General",
 ]

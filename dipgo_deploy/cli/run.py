@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dipgo_deploy.cli import many
+from dipgo_deploy.cli import many, ray_pool
 from dipgo_deploy.cli.arrays import load_array, load_embeds, load_picture
 from dipgo_deploy.cli.common import (
     emit,
@@ -41,12 +41,14 @@ from dipgo_deploy.runtime.parameters import parameters_text
 
 if TYPE_CHECKING:
     from dipgo_deploy.backends.tensorrt_queue import GraphMode
+    from dipgo_deploy.bundle.manifest import Manifest
     from dipgo_deploy.runtime.pipeline import LoadMode, Pipeline
 
 # Nothing is loaded before the arguments were checked.
 _LOAD: dict[str | None, LoadMode] = {"eager": "call", "lazy": "lazy", None: "auto"}
 _DEFAULT_VIDEO = "output.mp4"
 _DEFAULT_FOLDER = "pictures"
+_MOST_NAMED = 10  # rows that could not be drawn; --json has all
 _DEFAULT_OUTPUT = {"pil": "output.png", "np": "output.npy", "latent": "output.npy"}
 
 
@@ -272,6 +274,37 @@ _DEFAULT_OUTPUT = {"pil": "output.png", "np": "output.npy", "latent": "output.np
     help="TensorRT: capture no CUDA graph, one for each launch, or one for the whole loop.",
 )
 @option(
+    "Ray",
+    "--ray",
+    is_flag=False,
+    flag_value="local",
+    metavar="[ADDRESS]",
+    show_default="none: in this process",
+    help="Draw the rows of --prompts on workers of Ray (extra ray): on this machine, with auto in the cluster that it "
+    "is part of, or in the one at HOST:PORT. All machines have to share the folder --output.",
+)
+@option(
+    "Ray",
+    "--ray-concurrency",
+    type=click.IntRange(min=1),
+    show_default="as many as there is room for",
+    help="Number of workers; each loads the engine directory once.",
+)
+@option(
+    "Ray",
+    "--ray-num-cpus",
+    type=click.IntRange(min=1),
+    show_default="all of a machine's; 1 with a GPU",
+    help="Cores of each worker, and without --threads its CPU threads.",
+)
+@option(
+    "Ray",
+    "--ray-num-gpus",
+    type=click.FloatRange(min=0, max=64),
+    show_default="1 where there are any and --backend uses them",
+    help="GPUs of each worker; 0.5 lets two share one.",
+)
+@option(
     "Output",
     "--output-type",
     type=click.Choice(["pil", "np", "latent"]),
@@ -345,6 +378,10 @@ def command(
     verify: bool,
     schedule: str | None,
     launches: int | None,
+    ray: str | None,
+    ray_concurrency: int | None,
+    ray_num_cpus: int | None,
+    ray_num_gpus: float | None,
     as_json: bool,
 ) -> None:
     """Generate pictures or videos from an engine directory. Needs no torch.
@@ -354,8 +391,10 @@ def command(
     """
     if self_test:
         _refuse_drawing(ctx)
-    for name in ("shard", "name_pattern") if prompts_file is None else _NOT_OF_ROWS:
+    for name in ("shard", "name_pattern", "ray") if prompts_file is None else _NOT_OF_ROWS:
         _refuse(ctx, name, "without --prompts" if prompts_file is None else "with --prompts")
+    for name in ("ray_concurrency", "ray_num_cpus", "ray_num_gpus") if ray is None else ():
+        _refuse(ctx, name, "without --ray")
     if output is not None and prompts_file is None:
         check_suffix(output, output_type)
     arrays = {
@@ -375,28 +414,18 @@ def command(
     from dipgo_deploy.lora.file import parse_choice
     from dipgo_deploy.runtime.pipeline import Pipeline
 
-    choices = [parse_choice(text) for text in loras]
-    pipeline = Pipeline.from_engine_dir(
-        engine_dir,
-        backend,
-        threads=threads,
-        share_weights=share_weights,
-        cuda_graph=cuda_graph,
-        verify=verify,
-        schedule=schedule,
-        launches=launches,
-        load=_LOAD[load],
-        lora=choices,
-        lora_partial=lora_partial,
-    )
-    if self_test:
-        _self_test(pipeline, as_json)
-        return
-    latent = pipeline.bundle.manifest.latent
-    video = output_type == "pil" and latent.frames is not None
-    if fps is not None and not video:
-        raise UserError(f"--fps {fps}: no video is written; leave it out")
-    fps = fps or latent.fps or FPS
+    options: dict[str, Any] = {
+        "backend": backend,
+        "threads": threads,
+        "share_weights": share_weights,
+        "cuda_graph": cuda_graph,
+        "verify": verify,
+        "schedule": schedule,
+        "launches": launches,
+        "load": _LOAD[load],
+        "lora": [parse_choice(text) for text in loras],
+        "lora_partial": lora_partial,
+    }
     if prompts_file is not None:
         usual = {
             "negative_prompt": negative_prompt,
@@ -406,10 +435,23 @@ def command(
             "width": width,
             "num_frames": num_frames,
         }
-        folder = output or Path(_DEFAULT_FOLDER)
-        rows = many.planned(prompts_file, folder, name_pattern, seed, shard, video=video, overwrite=overwrite)
-        _draw_rows(pipeline, rows, usual, fps, parameters, as_json)
+        asked_rows = {
+            "file": prompts_file,
+            "folder": output or Path(_DEFAULT_FOLDER),
+            "pattern": name_pattern,
+            "seed": seed,
+            "part": shard,
+            "overwrite": overwrite,
+        }
+        opening = ray_pool.Opening(engine_dir, options)
+        pool = None if ray is None else ray_pool.Pool(ray, ray_concurrency, ray_num_cpus, ray_num_gpus)
+        failed = _draw_rows(opening, pool, asked_rows, usual, fps, parameters, as_json)
+        ctx.exit(1 if failed else 0)
+    pipeline = Pipeline.from_engine_dir(engine_dir, **options)
+    if self_test:
+        _self_test(pipeline, as_json)
         return
+    video, fps = _video(pipeline.bundle.manifest, output_type, fps)
     asked = output or Path(_DEFAULT_VIDEO if video else _DEFAULT_OUTPUT[output_type])
     check_kind(asked, output_type, video=video)
     target = free_output(asked, "--output", overwrite=overwrite)
@@ -532,30 +574,70 @@ def _refuse(ctx: click.Context, name: str, why: str) -> None:
         raise UserError(f"{param.opts[0]}: means nothing {why}; leave it out")
 
 
+def _video(manifest: Manifest, output_type: str, fps: int | None) -> tuple[bool, int]:
+    """Whether videos are written, and their frames a second; raises UserError for frames a second of anything else."""
+    video = output_type == "pil" and manifest.latent.frames is not None
+    if fps is not None and not video:
+        raise UserError(f"--fps {fps}: no video is written; leave it out")
+    return video, fps or manifest.latent.fps or FPS
+
+
 def _draw_rows(
-    pipeline: Pipeline, rows: many.Plan, usual: Mapping[str, Any], fps: int, parameters: bool, as_json: bool
-) -> None:
-    """Draw the rows of a file of prompts, and say how many."""
+    opening: ray_pool.Opening,
+    pool: ray_pool.Pool | None,
+    asked: Mapping[str, Any],
+    usual: Mapping[str, Any],
+    fps: int | None,
+    parameters: bool,
+    as_json: bool,
+) -> int:
+    """Draw the rows of a file of prompts, here or with a pool, and say how many; how many could not be drawn."""
     from rich.console import Console
 
-    start = time.perf_counter()
+    from dipgo_deploy.bundle.directory import Bundle
+    from dipgo_deploy.runtime.pipeline import Pipeline
+
+    pipeline, options = None, opening.options
+    if pool is None:
+        pipeline = Pipeline.from_engine_dir(opening.engine_dir, **options)
+        manifest = pipeline.bundle.manifest
+    else:  # the workers open it
+        names = ("schedule", "launches", "verify")
+        manifest = Bundle.open(opening.engine_dir, **{name: options[name] for name in names}).manifest
+    video, fps = _video(manifest, "pil", fps)
+    plan = many.planned(**asked, batch=manifest.batch, video=video)
+    drawing = many.Drawing(usual, fps, parameters, plan.overwrite)
+    console, start = human_console(as_json), time.perf_counter()
+    facts: dict[str, Any] = {"folder": str(plan.folder), "model": manifest.model.name}
+    failed: Mapping[int, str] = {}
     with progress_bars(Console(stderr=True)) as bar:
-        task = bar.add_task("pictures", total=len(rows.jobs))
-        many.draw(pipeline, rows, usual, fps=fps, parameters=parameters, done=lambda count: bar.advance(task, count))
-    facts = {
-        "folder": str(rows.folder),
-        "drawn": len(rows.jobs),
-        "skipped": rows.skipped,
-        "model": pipeline.bundle.manifest.model.name,
-        "backend": pipeline.backend.name,
-        "seconds": round(time.perf_counter() - start, 6),
-        "memory": pipeline.memory(),
-    }
-    there = f", {rows.skipped} there already (--overwrite draws them again)" if rows.skipped else ""
-    human_console(as_json).print(
-        f"{rows.folder}: {facts['drawn']} drawn in {facts['seconds']:.1f} s{there}", markup=False, soft_wrap=True
-    )
+        task = bar.add_task("pictures", total=plan.left)
+        if pipeline is not None:
+            many.draw(pipeline, plan, drawing, done=lambda count: bar.advance(task, count))
+            facts |= {"backend": pipeline.backend.name, "memory": pipeline.memory()}
+        elif pool is not None:
+            outcome = ray_pool.draw(
+                pool,
+                opening,
+                manifest,
+                plan,
+                drawing,
+                started=lambda line: console.print(line, markup=False, soft_wrap=True),
+                done=lambda count: bar.advance(task, count),
+            )
+            failed = outcome.failed
+            rows = [{"row": index, "error": error} for index, error in failed.items()]
+            facts |= {"backend": options["backend"], "workers": outcome.workers, "failed": rows}
+    seconds = time.perf_counter() - start
+    facts |= {"drawn": plan.left - len(failed), "skipped": plan.skipped, "seconds": round(seconds, 6)}
+    there = f", {plan.skipped} there already (--overwrite draws them again)" if plan.skipped else ""
+    console.print(f"{plan.folder}: {facts['drawn']} drawn in {seconds:.1f} s{there}", markup=False, soft_wrap=True)
+    for index, error in list(failed.items())[:_MOST_NAMED]:
+        click.echo(f"error: --prompts: row {index}: {error}", err=True)
+    if len(failed) > _MOST_NAMED:
+        click.echo(f"error: --prompts: {len(failed)} rows could not be drawn, the first are above", err=True)
     emit(facts, as_json)
+    return len(failed)
 
 
 def _self_test(pipeline: Pipeline, as_json: bool) -> None:

@@ -139,13 +139,15 @@ def shard(jobs: Sequence[Job], text: str | None) -> list[Job]:
     return [job for job in jobs if job.index % int(count) == int(first) - 1]
 
 
-def batches(jobs: Iterable[Job], most: int) -> Iterator[list[Job]]:
-    """Jobs that follow each other with the same settings, at most ``most`` at a time."""
-    batch: list[Job] = []
+def batches(jobs: Iterable[Job], most: int) -> list[tuple[Job, ...]]:
+    """The jobs that are drawn together: at most ``most`` of the same settings, in the order of the file, and by their
+    first one.
+
+    A picture's last digit can depend on what is drawn beside it. So a run that goes on, or a call that is made again,
+    has to put together what was together before.
+    """
+    alike: dict[tuple[object, ...], list[Job]] = {}
     for job in jobs:
-        if batch and (len(batch) == most or batch[0].row.settings != job.row.settings):
-            yield batch
-            batch = []
-        batch.append(job)
-    if batch:
-        yield batch
+        alike.setdefault(job.row.settings, []).append(job)
+    found = [tuple(same[start : start + most]) for same in alike.values() for start in range(0, len(same), most)]
+    return sorted(found, key=lambda call: call[0].index)

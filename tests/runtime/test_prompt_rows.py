@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -54,9 +55,11 @@ def test_every_row_is_in_one_part_and_one_batch(scales: list[int], parts: int, m
     shares = [shard(jobs, f"{part}/{parts}") for part in range(1, parts + 1)]
     assert sorted(job.index for share in shares for job in share) == list(range(len(rows)))
     for share in shares:
-        calls = list(batches(share, most))
-        assert [job for call in calls for job in call] == share
+        calls = batches(share, most)
+        assert sorted((job for call in calls for job in call), key=lambda job: job.index) == share
         assert all(len(call) <= most and len({job.row.settings for job in call}) == 1 for call in calls)
+        assert len(calls) == sum(-(-count // most) for count in Counter(job.row.settings for job in share).values())
+        assert [call[0].index for call in calls] == sorted(call[0].index for call in calls)
     assert [job.path.name for job in jobs] == [f"{index:03d}-{7 + index}.png" for index in range(len(rows))]
 
 
