@@ -70,11 +70,10 @@ def test_what_a_row_leaves_out_no_other_row_of_its_call_gives_it() -> None:
     calls = batches(jobs_of(rows, Path("out"), "{index}.png", 0), 8)
     found = [call_arguments([job.row for job in call], {"num_frames": 9}) for call in calls]
     assert [(one["prompt"], one["negative_prompt"], one["class_labels"]) for one in found] == [
-        (["a"], None, None),
+        (["a", "e"], None, None),
         (["b"], [""], None),
         (["c"], None, [3]),
         (None, ["d"], None),
-        (["e"], None, None),
     ]
     assert call_arguments(rows[:1], {"negative_prompt": "f", "height": 64})["negative_prompt"] == ["f"]
     assert {one["num_frames"] for one in found} == {9}
