@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -37,6 +38,11 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+def timeless(printed: str, folder: Path = Path("/data/pictures")) -> str:
+    """What was printed of a folder, without its place and how long it took."""
+    return re.sub(r"in [0-9.]+ s", "in a moment", printed.replace(str(folder.parent), "/data"))
+
+
 @pytest.fixture(scope="module")
 def toy_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build(tmp_path_factory.mktemp("ray") / "toy", Toy(batch=2))
@@ -56,7 +62,7 @@ def test_workers_draw_what_one_process_draws(ray_here, toy_dir, tmp_path, capsys
     rows = [{"prompt": "a bag", "guidance_scale": 2.0 + index % 2, "seed": index} for index in range(7)]
     given = command(toy_dir, "--prompts", rows_file(tmp_path / "rows.jsonl", *rows), "-o")
     assert main([*given, str(tmp_path / "serial")]) == 0
-    folder = tmp_path / "many"
+    folder = tmp_path / "pictures"
     (folder / "00005.png").mkdir(parents=True)  # cannot be replaced by a file; 1 and 3 are drawn with it
     kept = contents(tmp_path / "serial")
     capsys.readouterr()
@@ -65,6 +71,7 @@ def test_workers_draw_what_one_process_draws(ray_here, toy_dir, tmp_path, capsys
     printed = capsys.readouterr()
     facts = json.loads(printed.out)
     assert (facts["drawn"], facts["skipped"], facts["workers"]) == (6, 0, 2)
+    first = printed.err
     (fault,) = facts["failed"]
     assert fault["row"] == 5 and "00005.png: cannot be written (Is a directory)" in fault["error"]
     assert f"error: --prompts: row 5: {fault['error']}" in printed.err
@@ -72,8 +79,12 @@ def test_workers_draw_what_one_process_draws(ray_here, toy_dir, tmp_path, capsys
     (folder / "00002.png").unlink()
     (folder / ".00002.png.0123abcd.partial").write_bytes(b"of a worker that was killed")
     assert main([*given, str(folder), *more]) == 0
-    facts = json.loads(capsys.readouterr().out)
+    printed = capsys.readouterr()
+    facts = json.loads(printed.out)
     assert (facts["drawn"], facts["skipped"], facts["failed"]) == (2, 5, [])
+    page = (Path(__file__).parents[2] / "docs" / "howto" / "scale.md").read_text(encoding="utf-8")
+    shown = re.findall(r"^```text\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    assert [timeless(block) for block in shown] == [timeless(text, folder) for text in (first, printed.err)]
     assert contents(folder) == kept
     assert main([*given, str(folder), *more]) == 0
     assert json.loads(capsys.readouterr().out)["workers"] == 0
