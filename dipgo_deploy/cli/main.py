@@ -20,6 +20,7 @@ _VERBS = {
     "build": ("dipgo_deploy.cli.build", "Build TensorRT engines for an engine directory."),
     "run": ("dipgo_deploy.cli.run", "Generate images from an engine directory."),
     "serve": ("dipgo_deploy.cli.serve", "Serve engine directories over HTTP."),
+    "triton": ("dipgo_deploy.cli.triton", "Put an engine directory into a model repository for NVIDIA Triton."),
     "bench": ("dipgo_deploy.cli.bench", "Measure what schedules do to the images."),
     "compare": ("dipgo_deploy.cli.compare", "Compare an engine directory with the reference."),
     "inspect": ("dipgo_deploy.cli.inspect", "Show what is in an engine directory, and what differs between two."),

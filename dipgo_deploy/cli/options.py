@@ -338,6 +338,17 @@ def backend_option(function: F) -> F:
     return option("Runtime", "--backend", type=click.Choice(BACKENDS), default="auto", help=text)(function)
 
 
+def batch_window_option(function: F) -> F:
+    """Add ``--batch-window``."""
+    text = "Seconds that a picture waits for others that can be drawn with it."
+    return option("Server", "--batch-window", type=click.FloatRange(0, 60), default=0.02, help=text)(function)
+
+
+def max_queue_option(text: str) -> Callable[[F], F]:
+    """``--max-queue``, with its help."""
+    return option("Server", "--max-queue", type=click.IntRange(1, 100_000), default=64, help=text)
+
+
 def threads_option(default: str) -> Callable[[F], F]:
     """``--threads``. default: says how many are taken."""
     return option("Runtime", "--threads", type=click.IntRange(min=1), show_default=default, help="Threads on the CPU.")

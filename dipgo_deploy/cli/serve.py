@@ -13,7 +13,16 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dipgo_deploy.cli.common import entry_point, examples
-from dipgo_deploy.cli.options import PATH, Command, backend_option, option, threads_option, version_option
+from dipgo_deploy.cli.options import (
+    PATH,
+    Command,
+    backend_option,
+    batch_window_option,
+    max_queue_option,
+    option,
+    threads_option,
+    version_option,
+)
 from dipgo_deploy.errors import UserError
 
 if TYPE_CHECKING:
@@ -39,20 +48,8 @@ if TYPE_CHECKING:
 @threads_option("the physical cores, for each directory")
 @option("Server", "--host", default="127.0.0.1", help="Address to listen on; 0.0.0.0 for all.")
 @option("Server", "--port", type=click.IntRange(0, 65535), default=8000, help="Port; 0 takes a free one.")
-@option(
-    "Server",
-    "--batch-window",
-    type=click.FloatRange(0, 60),
-    default=0.02,
-    help="Seconds that a picture waits for others that can be drawn with it.",
-)
-@option(
-    "Server",
-    "--max-queue",
-    type=click.IntRange(1, 100_000),
-    default=64,
-    help="Pictures that may wait, for each directory; more are refused with 503 and Retry-After.",
-)
+@batch_window_option
+@max_queue_option("Pictures that may wait, for each directory; more are refused with 503 and Retry-After.")
 @option(
     "Server",
     "--max-images",

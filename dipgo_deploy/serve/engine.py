@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,10 +10,12 @@ from typing import TYPE_CHECKING
 
 from dipgo_deploy.bundle.manifest import Manifest
 from dipgo_deploy.errors import UserError
+from dipgo_deploy.runtime.given_pictures import picture_conditions
 from dipgo_deploy.runtime.pipeline import Pipeline
 from dipgo_deploy.runtime.prompt_rows import PromptRow
 from dipgo_deploy.runtime.requests import Asked, check_request
 from dipgo_deploy.runtime.row_calls import call_arguments, row_parameters
+from dipgo_deploy.serve.schemas import SEEDS, GenerationRequest
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -53,10 +56,7 @@ class Engine:
         for schedule in pipeline.bundle.schedules[1:]:
             self._pipelines[schedule] = pipeline.with_schedule(schedule)
         for manifest in self.manifests.values():
-            if manifest.latent.frames is not None:
-                raise UserError(f"{pipeline.bundle.path}: makes videos, and the server gives pictures; use dipgo-run")
-            if manifest.components.vae_decoder is None:
-                raise UserError(f"{pipeline.bundle.path}: has no VAE decoder; export it with one to get pictures")
+            check_served(pipeline.bundle.path, manifest)
 
     @property
     def manifests(self) -> dict[str, Manifest]:
@@ -82,19 +82,33 @@ class Engine:
             raise UserError(f"{asked}: {'more than one' if found else 'none'} of {self.name} is that; it has {offered}")
         return found[0]
 
-    def check(self, wanted: Wanted, steps: int | None) -> None:
-        """Refuse (UserError) what this directory does not draw, before it waits for anything.
-
-        steps: the number of steps that was asked for.
-        """
-        pipeline = self._pipelines[wanted.schedule]
-        pipeline.check_steps(steps)
-        check_request(pipeline.bundle.manifest, Asked(**call_arguments([wanted.row], _usual(wanted))))
+    def wanted(self, asked: GenerationRequest) -> list[Wanted]:
+        """The pictures of a request. Raises UserError for what this directory does not draw, before anything waits."""
+        schedule = self.schedule(asked.schedule, asked.launches)
+        pipeline = self._pipelines[schedule]
+        width, height = asked.pixels
+        row = PromptRow(
+            prompt=asked.prompt,
+            negative_prompt=asked.negative_prompt,
+            class_label=asked.class_label,
+            guidance_scale=asked.guidance_scale,
+            height=height,
+            width=width,
+        )
+        seed = secrets.randbelow(SEEDS) if asked.seed is None else asked.seed
+        found = [Wanted(row, (seed + place) % SEEDS, schedule, asked.guidance_scale_2) for place in range(asked.n)]
+        pipeline.check_steps(asked.num_inference_steps)
+        check_request(pipeline.bundle.manifest, Asked(**call_arguments([row], _usual(found[0]))))
+        return found
 
     def load(self) -> None:
         """Load what all schedules need. Raises UserError as ``Pipeline.load``."""
         for pipeline in self._pipelines.values():
             pipeline.load()
+
+    def close(self) -> None:
+        """Let go of all that is loaded."""
+        self._first.close()
 
     def draw(self, batch: Sequence[Wanted], check: Callable[[], None]) -> list[Drawn]:
         """The pictures of a batch with one ``key``, each the one that it is alone.
@@ -122,6 +136,16 @@ class Engine:
 
 def _usual(wanted: Wanted) -> dict[str, float | None]:
     return {"guidance_scale_2": wanted.guidance_scale_2}
+
+
+def check_served(path: Path, manifest: Manifest) -> None:
+    """Refuse (UserError) a directory that gives no pictures."""
+    if manifest.latent.frames is not None:
+        raise UserError(f"{path}: makes videos, and the server gives pictures; use dipgo-run")
+    if manifest.components.vae_decoder is None:
+        raise UserError(f"{path}: has no VAE decoder; export it with one to get pictures")
+    if manifest.sampler.strength is not None or picture_conditions(manifest):
+        raise UserError(f"{path}: draws after pictures, which a request cannot give; use dipgo-run")
 
 
 def open_engines(settings: Settings) -> list[Engine]:

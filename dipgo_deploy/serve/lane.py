@@ -226,28 +226,34 @@ class Lane(Generic[T, R]):
                 raise Abandoned
 
         try:
-            results = self._draw([ticket.items[place] for ticket, place in places], check)
-            if len(results) != len(places):
-                raise RuntimeError(f"{len(results)} results for {len(places)} items")
+            outcomes = draw_apart(self._draw, [ticket.items[place] for ticket, place in places], check)
         except Abandoned:
             return "abandoned"
-        except NotFiniteError as error:
-            if len(places) == 1:
-                with self._changed:
-                    self._drop(tickets, error)
-                return "failed"
-            # One of them has no picture; the others do not pay for it.
-            outcomes = {self._drawn([place]) for place in places if not place[0].over}
-            return "drawn" if "drawn" in outcomes else "failed"
         except Exception as error:
             _log.exception("%s: a batch of %d failed", self.name, len(places))
-            with self._changed:
-                self._drop(tickets, error)
-            return "failed"
+            outcomes = [error] * len(places)
         with self._changed:
-            for (ticket, place), result in zip(places, results, strict=True):
-                ticket.results[place] = result
+            for (ticket, place), outcome in zip(places, outcomes, strict=True):
+                if isinstance(outcome, Exception):
+                    self._drop({ticket}, outcome)
+                    continue
+                ticket.results[place] = outcome
                 ticket.left -= 1
                 if not ticket.left and not ticket.over:
                     ticket.future.set_result([one for one in ticket.results if one is not None])
-        return "drawn"
+        return "failed" if all(isinstance(outcome, Exception) for outcome in outcomes) else "drawn"
+
+
+def draw_apart(
+    draw: Callable[[Sequence[T], Callable[[], None]], Sequence[R]], items: Sequence[T], check: Callable[[], None]
+) -> list[R | Exception]:
+    """What ``draw`` gives for each item, or why it has no picture: where one of them has none, each is drawn alone."""
+    try:
+        results = draw(items, check)
+    except NotFiniteError as error:
+        if len(items) == 1:
+            return [error]
+        return [outcome for item in items for outcome in draw_apart(draw, [item], check)]
+    if len(results) != len(items):
+        raise RuntimeError(f"{len(results)} results for {len(items)} items")
+    return list(results)

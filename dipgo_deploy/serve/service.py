@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import secrets
 import time
 from dataclasses import dataclass
 from typing import Literal
 
 from dipgo_deploy.errors import UserError
-from dipgo_deploy.runtime.prompt_rows import PromptRow
 from dipgo_deploy.serve.engine import Drawn, Engine, Wanted
 from dipgo_deploy.serve.lane import Lane, Ticket
 from dipgo_deploy.serve.metrics import Metrics
-from dipgo_deploy.serve.schemas import SEEDS, GenerationRequest, ModelEntry
+from dipgo_deploy.serve.schemas import GenerationRequest, ModelEntry
 from dipgo_deploy.serve.settings import Settings
 
 PictureLane = Lane[Wanted, Drawn]
@@ -115,37 +113,27 @@ class Service:
             UserError: it does not fit the engine directory, or (``UnknownModel``) asks for one that is not here.
             Busy: it is not taken now.
         """
-        engine, schedule = self._chosen(asked)
+        engine, asked = self._chosen(asked)
         if asked.n > self.settings.max_images:
             raise UserError(f"n: {asked.n}, and this server draws at most {self.settings.max_images} for a request")
-        seed = secrets.randbelow(SEEDS) if asked.seed is None else asked.seed
-        width, height = asked.pixels
-        row = PromptRow(
-            prompt=asked.prompt,
-            negative_prompt=asked.negative_prompt,
-            class_label=asked.class_label,
-            guidance_scale=asked.guidance_scale,
-            height=height,
-            width=width,
-        )
-        wanted = [Wanted(row, (seed + place) % SEEDS, schedule, asked.guidance_scale_2) for place in range(asked.n)]
-        engine.check(wanted[0], asked.num_inference_steps)
+        wanted = engine.wanted(asked)
         lane = self._lanes[engine.name]
         return Submitted(engine.name, lane, lane.submit(wanted, [one.key for one in wanted]))
 
-    def _chosen(self, asked: GenerationRequest) -> tuple[Engine, str]:
-        """Engine and schedule of a request."""
+    def _chosen(self, asked: GenerationRequest) -> tuple[Engine, GenerationRequest]:
+        """The engine of a request, and the request with the schedule that its ``model`` names."""
         if asked.model is None:
             if len(self._engines) > 1:
                 raise UserError(f"model: missing; this server has {', '.join(self._engines)}")
-            engine = next(iter(self._engines.values()))
-            return engine, engine.schedule(asked.schedule, asked.launches)
+            return next(iter(self._engines.values())), asked
         name, colon, schedule = asked.model.partition(":")
         if name not in self._engines:
             raise UnknownModel(f"model: no {name!r} here; this server has {', '.join(self._engines)}")
         engine = self._engines[name]
-        if colon and (asked.schedule is not None or asked.launches is not None):
+        if not colon:
+            return engine, asked
+        if asked.schedule is not None or asked.launches is not None:
             raise UserError(f"model {asked.model!r} names a schedule: leave out schedule and launches")
-        if colon and schedule not in engine.manifests:
+        if schedule not in engine.manifests:
             raise UnknownModel(f"model: no {asked.model!r} here; see /v1/models")
-        return engine, schedule if colon else engine.schedule(asked.schedule, asked.launches)
+        return engine, asked.model_copy(update={"schedule": schedule})
