@@ -32,7 +32,7 @@ from dipgo_deploy.cli.options import (
 from dipgo_deploy.errors import UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from dipgo_deploy.compare.metrics import Agreement
     from dipgo_deploy.export.exporter import PlannedExport
@@ -175,6 +175,14 @@ SIZES = "N|MIN:MAX|MIN:OPT:MAX"
     is_flag=True,
     help="Add the schedules to an engine directory that exists; what it was exported with stays.",
 )
+@option(
+    "Output",
+    "--triton",
+    type=PATH,
+    metavar="REPOSITORY",
+    show_default="none",
+    help="Put it into a model repository for NVIDIA Triton, too, as dipgo-triton does.",
+)
 @json_option
 @version_option
 @click.pass_context
@@ -186,6 +194,7 @@ def command(
     plan_only: bool,
     memory_budget: str | None,
     add: bool,
+    triton: Path | None,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -207,6 +216,8 @@ def command(
     options["class_labels"] = class_label_numbers(options["class_labels"]) or ()
     if add:
         _refuse_with_add(ctx)
+    if triton is not None:
+        _check_triton(triton, engine_dir, options)
     settings = ExportOptions(**options)
     schedules = by_name(schedule_files)
     if budget is not None and any(isinstance(options[name], Range) for name in ("batch", "height", "width")):
@@ -284,10 +295,28 @@ def command(
             console.print(f"{entry.line}; a LoRA cannot change these", soft_wrap=True)
         console.print(f"{engine_dir}: {_size(engine_dir)}, ready for dipgo-run", markup=False, soft_wrap=True)
         facts["engine_dir"] = str(engine_dir)
+        if triton is not None:
+            from dipgo_deploy.serve.triton import write_repository
+
+            target = write_repository(triton, engine_dir)
+            console.print(f"{target}: model {target.name}", markup=False, soft_wrap=True)
+            facts["triton"] = str(target)
     emit(facts, as_json)
 
 
-_OF_ADD = {"model", "schedule_files", "engine_dir", "add", "layout", "check", "as_json"}
+_OF_ADD = {"model", "schedule_files", "engine_dir", "add", "layout", "check", "triton", "as_json"}
+
+
+def _check_triton(repository: Path, engine_dir: Path | None, options: Mapping[str, Any]) -> None:
+    """Refuse (UserError) a repository that cannot get the directory, before that is made."""
+    from dipgo_deploy.serve.triton import check_repository
+
+    if engine_dir is None:
+        raise UserError("--triton: nothing is written with --plan-only; leave one of them out")
+    if options["strength"] is not None or not options["components"]:
+        wrong = "--no-components" if options["strength"] is None else "--strength"
+        raise UserError(f"--triton: not with {wrong}, as the model draws pictures from its inputs alone")
+    check_repository(repository, engine_dir.resolve().name)
 
 
 def _refuse_with_add(ctx: click.Context) -> None:

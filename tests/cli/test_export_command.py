@@ -19,7 +19,9 @@ def test_agreement_and_how_large_weights_were_held(
     monkeypatch.setattr(low_memory, "LARGE_BYTES", 1000 if large else 2**30)
     model = save_dit_pipeline(tmp_path / "model", layers=2)
     schedule_for(model).save(tmp_path / "schedule.json")
-    arguments = ["--model", str(model), "--schedule", str(tmp_path / "schedule.json"), "--no-components", "--json"]
+    arguments = ["--model", str(model), "--schedule", str(tmp_path / "schedule.json"), "--json"]
+    # Components for Triton's model, which they take seconds to make.
+    arguments += ["--no-components"] if large else ["--triton", str(tmp_path / "repository")]
     assert main([*arguments, "--engine-dir", str(tmp_path / "engine")]) == 0
     shown = capsys.readouterr()
     facts = json.loads(shown.out)
@@ -29,3 +31,23 @@ def test_agreement_and_how_large_weights_were_held(
     assert f"variants against the supernet: largest error {agreement['relative']:.1e}" in shown.err
     assert ("held once, compared in processes of their own" in shown.err) == large
     assert ("loading the model, holding its weights once" in shown.err) == large
+    if not large:
+        assert facts["triton"] == str(tmp_path / "repository/engine") and "engine: model engine" in shown.err
+        assert str(tmp_path / "engine") in (tmp_path / "repository/engine/config.pbtxt").read_text()
+
+
+def test_a_repository_that_cannot_get_it_is_refused_before_the_export(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "repository/engine").mkdir(parents=True)
+    arguments = ["--model", "none", "--schedule", "none.json", "--triton", str(tmp_path / "repository")]
+    written = ["--engine-dir", str(tmp_path / "engine")]
+    for options, message in (
+        (written, "repository/engine: exists"),
+        ([*written, "--no-components"], "--triton: not with --no-components"),
+        ([*written, "--strength", "0.5"], "--triton: not with --strength"),
+        (["--plan-only"], "--triton: nothing is written with --plan-only"),
+    ):
+        assert main([*arguments, *options]) == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1
