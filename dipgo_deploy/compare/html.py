@@ -21,6 +21,7 @@ from dipgo_deploy.page.shell import (
     section,
     table,
     text,
+    wide,
     written,
 )
 from dipgo_deploy.page.svg import label, line, rect, svg
@@ -57,7 +58,7 @@ def html_page(
     _verdict(body, report, error)
     if report.loop:
         section(body, "Error at each evaluation")
-        body.append(curves(report.loop, report.tolerance.relative))
+        wide(body, curves(report.loop, report.tolerance.relative))
     if pictures:
         section(body, "Pictures that differ most")
         _pictures(body, pictures, report.reference)
@@ -122,10 +123,10 @@ def curves(loop: Sequence[LoopStep], limit: float) -> ET.Element:
     low = math.floor(math.log10(max(min([*finite, limit or 1.0]), _FLOOR)))
     high = math.ceil(math.log10(max([*finite, limit, 10 * 10.0**low])))
     last = max(checked.step or 0 for checked in loop)
-    wide, tall = _WIDTH - _LEFT - _RIGHT, _HEIGHT - _TOP - _BOTTOM
+    across, tall = _WIDTH - _LEFT - _RIGHT, _HEIGHT - _TOP - _BOTTOM
 
     def x(step: float) -> float:
-        return _LEFT + wide * (step / last if last else 0.5)
+        return _LEFT + across * (step / last if last else 0.5)
 
     def y(value: float) -> float:
         place = math.log10(min(max(value, 10.0**low), 10.0**high))

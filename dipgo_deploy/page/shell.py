@@ -113,6 +113,14 @@ def facts_table(body: ET.Element, facts: Mapping[str, object]) -> None:
         ET.SubElement(line, "td").text = text(value)
 
 
+def wide(body: ET.Element, drawing: ET.Element) -> None:
+    """A drawing as wide as the page; on a narrow one it is moved under the window, and stays legible."""
+    label = drawing.get("aria-label") or ""
+    ET.SubElement(body, "div", {"class": "scroll", "tabindex": "0", "role": "group", "aria-label": label}).append(
+        drawing
+    )
+
+
 def picture_row(body: ET.Element, pictures: Mapping[str, np.ndarray]) -> None:
     """Pictures (H, W, 3) in [0, 1] by caption, side by side."""
     grid = ET.SubElement(body, "div", {"class": "pictures"})

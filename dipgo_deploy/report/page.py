@@ -22,6 +22,7 @@ from dipgo_deploy.page.shell import (
     section,
     table,
     text,
+    wide,
     written,
 )
 from dipgo_deploy.report import memory_chart, quality_chart, schedule_chart, solver_chart, time_chart
@@ -366,7 +367,7 @@ def _quality(body: ET.Element, subject: Subject, given: Given) -> None:
         put(body, f"quality-{place}", quality_chart.quality_chart(ranked))
         rows = [
             (
-                quality_chart.short(case),
+                name,
                 case.launches,
                 macs(case.macs),
                 quality_chart.interval(case.ssim, 4),
@@ -374,7 +375,7 @@ def _quality(body: ET.Element, subject: Subject, given: Given) -> None:
                 quality_chart.interval(case.psnr, 1),
                 quality_chart.interval(case.accuracy, 3),
             )
-            for case in ranked
+            for name, case in zip(quality_chart.names(ranked), ranked, strict=True)
         ]
         against = {case.against for case in ranked if case.against}
         more = folded(body, "all numbers")
@@ -403,7 +404,7 @@ def _drift(body: ET.Element, subject: Subject, given: Given) -> None:
             f"{given.drift[-1].tensors[0].relative:.2e} at the end:"
         )
         paragraph(body, line)
-        body.append(curves(given.drift, 0.0))
+        wide(body, curves(given.drift, 0.0))
     if found is None or not found.loop:
         command = f"dipgo-compare --engine-dir {subject.bundle.path} --json > compare.json"
         _missing(body, "drift from the model in torch", command, "--bench compare.json")
@@ -415,7 +416,7 @@ def _drift(body: ET.Element, subject: Subject, given: Given) -> None:
         f"{found.tolerance.relative:g} of the largest value (dashed).",
         "good" if found.passed else "bad",
     )
-    body.append(curves(found.loop, found.tolerance.relative))
+    wide(body, curves(found.loop, found.tolerance.relative))
     for reason in found.skipped:
         paragraph(body, f"Not compared: {reason}", "quiet")
 

@@ -33,22 +33,26 @@ def quality_chart(cases: Sequence[Case]) -> Chart:
         at = x(low + place * step)
         line(drawing, "grid", at, _HEAD - 4, at, _HEAD + len(cases) * _ROW)
         label(drawing, at, 14, f"{low + place * step:.{digits}f}", "middle", "quiet")
-    marks = []
+    marks, named = [], names(cases)
     for place, case in enumerate(cases):
         y = _HEAD + (place + 0.5) * _ROW
         line(drawing, "span", x(case.ssim.low), y, x(case.ssim.high), y)
         dot = {"cx": number(x(case.ssim.value)), "cy": number(y), "r": "5"}
         ET.SubElement(drawing, "circle", {"class": "hollow" if case.baseline else "dot", **dot})
-        text = f"{short(case)}\nSSIM {interval(case.ssim, 4)}, {case.launches} launches"
+        text = f"{named[place]}\nSSIM {interval(case.ssim, 4)}, {case.launches} launches"
         marks.append([0, y - _ROW / 2, _WIDE, _ROW, text])
     cursor(drawing)
-    return Chart(drawing, {"marks": marks}, tuple(map(short, cases)), _ROW, _HEAD)
+    return Chart(drawing, {"marks": marks}, named, _ROW, _HEAD)
 
 
-def short(case: Case) -> str:
-    """Its name without folders."""
-    scale = "" if case.guidance_scale is None else f", guidance {case.guidance_scale:g}"
-    return f"{Path(case.name).stem if case.name.endswith('.json') else case.name}{scale}"
+def names(cases: Sequence[Case]) -> tuple[str, ...]:
+    """Their names without folders, with the guidance where it is not the same for all."""
+    several = len({case.guidance_scale for case in cases}) > 1
+    return tuple(
+        (Path(case.name).stem if case.name.endswith(".json") else case.name)
+        + (f", guidance {case.guidance_scale:g}" if several and case.guidance_scale is not None else "")
+        for case in cases
+    )
 
 
 def interval(value: Interval | None, digits: int) -> str:

@@ -171,7 +171,7 @@ def test_it_needs_no_torch(tmp_path: Path) -> None:
 PROBE = """
 const tip = document.querySelector('.tip');
 const said = {};
-for (const holder of document.querySelectorAll('.scroll')) {
+for (const holder of document.querySelectorAll('.scroll[id]')) {
   const svg = holder.querySelector('svg');
   svg.scrollIntoView({block: 'center'});
   const box = svg.getBoundingClientRect();
