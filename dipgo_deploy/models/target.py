@@ -116,6 +116,20 @@ def _embeddings(model: str, timesteps: tuple[float, ...]) -> tuple[Any, Any]:
     return family.time_embeddings(weights.files, config, timesteps)
 
 
+def default_steps(model: str) -> tuple[int, str]:
+    """Steps that the model's pipeline takes where its caller names none, and the pipeline's class; 50 and no class
+    where that is not known. Imports diffusers, and loads no weights."""
+    import inspect
+
+    import diffusers
+
+    name = pipeline_index(model).get("_class_name", "")
+    pipeline = getattr(diffusers, str(name), None)
+    parameters = {} if pipeline is None else inspect.signature(pipeline.__call__).parameters
+    steps = parameters.get("num_inference_steps")
+    return (steps.default, name) if steps is not None and type(steps.default) is int else (50, "")
+
+
 def nominal_set_timesteps(family: ModelFamily, config: Mapping[str, Any], scheduler: Any, steps: int) -> dict[str, Any]:
     """What a pipeline gives ``set_timesteps`` besides the number of steps, at the model's native size.
 

@@ -38,6 +38,21 @@ class Effort:
     minutes: float
 
 
+def judges_within(minutes: float, evaluation: float, full: int, launches: int) -> int:
+    """Images that judge one schedule of so many launches within ``minutes``, beside the full run's.
+
+    Raises:
+        UserError: the fewest take longer; the line says how long.
+    """
+    each = evaluation * (full + launches)
+    if LEAST_JUDGES * each > 60 * minutes:
+        raise UserError(
+            f"--minutes {minutes:g}: {LEAST_JUDGES} images of {full + launches} evaluations, the fewest that judge, "
+            f"take about {LEAST_JUDGES * each / 60:.0f} minutes; give --minutes {-(-LEAST_JUDGES * each // 60):.0f}"
+        )
+    return min(MOST_JUDGES, int(60 * minutes / max(each, 1e-9)))
+
+
 def effort(minutes: float, evaluation: float, full: int, launches: Sequence[int], batch: int) -> Effort:
     """What fits into ``minutes``.
 

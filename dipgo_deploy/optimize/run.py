@@ -20,7 +20,9 @@ from dipgo_deploy.calibrate.refine import RefineOptions
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.export.exporter import ExportOptions, export_bundle
 from dipgo_deploy.export.options import check_options
-from dipgo_deploy.optimize.effort import Effort, effort
+from dipgo_deploy.models.location import denoiser_config, pipeline_index
+from dipgo_deploy.models.target import schedule_target
+from dipgo_deploy.optimize.effort import Effort, effort, judges_within
 from dipgo_deploy.optimize.goal import QUALITY, Goal
 from dipgo_deploy.schedule.document import Schedule
 from dipgo_deploy.search.problem import Problem, ProblemOptions, load_problem
@@ -42,7 +44,8 @@ class Optimized:
         bundle: the engine directory.
         schedule: what it runs.
         full: evaluations of the full run.
-        effort: what the time allowed.
+        effort: what the time allowed of a search; None where a schedule was given.
+        judges: images that judged.
         row: the schedule's pictures beside the full run's, on images that chose nothing; None without a VAE.
         met: whether they reach the quality that was asked for; None where none was.
         seconds: of each stage.
@@ -51,7 +54,8 @@ class Optimized:
     bundle: Bundle
     schedule: Schedule
     full: int
-    effort: Effort
+    effort: Effort | None
+    judges: int
     row: Row | None
     met: bool | None
     seconds: dict[str, float] = field(default_factory=dict)
@@ -63,6 +67,7 @@ def optimize(
     goal: Goal | None = None,
     export: ExportOptions | None = None,
     *,
+    schedule: Schedule | None = None,
     batch: int = 16,
     stage: Stage = lambda name: None,
     progress: Progress = lambda name, done, total: None,
@@ -78,6 +83,7 @@ def optimize(
         engine_dir: what is written.
         goal: see there.
         export: how it is exported; sizes and guidance are those of ``problem``.
+        schedule: in place of a search; ``problem`` is then of its sampler, steps and blocks (see ``of_schedule``).
         batch: images that go through the model at a time.
         stage: told each stage. progress: told (stage, done, total). say: told what is found, a line each.
 
@@ -90,28 +96,38 @@ def optimize(
     check_options(export)
     target = arguments.path("engine_dir", engine_dir)
     check_target(target, overwrite=export.overwrite)
+    full, counts = check_goal(problem, goal) if schedule is None else (0, ())
     clock = _Clock(stage)
     clock("loading")
     loaded = load_problem(problem, stage)
-    full = loaded.steps
-    counts = goal.counts(full)
-    by_quality = goal.launches is None and goal.speedup is None
-    if by_quality and not loaded.can_decode:
-        raise UserError(f"{problem.model}: has no VAE to judge pictures with; give --launches or --speedup")
+    if schedule is not None:
+        loaded.source.check(schedule)
+        full = loaded.steps
+    by_quality = schedule is None and goal.launches is None and goal.speedup is None
     clock("timing an evaluation")
     evaluation = seconds_of_an_evaluation(loaded)
-    chosen = effort(goal.minutes, evaluation, full, counts, batch)
-    say(
-        f"{evaluation:.3g} s an evaluation: {chosen.images} images to fit to, {chosen.fits} candidates, "
-        f"{chosen.iterations} steps of refinement; at most about {chosen.minutes:.1f} minutes"
-    )
-    clock("searching launches")
+    chosen = None
+    if schedule is None:
+        chosen = effort(goal.minutes, evaluation, full, counts, batch)
+        say(
+            f"{evaluation:.3g} s an evaluation: {chosen.images} images to fit to, {chosen.fits} candidates, "
+            f"{chosen.iterations} steps of refinement; at most about {chosen.minutes:.1f} minutes"
+        )
     quality = (QUALITY if goal.quality is None else goal.quality) if by_quality else None
-    schedule = _search(loaded, counts, chosen, batch, quality, progress, say)
+    judged = loaded.can_decode and loaded.source.time_scale is None
+    judges = 0
+    if chosen is not None:
+        judges = chosen.judges if judged else 0
+        clock("searching launches")
+        schedule = _search(loaded, counts, chosen, batch, quality, progress, say)
+    assert schedule is not None
+    if chosen is None and judged:
+        judges = judges_within(goal.minutes, evaluation, full, schedule.steps)
+        say(f"{evaluation:.3g} s an evaluation: {judges} images to judge by")
     row = None
-    if loaded.can_decode and loaded.source.time_scale is None:
+    if judges:
         clock("judging")
-        row = _judged(loaded, schedule, chosen.judges, 0, batch)
+        row = _judged(loaded, schedule, judges, 0, batch)
     clock("exporting")
     options = replace(export, height=problem.height, width=problem.width, num_frames=problem.num_frames)
     if problem.guidance is not None:
@@ -119,7 +135,35 @@ def optimize(
     bundle = export_bundle(problem.model, schedule, target, options, stage, note=say)
     clock.stop()
     met = None if quality is None or row is None else row.ssim.low >= quality
-    return Optimized(bundle, schedule, full, chosen, row, met, clock.seconds)
+    return Optimized(bundle, schedule, full, chosen, judges, row, met, clock.seconds)
+
+
+def check_goal(problem: ProblemOptions, goal: Goal) -> tuple[int, tuple[int, ...]]:
+    """Evaluations of the full run, and the numbers of launches to try: by the model's configuration alone.
+
+    Raises:
+        UserError: no such model or sampler, a goal that its full run cannot have, or a quality of pictures for a model
+            without a VAE.
+    """
+    target = schedule_target(problem.model, problem.sampler, problem.steps, problem.granularity, problem.cache)
+    counts = goal.counts(target.steps)
+    by_quality = goal.launches is None and goal.speedup is None
+    family, _ = denoiser_config(problem.model)
+    if by_quality and not family.pixels and pipeline_index(problem.model).get("vae") is None:
+        raise UserError(f"{problem.model}: has no VAE to judge pictures with; give --launches or --speedup")
+    return target.steps, counts
+
+
+def of_schedule(problem: ProblemOptions, schedule: Schedule) -> ProblemOptions:
+    """The problem whose full run a schedule was made for."""
+    kinds = {block.cache for block in schedule.blocks}
+    return replace(
+        problem,
+        sampler=schedule.sampler.class_name,
+        steps=schedule.sampler.num_inference_steps,
+        granularity=schedule.model.granularity,
+        cache=kinds.pop() if len(kinds) == 1 else None,
+    )
 
 
 class _Clock:
@@ -235,6 +279,7 @@ def facts(result: Optimized) -> dict[str, Any]:
         "evaluations": result.full,
         "quality": None if result.row is None else result.row.as_json(),
         "quality_met": result.met,
-        "effort": vars(result.effort),
+        "effort": None if result.effort is None else vars(result.effort),
+        "judges": result.judges,
         "seconds": {name: round(value, 1) for name, value in result.seconds.items()},
     }

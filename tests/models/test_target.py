@@ -13,6 +13,7 @@ from dipgo_deploy.models.target import (
     check_sampler,
     check_sampler_kind,
     check_schedule,
+    default_steps,
     nominal_set_timesteps,
     schedule_target,
 )
@@ -63,6 +64,13 @@ def test_a_sampler_with_infinite_settings_survives_the_file(tmp_path: Path) -> N
     again = Schedule.load(tmp_path / "s.json")
     assert again == schedule
     check_sampler(again)
+
+
+def test_steps_that_a_pipeline_takes_by_itself(tmp_path: Path) -> None:
+    assert default_steps("fashion-dit") == (50, "DiTPipeline")
+    for name, steps in (("PixArtAlphaPipeline", (20, "PixArtAlphaPipeline")), ("NoSuchPipeline", (50, ""))):
+        (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": name}))
+        assert default_steps(str(tmp_path)) == steps
 
 
 def test_cache_kinds() -> None:

@@ -13,6 +13,7 @@ from dipgo_deploy.optimize.effort import (
     MOST_ITERATIONS,
     MOST_JUDGES,
     effort,
+    judges_within,
 )
 
 
@@ -52,3 +53,10 @@ def test_more_time_gives_no_less() -> None:
 def test_too_little_time_says_how_much_it_takes() -> None:
     with pytest.raises(UserError, match=r"--minutes 1: .*2 s here.*give --minutes 38 or fewer --steps"):
         effort(1, 2.0, 50, [7], 16)
+
+
+def test_a_schedule_that_is_there_is_judged_within_the_time() -> None:
+    assert judges_within(10, 1.0, 50, 10) == 10
+    assert judges_within(1e6, 1.0, 50, 10) == MOST_JUDGES
+    with pytest.raises(UserError, match=r"--minutes 1: 8 images of 60 evaluations.* about 8 minutes; give --minutes 8"):
+        judges_within(1, 1.0, 50, 10)
