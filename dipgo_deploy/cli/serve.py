@@ -151,7 +151,7 @@ def _serve(service: Service, listener: socket.socket) -> None:
     """Until SIGTERM or SIGINT; then what was taken is drawn. A second SIGINT ends it at once."""
     import uvicorn
 
-    from dipgo_deploy.serve.app import create_app
+    from dipgo_deploy.serve.web import create_app
 
     class Server(uvicorn.Server):
         """Ends with status 0 after a signal, as what it was asked to do is done then."""

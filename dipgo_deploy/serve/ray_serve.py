@@ -21,9 +21,9 @@ def application() -> Any:
     settings = from_environment()
 
     def build() -> Any:
-        from dipgo_deploy.serve.app import create_app
         from dipgo_deploy.serve.engine import open_engines
         from dipgo_deploy.serve.service import Service
+        from dipgo_deploy.serve.web import create_app
 
         return create_app(Service(open_engines(settings), settings))
 

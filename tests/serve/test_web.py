@@ -24,10 +24,10 @@ from starlette.testclient import TestClient  # noqa: E402
 
 from dipgo_deploy.errors import NotFiniteError, UserError  # noqa: E402
 from dipgo_deploy.runtime.pipeline import Pipeline  # noqa: E402
-from dipgo_deploy.serve.app import create_app  # noqa: E402
 from dipgo_deploy.serve.engine import Engine, open_engines  # noqa: E402
 from dipgo_deploy.serve.service import Service  # noqa: E402
 from dipgo_deploy.serve.settings import Settings  # noqa: E402
+from dipgo_deploy.serve.web import create_app  # noqa: E402
 
 URL = "/v1/images/generations"
 
