@@ -17,6 +17,8 @@ from dipgo_deploy.cli.common import (
     examples,
     human_console,
     json_option,
+    quiet_option,
+    stages,
 )
 from dipgo_deploy.cli.options import (
     PATH,
@@ -169,6 +171,7 @@ def command() -> None:
 @option("Output", "--strip-images", type=click.IntRange(1, 50), default=8, help="Images in a row of --strip.")
 @checkpoint_options("measurement")
 @json_option
+@quiet_option
 @checked_outputs("output", "plot", "strip")
 def quality(
     files: tuple[Path, ...],
@@ -222,22 +225,22 @@ def quality(
     measuring = {name: options.pop(name) for name in ("per_condition", "seed", "batch", "by_ratio", "resume")}
     taking = {name: options.pop(name) for name in ("any_sampler", "any_cache")}
     rows: list[Row] = []
-    with console.status("starting") as status:
+    with stages(console, "starting") as notify:
         options["guidance_scale"] = guidance_scales[0] if guidance_scales else None
-        problem = load_problem(_problem_options(options, [schedule for _, schedule in schedules]), status.update)
+        problem = load_problem(_problem_options(options, [schedule for _, schedule in schedules]), notify)
         if measuring["batch"] is None:
             measuring["batch"] = 20 if problem.source.time_scale is None else 1
         if metric_weights is not None:
-            status.update("loading the learned judges")
+            notify("loading the learned judges")
             judges, left_out = learned(metric_weights, prompts=problem.source.text is not None)
             metrics, notes = [*metrics, *judges], [*notes, *left_out]
         if calibration_images is not None:
-            schedules = _with_fitted(problem, schedules, calibration_images, status.update)
+            schedules = _with_fitted(problem, schedules, calibration_images, notify)
         cases, more = _cases(problem, schedules, counts if baselines else None, uncalibrated, taking)
         cases += solver_cases
         for line in (*notes, *more):
             tell(line)
-        status.update("making images")
+        notify("making images")
         for scale in guidance_scales or (problem.guidance_scale,):
             at_work = problem if scale in (None, problem.guidance_scale) else with_guidance_scale(problem, scale)
             place = checkpoint if checkpoint is None or len(guidance_scales) < 2 else checkpoint / f"scale-{scale:g}"
@@ -415,6 +418,7 @@ def _problem_options(options: dict[str, Any], schedules: Sequence[Any]) -> Any:
 )
 @option("Output", "-o", "--output", type=PATH, show_default="none", help="JSON file for the result.")
 @json_option
+@quiet_option
 @checked_outputs("output")
 def profile(
     engine_dir: Path,
@@ -431,7 +435,9 @@ def profile(
     from dipgo_deploy.bundle.directory import Bundle
 
     bundle = Bundle.open(engine_dir, schedule=schedule, launches=launches)
-    profiled = profile_loop(bundle, repeats=repeats, threads=threads, share_weights=share_weights)
+    console = human_console(as_json)
+    with stages(console, "timing the loop, then its kernels"):
+        profiled = profile_loop(bundle, repeats=repeats, threads=threads, share_weights=share_weights)
     plan = bundle.manifest.plan
     facts = {
         "engine_dir": str(engine_dir),
@@ -446,7 +452,7 @@ def profile(
         "blocks": dict(profiled.blocks),
         "operators": dict(profiled.operators),
     }
-    _show_profile(human_console(as_json), facts)
+    _show_profile(console, facts)
     _write(output, facts)
     emit(facts, as_json)
 

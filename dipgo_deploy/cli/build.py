@@ -19,6 +19,7 @@ from dipgo_deploy.cli.common import (
     lora_line,
     lora_options,
     progress_bars,
+    quiet_option,
 )
 from dipgo_deploy.cli.options import PATH, Command, engine_dir_option, option, version_option
 
@@ -114,6 +115,7 @@ if TYPE_CHECKING:
 )
 @lora_options("to build into engines of their own")
 @json_option
+@quiet_option
 @version_option
 def command(
     engine_dir: Path,

@@ -15,6 +15,7 @@ from dipgo_deploy.cli.common import (
     examples,
     human_console,
     json_option,
+    quiet_option,
     stage_bar,
 )
 from dipgo_deploy.cli.options import (
@@ -126,6 +127,7 @@ if TYPE_CHECKING:
 )
 @checkpoint_options("calibration")
 @json_option
+@quiet_option
 @version_option
 @checked_outputs("output")
 @click.pass_context

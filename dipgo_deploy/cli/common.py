@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import fields
@@ -191,6 +192,24 @@ def json_option(function: F) -> F:
     return option("Output", "--json", "as_json", is_flag=True, help=text)(function)
 
 
+_QUIET = "dipgo.quiet"
+
+
+def quiet_option(function: F) -> F:
+    """Add ``--quiet``, which bars and lines of progress look for themselves."""
+
+    def set_quiet(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+        ctx.meta[_QUIET] = value
+
+    text = "Show no progress; results, warnings and errors alone."
+    return option("Output", "-q", "--quiet", is_flag=True, expose_value=False, callback=set_quiet, help=text)(function)
+
+
+def _quiet() -> bool:
+    context = click.get_current_context(silent=True)
+    return context is not None and bool(context.meta.get(_QUIET))
+
+
 def reading_options(function: F) -> F:
     """Add what says how a model is read, such as ``--variant``; it becomes part of the parameter ``model``, a model's
     name."""
@@ -295,7 +314,7 @@ def human_console(as_json: bool) -> Console:
 def progress_bars(console: Console, *facts: str) -> Iterator[Progress]:
     """Bars with count, elapsed and remaining time, gone at the end.
 
-    Only on a terminal: elsewhere Rich before 13.8 would end them with an empty line.
+    Only on a terminal, and not with ``--quiet``: elsewhere Rich before 13.8 would end them with an empty line.
 
     Args:
         console: where they are drawn.
@@ -307,19 +326,44 @@ def progress_bars(console: Console, *facts: str) -> Iterator[Progress]:
     times = (rich.TimeElapsedColumn(), rich.TimeRemainingColumn())
     counted = (rich.TextColumn("{task.description}"), rich.BarColumn(), rich.MofNCompleteColumn())
     bars = rich.Progress(*counted, *fields, *times, console=console, transient=True)
-    if not console.is_terminal:
+    if not console.is_terminal or _quiet():
         yield bars
         return
     with bars:
         yield bars
 
 
+def progress_lines(console: Console) -> Callable[[str], None]:
+    """Takes lines that stand in for a bar where there is no terminal: printed with the seconds since now, and not with
+    ``--quiet``."""
+    start = time.perf_counter()
+
+    def tell(line: str) -> None:
+        if not console.is_terminal and not _quiet():
+            console.print(f"[{time.perf_counter() - start:6.1f} s] {line}", markup=False, soft_wrap=True)
+
+    return tell
+
+
 @contextmanager
-def stage_bar(console: Console) -> Iterator[Callable[[str, int, int], None]]:
+def stages(console: Console, first: str, *, lines: bool = False) -> Iterator[Callable[[str], None]]:
+    """What runs now, with the time since the beginning, on a terminal; it is told the name of each stage.
+
+    first: what runs until it is told. lines: a plain line for each stage where there is no terminal.
+    """
+    with stage_bar(console, first, lines=lines) as report:
+        yield lambda stage: report(stage, 0, 0)
+
+
+@contextmanager
+def stage_bar(
+    console: Console, first: str = "starting", *, lines: bool = True
+) -> Iterator[Callable[[str, int, int], None]]:
     """A bar, which is told (stage, done, total), 0 where that is not known; a plain line for each stage where there is
-    no terminal."""
+    no terminal, unless ``lines`` is off."""
+    tell = progress_lines(console)
     with progress_bars(console) as bars:
-        task = bars.add_task("starting", total=None)
+        task = bars.add_task(first, total=None)
         current = ""
 
         def report(stage: str, done: int, total: int) -> None:
@@ -327,8 +371,8 @@ def stage_bar(console: Console) -> Iterator[Callable[[str, int, int], None]]:
             if stage != current:
                 current = stage
                 bars.reset(task, description=stage, total=total or None)
-                if not console.is_terminal:
-                    console.print(stage, markup=False)
+                if lines:
+                    tell(stage)
             bars.update(task, completed=done, total=total or None)
 
         yield report

@@ -10,7 +10,15 @@ import click
 
 from dipgo_deploy.backends import BACKENDS
 from dipgo_deploy.bundle.shapes import Range, Sizes
-from dipgo_deploy.cli.common import checked_outputs, entry_point, examples, human_console, json_option
+from dipgo_deploy.cli.common import (
+    checked_outputs,
+    entry_point,
+    examples,
+    human_console,
+    json_option,
+    quiet_option,
+    stages,
+)
 from dipgo_deploy.cli.compared import Outputs
 from dipgo_deploy.cli.options import (
     PATH,
@@ -164,6 +172,7 @@ def _size(name: str, what: str) -> Any:
 )
 @checked_outputs("junit", "html")
 @json_option
+@quiet_option
 @version_option
 def command(
     engine_dir: Path,
@@ -247,7 +256,7 @@ def command(
     outputs = Outputs(engine_dir, junit, html, as_json)
     worst = WorstPictures()
     if beside:
-        with human_console(as_json).status("comparing") as status:
+        with stages(human_console(as_json), "comparing") as notify:
             report, facts = against_side(
                 bundle,
                 created,
@@ -262,7 +271,7 @@ def command(
                 cross=cross,
                 threads=threads,
                 pictures=worst,
-                notify=status.update,
+                notify=notify,
             )
         common = {"engine_dir": str(engine_dir), "dtype": bundle.manifest.dtype, "backend": created.name, "seed": seed}
         outputs.write(report, {**common, **facts}, None, worst.pairs)
@@ -282,7 +291,7 @@ def command(
         torch.set_num_threads(threads)
     console = human_console(as_json)
     manifest = bundle.manifest
-    with console.status("loading the model") as status:
+    with stages(console, "loading the model") as notify:
         reference = load_reference(bundle, model)
         inputs = reference.inputs(
             manifest,
@@ -308,13 +317,13 @@ def command(
         )
         error: UserError | NotFiniteError | None = None
         try:
-            report = compare_engine(bundle, reference, inputs, created, options, status.update)
+            report = compare_engine(bundle, reference, inputs, created, options, notify)
         except (UserError, NotFiniteError) as ended:
             # Whoever reads the result in a file learns of it too.
             error, report = ended, Report(tolerance_of(manifest, reference, options))
         of: dict[str, Any] = {}
         if as_json or junit is not None or html is not None:
-            status.update("hashing the model")
+            notify("hashing the model")
             of = _provenance(bundle, reference, report, asked=tolerance is not None)
         if bisect is not None:
             of["bisect"] = {"line": "nothing is beyond tolerance, so there is nothing to bisect"}
@@ -333,7 +342,7 @@ def command(
                     whole=opened,
                     model=model,
                     against=other,
-                    notify=status.update,
+                    notify=notify,
                 )
             except UserError as ended:  # the comparison itself is still told
                 of["bisect"] = {"line": f"not bisected: {ended}"}

@@ -17,7 +17,9 @@ from dipgo_deploy.cli.common import (
     examples,
     human_console,
     json_option,
+    quiet_option,
     reading_options,
+    stages,
 )
 from dipgo_deploy.cli.options import (
     PATH,
@@ -184,6 +186,7 @@ SIZES = "N|MIN:MAX|MIN:OPT:MAX"
     help="Put it into a model repository for NVIDIA Triton, too, as dipgo-triton does.",
 )
 @json_option
+@quiet_option
 @version_option
 @click.pass_context
 def command(
@@ -228,12 +231,7 @@ def command(
     rows: list[dict[str, Any]] = []
     agreed: list[Agreement] = []
     notes: list[str] = []
-    with console.status("starting") as status:
-
-        def notify(stage: str) -> None:
-            status.update(stage)
-            if not console.is_terminal:
-                console.print(stage, markup=False)
+    with stages(console, "starting", lines=True) as notify:
 
         def planned(export: PlannedExport) -> None:
             exports.append(export)

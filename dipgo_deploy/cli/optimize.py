@@ -13,6 +13,7 @@ from dipgo_deploy.cli.common import (
     examples,
     human_console,
     json_option,
+    quiet_option,
     reading_options,
     stage_bar,
 )
@@ -120,6 +121,7 @@ from dipgo_deploy.cli.options import (
 @option("Output", "--overwrite", is_flag=True, help="Replace an engine directory that exists.")
 @option("Output", "--report/--no-report", default=True, help="Write a page of it, report.html, into the directory.")
 @json_option
+@quiet_option
 @version_option
 @click.pass_context
 def command(

@@ -7,7 +7,16 @@ from pathlib import Path
 
 import click
 
-from dipgo_deploy.cli.common import checked_outputs, emit, entry_point, examples, human_console, json_option, stage_bar
+from dipgo_deploy.cli.common import (
+    checked_outputs,
+    emit,
+    entry_point,
+    examples,
+    human_console,
+    json_option,
+    quiet_option,
+    stage_bar,
+)
 from dipgo_deploy.cli.options import (
     PATH,
     Command,
@@ -78,6 +87,7 @@ from dipgo_deploy.cli.options import (
 @threads_option("the physical cores")
 @option("Output", "-o", "--output", type=PATH, default=Path("report.html"), help="The page to write.")
 @json_option
+@quiet_option
 @version_option
 @checked_outputs("output")
 def command(

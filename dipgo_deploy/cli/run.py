@@ -24,6 +24,7 @@ from dipgo_deploy.cli.common import (
     lora_options,
     overwrite_option,
     progress_bars,
+    quiet_option,
 )
 from dipgo_deploy.cli.options import (
     PATH,
@@ -334,6 +335,7 @@ _DEFAULT_OUTPUT = {"pil": "output.png", "np": "output.npy", "latent": "output.np
 )
 @overwrite_option
 @json_option
+@quiet_option
 @version_option
 @click.pass_context
 def command(

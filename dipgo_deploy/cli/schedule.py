@@ -18,7 +18,9 @@ from dipgo_deploy.cli.common import (
     examples,
     human_console,
     json_option,
+    quiet_option,
     reading_options,
+    stages,
 )
 from dipgo_deploy.cli.options import (
     PATH,
@@ -334,18 +336,19 @@ def validate(file: Path, model: str | None, allow_other_config: bool, as_json: b
 )
 @allow_other_config_option
 @json_option
+@quiet_option
 def show(file: Path, model: str | None, allow_other_config: bool, as_json: bool) -> None:
     """Show a schedule as a grid of blocks (rows) and evaluations (columns)."""
     from dipgo_deploy.schedule.document import Schedule
     from dipgo_deploy.schedule.summary import schedule_facts
 
     schedule = Schedule.load(file)
-    facts = schedule_facts(schedule)
+    facts, console = schedule_facts(schedule), human_console(as_json)
     if model is not None:
         with _naming(file):
             _check_model(schedule, model, allow_other_config)
-        facts.update(_planned(schedule, model))
-    console = human_console(as_json)
+        with stages(console, f"tracing {model}"):
+            facts.update(_planned(schedule, model))
     _print_grid(schedule, console)
     _print_facts(facts, schedule, console)
     emit({"file": str(file), **facts, "keep": list(schedule.keep)}, as_json)

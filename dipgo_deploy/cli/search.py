@@ -21,6 +21,8 @@ from dipgo_deploy.cli.common import (
     json_option,
     overwrite_option,
     progress_bars,
+    progress_lines,
+    quiet_option,
 )
 from dipgo_deploy.cli.options import (
     PATH,
@@ -284,6 +286,7 @@ def _pruner_flags(function: F) -> F:
 )
 @overwrite_option
 @json_option
+@quiet_option
 @version_option
 def command(
     output: Path,
@@ -552,25 +555,24 @@ def _reporting(console: Console, options: dict[str, Any]) -> Iterator[Reporter]:
     """A progress bar for the pruner and one for the evaluations; plain lines where there is no terminal."""
     from dipgo_deploy.search.run import Reporter
 
+    tell = progress_lines(console)
     with progress_bars(console, "facts") as bars:
         current = bars.add_task("starting", total=None, facts="")
 
         def stage(name: str) -> None:
             bars.reset(current, description=name, total=None, facts="")
-            if not console.is_terminal:
-                console.print(name, markup=False)
+            tell(name)
 
         def iteration(progress: Any) -> None:
             facts = f"kept {progress.kept:.1%}, loss {progress.loss:.4f}"
             bars.update(current, completed=progress.iteration, total=progress.iterations, facts=facts)
-            if not console.is_terminal and progress.iteration % options["save_every"] == 0:
-                line = f"iteration {progress.iteration} of {progress.iterations}: {facts}, {progress.seconds:.2f} s"
-                console.print(line, markup=False, soft_wrap=True)
+            if progress.iteration % options["save_every"] == 0:
+                tell(f"iteration {progress.iteration} of {progress.iterations}: {facts}, {progress.seconds:.2f} s")
 
         def evaluation(count: int, best: float) -> None:
             bars.update(current, completed=count, facts=f"lowest loss {best:.4f}")
-            if not console.is_terminal and count % 50 == 0:
-                console.print(f"evaluation {count}: lowest loss {best:.4f}", markup=False)
+            if count % 50 == 0:
+                tell(f"evaluation {count}: lowest loss {best:.4f}")
 
         def progress(name: str, done: int, total: int) -> None:
             if name != progressing[-1]:

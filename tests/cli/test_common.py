@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import io
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,10 +11,12 @@ from typing import Any
 
 import click
 import pytest
+from rich.console import Console
 
 import dipgo_deploy
 from dipgo_deploy import __version__
 from dipgo_deploy.cli import common
+from dipgo_deploy.cli.main import command as dipgo_group
 from dipgo_deploy.cli.main import main as dipgo
 from dipgo_deploy.errors import NotFiniteError, ToleranceError, UserError, one_line
 from dipgo_deploy.extras import install
@@ -172,3 +176,43 @@ def test_dipgo_lists_its_verbs_and_version(capsys: pytest.CaptureFixture[str]) -
 def test_dipgo_runs_a_verb(capsys: pytest.CaptureFixture[str]) -> None:
     assert dipgo(["schedule", "--help"]) == 0
     assert "deepcache" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("quiet", [(), ("-q",)])
+def test_progress_has_its_time_and_quiet_has_none(capsys: pytest.CaptureFixture[str], quiet: tuple[str, ...]) -> None:
+    @click.command()
+    @common.quiet_option
+    def command() -> None:
+        console = common.human_console(False)
+        with common.stages(console, "starting", lines=True) as stage:
+            stage("tracing")
+            stage("tracing")
+        with common.stages(console, "starting") as stage:
+            stage("not shown where there is no terminal")
+        console.print("the result")
+
+    assert common.entry_point(command)(list(quiet)) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == "the result" and len(lines) == (1 if quiet else 2)
+    assert quiet or re.fullmatch(r"\[ +\d+\.\d s\] tracing", lines[0])
+
+
+@pytest.mark.parametrize("quiet", [(), ("--quiet",)])
+def test_a_terminal_sees_how_long_a_stage_takes(quiet: tuple[str, ...]) -> None:
+    shown = io.StringIO()
+
+    @click.command()
+    @common.quiet_option
+    def command() -> None:
+        with common.stages(Console(file=shown, force_terminal=True, width=120), "starting") as stage:
+            stage("tracing")
+
+    assert common.entry_point(command)(list(quiet)) == 0
+    assert bool(re.search(r"tracing.*0:00:00", shown.getvalue())) is not bool(quiet)
+    assert bool(shown.getvalue()) is not bool(quiet)
+
+
+def test_every_command_that_takes_long_can_be_quiet() -> None:
+    for verb in ("optimize", "export", "build", "calibrate", "search", "run", "compare", "report"):
+        command = dipgo_group.get_command(click.Context(dipgo_group), verb)
+        assert any("--quiet" in param.opts for param in command.params), verb
