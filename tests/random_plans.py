@@ -45,6 +45,10 @@ class Kept:
     def store(self, output: str, step: int, value: int | None) -> None:
         self._values[output] = [(step, value), *self._values.get(output, [])][:MOST_TERMS]
 
+    def hide(self, output: str, step: int) -> None:
+        """From now on there is nothing to read."""
+        self._values[output] = [(step, None)]
+
     def read(self, output: str, step: int, block: int) -> int | None:
         values = self._values.get(output, [])
         if not values:
@@ -77,10 +81,11 @@ def naive(
     gates: Sequence[Sequence[bool]],
     forecast: Forecast | None = None,
     denoisers: Sequence[int] | None = None,
+    shares: Sequence[float] | None = None,
 ) -> list[int | None]:
     """Predictions by the definition: kept blocks compute and store, removed ones read. None: a store was missing.
 
-    denoisers: of each evaluation, of ``random_turns``.
+    denoisers: of each evaluation, of ``random_turns``; with ``shares``, of ``random_halves``, that of the guidance.
     """
     owner = {output: k for k, block in enumerate(graph.blocks) for output in block.outputs}
     source = residual_source(graph)
@@ -93,7 +98,8 @@ def naive(
             if name not in known:
                 if name not in owner or row[owner[name]]:
                     arguments = [value(read) for read in sorted(graph.values[name].reads)]
-                    known[name] = None if None in arguments else compute(name, arguments)
+                    scaled = name if shares is None or name != graph.predictions[0] else f"{name}*{shares[step]}"
+                    known[name] = None if None in arguments else compute(scaled, arguments)
                 elif name in source:
                     parts = value(source[name]), store.read(name, step, owner[name])
                     known[name] = None if None in parts else sum(parts) % PRIME
@@ -104,9 +110,57 @@ def naive(
         for block, kept in zip(graph.blocks, row, strict=True):
             for output in block.outputs if kept and is_run(block, denoisers, step) else ():
                 made, origin = value(output), value(source[output]) if output in source else 0
-                store.store(output, step, None if made is None or origin is None else (made - origin) % PRIME)
+                fresh = None if made is None or origin is None else (made - origin) % PRIME
+                store.store(output, step, fresh)
+                store_half(store, graph, output, step, fresh)
         predictions.append(value(graph.predictions[0 if denoisers is None else denoisers[step]]))
     return predictions
+
+
+def half_of(value: int) -> int:
+    """The conditional half: of a difference it is the difference of the halves."""
+    return 7 * value % PRIME
+
+
+def store_half(store: Kept, graph: BlockGraph, output: str, step: int, fresh: int | None) -> None:
+    """A guided value has a conditional half; a conditional-only one takes the guided one's place."""
+    if output in graph.halves:
+        store.hide(graph.halves[output], step)
+    for name, whole in graph.halves.items():
+        if whole == output:
+            store.store(name, step, None if fresh is None else half_of(fresh))
+
+
+def random_halves(rng: random.Random) -> tuple[BlockGraph, list[list[bool]], list[float]]:
+    """A graph under ``d0.`` with its conditional-only twin under ``d1.``, gates, and the share of the guidance of each
+    evaluation."""
+    part = random_graph(rng)
+    while part.predictions[0] in {output for block in part.blocks for output in block.outputs}:
+        part = random_graph(rng)
+    twin = replace(part, values={n: replace(v, nbytes=2 * v.nbytes) for n, v in part.values.items()}).with_halves()
+    known = {name: f"d1.{whole}" for name, whole in twin.halves.items()} | {name: f"d0.{name}" for name in part.values}
+
+    def named(name: str) -> str:
+        return known.get(name, name)
+
+    values = {
+        named(v.name): Value(named(v.name), v.nbytes, frozenset(map(named, v.reads)), v.work)
+        for v in twin.values.values()
+    }
+    names = [f"d{place}.{block.name}" for place in range(2) for block in part.blocks]
+    blocks = tuple(
+        Block(name, tuple(map(named, block.outputs)), block.cache, tuple(map(named, block.inputs)))
+        for name, block in zip(names, twin.blocks, strict=True)
+    )
+    halves = {named(name): named(whole) for name, whole in twin.halves.items()}
+    graph = BlockGraph(part.inputs, values, blocks, tuple(map(named, twin.predictions)), twin.costs, halves)
+    shares = [rng.choice([1.0, 1.0, 0.5, 0.0, 0.0]) for _ in range(rng.randint(2, 8))]
+    return graph, random_gates(rng, len(shares), len(part.blocks)), shares
+
+
+def of_shares(shares: Sequence[float]) -> list[int]:
+    """Which of a graph's predictions each evaluation makes."""
+    return [int(share == 0) for share in shares]
 
 
 def is_run(block: Block, denoisers: Sequence[int] | None, step: int) -> bool:
@@ -305,10 +359,11 @@ def supernet(
     gates: Sequence[Sequence[bool]],
     forecast: Forecast | None = None,
     denoisers: Sequence[int] | None = None,
+    shares: Sequence[float] | None = None,
 ) -> list[int | None]:
     """Predictions by the definition: kept blocks compute and store, removed ones read. None: a store was missing.
 
-    denoisers: of each evaluation, of ``random_turns``.
+    denoisers: of each evaluation, of ``random_turns``; with ``shares``, of ``random_halves``, that of the guidance.
     """
     graph = traced.graph
     owner = {output: k for k, block in enumerate(graph.blocks) for output in block.outputs}
@@ -343,9 +398,11 @@ def supernet(
                     fresh[output] = None
         for output, made in fresh.items():
             store.store(output, step, made)
+            store_half(store, graph, output, step, made)
         try:
             prediction = graph.predictions[0 if denoisers is None else denoisers[step]]
-            predictions.append(evaluate(traced, prediction, known, given))
+            made = evaluate(traced, prediction, known, given)
+            predictions.append(made if shares is None or shares[step] == 0 else compute(f"*{shares[step]}", [made]))
         except Missing:
             predictions.append(None)
     return predictions

@@ -82,6 +82,8 @@ def without_solver(problem: Problem, name: str, schedule: Schedule) -> tuple[Cas
         return None, f"{label}: left out (it has other caches than the first schedule)"
     if schedule.forecast is not None:
         return None, f"{label}: left out (its forecast is one of its own launches, and the full run has others)"
+    if schedule.guidance is not None:
+        return None, f"{label}: left out (its guidance is one of its own launches, and the full run has all of it)"
     rows = dict(zip(at, schedule.gates, strict=True))
     nothing = (False,) * len(schedule.blocks)
     return Case(label, gates=tuple(rows.get(step, nothing) for step in range(problem.steps))), ""

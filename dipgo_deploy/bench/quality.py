@@ -179,7 +179,7 @@ def schedule_cases(
                 "give --any-sampler"
             )
         config = None if own is None else sampler.config
-        if schedule.forecast is not None:
+        if schedule.forecast is not None or schedule.guidance is not None:
             cases.append(Case(name, gates=schedule.gates, fitted=schedule))
             continue
         cases.append(Case(name, gates=schedule.gates, solver=own, config=config, cache=cache))

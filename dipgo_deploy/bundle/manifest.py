@@ -31,6 +31,8 @@ DENOISERS_VERSION = 8
 SEVERAL_VERSION = 9
 # What is written where weights are whole numbers.
 QUANTIZED_VERSION = 10
+# What is written where a launch has another guidance than the run's.
+GUIDANCE_VERSION = 11
 # What is read too: directories without a seal, of which nobody can tell whether the manifest was changed.
 UNSEALED_VERSION = 3
 MANIFEST_NAME = "manifest.json"
@@ -217,6 +219,13 @@ class LaunchEntry(_Frozen):
     )
     denoiser: int = pydantic.Field(
         default=0, exclude_if=_is_zero, description="whose launch it is, of the model's denoisers"
+    )
+    guidance: float = pydantic.Field(
+        default=1.0,
+        exclude_if=_is_one,
+        description="how much of the run's guidance it has: its scale is off + guidance * (scale - off) with the "
+        "manifest's `guidance_off`; 0: it is conditional only, with half the batch, and of a cache that a guided "
+        "launch wrote it reads the second half",
     )
 
 
@@ -507,7 +516,7 @@ class Components(_Frozen):
 class Manifest(_Frozen):
     """``manifest.json`` of an engine directory."""
 
-    format_version: Literal[3, 4, 5, 6, 7, 8, 9, 10] = 4
+    format_version: Literal[3, 4, 5, 6, 7, 8, 9, 10, 11] = 4
     created_by: str
     model: ModelEntry
     schedule: str = SCHEDULE_NAME
@@ -605,6 +614,7 @@ class Manifest(_Frozen):
         version = DENOISERS_VERSION if self.model.denoisers else version
         version = SEVERAL_VERSION if self.name else version
         version = QUANTIZED_VERSION if self.quantization is not None else version
+        version = GUIDANCE_VERSION if any(launch.guidance != 1 for launch in self.plan.launches) else version
         document = {**json.loads(self.model_dump_json(exclude={"seal"})), "format_version": version}
         return json.dumps({**document, "seal": seal_of(document)}, indent=1, ensure_ascii=False) + "\n"
 
@@ -630,10 +640,10 @@ class Manifest(_Frozen):
         version = data.get("format_version")
         if version == UNSEALED_VERSION:
             _log.warning("%s: was exported before directories were sealed, so changes to it do not show", path)
-        elif version not in range(FORMAT_VERSION, QUANTIZED_VERSION + 1):
+        elif version not in range(FORMAT_VERSION, GUIDANCE_VERSION + 1):
             raise UserError(
                 f"{path}: format_version {str(version)[:20]}, this version reads {UNSEALED_VERSION} to "
-                f"{QUANTIZED_VERSION}; export it again or update"
+                f"{GUIDANCE_VERSION}; export it again or update"
             )
         elif sealed and data.get("seal") != seal_of(data):
             raise UserError(

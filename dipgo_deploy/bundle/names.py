@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from dipgo_deploy.schedule.guidance import CONDITIONAL
 from dipgo_deploy.schedule.kinds import CacheKind
 
 HISTORY = "stack"
@@ -25,22 +26,27 @@ EMBEDS, NO_EMBEDS = "embeds", "no_embeds"
 _TABLE, _RUN = "table.", "run."
 _NEW, _VALUE = "new_", "value."
 
-_CACHE = re.compile(r"(?:new_)?(?P<prefix>cache|residual|value)\.(?P<block>.+)/out(?P<index>\d+)(?:@(?P<nth>\d+))?")
+_CACHE = re.compile(
+    r"(?:new_)?(?P<prefix>cache|residual|value)\.(?P<block>.+)/out(?P<index>\d+)"
+    rf"(?P<conditional>{CONDITIONAL})?(?:@(?P<nth>\d+))?"
+)
 
 
 @dataclass(frozen=True)
 class CacheName:
     """A cache by its graph input or output name: block, index in the order of ``supernet.cuts.flatten``, and kind; nth:
-    0, or of a weighted sum the n-th last stored one."""
+    0, or of a weighted sum the n-th last stored one; conditional: the conditional half alone."""
 
     block: str
     index: int
     kind: CacheKind
     nth: int = 0
+    conditional: bool = False
 
 
 def cache_input(kind: CacheKind, value: str, nth: int = 0) -> str:
-    """Input of a variant that reads the cache of ``value`` (``BLOCK/outN``), as it is or (nth) with a weight."""
+    """Input of a variant that reads the cache of ``value`` (``BLOCK/outN``, or with ``CONDITIONAL`` behind it), as it
+    is or (nth) with a weight."""
     return f"{'cache' if kind == 'output' else 'residual'}.{value}" + (f"@{nth}" if nth else "")
 
 
@@ -96,7 +102,7 @@ def parse_cache(name: str) -> CacheName | None:
     if found is None:
         return None
     kind: CacheKind = "residual" if found["prefix"] == "residual" else "output"
-    return CacheName(found["block"], int(found["index"]), kind, int(found["nth"] or 0))
+    return CacheName(found["block"], int(found["index"]), kind, int(found["nth"] or 0), bool(found["conditional"]))
 
 
 def is_weighted(name: str) -> bool:

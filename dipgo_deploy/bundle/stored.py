@@ -39,8 +39,11 @@ def stored_values(plan: PlanEntry) -> tuple[StoredValue, ...]:
     there: dict[int, int] = {}
     for number, launch in enumerate(plan.launches):
         variant = plan.variants[launch.variant]
+        inputs = {spec.name: spec for spec in variant.graph.inputs}
         for name, offset in zip(variant.reads, launch.reads, strict=True):
-            reads[there[offset]].append((number, name))
+            # A conditional-only launch may read the second half of what lies there.
+            start = offset if offset in there or launch.guidance else offset - inputs[name].nbytes
+            reads[there[start]].append((number, name))
         outputs = {spec.name: spec for spec in variant.graph.outputs}
         for name, offset in zip(variant.writes, launch.writes, strict=True):
             there[offset] = len(found)

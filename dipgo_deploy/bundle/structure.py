@@ -25,6 +25,7 @@ from dipgo_deploy.bundle.names import (
 )
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.plan.buffers import ALIGNMENT
+from dipgo_deploy.schedule.validation import MAX_GUIDANCE
 
 # No sampler's weights, and no timestep, come near these.
 MOST_WEIGHT = 1e6
@@ -189,8 +190,11 @@ def _check_rows(manifest: Manifest) -> None:
         made = {spec.name: spec for spec in plan.prologue.outputs}
         strange = sorted(name for name in made if not is_run_row(name))
         _require(not strange, f"prologue: nothing takes its output {', '.join(strange[:3])}")
+        own = any(launch.guidance != 1 for launch in plan.launches)
         for spec in plan.prologue.inputs:
-            if spec.name not in GUIDANCE_SCALES:
+            scale = spec.name in GUIDANCE_SCALES
+            _require(not (scale and own), f"prologue: takes {spec.name}, of which launches have their own")
+            if not scale:
                 wanted = conditions.get(spec.name)
                 _require(wanted is not None, f"prologue: nothing fills its input {spec.name}")
                 same = wanted is not None and (wanted.shape, wanted.dtype) == (spec.shape, spec.dtype)
@@ -204,7 +208,9 @@ def _check_rows(manifest: Manifest) -> None:
             _require(right, f"prologue: {name} is {made[name].dtype} {made[name].shape}, graphs take {spec.shape}")
         else:
             _require(bool(plan.table_classes), f"variant: nothing fills its input {name}")
-            _require(spec.shape[:1] == labels[0].shape, f"variant: {name} has the shape {spec.shape}")
+            (images,) = labels[0].shape
+            counts = (images, images // 2) if any(launch.guidance == 0 for launch in plan.launches) else (images,)
+            _require(spec.shape[:1] in {(count,) for count in counts}, f"variant: {name} has the shape {spec.shape}")
 
 
 def weighted_reads(variant: VariantEntry) -> int:
@@ -225,6 +231,10 @@ def _check_denoiser(where: str, manifest: Manifest, launch: LaunchEntry) -> None
     taken = {spec.name for spec in manifest.plan.variants[launch.variant].graph.inputs} & set(GUIDANCE_SCALES)
     own = GUIDANCE_SCALES[launch.denoiser]
     _require(taken <= {own}, f"{where}: its graph takes {', '.join(sorted(taken))}, its denoiser has {own}")
+    right = math.isfinite(launch.guidance) and 0 <= launch.guidance <= MAX_GUIDANCE
+    _require(right, f"{where}: {launch.guidance} is no share of the guidance")
+    _require(manifest.guidance or launch.guidance == 1, f"{where}: has guidance, the engine directory has none")
+    _require(not taken or launch.guidance != 0, f"{where}: is conditional only, and its graph takes {own}")
 
 
 def _check_launch(
@@ -248,7 +258,10 @@ def _check_launch(
     _check_weights(where, launch.forecast, weighted_reads(variant) if FORECAST in inputs else 0, "stored values")
     _require(len(launch.reads) == len(variant.reads), f"{where}: {len(launch.reads)} offsets to read from")
     _require(len(launch.writes) == len(variant.writes), f"{where}: {len(launch.writes)} offsets to write to")
-    reads = [arena.read(where, offset, inputs[name]) for name, offset in zip(variant.reads, launch.reads, strict=True)]
+    half = launch.guidance == 0
+    reads = [
+        arena.read(where, offset, inputs[name], half) for name, offset in zip(variant.reads, launch.reads, strict=True)
+    ]
     spans: list[tuple[int, int]] = []
     for name, offset in zip(variant.writes, launch.writes, strict=True):
         span = arena.span(where, offset, outputs[name])
@@ -288,21 +301,31 @@ class _Arena:
         self._nbytes = nbytes
         self._written: dict[int, _Written] = {}
 
-    def span(self, where: str, offset: int, spec: TensorSpec) -> tuple[int, int]:
-        """First byte and the one after the last."""
+    def span(self, where: str, offset: int, spec: TensorSpec, *, aligned: bool = True) -> tuple[int, int]:
+        """First byte and the one after the last. aligned: as the start of what was written is."""
         end = offset + spec.nbytes
         _require(offset >= 0 and end <= self._nbytes, f"{where}: {spec.name} at {offset} is outside the arena")
-        _require(offset % ALIGNMENT == 0, f"{where}: {spec.name} at {offset} is not aligned to {ALIGNMENT} bytes")
+        right = not aligned or offset % ALIGNMENT == 0
+        _require(right, f"{where}: {spec.name} at {offset} is not aligned to {ALIGNMENT} bytes")
         return offset, end
 
-    def read(self, where: str, offset: int, spec: TensorSpec) -> tuple[int, int]:
-        span = self.span(where, offset, spec)
-        there = self._written.get(offset)
+    def read(self, where: str, offset: int, spec: TensorSpec, half: bool) -> tuple[int, int]:
+        """What is read, which has to be what was written, or (half) the second half of its rows."""
+        span = self.span(where, offset, spec, aligned=not half)
+        there = self._written.get(offset) or (self._second_half(span) if half else None)
         _require(there is not None, f"{where}: reads {spec.name} at {offset}, where nothing was written")
         assert there is not None
         found, wanted = (there.shape, there.dtype), (spec.shape, spec.dtype)
         _require(found == wanted, f"{where}: reads {spec.name} as {wanted}, written was {found}")
         return span
+
+    def _second_half(self, span: tuple[int, int]) -> _Written | None:
+        """What was written there as the conditional half of a cache."""
+        for other in self._written.values():
+            rows = other.shape[0] if other.shape else 0
+            if rows % 2 == 0 and rows and span == (sum(other.span) // 2, other.span[1]):
+                return _Written(span, (rows // 2, *other.shape[1:]), other.dtype)
+        return None
 
     def write(self, span: tuple[int, int], spec: TensorSpec) -> None:
         for offset in [offset for offset, other in self._written.items() if _meet(span, other.span)]:

@@ -74,7 +74,8 @@ class Tables:
         return {name: rows[place] for name, rows in self.rows.items()}
 
     def for_classes(self, classes: np.ndarray) -> dict[str, np.ndarray]:
-        """The rows of class ids int64 (images,), by name: (timesteps, images, *row of an image).
+        """The rows of class ids int64 (images,), by name: (timesteps, images, *row of an image); what conditional-only
+        launches take has rows of the second half of the images.
 
         They are read when they are asked for, a table at a time: all together may take as much as the weights.
 
@@ -92,5 +93,5 @@ class Tables:
         found = {}
         for name in self.of_classes:
             (table,) = read_tensors(self._file, {name: self._tables[name]}, _TAKER).values()
-            found[name] = table[places].swapaxes(0, 1)
+            found[name] = table[places[-self.of_classes[name].shape[0] :]].swapaxes(0, 1)
         return found

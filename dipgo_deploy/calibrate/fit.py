@@ -69,7 +69,7 @@ def calibrate(
     facts = _facts(problem, scales)
     with TemporaryDirectory() as temporary:
         work = folder or Path(temporary)
-        model = SupernetModel(problem, case.gates, scales, work, case.reads)
+        model = SupernetModel(problem, case.gates, scales, work, case.reads, case.guidance)
         solver = fitted_solver(
             model,
             case.launches,
@@ -98,11 +98,13 @@ class Launched:
         gates: one row a launch.
         launches: the launches.
         reads: what their removed blocks read; None: the value that they stored last.
+        guidance: how much each has of it; None: all.
     """
 
     gates: Gates
     launches: tuple[Launch, ...]
     reads: Forecast | ReadWeights | None
+    guidance: tuple[float, ...] | None = None
 
     def prepare(self, model: SupernetModel) -> Prepare | None:
         """What has to be done before each launch predicts."""
@@ -113,7 +115,7 @@ class Launched:
         forecast = self.reads
         if isinstance(forecast, ReadWeights):
             forecast = forecast.forecast({"images": options.images, "held_aside": options.aside})
-        return schedule.with_solver(solver, self.gates).with_forecast(forecast)
+        return schedule.with_solver(solver, self.gates, self.guidance).with_forecast(forecast)
 
 
 def launched(problem: Problem, schedule: Schedule, *, fit_forecast: bool = False) -> Launched:
@@ -128,7 +130,8 @@ def launched(problem: Problem, schedule: Schedule, *, fit_forecast: bool = False
         if not isinstance(reads, RuleForecast):
             raise UserError("the schedule has no forecast by a rule, whose order says how many values are read")
         reads = ReadWeights(reads.order + 1, len(problem.target.blocks))
-    return Launched(tuple(schedule.gates[step] for step in steps), tuple(launches), reads)
+    guidance = None if schedule.guidance is None else tuple(schedule.guidance[step] for step in steps)
+    return Launched(tuple(schedule.gates[step] for step in steps), tuple(launches), reads, guidance)
 
 
 def calibrated_launches(

@@ -14,7 +14,7 @@ from torch import Tensor
 from dipgo_deploy.calibrate.core import Group, Launch
 from dipgo_deploy.schedule.document import Gates
 from dipgo_deploy.schedule.forecast import Reads
-from dipgo_deploy.search.problem import Problem, with_guidance_scale
+from dipgo_deploy.search.problem import Problem, all_guided, with_guidance_scale
 from dipgo_deploy.supernet import CacheState, Supernet
 from dipgo_deploy.supernet.loop import guided_step
 
@@ -29,9 +29,10 @@ class SupernetModel:
         scales: Sequence[float | None],
         folder: Path,
         forecast: Reads | None = None,
+        guidance: Sequence[float] | None = None,
     ) -> None:
         """gates: one row a launch. scales: guidance scales of the groups. folder: for caches. forecast: what removed
-        blocks read, by number of the launch."""
+        blocks read, by number of the launch. guidance: of each launch, as a schedule has it."""
         self._at = {
             scale: problem if scale in (None, problem.guidance_scale) else with_guidance_scale(problem, scale)
             for scale in dict.fromkeys(scales)
@@ -46,6 +47,7 @@ class SupernetModel:
         self._supernet = problem.source.supernet(problem.options.granularity, problem.cache_kinds)
         self._with_files = problem.source.supernet(problem.options.granularity, problem.cache_kinds)
         self._supernet.forecast = self._with_files.forecast = forecast
+        self._supernet.guidance = self._with_files.guidance = guidance
         self._folder = folder
         self._states: dict[int, CacheState] = {}
 
@@ -59,7 +61,7 @@ class SupernetModel:
     def full_run(self, group: Group, wanted: Collection[int]) -> tuple[Mapping[int, np.ndarray], np.ndarray]:
         """See ``core.Model``."""
         problem = self._at[group.scale]
-        problem = problem.reference or problem
+        problem = all_guided(problem.reference or problem)
         latents: dict[int, np.ndarray] = {}
 
         def record(evaluation: Any) -> None:

@@ -52,7 +52,7 @@ def bisected(
     from dipgo_deploy.reference.steps import recorder_for
 
     notify("bisecting: running the supernet's loop")
-    recorder = recorder_for(bundle, reference.schedule, inputs.guidance_scale)
+    recorder = recorder_for(bundle, reference.schedule)
     run_until_complete(recorder, reference, inputs)
     notify("bisecting")
     with tempfile.TemporaryDirectory(prefix=".bisect-", dir=folder.resolve().parent) as scratch:

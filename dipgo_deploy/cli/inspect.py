@@ -175,6 +175,7 @@ def _summary(facts: Mapping[str, Any]) -> dict[str, str]:
     from dipgo_deploy.bundle.manifest import QuantizationEntry
     from dipgo_deploy.bundle.shapes import BATCH, Range
     from dipgo_deploy.engine.budget import size
+    from dipgo_deploy.schedule.guidance import guidance_line
     from dipgo_deploy.schedule.summary import denoisers_line
 
     model, sampler, schedule = facts["model"], facts["sampler"], facts["schedule"]
@@ -193,6 +194,7 @@ def _summary(facts: Mapping[str, Any]) -> dict[str, str]:
         "sampler": f"{sampler['class_name']}, {sampler['num_inference_steps']} steps, "
         f"{facts['evaluations']} evaluations",
         **({"denoisers": denoisers_line(schedule["denoisers"])} if "denoisers" in schedule else {}),
+        **({"guided": guidance_line(schedule["guidance"])} if "guidance" in schedule else {}),
         "schedule": f"{schedule['kept_gates']:.1%} of the gates kept",
         "worth": schedule["worth"]["line"].removeprefix("worth: "),
         "launches": f"{launches} of {len(facts['variants'])} graphs, layout {facts['layout']}",

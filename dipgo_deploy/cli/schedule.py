@@ -110,6 +110,7 @@ def _pending_for(file: Path, options: Mapping[str, Any]) -> PendingTarget:
 
 def _write(schedule: Schedule, output: Path, as_json: bool, forecast: RuleForecast | None) -> None:
     from dipgo_deploy.errors import UserError
+    from dipgo_deploy.schedule.guidance import guidance_line
     from dipgo_deploy.schedule.summary import schedule_facts, schedule_line
 
     if forecast is not None:
@@ -122,6 +123,8 @@ def _write(schedule: Schedule, output: Path, as_json: bool, forecast: RuleForeca
     console.print(schedule_facts(schedule)["worth"]["line"], markup=False, soft_wrap=True)
     if schedule.forecast is not None:
         console.print(f"forecast: {schedule.forecast.summary(schedule.gates)}", markup=False, soft_wrap=True)
+    if schedule.guidance is not None:
+        console.print(f"guidance: {guidance_line(schedule.guidance)}", markup=False, soft_wrap=True)
     emit({"file": str(output), **schedule_facts(schedule)}, as_json)
 
 
@@ -292,6 +295,67 @@ def _setting_option(setting: Setting) -> Callable[[F], F]:
     return option("Schedule", f"--{setting.name.replace('_', '-')}", type=kind, help=setting.help, **default)
 
 
+@command.command(
+    epilog=examples(
+        "dipgo-schedule guidance schedule.json --conditional 30-49 -o cheaper.json",
+        "dipgo-schedule guidance schedule.json --share 0-9=0.5 --conditional 45-49 -o other.json",
+    )
+)
+@click.argument("file", type=PATH)
+@option(
+    "Schedule",
+    "--conditional",
+    multiple=True,
+    metavar="FIRST-LAST",
+    help="Evaluations without guidance, at half the cost: the unconditional half of the batch is not computed. May be "
+    "given several times.",
+    show_default="none",
+)
+@option(
+    "Schedule",
+    "--share",
+    multiple=True,
+    metavar="FIRST-LAST=SHARE",
+    help="Evaluations with this much of a run's guidance: the scale is 1 + SHARE x (guidance scale - 1). May be given "
+    "several times.",
+    show_default="1 for all",
+)
+@option("Output", "-o", "--output", type=PATH, required=True, help="Schedule file to write.")
+@checked_outputs("output")
+@json_option
+def guidance(file: Path, conditional: tuple[str, ...], share: tuple[str, ...], output: Path, as_json: bool) -> None:
+    """Say how much classifier-free guidance each evaluation of a schedule has.
+
+    Blocks are kept where a guided evaluation would read a cache that a conditional-only one wrote, which has no
+    unconditional half.
+    """
+    from dipgo_deploy.errors import UserError
+    from dipgo_deploy.schedule.builders import with_guidance
+    from dipgo_deploy.schedule.document import Schedule
+    from dipgo_deploy.schedule.guidance import shares_of
+
+    if not conditional and not share:
+        raise UserError("guidance: nothing is to change; give --conditional or --share")
+    schedule = Schedule.load(file)
+    shares = shares_of(schedule.guidance or (1.0,) * schedule.steps, conditional, share)
+    with _naming(file):
+        made, kept = with_guidance(schedule, shares, {"conditional": list(conditional), "share": list(share)})
+    if kept:
+        step, block = kept[0]
+        human_console(as_json).print(
+            f"{file}: {len(kept)} gates are kept for unconditional halves, the first of {block} at evaluation {step}",
+            markup=False,
+            soft_wrap=True,
+        )
+    if schedule.solver is not None:
+        human_console(as_json).print(
+            f"{file}: its solver's weights are for another guidance; fit them again with dipgo-calibrate",
+            markup=False,
+            soft_wrap=True,
+        )
+    _write(made, output, as_json, None)
+
+
 @command.command(epilog=examples("dipgo-schedule validate schedule.json --model fashion-sd"))
 @click.argument("file", type=PATH)
 @option("Model", "--model", show_default="none", help="Also check that the schedule was made for this model.")
@@ -442,7 +506,13 @@ def _planned(schedule: Schedule, model: str) -> dict[str, Any]:
 
     family, config = denoiser_config(model)
     graph = trace_blocks(model, schedule.model.granularity, schedule.cache_kinds)
-    plan = compile_plan(graph, schedule.gates, denoisers=denoiser_numbers(family, schedule), forecast=schedule.forecast)
+    plan = compile_plan(
+        graph.with_halves() if any(schedule.conditional_only) else graph,
+        schedule.gates,
+        denoisers=denoiser_numbers(family, schedule),
+        forecast=schedule.forecast,
+        guidance=schedule.guidance,
+    )
     full_macs = plan.macs_full * schedule.steps
     return {
         "kept_macs": plan.macs_schedule / full_macs if full_macs else 1.0,
@@ -476,6 +546,7 @@ def _print_grid(schedule: Schedule, console: Console) -> None:
 
 
 def _print_facts(facts: Mapping[str, Any], schedule: Schedule, console: Console) -> None:
+    from dipgo_deploy.schedule.guidance import guidance_line
     from dipgo_deploy.schedule.summary import denoisers_line
 
     provenance, solver, forecast = facts["provenance"], schedule.solver, schedule.forecast
@@ -483,6 +554,7 @@ def _print_facts(facts: Mapping[str, Any], schedule: Schedule, console: Console)
         "model": f"{facts['model']['class_name']}, {facts['blocks']} units ({facts['model']['granularity']})",
         "sampler": f"{facts['sampler']}, {facts['num_inference_steps']} steps, {facts['steps']} evaluations",
         **({} if schedule.denoisers is None else {"denoisers": denoisers_line(schedule.denoisers)}),
+        **({} if schedule.guidance is None else {"guidance": guidance_line(schedule.guidance)}),
         **({} if solver is None else {"solver": solver.summary}),
         **({} if forecast is None else {"forecast": forecast.summary(schedule.gates)}),
         "made by": str(provenance.get("method", "not said")),

@@ -483,7 +483,7 @@ def _starts(files: Sequence[Path], target: Any) -> tuple[tuple[str, Any], ...]:
             raise UserError(
                 f"--start {path}: was made for another model, or for other blocks or caches of it; leave it out"
             )
-        _check_no_forecast(path, schedule)
+        _check_plain_gates(path, schedule)
         found.append((path.stem, schedule.gates))
     return tuple(found)
 
@@ -492,16 +492,18 @@ def _warm_gates(file: str) -> Any:
     from dipgo_deploy.schedule.document import Schedule
 
     schedule = Schedule.load(file)
-    _check_no_forecast(file, schedule)
+    _check_plain_gates(file, schedule)
     return schedule.gates
 
 
-def _check_no_forecast(file: str | Path, schedule: Schedule) -> None:
+def _check_plain_gates(file: str | Path, schedule: Schedule) -> None:
     """A search runs caches as they are, so such gates would be judged by what they do not do."""
     from dipgo_deploy.errors import UserError
 
     if schedule.forecast is not None:
         raise UserError(f"{file}: has a forecast, which a search does not run; give a schedule without one")
+    if schedule.guidance is not None:
+        raise UserError(f"{file}: has a guidance of its own, which a search does not run; give a schedule without one")
 
 
 def pruner_config(options: dict[str, Any]) -> PrunerConfig:

@@ -198,7 +198,7 @@ def _denoiser(
     alone = options.variants or saved
     if not (alone or options.loop):
         return (), None
-    recorder = recorder_for(bundle, reference.schedule, inputs.guidance_scale)
+    recorder = recorder_for(bundle, reference.schedule)
     loop = None
     if options.loop:
         notify("running both loops")

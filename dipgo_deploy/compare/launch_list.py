@@ -44,6 +44,10 @@ def check_launch_list(manifest: Manifest, reference: Reference) -> list[Part]:
         if found != wanted:
             note = f"is of denoiser {found}, the schedule runs {wanted} at evaluation {launch.step}"
             return [Part(NAME, f"launch {index}", "the schedule", (), note)]
+        share = 1.0 if schedule.guidance is None else schedule.guidance[launch.step]
+        if launch.guidance != share:
+            note = f"has {launch.guidance:g} of the guidance, the schedule {share:g} at evaluation {launch.step}"
+            return [Part(NAME, f"launch {index}", "the schedule", (), note)]
     source, columns = _predictions(plan, len(reference.schedule.gates))
     matrix = sampler_matrix(
         reference.scheduler,

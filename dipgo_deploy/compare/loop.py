@@ -19,7 +19,7 @@ from dipgo_deploy.compare.report import LATENT, Checked
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.reference.conditions import ReferenceInputs, as_arrays, host
 from dipgo_deploy.reference.load import Reference
-from dipgo_deploy.reference.recording import cache_tensor
+from dipgo_deploy.reference.recording import as_read, cache_tensor
 from dipgo_deploy.reference.steps import stored_block
 from dipgo_deploy.runtime.loop import DenoisingLoop
 from dipgo_deploy.supernet.loop import Evaluation, guided_step
@@ -241,9 +241,13 @@ def _sum_of(
     terms: weights and which of the values, 0 the last.
     """
     block, index, _ = _key(name)
+    cache = parse_cache(name)
+    conditional = cache is not None and cache.conditional
     held = [carried.get((block, index, age), None) for _, age in terms]
-    own = [state.stored(block)[age][index] for _, age in terms]
-    values = [host(tensor) if value is None else value for value, tensor in zip(held, own, strict=True)]
+    own = [state.read(block, conditional=conditional)[age][index] for _, age in terms]
+    values = [
+        host(tensor) if value is None else as_read(value, tensor.shape) for value, tensor in zip(held, own, strict=True)
+    ]
     weighted = [value if weight == 1 else weight * value for (weight, _), value in zip(terms, values, strict=True)]
     total: np.ndarray = weighted[0]
     for value in weighted[1:]:

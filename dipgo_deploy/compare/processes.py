@@ -125,7 +125,7 @@ def _record(engine_dir: Path, model: str, folder: Path, self_test: int = 0, sche
             give_back_after_use(reference.source.denoiser)
             caches = reference.supernet.store = MappedCaches(folder)
             inputs = reference.inputs(manifest)
-            recorder = recorder_for(bundle, reference.schedule, inputs.guidance_scale, again=False)
+            recorder = recorder_for(bundle, reference.schedule, again=False)
             (folder / str(place)).mkdir()
             written = ToDisk(recorder, folder / str(place), caches)
             test = SelfTestRecorder(bundle, self_test, whole=False) if self_test and not place else None

@@ -146,7 +146,7 @@ def record_alone(bundle: Bundle, reference: Reference, tolerance: float, recorde
     from dipgo_deploy.reference.steps import recorder_for
 
     inputs = reference.inputs(bundle.manifest, seed=SEED)
-    variants = recorder_for(bundle, reference.schedule, inputs.guidance_scale, again=False)
+    variants = recorder_for(bundle, reference.schedule, again=False)
 
     def record(evaluation: Evaluation) -> None:
         variants(evaluation)

@@ -17,6 +17,7 @@ from dipgo_deploy.bundle.directory import Bundle
 from dipgo_deploy.bundle.history import final_latent
 from dipgo_deploy.bundle.names import HISTORY, parse_cache
 from dipgo_deploy.reference.conditions import DEFAULT_GUIDANCE_SCALE, LABEL, PROMPT
+from dipgo_deploy.reference.recording import as_read
 from dipgo_deploy.runtime.image import Decoder
 from dipgo_deploy.runtime.loop import DenoisingLoop
 from dipgo_deploy.runtime.noise import TorchNoise, loop_noise
@@ -215,7 +216,12 @@ class EngineSide:
         for launch in launches:
             for spec, offset in zip(self._specs(launch, "reads"), launch.reads, strict=True):
                 known = self._before_at.get(offset)
+                half = known is None and launch.guidance == 0
+                if half:
+                    known = self._before_at.get(offset - spec.nbytes)
                 found = None if offset in made or known is None else other.before.get(*known)
+                read = None if found is None else as_read(found, spec.shape)
+                found = None if half and read is found else read
                 if found is not None and found.shape == spec.shape:
                     data = as_bytes(to_storage(found, spec.dtype))
                     arena[offset : offset + data.nbytes] = data

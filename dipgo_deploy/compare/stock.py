@@ -294,6 +294,8 @@ class _Denoiser:
         self._gates = reference.schedule.gates
         self._states = [CacheState() for _ in range(calls)]
         self._calls = 0
+        self._order = reference.source.family.guide.order
+        self._conditional: Any = None
         self._control: dict[str, Any] = {}
         family = reference.source.family
         self._beside = [name for name in family.companions if name not in family.denoisers]
@@ -379,9 +381,31 @@ class _Denoiser:
 
         supernet = Supernet(ours.model, ours.specs, ours.cache_kinds, call)
         supernet.forecast, supernet.denoisers = ours.forecast, ours.denoisers
+        # Both halves are always evaluated, as the pipeline does: the conditional one is what it would be alone, and no
+        # guided evaluation reads an unconditional cache of a conditional-only one.
         result, self._states[half] = supernet.step(latent, timestep, {}, self._gates[step], self._states[half], step)
         self._calls += 1
-        return result
+        share = 1.0 if ours.guidance is None else ours.guidance[step]
+        return result if share == 1 else self._with_share(result, share, half)
+
+    def _with_share(self, result: Any, share: float, half: int) -> Any:
+        """What the denoiser gives, with an unconditional half that makes the pipeline guide by this share."""
+        if self._order == "separate":
+            if half == 0:
+                self._conditional = result
+                return result
+            return _mapped(
+                lambda made, conditional: conditional - share * (conditional - made), result, self._conditional
+            )
+
+        def joined(made: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+            first, second = made.chunk(2)
+            unconditional_first = self._order == "unconditional first"
+            conditional, unconditional = (second, first) if unconditional_first else (first, second)
+            unconditional = conditional - share * (conditional - unconditional)
+            return torch.cat([unconditional, conditional] if unconditional_first else [conditional, unconditional])
+
+        return _mapped(joined, result, result)
 
     def _seen_by_controlnets(self, latent: torch.Tensor) -> dict[str, torch.Tensor]:
         """Their pictures (latents (B, C, h, w) where those are packed) and scales."""
@@ -416,6 +440,20 @@ class _Denoiser:
         if labels is None or null is None:
             return kwargs
         return {**kwargs, "class_labels": torch.where(labels == _IMAGENET_NULL, null, labels)}
+
+
+def _mapped(change: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], result: Any, other: Any) -> Any:
+    """A denoiser's output with its tensors changed; a list has one for each row of the batch. other: one of the same
+    structure, whose tensors are given too."""
+    if isinstance(result, torch.Tensor):
+        return change(result, other)
+    if isinstance(result, tuple):
+        return tuple(_mapped(change, *pair) for pair in zip(result, other, strict=True))
+    if isinstance(result, list):
+        return list(change(torch.stack(result), torch.stack(other)).unbind())
+    if isinstance(result, Mapping):
+        return type(result)(**{name: _mapped(change, value, other[name]) for name, value in result.items()})
+    return result
 
 
 def _rows(conditions: Mapping[str, np.ndarray], name: str) -> tuple[np.ndarray, ...]:

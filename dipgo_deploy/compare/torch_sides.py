@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -181,7 +182,8 @@ class StockSide:
         """As ``compare.sides.Side`` has it."""
         if other.latent is None:
             return None
-        inputs, supernet = self._inputs, self._reference.supernet
+        inputs, supernet = self._inputs, copy.copy(self._reference.supernet)
+        supernet.guidance = None
         with torch.no_grad():
             _, prediction, _ = guided_step(
                 supernet,

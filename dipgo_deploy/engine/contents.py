@@ -188,6 +188,7 @@ def _launches(manifest: Manifest) -> list[dict[str, Any]]:
             "coefficients": list(launch.coefficients),
             "forecast": list(launch.forecast),
             **({"denoiser": manifest.model.denoisers[launch.denoiser]} if manifest.model.denoisers else {}),
+            **({} if launch.guidance == 1 else {"guidance": launch.guidance}),
         }
         for number, launch in enumerate(plan.launches)
     ]

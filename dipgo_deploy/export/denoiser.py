@@ -9,6 +9,7 @@ import torch
 
 from dipgo_deploy.models.family import BlockSpec
 from dipgo_deploy.plan.graph import Block, CacheKind
+from dipgo_deploy.schedule.guidance import CONDITIONAL
 from dipgo_deploy.supernet.cuts import collect, model_dtype
 
 
@@ -22,7 +23,9 @@ class TracedDenoiser(torch.nn.Module):
     denoiser's prediction float32 (B, C, h, w) (after guidance; learned variance dropped), then every named value once.
     ``boundary`` says what those are; it is filled while ``forward`` runs.
 
-    denoisers: their paths in ``denoiser``, as a family has them.
+    denoisers: their paths in ``denoiser``, as a family has them. conditional: also evaluate each of them conditional
+    only, on B latents and the second half of the conditions; its prediction, and its named values with ``CONDITIONAL``
+    behind their names, come after those of guidance.
     """
 
     def __init__(
@@ -37,6 +40,7 @@ class TracedDenoiser(torch.nn.Module):
         guidance: Callable[..., torch.Tensor] | None,
         boundary: BoundaryTensors,
         denoisers: Sequence[str] = ("",),
+        conditional: bool = False,
     ) -> None:
         super().__init__()
         self.denoiser = denoiser
@@ -48,21 +52,34 @@ class TracedDenoiser(torch.nn.Module):
         self._guidance = guidance
         self._boundary = boundary
         self._denoisers = tuple(denoisers)
+        self._conditional = conditional
 
     def forward(self, latent: torch.Tensor, timestep: torch.Tensor, *rest: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """See the class."""
         scales = () if self._guidance is None else rest[: len(self._denoisers)]
         batch = latent if self._guidance is None else torch.cat([latent, latent])
-        batch = batch.to(model_dtype(self.denoiser))
         conditions = dict(zip(self._conditions, rest[len(scales) :], strict=True))
+        self._boundary.clear()
+        predicted, values = self._evaluated(batch, timestep, conditions)
+        made = [self._guided(latent, one, scales[place : place + 1]) for place, one in enumerate(predicted)]
+        if self._conditional:
+            halves = {name: rows[rows.shape[0] // 2 :] for name, rows in conditions.items()}
+            predicted, others = self._evaluated(latent, timestep, halves, CONDITIONAL)
+            made += [one[:, : self._channels].float() for one in predicted]
+            values += others
+        return (*made, *values)
+
+    def _evaluated(
+        self, batch: torch.Tensor, timestep: torch.Tensor, conditions: Mapping[str, torch.Tensor], suffix: str = ""
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """What the denoisers predict, and the boundary's values."""
+        batch = batch.to(model_dtype(self.denoiser))
         times = timestep.expand(batch.shape[0])
         with collect(self.denoiser, self._specs) as cuts:
             predicted = [
                 self._call(self.denoiser.get_submodule(path), batch, times, conditions) for path in self._denoisers
             ]
-        guided = [self._guided(latent, one, scales[place : place + 1]) for place, one in enumerate(predicted)]
-        values = self._boundary.arrange(self._specs, self._cache_kinds, cuts)
-        return (*guided, *values)
+        return predicted, self._boundary.arrange(self._specs, self._cache_kinds, cuts, suffix)
 
     def _guided(self, latent: torch.Tensor, predicted: torch.Tensor, scale: Sequence[torch.Tensor]) -> torch.Tensor:
         predicted = predicted[:, : self._channels].float()
@@ -77,27 +94,36 @@ class TracedDenoiser(torch.nn.Module):
 class BoundaryTensors:
     """What the outputs after the predictions are: filled by ``arrange`` during a trace.
 
-    names: one name per output tensor. blocks: the blocks in terms of these names, aliases resolved.
+    names: one name per output tensor. blocks: the blocks in terms of these names, aliases resolved. halves: of
+    conditional-only values those of guidance.
     """
 
     def __init__(self) -> None:
         self.names: list[str] = []
         self.blocks: list[Block] = []
+        self.halves: dict[str, str] = {}
 
-    def arrange(
-        self, specs: Sequence[BlockSpec], cache_kinds: Mapping[str, CacheKind], cuts: Mapping[str, Any]
-    ) -> list[torch.Tensor]:
-        """The distinct tensors among all boundary tensors and residual inputs, named in order of execution."""
+    def clear(self) -> None:
+        """Forget an earlier evaluation."""
         self.names.clear()
         self.blocks.clear()
+        self.halves.clear()
+
+    def arrange(
+        self, specs: Sequence[BlockSpec], cache_kinds: Mapping[str, CacheKind], cuts: Mapping[str, Any], suffix: str
+    ) -> list[torch.Tensor]:
+        """The distinct tensors among all boundary tensors and residual inputs, named in order of execution, with
+        ``suffix`` behind names of values and blocks: of a conditional-only evaluation, after that of guidance."""
         name_of: dict[int, str] = {}
         tensors: list[torch.Tensor] = []
 
         def named(tensor: torch.Tensor, name: str) -> str:
             known = name_of.get(id(tensor))
             if known is None:
-                name_of[id(tensor)] = known = name
-                self.names.append(name)
+                name_of[id(tensor)] = known = name + suffix
+                self.names.append(known)
+                if suffix:
+                    self.halves[known] = name
                 tensors.append(tensor)
             return known
 
@@ -108,5 +134,5 @@ class BoundaryTensors:
             if kind == "residual":
                 inputs = tuple(named(tensor, f"{spec.name}/in{i}") for i, tensor in enumerate(cut.inputs))
             outputs = tuple(named(tensor, f"{spec.name}/out{i}") for i, tensor in enumerate(cut.outputs))
-            self.blocks.append(Block(name=spec.name, outputs=outputs, cache=kind, inputs=inputs))
+            self.blocks.append(Block(name=spec.name + suffix, outputs=outputs, cache=kind, inputs=inputs))
         return tensors

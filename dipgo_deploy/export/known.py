@@ -157,15 +157,22 @@ def find_known(
 
 
 def take_out(
-    model: ir.Model, found: Found, name_of: Callable[[str], str], images: int | None, *, expanded: bool = True
+    model: ir.Model,
+    found: Found,
+    name_of: Callable[[str], str],
+    images: int | None,
+    *,
+    half: int | None = None,
+    expanded: bool = True,
 ) -> KnownPart:
     """Take what was found out of ``model``, which gets an input for each value.
 
     name_of: the input of the value that has this label. images: a value that has a row for each of so many images of a
-    launch, all alike, becomes one row; None leaves all as they are. expanded: its input in ``model`` is one row, too.
+    launch, all alike, becomes one row; None leaves all as they are; half: of a conditional-only launch, the same.
+    expanded: its input in ``model`` is one row, too.
     """
     graph = model.graph
-    made = _part(model, found, name_of, images)
+    made = _part(model, found, name_of, None if images is None else {images, half or images} - {1})
     rows = dict(zip(found.frontier, made.graph.outputs, strict=True))
     part = KnownPart(
         made,
@@ -296,8 +303,9 @@ def of_open_batch(value: ir.Value) -> bool:
     return len(extents[0]) == 1 and names == [BATCH] and others
 
 
-def _part(model: ir.Model, found: Found, name_of: Callable[[str], str], images: int | None) -> ir.Model:
-    """The graph that computes the values; its outputs have the names and shapes of the rows."""
+def _part(model: ir.Model, found: Found, name_of: Callable[[str], str], images: Collection[int] | None) -> ir.Model:
+    """The graph that computes the values; its outputs have the names and shapes of the rows. images: how many images
+    values have rows of that become one; None: all stay as they are."""
     import onnx_ir as ir
 
     part = ir.convenience.extract(model.graph, list(model.graph.inputs), list(found.frontier))
@@ -311,7 +319,7 @@ def _part(model: ir.Model, found: Found, name_of: Callable[[str], str], images: 
         names.add(name)
         output.name = name
         assert value.shape is not None
-        if images is not None and (of_open_batch(value) or (images > 1 and value.shape[0] == images)):
+        if images is not None and (of_open_batch(value) or value.shape[0] in images):
             output.shape = ir.Shape([1, *list(value.shape)[1:]])
     return ir.Model(part, ir_version=model.ir_version, producer_name="dipgo_deploy")
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from dipgo_deploy import arguments
 from dipgo_deploy.bundle.history import History
 from dipgo_deploy.bundle.manifest import Layout
-from dipgo_deploy.bundle.shapes import corners
+from dipgo_deploy.bundle.shapes import Range, corners
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.export.conditions import open_conditions
 from dipgo_deploy.export.low_memory import convert_in_place, is_large, load_frugally
@@ -147,8 +147,12 @@ def plan_export(
     schedule: Schedule | str | os.PathLike[str],
     options: ExportOptions | None = None,
     notify: Notify = lambda stage: None,
+    *,
+    conditional: bool = False,
 ) -> PlannedExport:
     """Load the model, trace it once and compile the schedule.
+
+    conditional: trace it so that schedules with conditional-only evaluations can have the trace, too.
 
     Raises:
         UserError: model or schedule cannot be used, see the message.
@@ -171,6 +175,7 @@ def plan_export(
             "%s: its prompt encoder sees the picture, too, and is not exported: calls take prompt_embeds", model
         )
     _check_shape(unloaded, options)
+    _check_guidance(unloaded, schedule, options)
     sampling = _nominal_sampling(model, schedule, options.strength)
     _say_denoisers(model, schedule, sampling)
     dtype = torch_dtype(options.dtype)
@@ -194,7 +199,17 @@ def plan_export(
         options.timestep_tables, table_classes(source, shape, options), options.prologue, schedule.steps
     )
     kinds = schedule.cache_kinds
-    traced = trace(denoiser, source.family, source.config, specs, kinds, shape, options.dtype, beforehand=beforehand)
+    traced = trace(
+        denoiser,
+        source.family,
+        source.config,
+        specs,
+        kinds,
+        shape,
+        options.dtype,
+        beforehand=beforehand,
+        conditional=conditional or any(schedule.conditional_only),
+    )
     options = replace(options, timestep_tables=bool(traced.parts), prologue=traced.prologue is not None)
     notify("planning")
     return _planned(source, schedule, sampling, traced, options)
@@ -208,7 +223,12 @@ def replan(planned: PlannedExport, schedule: Schedule) -> PlannedExport:
     """
     if schedule.blocks != planned.schedule.blocks or schedule.model.granularity != planned.schedule.model.granularity:
         raise UserError("the schedules have different blocks or cache kinds; export each on its own")
+    if any(schedule.conditional_only) and not planned.traced.graph.halves:
+        raise UserError(
+            "the schedule has conditional-only evaluations, for which the model was not traced; plan it anew"
+        )
     planned.source.check(schedule, allow_other_config=planned.options.allow_other_config)
+    _check_guidance(planned.source, schedule, planned.options)
     shape, options = planned.traced.shape, planned.options
     sampling = _sampling(planned.source, schedule, shape, options.strength)
     if shape.sizes is not None:
@@ -232,6 +252,26 @@ def _check_shape(source: Source, options: ExportOptions) -> None:
     shape = _shape(source, options, guidance)
     check_masks(condition_specs(source.family, source.config, shape), source.family, source.scale, source.time_scale)
     table_classes(source, shape, options)
+
+
+def _check_guidance(source: Source, schedule: Schedule, options: ExportOptions) -> None:
+    """Refuse (UserError) a schedule's guidance where there is nothing to guide away from, or with open sizes."""
+    if schedule.guidance is None:
+        return
+    guided = source.guided if options.guidance is None else options.guidance
+    if not guided and source.distilled:
+        raise UserError(
+            f"guidance: {source.family.class_name} is distilled from guidance: its scale is an input, and there is no "
+            "unconditional half to leave out; take the guidance out of the schedule"
+        )
+    if not guided:
+        raise UserError("guidance: the export has none; give --guidance, or take the guidance out of the schedule")
+    ranges = [name for name in ("batch", "height", "width") if isinstance(getattr(options, name), Range)]
+    if ranges and any(schedule.conditional_only):
+        raise UserError(
+            f"--{ranges[0]}: a range does not go with conditional-only evaluations, which read the second halves of "
+            "caches where they lie; give a plain number"
+        )
 
 
 def table_classes(source: Source, shape: TraceShape, options: ExportOptions) -> tuple[int, ...]:
@@ -370,6 +410,7 @@ def _compiled(
         max_variants=options.max_variants,
         prediction_used=used,
         forecast=schedule.forecast,
+        guidance=schedule.guidance,
         like=like,
     )
 
@@ -420,6 +461,7 @@ def in_segments(planned: PlannedExport) -> SegmentPlan:
         denoisers=denoiser_numbers(planned.source.family, planned.schedule),
         prediction_used=planned.used,
         forecast=forecast,
+        guidance=planned.schedule.guidance,
     )
 
 

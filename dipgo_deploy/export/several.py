@@ -71,7 +71,8 @@ def plan_exports(
     Raises:
         UserError: as ``plan_export``, or a schedule that needs a trace of its own; it names the schedule.
     """
-    first = plan_export(model, next(iter(schedules.values())), options, notify)
+    conditional = any(step for schedule in schedules.values() for step in schedule.conditional_only)
+    first = plan_export(model, next(iter(schedules.values())), options, notify, conditional=conditional)
     found = [first]
     for name, schedule in [*schedules.items()][1:]:
         try:

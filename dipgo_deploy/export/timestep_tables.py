@@ -50,18 +50,18 @@ class TimestepTables:
 
 
 def take_out_tables(
-    model: ir.Model, images: int, *, always: bool, sizes: SizeRanges | None = None
+    model: ir.Model, images: int, *, always: bool, sizes: SizeRanges | None = None, half: int | None = None
 ) -> TimestepTables | None:
     """Take what depends on the timestep alone out of ``model``, which gets an input for each value; None, and nothing
     is changed, where there is nothing or (unless ``always``) where it is not worth it.
 
     A value that has a row for each of the ``images`` of a launch, all alike, becomes one row; also where ``sizes``
-    leave their number open.
+    leave their number open. half: images of a conditional-only launch, where there are any.
     """
     found = find_known(model.graph, {TIMESTEP: Source.TIMESTEP}, sizes=sizes)
     if not found.frontier or (not always and found.nbytes < WORTH_SHARE * found.total):
         return None
-    part = take_out(model, found, table_input, images)
+    part = take_out(model, found, table_input, images, half=half)
     latent = next((value for value in part.model.graph.inputs if value.name == LATENT), None)
     if latent is None or sizes is None:
         return TimestepTables(part)
@@ -106,12 +106,18 @@ class ClassTables:
 
 
 def take_out_classes(
-    model: ir.Model, tables: TimestepTables | None, name: str, classes: Sequence[int], images: int, timesteps: int
+    model: ir.Model,
+    tables: TimestepTables | None,
+    name: str,
+    classes: Sequence[int],
+    images: int,
+    timesteps: int,
+    half: int | None = None,
 ) -> ClassTables:
     """Take what depends on the class ids ``name`` and the timestep alone out of ``model``, which gets an input, with a
     row for each of the ``images`` of a launch, for each value.
 
-    timesteps: how many there may be.
+    timesteps: how many there may be. half: images of a conditional-only launch, where there are any.
 
     Raises:
         UserError: there is nothing, or the tables would take more than the weights that they replace.
@@ -122,14 +128,15 @@ def take_out_classes(
     if not found.frontier:
         raise UserError("--class-labels: no product of the model depends on the class alone; leave it out")
     for value in found.frontier:
-        if extents_of(value)[:1] != (images,):
+        if extents_of(value)[:1] not in ((images,), (half,)):
             raise UserError(f"--class-labels: {value.name} has no row for each image; leave it out")
-    needed = sum(nbytes_of(value) for value in found.frontier) // images * timesteps * len(classes)
+    of_an_image = sum(nbytes_of(value) // extents_of(value)[0] for value in found.frontier)
+    needed = of_an_image * timesteps * len(classes)
     if needed > found.nbytes:
         raise UserError(
             f"--class-labels: tables of {len(classes)} classes and {timesteps} timesteps take "
             f"{needed / 2**20:.0f} MiB, more than the {found.nbytes / 2**20:.0f} MiB of weights that they replace; "
             "give fewer classes, or leave it out"
         )
-    part = take_out(model, found, run_input, images, expanded=False)
+    part = take_out(model, found, run_input, images, half=half, expanded=False)
     return ClassTables(part, name, tuple(classes))

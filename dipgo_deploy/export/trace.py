@@ -25,6 +25,7 @@ from dipgo_deploy.models.shape import TraceShape, condition_specs
 from dipgo_deploy.models.target import nominal_size
 from dipgo_deploy.plan.graph import Block, BlockGraph, CacheKind, InputRole, Value
 from dipgo_deploy.plan.pieces import PieceGraph, split
+from dipgo_deploy.schedule.guidance import CONDITIONAL
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -57,7 +58,8 @@ class TracedModel:
 
     Attributes:
         model: onnx-ir model with inputs ``latent``, ``timestep``, [``guidance_scale``, ...], conditions, and outputs
-            ``noise_pred``, ... and every named value; of both rows one for each denoiser.
+            ``noise_pred``, ... and every named value; of both rows one for each denoiser. With conditional-only
+            evaluations the predictions are followed by theirs, and the values by theirs.
         graph: its block graph.
         conditions: the condition inputs.
         dtype: the export's dtype name.
@@ -94,14 +96,16 @@ def trace(
     dtype: str,
     *,
     beforehand: Beforehand = Beforehand(),
+    conditional: bool = False,
 ) -> TracedModel:
     """Trace ``denoiser`` (already in the torch dtype of ``dtype``) once, with every boundary tensor as an output.
 
-    beforehand: what is taken out of it.
+    beforehand: what is taken out of it. conditional: also as conditional-only evaluations run it, of static sizes and
+    with guidance.
 
     Raises:
         UserError: the exporter refuses the model, or its open sizes, or its graph holds control flow; or there is
-            nothing of what is to be taken out.
+            nothing of what is to be taken out; or a value has no conditional half.
     """
     import torch
 
@@ -125,13 +129,16 @@ def trace(
         guidance=family.guide.combine if shape.guidance else None,
         boundary=boundary,
         denoisers=family.denoisers,
+        conditional=conditional,
     ).eval()
     arguments = [torch.randn(example.batch, channels, *example.extents), torch.tensor([500.0])]
     names = [LATENT, TIMESTEP]
     scales = GUIDANCE_SCALES[: len(family.denoisers)] if shape.guidance else ()
     arguments += [torch.tensor([5.0]) for _ in scales]
     names += scales
-    predictions = tuple(PREDICTION + (f"_{place + 1}" if place else "") for place in range(len(family.denoisers)))
+    guided = tuple(PREDICTION + (f"_{place + 1}" if place else "") for place in range(len(family.denoisers)))
+    halves = {f"{name}{CONDITIONAL}": name for name in guided} if conditional else {}
+    predictions = (*guided, *halves)
     for spec in condition_specs(family, config, example):
         arguments.append(_example(spec, dtype))
         names.append(spec.name)
@@ -147,21 +154,43 @@ def trace(
     )
     if shape.sizes is not None:
         apply(model, NameDimensions(LATENT, shape.sizes), ShapesFromSizes(LATENT))
-    tables, classes, prologue = _taken(model, shape, family, conditions, beforehand)
+    half = shape.batch if conditional else None
+    tables, classes, prologue = _taken(model, shape, family, conditions, beforehand, half)
     apply(model, SeparateProjections())
     roles: dict[str, InputRole] = {LATENT: "step", TIMESTEP: "step"}
     roles.update({name: "constant" for name in names[2:]})
     for made in (tables, classes, prologue):
         for name in () if made is None else made.part.names:
             roles[name] = "step" if made is not None and name in made.part.timed else "constant"
-    graph = read_block_graph(model, boundary.blocks, roles, predictions, shape.sizes)
+    halves |= boundary.halves
+    _check_halves(model, halves, guided)
+    graph = replace(read_block_graph(model, boundary.blocks, roles, predictions, shape.sizes), halves=halves)
     return TracedModel(model, graph, conditions, shape, dtype, tables, classes, prologue)
 
 
+def _check_halves(model: ir.Model, halves: Mapping[str, str], predictions: Sequence[str]) -> None:
+    """Refuse a value whose second half is not what a conditional-only evaluation has in its place."""
+    values = {str(output.name): output for output in model.graph.outputs}
+    for half, whole in halves.items():
+        if whole in predictions:
+            continue
+        missing = whole not in values
+        extents = None if missing else tuple(values[whole].shape or ())
+        if not extents or extents != (2 * int((values[half].shape or (0,))[0]), *tuple(values[half].shape or ())[1:]):
+            raise UserError(
+                f"guidance: {whole} has no conditional half (shape {extents}); leave conditional-only evaluations out"
+            )
+
+
 def _taken(
-    model: ir.Model, shape: TraceShape, family: ModelFamily, conditions: Sequence[InputSpec], wanted: Beforehand
+    model: ir.Model,
+    shape: TraceShape,
+    family: ModelFamily,
+    conditions: Sequence[InputSpec],
+    wanted: Beforehand,
+    half: int | None,
 ) -> tuple[TimestepTables | None, ClassTables | None, Prologue | None]:
-    """What is made beforehand, taken out of ``model``."""
+    """What is made beforehand, taken out of ``model``. half: images of a conditional-only launch."""
     if wanted.tables is False:
         return None, None, None
     label = next((spec.name for spec in conditions if spec.source == "class"), None)
@@ -170,7 +199,7 @@ def _taken(
         wanted.prologue or is_worth(find_prologue(model.graph, None, others, shape.sizes), wanted.timesteps)
     )
     always = wanted.tables is True or for_run or bool(wanted.classes)
-    tables = take_out_tables(model, shape.model_batch, always=always, sizes=shape.sizes)
+    tables = take_out_tables(model, shape.model_batch, always=always, sizes=shape.sizes, half=half)
     if wanted.tables and tables is None:
         raise UserError(
             f"--timestep-tables: no product of {family.class_name} depends on the timestep alone; leave it out"
@@ -178,7 +207,7 @@ def _taken(
     classes = prologue = None
     if wanted.classes:
         assert label is not None  # checked with the options
-        classes = take_out_classes(model, tables, label, wanted.classes, shape.model_batch, wanted.timesteps)
+        classes = take_out_classes(model, tables, label, wanted.classes, shape.model_batch, wanted.timesteps, half)
     if for_run:
         found = find_prologue(model.graph, tables, others, shape.sizes)
         if found.frontier:

@@ -461,6 +461,7 @@ def _plan_entry(planned: PlannedExport, variants: tuple[VariantEntry, ...], prol
     plan, matrix, columns = planned.plan, planned.matrix, planned.columns
     laid_out = planned.segments or plan
     numbers = denoiser_numbers(planned.source.family, planned.schedule)
+    guidance = planned.schedule.guidance
     with_history = {
         place for place, entry in enumerate(variants) if HISTORY in {spec.name for spec in entry.graph.inputs}
     }
@@ -483,6 +484,7 @@ def _plan_entry(planned: PlannedExport, variants: tuple[VariantEntry, ...], prol
                 slot=None if launch.prediction is None else columns.index(1 + launch.prediction),
                 forecast=launch.weights,
                 denoiser=numbers[launch.step],
+                guidance=1.0 if guidance is None else guidance[launch.step],
             )
             for launch in laid_out.launches
         ),

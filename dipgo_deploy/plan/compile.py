@@ -27,6 +27,7 @@ def compile_plan(
     prediction_used: Sequence[bool] | None = None,
     alignment: int = ALIGNMENT,
     forecast: Reads | None = None,
+    guidance: Sequence[float] | None = None,
     like: Iterable[Variant] = (),
 ) -> Plan:
     """Turn T x N gates into launches of as few static graphs as possible, with the same predictions.
@@ -40,12 +41,15 @@ def compile_plan(
             all); at least one must be.
         alignment: of cache offsets, in bytes.
         forecast: what removed blocks read; None: the value that they stored last.
+        guidance: per evaluation, how much of it there is (default: all); 0 is conditional only, of a graph that has
+            ``halves``.
         like: variants of other schedules. One that computes and reads the same here writes what they write, too, so
             that all of them are one graph.
 
     The result depends on the arguments only. Raises UserError for gates of the wrong shape, for a limit below one,
-    for a removed block that is needed before it was ever computed, and for a limit that re-enables blocks where the
-    weights of a forecast were fitted; ValueError for a malformed graph, alignment
+    for a removed block that is needed before it was ever computed, or at a guided evaluation when only the conditional
+    half of it was, and for a limit that re-enables blocks where the
+    weights of a forecast were fitted; ValueError for a malformed graph, alignment, ``guidance``
     or ``prediction_used``.
     """
     compiled = demanded(
@@ -56,6 +60,7 @@ def compile_plan(
         prediction_used=prediction_used,
         alignment=alignment,
         forecast=forecast,
+        guidance=guidance,
     )
     return _assemble(compiled, alignment, like)
 
@@ -63,12 +68,14 @@ def compile_plan(
 @dataclass(frozen=True)
 class Compiled:
     """A schedule on a block graph before it is laid out. asked, kept: per evaluation the mask of kept blocks, as asked
-    for and after promotion. denoisers: per evaluation, whose prediction it makes."""
+    for and after promotion. denoisers: per evaluation, whose prediction it makes. full: the same where all are
+    guided."""
 
     index: GraphIndex
     asked: tuple[int, ...]
     kept: tuple[int, ...]
     denoisers: tuple[int, ...]
+    full: tuple[int, ...]
     demand: Demand
 
 
@@ -81,6 +88,7 @@ def demanded(
     prediction_used: Sequence[bool] | None = None,
     alignment: int = ALIGNMENT,
     forecast: Reads | None = None,
+    guidance: Sequence[float] | None = None,
 ) -> Compiled:
     """What every evaluation has to do, whatever the layout; arguments and errors are those of ``compile_plan``."""
     index = index_graph(graph)
@@ -88,20 +96,33 @@ def demanded(
     used = [True] * len(rows) if prediction_used is None else [bool(use) for use in prediction_used]
     if len(used) != len(rows) or not any(used):
         raise ValueError(f"prediction_used must have {len(rows)} entries and a true one")
-    chosen = tuple(denoisers or (0,) * len(rows))
-    if len(chosen) != len(rows) or not set(chosen) <= set(range(len(graph.predictions))):
-        raise ValueError(f"denoisers must have {len(rows)} entries from 0 to {len(graph.predictions) - 1}")
+    several = sum(index.guided)
+    own = tuple(denoisers or (0,) * len(rows))
+    if len(own) != len(rows) or not set(own) <= set(range(several)):
+        raise ValueError(f"denoisers must have {len(rows)} entries from 0 to {several - 1}")
+    shares = tuple(guidance or (1.0,) * len(rows))
+    if len(shares) != len(rows) or (not graph.halves and 0 in shares):
+        raise ValueError(f"guidance must have {len(rows)} entries, and a 0 needs a graph that was traced for it")
+    chosen = tuple(one + several * (share == 0) for one, share in zip(own, shares, strict=True))
     if alignment < 1:
         raise ValueError(f"alignment must be at least 1, it is {alignment}")
     if max_variants is not None and max_variants < 1:
         raise UserError(f"the most variants allowed must be at least 1, it is {max_variants}")
     assignments: tuple[Assignment, ...] = tuple(
-        Assignment(row, denoiser=denoiser) for row, denoiser in zip(rows, chosen, strict=True)
+        Assignment(row, denoiser=denoiser, guidance=share)
+        for row, denoiser, share in zip(rows, chosen, shares, strict=True)
     )
     demands = demand(index, assignments, used, forecast)
     if demands.missing:
         step, value = demands.missing[0]
         block = index.block_names[index.block[value]]
+        half = index.half[value]
+        if half >= 0 and demands.stored[step][half] >= 0:
+            raise UserError(
+                f"evaluation {step} is guided and removes block {block!r}, of which evaluation "
+                f"{demands.stored[step][half]}, which is conditional only, computed no unconditional half; keep the "
+                f"block at evaluation {step}"
+            )
         raise UserError(
             f"evaluation {step} removes block {block!r}, whose output is needed there but was never computed before; "
             f"keep the block at evaluation {step} or at an earlier one"
@@ -109,7 +130,8 @@ def demanded(
     if max_variants is not None:
         least = len({launch.denoiser for launch in demands.launches})
         if max_variants < least:
-            raise UserError(f"at most {max_variants} variants: {least} denoisers are run, each in graphs of its own")
+            what = "denoisers or halves of guidance" if not all(demands.guided) else "denoisers"
+            raise UserError(f"at most {max_variants} variants: {least} {what} are run, each in graphs of its own")
         asked = assignments
         assignments, demands = promote(index, assignments, used, max_variants, forecast)
         if isinstance(forecast, FittedForecast) and assignments != asked:
@@ -117,24 +139,34 @@ def demanded(
                 f"at most {max_variants} variants would re-enable blocks, and the weights of the schedule's forecast "
                 "were fitted without them; allow more variants, or fit the weights to a schedule that has fewer"
             )
-    return Compiled(index, tuple(rows), tuple(assignment.gates for assignment in assignments), chosen, demands)
+    return Compiled(index, tuple(rows), tuple(assignment.gates for assignment in assignments), chosen, own, demands)
 
 
 def _gate_masks(graph: BlockGraph, gates: Sequence[Sequence[bool]]) -> list[int]:
-    """Each evaluation's kept blocks as a mask."""
+    """Each evaluation's kept blocks as a mask; with ``halves`` in both of their forms, of which an evaluation has
+    one."""
+    blocks = len(graph.schedule_blocks)
     if not gates:
         raise UserError("the schedule has no steps: it needs at least one row of gates")
     for step, row in enumerate(gates):
-        if len(row) != len(graph.blocks):
+        if len(row) != blocks:
             raise UserError(
-                f"evaluation {step} of the schedule has {len(row)} gates, but the model has {len(graph.blocks)} blocks"
+                f"evaluation {step} of the schedule has {len(row)} gates, but the model has {blocks} blocks"
             )
-    return [sum(1 << block for block, kept in enumerate(row) if kept) for row in gates]
+    masks = [sum(1 << block for block, kept in enumerate(row) if kept) for row in gates]
+    return [mask | mask << blocks for mask in masks] if graph.halves else masks
+
+
+def _schedule_mask(index: GraphIndex, mask: int) -> int:
+    """Of a mask of kept blocks the schedule's own."""
+    blocks = index.schedule_blocks
+    return (mask | mask >> blocks) & ((1 << blocks) - 1)
 
 
 def _assemble(compiled: Compiled, alignment: int, like: Iterable[Variant]) -> Plan:
     """The demand as variants and launches with every cache at its offset."""
-    index, asked, kept, demands = compiled.index, compiled.asked, compiled.kept, compiled.demand
+    index, demands = compiled.index, compiled.demand
+    asked, kept = ([_schedule_mask(index, mask) for mask in masks] for masks in (compiled.asked, compiled.kept))
     groups = group_launches(demands.launches)
     most = [_most_terms(demands, group) for group in groups]
     groups = _writing_like(index, groups, most, tuple(like))
@@ -150,7 +182,7 @@ def _assemble(compiled: Compiled, alignment: int, like: Iterable[Variant]) -> Pl
     for number, launch in enumerate(demands.launches):
         for value in bits(launch.reads):
             for term in demands.read(launch.step, value):
-                last_read[launch_of[term.stored], value] = number
+                last_read[launch_of[term.stored], demands.stored_as(index, value, term.stored)] = number
     place: dict[tuple[int, int], int] = {}
     lifetimes: list[Lifetime] = []
     for number, launch in enumerate(demands.launches):
@@ -161,6 +193,12 @@ def _assemble(compiled: Compiled, alignment: int, like: Iterable[Variant]) -> Pl
                 Lifetime(index.nbytes[value], number, number if last is None else last, read=last is not None)
             )
     offsets, arena = allocate(lifetimes, alignment)
+
+    def offset_of(value: int, stored: int) -> int:
+        whole = demands.stored_as(index, value, stored)
+        # The conditional half comes last.
+        return offsets[place[launch_of[stored], whole]] + index.nbytes[whole] - index.nbytes[value]
+
     launches, slot = [], 0
     for number, launch in enumerate(demands.launches):
         group, terms = groups[variant_of[launch.step]], most[variant_of[launch.step]]
@@ -173,7 +211,7 @@ def _assemble(compiled: Compiled, alignment: int, like: Iterable[Variant]) -> Pl
             Launch(
                 step=launch.step,
                 variant=variant_of[launch.step],
-                reads=tuple(offsets[place[launch_of[term.stored], value]] for term, value, _ in read),
+                reads=tuple(offset_of(value, term.stored) for term, value, _ in read),
                 writes=tuple(offsets[place[number, value]] for value in ordered[group.writes]),
                 prediction=slot if launch.predicts else None,
                 weights=tuple(term.weight for term, _, weighted in read if weighted),
@@ -182,7 +220,7 @@ def _assemble(compiled: Compiled, alignment: int, like: Iterable[Variant]) -> Pl
         slot += launch.predicts
     macs_of_gates = cache(lambda row, denoiser: index.costs.macs(index.gated(row, denoiser)))
     everything = (1 << len(index.outputs)) - 1
-    blocks = range(len(index.outputs))
+    blocks = range(index.schedule_blocks)
     return Plan(
         keep=tuple(tuple(bool(row >> block & 1) for block in blocks) for row in kept),
         variants=variants,
@@ -190,8 +228,8 @@ def _assemble(compiled: Compiled, alignment: int, like: Iterable[Variant]) -> Pl
         prediction_slots=demands.prediction_slots,
         arena_bytes=arena,
         lower_bound_bytes=lower_bound(lifetimes, alignment),
-        macs_full=round(sum(macs_of_gates(everything, at) for at in compiled.denoisers) / len(kept)),
-        macs_schedule=sum(map(macs_of_gates, kept, compiled.denoisers)),
+        macs_full=round(sum(macs_of_gates(everything, at) for at in compiled.full) / len(kept)),
+        macs_schedule=sum(map(macs_of_gates, compiled.kept, compiled.denoisers)),
         macs_run=sum(variants[launch.variant].macs for launch in launches),
         promoted=tuple(
             (step, index.block_names[block])

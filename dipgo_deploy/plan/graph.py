@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
+from dipgo_deploy.schedule.guidance import CONDITIONAL
 from dipgo_deploy.schedule.kinds import CacheKind
 
 InputRole = Literal["step", "constant"]
@@ -52,8 +53,12 @@ class BlockGraph:
             class labels, guidance scale).
         values: every named value by name.
         blocks: in order of execution.
-        predictions: names of the values that are the noise predictions, one a denoiser.
+        predictions: names of the values that are the noise predictions, one a denoiser; with ``halves`` those of
+            guided evaluations, then those of conditional-only ones.
         costs: multiply-accumulates of each traced node.
+        halves: of a model that was traced conditional only, too: value -> the guided value whose second half, the
+            conditional one, is what it is. ``blocks`` are then those of guided evaluations, then in the same order
+            those of conditional-only ones.
     """
 
     inputs: Mapping[str, InputRole]
@@ -61,3 +66,37 @@ class BlockGraph:
     blocks: tuple[Block, ...]
     predictions: tuple[str, ...]
     costs: tuple[int, ...] = ()
+    halves: Mapping[str, str] = field(default_factory=dict)
+
+    def with_halves(self) -> BlockGraph:
+        """As it would be traced conditional only, too: with half the bytes and half the cost of everything."""
+        if self.halves:
+            return self
+
+        def half(name: str) -> str:
+            return name + CONDITIONAL if name in self.values else name
+
+        values = dict(self.values)
+        for value in self.values.values():
+            work = frozenset(len(self.costs) + node for node in value.work)
+            reads = frozenset(map(half, value.reads))
+            values[half(value.name)] = Value(half(value.name), value.nbytes // 2, reads, work)
+        blocks = tuple(
+            Block(
+                block.name + CONDITIONAL, tuple(map(half, block.outputs)), block.cache, tuple(map(half, block.inputs))
+            )
+            for block in self.blocks
+        )
+        return BlockGraph(
+            self.inputs,
+            values,
+            (*self.blocks, *blocks),
+            (*self.predictions, *map(half, self.predictions)),
+            (*self.costs, *(cost // 2 for cost in self.costs)),
+            {half(name): name for name in self.values},
+        )
+
+    @property
+    def schedule_blocks(self) -> tuple[Block, ...]:
+        """The blocks that a schedule has gates for."""
+        return self.blocks[: len(self.blocks) // 2] if self.halves else self.blocks

@@ -29,6 +29,9 @@ class GraphIndex:
         predictions: positions of the noise predictions, one a denoiser.
         own: per denoiser, the mask of the values that no other one's prediction alone needs.
         nbytes: sizes in bytes.
+        whole: of the conditional half of a value, the position of that value, else -1.
+        half: of a value that has a conditional half, the position of that, else -1.
+        guided: per prediction, whether it is a guided one.
     """
 
     names: tuple[str, ...]
@@ -44,6 +47,14 @@ class GraphIndex:
     own: tuple[int, ...]
     nbytes: tuple[int, ...]
     costs: CostTable
+    whole: tuple[int, ...]
+    half: tuple[int, ...]
+    guided: tuple[bool, ...]
+
+    @property
+    def schedule_blocks(self) -> int:
+        """How many blocks a schedule has gates for."""
+        return len(self.outputs) // 2 if any(value >= 0 for value in self.whole) else len(self.outputs)
 
     def cache(self, value: int, nth: int = 0) -> Cache:
         """The cache that a block output is stored in; nth: see ``Cache``."""
@@ -73,6 +84,9 @@ def index_graph(graph: BlockGraph) -> GraphIndex:
     for prediction in graph.predictions:
         if prediction not in graph.values:
             raise ValueError(f"the prediction {prediction!r} is not a value of the graph")
+    for name, guided in graph.halves.items():
+        if name not in graph.values or guided not in graph.values:
+            raise ValueError(f"{name!r} is half of {guided!r}: one of them is not a value of the graph")
     names = _topological(graph, base)
     position = {name: place for place, name in enumerate(names)}
     reads = tuple(tuple(sorted(position[r] for r in graph.values[n].reads if r in position)) for n in names)
@@ -80,6 +94,8 @@ def index_graph(graph: BlockGraph) -> GraphIndex:
     reads_mask = tuple(sum(1 << place for place in places) for places in reads)
     bases = tuple(position[base[n]] if n in base else -1 for n in names)
     predictions = tuple(position[prediction] for prediction in graph.predictions)
+    whole = tuple(position[graph.halves[name]] if name in graph.halves else -1 for name in names)
+    half_of = {guided: value for value, guided in enumerate(whole) if guided >= 0}
     return GraphIndex(
         names=names,
         reads=reads,
@@ -94,6 +110,9 @@ def index_graph(graph: BlockGraph) -> GraphIndex:
         own=_own([_behind(prediction, reads_mask, bases) for prediction in predictions], len(names)),
         nbytes=tuple(graph.values[n].nbytes for n in names),
         costs=CostTable([graph.values[n].work for n in names], graph.costs),
+        whole=whole,
+        half=tuple(half_of.get(place, -1) for place in range(len(names))),
+        guided=tuple(whole[value] < 0 for value in predictions),
     )
 
 

@@ -40,6 +40,7 @@ class Demand:
         launches: the evaluations at which something is needed, ascending.
         stored: per evaluation and value, the evaluation whose store a plain read gets.
         forecasts: per evaluation the values that are read as other sums of stored ones.
+        guided: per evaluation, whether it is; else it is conditional only.
         prediction_slots: per evaluation, the prediction slot that its sampler is given.
         missing: (step, value) of each needed read of a cache that was never stored, ascending; the demand is only
             meaningful when it is empty.
@@ -50,6 +51,11 @@ class Demand:
     prediction_slots: tuple[int, ...]
     missing: tuple[tuple[int, int], ...]
     forecasts: tuple[Mapping[int, Terms], ...]
+    guided: tuple[bool, ...]
+
+    def stored_as(self, index: GraphIndex, value: int, step: int) -> int:
+        """What evaluation ``step`` stored for reads of ``value``: itself, or what it is the conditional half of."""
+        return index.whole[value] if self.guided[step] and index.whole[value] >= 0 else value
 
     def read(self, step: int, value: int) -> Terms:
         """What a read at an evaluation gets, the latest value first."""
@@ -71,6 +77,7 @@ def demand(
     """
     numbering = number_values(index, assignments, forecast)
     predicts = _new_predictions(numbering, assignments, used)
+    guided = tuple(index.guided[assignment.denoiser] for assignment in assignments)
     stores = [0] * len(assignments)
     launches, missing = [], []
     for step in range(len(assignments) - 1, -1, -1):
@@ -98,14 +105,15 @@ def demand(
             elif stored[value] < 0:
                 missing.append((step, value))
             else:
-                stores[stored[value]] |= bit
+                whole = index.whole[value] if guided[stored[value]] else -1
+                stores[stored[value]] |= bit if whole < 0 else 1 << whole
             if index.base[value] >= 0:
                 needed |= 1 << index.base[value]
         if computed or reads:
             launches.append(Need(step, computed, reads, stores[step], predicts[step], assignment.denoiser))
     launches.reverse()
     slots = _slots(numbering, [launch.step for launch in launches if launch.predicts])
-    return Demand(tuple(launches), numbering.stored, slots, tuple(sorted(missing)), numbering.forecasts)
+    return Demand(tuple(launches), numbering.stored, slots, tuple(sorted(missing)), numbering.forecasts, guided)
 
 
 def _new_predictions(numbering: Numbering, assignments: Sequence[Assignment], used: Sequence[bool]) -> list[bool]:

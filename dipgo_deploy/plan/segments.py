@@ -86,11 +86,13 @@ What = Literal["value", "residual", "sum"]
 
 
 class Version(NamedTuple):
-    """A tensor as it was made at a step: a ``value``, the ``residual`` of one, or a removed one's ``sum``."""
+    """A tensor as it was made at a step: a ``value``, the ``residual`` of one, or a removed one's ``sum``. half: read
+    is its conditional half."""
 
     what: What
     name: str
     step: int
+    half: bool = False
 
 
 @dataclass(frozen=True)
@@ -109,12 +111,20 @@ class _Step:
 
 @dataclass(frozen=True)
 class _Model:
-    """What stays the same over the evaluations. base: of a residual cache's value, what it is a residual of."""
+    """What stays the same over the evaluations. base: of a residual cache's value, what it is a residual of. whole: of
+    a conditional half, what it is of. guided: the evaluations that are."""
 
     pieces: PieceGraph
     maker: Mapping[str, int]
     base: Mapping[str, str]
     predictions: tuple[str, ...]
+    whole: Mapping[str, str]
+    guided: tuple[bool, ...]
+
+    def stored(self, what: What, name: str, step: int) -> Version:
+        """What evaluation ``step`` stored for reads of a value."""
+        half = self.guided[step] and name in self.whole
+        return Version(what, self.whole[name] if half else name, step, half)
 
 
 @dataclass
@@ -139,6 +149,7 @@ def plan_segments(
     prediction_used: Sequence[bool] | None = None,
     alignment: int = ALIGNMENT,
     forecast: Reads | None = None,
+    guidance: Sequence[float] | None = None,
 ) -> SegmentPlan:
     """Cut the model where the schedule cuts it: the same predictions as ``compile_plan`` gives for these gates.
 
@@ -146,10 +157,16 @@ def plan_segments(
     ``compile_plan``.
     """
     compiled = demanded(
-        graph, gates, denoisers=denoisers, prediction_used=prediction_used, alignment=alignment, forecast=forecast
+        graph,
+        gates,
+        denoisers=denoisers,
+        prediction_used=prediction_used,
+        alignment=alignment,
+        forecast=forecast,
+        guidance=guidance,
     )
     index, demands = compiled.index, compiled.demand
-    model = _model(index, pieces)
+    model = _model(index, pieces, demands)
     steps = _steps(index, demands)
     runs = _runs(graph, model, steps, max(map(index.costs.macs, index.own)))
     before, apart = _order(model, steps, runs)
@@ -166,12 +183,14 @@ def plan_segments(
     return _assemble(model, parts, emitted, alignment)
 
 
-def _model(index: GraphIndex, pieces: PieceGraph) -> _Model:
+def _model(index: GraphIndex, pieces: PieceGraph, demands: Demand) -> _Model:
     return _Model(
         pieces=pieces,
         maker={name: place for place, piece in enumerate(pieces.pieces) for name in piece.makes},
         base={index.names[v]: index.names[u] for v, u in enumerate(index.base) if u >= 0},
         predictions=tuple(index.names[value] for value in index.predictions),
+        whole={index.names[v]: index.names[u] for v, u in enumerate(index.whole) if u >= 0},
+        guided=demands.guided,
     )
 
 
@@ -335,7 +354,7 @@ class _Emitter:
             maker = model.maker[name]
             return Version("value", name, step.step if step.step in self._runs[maker] else self._made_once[maker])
         if name not in model.base and _is_plain(step.reads[name]):
-            return Version("value", name, step.reads[name][0].stored)
+            return model.stored("value", name, step.reads[name][0].stored)
         if name not in self._sums:
             terms = self._stored(step, name)
             if name in model.base:
@@ -355,7 +374,7 @@ class _Emitter:
     def _stored(self, step: _Step, name: str) -> list[tuple[Version, float]]:
         """What is read of a cached value, with its weights."""
         what: What = "residual" if name in self._model.base else "value"
-        return [(Version(what, name, term.stored), term.weight) for term in step.reads[name]]
+        return [(self._model.stored(what, name, term.stored), term.weight) for term in step.reads[name]]
 
 
 def _is_plain(terms: Terms) -> bool:
@@ -403,7 +422,7 @@ def _assemble(
     model: _Model, parts: Sequence[tuple[int, ...]], emitted: Sequence[_Emitted], alignment: int
 ) -> SegmentPlan:
     """Segments with the outputs that somebody reads, and every version at its offset."""
-    last_read = {version: number for number, launch in enumerate(emitted) for version in launch.reads}
+    last_read = {version._replace(half=False): at for at, launch in enumerate(emitted) for version in launch.reads}
     read = {(version.what, version.name) for version in last_read}
     targets: list[object] = [
         *range(len(parts)),
@@ -424,11 +443,16 @@ def _assemble(
             nbytes = model.pieces.tensors[version.name].nbytes
             lifetimes.append(Lifetime(nbytes, number, number if last is None else last, read=last is not None))
     offsets, arena = allocate(lifetimes, alignment)
+
+    def offset_of(version: Version) -> int:
+        skipped = model.pieces.tensors[version.name].nbytes // 2 if version.half else 0
+        return offsets[place[version._replace(half=False)]] + skipped
+
     launches = tuple(
         Launch(
             step=launch.step,
             variant=number_of[launch.target],
-            reads=tuple(offsets[place[version]] for version in launch.reads),
+            reads=tuple(map(offset_of, launch.reads)),
             writes=tuple(offsets[place[version]] for version in writes),
             prediction=launch.prediction,
             weights=launch.weights,

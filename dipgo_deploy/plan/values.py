@@ -40,6 +40,7 @@ class Assignment:
         need: mask of values to make available even when nothing uses them.
         predict: make a new prediction even when nothing uses it.
         denoiser: which of the predictions is the evaluation's.
+        guidance: how much guidance a guided one has.
     """
 
     gates: int
@@ -47,6 +48,7 @@ class Assignment:
     need: int = 0
     predict: bool = False
     denoiser: int = 0
+    guidance: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -73,8 +75,11 @@ def number_values(index: GraphIndex, assignments: Sequence[Assignment], forecast
 
     A kept block output whose number is the stored one is not computed again: it counts as removed. For a residual
     cache its input must be the stored one too, because ``input + (output - input)`` is only then the output.
+
+    What a guided evaluation stores has a conditional half, which is stored, too. What a conditional-only one stores has
+    no other half: the guided value is not stored any more.
     """
-    numbers: dict[tuple[int, ...], int] = {}
+    numbers: dict[tuple[float, ...], int] = {}
     rows: dict[tuple[float, ...], int] = {}
     count = len(index.names)
     held = [-1] * count  # number of the value at its last computation
@@ -82,8 +87,14 @@ def number_values(index: GraphIndex, assignments: Sequence[Assignment], forecast
     stored = [-1] * count
     last: list[tuple[_Stored, ...]] = [()] * count  # for forecasts, the latest first
     computed_rows, stored_rows, predictions, forecasts = [], [], [], []
+
+    def half_of(number: int) -> int:
+        # No value has this place, so it meets no other key.
+        return -1 if number < 0 else numbers.setdefault((count, number), len(numbers))
+
     for step, assignment in enumerate(assignments):
         kept = index.gated(assignment.gates, assignment.denoiser)
+        prediction = index.predictions[assignment.denoiser]
         computed = 0
         now: list[int] = []
         terms: dict[int, Terms] = {}
@@ -92,12 +103,18 @@ def number_values(index: GraphIndex, assignments: Sequence[Assignment], forecast
             base_now = now[base] if base >= 0 else -1
             if kept >> value & 1:
                 moment = step if index.stepwise[value] else -1
-                key = (value, moment, *[now[read] for read in index.reads[value]])
+                # The scale is part of a guided prediction.
+                scale = (assignment.guidance,) if value == prediction else ()
+                key = (value, moment, *scale, *[now[read] for read in index.reads[value]])
                 number = numbers.setdefault(key, len(numbers))
                 unchanged = index.block[value] >= 0 and number == held[value] and base_now == held_source[value]
                 if not unchanged or assignment.compute >> value & 1:
                     computed |= 1 << value
                     held[value], held_source[value], stored[value] = number, base_now, step
+                    if (half := index.half[value]) >= 0:
+                        held[half], held_source[half], stored[half] = half_of(number), half_of(base_now), step
+                    if (whole := index.whole[value]) >= 0:
+                        held[whole], held_source[whole], stored[whole] = -1, -1, -1
                 if forecast is not None:
                     fresh = _Stored(step, stored[value], held[value], held_source[value])
                     last[value] = (fresh, *last[value][: MOST_TERMS - 1])
@@ -123,6 +140,6 @@ def number_values(index: GraphIndex, assignments: Sequence[Assignment], forecast
             now.append(number)
         computed_rows.append(computed)
         stored_rows.append(tuple(stored))
-        predictions.append(now[index.predictions[assignment.denoiser]])
+        predictions.append(now[prediction])
         forecasts.append(terms)
     return Numbering(tuple(computed_rows), tuple(stored_rows), tuple(predictions), tuple(forecasts))

@@ -11,6 +11,7 @@ from dipgo_deploy.plan.index import GraphIndex
 from dipgo_deploy.plan.live import Demand, Need, demand
 from dipgo_deploy.plan.values import Assignment
 from dipgo_deploy.schedule.forecast import Reads
+from dipgo_deploy.schedule.validation import missing_halves
 
 # Up to this many variants too many, merges are chosen by what they really cost; above it, by estimate.
 _NEAR = 32
@@ -120,14 +121,32 @@ def _merge(
 def _complete(
     index: GraphIndex, assignments: Sequence[Assignment], used: Sequence[bool], forecast: Reads | None
 ) -> tuple[tuple[Assignment, ...], Demand]:
-    """Keep also the blocks that the assignments would read before they were ever stored."""
+    """Keep also the blocks that the assignments would read before they were ever stored, or without the half that they
+    need."""
     current = list(assignments)
     while True:
         found = demand(index, current, used, forecast)
-        if not found.missing:
+        missing = {(step, index.block[value]) for step, value in found.missing} or _without_half(index, current)
+        if not missing:
             return tuple(current), found
-        for step, value in found.missing:
-            current[step] = replace(current[step], gates=current[step].gates | 1 << index.block[value])
+        for step, block in missing:
+            current[step] = replace(current[step], gates=current[step].gates | 1 << block)
+
+
+def _without_half(index: GraphIndex, assignments: Sequence[Assignment]) -> set[tuple[int, int]]:
+    """Removed blocks at guided evaluations of which the last one that kept them was conditional only, whether anything
+    needs them or not: a schedule has no such gates."""
+    conditional_only = [not index.guided[assignment.denoiser] for assignment in assignments]
+    if not any(conditional_only):
+        return set()
+    blocks = range(index.schedule_blocks)
+    gates = [[bool(assignment.gates >> block & 1) for block in blocks] for assignment in assignments]
+    for row, assignment, half in zip(gates, assignments, conditional_only, strict=True):
+        for block in blocks if half else ():
+            row[block] = bool(assignment.gates >> (block + len(blocks)) & 1)
+    guided = [assignment.denoiser % sum(index.guided) for assignment in assignments]
+    runs = [[bool(index.outputs[block] & index.own[denoiser]) for block in blocks] for denoiser in guided]
+    return {(step, block) for step, block, _ in missing_halves(gates, runs, conditional_only)}
 
 
 def _cheapest_pairs(index: GraphIndex, groups: Sequence[Group], count: int) -> list[tuple[Group, Group]]:

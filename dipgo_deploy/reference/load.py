@@ -117,7 +117,9 @@ def reference_of(bundle: Bundle, source: Source) -> Reference:
     schedule.check_evaluations(evaluations(scheduler, steps, set_timesteps_kwargs=options))
     begin = manifest.sampler.begin
     run = schedule if begin is None else run_from(schedule, begin)
-    supernet = source.supernet(schedule.model.granularity, schedule.cache_kinds, run.forecast, run.denoisers)
+    supernet = source.supernet(
+        schedule.model.granularity, schedule.cache_kinds, run.forecast, run.denoisers, run.guidance
+    )
     return Reference(source, run, scheduler, options, supernet, _condition_specs(source, manifest), begin)
 
 

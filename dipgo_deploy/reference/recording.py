@@ -69,7 +69,6 @@ class Recorder:
         self,
         variants: Sequence[VariantNames],
         launches: Iterable[tuple[int, int]],
-        guidance_scale: float | None,
         slots: int,
         *,
         again: bool = True,
@@ -85,7 +84,6 @@ class Recorder:
         self._variant_at = {step: variant for variant, step in first.items()}
         if again:
             self._variant_at |= {step: variant for variant, step in last.items()}
-        self._guidance_scale = guidance_scale
         self._slots = slots
         self.recordings: list[Recording] = []
 
@@ -105,7 +103,7 @@ class Recorder:
         if index is None:
             return
         variant = self._variants[index]
-        inputs = evaluation_inputs(evaluation, self._guidance_scale, self._slots)
+        inputs = evaluation_inputs(evaluation, self._slots)
         inputs.update({name: cache_tensor(name, evaluation.before) for name in variant.reads})
         if row := self._forecasts.get(evaluation.step):
             inputs[FORECAST] = np.array(row, np.float32)
@@ -140,12 +138,12 @@ def run_until_complete(
             del evaluation  # its caches may go before the next ones are made
 
 
-def evaluation_inputs(evaluation: Evaluation, guidance_scale: float | None, slots: int) -> dict[str, np.ndarray]:
+def evaluation_inputs(evaluation: Evaluation, slots: int) -> dict[str, np.ndarray]:
     """All graph inputs of an evaluation but the caches, float32 or int64."""
     inputs = launch_inputs(host(evaluation.model_input), float(evaluation.timestep), slots)
     inputs.update(as_arrays(evaluation.conditions))
-    if guidance_scale is not None:
-        inputs.update({name: np.array([guidance_scale], np.float32) for name in GUIDANCE_SCALES})
+    if evaluation.guidance_scale is not None:
+        inputs.update({name: np.array([evaluation.guidance_scale], np.float32) for name in GUIDANCE_SCALES})
     return inputs
 
 
@@ -168,8 +166,13 @@ def cache_tensor(name: str, state: CacheState) -> np.ndarray:
         ValueError: not the name of a cache.
     """
     cache = _parsed(name)
-    stored = state.stored(cache.block)
+    stored = state.read(cache.block, conditional=cache.conditional)
     return host(stored[cache.nth - 1 if 0 < cache.nth <= len(stored) else 0][cache.index])
+
+
+def as_read(stored: np.ndarray, shape: Sequence[int]) -> np.ndarray:
+    """What a launch that reads a cache of this shape gets of a stored one: all of it, or the conditional half."""
+    return stored[len(stored) // 2 :] if stored.ndim and len(stored) == 2 * shape[0] else stored
 
 
 def cache_block(name: str) -> str:

@@ -118,7 +118,7 @@ class Source:
         if batch < 1:
             raise UserError(f"--batch {batch}: give a number of images of at least 1")
         if guidance and not self.can_guide:
-            reason = "takes the scale as an input" if self._distilled else "takes no prompt and has no null class"
+            reason = "takes the scale as an input" if self.distilled else "takes no prompt and has no null class"
             raise UserError(f"--guidance: {self.name} {reason}; leave it out")
         *native_frames, native_height, native_width = self.native or (None, None)
         latent_height = self._latent_extent("--height", height, native_height)
@@ -139,10 +139,11 @@ class Source:
         distilled from guidance."""
         specs = self._inputs
         halves = any(spec.source == "text" or (spec.source == "class" and spec.null is not None) for spec in specs)
-        return halves and not self._distilled
+        return halves and not self.distilled
 
     @property
-    def _distilled(self) -> bool:
+    def distilled(self) -> bool:
+        """Whether the scale of the guidance is one of the model's inputs."""
         return any(spec.source == "guidance" for spec in self._inputs)
 
     @property
@@ -167,16 +168,17 @@ class Source:
         kinds: Mapping[str, CacheKind],
         forecast: Reads | None = None,
         denoisers: Sequence[str] | None = None,
+        guidance: Sequence[float] | None = None,
     ) -> Supernet:
         """The gated denoiser; ``kinds``: cache kind by block name; ``forecast``: what removed blocks read;
-        ``denoisers``: that of each evaluation, as a schedule has them."""
+        ``denoisers`` and ``guidance``: of each evaluation, as a schedule has them."""
         from dipgo_deploy.supernet.gated import Supernet
 
         specs = self.family.blocks(self.config, granularity)
         supernet = Supernet(
             self.denoiser, specs, [kinds[spec.name] for spec in specs], self.family.call, self.family.guide
         )
-        supernet.forecast, supernet.denoisers = forecast, denoisers
+        supernet.forecast, supernet.denoisers, supernet.guidance = forecast, denoisers, guidance
         return supernet
 
     def set_timesteps(self, scheduler: Any, extents: Sequence[int], steps: int) -> dict[str, Any]:
@@ -195,7 +197,7 @@ class Source:
             owner = type(AutoPipelineForImage2Image.from_pipe(self.pipeline))
         takes = inspect.signature(owner.__call__).parameters
         # A model that was distilled from guidance takes its scale under the usual name.
-        names = ("guidance_scale",) if self._distilled else (self.family.guide.argument, "guidance_scale")
+        names = ("guidance_scale",) if self.distilled else (self.family.guide.argument, "guidance_scale")
         defaults = [takes[name].default for name in names if name in takes]
         return float(defaults[0]) if defaults else None
 

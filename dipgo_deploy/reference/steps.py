@@ -45,7 +45,6 @@ class StepRecorder:
         segments: Sequence[VariantEntry],
         launches: Sequence[tuple[int, int]],
         schedule: Schedule,
-        guidance_scale: float | None,
         slots: int,
         *,
         again: bool = True,
@@ -63,7 +62,6 @@ class StepRecorder:
         self._writes = {name for segment in segments for name in segment.writes}
         self._kinds = schedule.cache_kinds
         self._kept = [{b for b, kept in zip(self._kinds, row, strict=True) if kept} for row in schedule.gates]
-        self._guidance_scale = guidance_scale
         self._slots = slots
         self.recordings: list[StepRecording] = []
 
@@ -86,7 +84,7 @@ class StepRecorder:
             block = stored_block(name, self._kinds)
             if block in self._kept[evaluation.step]:
                 outputs[name] = cache_tensor(name, evaluation.after)
-        inputs = evaluation_inputs(evaluation, self._guidance_scale, self._slots)
+        inputs = evaluation_inputs(evaluation, self._slots)
         self.recordings.append(StepRecording(evaluation.step, inputs, outputs))
 
 
@@ -99,13 +97,11 @@ def stored_block(name: str, kinds: Mapping[str, str]) -> str | None:
     return cache.block if cache is not None and kinds.get(cache.block) == cache.kind else None
 
 
-def recorder_for(
-    bundle: Bundle, schedule: Schedule, guidance_scale: float | None, *, again: bool = True
-) -> Recorder | StepRecorder:
+def recorder_for(bundle: Bundle, schedule: Schedule, *, again: bool = True) -> Recorder | StepRecorder:
     """The recorder of a plan's layout; ``schedule`` after promotion. again: record a second time."""
     plan = bundle.manifest.plan
     launches = [(launch.step, launch.variant) for launch in plan.launches]
     if plan.layout == "variants":
         forecasts = {launch.step: launch.forecast for launch in plan.launches}
-        return Recorder(plan.variants, launches, guidance_scale, plan.slots, again=again, forecasts=forecasts)
-    return StepRecorder(plan.variants, launches, schedule, guidance_scale, plan.slots, again=again)
+        return Recorder(plan.variants, launches, plan.slots, again=again, forecasts=forecasts)
+    return StepRecorder(plan.variants, launches, schedule, plan.slots, again=again)

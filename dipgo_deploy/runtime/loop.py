@@ -27,6 +27,7 @@ from dipgo_deploy.plan.buffers import aligned
 from dipgo_deploy.runtime.component import MOST_SIZES
 from dipgo_deploy.runtime.graphs import Graphs
 from dipgo_deploy.runtime.run_rows import RunRows
+from dipgo_deploy.schedule.guidance import share_of_scale
 
 # All bits set is NaN in float32, float16 and bfloat16.
 _POISON_BYTE = 0xFF
@@ -115,11 +116,13 @@ class DenoisingLoop:
         self._tables = _upload_tables(backend, tables, plan.launches)
         forecasts = [launch.forecast for launch in plan.launches]
         self._forecasts = _upload_rows(backend, forecasts) if any(forecasts) else ()
-        self._guidance_scales = {name: backend.allocate(4) for name in GUIDANCE_SCALES}
+        # One for each share of the guidance; what takes none may be given any.
+        shares = {1.0, *(launch.guidance for launch in plan.launches)}
+        self._guidance_scales = {share: {name: backend.allocate(4) for name in GUIDANCE_SCALES} for share in shares}
         self._conditions = {spec.name: backend.allocate(spec.nbytes) for spec in manifest.conditions}
         self._arena = backend.allocate(plan.arena_bytes)
         self._graphs = Graphs(backend) if graphs is None else graphs
-        bound = {**self._guidance_scales, **self._conditions}
+        bound = {**self._guidance_scales[1.0], **self._conditions}
         self._run_rows = RunRows(bundle, backend, tables, bound, self._graphs)
         self._views = {self.sample_shape: self._view}
         self._place(self._view)
@@ -183,7 +186,7 @@ class DenoisingLoop:
             HISTORY_BEFORE: self._room.at(self._zeros - view.history.nbytes // plan.slots, view.history.nbytes),
             COEFFICIENTS: self._coefficients[index],
             TIMESTEP: self._timesteps[index],
-            **self._guidance_scales,
+            **self._guidance_scales[launch.guidance],
             **self._conditions,
             **(self._tables[index] if self._tables else {}),
             **run_rows,
@@ -266,8 +269,11 @@ class DenoisingLoop:
         count = max(1, len(view.manifest.model.denoisers))
         given = guidance_scale if isinstance(guidance_scale, Sequence) else [guidance_scale] * count
         scales = {name: float(scale) for name, scale in zip(GUIDANCE_SCALES[:count], given, strict=True)}
-        for name, scale in scales.items():
-            self._backend.upload(self._guidance_scales[name], np.array([scale], np.float32))
+        off = view.manifest.guidance_off
+        for share, memory in self._guidance_scales.items():
+            for name, scale in scales.items():
+                own = share_of_scale(scale, share, off)
+                self._backend.upload(memory[name], np.array([own], np.float32))
         for spec in view.manifest.conditions:
             array = _with_shape(spec.name, conditions.get(spec.name), spec.shape)
             self._backend.upload(self._conditions[spec.name], to_storage(array, spec.dtype))

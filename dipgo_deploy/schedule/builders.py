@@ -20,7 +20,9 @@ from dipgo_deploy.schedule.document import (
     Schedule,
     denoiser_of,
     gate_rows,
+    guidance_row,
 )
+from dipgo_deploy.schedule.frozen import to_json
 from dipgo_deploy.schedule.solver import Rows, Solver, extrapolated
 
 _UNIT = re.compile(r"(?P<side>down|up)_blocks\.(?P<index>\d+)(?P<layer>\..+)?")
@@ -130,6 +132,30 @@ class PendingTarget:
     block_names: tuple[str, ...]
     most_steps: int
     complete: Callable[[], Target]
+
+
+def with_guidance(
+    schedule: Schedule, guidance: Sequence[float], parameters: Mapping[str, Any]
+) -> tuple[Schedule, tuple[tuple[int, str], ...]]:
+    """A schedule with this guidance, one number an evaluation, and the gates (evaluation, block) that are kept for it:
+    guided evaluations whose cache would have no unconditional half compute the block.
+
+    parameters: go into the provenance.
+
+    Raises:
+        UserError: as for a document.
+    """
+    shares = guidance_row(guidance)
+    half = [share == 0 for share in guidance]
+    gates = [list(row) for row in schedule.gates]
+    validation.check_guidance(guidance, schedule.steps)
+    lacking = validation.missing_halves(gates, schedule.runs, half)
+    for step, block, _ in lacking:
+        gates[step][block] = True
+    provenance = {**to_json(schedule.provenance), "guidance": dict(parameters)}
+    kept = schedule.with_guidance(None).with_gates(gates, provenance)
+    names = schedule.block_names
+    return kept.with_guidance(shares), tuple((step, names[block]) for step, block, _ in lacking)
 
 
 def full(steps: int, blocks: int) -> Gates:

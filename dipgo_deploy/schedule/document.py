@@ -35,12 +35,13 @@ from dipgo_deploy.schedule.frozen import freeze, freeze_config, to_json
 from dipgo_deploy.schedule.kinds import CacheKind, Granularity
 from dipgo_deploy.schedule.solver import FrozenJson, Solver
 
-# 2: with a solver. 3: with a forecast. 4: with denoisers.
-FORMAT_VERSION = 4
+# 2: with a solver. 3: with a forecast. 4: with denoisers. 5: with guidance.
+FORMAT_VERSION = 5
 
 Gates = tuple[tuple[bool, ...], ...]
 Name = Annotated[StrictStr, Field(min_length=1)]
 Positive = Annotated[StrictInt, Field(ge=1)]
+GuidanceShare = Annotated[float, Field(strict=True, ge=0, le=validation.MAX_GUIDANCE, allow_inf_nan=False)]
 # Frozen before (plain Python in, JSON-like data checked) and after (pydantic makes a plain dictionary of it).
 FrozenConfig = Annotated[dict[str, Any], BeforeValidator(freeze_config), AfterValidator(freeze)]
 # A list of numbers, which `json.dumps` writes one a line; and one of such lists.
@@ -134,6 +135,9 @@ class Schedule(_Part):
             runs another denoiser.
         denoisers: T names: the denoiser that makes the prediction of each evaluation; a block's name begins with that
             of its own. None: the model has one.
+        guidance: T numbers: how much of the run's guidance each evaluation has. The scale is ``off + share * (scale -
+            off)``, where ``off`` is the one that does nothing (1). 0: it is conditional only, with half the batch; what
+            blocks store then has no unconditional half. None: all have all of it.
         solver: the fitted solver that is run in place of ``sampler``; T is then its number of evaluations.
         forecast: what removed blocks read; None: the value that they stored last.
         provenance: how it was made (``method``, ``parameters``, ``tool_version``).
@@ -143,12 +147,13 @@ class Schedule(_Part):
 
     model_config = ConfigDict(frozen=True, extra="forbid", title="dipgo_deploy schedule")
 
-    format_version: Literal[1, 2, 3, 4] = 1
+    format_version: Literal[1, 2, 3, 4, 5] = 1
     model: ModelIdentity
     blocks: tuple[BlockEntry, ...]
     steps: Positive
     keep: tuple[Row, ...]
     denoisers: tuple[Name, ...] | None = Field(default=None, exclude_if=_is_none)
+    guidance: tuple[GuidanceShare, ...] | None = Field(default=None, exclude_if=_is_none)
     sampler: SamplerEntry
     solver: Solver | None = Field(default=None, exclude_if=_is_none)
     forecast: AnyForecast | None = Field(default=None, exclude_if=_is_none)
@@ -181,6 +186,13 @@ class Schedule(_Part):
                 if getattr(schedule, name) is not None:
                     raise UserError(f"{name}: not for a model of several denoisers; leave it out")
         validation.check_caches_written(schedule.gates, names, schedule.runs)
+        if schedule.guidance is not None:
+            if schedule.format_version < 5:
+                raise UserError(f"format_version: {schedule.format_version} has no guidance; give 5")
+            validation.check_guidance(schedule.guidance, schedule.steps)
+            validation.check_halves(schedule.gates, names, schedule.runs, schedule.conditional_only)
+            if schedule.forecast is not None and any(schedule.conditional_only):
+                raise UserError("guidance: conditional-only evaluations cannot be forecast; leave out one of the two")
         if schedule.solver is not None:
             if schedule.format_version == 1:
                 raise UserError("format_version: 1 has no solver; give 2")
@@ -213,6 +225,11 @@ class Schedule(_Part):
         if self.denoisers is None:
             return ((True,) * len(names),) * self.steps
         return tuple(tuple(denoiser_of(name) == denoiser for name in names) for denoiser in self.denoisers)
+
+    @cached_property
+    def conditional_only(self) -> tuple[bool, ...]:
+        """T booleans, True where the evaluation has no unconditional half."""
+        return (False,) * self.steps if self.guidance is None else tuple(share == 0 for share in self.guidance)
 
     @property
     def kept_share(self) -> float:
@@ -295,14 +312,30 @@ class Schedule(_Part):
             parts.append(f"  {json.dumps(name)}: {text}")
         return "{\n" + ",\n".join(parts) + "\n}\n"
 
-    def with_solver(self, solver: Solver | None, gates: Sequence[Sequence[bool]] | None = None) -> Schedule:
-        """The same document with this solver in place of its sampler, or with none; gates: of its evaluations, the
-        same where None. A forecast goes with the gates that it was made for (see ``with_forecast``)."""
+    def with_solver(
+        self,
+        solver: Solver | None,
+        gates: Sequence[Sequence[bool]] | None = None,
+        guidance: Sequence[float] | None = None,
+    ) -> Schedule:
+        """The same document with this solver in place of its sampler, or with none; gates and guidance: of its
+        evaluations, the same where gates are None. A forecast goes with the gates that it was made for (see
+        ``with_forecast``)."""
         changes: dict[str, Any] = {"solver": solver}
-        changes |= {} if gates is None else {"steps": len(gates), "keep": gate_rows(gates)}
+        if gates is not None:
+            changes |= {"steps": len(gates), "keep": gate_rows(gates), "guidance": guidance_row(guidance)}
         if gates is not None and gate_rows(gates) != self.keep:
             changes["forecast"] = None
         return self._with(changes)
+
+    def with_guidance(self, guidance: Sequence[float] | None) -> Schedule:
+        """The same document with this guidance, one number an evaluation; all guided where None or all 1.
+
+        Raises:
+            UserError: as for a document, also a removed block at a guided evaluation that was last computed at a
+                conditional-only one.
+        """
+        return self._with({"guidance": guidance_row(guidance)})
 
     def with_forecast(self, forecast: Forecast | None) -> Schedule:
         """The same document with this forecast, or with none."""
@@ -313,13 +346,14 @@ class Schedule(_Part):
         forecast = None if self.forecast is None else self.forecast.at(steps)
         rows = tuple(self.keep[step] for step in steps)
         denoisers = None if self.denoisers is None else tuple(self.denoisers[step] for step in steps)
+        guidance = None if self.guidance is None else guidance_row([self.guidance[step] for step in steps])
         changes = {"steps": len(rows), "keep": rows, "forecast": forecast, "denoisers": denoisers}
-        return self._with({"solver": None, **changes})
+        return self._with({"solver": None, "guidance": guidance, **changes})
 
     def _with(self, changes: Mapping[str, Any]) -> Schedule:
         """With other fields, and the version that they need."""
         fields: dict[str, Any] = {**{name: getattr(self, name) for name in Schedule.model_fields}, **changes}
-        needed = {"solver": 2, "forecast": 3, "denoisers": 4}
+        needed = {"solver": 2, "forecast": 3, "denoisers": 4, "guidance": 5}
         fields["format_version"] = max([1, *(version for name, version in needed.items() if fields[name] is not None)])
         return Schedule.model_validate(fields)
 
@@ -371,6 +405,12 @@ class Schedule(_Part):
 def denoiser_of(block: str) -> str:
     """The denoiser that a block is of, in a model of several."""
     return block.partition(".")[0]
+
+
+def guidance_row(guidance: Sequence[float] | None) -> tuple[float, ...] | None:
+    """The guidance of evaluations as a document has it: None where all have all of it."""
+    row = None if guidance is None else tuple(float(share) for share in guidance)
+    return None if row is None or all(share == 1 for share in row) else row
 
 
 def gate_rows(gates: Iterable[Sequence[bool]]) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.schedule.document import Schedule, gate_rows
 from dipgo_deploy.schedule.forecast import FittedForecast
+from dipgo_deploy.schedule.validation import missing_halves
 
 
 @dataclass(frozen=True)
@@ -18,8 +19,8 @@ class ImageRun:
         strength: as asked for.
         begin: evaluation of the full run that comes first.
         full: the schedule as given.
-        raised: the gates (evaluation of the full run, block) that the first evaluation has to keep: nothing was cached
-            before it.
+        raised: the gates (evaluation of the full run, block) that have to be kept: nothing was cached before the first
+            evaluation, and where that is conditional only, guided ones after it lack the other half of what it caches.
     """
 
     strength: float
@@ -49,9 +50,15 @@ def image_run(schedule: Schedule, strength: float, begin: int) -> tuple[Schedule
         )
     first, *rest = schedule.gates[begin:]
     there = schedule.runs[begin]
-    cells = zip(schedule.block_names, first, there, strict=True)
-    raised = tuple((begin, name) for name, kept, runs in cells if runs and not kept)
-    return _with_rows(schedule, [there, *rest]), ImageRun(strength, begin, schedule, raised)
+    names = schedule.block_names
+    cells = zip(names, first, there, strict=True)
+    raised = [(begin, name) for name, kept, runs in cells if runs and not kept]
+    gates = [list(there), *map(list, rest)]
+    lacking = missing_halves(gates, schedule.runs[begin:], schedule.conditional_only[begin:])
+    for step, block, _ in lacking:
+        gates[step][block] = True
+        raised.append((begin + step, names[block]))
+    return _with_rows(schedule, gates), ImageRun(strength, begin, schedule, tuple(raised))
 
 
 def run_from(schedule: Schedule, begin: int) -> Schedule:
@@ -63,6 +70,8 @@ def _with_rows(schedule: Schedule, gates: Sequence[Sequence[bool]]) -> Schedule:
     fields = {name: getattr(schedule, name) for name in Schedule.model_fields}
     own = range(schedule.steps - len(gates), schedule.steps)
     forecast = None if schedule.forecast is None else schedule.forecast.at(own)
-    denoisers = None if schedule.denoisers is None else schedule.denoisers[own.start :]
-    rows = {"keep": gate_rows(gates), "steps": len(gates), "forecast": forecast, "denoisers": denoisers}
+    rows: dict[str, object] = {"keep": gate_rows(gates), "steps": len(gates), "forecast": forecast}
+    for name in ("denoisers", "guidance"):
+        whole = getattr(schedule, name)
+        rows[name] = None if whole is None else whole[own.start :]
     return Schedule.model_validate({**fields, **rows})

@@ -19,6 +19,7 @@ def schedule_facts(schedule: Schedule) -> dict[str, Any]:
         "blocks": len(schedule.blocks),
         "steps": schedule.steps,
         **({} if schedule.denoisers is None else {"denoisers": list(schedule.denoisers)}),
+        **({} if schedule.guidance is None else {"guidance": list(schedule.guidance)}),
         "kept_gates": schedule.kept_share,
         "sampler": schedule.sampler.class_name,
         "num_inference_steps": schedule.sampler.num_inference_steps,

@@ -15,6 +15,8 @@ _SHOWN_HASH_DIGITS = 12
 MAX_BLOCKS = 10_000
 MAX_EVALUATIONS = 10_000
 MAX_GATES = 4_000_000
+# Of the run's guidance.
+MAX_GUIDANCE = 100.0
 _MAX_FIELDS = 100
 
 
@@ -23,7 +25,7 @@ def check_sizes(document: Mapping[str, Any]) -> None:
     blocks, keep = document.get("blocks"), document.get("keep")
     solver, forecast = document.get("solver"), document.get("forecast")
     lists = {"blocks": (blocks, MAX_BLOCKS), "keep": (keep, MAX_EVALUATIONS)}
-    lists["denoisers"] = document.get("denoisers"), MAX_EVALUATIONS
+    lists |= {name: (document.get(name), MAX_EVALUATIONS) for name in ("denoisers", "guidance")}
     if isinstance(solver, Mapping):
         lists |= {f"solver.{name}": (solver.get(name), MAX_EVALUATIONS) for name in ("timesteps", "rows", "final")}
     if isinstance(forecast, Mapping):
@@ -94,6 +96,48 @@ def check_caches_written(gates: Iterable[Sequence[bool]], names: Sequence[str], 
                     f"keep: evaluation {step}, block {names[column]}: its cache is read before it was ever written; "
                     f"keep the block at evaluation {first}"
                 )
+
+
+def check_guidance(guidance: Sequence[float], steps: int) -> None:
+    """Refuse another number of entries than of evaluations."""
+    if len(guidance) != steps:
+        raise UserError(f"guidance: {len(guidance)} numbers for {steps} evaluations; give one each")
+
+
+def check_halves(
+    gates: Iterable[Sequence[bool]],
+    names: Sequence[str],
+    runs: Sequence[Sequence[bool]],
+    conditional_only: Sequence[bool],
+) -> None:
+    """Refuse a removed block at a guided evaluation whose cache a conditional-only one wrote. runs: where its denoiser
+    does."""
+    found = missing_halves(gates, runs, conditional_only)
+    if found:
+        step, column, written = found[0]
+        raise UserError(
+            f"keep: evaluation {step}, block {names[column]}: is guided, and its cache has no unconditional half: "
+            f"evaluation {written} wrote it, which is conditional only; keep the block at evaluation {step}, or remove "
+            f"it at {written}"
+        )
+
+
+def missing_halves(
+    gates: Iterable[Sequence[bool]], runs: Sequence[Sequence[bool]], conditional_only: Sequence[bool]
+) -> list[tuple[int, int, int]]:
+    """Guided reads of caches without an unconditional half: evaluation, block, and the evaluation that wrote it. A
+    block counts as kept there for what follows."""
+    found: list[tuple[int, int, int]] = []
+    written: dict[int, int] = {}
+    for step, row in enumerate(gates):
+        for column, kept in enumerate(row):
+            lacks = column in written and conditional_only[written[column]] and not conditional_only[step]
+            if not kept and runs[step][column] and lacks:
+                found.append((step, column, written[column]))
+                kept = True
+            if kept:
+                written[column] = step
+    return found
 
 
 def check_denoisers(denoisers: Sequence[str], names: Sequence[str], gates: Sequence[Sequence[bool]]) -> None:

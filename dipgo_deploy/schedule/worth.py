@@ -38,21 +38,30 @@ def worth_of(schedule: Schedule, without_launch: Collection[int] | None = None) 
     UNet that run no block (what a transformer's head makes of cached blocks changes with the timestep).
     """
     steps, sampler = schedule.steps, schedule.sampler.class_name.removesuffix("Scheduler")
-    evaluations = schedule.kept_share * steps
+    # Conditional only, an evaluation has half the batch.
+    halves = sum(sum(row) for row, half in zip(schedule.gates, schedule.conditional_only, strict=True) if half)
+    evaluations = (sum(map(sum, schedule.gates)) - halves / 2) / sum(map(sum, schedule.runs)) * steps
     if without_launch is None:
         # A forecast block gives something else at each evaluation.
         plain = set(schedule.cache_kinds.values()) == {"output"} and schedule.forecast is None
-        unet = schedule.model.class_name.startswith("UNet2D") and plain
+        unet = schedule.model.class_name.startswith("UNet2D") and plain and schedule.guidance is None
         without_launch = [step for step, row in enumerate(schedule.gates) if unet and not any(row)]
     repeated = set(without_launch)
     whole = all(row == schedule.runs[step] for step, row in enumerate(schedule.gates) if step not in repeated)
     run = steps - len(repeated)
     if schedule.solver is not None:
-        cost = f"{steps}" if whole and run == steps else f"about {evaluations:.1f}"
+        plain_cost = whole and run == steps and schedule.guidance is None
+        cost = f"{steps}" if plain_cost else f"about {evaluations:.1f}"
         own = "of its own" if schedule.solver.imported else "fitted to a full run"
         line = (
             f"worth: costs what {cost} plain evaluations cost, with weights {own} in place of those of {sampler}; "
             f"compare pictures with plain solvers of as many"
+        )
+        return Worth(None, evaluations, line)
+    if schedule.guidance is not None:
+        line = (
+            f"worth: costs what about {evaluations:.1f} of {steps} plain evaluations cost, with a guidance of its own; "
+            "compare pictures with as many plain ones"
         )
         return Worth(None, evaluations, line)
     if whole and run == steps:

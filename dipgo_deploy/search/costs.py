@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.plan.compile import compile_plan
@@ -54,15 +55,20 @@ class Costs:
         *,
         reference_steps: int | None = None,
         forecast: Reads | None = None,
+        guidance: Sequence[float] | None = None,
     ) -> None:
         """Take the graph, T, and per evaluation whether the sampler gives its prediction any weight (default: all).
 
         reference_steps: full evaluations of the run that ratios are shares of, None for T. forecast: what removed
-        blocks read; the analysis then leaves gates as they are, because what is stored decides what is read.
+        blocks read; the analysis then leaves gates as they are, because what is stored decides what is read. guidance:
+        per evaluation, how much it has of it (default: all); 0 costs half.
         """
         self.forecast = forecast
+        self.guidance = tuple(guidance or (1.0,) * steps)
+        if 0 in self.guidance:
+            graph = graph.with_halves()
         self.graph, self.steps = graph, steps
-        self.blocks = tuple(block.name for block in graph.blocks)
+        self.blocks = tuple(block.name for block in graph.schedule_blocks)
         self._index = index_graph(graph)
         self._used = tuple(used) if used is not None else (True,) * steps
         self._known: dict[tuple[int, ...], Analysis] = {}
@@ -71,7 +77,12 @@ class Costs:
         self.full = self.own_full if reference_steps is None else reference_steps * self.step_cost
         if self.full <= 0:
             raise ValueError("the graph has no cost: it cannot be pruned by it")
-        self.own = tuple(self._index.costs.macs(outputs) / self.step_cost for outputs in self._index.outputs)
+        outputs, count = self._index.outputs, len(self.blocks)
+        # What says that an evaluation computes a block, guided or conditional only.
+        self._outputs = tuple(
+            mask | (outputs[count + place] if graph.halves else 0) for place, mask in enumerate(outputs[:count])
+        )
+        self.own = tuple(self._index.costs.macs(mask) / self.step_cost for mask in outputs[:count])
         self.gamma = tuple(1 - self._cost_without(block) / self.step_cost for block in range(len(self.blocks)))
 
     def analyse(self, gates: Sequence[Sequence[bool]]) -> Analysis:
@@ -83,7 +94,11 @@ class Costs:
         if rows not in self._known:
             if len(self._known) >= _REMEMBERED:
                 self._known.clear()
-            assignments = [Assignment(row) for row in rows]
+            count = len(self.blocks)
+            assignments = [
+                Assignment(row << count if share == 0 else row, denoiser=int(share == 0), guidance=share)
+                for row, share in zip(rows, self.guidance, strict=True)
+            ]
             self._known[rows] = self._analysis(demand(self._index, assignments, self._used, self.forecast), rows)
         return self._known[rows]
 
@@ -97,12 +112,15 @@ class Costs:
 
     def limited(self, gates: Sequence[Sequence[bool]], max_variants: int) -> Gates:
         """``gates`` with as many re-enabled as it takes to need at most ``max_variants`` distinct graphs."""
-        plan = compile_plan(self.graph, self.clean(gates), max_variants=max_variants, prediction_used=list(self._used))
-        return plan.keep
+        return compile_plan(self.graph, self.clean(gates), max_variants=max_variants, **self._plan_options).keep
 
     def variants(self, gates: Sequence[Sequence[bool]]) -> int:
         """Number of distinct graphs that ``gates`` need."""
-        return len(compile_plan(self.graph, self.clean(gates), prediction_used=list(self._used)).variants)
+        return len(compile_plan(self.graph, self.clean(gates), **self._plan_options).variants)
+
+    @property
+    def _plan_options(self) -> dict[str, Any]:
+        return {"prediction_used": list(self._used), "guidance": self.guidance}
 
     def patterns(self) -> tuple[tuple[bool, ...], ...]:
         """Rows that make sense of themselves: what is left of an evaluation when one block is removed, most costly
@@ -122,7 +140,7 @@ class Costs:
         rows[0] = [True] * count
         for launch in demands.launches:
             for block in range(count):
-                if launch.computed & index.outputs[block]:
+                if launch.computed & self._outputs[block]:
                     rows[launch.step][block] = True
         if self.forecast is not None:
             rows = [[bool(row >> block & 1) for block in range(count)] for row in asked]

@@ -13,7 +13,7 @@ from torch import Tensor
 from dipgo_deploy.schedule.document import Gates
 from dipgo_deploy.search.costs import Analysis, Costs
 from dipgo_deploy.search.losses import IMAGE_LOSSES, LATENT_LOSSES
-from dipgo_deploy.search.problem import Pair, Problem
+from dipgo_deploy.search.problem import Pair, Problem, all_guided
 from dipgo_deploy.supernet import CacheState, Gate, Supernet
 
 
@@ -26,7 +26,7 @@ class LaunchedSupernet(Supernet):
 
     def __init__(self, supernet: Supernet, analysis: Analysis) -> None:
         super().__init__(supernet.model, supernet.specs, supernet.cache_kinds, supernet.call, supernet.guide)
-        self.forecast = supernet.forecast
+        self.forecast, self.guidance = supernet.forecast, supernet.guidance
         self._analysis = analysis
         self._number = {step: number for number, step in enumerate(analysis.predicts)}
         self._made: dict[int, Tensor] = {}
@@ -40,12 +40,16 @@ class LaunchedSupernet(Supernet):
         state: CacheState,
         step: int,
         keep: Collection[str] | None = None,
+        *,
+        conditional: bool = False,
     ) -> tuple[Tensor, CacheState]:
         """See `Supernet.step`."""
         wanted = self._analysis.prediction_slots[step]
         if step not in self._analysis.launches:
             return self._made[wanted], state
-        prediction, state = super().step(latent, timestep, conditions, gates, state, step, keep)
+        prediction, state = super().step(
+            latent, timestep, conditions, gates, state, step, keep, conditional=conditional
+        )
         if step in self._number:
             self._made[self._number[step]] = prediction
         return self._made.get(wanted, prediction), state
@@ -67,7 +71,7 @@ def images_of(problem: Problem, latents: Tensor) -> Tensor:
 @torch.no_grad()
 def full_latents(problem: Problem, pairs: Sequence[Pair]) -> Tensor:
     """Final latents of the full run that images are compared with."""
-    problem = problem.reference or problem
+    problem = all_guided(problem.reference or problem)
     return sample(problem, [[True] * len(problem.target.blocks)] * problem.steps, pairs)
 
 

@@ -39,12 +39,15 @@ class CheckpointedSupernet(Supernet):
         state: CacheState,
         step: int,
         keep: Collection[str] | None = None,
+        *,
+        conditional: bool = False,
     ) -> tuple[Tensor, CacheState]:
         """See `Supernet.step`."""
         names = list(state.tensors)
         counts = [len(state.tensors[name]) for name in names]
         caches = [tensor for name in names for tensor in state.tensors[name]]
         structures: dict[str, Any] = {}
+        halved: set[str] = set()
         written: list[tuple[str, int]] = []
 
         def run(sample: Tensor, *flat: Tensor) -> tuple[Tensor, ...]:
@@ -53,22 +56,24 @@ class CheckpointedSupernet(Supernet):
             before = CacheState(
                 {name: [next(rest) for _ in range(count)] for name, count in zip(names, counts, strict=True)},
                 state.structures,
+                halved=state.halved,
             )
             evaluate = super(CheckpointedSupernet, self).step
-            prediction, after = evaluate(sample, timestep, conditions, row, before, step, keep)
+            prediction, after = evaluate(sample, timestep, conditions, row, before, step, keep, conditional=conditional)
             structures.update(after.structures)
+            halved.update(after.halved)
             written[:] = [(name, len(tensors)) for name, tensors in after.tensors.items()]
             return prediction, *(tensor for tensors in after.tensors.values() for tensor in tensors)
 
         soft = [gate for gate in gates if not isinstance(gate, bool)]
         if not any(tensor.requires_grad for tensor in (latent, *soft, *caches)):
-            return super().step(latent, timestep, conditions, gates, state, step, keep)
+            return super().step(latent, timestep, conditions, gates, state, step, keep, conditional=conditional)
         # The re-entrant kind wants flat tensors, but keeps no graph of the evaluation. The other one does: a node for
         # every operation of every evaluation, which for a small model is more than the tensors.
         outputs = checkpointed(run, latent, *soft, *caches, use_reentrant=True, preserve_rng_state=False)
         rest = iter(outputs[1:])
         tensors = {name: [next(rest) for _ in range(count)] for name, count in written}
-        return outputs[0], CacheState(tensors, structures)
+        return outputs[0], CacheState(tensors, structures, halved=frozenset(halved))
 
 
 class LoopLoss:

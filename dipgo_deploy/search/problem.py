@@ -25,7 +25,7 @@ from dipgo_deploy.sampler import make_scheduler, prediction_used, sampler_matrix
 from dipgo_deploy.sampler.matrix import SamplerMatrix
 from dipgo_deploy.schedule.builders import Target
 from dipgo_deploy.schedule.document import BlockEntry, SamplerEntry, Schedule
-from dipgo_deploy.schedule.forecast import Forecast
+from dipgo_deploy.schedule.forecast import Reads
 from dipgo_deploy.search.costs import Costs
 from dipgo_deploy.search.prompts import built_in_prompts, check_labels, class_count, known_labels, read_prompts
 from dipgo_deploy.search.samples import Pair as Pair
@@ -270,9 +270,9 @@ def with_sampler(problem: Problem, sampler: str, steps: int, config: Mapping[str
 
 
 def _with_scheduler(problem: Problem, scheduler: Any, target: Target, options: ProblemOptions) -> Problem:
-    """Without a reference of its own, and without a forecast, which is one of another T. target: but for T, which the
-    scheduler decides."""
-    problem = _with_forecast(problem, None)
+    """Without a reference of its own, and without a forecast or guidance, which are of another T. target: but for T,
+    which the scheduler decides."""
+    problem = _with_reads(problem, None, None)
     set_timesteps = problem.source.set_timesteps(scheduler, problem.sample_shape[1:], options.steps)
     matrix = sampler_matrix(scheduler, options.steps, set_timesteps_kwargs=set_timesteps)
     return replace(
@@ -305,8 +305,15 @@ def with_reference(problem: Problem, sampler: str, steps: int) -> Problem:
 def costs_of(problem: Problem, graph: BlockGraph) -> Costs:
     """What gates of the problem's evaluations cost on this graph, as shares of the reference's full run."""
     steps = None if problem.reference is None else problem.reference.steps
-    forecast = problem.supernet.forecast
-    return Costs(graph, problem.steps, prediction_used(problem.matrix), reference_steps=steps, forecast=forecast)
+    net = problem.supernet
+    return Costs(
+        graph,
+        problem.steps,
+        prediction_used(problem.matrix),
+        reference_steps=steps,
+        forecast=net.forecast,
+        guidance=net.guidance,
+    )
 
 
 def sampler_and_steps(text: str, option: str, steps: int | None = None) -> tuple[str, int]:
@@ -330,26 +337,35 @@ def cache_kinds(problem: Problem) -> tuple[CacheKind, ...]:
 
 
 def with_schedule(problem: Problem, schedule: Schedule) -> Problem:
-    """The same model and images with a schedule's own sampler or fitted solver, its kinds of cache and its forecast.
+    """The same model and images with a schedule's own sampler or fitted solver, its kinds of cache, its forecast and
+    its guidance.
 
     Raises:
-        UserError: a sampler whose steps are not linear, or a schedule for other blocks.
+        UserError: a sampler whose steps are not linear, a schedule for other blocks, or one with guidance where there
+            is none.
     """
+    if schedule.guidance is not None and problem.guidance_scale is None:
+        raise UserError(f"guidance: {problem.options.model} is not guided here; take it out of the schedule")
     if schedule.blocks != problem.target.blocks:
         problem = _with_blocks(problem, schedule.blocks)
     sampler = schedule.sampler
     options = replace(problem.options, sampler=sampler.class_name, steps=sampler.num_inference_steps)
     problem = _with_scheduler(problem, scheduler_of(schedule), replace(problem.target, sampler=sampler), options)
-    return _with_forecast(problem, schedule.forecast)
+    return _with_reads(problem, schedule.forecast, schedule.guidance)
 
 
-def _with_forecast(problem: Problem, forecast: Forecast | None) -> Problem:
-    """The same problem with what its removed blocks read."""
-    if forecast == problem.supernet.forecast:
+def all_guided(problem: Problem) -> Problem:
+    """The same problem with all of the guidance at all evaluations: what full runs are made with."""
+    return _with_reads(problem, problem.supernet.forecast, None)
+
+
+def _with_reads(problem: Problem, forecast: Reads | None, guidance: Sequence[float] | None) -> Problem:
+    """The same problem with what its removed blocks read, and what its evaluations have of the guidance."""
+    if (forecast, guidance) == (problem.supernet.forecast, problem.supernet.guidance):
         return problem
-    supernet = problem.source.supernet(problem.options.granularity, problem.cache_kinds, forecast)
+    supernet = problem.source.supernet(problem.options.granularity, problem.cache_kinds, forecast, guidance=guidance)
     problem = replace(problem, supernet=supernet)
-    return replace(problem, costs=costs_of(problem, problem.costs.graph))
+    return replace(problem, costs=costs_of(problem, problem.traced.graph))
 
 
 def with_guidance_scale(problem: Problem, scale: float) -> Problem:

@@ -20,6 +20,7 @@ from dipgo_deploy.models.family import BlockSpec, CacheKind, call_with_keywords
 from dipgo_deploy.models.forward import replaced_forward
 from dipgo_deploy.models.guidance import PLAIN, Guidance
 from dipgo_deploy.schedule.forecast import AS_STORED, Reads
+from dipgo_deploy.schedule.guidance import share_of_scale
 from dipgo_deploy.supernet.cuts import Structure, flatten, residual_inputs, unflatten
 
 Gate = bool | Tensor
@@ -32,13 +33,21 @@ class CacheState:
     tensors: block name -> what the block last stored, one tensor a cut: its outputs, or for a residual cache
     ``output - input``. structures: block name -> how the tensors make up the module's output. Under a forecast only,
     earlier: block name -> what it stored before that, the latest first; stored_at: block name -> the evaluations that
-    stored all of these, the latest first.
+    stored all of these, the latest first. halved: blocks of which a conditional-only evaluation stored the last.
     """
 
     tensors: Mapping[str, list[Tensor]] = field(default_factory=dict)
     structures: Mapping[str, Structure] = field(default_factory=dict)
     earlier: Mapping[str, tuple[list[Tensor], ...]] = field(default_factory=dict)
     stored_at: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    halved: frozenset[str] = frozenset()
+
+    def read(self, block: str, *, conditional: bool = False) -> tuple[list[Tensor], ...]:
+        """What an evaluation reads of a block, the latest first; conditional: one that is conditional only."""
+        whole = self.stored(block)
+        if not conditional or block in self.halved:
+            return whole
+        return tuple([conditional_half(tensor) for tensor in tensors] for tensors in whole)
 
     def stored(self, block: str) -> tuple[list[Tensor], ...]:
         """All that is held of a block, the latest first."""
@@ -65,11 +74,14 @@ class Supernet:
     store: where the caches of bool gates lie; None: the tensors themselves, in memory.
     forecast: what removed blocks read; None: what they stored last. Its evaluations are those that ``step`` is told.
     denoisers: the path of the denoiser of each of these; None: the model is one. Blocks of the others do nothing there.
+    guidance: how much of the run's guidance each of these has, where there is guidance; 0 is conditional only. None:
+    all of it.
     """
 
     store: CacheStore | None = None
     forecast: Reads | None = None
     denoisers: Sequence[str] | None = None
+    guidance: Sequence[float] | None = None
 
     def __init__(
         self,
@@ -100,6 +112,16 @@ class Supernet:
         self.call = call
         self.guide = guide
 
+    def conditional_only(self, step: int) -> bool:
+        """Whether an evaluation has none of the run's guidance."""
+        return self.guidance is not None and self.guidance[step] == 0
+
+    def scale_at(self, step: int, scale: float | None) -> float | None:
+        """The guidance scale of an evaluation in a run of ``scale``; None without guidance."""
+        if scale is None or self.guidance is None:
+            return scale
+        return share_of_scale(scale, self.guidance[step], self.guide.off)
+
     def step(
         self,
         latent: Tensor,
@@ -109,6 +131,8 @@ class Supernet:
         state: CacheState,
         step: int,
         keep: Collection[str] | None = None,
+        *,
+        conditional: bool = False,
     ) -> tuple[Tensor, CacheState]:
         """Evaluate the model once.
 
@@ -125,13 +149,15 @@ class Supernet:
             step: index of the evaluation, for messages and for the forecast.
             keep: blocks whose caches are stored or carried on; all by default. Of the others none is
                 held; soft gates store all the same.
+            conditional: the evaluation is conditional only: of what guided ones stored, twice as many rows, it reads
+                the second half.
 
         Returns:
             The model's prediction (B, C', h, w) and the caches after this evaluation.
 
         Raises:
             UserError: wrong number of gates, a gate that is no bool or number in [0, 1], a soft one under a forecast,
-                or a block that reads a cache which was never written.
+                or a block that reads a cache which was never written, or of which a guided evaluation lacks a half.
         """
         if len(gates) != len(self.specs):
             raise UserError(f"evaluation {step}: {len(gates)} gates for {len(self.specs)} blocks; give one a block")
@@ -139,6 +165,7 @@ class Supernet:
         structures = {name: state.structures[name] for name in tensors}
         earlier = {name: values for name, values in state.earlier.items() if name in tensors}
         stored_at = {name: steps for name, steps in state.stored_at.items() if name in tensors}
+        halved = {name for name in state.halved if name in tensors}
         denoiser = "" if self.denoisers is None else self.denoisers[step]
         own = f"{denoiser}." if denoiser else ""
         with ExitStack() as stack:
@@ -152,30 +179,39 @@ class Supernet:
                     )
                 module = self.model.get_submodule(spec.name)
                 stored = state.tensors.get(spec.name)
-                if stored is None:
+                lacks_half = spec.name in state.halved and not conditional
+                if stored is None or lacks_half:
                     if not (gate if isinstance(gate, bool) else bool(gate == 1)):
                         raise UserError(
-                            f"evaluation {step}, block {spec.name}: removed, but its cache was never written; "
-                            "keep the block at this evaluation or an earlier one"
+                            f"evaluation {step}, block {spec.name}: removed, but its cache was never written"
+                            + (" at a guided evaluation since a conditional-only one wrote it" if lacks_half else "")
+                            + "; keep the block at this evaluation or an earlier one"
                         )
                     gate = True
+                else:
+                    stored = state.read(spec.name, conditional=conditional)[0]
                 if gate is False:
-                    assert stored is not None
                     weights: tuple[float, ...] = AS_STORED
                     if self.forecast is not None:
                         weights = self.forecast.weights_of(step, place, state.stored_at[spec.name])
-                    terms = list(zip(weights, state.stored(spec.name), strict=False))
+                    terms = list(zip(weights, state.read(spec.name, conditional=conditional), strict=False))
                     reader = _reader(spec, kind, terms, state.structures[spec.name], self.store)
                     stack.enter_context(replaced_forward(module, reader))
                 elif gate is not True or keep is None or spec.name in keep:
                     hook = _gate_hook(spec, kind, gate, stored, tensors, structures, self.store)
                     stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
+                    (halved.add if conditional else halved.discard)(spec.name)
                     if self.forecast is not None:
                         older = self.forecast.terms - 1
                         earlier[spec.name] = state.stored(spec.name)[:older]
                         stored_at[spec.name] = (step, *state.stored_at.get(spec.name, ())[:older])
             prediction = self.call(self.model.get_submodule(denoiser), latent, timestep, conditions)
-        return prediction, CacheState(tensors, structures, earlier, stored_at)
+        return prediction, CacheState(tensors, structures, earlier, stored_at, frozenset(halved))
+
+
+def conditional_half(tensor: Tensor) -> Tensor:
+    """The second half of the rows of guidance."""
+    return tensor[len(tensor) // 2 :]
 
 
 def _checked(gate: Any, spec: BlockSpec, step: int) -> Gate:

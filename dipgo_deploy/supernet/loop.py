@@ -16,7 +16,7 @@ from dipgo_deploy.sampler.loop import GivenNoise
 from dipgo_deploy.sampler.schedulers import fresh, set_timesteps
 from dipgo_deploy.sampler.start import ImageStart, first_latent
 from dipgo_deploy.supernet.cuts import model_dtype
-from dipgo_deploy.supernet.gated import CacheState, Gate, Supernet
+from dipgo_deploy.supernet.gated import CacheState, Gate, Supernet, conditional_half
 
 
 @dataclass(frozen=True)
@@ -28,10 +28,12 @@ class Evaluation:
         model_input: (B, C, h, w), the latent after ``scale_model_input``, before the batch is doubled for guidance, in
             the loop's dtype.
         timestep: 0-d, as the scheduler gives it.
-        conditions: forward inputs by keyword, (G*B, ...), G = 2 with guidance, the unconditional half first.
+        conditions: forward inputs by keyword, (G*B, ...), G = 2 with guidance, the unconditional half first; also where
+            the evaluation is conditional only.
         before, after: the caches.
-        raw: (G*B, C, h, w) the model's prediction, learned variance dropped.
+        raw: (G*B, C, h, w) the model's prediction, learned variance dropped; G = 1 where it is conditional only.
         prediction: (B, C, h, w) after guidance.
+        guidance_scale: its own; None without guidance.
     """
 
     step: int
@@ -42,6 +44,7 @@ class Evaluation:
     after: CacheState
     raw: Tensor
     prediction: Tensor
+    guidance_scale: float | None = None
 
 
 def run_loop(
@@ -151,7 +154,8 @@ def walk_loop(
         raw, prediction, after = guided_step(
             supernet, model_input, timestep, conditions, gates[step], state, step, guidance_scale, kept
         )
-        yield _evaluation(step, model_input, timestep, conditions, state, after, raw, prediction)
+        scale = supernet.scale_at(step, guidance_scale)
+        yield _evaluation(step, model_input, timestep, conditions, state, after, raw, prediction, scale)
         with nullcontext() if recorded is None else GivenNoise(latents.shape, recorded.draw):
             sample = sampler.step(prediction, timestep, sample, return_dict=False, **extra)[0]
         state = after
@@ -171,7 +175,7 @@ def guided_step(
     guidance_scale: float | None,
     keep: Collection[str] | None = None,
 ) -> tuple[Tensor, Tensor, CacheState]:
-    """One evaluation of a loop.
+    """One evaluation of a loop; with guidance it has as much of it as ``supernet.guidance`` says.
 
     Args:
         supernet: the gated denoiser.
@@ -186,16 +190,30 @@ def guided_step(
 
     Returns:
         What the denoiser gives (G*B, C, h, w), without a learned variance; the guided prediction (B, C, h, w); the
-        caches. The first two have the dtype of ``model_input``.
+        caches. The first two have the dtype of ``model_input``. G is 1 where the evaluation is conditional only.
     """
-    batch = torch.cat([model_input] * (1 if guidance_scale is None else 2))
+    conditional_only = guidance_scale is not None and supernet.conditional_only(step)
+    batch = torch.cat([model_input] * (1 if guidance_scale is None or conditional_only else 2))
+    if conditional_only:
+        conditions = {name: conditional_half(rows) for name, rows in conditions.items()}
     dtype = model_dtype(supernet.model)
-    output, after = supernet.step(batch.to(dtype), timestep.expand(len(batch)), conditions, gates, state, step, keep)
+    output, after = supernet.step(
+        batch.to(dtype),
+        timestep.expand(len(batch)),
+        conditions,
+        gates,
+        state,
+        step,
+        keep,
+        conditional=conditional_only,
+    )
     raw = output[:, : model_input.shape[1]].to(model_input.dtype)
-    if guidance_scale is None:
+    if guidance_scale is None or conditional_only:
         return raw, raw, after
     unconditional, conditional = raw.chunk(2)
-    return raw, supernet.guide.combine(unconditional, conditional, guidance_scale), after
+    scale = supernet.scale_at(step, guidance_scale)
+    assert scale is not None
+    return raw, supernet.guide.combine(unconditional, conditional, scale), after
 
 
 def _check_batches(conditions: Mapping[str, Tensor], rows: int) -> None:
@@ -213,6 +231,7 @@ def _evaluation(
     after: CacheState,
     raw: Tensor,
     prediction: Tensor,
+    scale: float | None,
 ) -> Evaluation:
     return Evaluation(
         step=step,
@@ -223,6 +242,7 @@ def _evaluation(
         after=_detached(after),
         raw=raw.detach(),
         prediction=prediction.detach(),
+        guidance_scale=scale,
     )
 
 
@@ -232,7 +252,7 @@ def _detached(state: CacheState) -> CacheState:
         name: tuple([tensor.detach() for tensor in values] for values in several)
         for name, several in state.earlier.items()
     }
-    return CacheState(tensors, state.structures, earlier, state.stored_at)
+    return CacheState(tensors, state.structures, earlier, state.stored_at, state.halved)
 
 
 class _Given:

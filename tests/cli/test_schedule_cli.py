@@ -18,7 +18,7 @@ from dipgo_deploy.schedule.importers.registry import KINDS
 from dipgo_deploy.schedule.solver import Solver
 
 ASSETS = Path(cli.__file__).resolve().parents[1] / "assets"
-VERBS = ("full", "uniform", "deepcache", "random", "import", "export", "validate", "show", "diff")
+VERBS = ("full", "uniform", "deepcache", "random", "import", "export", "guidance", "validate", "show", "diff")
 
 
 @pytest.fixture
@@ -338,6 +338,22 @@ def test_show_with_a_model_tells_what_the_compiler_makes_of_it(made: Path, capsy
     assert facts["kept_macs"] >= facts["launched_macs"]
     assert facts["keep"] == ["1" * 9, "0" * 9, "0" * 9] * 2
     assert "launches    2 for 6 evaluations" in captured.err
+
+
+def test_guidance_of_evaluations(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "guided.json"
+    capsys.readouterr()
+    assert main(["guidance", str(made), "--conditional", "3-5", "--share", "1=0.5", "-o", str(output)]) == 0
+    assert "guidance: all 0, 0.5 1, all 2, conditional only 3-5" in capsys.readouterr().out
+    assert Schedule.load(output).guidance == (1.0, 0.5, 1.0, 0.0, 0.0, 0.0)
+    assert main(["show", str(output)]) == 0
+    assert re.search(r"guidance +all 0, 0.5 1, all 2, conditional only 3-5", capsys.readouterr().out)
+    assert main(["guidance", str(made), "--conditional", "0-1", "-o", str(tmp_path / "late.json")]) == 0
+    assert "gates are kept for unconditional halves, the first of down_blocks.0 at evaluation 2" in (
+        capsys.readouterr().out
+    )
+    other = str(tmp_path / "other.json")
+    refused(capsys, ["guidance", str(made), "-o", other], "nothing is to change; give --conditional or --share")
 
 
 def test_diff_names_what_changed_and_exits_1(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

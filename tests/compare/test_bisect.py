@@ -52,7 +52,7 @@ def _recorded(engine_dir: Path) -> Sound:
     bundle = Bundle.open(engine_dir)
     reference = load_reference(bundle)
     inputs = reference.inputs(bundle.manifest)
-    recorder = recorder_for(bundle, reference.schedule, inputs.guidance_scale)
+    recorder = recorder_for(bundle, reference.schedule)
     run_until_complete(recorder, reference, inputs)
     return Sound(bundle, recorder.recordings)
 

@@ -95,7 +95,7 @@ def test_recordings_are_those_of_a_loop_that_keeps_all_caches_in_memory(
 
     reference = load_reference(bundle)
     given = reference.inputs(bundle.manifest)
-    recorder = recorder_for(bundle, reference.schedule, given.guidance_scale, again=False)
+    recorder = recorder_for(bundle, reference.schedule, again=False)
     found = list((read_recordings if layout == "variants" else read_steps)(folder / "0"))
     run_until_complete(recorder, reference, given)
     assert len(found) == len(recorder.recordings) > 1

@@ -21,7 +21,7 @@ def test_the_tensor_of_another_name_is_refused():
 def record(bundle, reference, given, **options):
     plan = bundle.manifest.plan
     launches = [(launch.step, launch.variant) for launch in plan.launches]
-    recorder = Recorder(plan.variants, launches, given.guidance_scale, plan.slots, **options)
+    recorder = Recorder(plan.variants, launches, plan.slots, **options)
     run_until_complete(recorder, reference, given)
     return recorder.recordings
 

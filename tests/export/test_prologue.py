@@ -354,7 +354,7 @@ def test_a_node_of_it_that_is_wrong_is_found(planned: PlannedExport, engine: Bun
     onnx.save(model, bad / "graphs/prologue.onnx")
     reference = load_reference(sound)
     inputs = reference.inputs(sound.manifest)
-    recorder = recorder_for(sound, reference.schedule, inputs.guidance_scale)
+    recorder = recorder_for(sound, reference.schedule)
     run_until_complete(recorder, reference, inputs)
     found = locate(reseal(bad), recorder.recordings, frugal_session, lambda _: sound, Tolerance(1e-4))
     assert found is not None and found.graph == "prologue"

@@ -13,10 +13,13 @@ from random_plans import (
     PRIME,
     compute,
     graph_input,
+    half_of,
     naive,
+    of_shares,
     random_forecast,
     random_gates,
     random_graph,
+    random_halves,
     random_turns,
     residual_source,
     residue,
@@ -27,11 +30,18 @@ from dipgo_deploy.plan.compile import compile_plan
 from dipgo_deploy.plan.graph import BlockGraph
 from dipgo_deploy.plan.model import Cache, Plan
 from dipgo_deploy.schedule.forecast import FittedForecast
+from dipgo_deploy.schedule.validation import missing_halves
 
 RELAXED = settings(deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
 
-def execute(plan: Plan, graph: BlockGraph, spoil: tuple[int, str] | None = None, tight: bool = False) -> list[int]:
+def execute(
+    plan: Plan,
+    graph: BlockGraph,
+    spoil: tuple[int, str] | None = None,
+    tight: bool = False,
+    shares: Sequence[float] | None = None,
+) -> list[int]:
     """Predictions by slot, from the plan's variants, launches and arena bytes alone.
 
     Every byte of the arena remembers what was written to it, so a wrong offset, an overlap or a stale tensor shows.
@@ -43,11 +53,15 @@ def execute(plan: Plan, graph: BlockGraph, spoil: tuple[int, str] | None = None,
     predictions: list[int] = []
 
     def load(cache: Cache, offset: int) -> int:
-        cells = arena[offset : offset + graph.values[cache.value].nbytes]
+        nbytes = graph.values[cache.value].nbytes
+        cells = arena[offset : offset + nbytes]
         assert cells[0] is not None, f"{cache} is read before it is written"
-        content = cells[0][1]
-        assert cells == [(cache.value, content, i) for i in range(graph.values[cache.value].nbytes)], f"{cache} is torn"
-        return content
+        stored, content, first = cells[0]
+        half = stored == graph.halves.get(cache.value)
+        assert stored == cache.value or half
+        assert first == (nbytes if half else 0) and graph.values[stored].nbytes == nbytes + first
+        assert cells == [(stored, content, first + i) for i in range(nbytes)], f"{cache} is torn"
+        return half_of(content) if half else content
 
     for number, launch in enumerate(plan.launches):
         variant = plan.variants[launch.variant]
@@ -65,6 +79,7 @@ def execute(plan: Plan, graph: BlockGraph, spoil: tuple[int, str] | None = None,
             known=known,
             touched=touched,
             number=number,
+            step=launch.step,
         ) -> int:
             if name not in known:
                 terms = [cache for cache in loaded if cache.value == name]
@@ -77,7 +92,8 @@ def execute(plan: Plan, graph: BlockGraph, spoil: tuple[int, str] | None = None,
                 else:
                     assert name in variant.computed, f"{name} is neither computed nor read"
                     touched.add(name)
-                    known[name] = compute(name, [value(read) for read in sorted(graph.values[name].reads)])
+                    scaled = name if shares is None or name != graph.predictions[0] else f"{name}*{shares[step]}"
+                    known[name] = compute(scaled, [value(read) for read in sorted(graph.values[name].reads)])
                     if spoil == (number, name):
                         known[name] = (known[name] + 1) % PRIME
             return known[name]
@@ -119,9 +135,16 @@ def forecast_cases(draw):
     return graph, gates, random_forecast(rng, gates)
 
 
-def check(plan: Plan, graph: BlockGraph, used: Sequence[bool], expected: Sequence[int | None], tight: bool) -> None:
+def check(
+    plan: Plan,
+    graph: BlockGraph,
+    used: Sequence[bool],
+    expected: Sequence[int | None],
+    tight: bool,
+    shares: Sequence[float] | None = None,
+) -> None:
     """The plan gives the expected predictions at all used steps, and its numbers agree with each other."""
-    predictions = execute(plan, graph, tight=tight)
+    predictions = execute(plan, graph, tight=tight, shares=shares)
     assert len(plan.prediction_slots) == len(expected)
     for step, use in enumerate(used):
         if use:
@@ -181,6 +204,56 @@ def test_denoisers_in_turn_equal_the_supernet(limit):
         assert all(block.startswith(f"d{denoisers[step]}.") for step, block in plan.promoted)
         compared += 1
     assert compared > (3 if limit == 1 else 20)
+
+
+@settings(RELAXED, max_examples=200)
+@given(st.randoms(use_true_random=False), st.none() | st.integers(1, 4))
+def test_guidance_equals_the_supernet(rng, limit):
+    """A conditional-only evaluation reads second halves; a guided one never reads what has no first half."""
+    graph, gates, shares = random_halves(rng)
+    denoisers = of_shares(shares)
+    used = [True] * len(gates)
+
+    def definition(rows):
+        return naive(graph, [[*row, *row] for row in rows], denoisers=denoisers, shares=shares)
+
+    try:
+        plan = compile_plan(graph, gates, guidance=shares, max_variants=limit)
+    except UserError as error:
+        too_few = limit is not None and limit < len(set(denoisers)) and "each in graphs of its own" in str(error)
+        assert too_few or None in definition(gates)
+        return
+    expected = definition(plan.keep)
+    check(plan, graph, used, expected, tight=limit is None, shares=shares)
+    assert len(plan.keep[0]) == len(gates[0])
+    for launch in plan.launches:
+        variant = plan.variants[launch.variant]
+        own = f"d{denoisers[launch.step]}."
+        assert all(name.startswith(own) for name in (*variant.computed, *(cache.value for cache in variant.reads)))
+    if limit is None:
+        assert plan.keep == tuple(map(tuple, gates))
+        assert plan.macs_run <= plan.macs_schedule <= plan.macs_full * len(gates)
+        return
+    names = [block.name for block in graph.schedule_blocks]
+    everywhere = [[True] * len(names)] * len(gates)
+    conditional_only = [share == 0 for share in shares]
+    if not missing_halves(gates, everywhere, conditional_only):
+        assert not missing_halves(plan.keep, everywhere, conditional_only)
+
+
+def test_a_guided_evaluation_that_lacks_a_half_is_named(chain):
+    graph = chain("output").with_halves()
+    whole, without = [True] * 4, [True, False, True, True]
+    message = r"evaluation 2 is guided and removes block 'b1', of which evaluation 1, which is conditional only"
+    with pytest.raises(UserError, match=message):
+        compile_plan(graph, [whole, whole, without], guidance=[1, 0, 1])
+    kept = compile_plan(graph, [whole, without, without], guidance=[1, 0, 1])  # the whole of it is still there
+    assert [launch.step for launch in kept.launches] == [0, 1, 2]
+    assert kept.launches[2].reads == tuple(kept.launches[0].writes)
+    assert kept.launches[1].reads[0] == kept.launches[0].writes[0] + 16
+    halved = kept.variants[kept.launches[1].variant]
+    full = kept.variants[kept.launches[2].variant]
+    assert halved.macs * 2 == full.macs
 
 
 @settings(RELAXED, max_examples=400)

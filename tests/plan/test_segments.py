@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections.abc import Sequence
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -12,13 +13,17 @@ from random_plans import (
     BIG,
     PRIME,
     Traced,
+    compute,
     evaluate,
     expand,
     graph_input,
+    half_of,
     naive,
+    of_shares,
     random_forecast,
     random_gates,
     random_graph,
+    random_halves,
     random_turns,
     read_off,
     residual_source,
@@ -47,7 +52,10 @@ def cases(draw):
 
 
 def execute(
-    plan: SegmentPlan, traced: Traced, spoil: tuple[int, str] | None = None
+    plan: SegmentPlan,
+    traced: Traced,
+    spoil: tuple[int, str] | None = None,
+    shares: Sequence[float] | None = None,
 ) -> tuple[list[int], dict[str, set[str]]]:
     """Predictions by slot, and the weights that each segment used, from the plan's launches and arena bytes alone.
 
@@ -62,9 +70,12 @@ def execute(
     def load(nbytes: int, offset: int) -> int:
         cells = arena[offset : offset + nbytes]
         assert cells[0] is not None, "read before it is written"
-        content = cells[0][0]
-        assert cells == [(content, i) for i in range(nbytes)], "torn"
-        return content
+        content, first = cells[0]
+        assert first in (0, nbytes) and cells == [(content, first + i) for i in range(nbytes)], "torn"
+        if not first:
+            return content
+        assert arena[offset - nbytes : offset] == [(content, i) for i in range(nbytes)], "not the second half"
+        return half_of(content)
 
     def size(segment: Segment, name: str) -> int:
         return int(segment.tensor[1:]) if segment.kind != "part" else traced.nodes.tensors[name].nbytes
@@ -105,6 +116,8 @@ def execute(
             assert segment.predicts and launch.prediction == len(predictions)
             if segment.kind == "part":
                 result = evaluate(traced, segment.prediction, known, given)
+            if shares is not None and shares[launch.step]:
+                result = compute(f"*{shares[launch.step]}", [result])
             predictions.append(result)
         else:
             assert not segment.predicts
@@ -180,6 +193,28 @@ def test_denoisers_in_turn_equal_the_supernet():
             assert not owners or f"d{denoisers[launch.step]}." in owners
         compared += 1
     assert compared > 30
+
+
+@settings(RELAXED, max_examples=150)
+@given(st.randoms(use_true_random=False))
+def test_guidance_equals_the_supernet(rng):
+    """A conditional-only evaluation launches segments of its own, which read second halves where guided ones wrote."""
+    graph, gates, shares = random_halves(rng)
+    traced, denoisers = expand(rng, graph), of_shares(shares)
+    pieces = split(traced.nodes, traced.graph)
+    expected = supernet(traced, [[*row, *row] for row in gates], denoisers=denoisers, shares=shares)
+    try:
+        plan = plan_segments(traced.graph, pieces, gates, guidance=shares)
+    except UserError:
+        assert None in expected
+        return
+    variants = compile_plan(traced.graph, gates, guidance=shares)
+    predictions, _ = execute(plan, traced, shares=shares)
+    assert [predictions[slot] for slot in variants.prediction_slots] == expected
+    for launch in plan.launches:
+        segment = plan.segments[launch.variant]
+        owners = {name[:3] for piece in segment.pieces for name in pieces.pieces[piece].owners}
+        assert not owners or f"d{denoisers[launch.step]}." in owners
 
 
 @settings(RELAXED, max_examples=300)

@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,12 @@ from pydantic import ValidationError
 import dipgo_deploy.schedule.document as document_module
 from dipgo_deploy import files
 from dipgo_deploy.errors import UserError, one_line
+from dipgo_deploy.schedule.builders import with_guidance
 from dipgo_deploy.schedule.document import GateChange, Schedule, gate_rows, json_schema
+from dipgo_deploy.schedule.guidance import shares_of
 from dipgo_deploy.schedule.identity import config_hash
+from dipgo_deploy.schedule.summary import schedule_facts
+from dipgo_deploy.schedule.worth import worth_of
 
 _scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text()
 _json = st.recursive(_scalars, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=6)
@@ -122,7 +127,7 @@ def test_the_file_is_readable_line_by_line(document: dict[str, Any], tmp_path: P
         ({"blocks": []}, "blocks: the list is empty"),
         ({"blocks": [{"name": "a", "cache": "output"}] * 3}, "blocks: a is listed twice (positions 0 and 1)"),
         ({"blocks": [{"name": "a", "cache": "delta"}]}, "blocks.0.cache: "),
-        ({"format_version": 5}, "format_version: 5 is not known, only 1 to 4"),
+        ({"format_version": 6}, "format_version: 6 is not known, only 1 to 5"),
         ({"format_version": "1"}, "format_version: '1' is not known"),
         ({"extra": 1}, "extra: Extra inputs are not permitted"),
         ({"model": {"class_name": "U", "config_hash": "zz", "granularity": "block"}}, "model.config_hash: "),
@@ -293,6 +298,62 @@ def test_check_evaluations(document: dict[str, Any]) -> None:
         schedule.check_evaluations(5)
 
 
+def test_guidance_is_a_number_an_evaluation(document: dict[str, Any]) -> None:
+    schedule = Schedule(**document).with_gates([[1, 1, 1], [1, 0, 1], [1, 0, 1], [1, 1, 1]])
+    assert schedule.conditional_only == (False,) * 4
+    guided = schedule.with_guidance([1, 0.5, 1, 0])
+    assert (guided.format_version, guided.guidance) == (5, (1.0, 0.5, 1.0, 0.0))
+    assert Schedule.from_json(guided.to_json()) == guided
+    assert guided.with_guidance([1] * 4) == schedule  # all of it is what it is without
+    assert guided.at([0, 2]).guidance is None and guided.at([0, 3]).guidance == (1.0, 0.0)
+    assert schedule_facts(guided)["guidance"] == [1.0, 0.5, 1.0, 0.0]
+    assert worth_of(guided).evaluations == pytest.approx((3 + 2 + 2 + 1.5) / 3)
+    assert "format_version: 4 has no guidance; give 5" in _refused(
+        {**json.loads(guided.to_json()), "format_version": 4}
+    )
+    for wrong, words in (
+        ([1, 1, 1], "guidance: 3 numbers for 4 evaluations"),
+        ([1, 1, 1, -0.5], "guidance.3: Input should be greater than or equal to 0"),
+        ([1, 1, 1, float("nan")], "guidance.3"),
+        ([1, 1, 1, "1"], "guidance.3"),
+        # Evaluation 2 skips the middle, which evaluation 0 wrote without an unconditional half.
+        ([0, 0, 1, 1], "evaluation 2, block mid_block: is guided, and its cache has no unconditional half"),
+    ):
+        assert words in _refused({**json.loads(guided.to_json()), "guidance": wrong})
+
+
+def test_blocks_are_kept_for_unconditional_halves(document: dict[str, Any]) -> None:
+    schedule = Schedule(**document).with_gates([[1, 1, 1], [1, 0, 1], [1, 0, 1], [1, 0, 1]])
+    made, kept = with_guidance(schedule, [0, 0, 1, 1], {"conditional": ["0-1"]})
+    assert kept == ((2, "mid_block"),)
+    assert made.gates == ((True,) * 3, (True, False, True), (True,) * 3, (True, False, True))
+    assert made.provenance["guidance"] == {"conditional": ("0-1",)}
+
+
+@pytest.mark.parametrize(
+    ("conditional", "shares", "words"),
+    [
+        (["3-1"], [], "--conditional 3-1: ends before it begins; give 1-3"),
+        (["x"], [], "--conditional x: give evaluations, as in 30-49"),
+        (["1=0.5"], [], "give evaluations, as in 30-49"),
+        ([], ["1"], "--share 1: give evaluations, as in 10-19=0.5"),
+        ([], ["1=1e"], "1e is no number"),
+        (["2-4"], [], "there are the evaluations 0 to 3"),
+        (["1"], ["0-2=0.5"], "evaluation 1 is named twice"),
+    ],
+)
+def test_shares_are_read(conditional: list[str], shares: list[str], words: str) -> None:
+    assert shares_of([1.0] * 4, ["3"], ["0-1=0.5"]) == (0.5, 0.5, 1.0, 0.0)
+    with pytest.raises(UserError, match=re.escape(words)):
+        shares_of([1.0] * 4, conditional, shares)
+
+
+def _refused(document: dict[str, Any]) -> str:
+    with pytest.raises(UserError) as caught:
+        Schedule.model_validate(document)
+    return str(caught.value)
+
+
 def test_the_shipped_schema_is_current() -> None:
     shipped = Path(document_module.__file__).with_name("schedule.schema.json")
     assert json.loads(shipped.read_text()) == json_schema(), "regenerate it: see json_schema()"
@@ -300,7 +361,7 @@ def test_the_shipped_schema_is_current() -> None:
 
 def test_the_schema_refuses_what_the_code_refuses(document: dict[str, Any]) -> None:
     jsonschema.validate(document, json_schema())
-    for changes in ({"keep": ["12"]}, {"steps": 0}, {"format_version": 5}, {"extra": 1}):
+    for changes in ({"keep": ["12"]}, {"steps": 0}, {"format_version": 6}, {"guidance": [-1]}, {"extra": 1}):
         with pytest.raises(jsonschema.ValidationError):
             jsonschema.validate({**document, **changes}, json_schema())
 

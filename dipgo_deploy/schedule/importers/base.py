@@ -203,6 +203,8 @@ def check_only_gates(schedule: Schedule, cache: CacheKind) -> None:
         raise UserError("has a forecast or a solver, which this format does not say; leave it out")
     if schedule.denoisers is not None:
         raise UserError("is of several denoisers, and this format knows one")
+    if schedule.guidance is not None:
+        raise UserError("has a guidance of its own at each evaluation, which this format does not say; leave it out")
     other = next((block for block in schedule.blocks if block.cache != cache), None)
     if other is not None:
         raise UserError(f"{other.name} has a cache of kind {other.cache!r}, and this format is about {cache}s")
