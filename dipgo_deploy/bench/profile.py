@@ -161,17 +161,20 @@ def sum_kernels(
     costliest first."""
     by_block: dict[str, float] = defaultdict(float)
     by_operator: dict[str, float] = defaultdict(float)
-    longest_first = sorted(blocks, key=len, reverse=True)
     for event in events:
         if event.get("cat") != "Node" or not str(event.get("name", "")).endswith("_kernel_time"):
             continue
         seconds = event["dur"] / 1e6
-        module = str(event["name"]).partition("/")[0]
-        owner = next((name for name in longest_first if f"{module}.".startswith(f"{name}.")), OUTSIDE)
-        by_block[owner] += seconds
+        by_block[block_of(str(event["name"]), blocks)] += seconds
         by_operator[event["args"]["op_name"]] += seconds
     ordered = {name: by_block[name] for name in (*blocks, OUTSIDE) if name in by_block}
     return ordered, dict(sorted(by_operator.items(), key=lambda item: -item[1]))
+
+
+def block_of(node: str, blocks: Sequence[str]) -> str:
+    """The block that a node, or a kernel, is of, by its name; ``OUTSIDE`` for one of none."""
+    module = node.partition("/")[0]
+    return max((name for name in blocks if f"{module}.".startswith(f"{name}.")), key=len, default=OUTSIDE)
 
 
 def _run(loop: DenoisingLoop, bundle: Bundle) -> None:

@@ -19,6 +19,13 @@ from tools.bench.measure import TimedBackend, alternate, spread
 GUIDANCE_SCALE = 4.0
 
 
+def loop_inputs(shape: tuple[int, ...], manifest: Manifest) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Noise of a shape and the conditions of a run that nobody looks at, always the same."""
+    rng = np.random.default_rng(0)
+    noise = rng.standard_normal(shape, dtype=np.float32)
+    return noise, {spec.name: example_input(spec, rng) for spec in manifest.conditions}
+
+
 class MeasuredLoop:
     """The loop of an engine directory on ONNX Runtime's CPU provider, with fixed inputs.
 
@@ -42,9 +49,7 @@ class MeasuredLoop:
         self.load_seconds = time.perf_counter() - start
         self.manifest = bundle.manifest
         self.inside: list[float] = []
-        rng = np.random.default_rng(0)
-        self._noise = rng.standard_normal(self._loop.sample_shape, dtype=np.float32)
-        self._conditions = {spec.name: example_input(spec, rng) for spec in self.manifest.conditions}
+        self._noise, self._conditions = loop_inputs(self._loop.sample_shape, self.manifest)
 
     def run(self) -> float:
         """Denoise once; seconds of the whole loop."""

@@ -1,13 +1,15 @@
 """The same cached loop by every means at hand, in one run: PyTorch, DeepCache, cache-dit, ONNX Runtime, and ours.
 
-Run from the repository's root: ``python -m tools.bench.peers --collect docs/results/peers.json``. DeepCache and
-cache-dit are taken where they are installed (``pip install DeepCache cache-dit``), torch.compile where there is a C++
-compiler; what is missing is named in the results.
+Run from the repository's root: ``python -m tools.bench.peers --collect docs/results/peers.json``. DeepCache, cache-dit,
+OpenVINO and its GenAI package are taken where they are installed (``pip install DeepCache cache-dit openvino
+openvino-genai``), torch.compile where there is a C++ compiler; what is missing is named in the results. A name of
+``tools.full_size`` is a model that is made with random weights: ``--model sd-1.5-512 --height 256 --work FOLDER``.
 """
 
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import tempfile
 import time
@@ -25,15 +27,17 @@ from dipgo_deploy.cli.common import emit, entry_point, human_console, json_optio
 from dipgo_deploy.difference import relative_error
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.export.exporter import ExportOptions, PlannedExport, plan_export
+from dipgo_deploy.models.location import BUILT_IN
 from dipgo_deploy.models.target import schedule_target
 from dipgo_deploy.reference.conditions import as_arrays, reference_inputs
 from dipgo_deploy.reference.quiet import quiet_libraries
 from dipgo_deploy.runtime.loop import DenoisingLoop
 from dipgo_deploy.sampler.schedulers import fresh, set_timesteps
 from dipgo_deploy.schedule import builders
+from dipgo_deploy.schedule.built_in import built_in_schedules
 from dipgo_deploy.schedule.document import Granularity, Schedule
 from dipgo_deploy.supernet.loop import run_loop
-from tools.bench.measure import alternate, machine, machine_line, spread, timed
+from tools.bench.measure import machine, machine_line, spread, timed
 from tools.bench.pairs import full_schedule, write_engine
 from tools.bench.tables import table, with_quartiles
 
@@ -159,6 +163,8 @@ def eager_cached(given: Contest) -> Denoise:
 
 def deepcache(given: Contest) -> Denoise:
     """The package DeepCache, ``cache_branch_id`` 0."""
+    if given.peer != "DeepCache":
+        raise UserError("it patches the blocks of a UNet, and this is a transformer")
     from DeepCache import DeepCacheSDHelper
 
     pipe = SimpleNamespace(unet=twin(given), scheduler=None)
@@ -178,6 +184,8 @@ def deepcache(given: Contest) -> Denoise:
 
 def cache_dit(given: Contest) -> Denoise:
     """The package cache-dit: first block computed, the others from a static mask of steps."""
+    if given.peer != "cache-dit":
+        raise UserError("it takes transformers, not UNet2DConditionModel")
     import cache_dit as package
 
     model = twin(given)
@@ -200,33 +208,82 @@ def cache_dit(given: Contest) -> Denoise:
     return call
 
 
-def engine(given: Contest, schedule: Schedule, folder: Path, threads: int) -> Denoise:
-    """An engine directory of ours on ONNX Runtime's CPU provider, exported where it is not there yet."""
-    from dipgo_deploy.backends.onnxruntime import OnnxRuntimeBackend
+def genai(given: Contest, folder: Path, threads: int) -> Denoise:
+    """The UNet of OpenVINO's GenAI package, every step in full."""
+    from tools.bench.openvino_peers import GenAiUNet
+
+    model = given.planned.source.denoiser
+    batch = torch.cat([given.latents] * 2)
+    unet = GenAiUNet(model, batch, given.conditions.get("encoder_hidden_states", batch), folder / "genai", threads)
+    return lambda: torch_loop(given, unet, _scheduler(given))
+
+
+def stable_diffusion_cpp() -> Denoise:
+    """See there."""
+    from tools.bench.openvino_peers import stable_diffusion_cpp as missing
+
+    found: Denoise = missing()
+    return found
+
+
+def engine(given: Contest, schedule: Schedule, folder: Path, threads: int, backend: str = "cpu") -> Denoise:
+    """An engine directory of ours on a backend of the CPU, exported where it is not there yet."""
+    from dipgo_deploy.backends import create_backend
     from dipgo_deploy.bundle.directory import Bundle
     from dipgo_deploy.export.exporter import replan
 
+    created = create_backend(backend, threads=threads)
     if not folder.is_dir():
         write_engine(replan(given.planned, schedule), folder)
-    loop = DenoisingLoop(Bundle.open(folder), OnnxRuntimeBackend("cpu", threads=threads))
+    loop = DenoisingLoop(Bundle.open(folder), created)
     noise, conditions = given.latents.numpy(), as_arrays(given.conditions)
     return lambda: loop.run(noise, conditions, guidance_scale=GUIDANCE_SCALE)
 
 
-def rivals(given: Contest, folder: Path, threads: int) -> dict[str, Callable[[], Denoise]]:
-    """Every contestant by name, made when it is asked for; the first is what the others are measured against."""
-    peer = {"DeepCache": deepcache, "cache-dit": cache_dit}[given.peer]
-    return {
-        "ours": lambda: engine(given, given.schedule, folder / "ours", threads),
-        "PyTorch, same caching": lambda: eager_cached(given),
-        given.peer: lambda: peer(given),
-        "PyTorch, full": lambda: eager(given),
-        "torch.compile, full": lambda: compiled(given),
-        "ONNX Runtime, full": lambda: engine(given, full_schedule(given.schedule), folder / "full", threads),
-    }
+OURS = "ours"
+FULL_ENGINE = "ONNX Runtime, full"
+FULL = ("PyTorch, full", "torch.compile, full", FULL_ENGINE, "OpenVINO, full", "OpenVINO GenAI, full")
 
 
-FULL = ("PyTorch, full", "torch.compile, full", "ONNX Runtime, full")
+def calibrated_name(schedule: Schedule) -> str:
+    """Of a calibrated schedule in the table."""
+    return f"ours, calibrated, {schedule.steps} launches"
+
+
+def rivals(
+    given: Contest, folder: Path, threads: int, calibrated: Schedule | None
+) -> list[dict[str, Callable[[], Denoise]]]:
+    """Every contestant by name, made when it is asked for, in groups that are in memory together; the first of each
+    group is what the others are measured against."""
+    own = {OURS: lambda: engine(given, given.schedule, folder / "ours", threads)}
+    fewer: dict[str, Callable[[], Denoise]] = {}
+    if calibrated is not None:
+        name, place = calibrated_name(calibrated), folder / "calibrated"
+        fewer = {
+            name: lambda: engine(given, calibrated, place, threads),
+            f"{name}, OpenVINO": lambda: engine(given, calibrated, place, threads, "openvino"),
+        }
+    return [
+        {
+            **own,
+            "PyTorch, same caching": lambda: eager_cached(given),
+            "DeepCache": lambda: deepcache(given),
+            "cache-dit": lambda: cache_dit(given),
+            "PyTorch, full": lambda: eager(given),
+            "torch.compile, full": lambda: compiled(given),
+            FULL_ENGINE: lambda: engine(given, full_schedule(given.schedule), folder / "full", threads),
+        },
+        {
+            **own,
+            "stable-diffusion.cpp, full": stable_diffusion_cpp,
+            "ours, OpenVINO": lambda: engine(given, given.schedule, folder / "ours", threads, "openvino"),
+            **fewer,
+            "OpenVINO, full": lambda: engine(
+                given, full_schedule(given.schedule), folder / "full", threads, "openvino"
+            ),
+            "OpenVINO GenAI, full": lambda: genai(given, folder, threads),
+        },
+    ]
 
 
 def race(
@@ -236,37 +293,67 @@ def race(
     leave_out: tuple[str, ...],
     notify: Callable[[str], None],
     engines: Path | None = None,
+    minutes: float = 10,
+    calibrated: tuple[Schedule, Mapping[str, float]] | None = None,
 ) -> Any:
-    """Everybody in turn, ``repeats`` rounds; agreement of the final latents within the cached and the full ones."""
+    """Everybody in turn, ``repeats`` rounds; agreement of the final latents within the cached and the full ones.
+
+    minutes: after them no contestant is made and no round begins. calibrated: a schedule of ours with fewer launches,
+    and the SSIM of each to the full run's pictures, by name.
+    """
     torch.set_num_threads(threads)
+    end = time.monotonic() + 60 * minutes
     rows: dict[str, dict[str, Any]] = {}
-    calls: dict[str, Denoise] = {}
+    fewer, ssim = calibrated or (None, {})
+    full: np.ndarray | None = None
     with tempfile.TemporaryDirectory() as folder:
-        for name, make in rivals(given, engines or Path(folder), threads).items():
-            if name in leave_out:
-                rows[name] = {"missing": "left out"}
-                continue
-            notify(f"{given.model}: preparing {name}")
-            start = time.perf_counter()
-            try:
-                calls[name] = make()
-                final = calls[name]()
-            except Exception as error:  # a peer that is missing or fails is a result, too
-                calls.pop(name, None)
-                rows[name] = {"missing": " ".join(str(error).split())[:200] or type(error).__name__}
-                continue
-            rows[name] = {"ready_seconds": time.perf_counter() - start, "latents": final}
-        notify(f"{given.model}: {repeats} rounds of {', '.join(calls)}")
-        seconds = alternate({name: timed(call) for name, call in calls.items()}, repeats, warmup=0)
-    for name, values in seconds.items():
-        against = rows["ONNX Runtime, full" if name in FULL and "ONNX Runtime, full" in calls else "ours"]["latents"]
-        rows[name] |= {
-            "seconds": spread(values),
-            "times_ours": spread(values / seconds["ours"]),
-            "relative_error": relative_error(rows[name]["latents"], against),
-        }
-    for row in rows.values():
-        row.pop("latents", None)
+        groups = rivals(given, engines or Path(folder), threads, fewer)
+        for place, group in enumerate(groups):
+            calls: dict[str, Denoise] = {}
+            latents: dict[str, np.ndarray] = {}
+            # Half of what is left, for each group, goes to preparing.
+            share = (end - time.monotonic()) / (len(groups) - place)
+            prepared = time.monotonic() + share / 2
+            for name, make in group.items():
+                if name in leave_out:
+                    rows[name] = {"missing": "left out"}
+                    continue
+                if time.monotonic() > prepared and calls:
+                    rows[name] = {"missing": f"no time left of {minutes:g} minutes"}
+                    continue
+                notify(f"{given.model}: preparing {name}")
+                start = time.perf_counter()
+                try:
+                    call = make()
+                    latents[name] = call()
+                    calls[name] = call
+                except Exception as error:  # a peer that is missing or fails is a result, too
+                    if name == OURS:
+                        raise
+                    rows[name] = {"missing": " ".join(str(error).split())[:200] or type(error).__name__}
+                    continue
+                rows.setdefault(name, {"ready_seconds": time.perf_counter() - start})
+            notify(f"{given.model}: {repeats} rounds of {', '.join(calls)}")
+            rounds: list[dict[str, float]] = []
+            while len(rounds) < repeats and (not rounds or time.monotonic() < prepared + share / 2):
+                rounds.append({name: timed(call)() for name, call in calls.items()})
+            full = latents.get(FULL_ENGINE, full)
+            for name in calls:
+                seconds = np.array([one[name] for one in rounds])
+                against = full if name in FULL else latents[OURS]
+                rows[name] |= {
+                    "rounds": len(rounds),
+                    "seconds": spread(seconds),
+                    "times_ours": spread(seconds / np.array([one[OURS] for one in rounds])),
+                    "relative_error": None
+                    if against is None or name.startswith("ours, calibrated")
+                    else relative_error(latents[name], against),
+                }
+            del calls
+            gc.collect()
+    for name, value in ssim.items():
+        if "missing" not in rows[name]:
+            rows[name]["ssim"] = value
     shape = given.planned.traced.shape
     return {
         "model": Path(given.model).name,
@@ -282,7 +369,14 @@ def race(
 
 
 @click.command(name="peers")
-@click.option("--model", "models", multiple=True, help="Built-in model or folder.  [default: both built-in ones]")
+@click.option(
+    "--model",
+    "models",
+    multiple=True,
+    help="Built-in model, folder, or a name of tools.full_size.  [default: built-in]",
+)
+@click.option("--work", type=_PATH, help="Folder for models of tools.full_size: kept there, and used again.")
+@click.option("--minutes", type=float, default=10, show_default=True, help="Of each model, beside the first trace.")
 @click.option("--steps", type=click.IntRange(min=2), default=50, show_default=True)
 @click.option("--interval", type=click.IntRange(min=2), default=5, show_default=True, help="Steps a refresh.")
 @click.option("--height", type=int, help="Pixels, square.  [default: the model's own]")
@@ -307,6 +401,8 @@ def command(
     engines: Path | None,
     collect: Path | None,
     as_json: bool,
+    work: Path | None,
+    minutes: float,
 ) -> None:
     """Time one cached denoising loop by every means at hand, in turn."""
     if engines is not None and len(models) != 1:
@@ -315,8 +411,10 @@ def command(
     console = human_console(as_json)
     results = []
     for model in models or ("fashion-sd", "fashion-dit"):
-        given = contest(model, steps, interval, height)
-        results.append(race(given, repeats, threads, leave_out, lambda line: console.print(line), engines))
+        given = contest(model_of(model, work, console.print), steps, interval, height)
+        console.print(f"{model}: pictures of calibrated schedules", markup=False)
+        fewer = same_quality(given) if model in BUILT_IN and steps == 50 else None
+        results.append(race(given, repeats, threads, leave_out, console.print, engines, minutes, fewer))
         console.print(_table(results[-1]), markup=False, soft_wrap=True)
     if collect is not None:
         known = json.loads(collect.read_text(encoding="utf-8")) if collect.is_file() else []
@@ -329,6 +427,52 @@ def command(
 main = entry_point(command)
 
 
+def model_of(name: str, work: Path | None, say: Callable[[str], None]) -> str:
+    """A built-in model or a folder as it is; one of ``tools.full_size``, made in ``work`` where it is not there yet.
+
+    Raises:
+        UserError: ``work`` is missing for it.
+    """
+    from tools.full_size import find, models
+    from tools.full_size.export import model_folder
+
+    if name not in models():
+        return name
+    if work is None:
+        raise UserError(f"--model {name}: is made with random weights; give --work, a folder for it")
+    work.mkdir(parents=True, exist_ok=True)
+    folder = work / f"{name}-fp32"
+    model_folder(find(name), {}, "fp32", folder, work / f"{name}.log", say)
+    return str(folder)
+
+
+def same_quality(given: Contest, per_condition: int = 4) -> tuple[Schedule, dict[str, float]] | None:
+    """The shipped calibrated schedule with the fewest launches whose pictures are as close to the full run's as those
+    of the contest's schedule, which are its peers', too; and the mean SSIM of both, by name in the table."""
+    from dipgo_deploy.bench.quality import measure, schedule_cases
+    from dipgo_deploy.search.problem import ProblemOptions, load_problem
+
+    known = built_in_schedules()
+    prefix = f"{given.model}-ddim50-"
+    files = [file for name, file in known.items() if name.startswith(prefix) and file.parent.stem == "calibrated"]
+
+    def ssim(schedule: Schedule, granularity: Granularity) -> float:
+        options = ProblemOptions(
+            given.model, sampler="ddim", steps=given.steps, granularity=granularity, guidance_scale=GUIDANCE_SCALE
+        )
+        problem = load_problem(options)
+        (row,) = measure(problem, schedule_cases([("one", schedule)], problem, any_cache=True), per_condition)
+        return float(row.ssim.value)
+
+    least = ssim(given.schedule, given.schedule.model.granularity)
+    for schedule in sorted(map(Schedule.load, files), key=lambda one: one.steps):
+        value = ssim(schedule, schedule.model.granularity)
+        if value >= least:
+            name = calibrated_name(schedule)
+            return schedule, {OURS: least, given.peer: least, name: value, f"{name}, OpenVINO": value}
+    return None
+
+
 def _key(result: Mapping[str, Any]) -> list[Any]:
     return [result[name] for name in ("model", "latent", "steps", "interval")] + [result["machine"]["threads"]]
 
@@ -338,9 +482,11 @@ def as_text(results: Sequence[Mapping[str, Any]]) -> str:
     parts = [
         "# Against peers\n",
         "One image with guidance, DDIM, fp32, the same noise and conditions; seconds of the denoising loop alone, in "
-        "rounds in which every contestant runs once, in turn. Median, quartiles in brackets. "
-        "`times ours` is round by round. `error`: of the final latents, relative to the largest value, for the cached "
-        "loops against ours and for the full ones against ONNX Runtime's. Made by `python -m tools.bench.peers`.\n",
+        "rounds in which every contestant runs once, in turn; in two groups, because all of a large model's would not "
+        "fit in memory. Median, quartiles in brackets. `times ours` is round by round. `error`: of the final latents, "
+        "relative to the largest value, for the cached loops against ours and for the full ones against ONNX "
+        "Runtime's. `SSIM`: of the pictures to the full run's, for the two built-in models; the calibrated schedule is "
+        "the one with the fewest launches that is no worse than the peer. Made by `python -m tools.bench.peers`.\n",
     ]
     for result in results:
         height, width = result["latent"]
@@ -348,7 +494,7 @@ def as_text(results: Sequence[Mapping[str, Any]]) -> str:
             f"## {result['model']}, {height}x{width} latents, {result['steps']} steps, "
             f"refreshed every {result['interval']}\n\n{machine_line(result['machine'])}.\n\n"
             f"{result['graphs']} graphs; the full loop has {result['macs_full_over_run']:.2f} times the "
-            f"multiply-accumulates. {result['repeats']} rounds.\n"
+            f"multiply-accumulates. At most {result['repeats']} rounds.\n"
         )
         parts.append(_table(result))
     return "\n".join(parts)
@@ -358,18 +504,19 @@ def _table(result: Mapping[str, Any]) -> str:
     rows = []
     for name, row in result["rows"].items():
         if "missing" in row:
-            rows.append((name, "-", "-", "-", row["missing"]))
+            rows.append((name, "-", "-", "-", "-", row["missing"]))
             continue
         rows.append(
             (
                 name,
                 with_quartiles(row["seconds"], 3),
                 with_quartiles(row["times_ours"], 2),
-                f"{row['relative_error']:.1e}",
+                "-" if row["relative_error"] is None else f"{row['relative_error']:.1e}",
+                f"{row['ssim']:.4f}" if "ssim" in row else "-",
                 "",
             )
         )
-    return table(("loop", "seconds", "times ours", "error", "not run because"), rows)
+    return table(("loop", "seconds", "times ours", "error", "SSIM", "not run because"), rows)
 
 
 def _scheduler(given: Contest) -> Any:
