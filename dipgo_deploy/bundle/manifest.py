@@ -299,6 +299,20 @@ class PlanEntry(_Frozen):
         return tuple(dict.fromkeys(launch.step for launch in self.launches))
 
 
+class Calibration(_Frozen):
+    """What activations in 8 bits were fitted to, and how far that is from floats."""
+
+    prompts: Many[str] = pydantic.Field(description="of the runs that were recorded; empty for other models")
+    samples: int = pydantic.Field(description="how many runs were recorded, of seeds 0, 1, ...")
+    budget: float = pydantic.Field(description="the error that was allowed")
+    error: float = pydantic.Field(
+        description="root mean square of the difference over that of the value, of the output that is off most, in the "
+        "recorded launches, each with the floats' inputs"
+    )
+    sensitivity: dict[str, float] = pydantic.Field(description="the same with one block alone in 8 bits, by its name")
+    kept: Many[str] = pydantic.Field(description="blocks that stay as they are, for the budget's sake")
+
+
 class QuantizationEntry(_Frozen):
     """What of the denoiser's graphs is in fewer bits."""
 
@@ -312,13 +326,22 @@ class QuantizationEntry(_Frozen):
     kept: Many[str] = pydantic.Field(
         default=(), description="weights of products, of 1024 values or more, that stay as they are"
     )
+    calibration: Calibration | None = pydantic.Field(
+        default=None, exclude_if=_is_none, description="of method int8: activations"
+    )
 
     @property
     def line(self) -> str:
         """What was done, in a line."""
         before, after = (f"{nbytes / 2**20:.1f}" for nbytes in (self.bytes_before, self.bytes_after))
-        stay = f"; {len(self.kept)} stay as they are: {', '.join(self.kept)}" if self.kept else ""
-        return f"{self.method}: {self.weights} weights take {after} MiB in place of {before}{stay}"
+        line = f"{self.method}: {self.weights} weights take {after} MiB in place of {before}"
+        calibration = self.calibration
+        if calibration is None:
+            return line + (f"; {len(self.kept)} stay as they are: {', '.join(self.kept)}" if self.kept else "")
+        line += f"; launches are off by {calibration.error:.1%} (root mean square)"
+        names = ", ".join(calibration.kept)
+        blocks = f"{len(calibration.kept)} of {len(calibration.sensitivity)} blocks stay as they are: {names}"
+        return f"{line}; {blocks}" if calibration.kept else line
 
 
 class ModelEntry(_Frozen):

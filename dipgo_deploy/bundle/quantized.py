@@ -7,7 +7,7 @@ from typing import Literal, get_args
 import numpy as np
 import pydantic
 
-Method = Literal["int8-weights", "int4-weights"]
+Method = Literal["int8-weights", "int4-weights", "int8"]
 METHODS: tuple[Method, ...] = get_args(Method)
 BITS: dict[str, int] = {"int8": 8, "int4": 4}
 # Steps from 0 to the largest value. In 4 bits half a step more, so that all 16 numbers are used: then the largest value

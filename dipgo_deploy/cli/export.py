@@ -141,7 +141,30 @@ SIZES = "N|MIN:MAX|MIN:OPT:MAX"
     type=click.Choice(METHODS),
     show_default="as --dtype",
     help="Weights of products in fewer bits, for memory and disk: a scale for each output channel (int8-weights), or "
-    "in matrix products for each 64 inputs (int4-weights). A LoRA cannot change them then.",
+    "in matrix products for each 64 inputs (int4-weights). int8: what they are times too, with scales recorded while "
+    "the loop runs. A LoRA cannot change them then.",
+)
+@option(
+    "Engine",
+    "--quantize-budget",
+    type=float,
+    show_default="0.05",
+    help="With --quantize int8: the largest error of a launch, root mean square of the difference over that of the "
+    "value; blocks that lose most stay as they are until it is met.",
+)
+@option(
+    "Engine",
+    "--calibration-samples",
+    type=click.IntRange(min=1),
+    default=4,
+    help="With --quantize int8: how many runs are recorded.",
+)
+@option(
+    "Engine",
+    "--calibration-prompts",
+    type=PATH,
+    show_default="a few everyday ones",
+    help="With --quantize int8: file of prompts, one a line, that the recorded runs show in turn.",
 )
 @option("Comparison", "--check/--no-check", default=True, help="Compare the written graphs with the model in torch.")
 @option(
@@ -207,6 +230,7 @@ def command(
     from dipgo_deploy.export.exporter import ExportOptions, export_bundle, plan_exports
     from dipgo_deploy.export.several import read_schedules, shared_graphs
     from dipgo_deploy.reference.quiet import quiet_libraries
+    from dipgo_deploy.search.prompts import read_prompts
 
     if plan_only == (engine_dir is not None):
         raise click.UsageError("give either --engine-dir or --plan-only")
@@ -216,6 +240,8 @@ def command(
     for name in ("batch", "height", "width"):
         if options[name] is not None:
             options[name] = size(f"--{name}", options[name])
+    prompts = options["calibration_prompts"]
+    options["calibration_prompts"] = () if prompts is None else read_prompts(prompts)
     options["class_labels"] = class_label_numbers(options["class_labels"]) or ()
     if add:
         _refuse_with_add(ctx)

@@ -19,7 +19,7 @@ from dipgo_deploy.compare.stock import Case, StockPipeline, StockRun
 from dipgo_deploy.compare.worst import Seen, nobody
 from dipgo_deploy.errors import NotFiniteError
 from dipgo_deploy.runtime.given_pictures import picture_conditions
-from dipgo_deploy.runtime.requests import Asked, OutputType, check_request, class_condition, text_conditions
+from dipgo_deploy.runtime.requests import Asked, OutputType, check_request, class_condition, classes_of, text_conditions
 
 if TYPE_CHECKING:
     from dipgo_deploy.bundle.manifest import Manifest
@@ -69,10 +69,7 @@ def cases(
             ),
         ]
     if class_condition(manifest) is not None:
-        components = manifest.components
-        known = [label for label in manifest.plan.table_classes if label != components.null_class]
-        known = known or sorted(set((components.class_labels or {}).values()))
-        known = known or list(range(components.null_class or components.classes or 1))
+        known = classes_of(manifest)
         chosen = tuple(labels) or tuple(dict.fromkeys((known[0], known[len(known) // 2], known[-1])))
         first = Case("classes", labels=chosen[:1], guidance_scale=guidance_scale, seed=seed)
         if labels:

@@ -17,6 +17,7 @@ def options_of(bundle: Bundle, dtype: str | None = None) -> ExportOptions:
     in_run = plan.prologue is not None or bool(plan.table_classes)
     usual, sizes = manifest.usual_sizes, manifest.sizes
     scale = manifest.latent.scale or 1
+    calibration = None if manifest.quantization is None else manifest.quantization.calibration
 
     def extent(name: str, unit: int) -> int | Range:
         open_range = None if sizes is None else getattr(sizes, name)
@@ -48,6 +49,9 @@ def options_of(bundle: Bundle, dtype: str | None = None) -> ExportOptions:
         prologue=plan.prologue is not None,
         class_labels=plan.table_classes,
         quantize=manifest.quantized,
+        quantize_budget=None if calibration is None else calibration.budget,
+        calibration_samples=ExportOptions.calibration_samples if calibration is None else calibration.samples,
+        calibration_prompts=() if calibration is None else calibration.prompts,
         self_test=False,
     )
 

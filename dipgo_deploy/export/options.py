@@ -44,7 +44,12 @@ class ExportOptions:
         class_labels: make tables of what depends on the class too, for these class ids alone: no other class can be
             drawn then. Empty: any class.
         quantize: weights in fewer bits, each made a number of the type of the graphs where it is used:
-            ``int8-weights``, ``int4-weights``; None: as the type of the graphs has them.
+            ``int8-weights``, ``int4-weights``; or weights and activations: ``int8``, with scales that are recorded
+            while the loop runs in floats; None: as the type of the graphs has them.
+        quantize_budget: of ``int8``, the largest error that a launch may have of it, root mean square of the difference
+            over that of the value; blocks that lose most stay as they are until it is met. None: 0.05.
+        calibration_samples: of ``int8``, how many runs are recorded.
+        calibration_prompts: what they show, of a text model; empty: a few everyday ones.
         self_test: record a loop of the model, which ``Pipeline.self_test`` compares with anywhere; at most 64 MiB of
             it, with ``low_memory`` its beginning and each variant's first launch. None: where it fits 1 MiB and the
             model's loop runs for the check (or would, of bf16 without ``low_memory``).
@@ -68,6 +73,9 @@ class ExportOptions:
     prologue: bool | None = None
     class_labels: tuple[int, ...] = ()
     quantize: Method | None = None
+    quantize_budget: float | None = None
+    calibration_samples: int = 4
+    calibration_prompts: tuple[str, ...] = ()
     self_test: bool | None = None
 
 
@@ -78,6 +86,16 @@ def check_options(options: ExportOptions) -> None:
     arguments.choice("layout", options.layout, ("auto", "variants", "segments"))
     if options.quantize is not None:
         arguments.choice("quantize", options.quantize, METHODS)
+    arguments.whole("calibration_samples", options.calibration_samples, least=1)
+    prompts = arguments.items("calibration_prompts", options.calibration_prompts, "prompts")
+    for prompt in prompts:
+        arguments.text("calibration_prompts", prompt)
+    budget = options.quantize_budget
+    if budget is not None and not arguments.number("quantize_budget", budget) > 0:
+        raise UserError(f"--quantize-budget {budget}: give a number above 0, such as 0.05")
+    if (budget is not None or prompts) and options.quantize != "int8":
+        option = "--quantize-budget" if budget is not None else "--calibration-prompts"
+        raise UserError(f"{option}: goes with --quantize int8; leave it out")
     for name in ("batch", "height", "width"):
         value = getattr(options, name)
         if not isinstance(value, Range) and not (value is None and name != "batch"):

@@ -6,7 +6,7 @@ TensorRT reads it as it is.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -73,7 +73,15 @@ def _scale(values: np.ndarray, dtype: np.dtype, form: _Form) -> np.ndarray:
     return np.maximum(exact * np.float32(1 + float(limits.eps)), np.float32(limits.tiny)).astype(dtype)
 
 
-def quantize_weights(graphs: Sequence[ir.Model], method: Method) -> QuantizationEntry:
+Made = dict[tuple[str, "_Form"], tuple["ir.TensorProtocol", "ir.TensorProtocol"]]
+
+
+def quantize_weights(
+    graphs: Sequence[ir.Model],
+    method: Method,
+    stays: Callable[[str], bool] = lambda parameter: False,
+    made: Made | None = None,
+) -> QuantizationEntry:
     """Replace the weights of products in ``graphs`` by whole numbers, and say what was done.
 
     int8: a scale for each output channel. int4: a scale for ``BLOCK`` inputs of a channel, of matrix products whose
@@ -81,9 +89,11 @@ def quantize_weights(graphs: Sequence[ir.Model], method: Method) -> Quantization
     something else has too, or that is no parameter of the model, stays as it is, and is named; so do weights
     below ``SMALLEST`` values.
 
-    graphs: cut from one model, so that equal names are equal tensors; still without a weights file.
+    graphs: cut from one model, so that equal names are equal tensors. stays: parameters that stay as they are. made:
+    numbers and scales that are there already; gets those that are new.
     """
-    made: dict[tuple[str, _Form], tuple[ir.TensorProtocol, ir.TensorProtocol]] = {}
+    made = {} if made is None else made
+    used: set[tuple[str, _Form]] = set()
     kept: set[str] = set()
     before: dict[str, int] = {}
     for model in graphs:
@@ -92,18 +102,20 @@ def quantize_weights(graphs: Sequence[ir.Model], method: Method) -> Quantization
             tensor = value.const_value
             if tensor is None or value.dtype is None or not value.dtype.is_floating_point() or tensor.size < SMALLEST:
                 continue
-            form = _form(value, method)
-            if form is None:
+            form = weight_form(value, method)
+            stored = stored_parameter(tensor)
+            if form is None or stored is None or stays(stored.parameter):
                 if any(node.op_type in _PRODUCTS for node, _ in value.uses()):
                     kept.add(name)
                 continue
             if (name, form) not in made:
                 made[name, form] = _made(tensor, name, form)
+            used.add((name, form))
             before[name] = int(tensor.nbytes)
             _replace(model, value, form, *made[name, form])
         if method == "int4-weights":
             _raise_opset(model)
-    after = sum(int(tensor.nbytes) for pair in made.values() for tensor in pair)
+    after = sum(int(tensor.nbytes) for key in used for tensor in made[key])
     return QuantizationEntry(
         method=method,
         block_size=BLOCK if method == "int4-weights" else None,
@@ -114,10 +126,12 @@ def quantize_weights(graphs: Sequence[ir.Model], method: Method) -> Quantization
     )
 
 
-def _form(value: ir.Value, method: Method) -> _Form | None:
+def weight_form(value: ir.Value, method: Method) -> _Form | None:
     """How a weight is kept; None: as it is."""
-    assert value.const_value is not None and value.shape is not None
-    if value.is_graph_output() or stored_parameter(value.const_value) is None:
+    tensor = value.const_value
+    if tensor is None or value.dtype is None or not value.dtype.is_floating_point() or tensor.size < SMALLEST:
+        return None
+    if value.is_graph_output() or stored_parameter(tensor) is None or value.shape is None:
         return None
     forms = {_form_in(node, place, tuple(map(int, value.shape)), method) for node, place in value.uses()}
     return forms.pop() if len(forms) == 1 else None

@@ -222,6 +222,15 @@ def text_conditions(manifest: Manifest) -> dict[str, ConditionSpec]:
     return {spec.name: spec for spec in manifest.conditions if spec.source == "text"}
 
 
+def classes_of(manifest: Manifest) -> tuple[int, ...]:
+    """The class ids that a model of classes can draw, without the null class: those of its tables, or with names, or
+    all."""
+    components = manifest.components
+    known = [label for label in manifest.plan.table_classes if label != components.null_class]
+    known = known or sorted(set((components.class_labels or {}).values()))
+    return tuple(known or range(components.null_class or components.classes or 1))
+
+
 def class_condition(manifest: Manifest) -> ConditionSpec | None:
     """The condition that takes class ids."""
     return next((spec for spec in manifest.conditions if spec.source == "class"), None)
