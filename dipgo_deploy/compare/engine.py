@@ -4,7 +4,7 @@ segment) by itself, the whole loop, and from prompt to picture."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from dipgo_deploy.compare.facts import check_facts
 from dipgo_deploy.compare.graphs import OpenGraph, compare_segments, compare_variants, frugal_session
 from dipgo_deploy.compare.launch_list import check_launch_list
 from dipgo_deploy.compare.loop import LoopResult, compare_loop
-from dipgo_deploy.compare.metrics import Tolerance, image_errors, tensor_error
+from dipgo_deploy.compare.metrics import WHOLE, Tolerance, image_errors, tensor_error
 from dipgo_deploy.compare.pictures import Pictures
 from dipgo_deploy.compare.report import IMAGES, LATENTS, Checked, Part, Report
 from dipgo_deploy.compare.rows import with_rows
@@ -110,9 +110,17 @@ def compare_engine(
 
 
 def tolerance_of(manifest: Manifest, reference: Reference, options: Options) -> Tolerance:
-    """Of graphs, loop and pictures: the one asked for, else that of the model's family."""
+    """Of graphs and loop: the one asked for, else that of the model's family."""
     own = reference.source.family.tolerance(manifest.dtype, manifest.quantized)
     return Tolerance(own if options.tolerance is None else options.tolerance, options.absolute)
+
+
+def results_tolerance(manifest: Manifest, reference: Reference, options: Options) -> Tolerance:
+    """Of final latents and pictures. In fewer bits the errors of all launches add up in them, as far as another
+    picture: only what is off by more than the largest value is certainly broken."""
+    tolerance = tolerance_of(manifest, reference, options)
+    broken = options.tolerance is None and manifest.quantized is not None
+    return replace(tolerance, relative=WHOLE) if broken else tolerance
 
 
 def beside_tolerance(manifest: Manifest, reference: Reference, options: Options) -> Tolerance:
@@ -134,6 +142,7 @@ def _run(
     """All that needs graphs to run, after ``parts``."""
     manifest = bundle.manifest
     beside = beside_tolerance(manifest, reference, options)
+    of_results = results_tolerance(manifest, reference, options)
     components: list[Part] = []
     drawn: list[Part] = []
     skipped: list[str] = []
@@ -144,7 +153,9 @@ def _run(
         except UserError as error:
             skipped.append(f"not compared with the stock pipeline: {error}")
         else:
-            pictures = Pictures(Pipeline(bundle, backend, lazy=True), stock, tolerance, options.seen, conditions=beside)
+            pictures = Pictures(
+                Pipeline(bundle, backend, lazy=True), stock, of_results, options.seen, conditions=beside
+            )
     if pictures is not None and manifest.components.text_encoder is None and reference.source.text is not None:
         skipped.append("prompts are not compared: the engine directory has no text encoder")
         pictures = None
@@ -156,7 +167,7 @@ def _run(
     if loop is not None:
         notify("decoding")
         components += _vae(bundle, backend, reference, loop.expected, beside)
-        results = _results(bundle, backend, reference, loop, tolerance, options.seen)
+        results = _results(bundle, backend, reference, loop, of_results, options.seen)
     if pictures is not None and options.pictures:
         notify("drawing with both pipelines")
         drawn = _each_case(options.cases, pictures.picture, skipped)

@@ -11,6 +11,9 @@ import numpy as np
 
 from dipgo_deploy.difference import peak, relative_error
 
+# Relative error of final latents and pictures in fewer bits beyond which something is certainly broken.
+WHOLE = 1.0
+
 
 class Agreement(NamedTuple):
     """The largest relative error, the smallest PSNR (dB over the reference's largest value) and the smallest cosine."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from dipgo_deploy._version import __version__
 from dipgo_deploy.bundle.weights import WEIGHTS_NAME
+from dipgo_deploy.compare.metrics import WHOLE
 from dipgo_deploy.models.family import tolerance_reason
 
 if TYPE_CHECKING:
@@ -97,7 +98,12 @@ def tolerances(source: Source, manifest: Manifest, tolerance: Tolerance, *, aske
     """Each tolerance, what it is for, and why it is that; asked: it was given, and is not the family's."""
     family = source.family
     absolute = "" if not tolerance.absolute else "; the absolute one was asked for"
-    of = {"graphs, loop and pictures": ("asked for" if asked else _may_differ(family, manifest), tolerance.relative)}
+    why = "asked for" if asked else _may_differ(family, manifest)
+    if asked or manifest.quantized is None:
+        of = {"graphs, loop and pictures": (why, tolerance.relative)}
+    else:
+        added = "the errors of all launches in fewer bits add up: beyond this they are certainly broken"
+        of = {"graphs and loop": (why, tolerance.relative), "final latents and pictures": (added, WHOLE)}
     beside = tolerance.relative if asked else family.tolerance(manifest.dtype)
     if beside == tolerance.relative:
         of = {f"conditions, VAE, {name}": why for name, why in of.items()}

@@ -40,15 +40,17 @@ class SelfTestRecorder:
     """Takes every evaluation of the model's loop, then what was compared, and makes a test of it of at most ``limit``
     bytes: the loop with a few of its predictions, and as many variants by themselves as there is room for.
 
-    bundle: at its usual sizes. whole: False where the model's loop is not run to its end. needed: bytes of the least
+    bundle: at its usual sizes. whole: False where the model's loop is not run to its end. Weights in fewer bits are
+    not expected to give final latents either: the errors of all launches add up in them. needed: bytes of the least
     that can be recorded. test: None before ``finish``.
     """
 
     def __init__(self, bundle: Bundle, limit: int, *, whole: bool = True) -> None:
         self._manifest = bundle.manifest
         self.limit = limit
-        self._whole = whole
+        self._whole = whole and bundle.manifest.quantized is None
         launches = bundle.manifest.plan.launches
+        whole = self._whole
         predicting = [index for index, launch in enumerate(launches) if launch.slot is not None]
         self.needed = nbytes(loop_specs(bundle.manifest, () if whole else (predicting[0],), whole=whole))
         some = np.linspace(0, len(predicting) - 1, _PREDICTIONS).round().astype(int)
@@ -88,7 +90,7 @@ class SelfTestRecorder:
         plan = manifest.plan
         self._check_seed(inputs)
         expected = self._expected(compared)
-        tensors = {} if final is None else {FINAL: final}
+        tensors = {FINAL: final} if self._whole and final is not None else {}
         tensors |= {condition_tensor(name): rows for name, rows in as_arrays(inputs.conditions).items()}
         kept: tuple[int, ...] = ()
         for launch in expected:

@@ -25,7 +25,7 @@ from dipgo_deploy.errors import UserError
 from dipgo_deploy.export.quantized import Made, quantize_weights, weight_form
 from dipgo_deploy.export.ranges import RangeRecorder, Recorded
 from dipgo_deploy.export.stored import StoredParameter, note_parameter, stored_parameter
-from dipgo_deploy.export.weights import INLINE_BYTES
+from dipgo_deploy.export.weights import INLINE_BYTES, write_graphs
 from dipgo_deploy.runtime.given_pictures import picture_conditions
 from dipgo_deploy.runtime.pipeline import Pipeline
 from dipgo_deploy.runtime.requests import class_condition, classes_of, text_conditions
@@ -382,10 +382,8 @@ def _written(made: Made, folder: Path) -> Made:
 
 def _replace(folder: Path, models: Sequence[ir.Model], index: WeightsIndex) -> None:
     """Write graphs and weights in the place of those that are there; tables stay."""
-    from dipgo_deploy.export.writing import write_graphs
-
     fresh = folder.with_name(f".{folder.name}.8bit")
-    write_graphs(list(models), fresh, index.tabled)
+    write_graphs(models, fresh, index.tabled)
     for path in fresh.iterdir():
         path.replace(folder / path.name)
     fresh.rmdir()

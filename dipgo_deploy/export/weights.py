@@ -82,6 +82,19 @@ class _GiveBack:
         self._last = raw.weight.raw if isinstance(raw, Source) else raw
 
 
+def write_graphs(graphs: Sequence[ir.Model], folder: Path, tabled: Sequence[str] = ()) -> None:
+    """Write graphs, under their names, beside their one weights file; full checker and shape inference. tabled: as
+    ``write_weights`` has it."""
+    import onnx
+
+    folder.mkdir(exist_ok=True)
+    write_weights(graphs, folder, tabled)
+    for graph in graphs:
+        path = folder / f"{graph.graph.name}.onnx"
+        save_graph(graph, path)
+        onnx.checker.check_model(str(path), full_check=True)
+
+
 def save_graph(model: ir.Model, path: Path) -> None:
     """Save one graph whose large initialisers are external already; nothing but the protobuf is written."""
     import onnx_ir as ir

@@ -42,7 +42,7 @@ from dipgo_deploy.export.planning import Notify, PlannedExport, denoiser_numbers
 from dipgo_deploy.export.quantized import quantize_weights
 from dipgo_deploy.export.segments import cut_segment, reads_of, writes_of
 from dipgo_deploy.export.tensors import graph_entry
-from dipgo_deploy.export.weights import save_graph, write_weights
+from dipgo_deploy.export.weights import write_graphs
 from dipgo_deploy.plan.model import Variant
 from dipgo_deploy.plan.segments import Segment
 from dipgo_deploy.reference.source import Source
@@ -406,19 +406,6 @@ def write_tables(rows: Mapping[str, np.ndarray], types: Mapping[str, Any], folde
     }
     # Not save_file: what that writes only its owner can read.
     (folder / TABLES_NAME).write_bytes(save(tensors))
-
-
-def write_graphs(graphs: list[ir.Model], folder: Path, tabled: Sequence[str] = ()) -> None:
-    """Write graphs, under their names, beside their one weights file; full checker and shape inference. tabled: as
-    ``write_weights`` has it."""
-    import onnx
-
-    folder.mkdir(exist_ok=True)
-    write_weights(graphs, folder, tabled)
-    for graph in graphs:
-        path = folder / f"{graph.graph.name}.onnx"
-        save_graph(graph, path)
-        onnx.checker.check_model(str(path), full_check=True)
 
 
 def _manifest(

@@ -58,7 +58,7 @@ def make(
     from dipgo_deploy.export.cut import cut_variant
     from dipgo_deploy.export.exporter import ExportOptions, plan_export, replan
     from dipgo_deploy.export.tensors import graph_entry
-    from dipgo_deploy.export.writing import write_graphs
+    from dipgo_deploy.export.weights import write_graphs
     from dipgo_deploy.reference.quiet import quiet_libraries
     from tools.bench.pairs import full_schedule
 
