@@ -279,9 +279,9 @@ def _connected(address: str) -> Iterator[list[dict[str, float]]]:
         local = {"include_dashboard": False, "object_store_memory": _STORE_BYTES} if address == "local" else {}
         try:
             ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **local)
-        except ConnectionError:
-            raise UserError(f"--ray {address}: no Ray is running here; start one with `ray start`") from None
-        except (RuntimeError, ValueError) as error:
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            if address == "auto" and isinstance(error, ConnectionError):
+                raise UserError("--ray auto: no Ray is running here; start one with `ray start`") from None
             raise UserError(f"--ray {address}: {error}") from None
     try:
         yield [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]

@@ -11,6 +11,7 @@ import pytest
 import torch
 from resident import resident_kib
 from safetensors.torch import load_file, save_file
+from shared_traces import shared_traces
 from tiny_engines import corrupted, plan_variants, save_dit_pipeline, save_in_half, schedule_for, stored_weights
 
 from dipgo_deploy.compare.metrics import Agreement
@@ -99,10 +100,11 @@ def test_models_that_keep_some_float32_are_left_alone(model: Path) -> None:
 def test_large_weights_are_held_once_by_default(
     plan: Callable[..., PlannedExport], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert plan().options.low_memory is False
-    monkeypatch.setattr(low_memory, "LARGE_BYTES", 1000)
-    assert plan(low_memory=False).options.low_memory is False
-    assert plan(layout="segments").options.low_memory is True
+    with shared_traces():
+        assert plan().options.low_memory is False
+        monkeypatch.setattr(low_memory, "LARGE_BYTES", 1000)
+        assert plan(low_memory=False).options.low_memory is False
+        assert plan(layout="segments").options.low_memory is True
     planned = plan(check=False)
     assert planned.options.low_memory is True
     publish(planned, tmp_path / "engine")
