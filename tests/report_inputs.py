@@ -45,6 +45,15 @@ def _case(name: str, ssim: float, *, baseline: bool = False) -> dict[str, Any]:
     }
 
 
+LIMIT: dict[str, Any] = {
+    "ceiling": {"macs_per_second": 5e10, "bytes_per_second": 1e10},
+    "graphs": [
+        {"name": name, "launches": 2, "macs": 1, "bytes": 1, "least_seconds": least, "times_least": {}}
+        | {"seconds": {"cpu": {"median": 2 * least, "q1": least, "q3": 3 * least}}}
+        for name, least in (("v00", 0.008), ("v01", 0.001))
+    ],
+}
+
 QUALITY: dict[str, Any] = {
     "model": "tiny-dit",
     "reference": {"sampler": "DDIMScheduler", "steps": 4},

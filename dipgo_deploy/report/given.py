@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dipgo_deploy.errors import UserError
-from dipgo_deploy.report.measured import Comparison, Profile, Quality, read_measured, sides
+from dipgo_deploy.report.measured import Comparison, Limit, Profile, Quality, read_measured, sides
 from dipgo_deploy.report.page import Given
 from dipgo_deploy.report.subject import Subject
 
@@ -28,12 +28,19 @@ def read_given(subject: Subject, against: Subject | None, files: Sequence[Path])
     profiles: list[tuple[Path, Profile]] = []
     qualities: list[Quality] = []
     comparison: Comparison | None = None
+    limit: Limit | None = None
     for path in files:
         found = read_measured(path)
         if isinstance(found, Profile):
             profiles.append((path, found))
         elif isinstance(found, Quality):
             qualities.append(found)
+        elif isinstance(found, Limit):
+            if not found.fits(ours.plan):
+                raise UserError(
+                    f"{path}: its graphs are not those of {subject.bundle.path}; measure that, or leave it out"
+                )
+            limit = found
         elif comparison is None:
             comparison = found
         else:
@@ -46,5 +53,6 @@ def read_given(subject: Subject, against: Subject | None, files: Sequence[Path])
         against_profile=their_profile,
         qualities=qualities,
         comparison=comparison,
+        limit=limit,
         no_pictures="No pictures: give --against, the directory of the full run.",
     )

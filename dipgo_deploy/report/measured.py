@@ -51,6 +51,42 @@ class Profile(_Read):
         return names == [(launch.step, launch.variant) for launch in self.launches]
 
 
+class Spread(_Read):
+    """Seconds of several rounds."""
+
+    median: Number
+
+
+class LimitedGraph(_Read):
+    """A graph beside what the machine can do: the seconds that its multiply-accumulates or its bytes take at least."""
+
+    name: str
+    launches: int
+    least_seconds: Number
+    seconds: dict[str, Spread]
+
+
+class Ceiling(_Read):
+    """What the machine can do."""
+
+    macs_per_second: Number
+    bytes_per_second: Number
+
+
+class Limit(_Read):
+    """``python -m tools.bench.limit --json``: graphs, run alone, beside the machine's own limit."""
+
+    ceiling: Ceiling
+    graphs: tuple[LimitedGraph, ...] = pydantic.Field(min_length=1)
+
+    def fits(self, plan: PlanEntry) -> bool:
+        """Whether it is of these graphs."""
+        counts = dict.fromkeys((variant.name for variant in plan.variants), 0)
+        for launch in plan.launches:
+            counts[plan.variants[launch.variant].name] += 1
+        return list(counts.items()) == [(graph.name, graph.launches) for graph in self.graphs]
+
+
 class Interval(_Read):
     """A value with its 95% interval; infinite where pictures are equal to the bit."""
 
@@ -126,7 +162,7 @@ class Comparison(_Read):
     skipped: tuple[str, ...] = ()
 
 
-Measured = Profile | Quality | Comparison
+Measured = Profile | Limit | Quality | Comparison
 
 
 def read_measured(path: Path) -> Measured:
@@ -145,9 +181,11 @@ def read_measured(path: Path) -> Measured:
         raise UserError(f"{path}: {one_line(error)}; measure it again") from None
 
 
-def _kind(data: Mapping[str, Any]) -> type[Profile] | type[Quality] | type[Comparison] | None:
+def _kind(data: Mapping[str, Any]) -> type[Profile] | type[Limit] | type[Quality] | type[Comparison] | None:
     if "loop_seconds" in data:
         return Profile
+    if "ceiling" in data:
+        return Limit
     if "cases" in data:
         return Quality
     return Comparison if "loop" in data and "tolerance" in data else None

@@ -27,7 +27,7 @@ from dipgo_deploy.page.shell import (
 )
 from dipgo_deploy.report import memory_chart, quality_chart, schedule_chart, solver_chart, time_chart
 from dipgo_deploy.report.chart import key, put
-from dipgo_deploy.report.measured import Comparison, Profile, Quality
+from dipgo_deploy.report.measured import Comparison, Limit, Profile, Quality
 from dipgo_deploy.report.subject import Subject
 from dipgo_deploy.report.words import count, macs, milliseconds
 from dipgo_deploy.schedule.summary import denoisers_line, ranges, span
@@ -84,7 +84,8 @@ class Given:
         against: another directory, such as the full run's.
         profile, against_profile: their times.
         qualities: what ``dipgo-bench quality`` found.
-        comparison: what ``dipgo-compare`` found, and of which file.
+        comparison: what ``dipgo-compare`` found.
+        limit: what the machine can do.
         strips: pictures of both; ``no_pictures`` says why there are none.
         drift: how far the latents of both are apart where both launch, and at the end.
     """
@@ -94,6 +95,7 @@ class Given:
     against_profile: Profile | None = None
     qualities: Sequence[Quality] = ()
     comparison: Comparison | None = None
+    limit: Limit | None = None
     strips: Sequence[Strip] = ()
     no_pictures: str = ""
     drift: Sequence[LoopPoint] = ()
@@ -290,6 +292,8 @@ def _memory(body: ET.Element, subject: Subject) -> None:
 def _time(body: ET.Element, subject: Subject, given: Given) -> None:
     profile, plan = given.profile, subject.bundle.manifest.plan
     directory = subject.bundle.path
+    if given.limit is not None:
+        _limit(body, given.limit)
     if profile is None:
         _missing(body, "times", f"dipgo-bench profile --engine-dir {directory} -o times.json", "--bench times.json")
         return
@@ -322,14 +326,39 @@ def _time(body: ET.Element, subject: Subject, given: Given) -> None:
         paragraph(body, "The speed-up is not measured: give --against and a profile of that directory too.", "quiet")
     paragraph(body, "Each launch:")
     marks = [("bar", "measured")] + ([] if wanted is None else [("ideal", "ideal")])
+    marks += [] if given.limit is None else [("least-key", "the machine's limit")]
     key(body, marks)
-    put(body, "times", time_chart.time_chart(plan, profile, wanted))
+    put(body, "times", time_chart.time_chart(plan, profile, wanted, given.limit))
     more = folded(body, "by graph, block and operator")
     table(more, ("graph", "launches", "mean", "share"), _by_graph(profile), ("launches", "mean", "share"))
     for title, seconds in (("block", profile.blocks), ("operator", profile.operators)):
         _shares(more, (title, "kernels", ""), dict(list(seconds.items())[:_MOST_BLOCKS]), milliseconds)
         if len(seconds) > _MOST_BLOCKS:
             paragraph(more, f"{len(seconds) - _MOST_BLOCKS} more in the profile.")
+
+
+def _limit(body: ET.Element, limit: Limit) -> None:
+    ceiling = limit.ceiling
+    paragraph(
+        body,
+        f"Graphs run alone, beside the least that this machine allows: {macs(ceiling.macs_per_second)} and "
+        f"{size(int(ceiling.bytes_per_second))} a second.",
+    )
+    rows = [
+        (
+            graph.name,
+            graph.launches,
+            milliseconds(graph.least_seconds),
+            ", ".join(
+                f"{backend} {milliseconds(found.median)} ({found.median / graph.least_seconds:.2f} times)"
+                if graph.least_seconds
+                else f"{backend} {milliseconds(found.median)}"
+                for backend, found in graph.seconds.items()
+            ),
+        )
+        for graph in limit.graphs
+    ]
+    table(body, ("graph", "launches", "least", "median"), rows, ("launches", "least"))
 
 
 def _by_graph(profile: Profile) -> list[tuple[str, int, str, str]]:

@@ -8,7 +8,7 @@ from statistics import median
 from dipgo_deploy.bundle.manifest import PlanEntry
 from dipgo_deploy.page.svg import cursor, label, line, number, rect, svg, ticks
 from dipgo_deploy.report.chart import Chart
-from dipgo_deploy.report.measured import Profile
+from dipgo_deploy.report.measured import Limit, Profile
 from dipgo_deploy.report.words import milliseconds
 
 _WIDE, _TALL, _AXIS = 700, 120, 20
@@ -47,8 +47,9 @@ def ideal(plan: PlanEntry, profile: Profile) -> Ideal | None:
     return Ideal(a_mac, tuple(a_mac * plan.variants[launch.variant].macs for launch in plan.launches))
 
 
-def time_chart(plan: PlanEntry, profile: Profile, wanted: Ideal | None) -> Chart:
-    """A bar a launch, with a line where the ideal is."""
+def time_chart(plan: PlanEntry, profile: Profile, wanted: Ideal | None, limit: Limit | None) -> Chart:
+    """A bar a launch, with a line where the ideal is, and one where the machine's own limit is."""
+    least = {} if limit is None else {graph.name: graph.least_seconds for graph in limit.graphs}
     launches = profile.launches
     most = max(*(launch.seconds for launch in launches), *(() if wanted is None else wanted.launches), 1e-12)
     wide = min(_WIDE / len(launches), 48)
@@ -65,6 +66,10 @@ def time_chart(plan: PlanEntry, profile: Profile, wanted: Ideal | None) -> Chart
             y = _TALL - (_TALL - 6) * wanted.launches[place] / most
             line(drawing, "mark", x, y, x + max(wide - 1, 0.5), y)
             text += f", ideal {milliseconds(wanted.launches[place])}"
+        if launch.variant in least:
+            y = _TALL - (_TALL - 6) * least[launch.variant] / most
+            line(drawing, "least", x, y, x + max(wide - 1, 0.5), y)
+            text += f", the machine's limit {milliseconds(least[launch.variant])}"
         marks.append([*(float(number(one)) for one in (x, 0, wide, _TALL)), text])
     line(drawing, "axis", 0, _TALL, len(launches) * wide, _TALL)
     for place in ticks(len(launches), max(1, int(len(launches) * wide) // 42)):

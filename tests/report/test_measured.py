@@ -6,19 +6,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from report_inputs import COMPARISON, PROFILE, QUALITY, written
+from report_inputs import COMPARISON, LIMIT, PROFILE, QUALITY, written
 
 from dipgo_deploy.bundle.manifest import Manifest
 from dipgo_deploy.errors import UserError
-from dipgo_deploy.report.measured import Comparison, Profile, Quality, read_measured, sides
+from dipgo_deploy.report.measured import Comparison, Limit, Profile, Quality, read_measured, sides
 
 STORED = Path(__file__).parents[1] / "bundle" / "format-4" / "engine"
 PLAN = Manifest.load(STORED).plan
 
 
 def test_files_say_themselves_what_they_are(tmp_path: Path) -> None:
-    kinds = [read_measured(written(tmp_path, document)) for document in (PROFILE, QUALITY, COMPARISON)]
-    assert [type(one) for one in kinds] == [Profile, Quality, Comparison]
+    kinds = [read_measured(written(tmp_path, document)) for document in (PROFILE, QUALITY, COMPARISON, LIMIT)]
+    assert [type(one) for one in kinds] == [Profile, Quality, Comparison, Limit]
     assert kinds[2].loop[2].tensors[0].relative == math.inf  # null: not finite
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from browser import ask, needs_chromium
 from html_pages import Page
-from report_inputs import COMPARISON, PROFILE, QUALITY, written
+from report_inputs import COMPARISON, LIMIT, PROFILE, QUALITY, written
 
 from dipgo_deploy.bundle.directory import Bundle
 from dipgo_deploy.cli.report import main
@@ -41,7 +41,7 @@ def whole(subject: Subject, tmp_path_factory: pytest.TempPathFactory) -> bytes:
     theirs = {**PROFILE, "engine_dir": str(STORED), "loop_seconds": 0.108}
     ours = {**PROFILE, "engine_dir": "copy"}
     copy = Path(shutil.copytree(STORED, folder / "copy"))
-    files = [written(folder, one) for one in ({**ours, "engine_dir": str(copy)}, theirs, QUALITY, COMPARISON)]
+    files = [written(folder, one) for one in ({**ours, "engine_dir": str(copy)}, theirs, LIMIT, QUALITY, COMPARISON)]
     other = subject
     mine = read_subject(Bundle.open(copy))
     random = np.random.default_rng(0)
@@ -102,7 +102,10 @@ def test_what_was_measured_is_shown(whole: bytes) -> None:
     assert sum(source.startswith("data:image/png;base64,") for source in page.sources) == 3
     times = page.charts["times"]["marks"]
     # Two evaluations run whole; the ideal is between them.
-    assert times[0][4].endswith("20 ms, ideal 21 ms") and times[2][4].endswith("22 ms, ideal 21 ms")
+    assert times[0][4].endswith("20 ms, ideal 21 ms, the machine's limit 8 ms")
+    assert times[2][4].endswith("22 ms, ideal 21 ms, the machine's limit 8 ms")
+    assert ["v00", "2", "8 ms", "cpu 16 ms (2.00 times)"] in page.rows
+    assert page.said("50 GMACs and 9.31 GiB a second")
 
 
 def test_nothing_of_a_name_becomes_part_of_the_page(subject: Subject) -> None:
@@ -126,6 +129,12 @@ def test_a_thousand_evaluations_of_a_large_model_stay_below_a_megabyte(subject: 
     assert len(paths) == 2
     assert len(report_page(replace(subject, cells=cells), Given(no_pictures="none"))) < 10**6
     assert table_rows(cells)[0][1].startswith("0, 5, 10")
+
+
+def test_a_limit_of_other_graphs_is_refused(subject: Subject, tmp_path: Path) -> None:
+    other = {**LIMIT, "graphs": LIMIT["graphs"][:1]}
+    with pytest.raises(UserError, match=r"its graphs are not those of .*engine; measure that, or leave it out"):
+        read_given(subject, None, [written(tmp_path, other)])
 
 
 def test_a_directory_of_another_model_is_refused(subject: Subject) -> None:
@@ -224,4 +233,4 @@ def test_in_a_browser(whole: bytes, tmp_path: Path, width: int, dark: bool) -> N
         "computed",
     ]
     assert charts["schedule-map"]["hovered"].splitlines()[2].startswith("writes cache.transformer_blocks.0.ff/out0")
-    assert charts["times"]["hovered"].endswith("20 ms, ideal 21 ms")
+    assert charts["times"]["hovered"].endswith("20 ms, ideal 21 ms, the machine's limit 8 ms")
