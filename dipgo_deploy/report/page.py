@@ -131,7 +131,7 @@ def _head(body: ET.Element, subject: Subject, given: Given) -> None:
     )
     paragraph(body, line, "quiet")
     launched = len(subject.bundle.manifest.plan.launched)
-    figures = {"launches": (f"{launched}", f"for {count(facts['evaluations'], 'evaluation')}")}
+    figures = {"launches": (f"{launched}", f"for {count(subject.full_evaluations, 'evaluation')}")}
     share = subject.macs_share
     if share:
         figures["multiply-accumulates"] = (f"{share:.1%}", "of the full run's")
@@ -142,7 +142,8 @@ def _head(body: ET.Element, subject: Subject, given: Given) -> None:
     if given.profile is not None:
         figures["the loop"] = (milliseconds(given.profile.loop_seconds), "measured")
     figures["weights"] = (size(facts["memory"]["weights"]), "stored")
-    figures["caches"] = (size(facts["memory"]["arena"]), "one buffer for all")
+    arena = facts["memory"]["arena"]
+    figures["caches"] = (size(arena) if arena else "none", "one buffer for all" if arena else "nothing is reused")
     grid = ET.SubElement(ET.SubElement(body, "div", {"class": "figures"}), "dl")
     grid.set("style", "display: contents")
     for name, (value, more) in figures.items():
@@ -195,8 +196,8 @@ def _schedule(body: ET.Element, subject: Subject) -> None:
     if subject.bundle.manifest.promoted:
         again = count(len(subject.bundle.manifest.promoted), "gate")
         paragraph(body, f"The compiler re-enabled {again} that the schedule skips.")
-    if schedule["forecast"] is not None:
-        paragraph(body, f"Forecast: {_plain(schedule['forecast'])}.")
+    if subject.schedule.forecast is not None:
+        paragraph(body, f"Forecast: {subject.schedule.forecast.summary(subject.schedule.gates)}.")
     more = folded(body, "the same as a table")
     table(more, schedule_chart.headings(cells), schedule_chart.table_rows(cells))
     more = folded(body, f"{count(len(facts['variants']), 'graph')}, layout {facts['layout']}")
@@ -217,14 +218,12 @@ def _schedule(body: ET.Element, subject: Subject) -> None:
 
 def _solver(body: ET.Element, subject: Subject) -> None:
     facts, plan = subject.facts, subject.bundle.manifest.plan
-    solver = facts["schedule"]["solver"]
+    solver = subject.schedule.solver
     sampler = f"{facts['sampler']['class_name']}, {facts['sampler']['num_inference_steps']} steps"
     if solver is None:
         paragraph(body, f"The rows of {sampler}. The schedule has no solver of its own.")
     else:
-        paragraph(
-            body, f"A solver of its own in place of {sampler}: {_plain(solver) or 'how it was fitted is not said'}."
-        )
+        paragraph(body, f"A solver of its own in place of {sampler}: {solver.summary}.")
     paragraph(body, "Timesteps of the launches, from noise to picture:")
     put(body, "timesteps", solver_chart.timestep_chart(plan))
     many = solver_chart.weights_count(plan)
@@ -433,7 +432,8 @@ def _drift(body: ET.Element, subject: Subject, given: Given) -> None:
             f"{given.drift[-1].tensors[0].relative:.2e} at the end:"
         )
         paragraph(body, line)
-        wide(body, curves(given.drift, 0.0))
+        if len(given.drift) > 1:
+            wide(body, curves(given.drift, 0.0))
     if found is None or not found.loop:
         command = f"dipgo-compare --engine-dir {subject.bundle.path} --json > compare.json"
         _missing(body, "drift from the model in torch", command, "--bench compare.json")

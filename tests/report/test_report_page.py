@@ -24,6 +24,7 @@ from dipgo_deploy.report.given import read_given
 from dipgo_deploy.report.page import Given, Strip, report_page
 from dipgo_deploy.report.schedule_chart import schedule_chart, table_rows
 from dipgo_deploy.report.subject import Subject, read_subject
+from dipgo_deploy.schedule.solver import Solver
 
 STORED = Path(__file__).parents[1] / "bundle" / "format-4" / "engine"
 TITLES = ["Schedule", "Sampler", "Memory", "Time", "Quality", "Pictures", "Drift", "Origin"]
@@ -89,6 +90,21 @@ def test_charts_and_tables_say_the_same(subject: Subject) -> None:
     }
     used = [mark for mark in page.charts["arena"]["marks"] if "in use" in mark[4]]
     assert len(used) == 4 and all("8.0 KiB in use" in mark[4] for mark in used)
+
+
+def test_a_solver_of_its_own_stands_for_the_steps_of_its_sampler(subject: Subject) -> None:
+    rows = tuple(tuple(1.0 if column <= row else 0.0 for column in range(5)) for row in range(4))
+    made = {"reference": {"sampler": "DDIMScheduler", "num_inference_steps": 8}, "images": 12}
+    solver = Solver(timesteps=(9.0, 6.0, 3.0, 0.0), rows=rows, final=(1.0,) * 5, noises=0, provenance=made)
+    sampler = subject.schedule.sampler.model_copy(update={"num_inference_steps": 8})
+    schedule = subject.schedule.model_copy(update={"solver": solver, "sampler": sampler})
+    fitted = replace(subject, schedule=schedule)
+    assert subject.macs_share is not None and fitted.macs_share == pytest.approx(subject.macs_share / 2)
+    page = Page(report_page(fitted, Given(no_pictures="none")))
+    assert page.figures[0] == "4 for 8 evaluations" and page.figures[2].startswith("3.44 ")
+    assert page.said(
+        "A solver of its own in place of DDIMScheduler, 4 steps: 4 launches fitted to DDIMScheduler, 8 steps"
+    )
 
 
 def test_what_was_measured_is_shown(whole: bytes) -> None:
