@@ -34,21 +34,11 @@ class StoredValue:
 
 def stored_values(plan: PlanEntry) -> tuple[StoredValue, ...]:
     """All of them, in the order in which they are written. The launch list was checked (``check_structure``)."""
-    found: list[tuple[str, TensorSpec, int, int]] = []
-    reads: list[list[tuple[int, str]]] = []
-    there: dict[int, int] = {}
-    for number, launch in enumerate(plan.launches):
-        variant = plan.variants[launch.variant]
-        inputs = {spec.name: spec for spec in variant.graph.inputs}
-        for name, offset in zip(variant.reads, launch.reads, strict=True):
-            # A conditional-only launch may read the second half of what lies there.
-            start = offset if offset in there or launch.guidance else offset - inputs[name].nbytes
-            reads[there[start]].append((number, name))
-        outputs = {spec.name: spec for spec in variant.graph.outputs}
-        for name, offset in zip(variant.writes, launch.writes, strict=True):
-            there[offset] = len(found)
-            found.append((name, outputs[name], offset, number))
-            reads.append([])
+    found, reads = _walk(plan)
+    readers: list[list[tuple[int, str]]] = [[] for _ in found]
+    for number, (launch, places) in enumerate(zip(plan.launches, reads, strict=True)):
+        for name, place in zip(plan.variants[launch.variant].reads, places, strict=True):
+            readers[place].append((number, name))
     return tuple(
         StoredValue(
             stored_name(name, [read for _, read in readers]),
@@ -57,5 +47,31 @@ def stored_values(plan: PlanEntry) -> tuple[StoredValue, ...]:
             written,
             tuple(dict.fromkeys(n for n, _ in readers)),
         )
-        for (name, spec, offset, written), readers in zip(found, reads, strict=True)
+        for (name, spec, offset, written), readers in zip(found, readers, strict=True)
     )
+
+
+def values_read(plan: PlanEntry) -> tuple[tuple[int, ...], ...]:
+    """Of each launch what it reads, as places in ``stored_values``, in the order of its variant's reads."""
+    return tuple(_walk(plan)[1])
+
+
+def _walk(plan: PlanEntry) -> tuple[list[tuple[str, TensorSpec, int, int]], list[tuple[int, ...]]]:
+    """What is written (output, spec, offset, number of the launch), and of each launch which of it is read."""
+    found: list[tuple[str, TensorSpec, int, int]] = []
+    reads: list[tuple[int, ...]] = []
+    there: dict[int, int] = {}
+    for number, launch in enumerate(plan.launches):
+        variant = plan.variants[launch.variant]
+        inputs = {spec.name: spec for spec in variant.graph.inputs}
+        places = []
+        for name, offset in zip(variant.reads, launch.reads, strict=True):
+            # A conditional-only launch may read the second half of what lies there.
+            start = offset if offset in there or launch.guidance else offset - inputs[name].nbytes
+            places.append(there[start])
+        reads.append(tuple(places))
+        outputs = {spec.name: spec for spec in variant.graph.outputs}
+        for name, offset in zip(variant.writes, launch.writes, strict=True):
+            there[offset] = len(found)
+            found.append((name, outputs[name], offset, number))
+    return found, reads

@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dipgo_deploy.bundle.manifest import Manifest, PlanEntry
+from dipgo_deploy.bundle.manifest import LaunchEntry, Manifest, PlanEntry
 from dipgo_deploy.bundle.names import is_weighted, parse_cache
-from dipgo_deploy.bundle.stored import StoredValue, stored_values
+from dipgo_deploy.bundle.stored import StoredValue, stored_values, values_read
 from dipgo_deploy.bundle.weights import WEIGHTS_INDEX, StoredWeight, WeightsIndex, weights_of
 from dipgo_deploy.engine.budget import size
 from dipgo_deploy.schedule.document import Gates
@@ -42,6 +42,7 @@ class Column:
         graphs: names of what is launched, in order.
         macs: multiply-accumulates of its launches.
         denoiser: which one runs, of a model with several; else empty.
+        guidance: how much of the run's guidance it has; 0 is conditional only.
     """
 
     step: int
@@ -49,6 +50,7 @@ class Column:
     graphs: tuple[str, ...]
     macs: int
     denoiser: str = ""
+    guidance: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -108,9 +110,11 @@ def cells_of(
     notes: dict[tuple[int, int], list[str]] = {}
     read: dict[tuple[int, int], int] = {}
     values = stored_values(plan)
-    there = {(number, value.offset): value for value in values for number in value.read}
-    for number, launch in enumerate(plan.launches):
-        for value, weight in _reads(plan, number, there):
+    for launch, read_places in zip(plan.launches, values_read(plan), strict=True):
+        for at, weight in zip(read_places, _weights(plan, launch), strict=True):
+            if weight == 0:
+                continue
+            value = values[at]
             place = _block_of(value, places)
             written = plan.launches[value.written].step
             if place is None or (written == launch.step and weight is None):
@@ -164,6 +168,7 @@ def _columns(manifest: Manifest) -> list[Column]:
                 tuple(dict.fromkeys(variant.name for variant in variants)),
                 sum(variant.macs for variant in variants),
                 names[launches[0].denoiser] if launches and names else "",
+                launches[0].guidance if launches else 1.0,
             )
         )
     return found
@@ -189,24 +194,14 @@ def _is_of(stored: StoredWeight, block: str) -> bool:
     return any(name.startswith(f"{block}.") for name in names)
 
 
-def _reads(
-    plan: PlanEntry, number: int, there: Mapping[tuple[int, int], StoredValue]
-) -> list[tuple[StoredValue, float | None]]:
-    """What a launch reads of the arena, each with its weight where it has one that is not zero.
-
-    there: by number of the launch and offset.
-    """
-    launch = plan.launches[number]
+def _weights(plan: PlanEntry, launch: LaunchEntry) -> list[float | None]:
+    """The weight of each of a launch's reads; None for what is read as it is."""
     names = plan.variants[launch.variant].reads
+    if not launch.forecast:
+        return [None] * len(names)
     marked = any(map(is_weighted, names))
     weights = iter(launch.forecast)
-    found = []
-    for name, offset in zip(names, launch.reads, strict=True):
-        weighted = bool(launch.forecast) and (not marked or is_weighted(name))
-        weight = next(weights) if weighted else None
-        if weight != 0:
-            found.append((there[number, offset], weight))
-    return found
+    return [next(weights) if is_weighted(name) or not marked else None for name in names]
 
 
 def _block_of(value: StoredValue, places: Mapping[str, int]) -> int | None:

@@ -30,6 +30,7 @@ from dipgo_deploy.report.chart import key, put
 from dipgo_deploy.report.measured import Comparison, Limit, Profile, Quality
 from dipgo_deploy.report.subject import Subject
 from dipgo_deploy.report.words import count, macs, milliseconds
+from dipgo_deploy.schedule.guidance import guidance_line
 from dipgo_deploy.schedule.summary import denoisers_line, ranges, span
 
 _SECTIONS = {
@@ -189,6 +190,8 @@ def _schedule(body: ET.Element, subject: Subject) -> None:
     paragraph(body, line)
     if "denoisers" in schedule:
         paragraph(body, f"Denoisers: {denoisers_line(schedule['denoisers'])}.")
+    if subject.schedule.guidance is not None:
+        paragraph(body, f"Guidance: {guidance_line(subject.schedule.guidance)}.")
     key(body, schedule_chart.entries(cells))
     put(body, "schedule-map", schedule_chart.schedule_chart(cells, plan.macs_full))
     if not cells.weights_known:

@@ -92,7 +92,12 @@ def _words(column: Column, macs_full: int) -> str:
     graphs = column.graphs
     launched = graphs[0] if len(graphs) == 1 else f"{count(len(graphs), 'graph')} ({graphs[0]} to {graphs[-1]})"
     denoiser = f", {column.denoiser}" if column.denoiser else ""
-    return f"{at}, timestep {column.timestep:g}{denoiser}: {launched}, {macs(column.macs)}{share}"
+    guidance = "" if column.guidance == 1 else f", {_guided(column.guidance)}"
+    return f"{at}, timestep {column.timestep:g}{denoiser}{guidance}: {launched}, {macs(column.macs)}{share}"
+
+
+def _guided(share: float) -> str:
+    return f"{share:g} of the guidance" if share else "conditional only"
 
 
 def _path(cells: Cells, state: int, wide: float, tall: float, top: float, *, merged: bool) -> str:

@@ -139,3 +139,29 @@ def test_re_enabled_gates_and_other_denoisers() -> None:
     found = cells_of(made, (A, B), KEPT, ((True, False),), (weights(A, B),))
     assert found.states == ((COMPUTED,), (OTHER,))
     assert "re-enabled: the schedule skips it" in found.notes[0, 0]
+
+
+def test_a_conditional_only_launch_reads_the_second_half_of_what_a_guided_one_stored() -> None:
+    whole, half = (2, 16), (1, 16)
+    written = TensorSpec(name=f"new_cache.{A}/out0", shape=whole, dtype="float32")
+    full = VariantEntry(
+        name="full",
+        graph=Graph(file="full.onnx", inputs=(), outputs=(written,)),
+        reads=(),
+        writes=(written.name,),
+        predicts=True,
+        macs=10,
+    )
+    read = TensorSpec(name=f"cache.{A}/out0/conditional", shape=half, dtype="float32")
+    cached = VariantEntry(
+        name="cached",
+        graph=Graph(file="cached.onnx", inputs=(read,), outputs=()),
+        reads=(read.name,),
+        writes=(),
+        predicts=True,
+        macs=5,
+    )
+    alone = launch(1, 1, reads=(read.nbytes,)).model_copy(update={"guidance": 0.0})
+    made = manifest([full, cached], [launch(0, 0, writes=(0,)), alone], 2)
+    found = cells_of(made, (A,), ((True,), (False,)), ((True,),) * 2, (weights(A), {}))
+    assert found.states == ((COMPUTED, REUSED),) and found.columns[1].guidance == 0
