@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import re
 import shlex
 import subprocess
+import sys
+import urllib.request
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -223,6 +226,29 @@ def test_the_workflow_runs_what_the_page_runs(folder: Folder) -> None:
     junit, page_of_it = kept[0].split()
     assert ET.parse(junit).getroot().get("failures") == "0"
     assert Path(page_of_it).read_bytes().startswith(b"<!DOCTYPE html>")
+
+
+def test_the_server_answers_what_the_page_asks_it(folder: Folder) -> None:
+    for package in ("fastapi", "uvicorn", "prometheus_client"):
+        pytest.importorskip(package, reason="needs the extra serve")
+    page = ROOT / "docs" / "howto" / "serving.md"
+    lines = [line for block in BLOCKS if block.page == page for line in block.lines]
+    (start,) = (line for line in lines if line.startswith("dipgo-serve "))
+    (ask,) = (line for line in lines if line.startswith("curl "))
+    code = "import sys; from dipgo_deploy.cli.serve import main; sys.exit(main(sys.argv[1:]))"
+    arguments = [sys.executable, "-c", code, *shlex.split(start)[1:], "--port", "0"]
+    with subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True) as server:
+        try:
+            assert server.stderr is not None
+            address = server.stderr.readline().split(": ")[0]
+            url, body = shlex.split(ask)[1], shlex.split(ask)[-1]
+            request = urllib.request.Request(address + url.removeprefix("http://127.0.0.1:8000"), body.encode())
+            with urllib.request.urlopen(request, timeout=120) as answer:
+                pictures = json.load(answer)["data"]
+        finally:
+            server.terminate()
+        assert server.wait(60) == 0
+    assert [picture["seed"] for picture in pictures] == [7, 8] and len({one["b64_json"] for one in pictures}) == 2
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -25,6 +26,7 @@ from starlette.testclient import TestClient  # noqa: E402
 from dipgo_deploy.errors import NotFiniteError, UserError  # noqa: E402
 from dipgo_deploy.runtime.pipeline import Pipeline  # noqa: E402
 from dipgo_deploy.serve.engine import Engine, open_engines  # noqa: E402
+from dipgo_deploy.serve.schemas import GenerationRequest  # noqa: E402
 from dipgo_deploy.serve.service import Service  # noqa: E402
 from dipgo_deploy.serve.settings import Settings  # noqa: E402
 from dipgo_deploy.serve.web import create_app  # noqa: E402
@@ -346,3 +348,19 @@ def test_a_directory_that_cannot_be_loaded(folders: dict[str, Path], tmp_path: P
         assert client.get("/readyz").status_code == 503
         assert client.get("/readyz").json()["models"] == {"toy": "failed"}
         refused(client.post(URL, json={"prompt": "a"}), 503, "the server is failed")
+
+
+def test_the_page_says_what_there_is(client: TestClient) -> None:
+    page = (Path(__file__).parents[2] / "docs/howto/serving.md").read_text(encoding="utf-8")
+    table = page.partition("## What a request says")[2].partition("## Batches")[0]
+    fields = {
+        name for row in re.findall(r"^\| (`.*?) \|", table, flags=re.MULTILINE) for name in re.findall(r"`(\w+)`", row)
+    }
+    assert fields | {"user"} == set(GenerationRequest.model_fields)
+    ways = set(re.findall(r"^\| `(/\S+)` \|", page, flags=re.MULTILINE))
+    assert all(client.get(way).status_code == 200 for way in ways) and len(ways) == 4
+    shown = client.get("/metrics").text
+    named = set(re.findall(r"`(dipgo_\w+)`", page))
+    assert len(named) == 4 and all(f"# HELP {name.removesuffix('_total')}" in shown for name in named)
+    variables = {f"DIPGO_SERVE_{name.upper()}" for name in (*Settings.model_fields, "api_key_file")}
+    assert set(re.findall(r"DIPGO_SERVE_[A-Z_]+", page)) <= variables
