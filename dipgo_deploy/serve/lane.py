@@ -178,20 +178,20 @@ class Lane(Generic[T, R]):
     def _work(self) -> None:
         try:
             self._prepare()
+            with self._changed:
+                if self._state == "loading":
+                    self._state = "ready"
+            _log.info("%s: loaded", self.name)
+            while batch := self._next():
+                self._run(batch)
+                del batch  # pictures are not kept while nothing is asked for
+            with self._changed:
+                self._state = "stopped"
         except BaseException as error:
-            _log.exception("%s: cannot be loaded", self.name)
+            _log.exception("%s: cannot go on", self.name)
             with self._changed:
                 self._state = "failed"
-                self._drop({ticket for ticket, _ in self._all()}, error)
-            return
-        with self._changed:
-            if self._state == "loading":
-                self._state = "ready"
-        while batch := self._next():
-            self._run(batch)
-            del batch  # pictures are not kept while nothing is asked for
-        with self._changed:
-            self._state = "stopped"
+                self._drop({ticket for ticket, _ in (*self._all(), *self._running)}, error)
 
     def _next(self) -> list[tuple[_Place[T, R], float]]:
         """Wait for a batch and take it; empty when the lane has stopped."""

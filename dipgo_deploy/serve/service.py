@@ -114,8 +114,9 @@ class Service:
             Busy: it is not taken now.
         """
         engine, asked = self._chosen(asked)
-        if asked.n > self.settings.max_images:
-            raise UserError(f"n: {asked.n}, and this server draws at most {self.settings.max_images} for a request")
+        most = min(self.settings.max_images, self.settings.max_queue)
+        if asked.n > most:
+            raise UserError(f"n: {asked.n}, and this server draws at most {most} for a request")
         wanted = engine.wanted(asked)
         lane = self._lanes[engine.name]
         return Submitted(engine.name, lane, lane.submit(wanted, [one.key for one in wanted]))

@@ -185,3 +185,17 @@ def test_what_cannot_be_loaded_ends_what_waits_for_it() -> None:
         lane.submit(["a"], ["k"])
     lane.stop()
     assert lane.join(10) and lane.state == "failed"
+
+
+def test_a_lane_that_cannot_go_on_says_so(drawer: Drawer) -> None:
+    def record(record: BatchRecord) -> None:
+        raise OSError("disk")
+
+    lane: Lane[str, str] = Lane("toy", drawer, batch=1, window=0.0, most=9, record=record)
+    held(lane, drawer)
+    waiting = lane.submit(["a"], ["k"])
+    drawer.open.set()
+    with pytest.raises(OSError, match="disk"):
+        waiting.future.result(10)
+    with pytest.raises(Busy, match="failed"):
+        lane.submit(["b"], ["k"])

@@ -292,6 +292,7 @@ def test_a_full_queue_is_503_and_says_when_to_come_back(slow: tuple[Slow, TestCl
         until(lambda: 'dipgo_waiting_pictures{model="class"} 2.0' in client.get("/metrics").text)
         answer = client.post(URL, json={"class_label": 2})
         refused(answer, 503, "2 pictures wait, and at most 2 may")
+        refused(client.post(URL, json={"class_label": 2, "n": 3}), 400, "draws at most 2")
         assert int(answer.headers["retry-after"]) >= 1
         engine.go.set()
         assert len(pictures(running.result())) == 1 and len(pictures(waiting.result())) == 2
