@@ -72,6 +72,7 @@ class Toy:
     vae: bool = True
     text_encoder: bool = True
     guidance_scale: float | None = 3.0
+    control: bool = False  # e depends on the mean of a picture, too
 
     @property
     def model_dtype(self) -> str:
@@ -179,12 +180,15 @@ def manifest_of(toy: Toy) -> Manifest:
 
 def _conditions(toy: Toy) -> tuple[ConditionSpec, ...]:
     rows = toy.halves * toy.batch
+    found: list[ConditionSpec] = []
     if toy.kind == "text":
         shape = (rows, LENGTH, WIDTH)
-        return (ConditionSpec(name="encoder_hidden_states", shape=shape, dtype=toy.model_dtype, source="text"),)
+        found.append(ConditionSpec(name="encoder_hidden_states", shape=shape, dtype=toy.model_dtype, source="text"))
     if toy.kind == "class":
-        return (ConditionSpec(name="class_labels", shape=(rows,), dtype="int64", source="class"),)
-    return ()
+        found.append(ConditionSpec(name="class_labels", shape=(rows,), dtype="int64", source="class"))
+    if toy.control:
+        found.append(ConditionSpec(name="control", shape=(rows, 3, H, W), dtype=toy.model_dtype, source="image"))
+    return tuple(found)
 
 
 def _plan(toy: Toy) -> PlanEntry:
@@ -291,7 +295,15 @@ def _denoiser_nodes(toy: Toy, name: str) -> list[onnx.NodeProto]:
             nodes += [n("Gather", ["classes", "class_labels"], ["picked"]), n("Reshape", ["picked", "ones"], ["e"])]
         else:
             nodes.append(n("Constant", [], ["e"], value_float=0.0))
-        nodes += [n("Add", ["scaled", "e"], ["biased"]), n("Tanh", ["biased"], ["computed"])]
+        if toy.control:
+            nodes += [
+                n("Constant", [], ["pixels"], value_ints=[1, 2, 3]),
+                n("Cast", ["control"], ["shown"], to=TP.FLOAT),
+                n("ReduceMean", ["shown", "pixels"], ["grey"], keepdims=1),
+                n("Add", ["e", "grey"], ["both_e"]),
+            ]
+        e = "both_e" if toy.control else "e"
+        nodes += [n("Add", ["scaled", e], ["biased"]), n("Tanh", ["biased"], ["computed"])]
     if reads:
         nodes.append(n("Cast", ["cache.a/out0"], ["old"], to=TP.FLOAT))
     if name == "mixed":

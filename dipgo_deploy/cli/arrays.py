@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import logging
 import math
 import struct
 import zipfile
@@ -13,8 +12,6 @@ from typing import TYPE_CHECKING
 from dipgo_deploy.errors import UserError, one_line
 from dipgo_deploy.files import read_bytes
 
-_log = logging.getLogger(__name__)
-
 if TYPE_CHECKING:
     import numpy as np
     from PIL.Image import Image
@@ -23,7 +20,6 @@ if TYPE_CHECKING:
 
 # Of one file, as it is and unpacked: embeddings of a prompt are 0.3 MB (SD 1.5) to 8 MB (FLUX).
 MOST_BYTES = 384 * 2**20
-MOST_PIXELS = 2**25  # above 7680 x 4320
 _MOST_ARRAYS = 64
 _MOST_AXES = 8
 _NPY_VERSIONS = ((1, 0), (2, 0))
@@ -31,8 +27,6 @@ _NPY_VERSIONS = ((1, 0), (2, 0))
 _ZIP_END, _ZIP64_LOCATOR, _ZIP_COMMENT = b"PK\x05\x06", b"PK\x06\x07", 2**16
 _ZIP_END_BYTES, _ZIP64_LOCATOR_BYTES, _ZIP_ENTRY_BYTES = 22, 20, 30
 _MOST_LISTED = 2**16  # bytes of the list of entries
-# Of what Pillow reads: no format that starts another program, none for measurements.
-_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")
 
 
 def load_array(option: str, path: Path | None) -> np.ndarray | None:
@@ -78,35 +72,10 @@ def load_embeds(option: str, texts: tuple[str, ...]) -> Embeds | None:
 
 
 def load_picture(option: str, path: Path) -> Image:
-    """Read a picture file as RGB, upright as its camera says; 16 bits of grey become 8.
+    """Read a picture file as ``read_picture`` does. Raises UserError as it does, or where there is no such file."""
+    from dipgo_deploy.runtime.picture_file import read_picture
 
-    Raises:
-        UserError: no such file, not a picture that Pillow reads, more than 33 million pixels, or values that are no
-            8 or 16 bits.
-    """
-    import warnings
-
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
-    from dipgo_deploy.runtime.image import as_8_bit
-
-    data = _content(option, path)
-    try:
-        with warnings.catch_warnings(record=True) as doubts, Image.open(io.BytesIO(data), formats=_FORMATS) as picture:
-            if picture.width * picture.height > MOST_PIXELS:
-                extents = f"{picture.width} x {picture.height} pixels"
-                raise UserError(f"{option} {path}: {extents}, more than {MOST_PIXELS}; give a smaller one")
-            ImageOps.exif_transpose(picture, in_place=True)
-            found = as_8_bit(picture, f"{option} {path}").convert("RGB")
-    except UserError:
-        raise
-    except Exception as error:  # Pillow's readers raise whatever a broken file leads them to
-        unknown = isinstance(error, UnidentifiedImageError)
-        reason = "none of " + ", ".join(_FORMATS) if unknown else one_line(error) or type(error).__name__
-        raise UserError(f"{option} {path}: not a picture that can be read ({reason})") from None
-    if doubts:
-        _log.warning("%s %s: read, but: %s", option, path, one_line(doubts[0].message))
-    return found
+    return read_picture(f"{option} {path}", _content(option, path))
 
 
 def _name_and_file(text: str) -> tuple[str | None, Path]:

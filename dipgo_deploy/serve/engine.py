@@ -2,25 +2,52 @@
 
 from __future__ import annotations
 
+import base64
 import secrets
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dipgo_deploy.bundle.manifest import Manifest
+from dipgo_deploy.bundle.pictures import ARGUMENTS
 from dipgo_deploy.errors import UserError
-from dipgo_deploy.runtime.given_pictures import picture_conditions
+from dipgo_deploy.runtime.picture_file import read_picture
 from dipgo_deploy.runtime.pipeline import Pipeline
 from dipgo_deploy.runtime.prompt_rows import PromptRow
 from dipgo_deploy.runtime.requests import Asked, check_request
 from dipgo_deploy.runtime.row_calls import call_arguments, row_parameters
-from dipgo_deploy.serve.schemas import SEEDS, GenerationRequest
+from dipgo_deploy.serve.schemas import MOST_PIXELS, SEEDS, GenerationRequest
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     from dipgo_deploy.serve.settings import Settings
+
+
+@dataclass(frozen=True, eq=False)
+class Given:
+    """What all pictures of a request have besides their rows.
+
+    Attributes:
+        scalars: arguments of the pipeline that are numbers.
+        pictures: those that are pictures; of ``control_image`` a list where several were given.
+    """
+
+    scalars: Mapping[str, Any] = field(default_factory=dict)
+    pictures: Mapping[str, Image | list[Image]] = field(default_factory=dict)
+
+    @property
+    def key(self) -> Hashable:
+        """What pictures have in common that are drawn together: numbers that are the same, or the request itself."""
+        return self if self.pictures else tuple(self.scalars.items())
+
+    def arguments(self, count: int) -> dict[str, Any]:
+        """Arguments of the pipeline for so many pictures; each has the given ones for itself."""
+        found: dict[str, Any] = dict(self.scalars)
+        for name, given in self.pictures.items():
+            found[name] = [[one] * count for one in given] if isinstance(given, list) else [given] * count
+        return found
 
 
 @dataclass(frozen=True)
@@ -30,12 +57,12 @@ class Wanted:
     row: PromptRow
     seed: int
     schedule: str
-    guidance_scale_2: float | None = None
+    given: Given
 
     @property
     def key(self) -> Hashable:
         """What pictures have in common that are drawn together."""
-        return self.schedule, self.guidance_scale_2, self.row.settings
+        return self.schedule, self.given.key, self.row.settings
 
 
 @dataclass(frozen=True)
@@ -96,10 +123,10 @@ class Engine:
             width=width,
         )
         seed = secrets.randbelow(SEEDS) if asked.seed is None else asked.seed
-        found = [Wanted(row, (seed + place) % SEEDS, schedule, asked.guidance_scale_2) for place in range(asked.n)]
         pipeline.check_steps(asked.num_inference_steps)
-        check_request(pipeline.bundle.manifest, Asked(**call_arguments([row], _usual(found[0]))))
-        return found
+        given = _given(asked)
+        check_request(pipeline.bundle.manifest, Asked(**call_arguments([row], given.arguments(1))))
+        return [Wanted(row, (seed + place) % SEEDS, schedule, given) for place in range(asked.n)]
 
     def load(self) -> None:
         """Load what all schedules need. Raises UserError as ``Pipeline.load``."""
@@ -119,7 +146,7 @@ class Engine:
             NotFiniteError: one of them has no picture.
             UserError: the backend failed.
         """
-        pipeline, usual = self._pipelines[batch[0].schedule], _usual(batch[0])
+        pipeline, usual = self._pipelines[batch[0].schedule], batch[0].given.arguments(len(batch))
         arguments = call_arguments([wanted.row for wanted in batch], usual)
         seeds = [wanted.seed for wanted in batch]
         result = pipeline(**arguments, seed=seeds, callback=lambda done, total: check())
@@ -134,8 +161,29 @@ class Engine:
         ]
 
 
-def _usual(wanted: Wanted) -> dict[str, float | None]:
-    return {"guidance_scale_2": wanted.guidance_scale_2}
+_SCALARS = ("guidance_scale_2", "control_scale", "ip_adapter_scale", "strength")
+
+
+def _given(asked: GenerationRequest) -> Given:
+    """Raises UserError for what is no picture."""
+    scalars = {name: getattr(asked, name) for name in _SCALARS}
+    scalars = {name: tuple(value) if isinstance(value, list) else value for name, value in scalars.items()}
+    pictures: dict[str, Image | list[Image]] = {}
+    for name in ARGUMENTS:
+        text = getattr(asked, name)
+        if isinstance(text, list):
+            pictures[name] = [_picture(name, one) for one in text]
+        elif text is not None:
+            pictures[name] = _picture(name, text)
+    return Given(scalars, pictures)
+
+
+def _picture(name: str, text: str) -> Image:
+    try:
+        data = base64.b64decode(text, validate=True)
+    except ValueError:
+        raise UserError(f"{name}: not base64; give a picture's file in it, without a prefix") from None
+    return read_picture(name, data, MOST_PIXELS)
 
 
 def check_served(path: Path, manifest: Manifest) -> None:
@@ -144,8 +192,6 @@ def check_served(path: Path, manifest: Manifest) -> None:
         raise UserError(f"{path}: makes videos, and the server gives pictures; use dipgo-run")
     if manifest.components.vae_decoder is None:
         raise UserError(f"{path}: has no VAE decoder; export it with one to get pictures")
-    if manifest.sampler.strength is not None or picture_conditions(manifest):
-        raise UserError(f"{path}: draws after pictures, which a request cannot give; use dipgo-run")
 
 
 def open_engines(settings: Settings) -> list[Engine]:

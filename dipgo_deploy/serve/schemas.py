@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import pydantic
 
@@ -11,6 +11,10 @@ LONGEST_PROMPT = 32_000
 SEEDS = 2**32
 """Only so many seeds differ: more bits of a seed than 32 do not count."""
 
+MOST_CONTROLS = 8
+"""ControlNets of a model."""
+MOST_PIXELS = 2**22
+"""Of a picture that a request gives: 2048 x 2048."""
 _Text = pydantic.Field(default=None, max_length=LONGEST_PROMPT)
 
 
@@ -41,6 +45,19 @@ class GenerationRequest(pydantic.BaseModel):
     guidance_scale_2: float | None = pydantic.Field(
         default=None, ge=0, le=1000, description="of the second denoiser, of a model of two"
     )
+    image: str | None = pydantic.Field(default=None, description="in base64: what to start from, or draw into or after")
+    mask_image: str | None = pydantic.Field(default=None, description="in base64: white where image is drawn into")
+    control_image: str | list[str] | None = pydantic.Field(
+        default=None, description="in base64: of a ControlNet, or one for each of several"
+    )
+    control_scale: float | list[float] | None = pydantic.Field(
+        default=None, description="factor of what the ControlNet adds, or one for each of several"
+    )
+    ip_adapter_image: str | None = pydantic.Field(default=None, description="in base64: what an IP-Adapter draws after")
+    ip_adapter_scale: float | None = pydantic.Field(default=None, ge=-100, le=100)
+    strength: float | None = pydantic.Field(
+        default=None, gt=0, le=1, description="checked: that which the directory was exported with"
+    )
     num_inference_steps: int | None = pydantic.Field(
         default=None, ge=1, le=100_000, description="checked: those that the directory was compiled for"
     )
@@ -51,6 +68,13 @@ class GenerationRequest(pydantic.BaseModel):
     response_format: Literal["b64_json"] = "b64_json"
     output_format: Literal["png", "jpeg", "webp"] = "png"
     user: str | None = pydantic.Field(default=None, max_length=512, description="taken for OpenAI's clients, not used")
+
+    @pydantic.field_validator("control_image", "control_scale")
+    @classmethod
+    def _few(cls, value: Any) -> Any:
+        if isinstance(value, list) and not 1 <= len(value) <= MOST_CONTROLS:
+            raise ValueError(f"1 to {MOST_CONTROLS} of them")
+        return value
 
     @pydantic.field_validator("class_label")
     @classmethod

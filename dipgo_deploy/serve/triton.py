@@ -15,6 +15,7 @@ from dipgo_deploy.bundle.directory import Bundle
 from dipgo_deploy.bundle.manifest import MANIFEST_NAME, Manifest
 from dipgo_deploy.bundle.staging import staged_directory
 from dipgo_deploy.errors import UserError
+from dipgo_deploy.runtime.given_pictures import picture_conditions
 from dipgo_deploy.runtime.requests import class_condition, text_conditions
 from dipgo_deploy.serve.engine import check_served
 
@@ -166,6 +167,8 @@ def write_repository(
     manifests = [each.manifest for each in bundle.with_each()]
     for manifest in manifests:
         check_served(path, manifest)
+        if manifest.sampler.strength is not None or picture_conditions(manifest):
+            raise UserError(f"{path}: draws after pictures, which Triton's model does not take; use dipgo-serve")
     text = config_text(
         name,
         manifests,

@@ -125,7 +125,7 @@ def create_app(service: Service) -> FastAPI:
         model, status, pictures = "", 500, 0
         try:
             asked = _parsed(await _body(request, service.settings.max_body))
-            submitted = _submitted(service, asked)
+            submitted = await asyncio.to_thread(_submitted, service, asked)  # reading a picture takes its time
             model = submitted.model
             drawn = await _awaited(request, submitted, service.settings.timeout)
             answer = await asyncio.to_thread(_answer, asked, submitted, drawn)

@@ -221,10 +221,12 @@ def test_what_is_cancelled_or_fails(text_dir: Path, tmp_path: Path, monkeypatch:
 
 def test_what_is_refused_leaves_nothing(text_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     latent = build(tmp_path / "latent", Toy(vae=False))
+    control = build(tmp_path / "control", Toy(control=True))
     (tmp_path / "file").write_text("")
     (tmp_path / "full/toy").mkdir(parents=True)
     for engine, options, message in (
         (latent, ["-o", tmp_path / "new"], "has no VAE decoder"),
+        (control, ["-o", tmp_path / "new"], "draws after pictures"),
         (tmp_path / "none", ["-o", tmp_path / "new"], "none"),
         (text_dir, ["-o", tmp_path / "file"], "is a file"),
         (text_dir, ["-o", tmp_path / "full"], "exists; remove it, or give another --name"),

@@ -235,6 +235,41 @@ def test_several_schedules_of_one_directory(tmp_path: Path) -> None:
         refused(client.post(URL, json={"launches": 4, "prompt": "a"}), 400, "launches 4", "short (5 launches)")
 
 
+def test_pictures_that_are_given(tmp_path: Path) -> None:
+    given = settings(build(tmp_path / "toy", Toy(batch=2, control=True)), window=0.05)
+    service = Service(open_engines(given), given)
+    pipeline = Pipeline.from_engine_dir(tmp_path / "toy", "cpu", threads=1)
+    shown = [Image.new("RGB", (20, 10), (level, 40, 200)) for level in (10, 240)]
+
+    def file(picture: Image.Image) -> str:
+        data = io.BytesIO()
+        picture.save(data, "PNG")
+        return base64.b64encode(data.getvalue()).decode()
+
+    with TestClient(create_app(service)) as client:
+        with ThreadPoolExecutor(2) as pool:
+            asked = [{"prompt": "a bag", "seed": 5, "n": 3, "control_image": file(picture)} for picture in shown]
+            answers = list(pool.map(lambda body: client.post(URL, json=body), asked))
+        for picture, answer in zip(shown, answers, strict=True):
+            for place, drawn in enumerate(pictures(answer)):
+                assert (drawn == one(pipeline("a bag", seed=5 + place, control_image=picture))).all()
+        assert (pictures(answers[0])[0] != pictures(answers[1])[0]).any()
+        for more, message in (
+            ({}, "control_image: missing"),
+            ({"control_image": "a picture"}, "control_image: not base64"),
+            ({"control_image": base64.b64encode(b"GIF89a").decode()}, "control_image: not a picture"),
+            ({"control_image": file(Image.new("1", (4096, 4096)))}, "control_image: 4096 x 4096 pixels, more than"),
+            ({"control_image": [file(shown[0])] * 9}, "control_image: "),
+            ({"control_image": file(shown[0]), "image": file(shown[0])}, "image: "),
+            ({"control_image": file(shown[0]), "strength": 0.5}, "strength: "),
+            ({"control_image": file(shown[0]), "control_scale": 0.5}, "control_scale: "),
+            ({"control_image": file(shown[0]), "ip_adapter_scale": 0.5}, "ip_adapter_scale: "),
+        ):
+            answer = client.post(URL, json={"prompt": "a", **more})
+            refused(answer, 400, message)
+            assert answer.json()["error"]["param"] == message.split(":")[0]
+
+
 def test_the_token(folders: dict[str, Path]) -> None:
     given = settings(folders["class"], api_key="s3cret")
     service = Service(open_engines(given), given)
