@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from dipgo_deploy._version import __version__
 
 if TYPE_CHECKING:
-    from dipgo_deploy.runtime.pipeline import Pipeline
+    from dipgo_deploy.integrations.pretrained import Pipeline
     from dipgo_deploy.schedule.document import Schedule
 
 # ONNX Runtime since 1.29 writes a device id below the home folder and sends usage data, unless it is told not to before
@@ -21,7 +21,7 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 __all__ = ["Pipeline", "Schedule", "__version__"]
 
-_HOMES = {"Pipeline": "dipgo_deploy.runtime.pipeline", "Schedule": "dipgo_deploy.schedule.document"}
+_HOMES = {"Pipeline": "dipgo_deploy.integrations.pretrained", "Schedule": "dipgo_deploy.schedule.document"}
 
 
 def __getattr__(name: str) -> Any:

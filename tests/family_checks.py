@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from dipgo_deploy.backends import create_backend
@@ -17,9 +18,12 @@ from dipgo_deploy.bundle.shapes import Sizes
 from dipgo_deploy.compare.engine import Options, compare_engine
 from dipgo_deploy.compare.pictures import cases
 from dipgo_deploy.compare.report import Report
+from dipgo_deploy.compare.stock import StockPipeline
+from dipgo_deploy.compare.worst import Seen, nobody
 from dipgo_deploy.export.exporter import ExportOptions, PlannedExport, plan_export, publish, replan
+from dipgo_deploy.integrations.diffusers import load_engines
 from dipgo_deploy.models.target import schedule_target
-from dipgo_deploy.reference.load import load_reference
+from dipgo_deploy.reference.load import Reference, load_reference
 from dipgo_deploy.schedule import builders
 from dipgo_deploy.schedule.document import CacheKind, Granularity, Schedule
 
@@ -66,19 +70,22 @@ def loop_report(
     sizes: Sizes | None = None,
     pictures: bool = False,
     guidance_scale: float | None = None,
+    reference: Reference | None = None,
+    seen: Seen = nobody,
 ) -> Report:
     """The whole loop of an engine directory, and every variant, against the torch supernet, on ONNX Runtime's CPU.
 
     sizes: of those that it leaves open; the largest batch and the usual height and width by default. pictures: also
     tokens, conditions and pictures of the cases that the comparison makes, against the stock pipeline. guidance_scale:
-    of the first case, the directory's default by default.
+    of the first case, the directory's default by default. reference: the model, where it is loaded already. seen: is
+    shown every picture.
     """
     bundle = Bundle.open(engine_dir) if sizes is None else Bundle.open(engine_dir).at(sizes)
     manifest = bundle.manifest
-    reference = load_reference(bundle)
+    reference = reference or load_reference(bundle)
     inputs = reference.inputs(manifest, guidance_scale=manifest.guidance_scale, prompts=(prompt,), labels=(label,))
     chosen = tuple(cases(manifest, guidance_scale=guidance_scale)) if pictures else ()
-    options = Options(variants=variants, pictures=pictures, cases=chosen)
+    options = Options(variants=variants, pictures=pictures, cases=chosen, seen=seen)
     return compare_engine(bundle, reference, inputs, create_backend("cpu", threads=1), options)
 
 
@@ -90,19 +97,38 @@ def assert_pictures_equal_stock(
     variants: bool = False,
     guidance_scale: float | None = None,
 ) -> None:
-    """Tokens, conditions, loop and pictures are those of the stock pipeline with the supernet as its denoiser.
+    """Tokens, conditions, loop and pictures are those of the stock pipeline with the supernet as its denoiser, and so
+    are those of the stock pipeline with the engines in it.
 
     components: an engine directory to take them from, for one that was exported without. variants: each by itself, too.
     """
     if components is not None:
         borrow_components(components, engine_dir)
-    report = loop_report(engine_dir, variants=variants, sizes=sizes, pictures=True, guidance_scale=guidance_scale)
+    drawn: dict[str, np.ndarray] = {}
+    bundle = Bundle.open(engine_dir) if sizes is None else Bundle.open(engine_dir).at(sizes)
+    reference = load_reference(bundle)
+    report = loop_report(
+        engine_dir,
+        variants=variants,
+        sizes=sizes,
+        pictures=True,
+        guidance_scale=guidance_scale,
+        reference=reference,
+        seen=lambda name, ours, theirs: drawn.update({name: theirs}),
+    )
     failure = report.first_failure()
     assert failure is None, failure
     assert report.pictures and report.skipped == (), report.skipped
     for part in report.pictures:
         for tensor in part.tensors:
             assert tensor.relative <= 1e-4, f"{part.place}, {tensor.name}: {tensor.relative}"
+    stock = StockPipeline(bundle.manifest, reference)
+    case = stock.possible(cases(bundle.manifest, guidance_scale=guidance_scale)[0])
+    with load_engines(stock.pipeline, engine_dir, "cpu", threads=1):
+        found = stock.as_it_is(case).images
+    assert found is not None
+    for picture, place in zip(found, case.places, strict=True):
+        assert np.abs(picture - drawn[f"{case.name}, {place}"]).max() <= 1e-4, place
 
 
 def check_family(

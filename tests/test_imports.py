@@ -40,6 +40,7 @@ LAYERS = (
     "bench",
     "report",
     "optimize",
+    "integrations",
     "cli",
 )
 EXPORT_ONLY = {"torch", "diffusers", "transformers", "onnx", "onnx_ir", "onnxscript"}
@@ -201,7 +202,7 @@ def test_lazy_names() -> None:
     assert importlib.util.find_spec("dipgo_deploy.runtime") is not None
     assert set(dipgo_deploy.__all__) <= set(dir(dipgo_deploy))
     assert dipgo_deploy.Schedule.__module__ == "dipgo_deploy.schedule.document"
-    assert dipgo_deploy.Pipeline.__module__ == "dipgo_deploy.runtime.pipeline"
+    assert dipgo_deploy.Pipeline.__module__ == "dipgo_deploy.integrations.pretrained"
     with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
         dipgo_deploy.Nothing  # noqa: B018
 

@@ -22,8 +22,9 @@ import torch
 
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.models.forward import replaced_forward
-from dipgo_deploy.models.packed import PACK, pack, unpack
+from dipgo_deploy.models.packed import pack
 from dipgo_deploy.models.stock import starts_from_pictures
+from dipgo_deploy.models.stock_call import StockCall
 from dipgo_deploy.reference.conditions import host
 from dipgo_deploy.reference.vae import from_vae
 from dipgo_deploy.runtime.given_pictures import picture_conditions
@@ -35,9 +36,6 @@ if TYPE_CHECKING:
 
     from dipgo_deploy.bundle.manifest import Manifest
     from dipgo_deploy.reference.load import Reference
-
-
-_IMAGENET_NULL = 1000
 
 
 @dataclass(frozen=True)
@@ -97,7 +95,7 @@ class _Reached(Exception):
 
 
 class StockPipeline:
-    """The stock pipeline of a model.
+    """The stock pipeline of a model, ``pipeline``.
 
     Raises:
         UserError: it cannot do what the engine directory does; the message says what.
@@ -105,13 +103,13 @@ class StockPipeline:
 
     def __init__(self, manifest: Manifest, reference: Reference) -> None:
         self._manifest, self._reference = manifest, reference
-        self._pipeline = _prepared(manifest, reference)
-        self._takes = inspect.signature(type(self._pipeline).__call__).parameters
+        self.pipeline = _prepared(manifest, reference)
+        self._takes = inspect.signature(type(self.pipeline).__call__).parameters
         self.conditional_first = reference.source.family.guide.order != "unconditional first"
         native = reference.source.config.get("sample_size")
         size = [manifest.latent.height, manifest.latent.width]
         if "height" not in self._takes and size != ([native, native] if isinstance(native, int) else native):
-            raise UserError(f"{type(self._pipeline).__name__} draws at the model's native size only")
+            raise UserError(f"{type(self.pipeline).__name__} draws at the model's native size only")
 
     def picture(self, seed: int = 0) -> Image:
         """A picture of the size that the pipeline makes, for runs that start from one or follow one."""
@@ -163,9 +161,18 @@ class StockPipeline:
         """
         return self._call(case, stop=False, plain=True)
 
-    def _call(self, case: Case, *, stop: bool, plain: bool = False) -> StockRun:
-        pipeline, run = self._pipeline, StockRun()
-        pipeline.scheduler = fresh(self._reference.scheduler)
+    def as_it_is(self, case: Case) -> StockRun:
+        """The whole call with whatever denoiser and scheduler ``pipeline`` has.
+
+        Raises:
+            StockFailure: the pipeline fails.
+        """
+        return self._call(case, stop=False, replaced=False)
+
+    def _call(self, case: Case, *, stop: bool, plain: bool = False, replaced: bool = True) -> StockRun:
+        pipeline, run = self.pipeline, StockRun()
+        if replaced:
+            pipeline.scheduler = fresh(self._reference.scheduler)
         pixels = self._reference.source.family.pixels
         decoded = pixels or getattr(pipeline, "vae", None) is not None
         arguments = self._arguments(case, decoded)
@@ -176,7 +183,8 @@ class StockPipeline:
             with ExitStack() as stack, torch.no_grad(), torch.random.fork_rng(devices=[]):
                 torch.manual_seed(case.seed)  # what a pipeline draws without its generator
                 stack.enter_context(prompts_as_they_are(pipeline))
-                stack.enter_context(denoiser.itself(pipeline, run) if plain else denoiser.in_place(pipeline))
+                if replaced:
+                    stack.enter_context(denoiser.itself(pipeline, run) if plain else denoiser.in_place(pipeline))
                 stack.enter_context(_tokens_seen(pipeline, self._encoders(), run))
                 if decoded and not pixels:
                     stack.enter_context(_latents_seen(pipeline.vae, run))
@@ -188,7 +196,7 @@ class StockPipeline:
         except Exception as error:  # stock pipelines fail in their own ways
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise StockFailure(f"{type(pipeline).__name__} itself fails on {case.name}: {reason}") from error
-        if not plain:
+        if replaced and not plain:
             denoiser.check_all_done(type(pipeline).__name__)
         if decoded:
             pictures = np.asarray(images, np.float32)
@@ -296,21 +304,19 @@ class _Denoiser:
         self._calls = 0
         self._order = reference.source.family.guide.order
         self._conditional: Any = None
-        self._control: dict[str, Any] = {}
-        family = reference.source.family
-        self._beside = [name for name in family.companions if name not in family.denoisers]
+        null = next((spec.null for spec in reference.conditions if spec.source == "class"), None)
+        shapes = {spec.name: spec.shape for spec in reference.conditions}
+        self._given = StockCall(reference.source.family, shapes, null)
 
     @contextmanager
     def in_place(self, pipeline: Any) -> Iterator[None]:
         """While this lasts, ``pipeline`` evaluates the supernet."""
         family = self._reference.source.family
         with ExitStack() as stack:
-            for name in self._beside:
-                # Its outputs are made where the denoiser's own are: both are gated.
-                stack.enter_context(replaced_forward(getattr(pipeline, name), self._companion))
+            # Their outputs are made where the denoiser's own are: both are gated.
+            stack.enter_context(self._given.controlnets_seen(pipeline))
             for name in family.denoisers:
                 module = getattr(pipeline, name or family.component)
-                self._original = module.forward
                 stack.enter_context(replaced_forward(module, self._in_place_of(name, module)))
             yield
 
@@ -327,7 +333,7 @@ class _Denoiser:
 
     def _own(self, original: Callable[..., Any]) -> Callable[..., Any]:
         """A denoiser's own ``forward``."""
-        return lambda *args, **kwargs: original(*args, **self._with_null(kwargs))
+        return lambda *args, **kwargs: original(*args, **self._given.with_null(kwargs))
 
     def _in_place_of(self, name: str, module: Any) -> Callable[..., Any]:
         """The ``forward`` of a denoiser of this name."""
@@ -340,16 +346,10 @@ class _Denoiser:
         if steps != len(self._gates):
             raise UserError(f"{name} evaluates its denoiser {steps:g} times, the schedule has {len(self._gates)}")
 
-    def _companion(self, *args: Any, **kwargs: Any) -> tuple[tuple[()], None]:
-        """A ControlNet: what it was given is kept for the denoiser's own call."""
-        self._control = kwargs
-        return (), None
-
     def _evaluate(self, name: str, module: Any, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        kwargs = self._with_null(kwargs)
+        kwargs = self._given.with_null(kwargs)
         source = self._reference.source
-        latent, timestep, conditions = (source.family.given or self._given)(args, kwargs)
-        latent, conditions = self._taken_apart(latent, {**conditions, **self._seen_by_controlnets(latent)})
+        latent, timestep, conditions = self._given(module, original, args, kwargs)
         step, half = divmod(self._calls, len(self._states))
         if step == 0:
             seen = {name: host(tensor) for name, tensor in conditions.items()}
@@ -372,7 +372,7 @@ class _Denoiser:
             )
 
         def call(model: Any, *_: Any) -> Any:
-            if not self._beside:
+            if not self._given.beside:
                 return original(*args, **kwargs)
             with replaced_forward(module, original):  # the family's own call ends in the denoiser's
                 prediction = source.family.call(model, latent, timestep, conditions)
@@ -407,40 +407,6 @@ class _Denoiser:
 
         return _mapped(joined, result, result)
 
-    def _seen_by_controlnets(self, latent: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Their pictures (latents (B, C, h, w) where those are packed) and scales."""
-        found = _tensors(_control(self._control), len(latent))
-        return {
-            name: unpack(tensor, *(extent // PACK for extent in latent.shape[2:])) if tensor.ndim == 3 else tensor
-            for name, tensor in found.items()
-        }
-
-    def _taken_apart(
-        self, latent: torch.Tensor, conditions: Mapping[str, torch.Tensor]
-    ) -> tuple[torch.Tensor, Mapping[str, torch.Tensor]]:
-        """The latent and what the pipeline joined to it."""
-        family = self._reference.source.family
-        counts = {spec.name: spec.shape[1] for spec in self._reference.conditions if spec.name in family.joined}
-        first, *others = latent.split([latent.shape[1] - sum(counts.values()), *counts.values()], dim=1)
-        return first, {**conditions, **dict(zip(family.joined, others, strict=True))}
-
-    def _given(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-        """Latent, timestep and conditions of a ``forward`` whose first two arguments are the former."""
-        latent = args[0] if args else kwargs[next(iter(inspect.signature(self._original).parameters))]
-        timestep = torch.as_tensor(kwargs["timestep"] if "timestep" in kwargs else args[1])
-        conditions = _tensors(kwargs, len(latent))
-        return latent, timestep, conditions
-
-    def _with_null(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """DiTPipeline writes the null class of ImageNet's 1000; a model of fewer classes has another one."""
-        labels = kwargs.get("class_labels")
-        null = next((spec.null for spec in self._reference.conditions if spec.source == "class"), None)
-        if labels is None or null is None:
-            return kwargs
-        return {**kwargs, "class_labels": torch.where(labels == _IMAGENET_NULL, null, labels)}
-
 
 def _mapped(change: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], result: Any, other: Any) -> Any:
     """A denoiser's output with its tensors changed; a list has one for each row of the batch. other: one of the same
@@ -459,29 +425,6 @@ def _mapped(change: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], result
 def _rows(conditions: Mapping[str, np.ndarray], name: str) -> tuple[np.ndarray, ...]:
     """Those of the half that was evaluated before, where there was one."""
     return (conditions[name],) if name in conditions else ()
-
-
-def _control(keywords: Mapping[str, Any]) -> dict[str, Any]:
-    """Of the arguments of one or several ControlNets what the family calls conditions."""
-    found: dict[str, Any] = {}
-    for name, own in (("controlnet_cond", "controlnet_cond"), ("conditioning_scale", "controlnet_conditioning_scale")):
-        values = keywords.get(name)
-        several = values if isinstance(values, list | tuple) else [] if values is None else [values]
-        for place, value in enumerate(several):
-            tensor = value if isinstance(value, torch.Tensor) else torch.tensor([float(value)])
-            found[f"{own}_{place}" if place else own] = tensor
-    return found
-
-
-def _tensors(keywords: Mapping[str, Any], rows: int) -> dict[str, torch.Tensor]:
-    """Keyword arguments that are tensors, also those in dictionaries, each with a row for every one of the latent's."""
-    tensors: dict[str, torch.Tensor] = {}
-    for name, value in keywords.items():
-        if isinstance(value, Mapping):
-            tensors |= _tensors(value, rows)
-        elif isinstance(value, torch.Tensor) and value.ndim:
-            tensors[name] = value.expand(rows, *value.shape[1:]) if len(value) == 1 else value
-    return tensors
 
 
 @contextmanager

@@ -120,6 +120,20 @@ def _values(unet: Any) -> Iterator[nn.Module]:
         yield from getattr(processor, "to_v_ip", ())
 
 
+def scale_set(unet: Any) -> float:
+    """What ``set_ip_adapter_scale`` of the pipelines has set.
+
+    Raises:
+        UserError: not the same for all layers.
+    """
+    scales = {
+        float(scale) for processor in unet.attn_processors.values() for scale in getattr(processor, "scale", None) or ()
+    }
+    if len(scales) != 1:
+        raise UserError("set_ip_adapter_scale: one scale for all layers is supported; give one number")
+    return scales.pop()
+
+
 @contextmanager
 def _scaled(unet: Any, scale: Tensor) -> Iterator[None]:
     """Inside the context what is attended to in the picture is multiplied by ``scale`` (B,)."""
@@ -144,13 +158,11 @@ def call(model: nn.Module, latent: Tensor, timestep: Tensor, conditions: Mapping
 
 
 def given(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor, Mapping[str, Tensor]]:
-    """What the pipelines hand to ``forward``; the scale is in the attention processors."""
-    import torch
-
+    """What the pipelines hand to ``forward``; the scale is in the attention processors (``scale_set``)."""
     added = dict(kwargs["added_cond_kwargs"])
     (embeds,) = added.pop(EMBEDS)
     latent, timestep, seen = unet2d_condition.given(args, {**kwargs, "added_cond_kwargs": added})
-    return latent, timestep, {**seen, EMBEDS: embeds, SCALE: torch.ones(len(latent))}
+    return latent, timestep, {**seen, EMBEDS: embeds}
 
 
 FAMILY = replace(

@@ -34,6 +34,8 @@ _TEXT_LENGTH = 128
 _FRAME_RATE = 25
 # Of the VAE: frames and pixels to one of the latent.
 _TIME_SCALE, _SCALE = 8, 32
+# How far pixels of the latent are apart: seconds and pixels.
+_APART = (_TIME_SCALE / _FRAME_RATE, _SCALE, _SCALE)
 
 
 def blocks(config: Mapping[str, Any], granularity: Granularity) -> tuple[BlockSpec, ...]:
@@ -79,12 +81,24 @@ def call(model: nn.Module, latent: Tensor, timestep: Tensor, conditions: Mapping
 
     extents = tuple(latent.shape[2:])
     # Made for one row of the batch.
-    scale = (_TIME_SCALE / _FRAME_RATE, _SCALE, _SCALE)
-    with precomputed(model.get_submodule("rope"), lambda: (torch.empty(1), *extents, scale)):
+    with precomputed(model.get_submodule("rope"), lambda: (torch.empty(1), *extents, _APART)):
         predicted: Tensor = model(
             hidden_states=latent.flatten(2).transpose(1, 2), timestep=timestep, return_dict=False, **conditions
         )[0]
     return predicted.transpose(1, 2).unflatten(2, extents)
+
+
+def given(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor, Mapping[str, Tensor]]:
+    """What the pipeline hands to ``forward``, whose latent is tokens (B, T, C)."""
+    return kwargs["hidden_states"], kwargs["timestep"], given_text(kwargs)
+
+
+def given_text(kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Of these arguments the conditions of a text. Raises UserError for positions of another frame rate."""
+    apart = kwargs.get("rope_interpolation_scale") or _APART
+    if tuple(apart) != _APART:
+        raise UserError(f"frame_rate {_TIME_SCALE / apart[0]:g}: {CLASS_NAME} is told {_FRAME_RATE}; leave it out")
+    return {name: kwargs[name] for name in ("encoder_hidden_states", "encoder_attention_mask")}
 
 
 def text(config: Mapping[str, Any], pipeline: Any) -> TextScheme:
@@ -130,6 +144,7 @@ FAMILY = ModelFamily(
     granularities=("block", "layer"),
     kind="flow",
     call=call,
+    given=given,
     text=text,
     set_timesteps=set_timesteps,
     float32_in_fp16=("text_encoder", "vae"),

@@ -48,8 +48,7 @@ def given(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, Ten
     """What the pipeline hands to ``forward``: its latent's first frame is the condition."""
     extents = [kwargs[name] for name in ("num_frames", "height", "width")]
     latent = kwargs["hidden_states"].transpose(1, 2).unflatten(2, extents)
-    conditions = {name: kwargs[name] for name in ("encoder_hidden_states", "encoder_attention_mask")}
-    return latent, kwargs["timestep"][:, -1], {**conditions, FIRST: latent[:, :, :1]}
+    return latent, kwargs["timestep"][:, -1], {**ltx.given_text(kwargs), FIRST: latent[:, :, :1]}
 
 
 FAMILY = replace(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dipgo_deploy.errors import UserError
@@ -29,6 +29,22 @@ def unpack(tokens: Tensor, rows: int, columns: int) -> Tensor:
     channels = features // PACK**2
     latent = tokens.reshape(batch, rows, columns, channels, PACK, PACK).permute(0, 3, 1, 4, 2, 5)
     return latent.reshape(batch, channels, rows * PACK, columns * PACK)
+
+
+def as_tokens(latent: Tensor, features: int) -> Tensor:
+    """A latent (B, C, [f,] h, w) as the tokens (B, T, D) of a pipeline whose tokens have so many ``features``: each of
+    its pixels where those are its channels, else two by two."""
+    return latent.flatten(2).transpose(1, 2) if features == latent.shape[1] else pack(latent)
+
+
+def as_latent(tokens: Tensor, extents: Sequence[int]) -> Tensor:
+    """The inverse of ``as_tokens`` for tokens of a latent alone; extents: [f,] h, w."""
+    count = 1
+    for extent in extents:
+        count *= extent
+    if tokens.shape[1] == count:
+        return tokens.transpose(1, 2).unflatten(2, tuple(extents))
+    return unpack(tokens, extents[-2] // PACK, extents[-1] // PACK)
 
 
 def channels_of_tokens(class_name: str, config: Mapping[str, Any]) -> int:

@@ -26,6 +26,7 @@ class Loaded:
     """Graphs, text encoder and VAE on a backend, loaded when they are first asked for, and the LoRAs in their weights.
 
     backend: what runs them. lazy: each graph of the denoiser is loaded when it is first launched. loras: in order.
+    drops: how often the graphs were let go of.
     """
 
     def __init__(self, backend: Backend, *, lazy: bool) -> None:
@@ -34,6 +35,7 @@ class Loaded:
         self.loras: list[LoraChoice] = []
         self._weights: MergedWeights | None = None
         self._graphs = Graphs(backend)
+        self.drops = 0
         self._loops: dict[str, DenoisingLoop] = {}
         self._text: TextEncoder | None = None
         self._decoder: Decoder | None = None
@@ -71,9 +73,12 @@ class Loaded:
         """The loop of a schedule, with buffers of its own; graphs that another schedule has loaded are used."""
         found = self._loops.get(bundle.manifest.name)
         if found is None:
-            found = DenoisingLoop(bundle, self.backend, lazy=self.lazy if lazy is None else lazy, graphs=self._graphs)
-            self._loops[bundle.manifest.name] = found
+            found = self._loops[bundle.manifest.name] = self.another_loop(bundle, lazy=lazy)
         return found
+
+    def another_loop(self, bundle: Bundle, *, lazy: bool | None = None) -> DenoisingLoop:
+        """A loop that is kept by the caller: it is of no use any more once ``drops`` is another number."""
+        return DenoisingLoop(bundle, self.backend, lazy=self.lazy if lazy is None else lazy, graphs=self._graphs)
 
     def graphs_loaded(self, bundle: Bundle) -> int:
         """How many variants of a schedule are loaded."""
@@ -152,6 +157,7 @@ class Loaded:
 
     def _drop(self) -> None:
         """All that a LoRA changes."""
+        self.drops += 1
         self._graphs.release_all()
         self._loops.clear()
         self._text = None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
 
 import numpy as np
 
@@ -237,14 +238,34 @@ class DenoisingLoop:
             ValueError: an array has the wrong shape, or a condition is missing.
             UserError: sizes outside the ranges, or the backend failed in a launch; the message names the graph.
         """
-        view = self._at(noise)
-        self._begin(view, noise, conditions, noises, image, guidance_scale)
-        for index, call in enumerate(view.calls[:count]):
-            (call or self._ready(index))()
+        walk = self.start(noise, conditions, noises=noises, image=image, guidance_scale=guidance_scale)
+        for index in islice(walk, count):
             if on_launch is not None:
                 on_launch(index)
         self._backend.synchronize()
-        return final_latent(self.history(), view.manifest.plan.final)
+        return final_latent(self.history(), self._view.manifest.plan.final)
+
+    def start(
+        self,
+        noise: np.ndarray,
+        conditions: Mapping[str, np.ndarray],
+        *,
+        noises: np.ndarray | None = None,
+        image: np.ndarray | None = None,
+        guidance_scale: float | Sequence[float] = 1.0,
+    ) -> Iterator[int]:
+        """Begin a run that the caller walks through: each launch is enqueued when it is asked for, and its index given.
+
+        The next run of this loop, or the next call of this, ends it. Arguments and errors as ``run``.
+        """
+        view = self._at(noise)
+        self._begin(view, noise, conditions, noises, image, guidance_scale)
+        return self._walk(view)
+
+    def _walk(self, view: _View) -> Iterator[int]:
+        for index, call in enumerate(view.calls):
+            (call or self._ready(index))()
+            yield index
 
     def _begin(
         self,

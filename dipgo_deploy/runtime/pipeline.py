@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
 
@@ -71,13 +72,14 @@ class PipelineOutput:
 
     Attributes:
         images: pictures, or the frames of all videos, one video behind the other (``pil``); float32 (n, [F,] H, W, 3)
-            in [0, 1] (``np``); or the latents again (``latent``).
+            in [0, 1] (``np``); a tensor float32 (n, [F,] 3, H, W) of the same (``pt``); or the latents again
+            (``latent``).
         latents: float32 (n, C, [f,] h, w).
         frames: of each video, None for pictures.
         launches: graph launches of the whole call.
     """
 
-    images: list[Image] | np.ndarray
+    images: Any
     latents: np.ndarray
     timings: Timings
     launches: int
@@ -155,7 +157,7 @@ class Pipeline:
         lora_partial: bool = False,
         schedule: str | None = None,
         launches: int | None = None,
-    ) -> Pipeline:
+    ) -> Self:
         """Open an engine directory made by ``dipgo-export``.
 
         Args:
@@ -197,7 +199,7 @@ class Pipeline:
             pipeline.load()
         return pipeline
 
-    def with_schedule(self, name: str) -> Pipeline:
+    def with_schedule(self, name: str) -> Self:
         """A pipeline for another schedule of the same engine directory.
 
         Graphs, text encoder, VAE and LoRAs are those of this one; buffers and launches are its own. Calls of both wait
@@ -209,7 +211,7 @@ class Pipeline:
         bundle = Bundle.open(self.bundle.path, schedule=name)
         self.bundle.check_unchanged()
         self.backend.check(bundle.manifest)
-        return Pipeline(bundle, self.backend, loaded=self._loaded)
+        return type(self)(bundle, self.backend, loaded=self._loaded)
 
     def load(self) -> None:
         """Load and bind the denoiser's graphs, the text encoder and the VAE, where not done yet.
@@ -246,6 +248,24 @@ class Pipeline:
         """Undo every ``load_lora``: the weights are again, bit for bit, those of the engine directory."""
         with self._loaded.alone("unload_lora"):
             self._loaded.change_weights(self.bundle, [])
+
+    def load_lora_weights(
+        self,
+        file: str | os.PathLike[str],
+        *,
+        weight_name: str | None = None,
+        scale: float = 1.0,
+        partial: bool = False,
+        denoiser: str = "",
+    ) -> LoraReport:
+        """``load_lora`` in diffusers' words; weight_name: the file within a folder."""
+        folder = arguments.path("lora file", file)
+        path = folder if weight_name is None else folder / arguments.text("weight_name", weight_name)
+        return self.load_lora(path, scale, partial=partial, denoiser=denoiser)
+
+    def unload_lora_weights(self) -> None:
+        """``unload_lora`` in diffusers' words."""
+        self.unload_lora()
 
     @property
     def loras(self) -> tuple[LoraReport, ...]:
@@ -294,6 +314,7 @@ class Pipeline:
         callback: Callable[[int, int], Any] | None = None,
         callback_on_step_end: Callable[[Pipeline, int, float, dict[str, Any]], Any] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        return_dict: bool = True,
     ) -> PipelineOutput:
         """Draw pictures.
 
@@ -332,12 +353,13 @@ class Pipeline:
             height, width: of the pictures in pixels, where the engine directory leaves them open; the usual ones of its
                 ranges by default.
             num_frames: that of the engine directory, or nothing.
-            output_type: ``pil``, ``np`` or ``latent``.
+            output_type: ``pil``, ``np``, ``latent``, or, in a program that has imported torch, ``pt``.
             callback: called with (launches done, launches in all) after each launch.
             callback_on_step_end: called as diffusers does, with (pipeline, evaluation, timestep, tensors), after each
                 evaluation that is launched; of several batches for each. What it returns is not put back.
             callback_on_step_end_tensor_inputs: which tensors it gets, of ``latents``: what the next evaluation gets, or
                 the final ones, float32 (batch, C, [f,] h, w). None of them saves copies from the device.
+            return_dict: False gives, as diffusers does, a tuple of the images alone.
 
         Raises:
             UserError: an argument does not fit the engine directory (checked before anything runs), or a run failed.
@@ -376,8 +398,10 @@ class Pipeline:
             if function is not None:
                 arguments.function(name, function)
         watch = _Watch(callback, callback_on_step_end, tuple(callback_on_step_end_tensor_inputs))
+        plain = not arguments.flag("return_dict", return_dict)
         with self._loaded.alone("call"):
-            return self._draw(request, stream, watch, start)
+            output = self._draw(request, stream, watch, start)
+        return (output.images,) if plain else output  # type: ignore[return-value]
 
     def _draw(self, request: Request, stream: Noise, watch: _Watch, start: float) -> PipelineOutput:
         loading = time.perf_counter()
@@ -436,6 +460,22 @@ class Pipeline:
             return
         tensors = {"latents": loop.latents_after(index)} if "latents" in watch.tensors else {}
         watch.step_ended(self, launches[index].step, launches[index].timestep, tensors)
+
+    def own_loop(self) -> DenoisingLoop:
+        """A loop over the graphs of this pipeline with buffers of its own, for a caller that walks through it.
+
+        It is of no use any more once ``changes`` is another number.
+
+        Raises:
+            UserError: a graph cannot be loaded.
+        """
+        with self._loaded.alone("own_loop"):
+            return self._loaded.another_loop(self.bundle)
+
+    @property
+    def changes(self) -> int:
+        """How often the graphs were let go of: by a LoRA, or by ``close``."""
+        return self._loaded.drops
 
     def close(self) -> None:
         """Let go of all that is loaded, also by other pipelines of this directory's schedules; a further call loads it
@@ -630,7 +670,7 @@ class Pipeline:
             parts.append(denoised[: request.images - start])
         return np.concatenate(parts), total
 
-    def _images(self, request: Request, latents: np.ndarray) -> list[Image] | np.ndarray:
+    def _images(self, request: Request, latents: np.ndarray) -> Any:
         if request.output_type == "latent":
             return latents
         images = self._loaded.decoder(self.bundle)(latents)
@@ -638,6 +678,8 @@ class Pipeline:
             raise self._not_finite("VAE decoder")
         if request.output_type == "np":
             return images
+        if request.output_type == "pt":
+            return sys.modules["torch"].from_numpy(np.ascontiguousarray(np.moveaxis(images, -1, -3)))
         return to_pil(images.reshape(-1, *images.shape[-3:]))
 
     def _not_finite(self, first: str) -> NotFiniteError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -27,8 +28,8 @@ ADAPTER_SCALE = "ip_adapter_scale"
 # Characters; a prompt is cut to a few hundred tokens anyway, and more would take its tokenizer long to find.
 MOST_CHARACTERS = 100_000
 
-OutputType = Literal["pil", "np", "latent"]
-OUTPUT_TYPES: tuple[OutputType, ...] = ("pil", "np", "latent")
+OutputType = Literal["pil", "np", "latent", "pt"]
+OUTPUT_TYPES: tuple[OutputType, ...] = ("pil", "np", "latent", "pt")
 Embeds = np.ndarray | Mapping[str, np.ndarray]
 
 
@@ -121,6 +122,8 @@ def check_request(manifest: Manifest, asked: Asked) -> Request:
     """
     per_prompt = arguments.whole("number of images", asked.num_images_per_prompt, least=1)
     arguments.choice("output type", asked.output_type, OUTPUT_TYPES)
+    if asked.output_type == "pt" and "torch" not in sys.modules:
+        raise UserError("output type 'pt': gives tensors of torch, which is not imported; import torch, or use 'np'")
     manifest = _at_size(manifest, asked)
     _check_frames(manifest, asked.num_frames)
     if asked.output_type != "latent" and manifest.components.vae_decoder is None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 from diffusers import (
     StableDiffusionControlNetPipeline,
@@ -22,6 +23,7 @@ from dipgo_deploy.cli.compare import command as compare_command
 from dipgo_deploy.cli.run import command as run_command
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.export.exporter import PlannedExport, publish
+from dipgo_deploy.integrations.diffusers import load_engines
 from dipgo_deploy.models import family_for
 from dipgo_deploy.models.location import denoiser_config
 from dipgo_deploy.runtime.pipeline import Pipeline
@@ -86,6 +88,13 @@ def test_full_schedules_are_diffusers(folder: Path, engine: Path, picture: Image
     assert relative(other.latents, latents) > 1e-2
     unscaled = ours(PROMPT, control_image=picture, control_scale=0.0, seed=3, output_type="latent")
     assert relative(unscaled.latents, latents) > 1e-2
+    with load_engines(pipeline, engine, "cpu", threads=1):
+        asked = {"image": resized, "num_inference_steps": STEPS, "output_type": "latent", **chosen}
+        dropped = pipeline(PROMPT, generator=torch.Generator().manual_seed(3), **asked).images.numpy()
+        assert relative(dropped, latents) <= 1e-4
+        for change, words in (("control_guidance_end", "changes during the call"), ("guess_mode", "guess_mode: ")):
+            with pytest.raises(UserError, match=words):
+                pipeline(PROMPT, **{**asked, change: 0.5})
 
 
 @pytest.mark.parametrize(

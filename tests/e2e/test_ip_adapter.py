@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from family_checks import assert_pictures_equal_stock, plan_for, schedule_for
@@ -17,6 +18,7 @@ from transformers import CLIPImageProcessor
 from dipgo_deploy.cli.run import command as run_command
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.export.exporter import publish
+from dipgo_deploy.integrations.diffusers import load_engines
 from dipgo_deploy.models.location import denoiser_config, with_options
 from dipgo_deploy.runtime.image import to_squares
 from dipgo_deploy.runtime.pipeline import Pipeline
@@ -53,9 +55,20 @@ def test_pictures_are_diffusers(folder: Path, adapter: Path, picture: Image.Imag
     found = ours(PROMPT, ip_adapter_image=picture, **call).latents
     other = ours(PROMPT, ip_adapter_image=np.zeros((40, 32, 3)), **call).latents
     assert relative(other, found) > 1e-3
-    assert relative(ours(PROMPT, ip_adapter_image=picture, ip_adapter_scale=0.3, **call).latents, found) > 1e-3
     with pytest.raises(UserError, match="ip_adapter_image: missing; this engine directory draws from a picture"):
         ours(PROMPT)
+    own = StableDiffusionPipeline.from_pretrained(folder)
+    own.load_ip_adapter(str(adapter.parent), subfolder="", weight_name=adapter.name)
+    own.set_ip_adapter_scale(0.3)
+    own.set_progress_bar_config(disable=True)
+    with load_engines(own, tmp_path / "x", "cpu", threads=1):
+        asked = {"ip_adapter_image": picture, "num_inference_steps": STEPS, "output_type": "latent"}
+        drawn = own(PROMPT, generator=torch.Generator().manual_seed(3), **asked).images.numpy()
+        own.unet.attn_processors["mid_block.attentions.0.transformer_blocks.0.attn2.processor"].scale = [0.9]
+        with pytest.raises(UserError, match="set_ip_adapter_scale: one scale for all layers"):
+            own(PROMPT, **asked)
+    scaled = ours(PROMPT, ip_adapter_image=picture, ip_adapter_scale=0.3, **call).latents
+    assert relative(drawn, scaled) <= 1e-4 and relative(scaled, found) > 1e-3
     picture.save(tmp_path / "in.png")
     run = ["--engine-dir", str(tmp_path / "x"), "--prompt", PROMPT, "--backend", "cpu", "--threads", "1", "--seed", "3"]
     run += ["--ip-adapter-image", str(tmp_path / "in.png"), "--ip-adapter-scale", "1", "--output-type", "latent"]

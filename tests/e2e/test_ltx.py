@@ -207,6 +207,10 @@ def test_refusals_are_one_line(stock: LTXPipeline, model: Path, tmp_path: Path) 
             plan_for(model, schedule, **{**SIZE, **options})
     with pytest.raises(UserError, match="patch_size 2, patch_size_t 1: only models whose tokens"):
         family_for(CLASS_NAME).inputs({**ENTRY["config"], "patch_size": 2}, 2, 21, 16, 22, 128)
+    with pytest.raises(UserError, match="frame_rate 30: LTXVideoTransformer3DModel is told 25; leave it out"):
+        family_for(CLASS_NAME).given(
+            (), {"hidden_states": 0, "timestep": 0, "rope_interpolation_scale": (8 / 30, 32, 32)}
+        )
     other = tmp_path / "scaled"
     LTXImageToVideoPipeline(**{**stock.components, "vae": vae(scaling_factor=0.5)}).save_pretrained(other)
     with pytest.raises(UserError, match="its VAE has scaling_factor = 0.5, LTXImageToVideoPipeline is for 1.0 only"):

@@ -26,6 +26,7 @@ from tiny_denoisers import unet2d
 from dipgo_deploy.cli.run import command as run_command
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.export.exporter import PlannedExport, export_bundle, publish
+from dipgo_deploy.integrations.diffusers import load_engines
 from dipgo_deploy.models import family_for
 from dipgo_deploy.runtime.pipeline import Pipeline
 from dipgo_deploy.sampler import make_scheduler, sampler_matrix
@@ -183,6 +184,10 @@ def test_ddpm_pictures_are_diffusers(folder: Path, engine: Path, count: int) -> 
     assert relative(found.images, wanted) <= 1e-4
     assert relative(np.clip(found.latents / 2 + 0.5, 0, 1).transpose(0, 2, 3, 1), wanted) <= 1e-4
     assert wanted.std() > 0.05
+    with load_engines(pipeline, engine, "cpu", threads=1):  # three pictures in batches of one
+        generator.manual_seed(3)
+        dropped = pipeline(batch_size=count, generator=generator, num_inference_steps=STEPS, output_type="np").images
+    assert relative(dropped, wanted) <= 1e-4
 
 
 @pytest.mark.parametrize("channels", [3, 1])
@@ -202,6 +207,12 @@ def test_ddim_pictures_are_diffusers(folder: Path, blocks: PlannedExport, tmp_pa
     found = Pipeline.from_engine_dir(tmp_path / "x", "cpu", threads=1)(seed=4, output_type="np").images
     assert isinstance(found, np.ndarray) and found.shape == (1, *wanted.shape[1:3], 3)
     assert relative(found, np.broadcast_to(wanted, found.shape)) <= 1e-4
+    with load_engines(pipeline, tmp_path / "x", "cpu", threads=1):
+        generator.manual_seed(4)
+        dropped = pipeline(generator=generator, num_inference_steps=STEPS, output_type="np").images
+        assert relative(dropped, wanted) <= 1e-4
+        with pytest.raises(UserError, match="eta: 0.5: is not in the compiled sampler"):
+            pipeline(eta=0.5, num_inference_steps=STEPS)
 
 
 def test_run_needs_neither_prompt_nor_class(engine: Path, tmp_path: Path) -> None:

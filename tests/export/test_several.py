@@ -7,11 +7,12 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from diffusers import DiTTransformer2DModel
+from diffusers import AutoencoderKL, DiTPipeline, DiTTransformer2DModel
 from tiny_engines import changed, schedule_for, write
 
 from dipgo_deploy.bundle.directory import Bundle, reseal
@@ -31,7 +32,9 @@ from dipgo_deploy.export.exporter import (
     replan,
 )
 from dipgo_deploy.export.several import joined, read_schedules, shared_graphs
+from dipgo_deploy.integrations.diffusers import load_engines
 from dipgo_deploy.runtime.pipeline import Pipeline
+from dipgo_deploy.sampler import scheduler_of
 from dipgo_deploy.schedule.document import Schedule, gate_rows
 
 WithGates = Callable[[PlannedExport, list[list[bool]]], PlannedExport]
@@ -85,6 +88,49 @@ def test_each_schedule_draws_what_it_draws_alone(
         (found,) = [name for name in exports if len(exports[name].plan.launches) == launches][:1]
         if sum(len(one.plan.launches) == launches for one in exports.values()) == 1:
             assert Bundle.open(together, launches=launches).manifest.name == found
+
+
+def test_a_stock_pipeline_takes_each_schedule(dit_folder: Path, together: Path) -> None:
+    """DiTPipeline, whose scheduler gets both halves of guidance."""
+    torch.manual_seed(0)
+    vae = AutoencoderKL(norm_num_groups=4, block_out_channels=(4,), latent_channels=4)
+    transformer = DiTTransformer2DModel.from_pretrained(dit_folder)
+    # The null class that the pipeline writes is that of 1000 classes.
+    hook = transformer.register_forward_pre_hook(_with_null_10, with_kwargs=True)
+    stock = DiTPipeline(transformer, vae, scheduler_of(Bundle.open(together).load_schedule()))
+    stock.set_progress_bar_config(disable=True)
+    steps = Bundle.open(together).manifest.sampler.num_inference_steps
+
+    def drawn(scale: float, steps: int = steps) -> np.ndarray:
+        generator = torch.Generator().manual_seed(5)
+        call = {"generator": generator, "num_inference_steps": steps, "output_type": "np"}
+        return np.asarray(stock([3, 1], guidance_scale=scale, **call).images)
+
+    def ours(scale: float, **choice: Any) -> np.ndarray:
+        pipeline = Pipeline.from_engine_dir(together, "cpu", threads=1, **choice)
+        latents = pipeline(class_labels=[3, 1], guidance_scale=scale, seed=5, output_type="latent").latents
+        with torch.no_grad():
+            pictures = vae.decode(torch.from_numpy(latents) / vae.config.scaling_factor).sample
+        return (pictures / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
+
+    full = {scale: drawn(scale) for scale in (4.0, 1.0)}
+    hook.remove()
+    with load_engines(stock, together, "cpu", schedule="full", threads=1):
+        for scale, wanted in full.items():
+            assert np.abs(drawn(scale) - wanted).max() <= 1e-4
+        with pytest.raises(UserError, match=r"num_inference_steps: 9, .* its schedules are full, pruned, few; give"):
+            drawn(4.0, steps=9)
+    with load_engines(stock, together, "cpu", schedule="pruned", threads=1):
+        assert np.abs(drawn(4.0) - ours(4.0, schedule="pruned")).max() <= 1e-4
+        assert np.abs(drawn(4.0) - full[4.0]).max() > 1e-3
+    with load_engines(stock, together, "cpu", launches=2, threads=1):
+        assert np.abs(drawn(4.0, steps=2) - ours(4.0, launches=2)).max() <= 1e-4
+    assert not hasattr(stock.scheduler, "call")
+
+
+def _with_null_10(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    labels = kwargs["class_labels"]
+    return args, {**kwargs, "class_labels": torch.where(labels == 1000, 10, labels)}
 
 
 def test_graphs_and_weights_are_there_once(exports: dict[str, PlannedExport], together: Path) -> None:

@@ -399,3 +399,16 @@ def test_a_picture_that_is_not_finite_is_no_picture(tmp_path):
         with pytest.raises(NotFiniteError, match="VAE decoder: the first output that is not finite"):
             pipeline("a bag", output_type=output_type)
     assert np.isfinite(pipeline("a bag", output_type="latent").images).all()
+
+
+def test_tensors_and_tuples_as_diffusers_gives_them(tmp_path, monkeypatch):
+    pipeline = make(tmp_path, Toy())
+    wanted = pipeline("a boot", seed=2, output_type="np").images
+    torch = pytest.importorskip("torch")
+    tensors = pipeline("a boot", seed=2, output_type="pt").images
+    assert isinstance(tensors, torch.Tensor) and np.array_equal(tensors.permute(0, 2, 3, 1).numpy(), wanted)
+    (images,) = pipeline("a boot", seed=2, output_type="np", return_dict=False)
+    assert np.array_equal(images, wanted)
+    monkeypatch.delitem(sys.modules, "torch")
+    with pytest.raises(UserError, match="output type 'pt': gives tensors of torch, which is not imported"):
+        pipeline("a boot", output_type="pt")

@@ -1,0 +1,1 @@
+"""Other programs' interfaces to engine directories: each imports its program inside functions."""
