@@ -156,6 +156,10 @@ def _head(body: ET.Element, subject: Subject, given: Given) -> None:
     links = ET.SubElement(body, "nav", {"aria-label": "sections"})
     for anchor, title in _SECTIONS.items():
         ET.SubElement(links, "a", href=f"#{anchor}").text = title
+    others = [one for one in facts["schedules"] if one["name"] != facts["name"]]
+    if others:
+        listed = ", ".join(f"{one['name']} ({count(one['launches'], 'launch')})" for one in others)
+        paragraph(body, f"The directory has other schedules, which --schedule shows: {listed}.")
     if given.against is not None:
         _beside(body, subject, given.against)
 

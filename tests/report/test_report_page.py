@@ -92,6 +92,12 @@ def test_charts_and_tables_say_the_same(subject: Subject) -> None:
     assert len(used) == 4 and all("8.0 KiB in use" in mark[4] for mark in used)
 
 
+def test_the_other_schedules_of_a_directory_are_named(subject: Subject) -> None:
+    schedules = [{"name": name, "launches": launches, "graphs": []} for name, launches in (("a", 4), ("b", 1))]
+    page = Page(report_page(replace(subject, facts={**subject.facts, "name": "a", "schedules": schedules}), Given()))
+    assert page.said("The directory has other schedules, which --schedule shows: b (1 launch).")
+
+
 def test_a_solver_of_its_own_stands_for_the_steps_of_its_sampler(subject: Subject) -> None:
     rows = tuple(tuple(1.0 if column <= row else 0.0 for column in range(5)) for row in range(4))
     made = {"reference": {"sampler": "DDIMScheduler", "num_inference_steps": 8}, "images": 12}
