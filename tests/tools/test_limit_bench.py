@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from dipgo_deploy.backends import create_backend
 from dipgo_deploy.bench.profile import OUTSIDE, block_of
 from dipgo_deploy.bundle.directory import Bundle
 from dipgo_deploy.errors import UserError
+from dipgo_deploy.report.measured import Limit, read_measured
 from tools.bench import limit, peers
 from tools.bench.ceiling import Ceiling, Work, total, work_of
 
@@ -71,6 +73,10 @@ def test_rounds_time_loop_and_graphs(tmp_path: Path) -> None:
     text = limit.as_text([row])
     assert "not installed" in text and "| a | 0.000 | 0.0 | 10000.000 | 20000.000 | 2.00 | 100.0% |" in text
     assert "MatMul 100%" in text
+    written = tmp_path / "limit.json"
+    written.write_text(json.dumps(row))
+    read = read_measured(written)  # as dipgo-report does
+    assert isinstance(read, Limit) and read.graphs[0].least_seconds == row["graphs"][0]["least_seconds"]
 
 
 def test_peers_that_are_missing_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
