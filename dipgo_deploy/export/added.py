@@ -41,7 +41,7 @@ def add_schedules(
 
     The model is traced again. Weights, components and engines are those that are there; so are the graphs, unless a
     new schedule has more predictions than any before: then all of them get the room for it. A prologue gets rows for
-    its timesteps.
+    its timesteps. Ranges of activations in 8 bits are recorded again, of all schedules together.
 
     Args:
         engine_dir: made by ``dipgo-export``. One with a single schedule calls that ``default`` from now on.
@@ -80,6 +80,8 @@ def add_schedules(
         changed = [name for name in written.graph_files() if name in known and written.files[name] != known[name]]
         if changed:
             why = "a longer history, or rows for more timesteps in the prologue"
+            if written.quantized == "int8":
+                why += ", or ranges of activations, which are recorded of all schedules together"
             note(f"{len(changed)} graphs changed ({why}); dipgo-build builds their engines again")
         bundle.check_unchanged()
         keep_plans(bundle.path, stage)

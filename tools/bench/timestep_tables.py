@@ -61,7 +61,7 @@ def command(
         raise click.UsageError(f"--sides {sides}: give some of {', '.join(SIDES)}; `classes` with --class-labels")
     console = human_console(as_json)
     given = {key: int(value) for key, _, value in (change.partition("=") for change in changes)}
-    row = measure(find(name), given, options, console.print)
+    row = measure(find(name), given, options, console.print, SIDES)
     console.print(table(_HEADINGS, cells(row)), markup=False, soft_wrap=True)
     if collect is not None:
         rows = json.loads(collect.read_text(encoding="utf-8"))["rows"] if collect.is_file() else []
@@ -72,9 +72,13 @@ def command(
 
 
 def measure(
-    entry: Mapping[str, Any], changes: Mapping[str, Any], options: Mapping[str, Any], say: Any
+    entry: Mapping[str, Any],
+    changes: Mapping[str, Any],
+    options: Mapping[str, Any],
+    say: Any,
+    ways: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, Any]:
-    """One row. Raises UserError when a stage fails."""
+    """One row. ways: name of a side -> options of its export. Raises UserError when a stage fails."""
     out, dtype = options["out"], options["dtype"]
     label = "-".join((entry["name"], *(f"{key}{value}" for key, value in changes.items()), dtype))
     out.mkdir(parents=True, exist_ok=True)
@@ -104,7 +108,7 @@ def measure(
                 "dtype": dtype,
                 "layout": "variants",
                 "check": options["check"],
-                **SIDES[name],
+                **ways[name],
             }
             if name == "classes":
                 settings["class_labels"] = class_label_numbers(options["class_labels"])

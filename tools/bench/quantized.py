@@ -1,0 +1,277 @@
+"""What weights and activations in fewer bits save and cost.
+
+python -m tools.bench.quantized size dit-xl-2-256 --out DIR --collect docs/results/quantized.json
+python -m tools.bench.quantized quality fashion-dit fashion-dit-ddim50-5 --out DIR --collect docs/results/quantized.json
+
+``size``: disk, memory and time of a published full-size configuration with random weights, beside float32.
+``quality``: the pictures of a built-in model beside those of its full run, with the schedule's solver as it is, and
+fitted again with the quantized engines themselves.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from dipgo_deploy.cli.common import emit, entry_point, human_console, json_option
+from tools.bench import timestep_tables
+from tools.bench.engine_quality import compare, conditions
+from tools.bench.measure import machine, machine_line
+from tools.bench.tables import table, with_quartiles, write_results
+from tools.full_size import find
+
+MIB = 2**20
+WAYS: Mapping[str, Mapping[str, Any]] = {
+    "fp32": {},
+    "int8-weights": {"quantize": "int8-weights"},
+    "int4-weights": {"quantize": "int4-weights"},
+    "int8": {"quantize": "int8", "calibration_samples": 1},
+}
+SIDES = ("fp32", "int8-weights", "int4-weights", "int8")
+_PATH = click.Path(path_type=Path)
+_COLLECT = click.option("--collect", type=_PATH, help="Add the rows to this file (.json), with a page beside it.")
+_OUT = click.option("--out", type=_PATH, required=True, help="Work folder.")
+
+
+@click.group(name="quantized")
+def command() -> None:
+    """Measure engine directories in fewer bits."""
+
+
+@command.command()
+@click.argument("name")
+@click.option("--pixels", type=click.IntRange(min=1), default=256, show_default=True, help="Width and height.")
+@click.option("--steps", type=click.IntRange(min=1), default=10, show_default=True, help="Of the sampler.")
+@click.option("--sides", default=",".join(SIDES), show_default=True, help="Which ones; int8 needs a class model here.")
+@click.option("--repeats", type=click.IntRange(min=1), default=3, show_default=True, help="Processes of each, in turn.")
+@_OUT
+@_COLLECT
+@json_option
+def size(
+    name: str, pixels: int, steps: int, sides: str, repeats: int, out: Path, collect: Path | None, as_json: bool
+) -> None:
+    """Export configuration NAME with each side, and load and run all of them."""
+    chosen = tuple(part.strip() for part in sides.split(","))
+    if unknown := [side for side in chosen if side not in WAYS]:
+        raise click.UsageError(f"--sides {unknown[0]}: give some of {', '.join(WAYS)}")
+    console = human_console(as_json)
+    options = {
+        "dtype": "fp32",
+        "schedule": "uniform5",
+        "sampler": "ddim",
+        "steps": steps,
+        "width": pixels,
+        "height": pixels,
+        "sides": chosen,
+        "class_labels": None,
+        "repeats": repeats,
+        "check": True,
+        "out": out,
+    }
+    row = timestep_tables.measure(find(name), {}, options, console.print, WAYS)
+    console.print(table(_SIZES, size_cells(row)), markup=False, soft_wrap=True)
+    _collect(collect, "sizes", row, "name")
+    emit(row, as_json)
+
+
+@command.command()
+@click.argument("model")
+@click.argument("schedule")
+@click.option("--images", type=click.IntRange(min=2), default=200, show_default=True, help="Pictures of each.")
+@click.option("--fitted-to", type=click.IntRange(min=2), default=40, show_default=True, help="Images of the fit.")
+@click.option("--guidance-scale", type=float, default=4.0, show_default=True, help="Scale of the guidance.")
+@_OUT
+@_COLLECT
+@json_option
+def quality(
+    model: str,
+    schedule: str,
+    images: int,
+    fitted_to: int,
+    guidance_scale: float,
+    out: Path,
+    collect: Path | None,
+    as_json: bool,
+) -> None:
+    """Pictures of MODEL under SCHEDULE, a built-in one of DDIM with 50 steps, beside its full run in float32."""
+    from dipgo_deploy.bench.metrics import PSNR, SSIM
+
+    console = human_console(as_json)
+    full, directories = export_all(model, schedule, out, console.print)
+    fitted = [refitted(directory, full, fitted_to, guidance_scale, console.print) for directory in directories.values()]
+    every = [*directories.values(), *fitted]
+    found = compare(full, every, images, conditions(full, None), guidance_scale, 1, (SSIM, PSNR))
+    row = {
+        "model": model,
+        "schedule": schedule,
+        "images": images,
+        "fitted_to": fitted_to,
+        "guidance_scale": guidance_scale,
+        "machine": machine(1),
+        "cases": [
+            {**case, "weights_bytes": (directory / "graphs/weights.bin").stat().st_size}
+            for case, directory in zip(found, every, strict=True)
+        ],
+    }
+    console.print(table(_QUALITY, quality_cells(row)), markup=False, soft_wrap=True)
+    _collect(collect, "quality", row, "schedule")
+    emit(row, as_json)
+
+
+def export_all(model: str, schedule: str, out: Path, say: Any) -> tuple[Path, dict[str, Path]]:
+    """Engine directories of the full run and of every side, by its name."""
+    from dipgo_deploy.export.exporter import ExportOptions, export_bundle
+    from dipgo_deploy.models.target import schedule_target
+    from dipgo_deploy.schedule import builders
+    from dipgo_deploy.schedule.built_in import schedule_file
+
+    target = schedule_target(model, "ddim", 50, "block", None)
+    given = target.schedule(target.gates(builders.full), "full", {})
+    full = out / "full"
+    common: dict[str, Any] = {"layout": "variants", "overwrite": True, "self_test": False}
+    say(f"{model}: exporting the full run")
+    export_bundle(model, given, full, ExportOptions(**common))
+    directories = {}
+    for side, options in WAYS.items():
+        say(f"{model}: exporting {side}")
+        settings = {**common, **options, **({"calibration_samples": 4} if side == "int8" else {})}
+        export_bundle(model, schedule_file(Path(schedule)), out / side, ExportOptions(**settings))
+        directories[side] = out / side
+    return full, directories
+
+
+def refitted(directory: Path, full: Path, images: int, guidance_scale: float, say: Any) -> Path:
+    """A copy of an engine directory whose solver was fitted with its own engines."""
+    from dipgo_deploy.backends import create_backend
+    from dipgo_deploy.bundle.directory import Bundle
+    from dipgo_deploy.calibrate.core import CalibrationOptions
+    from dipgo_deploy.calibrate.engines import Conditions, calibrate_engines, with_solver
+
+    copy = directory.with_name(f"{directory.name} fitted")
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(directory, copy)
+    bundle, reference = Bundle.open(copy), Bundle.open(full)
+    each = conditions(full, None)
+    shown = Conditions(
+        prompts=tuple(one["prompt"] for one in each if "prompt" in one),
+        class_labels=tuple(one["class_labels"] for one in each if "class_labels" in one),
+    )
+    say(f"{directory.name}: fitting with its engines")
+    options = CalibrationOptions(images=images, guidance_scales=(guidance_scale,))
+    with_solver(bundle, calibrate_engines(bundle, reference, create_backend("cpu", threads=1), shown, options))
+    return copy
+
+
+def _collect(collect: Path | None, kind: str, row: Mapping[str, Any], key: str) -> None:
+    if collect is None:
+        return
+    facts = json.loads(collect.read_text(encoding="utf-8")) if collect.is_file() else {"sizes": [], "quality": []}
+    others = [old for old in facts[kind] if old[key] != row[key]]
+    facts[kind] = sorted([*others, row], key=lambda old: str(old[key]))
+    write_results(collect, facts, as_text(facts))
+
+
+_SIZES = (
+    "model",
+    "",
+    "weights, MiB",
+    "export, s",
+    "loading, s",
+    "memory loaded / ran, MiB",
+    "an evaluation, s",
+    "error of the variants",
+)
+_QUALITY = ("schedule", "", "launches", "weights, MiB", "SSIM", "PSNR, dB")
+
+
+def size_cells(row: Mapping[str, Any]) -> list[Sequence[str]]:
+    """A line of the table for each side."""
+    lines: list[Sequence[str]] = []
+    for side, found in row["sides"].items():
+        agreed = found["export"]["variants"]
+        lines.append(
+            (
+                f"{row['name']}, {row['width']}x{row['height']}",
+                side,
+                f"{found['weights_bytes'] / MIB:.0f}",
+                f"{found['export']['seconds']:.0f}",
+                with_quartiles(found["load_seconds"], 1),
+                f"{found['loaded_bytes']['median'] / MIB:.0f} / {found['ran_bytes']['median'] / MIB:.0f}",
+                with_quartiles(found["evaluation_seconds"], 2),
+                "-" if agreed is None else f"{agreed['relative']:.1e}",
+            )
+        )
+    return lines
+
+
+def quality_cells(row: Mapping[str, Any]) -> list[Sequence[str]]:
+    """A line of the table for each engine directory."""
+
+    def pair(found: Mapping[str, float], digits: int) -> str:
+        return f"{found['value']:.{digits}f} +- {(found['high'] - found['low']) / 2:.{digits}f}"
+
+    return [
+        (
+            row["schedule"],
+            case["directory"],
+            str(case["launches"]),
+            f"{case['weights_bytes'] / MIB:.1f}",
+            pair(case["ssim"], 4),
+            pair(case["psnr"], 2),
+        )
+        for case in row["cases"]
+    ]
+
+
+def as_text(facts: Mapping[str, Any]) -> str:
+    """The page."""
+    rows = [*facts["sizes"], *facts["quality"]]
+    machines = dict.fromkeys(machine_line(row["machine"]).partition("; load average")[0] for row in rows)
+    parts = ["# Quantized weights and activations\n", *(f"{line}.\n" for line in machines), _INTRODUCTION]
+    if facts["sizes"]:
+        parts += [_OF_SIZES, table(_SIZES, [line for row in facts["sizes"] for line in size_cells(row)])]
+    if facts["quality"]:
+        parts += [_OF_QUALITY, table(_QUALITY, [line for row in facts["quality"] for line in quality_cells(row)])]
+    return "\n".join(parts)
+
+
+_INTRODUCTION = """\
+[What is quantized, and how](../howto/quantized.md).
+
+```bash
+# takes some minutes a row
+python -m tools.bench.quantized size dit-xl-2-256 --out DIR --collect docs/results/quantized.json
+python -m tools.bench.quantized size sd-1.5-512 --sides fp32,int8-weights,int4-weights --out DIR \\
+  --collect docs/results/quantized.json
+python -m tools.bench.quantized quality fashion-dit fashion-dit-ddim50-5 --out DIR --collect docs/results/quantized.json
+python -m tools.bench.quantized quality fashion-sd fashion-sd-ddim50-5 --out DIR --collect docs/results/quantized.json
+```
+"""
+_OF_SIZES = """\
+## Disk, memory and time
+
+Published configurations with random weights, one image, layout `variants`, ONNX Runtime on one thread of a CPU.
+*Weights* are what the denoiser takes on disk; *loading* makes and binds all sessions in a process of its own, in
+turn, files in the page cache; *memory* is what that adds to the process (PSS), and after the first evaluation;
+*evaluation* is the processor time of the first one, where every block runs, at the second time. *Error* is the
+largest of all variants against the model in float32, relative to the largest value. Medians and quartiles. The
+random SD-1.5 has no text encoder, so its loop cannot be recorded for `int8`.
+"""
+_OF_QUALITY = """\
+## Pictures
+
+Beside the full run in float32, DDIM with 50 steps, from the same seeds, which neither search nor fit has seen; 95 %
+intervals. Schedules have a solver that was fitted to the model in float32; *fitted* is the same directory with a
+solver that was fitted again, with its own engines (`dipgo-calibrate --engine-dir`), which takes up part of the
+error.
+"""
+
+main = entry_point(command)
+
+if __name__ == "__main__":
+    raise SystemExit(main(None))
