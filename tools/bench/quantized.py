@@ -133,7 +133,9 @@ def export_all(model: str, schedule: str, out: Path, say: Any) -> tuple[Path, di
     target = schedule_target(model, "ddim", 50, "block", None)
     given = target.schedule(target.gates(builders.full), "full", {})
     full = out / "full"
-    common: dict[str, Any] = {"layout": "variants", "overwrite": True, "self_test": False}
+    # A fit takes the full run's timesteps, and tables have rows of the exported schedule's alone.
+    common: dict[str, Any] = {"layout": "variants", "overwrite": True, "self_test": False, "timestep_tables": False}
+    common["check"] = False  # which is slow, and the pictures show it
     say(f"{model}: exporting the full run")
     export_bundle(model, given, full, ExportOptions(**common))
     directories = {}
@@ -267,8 +269,8 @@ _OF_QUALITY = """\
 
 Beside the full run in float32, DDIM with 50 steps, from the same seeds, which neither search nor fit has seen; 95 %
 intervals. Schedules have a solver that was fitted to the model in float32; *fitted* is the same directory with a
-solver that was fitted again, with its own engines (`dipgo-calibrate --engine-dir`), which takes up part of the
-error.
+solver that was fitted again, with its own engines and at the full run's timesteps (`dipgo-calibrate --engine-dir`),
+which takes up a part of the error.
 """
 
 main = entry_point(command)
