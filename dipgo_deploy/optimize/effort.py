@@ -48,7 +48,7 @@ def judges_within(minutes: float, evaluation: float, full: int, launches: int) -
     if LEAST_JUDGES * each > 60 * minutes:
         raise UserError(
             f"--minutes {minutes:g}: {LEAST_JUDGES} images of {full + launches} evaluations, the fewest that judge, "
-            f"take about {LEAST_JUDGES * each / 60:.0f} minutes; give --minutes {-(-LEAST_JUDGES * each // 60):.0f}"
+            f"take about {LEAST_JUDGES * each / 60:.1f} minutes; give --minutes {-(-LEAST_JUDGES * each // 60):.0f}"
         )
     return min(MOST_JUDGES, int(60 * minutes / max(each, 1e-9)))
 
@@ -77,7 +77,7 @@ def effort(minutes: float, evaluation: float, full: int, launches: Sequence[int]
     if least > 60 * minutes:
         raise UserError(
             f"--minutes {minutes:g}: an evaluation of the denoiser takes {evaluation:.2g} s here, so the least, "
-            f"{LEAST_IMAGES} images of {full} evaluations, takes about {least / 60:.0f} minutes; give --minutes "
+            f"{LEAST_IMAGES} images of {full} evaluations, takes about {least / 60:.1f} minutes; give --minutes "
             f"{-(-least // 60):.0f} or fewer --steps"
         )
     spare = (60 * minutes - least) / max(evaluation, 1e-9)
