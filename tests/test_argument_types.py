@@ -162,6 +162,7 @@ def test_exporting(tmp_path: Path, name: str, wrong: list[Any]) -> None:
         ("height", ["64", 64.0]),
         ("width", ["64", 64.0]),
         ("max_variants", ["4", 0]),
+        ("graph_costs", ["costs.json", {}]),
         ("layout", [None, "fast"]),
         ("strength", ["0.5"]),
         ("check", [None, 1]),

@@ -131,7 +131,7 @@ class OnnxRuntimeBackend:
         path = engine_dir / graph.file
         if not path.is_file():
             raise UserError(f"{path}: named in the manifest but missing; export the engine directory again")
-        options = self._session_options()
+        options = self.session_options()
         if self._quick_start and _convolution_bytes(path) > _LARGE_CONVOLUTIONS:
             options.graph_optimization_level = self._ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
         changed = {} if weights is None else weights.of(path)
@@ -165,7 +165,8 @@ class OnnxRuntimeBackend:
         orders a launch after the one whose caches it reads.
         """
 
-    def _session_options(self) -> Any:
+    def session_options(self) -> Any:
+        """Of every graph that is loaded."""
         options = self._ort.SessionOptions()
         options.log_severity_level = FATAL
         # Each session has a thread pool of its own. The threads of the one that just ran would go on spinning on the

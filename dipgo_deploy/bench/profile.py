@@ -105,8 +105,8 @@ class _ProfilingBackend(OnnxRuntimeBackend):
         self._folder = folder
         self._executables: list[OnnxExecutable] = []
 
-    def _session_options(self) -> Any:
-        options = super()._session_options()
+    def session_options(self) -> Any:
+        options = super().session_options()
         options.enable_profiling = True
         options.profile_file_prefix = str(self._folder / f"session{len(self._executables)}")
         return options

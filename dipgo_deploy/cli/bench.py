@@ -457,6 +457,35 @@ def profile(
     emit(facts, as_json)
 
 
+@command.command("graph-costs", epilog=examples("dipgo-bench graph-costs --threads 1 -o costs.json"))
+@threads_option("the physical cores")
+@option(
+    "Measurement",
+    "--pictures",
+    type=click.FloatRange(min=1),
+    default=1,
+    help="Pictures that a process draws, which share what loading takes.",
+)
+@option("Output", "-o", "--output", type=PATH, show_default="none", help="JSON file, for dipgo-export --graph-costs.")
+@checked_outputs("output")
+@json_option
+def graph_costs(threads: int | None, pictures: float, output: Path | None, as_json: bool) -> None:
+    """Measure what a graph costs on this machine: loading it, launching it, and launching it after another one."""
+    from dipgo_deploy.bench.graph_costs import measure_graph_costs
+
+    costs = measure_graph_costs(threads, pictures=pictures)
+    facts = {"threads": threads, "costs": vars(costs)}
+    human_console(as_json).print(
+        f"{costs.macs_per_second / 1e9:.1f} GMACs a second, {costs.launch_seconds * 1e6:.0f} us a launch; a graph "
+        f"takes {costs.load_seconds * 1e3:.1f} ms to load and {costs.load_seconds_per_byte * 2**30:.2f} s a GiB of "
+        f"weights, and after another one {costs.switch_seconds_per_byte * 2**30:.3f} s a GiB more",
+        soft_wrap=True,
+        markup=False,
+    )
+    _write(output, facts)
+    emit(facts, as_json)
+
+
 def _show_profile(console: Any, facts: dict[str, Any]) -> None:
     from rich.table import Table
 

@@ -88,6 +88,14 @@ SIZES = "N|MIN:MAX|MIN:OPT:MAX"
     show_default="as many as the schedule needs",
     help="Merge graphs until at most this many are left, by computing the cheapest skipped blocks after all.",
 )
+@option(
+    "Schedule",
+    "--graph-costs",
+    type=PATH,
+    show_default="the schedule as written",
+    help="What dipgo-bench graph-costs measured on the machine that will run it: skipped blocks are computed after all "
+    "where a graph costs more than it saves there, and what becomes of the schedule is said.",
+)
 @option("Shape", "--batch", default="1", metavar=SIZES, help="Images in one launch.")
 @option("Shape", "--height", metavar=SIZES, show_default="the model's own", help="Image height in pixels.")
 @option("Shape", "--width", metavar=SIZES, show_default="the model's own", help="Image width in pixels.")
@@ -229,6 +237,7 @@ def command(
     from dipgo_deploy.export.added import add_schedules
     from dipgo_deploy.export.exporter import ExportOptions, export_bundle, plan_exports
     from dipgo_deploy.export.several import read_schedules, shared_graphs
+    from dipgo_deploy.export.weighing import read_graph_costs
     from dipgo_deploy.reference.quiet import quiet_libraries
     from dipgo_deploy.search.prompts import read_prompts
 
@@ -247,6 +256,8 @@ def command(
         _refuse_with_add(ctx)
     if triton is not None:
         _check_triton(triton, engine_dir, options)
+    if options["graph_costs"] is not None:
+        options["graph_costs"] = read_graph_costs(options["graph_costs"])
     settings = ExportOptions(**options)
     schedules = by_name(schedule_files)
     if budget is not None and any(isinstance(options[name], Range) for name in ("batch", "height", "width")):
@@ -523,7 +534,7 @@ def _show(console: Any, facts: dict[str, Any]) -> None:
         limit = "above four it is segments, which ONNX Runtime loads faster, in the memory of one model"
         console.print(f"--layout auto is {facts['layout']}: {why}; {limit}")
     if facts["promoted"]:
-        console.print(f"{len(facts['promoted'])} skipped blocks computed after all, to meet --max-variants")
+        console.print(f"{len(facts['promoted'])} skipped blocks computed after all, to need fewer graphs")
     if facts.get("image") is not None:
         image = facts["image"]
         console.print(

@@ -10,6 +10,8 @@ from dipgo_deploy.bundle.manifest import Layout
 from dipgo_deploy.bundle.quantized import METHODS, Method
 from dipgo_deploy.bundle.shapes import Range
 from dipgo_deploy.errors import UserError
+from dipgo_deploy.export.weighing import check_graph_costs
+from dipgo_deploy.plan.weigh import GraphCosts
 
 LayoutChoice = Literal["auto"] | Layout
 
@@ -25,6 +27,8 @@ class ExportOptions:
         height, width: pixels, a number or a range; None: the model's native size.
         num_frames: frames of the video, of a model of videos; None: as many as its pipeline makes.
         max_variants: re-enable the cheapest skipped blocks until at most so many graphs are left.
+        graph_costs: what graphs cost on the machine that will run them; skipped blocks are re-enabled where a graph
+            costs more than it saves there, and what becomes of the schedule is said.
         layout: ``variants``, a graph for each kind of evaluation; ``segments``, each weight in one graph and several
             launches an evaluation; ``auto``, segments for fp32 where variants would hold the weights more than four
             times.
@@ -62,6 +66,7 @@ class ExportOptions:
     width: int | Range | None = None
     num_frames: int | None = None
     max_variants: int | None = None
+    graph_costs: GraphCosts | None = None
     layout: LayoutChoice = "auto"
     strength: float | None = None
     allow_other_config: bool = False
@@ -115,5 +120,11 @@ def check_options(options: ExportOptions) -> None:
     for option, given in (("--prologue", options.prologue), ("--class-labels", bool(options.class_labels))):
         if given and options.timestep_tables is False:
             raise UserError(f"{option}: not with --no-timestep-tables; leave one of the two out")
+    if options.graph_costs is not None:
+        arguments.instance("graph_costs", options.graph_costs, GraphCosts, "GraphCosts")
+        check_graph_costs(options.graph_costs, "graph_costs")
+        if options.layout == "segments" or options.max_variants is not None:
+            other = "--layout segments" if options.layout == "segments" else "--max-variants"
+            raise UserError(f"--graph-costs: not with {other}; leave one of the two out")
     if options.layout == "segments" and options.max_variants is not None:
         raise UserError("--max-variants: not with --layout segments, where no weight is in two graphs; leave it out")

@@ -17,6 +17,7 @@ from dipgo_deploy.export.low_memory import convert_in_place, is_large, load_frug
 from dipgo_deploy.export.options import ExportOptions, LayoutChoice, check_options
 from dipgo_deploy.export.program import torch_dtype
 from dipgo_deploy.export.trace import Beforehand, TracedModel, trace
+from dipgo_deploy.export.weighing import weighed_plan
 from dipgo_deploy.models.files import check_weights, left_out_parts
 from dipgo_deploy.models.location import denoiser_config
 from dipgo_deploy.models.shape import TraceShape, check_masks, condition_specs
@@ -402,17 +403,25 @@ def _compiled(
     traced: TracedModel,
     options: ExportOptions,
     like: Iterable[Variant] = (),
+    say: Notify = lambda line: None,
 ) -> Plan:
-    return compile_plan(
-        traced.graph,
-        schedule.gates,
-        denoisers=denoiser_numbers(source.family, schedule),
-        max_variants=options.max_variants,
-        prediction_used=used,
-        forecast=schedule.forecast,
-        guidance=schedule.guidance,
-        like=like,
-    )
+    def at_most(variants: int | None) -> Plan:
+        return compile_plan(
+            traced.graph,
+            schedule.gates,
+            denoisers=denoiser_numbers(source.family, schedule),
+            max_variants=variants,
+            prediction_used=used,
+            forecast=schedule.forecast,
+            guidance=schedule.guidance,
+            like=like,
+        )
+
+    if options.graph_costs is None:
+        return at_most(options.max_variants)
+    plan, line = weighed_plan(schedule, traced.pieces, options.graph_costs, at_most)
+    say(line)
+    return plan
 
 
 def compiled_like(planned: PlannedExport, like: Iterable[Variant]) -> Plan:
@@ -428,7 +437,7 @@ def _planned(
     image = None
     if sampling.strength is not None and sampling.begin is not None:
         schedule, image = image_run(schedule, sampling.strength, sampling.begin)
-    plan = _compiled(source, schedule, sampling.used, traced, options)
+    plan = _compiled(source, schedule, sampling.used, traced, options, say=lambda line: _log.warning("%s", line))
     steps = schedule.sampler.num_inference_steps
     kwargs = sampling.set_timesteps
     # Not checked again: it is the matrix that _with_options checked, with some columns added up.
@@ -475,13 +484,14 @@ def in_layout(planned: PlannedExport, layout: LayoutChoice) -> PlannedExport:
     """The same trace and schedule in another layout; ``auto`` as ``ExportOptions`` has it.
 
     ``auto`` looks at what ONNX Runtime on a CPU is better off with, where each session re-lays-out its weights for
-    itself. It is ``variants`` where segments cannot be (open sizes, a limit on the variants) and in half precision,
-    which is for GPUs.
+    itself. It is ``variants`` where segments cannot be (open sizes, a limit on the variants, graphs that are weighed)
+    and in half precision, which is for GPUs.
     """
     options, copies = replace(planned.options, layout=layout), None
     if layout == "auto":
         layout = "variants"
-        if options.dtype == "fp32" and options.max_variants is None and planned.traced.shape.sizes is None:
+        asked = options.max_variants is not None or options.graph_costs is not None
+        if options.dtype == "fp32" and not asked and planned.traced.shape.sizes is None:
             copies = copies_in_variants(planned.plan, planned.traced.pieces)
             layout = "segments" if copies > MANY_COPIES else "variants"
     segments = in_segments(planned) if layout == "segments" else None

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from dipgo_deploy.plan.model import Plan
+from dipgo_deploy.plan.model import Plan, Variant
 from dipgo_deploy.plan.pieces import PieceGraph
 from dipgo_deploy.plan.segments import SegmentPlan
 
@@ -76,11 +76,17 @@ def copies_in_variants(plan: Plan, pieces: PieceGraph) -> float:
     return sum(map(pieces.weight_bytes, graphs)) / one if one else 1.0
 
 
+def variant_weight_bytes(variant: Variant, pieces: PieceGraph) -> int:
+    """Weights of one graph of ``variants``."""
+    return pieces.weight_bytes(_pieces_of(variant, pieces))
+
+
 def _pieces_of_variants(plan: Plan, pieces: PieceGraph) -> list[list[int]]:
-    return [
-        [place for place, piece in enumerate(pieces.pieces) if piece.owners & variant.computed]
-        for variant in plan.variants
-    ]
+    return [_pieces_of(variant, pieces) for variant in plan.variants]
+
+
+def _pieces_of(variant: Variant, pieces: PieceGraph) -> list[int]:
+    return [place for place, piece in enumerate(pieces.pieces) if piece.owners & variant.computed]
 
 
 def _one_copy(graphs: Sequence[Sequence[int]], pieces: PieceGraph) -> int:

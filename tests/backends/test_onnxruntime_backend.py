@@ -285,8 +285,8 @@ def test_large_convolutions_keep_their_layout(tmp_path, monkeypatch, limit, reor
     monkeypatch.setattr(backend_module, "_LARGE_CONVOLUTIONS", limit)
 
     class Saving(OnnxRuntimeBackend):
-        def _session_options(self):
-            options = super()._session_options()
+        def session_options(self):
+            options = super().session_options()
             options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
             return options
 

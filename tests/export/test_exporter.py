@@ -11,6 +11,7 @@ import onnx
 import pytest
 import torch
 from diffusers import DiTPipeline
+from family_checks import loop_report
 from tiny_engines import save_dit_pipeline, schedule_for
 
 from dipgo_deploy.bundle.files import hash_tree
@@ -18,11 +19,14 @@ from dipgo_deploy.bundle.shapes import Range
 from dipgo_deploy.cli.export import main
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.export import exporter
-from dipgo_deploy.export.exporter import ExportOptions, PlannedExport, export_bundle, in_layout, replan
+from dipgo_deploy.export.exporter import ExportOptions, PlannedExport, export_bundle, in_layout, publish, replan
+from dipgo_deploy.plan.weigh import GraphCosts
 from dipgo_deploy.schedule.document import Schedule
 
 torch.set_num_threads(1)
 
+# A graph costs more than anything that it saves.
+DEAR = GraphCosts(1e15, 0.0, 1.0, 0.0, 0.0)
 UNCHECKED = ExportOptions(check=False, components=False)
 
 
@@ -53,7 +57,9 @@ def file(many: Schedule, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_a_call_and_the_command_write_the_same(model: Path, many: Schedule, file: Path, tmp_path: Path) -> None:
+def test_a_call_and_the_command_write_the_same(
+    model: Path, many: Schedule, file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """With no option but the three that are needed: every default is decided in one place."""
     seen: list[PlannedExport] = []
 
@@ -72,9 +78,16 @@ def test_a_call_and_the_command_write_the_same(model: Path, many: Schedule, file
     assert full.layout == "variants" and full.copies == pytest.approx(1)
     assert in_layout(export, "variants").layout == "variants" and in_layout(full, "segments").layout == "segments"
     # Where segments cannot be, or are not for this device, auto does not count copies.
-    for change in ({"dtype": "fp16"}, {"max_variants": 9}):
+    for change in ({"dtype": "fp16"}, {"max_variants": 9}, {"graph_costs": DEAR}):
         other = in_layout(replace(export, options=replace(export.options, **change)), "auto")
         assert other.layout == "variants" and other.copies is None
+    # Where graphs are weighed, what becomes of the schedule is said, and stands in the directory.
+    with caplog.at_level(logging.WARNING):
+        weighed = replan(replace(export, options=replace(export.options, graph_costs=DEAR, layout="auto")), many)
+    assert f"computed after all: 1 graphs in the place of {len(export.plan.variants)}" in caplog.text
+    made = publish(weighed, tmp_path / "weighed")
+    assert len(made.manifest.plan.variants) == 1 and made.manifest.promoted == weighed.plan.promoted
+    assert loop_report(made.path).first_failure() is None
 
 
 def test_the_commands_options_are_the_calls(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
