@@ -18,7 +18,7 @@ from dipgo_deploy.bundle.shapes import Sizes
 from dipgo_deploy.compare.engine import Options, compare_engine
 from dipgo_deploy.compare.pictures import cases
 from dipgo_deploy.compare.report import Report
-from dipgo_deploy.compare.stock import StockPipeline
+from dipgo_deploy.compare.stock import Case, StockPipeline
 from dipgo_deploy.compare.worst import Seen, nobody
 from dipgo_deploy.export.exporter import ExportOptions, PlannedExport, plan_export, publish, replan
 from dipgo_deploy.integrations.diffusers import load_engines
@@ -122,13 +122,22 @@ def assert_pictures_equal_stock(
     for part in report.pictures:
         for tensor in part.tensors:
             assert tensor.relative <= 1e-4, f"{part.place}, {tensor.name}: {tensor.relative}"
+    case = cases(bundle.manifest, guidance_scale=guidance_scale)[0]
+    wanted = np.stack([drawn[f"{case.name}, {place}"] for place in case.places])
+    assert_engines_in_stock_draw(bundle, reference, case, wanted)
+
+
+def assert_engines_in_stock_draw(
+    bundle: Bundle, reference: Reference, case: Case, wanted: np.ndarray | None = None
+) -> None:
+    """The stock pipeline with the engines in it draws what it draws with the supernet (wanted, where it is known)."""
     stock = StockPipeline(bundle.manifest, reference)
-    case = stock.possible(cases(bundle.manifest, guidance_scale=guidance_scale)[0])
-    with load_engines(stock.pipeline, engine_dir, "cpu", threads=1):
+    case = stock.possible(case)
+    wanted = stock(case).images if wanted is None else wanted
+    with load_engines(stock.pipeline, bundle.path, "cpu", threads=1):
         found = stock.as_it_is(case).images
-    assert found is not None
-    for picture, place in zip(found, case.places, strict=True):
-        assert np.abs(picture - drawn[f"{case.name}, {place}"]).max() <= 1e-4, place
+    assert found is not None and wanted is not None and found.shape == wanted.shape
+    assert np.abs(found - wanted).max() <= 1e-4, case.name
 
 
 def check_family(

@@ -61,7 +61,7 @@ class Call:
 
     manifest: of the schedule. arguments: read what the denoisers are handed. loops(count): as many loops with buffers
     of their own. evaluations: in order. scale_of(name): the guidance scale of a further denoiser, None where the
-    pipeline does not say.
+    pipeline does not say. began(guidance scale, extents of the latent): told once.
     """
 
     def __init__(
@@ -72,9 +72,11 @@ class Call:
         loops: Callable[[int], Sequence[DenoisingLoop]],
         evaluations: Sequence[Evaluation],
         scale_of: Callable[[str], float | None],
+        began: Callable[[float, Sequence[int]], None],
     ) -> None:
         self._manifest, self._family, self._arguments = manifest, family, arguments
         self._make_loops, self._evaluations, self._scale_of = loops, list(evaluations), scale_of
+        self._began = began
         self._launched = set(manifest.plan.launched)
         self._done = 0
         self._halves: list[_Half] = []
@@ -292,6 +294,8 @@ class Call:
             )
         self._first = conditions
         self._latents = noise
+        distilled = next((arrays[spec.name] for spec in specs if spec.source == "guidance"), None)
+        self._began(scales[0] if distilled is None else float(distilled.flat[0]), noise.shape[2:])
 
     def _all_scales(self, name: str) -> tuple[float, ...]:
         """The guidance scale of each denoiser; those of the further ones are checked when they run."""

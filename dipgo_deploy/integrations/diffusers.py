@@ -118,7 +118,15 @@ class Engines:
         if getattr(self._stock, "_denoising_end", None) is not None:
             raise UserError("denoising_end: the engines run to the end of their loop; leave it out")
         manifest = self.pipeline.bundle.manifest
-        return Call(manifest, self._family, self._arguments, self._loops_for, evaluations, self._scale_of)
+        return Call(
+            manifest,
+            self._family,
+            self._arguments,
+            self._loops_for,
+            evaluations,
+            self._scale_of,
+            self.pipeline.say_what_the_fit_had_not,
+        )
 
     def _loops_for(self, count: int) -> list[DenoisingLoop]:
         """So many loops, each with buffers of its own, of the weights that are there now."""

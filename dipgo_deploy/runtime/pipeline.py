@@ -405,7 +405,7 @@ class Pipeline:
 
     def _draw(self, request: Request, stream: Noise, watch: _Watch, start: float) -> PipelineOutput:
         loading = time.perf_counter()
-        self._say_what_the_fit_had_not(request)
+        self.say_what_the_fit_had_not(request.guidance_scale, request.size)
         if not self._loaded.lazy:
             self._loaded.all_of(self.bundle)
         encoding = time.perf_counter()
@@ -425,15 +425,18 @@ class Pipeline:
         frames = self.bundle.manifest.latent.video_frames
         return PipelineOutput(images=images, latents=denoised, timings=timings, launches=launches, frames=frames)
 
-    def _say_what_the_fit_had_not(self, request: Request) -> None:
-        """One line where a fitted solver runs with what it was not fitted to; each line once."""
+    def say_what_the_fit_had_not(self, guidance_scale: float, extents: Sequence[int]) -> None:
+        """One line in the log where a fitted solver runs with what it was not fitted to; each line once.
+
+        extents: of the latent, [frames,] height and width.
+        """
         if self._fitted_to is None:
             return
         manifest = self.bundle.manifest
         guided = manifest.guidance or any(spec.source == "guidance" for spec in manifest.conditions)
         line = self._fitted_to.beyond(
-            request.guidance_scale if guided else None,
-            (request.size[-2], request.size[-1]),
+            guidance_scale if guided else None,
+            (extents[-2], extents[-1]),
             lora=any(choice.scale for choice in self._loaded.loras),
             scale=manifest.latent.scale or 1,
         )

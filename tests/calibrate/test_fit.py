@@ -8,11 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from dipgo_deploy.bundle.shapes import Range
 from dipgo_deploy.calibrate.fit import CalibrationOptions, calibrate
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.export.exporter import ExportOptions, export_bundle
+from dipgo_deploy.integrations.diffusers import load_engines
 from dipgo_deploy.runtime.noise import TorchNoise
 from dipgo_deploy.runtime.pipeline import Pipeline
 from dipgo_deploy.schedule import builders
@@ -166,7 +168,9 @@ def said(caplog: pytest.LogCaptureFixture) -> list[str]:
 def test_an_export_of_it_with_open_sizes_runs_at_all_of_them(
     partly_fitted: Schedule, dit_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Beyond what it was fitted to it runs, and says so once."""
+    """Beyond what it was fitted to it runs, and says so once; in a stock pipeline, too."""
+    from diffusers import DiTPipeline
+
     options = ExportOptions(batch=Range(min=1, opt=2, max=3), check=False, components=False)
     bundle = export_bundle(str(dit_folder), partly_fitted, tmp_path / "engine", options)
     pipeline = Pipeline.from_engine_dir(bundle.path, "cpu", threads=1)
@@ -179,6 +183,20 @@ def test_an_export_of_it_with_open_sizes_runs_at_all_of_them(
         pipeline(class_labels=2, guidance_scale=5.0, output_type="latent")
     (line,) = said(caplog)
     assert "its solver was fitted to guidance 3, " in line and "this run has guidance 5: compare" in line
+    caplog.clear()
+    stock = DiTPipeline.from_pretrained(dit_folder)
+    vae = stock.vae
+    stock.set_progress_bar_config(disable=True)
+    steps = partly_fitted.sampler.num_inference_steps
+    with load_engines(stock, bundle.path, "cpu", threads=1):
+        for scale in (3.0, 5.0):
+            asked = {"num_inference_steps": steps, "generator": torch.Generator().manual_seed(5), "output_type": "pt"}
+            drawn = stock([0, 2, 0], guidance_scale=scale, **asked).images
+            latents = pipeline(class_labels=[0, 2, 0], guidance_scale=scale, output_type="latent", seed=5).latents
+            with torch.no_grad():
+                pictures = vae.decode(torch.from_numpy(latents) / vae.config.scaling_factor).sample
+            np.testing.assert_allclose(drawn, (pictures / 2 + 0.5).clamp(0, 1), atol=1e-4)
+    assert said(caplog) == [line]
 
 
 def test_a_lora_runs_on_it_and_is_said(

@@ -15,7 +15,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from diffusers import DDIMScheduler, StableDiffusionPipeline
-from family_checks import loop_report, plan_for, with_gates
+from family_checks import assert_engines_in_stock_draw, loop_report, plan_for, with_gates
 from flow_pipelines import flux_transformer
 from sd_pipelines import BETAS, relative, save_sd15
 from simulated_gpu import install
@@ -26,10 +26,12 @@ from dipgo_deploy.bundle.manifest import GUIDANCE_VERSION, RUN_ROWS_VERSION
 from dipgo_deploy.bundle.shapes import Range
 from dipgo_deploy.bundle.weights import weights_of
 from dipgo_deploy.cli import inspect
+from dipgo_deploy.compare.pictures import cases
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.export.exporter import ExportOptions, PlannedExport, plan_export, publish, replan
 from dipgo_deploy.models.family import BlockSpec
 from dipgo_deploy.models.registry import family_for
+from dipgo_deploy.reference.load import load_reference
 from dipgo_deploy.runtime.pipeline import Pipeline
 from dipgo_deploy.schedule.builders import with_guidance
 from dipgo_deploy.schedule.document import Schedule
@@ -81,6 +83,8 @@ def check(engine_dir: Path, **options: Any) -> None:
 def test_conditional_only_launches_are_half_and_equal_the_supernet(engine: Bundle):
     """Every launch, every graph by itself, and pictures of the stock pipeline."""
     check(engine.path, pictures=True)
+    for case in cases(engine.manifest, guidance_scale=3.0):
+        assert_engines_in_stock_draw(engine, load_reference(engine), case)
     plan = engine.manifest.plan
     assert [launch.guidance for launch in plan.launches] == list(SHARES)
     assert json.loads((engine.path / "manifest.json").read_text())["format_version"] == GUIDANCE_VERSION
