@@ -157,7 +157,7 @@ class Call:
         """Refuse what a pipeline hands over and no engine takes."""
         known = {*conditions, *_FOLLOWING, *(spec.name for spec in self._manifest.conditions)}
         for name, value in kwargs.items():
-            nothing = value is None or (isinstance(value, tuple | list | dict) and not len(value))
+            nothing = value is None or value is False or (isinstance(value, tuple | list | dict) and not len(value))
             if nothing or name in known:
                 continue
             if isinstance(value, Mapping) and all(key in known or inner is None for key, inner in value.items()):
