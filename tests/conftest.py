@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,15 @@ from devices import no_gpu  # noqa: E402
 
 from dipgo_deploy.backends.tensorrt_flavour import FLAVOURS, import_flavour  # noqa: E402
 from dipgo_deploy.errors import UserError  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def traced_once() -> Iterator[None]:
+    """``shared_traces`` for a file, which asks for it with ``pytestmark``."""
+    from shared_traces import shared_traces
+
+    with shared_traces():
+        yield
 
 
 @pytest.fixture(

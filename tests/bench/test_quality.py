@@ -37,6 +37,7 @@ from dipgo_deploy.search.problem import Problem, ProblemOptions, load_problem, w
 from dipgo_deploy.search.samples import Pair
 
 torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("traced_once")
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,7 @@ from dipgo_deploy.cli.optimize import main
 from dipgo_deploy.optimize import after, run
 from dipgo_deploy.optimize.effort import Effort
 
+pytestmark = pytest.mark.usefixtures("traced_once")
 ARGUMENTS = ("--sampler", "ddim", "--steps", "8", "--class-labels", "0,1", "--minutes", "0.5")
 
 

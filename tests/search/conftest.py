@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from search_models import STEPS, save_dit, save_unet
+from shared_traces import shared_traces
 
 from dipgo_deploy.search.problem import Problem, ProblemOptions, load_problem
 
@@ -20,6 +21,12 @@ def _one_thread() -> Iterator[None]:
         torch.manual_seed(0)
         yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _traced_once() -> Iterator[None]:
+    with shared_traces():
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -37,7 +44,8 @@ def unet_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def problem(dit_folder: Path) -> Problem:
     """The transformer, five steps of its own DDIM."""
-    return load_problem(ProblemOptions(model=str(dit_folder), steps=STEPS, guidance_scale=3.0))
+    with shared_traces():
+        return load_problem(ProblemOptions(model=str(dit_folder), steps=STEPS, guidance_scale=3.0))
 
 
 @pytest.fixture(scope="session")
@@ -46,4 +54,5 @@ def unet_problem(unet_folder: Path, tmp_path_factory: pytest.TempPathFactory) ->
     prompts = tmp_path_factory.mktemp("prompts") / "prompts.txt"
     prompts.write_text("a cat\n\n  a dog \n", encoding="utf-8")
     options = ProblemOptions(model=str(unet_folder), sampler="ddim", steps=STEPS, prompts=str(prompts))
-    return load_problem(options)
+    with shared_traces():
+        return load_problem(options)

@@ -10,6 +10,8 @@ from tools.bench.search_samplers import main, spread
 from tools.bench.search_sweep import LOG
 from tools.bench.search_sweep import main as sweep
 
+pytestmark = pytest.mark.usefixtures("traced_once")
+
 
 def test_steps_to_spread_launches_over() -> None:
     assert spread(20, 60) == (20, 21, 22, 23, 30, 40, 60)

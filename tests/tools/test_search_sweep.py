@@ -9,6 +9,8 @@ from search_models import save_dit
 from dipgo_deploy.schedule.document import Schedule
 from tools.bench.search_sweep import LOG, main, stem
 
+pytestmark = pytest.mark.usefixtures("traced_once")
+
 
 def test_a_sweep_keeps_schedules_and_a_log_and_refines_what_it_found(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
