@@ -282,12 +282,22 @@ def _connected(address: str) -> Iterator[list[dict[str, float]]]:
         except (ConnectionError, RuntimeError, ValueError) as error:
             if address == "auto" and isinstance(error, ConnectionError):
                 raise UserError("--ray auto: no Ray is running here; start one with `ray start`") from None
-            raise UserError(f"--ray {address}: {error}") from None
+            raise UserError(f"--ray {address}: {error}{_why(error)}") from None
     try:
         yield [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
     finally:
         if ours:
             ray.shutdown()
+
+
+def _why(error: BaseException) -> str:
+    """What an error of Ray's comes from, which it often does not say, in brackets; without tracebacks in it."""
+    first = error
+    while (before := first.__cause__ or first.__context__) is not None:
+        first = before
+    lines = str(first).splitlines()
+    behind = max((place for place, text in enumerate(lines, 1) if text.startswith(" ")), default=0)
+    return "" if first is error else f" ({' '.join(lines[behind:])})"
 
 
 def _reached(address: str) -> None:

@@ -149,6 +149,13 @@ def test_without_room_nothing_waits_forever():
         ray_pool._sized(ray_pool.Pool("local"), [NONE], "cuda", 1)
 
 
+def test_why_ray_cannot_be_reached_is_said():
+    error = ConnectionError("failed to connect")
+    assert ray_pool._why(error) == ""
+    error.__cause__ = RuntimeError('no client: Traceback:\n  File "x"\n    y()\nAuthenticationError: token missing\n')
+    assert ray_pool._why(error) == " (AuthenticationError: token missing)"
+
+
 def test_without_ray_the_extra_is_named():
     for module in ("ray", "pyarrow", "pandas"):
         assert "[ray]" in (missing_extra(ModuleNotFoundError("", name=module)) or "")

@@ -52,7 +52,8 @@ def _content(path: Path) -> tuple[list[str], list[bytes]]:
 @pytest.mark.parametrize("dtype", [pytest.param("fp32", marks=pytest.mark.slow), "fp16"])
 def test_the_files_are_the_same(plan: Callable[..., PlannedExport], tmp_path: Path, dtype: str) -> None:
     """Weights converted one at a time, and released before the comparison, are those of a usual export."""
-    usual = publish(plan(dtype=dtype), tmp_path / "usual")
+    with shared_traces():
+        usual = publish(plan(dtype=dtype), tmp_path / "usual")
     planned = plan(dtype=dtype, low_memory=True)
     frugal = publish(planned, tmp_path / "frugal")
     assert frugal.manifest.plan.launches == usual.manifest.plan.launches
@@ -74,7 +75,8 @@ def test_weights_are_converted_in_place_and_stay_readable(model: Path) -> None:
 @pytest.mark.parametrize("dtype", [pytest.param("fp32", marks=pytest.mark.slow), "fp16"])
 def test_segments_are_the_same_too(plan: Callable[..., PlannedExport], model: Path, tmp_path: Path, dtype: str) -> None:
     found: list[Agreement] = []
-    usual = publish(plan(layout="segments", dtype=dtype), tmp_path / "usual", agreed=found.append)
+    with shared_traces():
+        usual = publish(plan(layout="segments", dtype=dtype), tmp_path / "usual", agreed=found.append)
     frugal = publish(plan(layout="segments", dtype=dtype, low_memory=True), tmp_path / "frugal", agreed=found.append)
     assert frugal.manifest.plan.launches == usual.manifest.plan.launches
     for entry, other in zip(frugal.manifest.plan.variants, usual.manifest.plan.variants, strict=True):
