@@ -55,7 +55,13 @@ def test_rounds_time_loop_and_graphs(tmp_path: Path) -> None:
     facts = limit._rounds(bundle, create_backend("cpu", threads=1), counts, repeats=3, seconds=0)
     assert facts["rounds"] == 3 and len(facts["graph_seconds"]) == len(plan.variants)
     assert all(value["median"] > 0 for value in facts["graph_seconds"])
-    assert facts["loop_over_inside"]["median"] > 1
+    assert facts["loop_over_inside"]["median"] > 1 and facts["first_loop_seconds"] > 0
+    host = facts["upload_seconds"]["median"] + facts["other_host_seconds"]["median"]
+    assert 0 < host < facts["loop_seconds"]["median"]
+    ran = [plan.variants[launch.variant].name for launch in plan.launches]
+    again = [name for before, name in zip(ran, ran[1:], strict=False) if name == before]
+    for variant, after in zip(plan.variants, facts["after"], strict=True):
+        assert ("itself" in after) == (variant.name in again)
     row = {
         "model": "toy",
         "schedule": "by hand",
@@ -72,7 +78,7 @@ def test_rounds_time_loop_and_graphs(tmp_path: Path) -> None:
     }
     text = limit.as_text([row])
     assert "not installed" in text and "| a | 0.000 | 0.0 | 10000.000 | 20000.000 | 2.00 | 100.0% |" in text
-    assert "MatMul 100%" in text
+    assert "MatMul 100%" in text and "| v00 | ONNX Runtime |" in text
     written = tmp_path / "limit.json"
     written.write_text(json.dumps(row))
     read = read_measured(written)  # as dipgo-report does

@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -142,13 +143,17 @@ def _rounds(bundle: Bundle, backend: Backend, counts: Sequence[int], repeats: in
     load = time.perf_counter() - start
     noise, conditions = loop_inputs(loop.sample_shape, bundle.manifest)
     files = [variant.graph.file for variant in bundle.manifest.plan.variants]
-    values: dict[str, list[Any]] = {"loop": [], "inside": [], "bare": []}
+    values: dict[str, list[Any]] = {"loop": [], "inside": [], "uploads": [], "bare": []}
+    inside_loop: dict[str, dict[str, list[float]]] = {file: {"itself": [], "another": []} for file in files}
+    first = 0.0
     end = time.monotonic() + seconds
     for number in range(repeats + 1):
-        before = recorded.seconds
+        recorded.log.clear()
+        before, uploaded = recorded.seconds, recorded.uploads
         start = time.perf_counter()
         loop.run(noise, conditions, guidance_scale=GUIDANCE_SCALE)
         whole, inside = time.perf_counter() - start, recorded.seconds - before
+        uploaded = recorded.uploads - uploaded
         bare = []
         for file in files:
             for _ in range(2):
@@ -156,44 +161,66 @@ def _rounds(bundle: Bundle, backend: Backend, counts: Sequence[int], repeats: in
                 recorded.calls[file]()
                 last = time.perf_counter() - start
             bare.append(last)
-        if number:  # the first one touches all memory
-            for key, value in zip(values, (whole, inside, bare), strict=True):
-                values[key].append(value)
+        if not number:
+            first = whole  # touches all memory
+            continue
+        for key, value in zip(values, (whole, inside, uploaded, bare), strict=True):
+            values[key].append(value)
+        for (file_before, _), (file, spent) in pairwise(recorded.log):
+            inside_loop[file]["itself" if file == file_before else "another"].append(spent)
         if number >= 3 and time.monotonic() > end:
             break
-    loops, launches, graphs = (np.array(found) for found in values.values())
+    loops, launches, uploads, graphs = (np.array(found) for found in values.values())
     alone = graphs @ np.array(counts)
     return {
         "load_seconds": load,
+        "first_loop_seconds": first,
         "rounds": len(loops),
         "loop_seconds": spread(loops),
         "loop_over_bare": spread(loops / alone),
         "inside_over_bare": spread(launches / alone),
         "loop_over_inside": spread(loops / launches),
+        "upload_seconds": spread(uploads),
+        "other_host_seconds": spread(loops - launches - uploads),
         "graph_seconds": [spread(one) for one in graphs.T],
+        "after": [{name: spread(np.array(v)) for name, v in inside_loop[file].items() if v} for file in files],
     }
 
 
 class _Recorder(TimedBackend):
-    """Keeps a bound call of each graph that is loaded, by file."""
+    """Keeps a bound call of each graph that is loaded, by file; writes down launches (file, seconds) and uploads."""
 
     def __init__(self, inner: Backend) -> None:
         super().__init__(inner)
         self.calls: dict[str, Launchable] = {}
+        self.log: list[tuple[str, float]] = []
+        self.uploads = 0.0
+
+    def upload(self, memory: Memory, array: np.ndarray) -> None:
+        """As the wrapped backend, timed."""
+        start = time.perf_counter()
+        super().upload(memory, array)
+        self.uploads += time.perf_counter() - start
 
     def load(self, engine_dir: Path, graph: Graph, weights: ChangedWeights | None = None) -> Executable:
         """As the wrapped backend; what is bound is kept."""
-        return _Recorded(super().load(engine_dir, graph, weights), self.calls)
+        return _Recorded(super().load(engine_dir, graph, weights), self)
 
 
 class _Recorded:
-    def __init__(self, inner: Executable, calls: dict[str, Launchable]) -> None:
-        self.graph, self.inner, self._calls = inner.graph, inner, calls
+    def __init__(self, inner: Executable, recorder: _Recorder) -> None:
+        self.graph, self.inner, self._recorder = inner.graph, inner, recorder
 
     def bind(self, tensors: Mapping[str, Memory], graph: Graph | None = None) -> Launchable:
-        call = self.inner.bind(tensors, graph)
-        self._calls[self.graph.file] = call
-        return call
+        call, file, log = self.inner.bind(tensors, graph), self.graph.file, self._recorder.log
+        self._recorder.calls[file] = call
+
+        def launch() -> None:
+            start = time.perf_counter()
+            call()
+            log.append((file, time.perf_counter() - start))
+
+        return launch
 
 
 def _graph(
@@ -243,7 +270,10 @@ def as_text(rows: Sequence[Mapping[str, Any]]) -> str:
         "launches`: what the runtime adds. `least`: the longer of multiply-accumulates over the best matrix product "
         "measured here, and bytes (weights, what comes in, what goes out) over the measured speed of memory; what is "
         "in the processor's caches comes faster than that. Blocks: their kernels in a loop as ONNX Runtime's profiler "
-        "has them, over their least. Made by `python -m tools.bench.limit`.\n",
+        "has them, over their least. Where a loop's own time goes: `first` is the first one after loading, which "
+        "touches all memory; `uploads` and `other host` are microseconds a loop beside its launches; `after itself` and `after "
+        "another` are launches inside the loop by the graph that ran before. Threads that wake up show between runs "
+        "with one and with two `--threads`. Made by `python -m tools.bench.limit`.\n",
     ]
     for row in rows:
         height, width = row["latent"]
@@ -256,6 +286,7 @@ def as_text(rows: Sequence[Mapping[str, Any]]) -> str:
         )
         parts.append(table(_LOOP, [_loop_cells(NAMES[name], facts) for name, facts in row["backends"].items()]))
         parts.append(table(_GRAPH, [_graph_cells(graph) for graph in row["graphs"]]))
+        parts.append(table(_AFTER, _after_rows(row)))
         shown = sorted(row["blocks"], key=lambda block: block["least_seconds"] - block["seconds"])[:_SHOWN]
         whole = sum(block["seconds"] for block in row["blocks"])
         parts.append(table(_BLOCK, [_block_cells(block, whole) for block in shown]))
@@ -264,7 +295,10 @@ def as_text(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(parts)
 
 
-_LOOP = ("loop", "seconds", "loop / bare", "launches / bare", "loop / launches", "load, s", "rounds", "not run because")
+_LOOP = (
+    *("loop", "seconds", "first, s", "loop / bare", "launches / bare", "loop / launches", "uploads, us"),
+    *("other host, us", "load, s", "rounds", "not run because"),
+)
 _GRAPH = (
     "graph",
     "launches",
@@ -277,17 +311,20 @@ _GRAPH = (
     "over least",
 )
 _BLOCK = ("block (farthest first)", "GMACs", "MB", "least, ms", "kernels, ms", "over least", "share of kernels")
+_AFTER = ("graph", "backend", "alone, ms", "after itself, ms", "after another, ms")
 _SHOWN = 12
 
 
 def _loop_cells(name: str, facts: Mapping[str, Any]) -> Sequence[str]:
     if "missing" in facts:
-        return (name, *["-"] * 6, facts["missing"])
+        return (name, *["-"] * (len(_LOOP) - 2), facts["missing"])
     ratios = ("loop_over_bare", "inside_over_bare", "loop_over_inside")
     return (
         name,
         with_quartiles(facts["loop_seconds"], 4),
+        f"{facts['first_loop_seconds']:.4f}",
         *(with_quartiles(facts[ratio], 3) for ratio in ratios),
+        *(f"{facts[part]['median'] * 1e6:.0f}" for part in ("upload_seconds", "other_host_seconds")),
         f"{facts['load_seconds']:.2f}",
         str(facts["rounds"]),
         "",
@@ -303,6 +340,18 @@ def _graph_cells(graph: Mapping[str, Any]) -> Sequence[str]:
             ["-", "-"] if known is None else [f"{known['median'] * 1e3:.3f}", f"{graph['times_least'][backend]:.2f}"]
         )
     return cells
+
+
+def _after_rows(row: Mapping[str, Any]) -> list[Sequence[str]]:
+    found: list[Sequence[str]] = []
+    for place, graph in enumerate(row["graphs"][:_SHOWN]):
+        for name, facts in row["backends"].items():
+            if "missing" not in facts:
+                after = facts["after"][place]
+                times = (facts["graph_seconds"][place], after.get("itself"), after.get("another"))
+                cells = ("-" if time is None else f"{time['median'] * 1e3:.3f}" for time in times)
+                found.append((graph["name"], NAMES[name], *cells))
+    return found
 
 
 def _block_cells(block: Mapping[str, Any], whole: float) -> Sequence[str]:
