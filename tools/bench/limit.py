@@ -264,16 +264,17 @@ def as_text(rows: Sequence[Mapping[str, Any]]) -> str:
     parts = [
         "# Against the limit\n",
         "fp32, one image with guidance, random weights where a model is not built in. In each round a whole loop, "
-        "then each graph alone, twice in a row, of which the second is timed; median, quartiles in brackets. `loop / "
-        "bare`: of the loop's time to that of its graphs alone, each as often as it is launched. `launches / bare`: "
-        "of the same launches inside the loop, which find their weights out of the processor's caches. `loop / "
-        "launches`: what the runtime adds. `least`: the longer of multiply-accumulates over the best matrix product "
-        "measured here, and bytes (weights, what comes in, what goes out) over the measured speed of memory; what is "
-        "in the processor's caches comes faster than that. Blocks: their kernels in a loop as ONNX Runtime's profiler "
-        "has them, over their least. Where a loop's own time goes: `first` is the first one after loading, which "
-        "touches all memory; `uploads` and `other host` are microseconds a loop beside its launches; `after itself` and `after "
-        "another` are launches inside the loop by the graph that ran before. Threads that wake up show between runs "
-        "with one and with two `--threads`. Made by `python -m tools.bench.limit`.\n",
+        "then each graph alone, twice in a row, of which the second is timed; median, quartiles in brackets. `loop "
+        "/ bare`: of the loop's time to that of its graphs alone, each as often as it is launched. `launches / "
+        "bare`: of the same launches inside the loop, which find their weights out of the processor's caches. `loop "
+        "/ launches`: what the runtime adds. `least`: the longer of multiply-accumulates over the best matrix "
+        "product measured here, and bytes (weights, what comes in, what goes out) over the measured speed of "
+        "memory; what is in the processor's caches comes faster than that. Blocks: their kernels in a loop as ONNX "
+        "Runtime's profiler has them, over their least. Where a loop's own time goes: `first` is the first one "
+        "after loading, which touches all memory; `uploads` and `other host` are microseconds a loop beside its "
+        "launches; `after itself` and `after another` are launches inside the loop by the graph that ran before. "
+        "Threads that wake up show between runs with one and with two `--threads`. Made by `python -m "
+        "tools.bench.limit`.\n",
     ]
     for row in rows:
         height, width = row["latent"]
