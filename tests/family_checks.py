@@ -20,7 +20,7 @@ from dipgo_deploy.compare.pictures import cases
 from dipgo_deploy.compare.report import Report
 from dipgo_deploy.compare.stock import Case, StockPipeline
 from dipgo_deploy.compare.worst import Seen, nobody
-from dipgo_deploy.export.exporter import ExportOptions, PlannedExport, plan_export, publish, replan
+from dipgo_deploy.export.exporter import ExportOptions, PlannedExport, in_layout, plan_export, publish, replan
 from dipgo_deploy.integrations.diffusers import load_engines
 from dipgo_deploy.models.target import schedule_target
 from dipgo_deploy.reference.load import Reference, load_reference
@@ -157,6 +157,22 @@ def check_family(
     assert report.results is not None
     for tensor in (*(tensor for step in report.loop for tensor in step.tensors), *report.results.tensors):
         assert tensor.relative <= tolerance, f"{tensor.name}: {tensor.relative}"
+    return bundle
+
+
+def check_guidance(model: Path | str, folder: Path, *, pictures: bool = False, **options: Any) -> Bundle:
+    """Export a random schedule with conditional-only evaluations and a share in both layouts and hold every tensor to
+    the supernet's; pictures: also to the stock pipeline's. options: of the export, but ``steps``, 4 by default."""
+    steps = options.pop("steps", 4)
+    schedule = schedule_for(model, steps=steps, ratio=0.4, seed=1)
+    shares = [(1.0, 0.0, 0.5, 0.0)[step % 4] for step in range(schedule.steps)]
+    schedule, _ = builders.with_guidance(schedule, shares, {})
+    planned = plan_for(model, schedule, check=False, components=pictures, **options)
+    for layout in ("segments", "variants"):
+        bundle = publish(in_layout(planned, layout), folder / layout)
+        assert [launch.guidance for launch in bundle.manifest.plan.launches].count(0)
+        report = loop_report(bundle.path, pictures=pictures)
+        assert report.first_failure() is None, report.first_failure()
     return bundle
 
 

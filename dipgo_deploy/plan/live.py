@@ -117,27 +117,26 @@ def demand(
 
 
 def _new_predictions(numbering: Numbering, assignments: Sequence[Assignment], used: Sequence[bool]) -> list[bool]:
-    """Whether each evaluation makes a prediction: the first with its number, if any used evaluation has that number."""
+    """Whether each evaluation makes a prediction: if any used one has its number, and the last one made has another.
+
+    One that was made before the last, as where guided evaluations and others take turns, is made again: what has no
+    launch repeats the last prediction, for everyone who reads a launch list.
+    """
     used_numbers = {number for number, use in zip(numbering.prediction, used, strict=True) if use}
-    numbered: set[int] = set()
+    last: int | None = None
     predicts = []
     for number, assignment in zip(numbering.prediction, assignments, strict=True):
-        predicts.append(assignment.predict or (number in used_numbers and number not in numbered))
+        predicts.append(assignment.predict or (number in used_numbers and number != last))
         if predicts[-1]:
-            numbered.add(number)
+            last = number
     return predicts
 
 
 def _slots(numbering: Numbering, steps: Sequence[int]) -> tuple[int, ...]:
-    """Slot of each evaluation's prediction; for a prediction never made, which has no weight, the last slot before
-    it."""
-    first: dict[int, int] = {}
-    for slot, step in enumerate(steps):
-        first.setdefault(numbering.prediction[step], slot)
-    slots, latest, made = [], 0, set(steps)
+    """Slot of each evaluation's prediction: the last that was made; also for one never made, which has no weight."""
+    slots, latest = [], 0
     slot_of = {step: slot for slot, step in enumerate(steps)}
-    for step, number in enumerate(numbering.prediction):
-        if step in made:
-            latest = slot_of[step]
-        slots.append(first.get(number, latest))
+    for step in range(len(numbering.prediction)):
+        latest = slot_of.get(step, latest)
+        slots.append(latest)
     return tuple(slots)

@@ -28,7 +28,7 @@ from dipgo_deploy.bundle.weights import weights_of
 from dipgo_deploy.cli import inspect
 from dipgo_deploy.compare.pictures import cases
 from dipgo_deploy.errors import UserError
-from dipgo_deploy.export.exporter import ExportOptions, PlannedExport, plan_export, publish, replan
+from dipgo_deploy.export.exporter import ExportOptions, PlannedExport, in_layout, plan_export, publish, replan
 from dipgo_deploy.models.family import BlockSpec
 from dipgo_deploy.models.registry import family_for
 from dipgo_deploy.reference.load import load_reference
@@ -242,10 +242,9 @@ def test_a_trace_without_conditional_halves_is_refused(planned: PlannedExport):
         replan(replace(planned, traced=replace(planned.traced, graph=graph)), planned.schedule)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("cache", ["output", "residual"])
-@pytest.mark.parametrize("layout", ["variants", "segments"])
-def test_a_unet_by_its_blocks(tmp_path: Path, cache: str, layout: str):
+@pytest.mark.slow  # a trace of its own
+def test_a_unet_by_its_blocks(tmp_path: Path):
     model = save_unet(tmp_path / "unet")
-    schedule = random_guidance(schedule_for(model, cache=cache), 5)
-    check(publish(plan_for(model, schedule, layout=layout), tmp_path / "engine").path)
+    planned = plan_for(model, random_guidance(schedule_for(model), 5), check=False)
+    for layout in ("variants", "segments"):
+        check(publish(in_layout(planned, layout), tmp_path / layout).path)

@@ -23,6 +23,7 @@ from family_checks import (
     assert_pictures_equal_stock,
     borrow_components,
     build_with_tensorrt_rtx,
+    check_guidance,
     loop_report,
     plan_for,
     random_weights,
@@ -238,6 +239,11 @@ def test_edit_follows_a_picture_as_diffusers(
 def test_a_random_schedule_of_edit_is_the_supernet(edit: Exported, tmp_path: Path) -> None:
     with_gates(edit.planned, schedule_for(edit.model, steps=STEPS, ratio=0.5), tmp_path / "x", components=False)
     assert_equals_supernet(tmp_path / "x")
+
+
+@pytest.mark.slow  # a trace of its own
+def test_renormalised_guidance_that_changes_over_the_run(model: Path, tmp_path: Path) -> None:
+    check_guidance(model, tmp_path, pictures=True, **SIZE)
 
 
 def test_rotations_are_the_models_own() -> None:

@@ -14,7 +14,15 @@ import pytest
 import torch
 from click.testing import CliRunner
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanImageToVideoPipeline, WanPipeline
-from family_checks import borrow_components, loop_report, plan_for, random_weights, schedule_for, with_gates
+from family_checks import (
+    borrow_components,
+    check_guidance,
+    loop_report,
+    plan_for,
+    random_weights,
+    schedule_for,
+    with_gates,
+)
 from flow_pipelines import t5_tokenizer, umt5
 from lora_files import diffusers_keys, make_updates, merge_into, save_lora
 from PIL import Image
@@ -127,6 +135,13 @@ def test_segments_are_the_supernet(model: Path, planned: PlannedExport, tmp_path
     assert report.first_failure() is None and report.results is not None
     for tensor in (*(tensor for step in report.loop for tensor in step.tensors), *report.results.tensors):
         assert tensor.relative <= 1e-4, f"{tensor.name}: {tensor.relative}"
+
+
+@pytest.mark.slow  # a trace of its own
+def test_each_expert_has_conditional_only_launches(model: Path, tmp_path: Path) -> None:
+    bundle = check_guidance(model, tmp_path, steps=STEPS, pictures=True, **SIZE)
+    launches = [launch for launch in bundle.manifest.plan.launches if not launch.guidance]
+    assert {launch.denoiser for launch in launches} == {0, 1}
 
 
 @pytest.mark.slow  # a trace of its own; tests/e2e/test_wan.py has the same layers

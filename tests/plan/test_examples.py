@@ -128,8 +128,9 @@ def test_a_kept_block_that_sees_nothing_new_is_not_computed_again():
     assert plan.macs_schedule == 3 * 111
 
 
-def test_a_prediction_can_be_that_of_an_older_step_than_the_last():
-    # The block computes from the text alone, but removed it follows the latent: predictions p, q, p.
+def test_an_older_prediction_than_the_last_is_made_again():
+    # A launch list does not say which prediction an evaluation without a launch has: it is the last. Here the block
+    # computes from the text alone, but removed it follows the latent: predictions p, q, p.
     graph = BlockGraph(
         inputs={"stack": "step", "text": "constant"},
         values={
@@ -141,8 +142,8 @@ def test_a_prediction_can_be_that_of_an_older_step_than_the_last():
         predictions=("noise_pred",),
     )
     plan = compile_plan(graph, rows("1", "0", "1"))
-    assert plan.prediction_slots == (0, 1, 0)
-    assert [launch.step for launch in plan.launches] == [0, 1]
+    assert plan.prediction_slots == (0, 1, 2)
+    assert [launch.step for launch in plan.launches] == [0, 1, 2]
 
 
 def test_one_variant_is_reached_even_where_no_gate_is_left_to_raise():
