@@ -171,7 +171,7 @@ SIZES = "N|MIN:MAX|MIN:OPT:MAX"
     "Engine",
     "--calibration-prompts",
     type=PATH,
-    show_default="a few everyday ones",
+    show_default="a built-in model's own, or a few everyday ones",
     help="With --quantize int8: file of prompts, one a line, that the recorded runs show in turn.",
 )
 @option("Comparison", "--check/--no-check", default=True, help="Compare the written graphs with the model in torch.")
@@ -239,7 +239,7 @@ def command(
     from dipgo_deploy.export.several import read_schedules, shared_graphs
     from dipgo_deploy.export.weighing import read_graph_costs
     from dipgo_deploy.reference.quiet import quiet_libraries
-    from dipgo_deploy.search.prompts import read_prompts
+    from dipgo_deploy.search.prompts import built_in_prompts, read_prompts
 
     if plan_only == (engine_dir is not None):
         raise click.UsageError("give either --engine-dir or --plan-only")
@@ -250,7 +250,10 @@ def command(
         if options[name] is not None:
             options[name] = size(f"--{name}", options[name])
     prompts = options["calibration_prompts"]
-    options["calibration_prompts"] = () if prompts is None else read_prompts(prompts)
+    if prompts is not None:
+        options["calibration_prompts"] = read_prompts(prompts)
+    else:
+        options["calibration_prompts"] = (built_in_prompts(model) or ()) if options["quantize"] == "int8" else ()
     options["class_labels"] = class_label_numbers(options["class_labels"]) or ()
     if add:
         _refuse_with_add(ctx)

@@ -129,6 +129,7 @@ def export_all(model: str, schedule: str, out: Path, say: Any) -> tuple[Path, di
     from dipgo_deploy.models.target import schedule_target
     from dipgo_deploy.schedule import builders
     from dipgo_deploy.schedule.built_in import schedule_file
+    from dipgo_deploy.search.prompts import built_in_prompts
 
     target = schedule_target(model, "ddim", 50, "block", None)
     given = target.schedule(target.gates(builders.full), "full", {})
@@ -141,7 +142,9 @@ def export_all(model: str, schedule: str, out: Path, say: Any) -> tuple[Path, di
     directories = {}
     for side, options in WAYS.items():
         say(f"{model}: exporting {side}")
-        settings = {**common, **options, **({"calibration_samples": 4} if side == "int8" else {})}
+        settings = {**common, **options}
+        if side == "int8":
+            settings |= {"calibration_samples": 4, "calibration_prompts": built_in_prompts(model) or ()}
         export_bundle(model, schedule_file(Path(schedule)), out / side, ExportOptions(**settings))
         directories[side] = out / side
     return full, directories
