@@ -340,15 +340,20 @@ def _within(
 ) -> tuple[frozenset[str], float]:
     """The blocks that stay as they are, those that lose most first, until the error is within the budget; and it."""
     order = sorted(sensitivity, key=lambda block: -sensitivity[block])
-    kept: set[str] = set()
-    # Errors of single blocks add up as independent ones do; what is measured then decides.
-    while order and math.sqrt(sum(sensitivity[block] ** 2 for block in order)) > budget:
-        kept.add(order.pop(0))
-    while True:
-        error = max(trial.error(file, kept.__contains__) for file in files)
-        if error <= budget or not order:
-            return frozenset(kept), error
-        kept.add(order.pop(0))
+    measured: dict[int, float] = {}
+
+    def error(count: int) -> float:
+        """With so many blocks left out."""
+        if count not in measured:
+            measured[count] = max(trial.error(file, frozenset(order[:count]).__contains__) for file in files)
+        return measured[count]
+
+    # The more are left out, the smaller it is.
+    few, many = 0, len(order)
+    while few < many:
+        middle = (few + many) // 2
+        few, many = (few, middle) if error(middle) <= budget else (middle + 1, many)
+    return frozenset(order[:many]), error(many)
 
 
 def _load(path: Path, index: WeightsIndex) -> ir.Model:
