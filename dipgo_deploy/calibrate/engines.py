@@ -186,6 +186,11 @@ def check_pair(bundle: Bundle, reference: Bundle) -> None:
             f"--reference-engine-dir {reference.path}: its schedule leaves blocks out; export a full one "
             "(dipgo-schedule full)"
         )
+    if schedule.guidance is not None:
+        raise UserError(
+            f"--reference-engine-dir {reference.path}: its schedule has a guidance of its own; export a full one "
+            "(dipgo-schedule full)"
+        )
 
 
 def launches_of(plan: PlanEntry, full: PlanEntry) -> list[Launch]:

@@ -193,6 +193,15 @@ def test_it_goes_on_after_an_interruption(full: Bundle, half: Bundle, tmp_path: 
     assert fitted(half, full, folder=tmp_path / "work", resume=True) == whole
 
 
+def test_a_reference_with_a_guidance_of_its_own_is_refused(
+    full: Bundle, half: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    schedule = full.load_schedule()
+    monkeypatch.setattr(Bundle, "load_schedule", lambda _: schedule.with_guidance([0.5] * schedule.steps))
+    with pytest.raises(UserError, match="its schedule has a guidance of its own; export a full one"):
+        check_pair(half, full)
+
+
 def test_directories_that_do_not_go_together_are_refused(full: Bundle, half: Bundle) -> None:
     def changed(bundle: Bundle, **changes: Any) -> Bundle:
         return replace(bundle, manifest=bundle.manifest.model_copy(update=changes))

@@ -64,6 +64,23 @@ def test_blocks_that_are_removed_are_read_from_caches(problem: Problem) -> None:
     assert error(problem, fitted) < error(problem, schedule)
 
 
+def test_a_schedule_is_fitted_with_its_guidance(problem: Problem) -> None:
+    gates = ((True,) * 3, (True, False, True), (True,) * 3, (False,) * 3, (True,) * 3)
+    schedule = schedule_of(problem, gates).with_guidance([1, 0, 0.5, 1, 0])
+    fitted = calibrate(problem, schedule, SMALL)
+    assert fitted.guidance == (1, 0, 0.5, 0)  # evaluations in which no block runs are gone
+    assert error(problem, fitted) < error(problem, schedule)
+    assert error(problem, fitted) != error(problem, fitted.with_guidance(None))
+    at_work, whole = with_schedule(problem, schedule), problem.costs
+    own = at_work.costs.analyse(gates).cost / whole.step_cost
+    assert own == pytest.approx(whole.analyse(gates).cost / whole.step_cost - 0.5 - _part(problem) / 2)
+
+
+def _part(problem: Problem) -> float:
+    """Of an evaluation that leaves the second block out, as a share of a whole one."""
+    return 1 - problem.costs.gamma[1]
+
+
 def test_it_is_the_same_again_and_after_an_interruption(problem: Problem, tmp_path: Path) -> None:
     schedule = uniform(problem, 2)
     whole = calibrate(problem, schedule, SMALL)
