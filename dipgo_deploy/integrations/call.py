@@ -29,7 +29,7 @@ from dipgo_deploy.runtime.loop import DenoisingLoop
 # Arguments of a denoiser that are positions or extents, which follow from the size, or another form of a condition.
 _FOLLOWING = {
     *("hidden_states", "sample", "timestep", "timestep_cond", "return_dict", "txt_ids", "img_ids", "img_shapes"),
-    *("num_frames", "height", "width", "rope_interpolation_scale"),
+    *("num_frames", "height", "width", "rope_interpolation_scale", "resolution", "aspect_ratio"),
 }
 
 
@@ -155,7 +155,9 @@ class Call:
 
     def _refuse_others(self, kwargs: Mapping[str, Any], conditions: Mapping[str, Tensor]) -> None:
         """Refuse what a pipeline hands over and no engine takes."""
-        known = {*conditions, *_FOLLOWING, *(spec.name for spec in self._manifest.conditions)}
+        known = {*_FOLLOWING, *(spec.name for spec in self._manifest.conditions)}
+        if self._family.given is not None:
+            known |= conditions.keys()  # what it knows of, and a model without it leaves alone
         for name, value in kwargs.items():
             nothing = value is None or value is False or (isinstance(value, tuple | list | dict) and not len(value))
             if nothing or name in known:

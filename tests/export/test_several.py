@@ -125,6 +125,12 @@ def test_a_stock_pipeline_takes_each_schedule(dit_folder: Path, together: Path) 
         assert np.abs(drawn(4.0) - full[4.0]).max() > 1e-3
     with load_engines(stock, together, "cpu", launches=2, threads=1):
         assert np.abs(drawn(4.0, steps=2) - ours(4.0, launches=2)).max() <= 1e-4
+        stock.scheduler.set_timesteps(2)
+        handed = {"timestep": torch.ones(2), "class_labels": torch.tensor([3, 10]), "mask": torch.ones(2, 1)}
+        with pytest.raises(UserError, match="mask: is given to the denoiser, and this engine directory takes none"):
+            stock.transformer(torch.zeros(2, 4, 8, 8), **handed)
+    with pytest.raises(TypeError, match="mask"):
+        stock.transformer(torch.zeros(2, 4, 8, 8), **handed)
     assert not hasattr(stock.scheduler, "call")
 
 
