@@ -59,6 +59,8 @@ class OpenVinoBackend:
             "NUM_STREAMS": 1,
             # Its default is bfloat16 where the processor has it.
             "INFERENCE_PRECISION_HINT": "f32",
+            # Its default makes what quantised weights are multiplied with whole numbers, too.
+            "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
             # The thread that asks also works, and none is bound to a core that another process may have.
             "ENABLE_CPU_PINNING": False,
             **({} if threads is None else {"INFERENCE_NUM_THREADS": threads}),
