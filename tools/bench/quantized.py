@@ -253,8 +253,10 @@ _INTRODUCTION = """\
 python -m tools.bench.quantized size dit-xl-2-256 --out DIR --collect docs/results/quantized.json
 python -m tools.bench.quantized size sd-1.5-512 --sides fp32,int8-weights,int4-weights --out DIR \\
   --collect docs/results/quantized.json
-python -m tools.bench.quantized quality fashion-dit fashion-dit-ddim50-5 --out DIR --collect docs/results/quantized.json
-python -m tools.bench.quantized quality fashion-sd fashion-sd-ddim50-5 --out DIR --collect docs/results/quantized.json
+python -m tools.bench.quantized quality fashion-dit fashion-dit-ddim50-5 --images 100 --out DIR \\
+  --collect docs/results/quantized.json
+python -m tools.bench.quantized quality fashion-sd fashion-sd-ddim50-5 --images 100 --out DIR \\
+  --collect docs/results/quantized.json
 ```
 """
 _OF_SIZES = """\
