@@ -142,6 +142,21 @@ def test_tables_of_positions_are_the_models_own(tmp_path: Path) -> None:
     torch.testing.assert_close(model.state_dict()["pos_embed.pos_embed"], want, rtol=1e-3, atol=1e-3)
 
 
+def test_a_model_of_two_denoisers_is_a_pipelines_folder(tmp_path: Path) -> None:
+    published = find("wan-2.2")
+    small = {"attention_head_dim": 12, "num_attention_heads": 2, "ffn_dim": 16, "num_layers": 2, "text_dim": 8}
+    config = {**published["config"], **small, "freq_dim": 8}
+    count = write_model(published, config, "fp32", tmp_path / "model")
+    model, _, _ = load_denoiser(tmp_path / "model")
+    assert sum(parameter.numel() for parameter in model.parameters()) == count
+    first, second = (dict(part.named_parameters()) for part in model.children())
+    assert first.keys() == second.keys()
+    assert not any(torch.equal(first[name], second[name]) for name in first)
+    schedule = make_schedule(published, tmp_path / "model", {**OPTIONS, "steps": 5})
+    assert schedule.denoisers == ("transformer",) * 2 + ("transformer_2",) * 3
+    assert [sum(row) for row in schedule.gates[:3]] == [2, 0, 2]  # each begins in full
+
+
 def test_schedules_by_name(tmp_path: Path) -> None:
     write_model(TINY, TINY["config"], "fp32", tmp_path / "model")
     kept = {}

@@ -3,10 +3,11 @@
 Each module with a ``MODELS`` tuple is one family. An entry has ``name``, ``class_name`` and ``config`` of the denoiser,
 ``scheduler`` (diffusers class) and ``scheduler_config``, ``pixels`` and ``text_length`` of the published model, and
 where it applies: ``depth`` (changes of ``config`` that leave few enough parameters for a small machine, all kinds of
-blocks kept), ``latent_scale`` (pixels a latent pixel, 8 where not said), ``frames`` (of a video) and ``published`` (a
-shipped schedule with the gates that a paper's authors released for this model, or a published ``rule`` that makes
-gates: ``deepcache`` with ``interval`` and ``branch``, or ``interval``, every unit at every so many steps only, as FORA
-and SmoothCache's static schedules do).
+blocks kept), ``pipeline`` (of a model with several denoisers of that ``config``: their names in ``denoisers``, and what
+``model_index.json`` says beside them in ``index``), ``latent_scale`` (pixels a latent pixel, 8 where not said),
+``frames`` (of a video) and ``published`` (a shipped schedule with the gates that a paper's authors released for this
+model, or a published ``rule`` that makes gates: ``deepcache`` with ``interval`` and ``branch``, or ``interval``, every
+unit at every so many steps only, as FORA and SmoothCache's static schedules do).
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from dipgo_deploy.models.registry import family_for
 from dipgo_deploy.models.target import schedule_target
 from dipgo_deploy.schedule import builders
 from dipgo_deploy.schedule.builders import Target
-from dipgo_deploy.schedule.document import Schedule
+from dipgo_deploy.schedule.document import Gates, Schedule
 from tools.bench.measure import machine
 from tools.full_size import find, models
 from tools.full_size.measure import run_stage
@@ -109,7 +109,7 @@ def measure(entry: Mapping[str, Any], options: Mapping[str, Any], say: Any) -> d
         "steps": schedule.sampler.num_inference_steps,
         "granularity": schedule.model.granularity,
         "units": len(schedule.blocks),
-        "kept": sum(map(sum, schedule.gates)) / (schedule.steps * len(schedule.blocks)),
+        "kept": schedule.kept_share,
     }
     engine_dir = out / f"{label}.engine"
     shutil.rmtree(engine_dir, ignore_errors=True)
@@ -152,17 +152,16 @@ def make_schedule(entry: Mapping[str, Any], folder: Path, options: Mapping[str, 
     return target.schedule(_gates(name, target), name, {})
 
 
-def _gates(name: str, target: Target) -> Any:
-    units = len(target.blocks)
+def _gates(name: str, target: Target) -> Gates:
     if name == "full":
-        return builders.full(target.steps, units)
+        return target.gates(builders.full)
     match = re.fullmatch(r"(random|uniform)(\d+)", name)
     if match is None:
         raise UserError(f"--schedule {name}: give full, randomNN, uniformN or published")
     number = int(match[2])
     if match[1] == "uniform":
-        return builders.uniform(target.steps, units, number)
-    return builders.random(target.steps, units, number / 100, seed=0)
+        return target.gates(lambda steps, units: builders.uniform(steps, units, number))
+    return target.gates(lambda steps, units: builders.random(steps, units, number / 100, seed=0))
 
 
 def _published(entry: Mapping[str, Any], folder: Path, steps: int) -> Schedule:
@@ -175,7 +174,7 @@ def _published(entry: Mapping[str, Any], folder: Path, steps: int) -> Schedule:
         if found["rule"] == "deepcache":
             gates = builders.deepcache(target.steps, target.block_names, found["interval"], found["branch"])
         else:
-            gates = builders.uniform(target.steps, len(target.blocks), found["interval"])
+            gates = target.gates(lambda steps, units: builders.uniform(steps, units, found["interval"]))
         return target.schedule(gates, found["rule"], {key: found[key] for key in found if key != "rule"})
     given = Schedule.load(SCHEDULES / found["file"])
     target = schedule_target(str(folder), found["sampler"], found["steps"], found["granularity"])

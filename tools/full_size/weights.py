@@ -16,11 +16,33 @@ _STEM = "diffusion_pytorch_model"
 
 
 def write_model(entry: Mapping[str, Any], config: Mapping[str, Any], dtype: str, folder: Path, seed: int = 0) -> int:
-    """A denoiser's folder with its scheduler's configuration beside it; returns the number of parameters.
+    """A model's folder with its scheduler's configuration; returns the number of parameters.
 
-    dtype: of the files, ``fp32``, ``fp16`` or ``bf16``. Matrices are normal with variance 1 / inputs, factors of
-    norms are 1 and biases 0, both with a little noise, so that no value is special and signals keep their size.
+    The folder is that of one denoiser, or where the entry has a ``pipeline`` that of a pipeline which holds nothing but
+    its denoisers, each with weights of its own. dtype: of the files, ``fp32``, ``fp16`` or ``bf16``. Matrices are
+    normal with variance 1 / inputs, factors of norms are 1 and biases 0, both with a little noise, so that no value is
+    special and signals keep their size.
     """
+    if (pipeline := entry.get("pipeline")) is None:
+        count = _write_denoiser(entry["class_name"], config, dtype, folder, seed)
+    else:
+        names = pipeline["denoisers"]
+        parts = {name: ["diffusers", entry["class_name"]] for name in names}
+        index = {**pipeline["index"], **parts, "scheduler": ["diffusers", entry["scheduler"]]}
+        folder.mkdir(parents=True)
+        (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        count = sum(
+            _write_denoiser(entry["class_name"], config, dtype, folder / name, seed + number)
+            for number, name in enumerate(names)
+        )
+    scheduler = folder / "scheduler"
+    scheduler.mkdir()
+    document = {"_class_name": entry["scheduler"], **entry["scheduler_config"]}
+    (scheduler / "scheduler_config.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    return count
+
+
+def _write_denoiser(class_name: str, config: Mapping[str, Any], dtype: str, folder: Path, seed: int) -> int:
     import diffusers
     import torch
     from safetensors.torch import save_file
@@ -30,7 +52,7 @@ def write_model(entry: Mapping[str, Any], config: Mapping[str, Any], dtype: str,
     wanted = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
     settings = {key: value for key, value in config.items() if not key.startswith("_")}
     with parameters_on_meta():
-        model = getattr(diffusers, entry["class_name"])(**settings)
+        model = getattr(diffusers, class_name)(**settings)
     parameters = {id(parameter) for parameter in model.parameters()}
     generator = torch.Generator().manual_seed(seed)
     folder.mkdir(parents=True)
@@ -59,10 +81,6 @@ def write_model(entry: Mapping[str, Any], config: Mapping[str, Any], dtype: str,
         flush()
     _index(folder, shards)
     (folder / "config.json").write_text(json.dumps(dict(config), indent=2) + "\n", encoding="utf-8")
-    scheduler = folder / "scheduler"
-    scheduler.mkdir()
-    document = {"_class_name": entry["scheduler"], **entry["scheduler_config"]}
-    (scheduler / "scheduler_config.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     return count
 
 
