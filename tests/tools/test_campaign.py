@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -262,11 +263,18 @@ def test_a_command_is_stopped_as_often_as_asked_and_then_has_to_clean_up(
                 part.unlink()
         aside = Path(f".out.{os.getpid()}")
         aside.write_text("whole")
-        time.sleep(0.6)  # most of the time is after the file is there, on a busy machine too
+        threading.Event().wait(0.5)
         aside.rename("out")
         return 0
 
+    def until_it_writes(seconds: float) -> None:
+        """In place of a random time, which may be over before a busy machine has started the command."""
+        end = time.monotonic() + (10 if seconds > 0.02 else seconds)
+        while time.monotonic() < end and not any(tmp_path.glob("*/work/.out.*")):
+            threading.Event().wait(0.005)
+
     monkeypatch.setattr(kills, "dipgo", write)
+    monkeypatch.setattr(kills.time, "sleep", until_it_writes)
     monkeypatch.setattr(kills, "_SIGNALS", (signal.SIGKILL,))
     monkeypatch.setattr(kills, "_CHAIN", 3)
     results = list(kills.kill(WRITE, 5, seed=0, folder=tmp_path / "never"))
