@@ -54,11 +54,8 @@ def command() -> None:
 def make(
     model: str, cases: tuple[str, ...], granularity: Any, height: int | None, batch: int, most: int, graphs: Path
 ) -> None:
-    """Trace once, plan every case, and cut the full graph and up to ``--most`` graphs of each."""
-    from dipgo_deploy.export.cut import cut_variant
-    from dipgo_deploy.export.exporter import ExportOptions, plan_export, replan
-    from dipgo_deploy.export.tensors import graph_entry
-    from dipgo_deploy.export.weights import write_graphs
+    """Trace once, plan every case, and export it and the full schedule; up to ``--most`` graphs of each are timed."""
+    from dipgo_deploy.export.exporter import ExportOptions, plan_export, publish, replan
     from dipgo_deploy.reference.quiet import quiet_libraries
     from tools.bench.pairs import full_schedule
 
@@ -67,18 +64,15 @@ def make(
     first = next(iter(schedules.values()))
     options = ExportOptions(layout="variants", components=False, check=False, height=height, width=height, batch=batch)
     full = plan_export(model, full_schedule(first), options)
-    models = [cut_variant(full.traced, full.plan.variants[0], full.history)]
-    models[0].graph.name = FULL
+    entries = {FULL: _entry(FULL, publish(full, graphs / FULL).manifest.plan.variants[0].graph)}
     rows: dict[str, Any] = {}
     for name, schedule in schedules.items():
         planned = replan(full, schedule)
         plan = planned.plan
+        variants = publish(planned, graphs / name).manifest.plan.variants
         launched = [sum(launch.variant == place for launch in plan.launches) for place in range(len(plan.variants))]
         chosen = sample([variant.macs for variant in plan.variants], most)
-        for place in chosen:
-            cut = cut_variant(full.traced, plan.variants[place], planned.history)
-            cut.graph.name = f"{name}.{plan.variants[place].name}"
-            models.append(cut)
+        entries |= {f"{name}.{plan.variants[place].name}": _entry(name, variants[place].graph) for place in chosen}
         rows[name] = {
             "evaluations": len(plan.keep),
             "macs_run": plan.macs_run,
@@ -92,7 +86,6 @@ def make(
                 for place in chosen
             },
         }
-    write_graphs(models, graphs)
     shape = full.traced.shape
     document = {
         "model": Path(model).name,
@@ -101,9 +94,13 @@ def make(
         "batch": batch,
         "macs_full": full.plan.macs_full,
         "cases": rows,
-        "graphs": {str(m.graph.name): graph_entry(m, f"{m.graph.name}.onnx").model_dump(mode="json") for m in models},
+        "graphs": entries,
     }
     (graphs / CASES).write_text(json.dumps(document, indent=1), encoding="utf-8")
+
+
+def _entry(directory: str, graph: Graph) -> dict[str, Any]:
+    return {"directory": directory, "graph": graph.model_dump(mode="json")}
 
 
 def sample(macs: Sequence[int], most: int) -> list[int]:
@@ -183,7 +180,8 @@ def time_graphs(folder: Path, graphs: Mapping[str, Any], names: Sequence[str], r
     backend = OnnxRuntimeBackend("cpu", threads=1)
     calls: dict[str, Callable[[], float]] = {}
     for name in names:
-        calls[name] = _processor_time(_bound(backend, folder, Graph.model_validate(graphs[name])))
+        graph = Graph.model_validate(graphs[name]["graph"])
+        calls[name] = _processor_time(_bound(backend, folder / graphs[name]["directory"], graph))
     seconds = alternate(calls, rounds, warmup=1)
     calls.clear()
     gc.collect()
@@ -260,7 +258,8 @@ def as_text(rows: Sequence[Mapping[str, Any]]) -> str:
     parts = [
         "# Speed-up and multiply-accumulates at full size\n",
         f"{machine_line({**rows[0]['machine'], 'load_average': '(column load)'})}.\n",
-        "ONNX Runtime CPU, fp32, one image with guidance, random weights (time does not depend on them). Each graph of "
+        "ONNX Runtime CPU, fp32, one image with guidance, random weights (time does not depend on them), exported as "
+        "`dipgo-export` does by default, with tables of timesteps and a prologue. Each graph of "
         "a schedule is launched in turn with the full graph; `share` is its time in the full graph's, round by round, "
         "median and quartiles; time is processor time of the one thread, because other processes share the machine. "
         "Speed-up: evaluations x full graph / all launches of the schedule. Ideal: the same of "
