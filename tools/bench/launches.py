@@ -62,7 +62,9 @@ def make(
     quiet_libraries()
     schedules = dict(read_case(case, model, granularity) for case in cases)
     first = next(iter(schedules.values()))
-    options = ExportOptions(layout="variants", components=False, check=False, height=height, width=height, batch=batch)
+    # With low memory a trace could be exported once only.
+    given: dict[str, Any] = {"height": height, "width": height, "batch": batch, "low_memory": False}
+    options = ExportOptions(layout="variants", components=False, check=False, **given)
     full = plan_export(model, full_schedule(first), options)
     entries = {FULL: _entry(FULL, publish(full, graphs / FULL).manifest.plan.variants[0].graph)}
     rows: dict[str, Any] = {}
