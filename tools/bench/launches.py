@@ -24,7 +24,7 @@ from dipgo_deploy.backends.onnxruntime import OnnxRuntimeBackend
 from dipgo_deploy.bundle.manifest import Graph, TensorSpec
 from dipgo_deploy.cli.common import emit, entry_point, human_console, json_option
 from dipgo_deploy.schedule.document import Schedule
-from tools.bench.measure import alternate, machine, machine_line, spread
+from tools.bench.measure import alternate, machine, machine_lines, spread
 from tools.bench.tables import table, with_quartiles
 
 FULL = "full"
@@ -94,6 +94,7 @@ def make(
         "granularity": granularity,
         "latent": [shape.height, shape.width],
         "batch": batch,
+        "tables": True,
         "macs_full": full.plan.macs_full,
         "cases": rows,
         "graphs": entries,
@@ -138,7 +139,7 @@ def time_(graphs: Path, cases: tuple[str, ...], rounds: int, group: int, collect
     """Time each graph in turn with the full one, ``--group`` at a time, which is what must fit into memory."""
     console = human_console(as_json)
     document = json.loads((graphs / CASES).read_text(encoding="utf-8"))
-    about = {key: document[key] for key in ("model", "granularity", "latent", "batch", "macs_full")}
+    about = {key: document[key] for key in ("model", "granularity", "latent", "batch", "tables", "macs_full")}
     results = []
     for name, case in document["cases"].items():
         if cases and name not in cases:
@@ -255,13 +256,21 @@ def summary(
     return result
 
 
+def _name(row: Mapping[str, Any]) -> str:
+    height, width = row["latent"]
+    batch = f", batch {row['batch']}" if row["batch"] > 1 else ""
+    tables = "" if row.get("tables") else ", without tables"
+    return f"{row['model']}, {8 * height}x{8 * width}, {row['granularity']}, {row['case']}{batch}{tables}"
+
+
 def as_text(rows: Sequence[Mapping[str, Any]]) -> str:
     """The results for readers."""
     parts = [
         "# Speed-up and multiply-accumulates at full size\n",
-        f"{machine_line({**rows[0]['machine'], 'load_average': '(column load)'})}.\n",
+        *machine_lines(rows, _name),
         "ONNX Runtime CPU, fp32, one image with guidance, random weights (time does not depend on them), exported as "
-        "`dipgo-export` does by default, with tables of timesteps and a prologue. Each graph of "
+        "`dipgo-export` does by default, with tables of timesteps and a prologue, unless the row says "
+        "`without tables`: it is from before there were any. Each graph of "
         "a schedule is launched in turn with the full graph; `share` is its time in the full graph's, round by round, "
         "median and quartiles; time is processor time of the one thread, because other processes share the machine. "
         "Speed-up: evaluations x full graph / all launches of the schedule. Ideal: the same of "
@@ -270,9 +279,7 @@ def as_text(rows: Sequence[Mapping[str, Any]]) -> str:
     ]
     lines, details = [], []
     for row in rows:
-        height, width = row["latent"]
-        case = f"{row['model']}, {8 * height}x{8 * width}, {row['granularity']}, {row['case']}"
-        case += f", batch {row['batch']}" if row["batch"] > 1 else ""
+        case = _name(row)
         lines.append(
             (
                 case,

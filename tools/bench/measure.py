@@ -6,7 +6,7 @@ import importlib.metadata
 import os
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +133,18 @@ def machine_line(facts: Mapping[str, Any]) -> str:
         f"{facts['processor']}, {facts['cores']} cores, {threads}{facts['system']}, "
         f"Python {facts['python']}, {packages}; load average at the start {facts['load_average']}"
     )
+
+
+def machine_lines(rows: Sequence[Mapping[str, Any]], name: Callable[[Mapping[str, Any]], str]) -> list[str]:
+    """A line for each machine of rows, without the load; all but the one of most rows say which are theirs."""
+    machines: dict[str, list[str]] = {}
+    for row in rows:
+        machines.setdefault(machine_line(row["machine"]).partition("; load average")[0], []).append(name(row))
+    most = max((len(names) for names in machines.values()), default=0)
+    return [
+        line + ("" if len(names) == most else f" ({', '.join(dict.fromkeys(names))} only)") + ".\n"
+        for line, names in machines.items()
+    ]
 
 
 def _processor() -> str:

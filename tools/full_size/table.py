@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dipgo_deploy.errors import UserError
-from tools.bench.measure import machine_line
+from tools.bench.measure import machine_lines
 from tools.bench.tables import table, write_results
 
 GIB = 2**30
@@ -71,14 +71,7 @@ def summary(row: Mapping[str, Any]) -> str:
 
 def as_text(rows: Sequence[Mapping[str, Any]]) -> str:
     """The page."""
-    parts = ["# Exports at full size\n"]
-    machines: dict[str, list[str]] = {}
-    for row in rows:
-        machines.setdefault(machine_line(row["machine"]).partition("; load average")[0], []).append(_name(row))
-    most = max((len(names) for names in machines.values()), default=0)
-    for line, names in machines.items():
-        only = "" if len(names) == most else f" ({', '.join(dict.fromkeys(names))} only)"
-        parts.append(f"{line}{only}.\n")
+    parts = ["# Exports at full size\n", *machine_lines(rows, _name)]
     parts.append(_INTRODUCTION)
     parts.append(_needs(rows))
     parts.append(table(_EXPORTS, [_export_row(row) for row in rows]))
