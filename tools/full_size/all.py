@@ -41,9 +41,9 @@ _ROWS: tuple[tuple[str, str, int, Mapping[str, Any]], ...] = tuple(
         ("pixart-sigma-xl-2-1024", "fp16", 256, {}),
         ("flux.2-klein-4b-1024", "fp16", 256, {}),
         ("chroma1-1024", "fp16", 256, {"reduced": True}),
-        ("auraflow-1024", "fp16", 256, {}),
+        ("auraflow-1024", "fp16", 256, {"reduced": True}),
         ("qwen-image-1328", "fp16", 256, {"reduced": True}),
-        ("z-image-turbo-1024", "fp16", 256, {}),
+        ("z-image-turbo-1024", "fp16", 256, {"reduced": True}),
     )
     for schedule in ("random50", "published")
 )
