@@ -92,6 +92,7 @@ def _show_differences(console: Console, found: Sequence[Difference]) -> None:
 
 def _show(console: Console, facts: Mapping[str, Any]) -> None:
     from dipgo_deploy.engine.budget import size
+    from dipgo_deploy.engine.contents import lifetimes
     from dipgo_deploy.schedule.summary import ranges
 
     _print_pairs(console, _summary(facts))
@@ -133,7 +134,7 @@ def _show(console: Console, facts: Mapping[str, Any]) -> None:
         "Caches, with the launches from which to which each value is kept",
         ("cache", "shape", "dtype", "size", "kept"),
         (
-            (row["name"], _shape(row["shape"]), row["dtype"], size(row["bytes"]), _lifetimes(row["values"]))
+            (row["name"], _shape(row["shape"]), row["dtype"], size(row["bytes"]), lifetimes(row["values"]))
             for row in facts["caches"]
         ),
     )
@@ -175,8 +176,7 @@ def _summary(facts: Mapping[str, Any]) -> dict[str, str]:
     from dipgo_deploy.bundle.manifest import QuantizationEntry
     from dipgo_deploy.bundle.shapes import BATCH, Range
     from dipgo_deploy.engine.budget import size
-    from dipgo_deploy.schedule.guidance import guidance_line
-    from dipgo_deploy.schedule.summary import denoisers_line
+    from dipgo_deploy.schedule.summary import denoisers_line, guidance_line
 
     model, sampler, schedule = facts["model"], facts["sampler"], facts["schedule"]
     scale = facts["scale"] or 1
@@ -275,14 +275,6 @@ def _print_table(console: Console, title: str, headings: Sequence[str], rows: It
     if table.row_count:
         console.print()
         console.print(table)
-
-
-def _lifetimes(values: Iterable[Mapping[str, Any]]) -> str:
-    """``0-4, 5-9``; a value that nobody reads is one number."""
-    from dipgo_deploy.schedule.summary import span
-
-    spans = [(value["written"], max((value["written"], *value["read"]))) for value in values]
-    return ", ".join(span(first, last) for first, last in spans)
 
 
 def _shape(shape: Iterable[int]) -> str:

@@ -110,8 +110,7 @@ def _pending_for(file: Path, options: Mapping[str, Any]) -> PendingTarget:
 
 def _write(schedule: Schedule, output: Path, as_json: bool, forecast: RuleForecast | None) -> None:
     from dipgo_deploy.errors import UserError
-    from dipgo_deploy.schedule.guidance import guidance_line
-    from dipgo_deploy.schedule.summary import schedule_facts, schedule_line
+    from dipgo_deploy.schedule.summary import guidance_line, schedule_facts, schedule_line
 
     if forecast is not None:
         if schedule.gates == schedule.runs:
@@ -546,8 +545,7 @@ def _print_grid(schedule: Schedule, console: Console) -> None:
 
 
 def _print_facts(facts: Mapping[str, Any], schedule: Schedule, console: Console) -> None:
-    from dipgo_deploy.schedule.guidance import guidance_line
-    from dipgo_deploy.schedule.summary import denoisers_line
+    from dipgo_deploy.schedule.summary import denoisers_line, guidance_line
 
     provenance, solver, forecast = facts["provenance"], schedule.solver, schedule.forecast
     lines = {

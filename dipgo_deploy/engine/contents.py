@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from dipgo_deploy.bundle.stored import stored_values
 from dipgo_deploy.bundle.tables import TABLES_NAME
 from dipgo_deploy.bundle.weights import WEIGHTS_INDEX, WEIGHTS_NAME, WeightsIndex, weights_of
 from dipgo_deploy.engine.budget import memory_need
-from dipgo_deploy.schedule.summary import schedule_facts
+from dipgo_deploy.schedule.summary import schedule_facts, span
 
 
 def contents(bundle: Bundle, *, verify: bool = False) -> dict[str, Any]:
@@ -94,6 +94,11 @@ def contents(bundle: Bundle, *, verify: bool = False) -> dict[str, Any]:
         "tools": dict(manifest.tools),
         "files": dict(every[0].manifest.files),
     }
+
+
+def lifetimes(values: Sequence[Mapping[str, Any]]) -> str:
+    """Launches at which the values of a cache of ``contents`` are alive: ``0-4, 5-9``; one that nobody reads, ``3``."""
+    return ", ".join(span(value["written"], max((value["written"], *value["read"]))) for value in values)
 
 
 def _graphs(manifest: Manifest) -> Iterator[Graph]:

@@ -21,6 +21,7 @@ from dipgo_deploy.bundle.manifest import Calibration, Manifest, QuantizationEntr
 from dipgo_deploy.bundle.prologue import PROLOGUE_NAME
 from dipgo_deploy.bundle.quantized import STEPS
 from dipgo_deploy.bundle.weights import WeightsIndex
+from dipgo_deploy.difference import relative_rms
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.export.quantized import Made, quantize_weights, weight_form
 from dipgo_deploy.export.ranges import RangeRecorder, Recorded
@@ -325,14 +326,6 @@ class _Trial:
             found = session.run(list(outputs), inputs)
             errors += [relative_rms(one, wanted) for one, wanted in zip(found, outputs.values(), strict=True)]
         return max(errors)
-
-
-def relative_rms(found: np.ndarray, wanted: np.ndarray) -> float:
-    """Root mean square of the difference over that of ``wanted``; infinite where it is not finite."""
-    wanted = wanted.astype(np.float64)
-    difference = float(np.sqrt(np.mean(np.square(found.astype(np.float64) - wanted))))
-    size = float(np.sqrt(np.mean(np.square(wanted))))
-    return difference / size if math.isfinite(difference) and size else (0.0 if difference == 0 else math.inf)
 
 
 def _within(

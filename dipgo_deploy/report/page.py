@@ -11,6 +11,7 @@ import numpy as np
 
 from dipgo_deploy.compare.html import curves
 from dipgo_deploy.engine.budget import size
+from dipgo_deploy.engine.contents import lifetimes
 from dipgo_deploy.page.shell import (
     add_script,
     difference,
@@ -27,11 +28,10 @@ from dipgo_deploy.page.shell import (
 )
 from dipgo_deploy.report import memory_chart, quality_chart, schedule_chart, solver_chart, time_chart
 from dipgo_deploy.report.chart import key, put
-from dipgo_deploy.report.measured import Comparison, Limit, Profile, Quality
+from dipgo_deploy.report.measured import ComparedStep, Comparison, Limit, Profile, Quality
 from dipgo_deploy.report.subject import Subject
 from dipgo_deploy.report.words import count, macs, milliseconds
-from dipgo_deploy.schedule.guidance import guidance_line
-from dipgo_deploy.schedule.summary import denoisers_line, ranges, span
+from dipgo_deploy.schedule.summary import denoisers_line, guidance_line, ranges
 
 _SECTIONS = {
     "schedule": "Schedule",
@@ -57,27 +57,6 @@ class Strip:
 
 
 @dataclass(frozen=True)
-class _Tensor:
-    name: str
-    relative: float
-    made: float | None = None
-    carried: float | None = None
-
-
-@dataclass(frozen=True)
-class LoopPoint:
-    """How far a tensor of the loop is from the other directory's."""
-
-    step: int
-    tensors: tuple[_Tensor, ...]
-
-    @classmethod
-    def of(cls, name: str, step: int, relative: float) -> LoopPoint:
-        """One tensor at an evaluation."""
-        return cls(step, (_Tensor(name, relative),))
-
-
-@dataclass(frozen=True)
 class Given:
     """What a report has besides the directory.
 
@@ -99,7 +78,7 @@ class Given:
     limit: Limit | None = None
     strips: Sequence[Strip] = ()
     no_pictures: str = ""
-    drift: Sequence[LoopPoint] = ()
+    drift: Sequence[ComparedStep] = ()
 
 
 def report_page(subject: Subject, given: Given) -> bytes:
@@ -289,7 +268,7 @@ def _memory(body: ET.Element, subject: Subject) -> None:
     put(body, "arena", memory_chart.memory_chart(plan))
     more = folded(body, "the same as a table")
     rows = [
-        (row["name"], "x".join(map(str, row["shape"])), row["dtype"], size(row["bytes"]), _lifetimes(row["values"]))
+        (row["name"], "x".join(map(str, row["shape"])), row["dtype"], size(row["bytes"]), lifetimes(row["values"]))
         for row in facts["caches"]
     ]
     table(more, ("buffer", "shape", "type", "size", "alive at launches"), rows, ("size",))
@@ -529,10 +508,6 @@ def _allowed(subject: Subject, given: Given) -> float | None:
     """The speed-up that the multiply-accumulates of both directories allow."""
     ours = subject.bundle.manifest.plan.macs_run
     return None if given.against is None or not ours else given.against.bundle.manifest.plan.macs_run / ours
-
-
-def _lifetimes(values: Sequence[Mapping[str, Any]]) -> str:
-    return ", ".join(span(value["written"], max((value["written"], *value["read"]))) for value in values)
 
 
 def _plain(values: Mapping[str, Any]) -> str:

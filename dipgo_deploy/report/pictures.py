@@ -11,8 +11,10 @@ import numpy as np
 from dipgo_deploy.backends.base import Backend
 from dipgo_deploy.bundle.directory import Bundle
 from dipgo_deploy.bundle.manifest import Manifest, PlanEntry
+from dipgo_deploy.difference import relative_rms
 from dipgo_deploy.errors import UserError
-from dipgo_deploy.report.page import LoopPoint, Strip
+from dipgo_deploy.report.measured import Compared, ComparedStep
+from dipgo_deploy.report.page import Strip
 
 MOST_PICTURES = 16
 # Classes that are drawn where none are asked for.
@@ -42,7 +44,7 @@ class Drawn:
     """
 
     strips: tuple[Strip, ...] = ()
-    drift: tuple[LoopPoint, ...] = ()
+    drift: tuple[ComparedStep, ...] = ()
     why_not: str = ""
 
 
@@ -140,12 +142,18 @@ def _captions(wanted: Wanted) -> list[str]:
     ]
 
 
-def _drift(ours: PlanEntry, pruned: _Recorded, theirs: PlanEntry, full: _Recorded) -> list[LoopPoint]:
+def _drift(ours: PlanEntry, pruned: _Recorded, theirs: PlanEntry, full: _Recorded) -> list[ComparedStep]:
     """At the latents that both have: those of evaluations that both launch, and the final ones."""
     given, wanted = _received(ours, pruned), _received(theirs, full)
     pairs = [(step, other) for step, other in matched(ours, theirs).items() if step in given and other in wanted]
-    found = [LoopPoint.of(LATENT, other, _apart(given[step], wanted[other])) for step, other in pairs]
-    return [*found, LoopPoint.of(LATENT, theirs.evaluations, _apart(given[None], wanted[None]))]
+    found = [_at(other, given[step], wanted[other]) for step, other in pairs]
+    return [*found, _at(theirs.evaluations, given[None], wanted[None])]
+
+
+def _at(step: int, ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray]) -> ComparedStep:
+    """How far the latents of all pictures are apart at an evaluation."""
+    apart = relative_rms(np.concatenate(list(ours)), np.concatenate(list(theirs)))
+    return ComparedStep(step=step, variant=None, tensors=(Compared(name=LATENT, relative=apart),))
 
 
 def matched(ours: PlanEntry, theirs: PlanEntry) -> dict[int, int]:
@@ -163,10 +171,3 @@ def _received(plan: PlanEntry, recorded: _Recorded) -> dict[int | None, Sequence
     """Latents by the launched evaluation that gets them; None: the final ones."""
     launched = plan.launched
     return {to: recorded.latents[step] for step, to in zip(launched, (*launched[1:], None), strict=True)}
-
-
-def _apart(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray]) -> float:
-    """Root mean square of the difference over that of the other's."""
-    found, wanted = (np.concatenate(list(parts)).astype(np.float64) for parts in (ours, theirs))
-    size = float(np.sqrt(np.mean(np.square(wanted))))
-    return float(np.sqrt(np.mean(np.square(found - wanted)))) / size if size else 0.0

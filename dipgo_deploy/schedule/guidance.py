@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from itertools import groupby
 
 from dipgo_deploy.errors import UserError
 
@@ -18,17 +17,6 @@ def share_of_scale(scale: float, share: float, off: float) -> float:
     """The guidance scale of an evaluation that has this share of the guidance of a run of ``scale``; off: the scale
     that does nothing."""
     return scale if share == 1 else off + share * (scale - off)
-
-
-def guidance_line(shares: Sequence[float]) -> str:
-    """How much guidance which evaluations have: ``all 0-24, 0.5 25-29, conditional only 30-49``."""
-    names = {0.0: "conditional only", 1.0: "all"}
-    spans: list[str] = []
-    for share, group in groupby(enumerate(shares), key=lambda pair: pair[1]):
-        steps = [step for step, _ in group]
-        name = names.get(share, f"{share:g}")
-        spans.append(f"{name} {steps[0]}" + (f"-{steps[-1]}" if len(steps) > 1 else ""))
-    return ", ".join(spans)
 
 
 def shares_of(before: Sequence[float], conditional: Sequence[str], shares: Sequence[str]) -> tuple[float, ...]:

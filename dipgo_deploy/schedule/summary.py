@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
-from typing import Any
+from typing import Any, TypeVar
 
 from dipgo_deploy.schedule.document import Schedule
 from dipgo_deploy.schedule.frozen import to_json
 from dipgo_deploy.schedule.worth import worth_of
+
+T = TypeVar("T")
 
 
 def schedule_facts(schedule: Schedule) -> dict[str, Any]:
@@ -31,8 +33,19 @@ def schedule_facts(schedule: Schedule) -> dict[str, Any]:
 
 def denoisers_line(denoisers: Sequence[str]) -> str:
     """Which denoiser runs at which evaluations: ``transformer 0-12, transformer_2 13-39``."""
-    groups = groupby(enumerate(denoisers), key=lambda pair: pair[1])
-    return ", ".join(f"{name} {ranges([step for step, _ in group])}" for name, group in groups)
+    return _by_value(denoisers, str)
+
+
+def guidance_line(shares: Sequence[float]) -> str:
+    """How much guidance which evaluations have: ``all 0-24, 0.5 25-29, conditional only 30-49``."""
+    names = {0.0: "conditional only", 1.0: "all"}
+    return _by_value(shares, lambda share: names.get(share, f"{share:g}"))
+
+
+def _by_value(values: Sequence[T], name: Callable[[T], str]) -> str:
+    """The value of each evaluation, those in a row of the same one together."""
+    groups = groupby(enumerate(values), key=lambda pair: pair[1])
+    return ", ".join(f"{name(value)} {ranges([step for step, _ in group])}" for value, group in groups)
 
 
 def ranges(numbers: Sequence[int]) -> str:

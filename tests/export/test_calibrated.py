@@ -15,13 +15,13 @@ from onnx import TensorProto, helper, numpy_helper
 from toy_engine import Toy, build
 
 from dipgo_deploy.bundle.directory import Bundle
+from dipgo_deploy.difference import relative_rms
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.export.calibrated import (
     _within,
     activations,
     check_recordable,
     quantize_activations,
-    relative_rms,
 )
 from dipgo_deploy.export.options import ExportOptions, check_options
 from dipgo_deploy.export.quantized import quantize_weights

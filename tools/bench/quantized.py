@@ -22,7 +22,7 @@ from dipgo_deploy.cli.common import emit, entry_point, human_console, json_optio
 from tools.bench import timestep_tables
 from tools.bench.engine_quality import compare, conditions
 from tools.bench.measure import machine, machine_line
-from tools.bench.tables import table, with_quartiles, write_results
+from tools.bench.tables import table, write_results
 from tools.full_size import find
 
 MIB = 2**20
@@ -186,10 +186,7 @@ _SIZES = (
     "",
     "weights, MiB",
     "export, s",
-    "loading, s",
-    "memory loaded / ran, MiB",
-    "an evaluation, s",
-    "error of the variants",
+    *timestep_tables.RUN_HEADINGS,
 )
 _QUALITY = ("schedule", "", "launches", "weights, MiB", "SSIM", "PSNR, dB")
 
@@ -198,17 +195,13 @@ def size_cells(row: Mapping[str, Any]) -> list[Sequence[str]]:
     """A line of the table for each side."""
     lines: list[Sequence[str]] = []
     for side, found in row["sides"].items():
-        agreed = found["export"]["variants"]
         lines.append(
             (
                 f"{row['name']}, {row['width']}x{row['height']}",
                 side,
                 f"{found['weights_bytes'] / MIB:.0f}",
                 f"{found['export']['seconds']:.0f}",
-                with_quartiles(found["load_seconds"], 1),
-                f"{found['loaded_bytes']['median'] / MIB:.0f} / {found['ran_bytes']['median'] / MIB:.0f}",
-                with_quartiles(found["evaluation_seconds"], 2),
-                "-" if agreed is None else f"{agreed['relative']:.1e}",
+                *timestep_tables.run_cells(found),
             )
         )
     return lines

@@ -136,6 +136,8 @@ def _size(file: Path) -> int:
     return file.stat().st_size if file.is_file() else 0
 
 
+# Of ``run_cells``.
+RUN_HEADINGS = ("loading, s", "memory loaded / ran, MiB", "an evaluation, s", "error of the variants")
 _HEADINGS = (
     "model",
     "dtype",
@@ -144,10 +146,7 @@ _HEADINGS = (
     "tables, MiB",
     "export, s",
     "export's peak, MiB",
-    "loading, s",
-    "memory loaded / ran, MiB",
-    "an evaluation, s",
-    "error of the variants",
+    *RUN_HEADINGS,
 )
 
 
@@ -191,7 +190,6 @@ def cells(row: Mapping[str, Any]) -> list[Sequence[str]]:
     name = f"{row['name']}{f' ({changes})' if changes else ''}, {row['width']}x{row['height']}, {row['steps']} steps"
     lines: list[Sequence[str]] = []
     for side, found in row["sides"].items():
-        agreed = found["export"]["variants"]
         lines.append(
             (
                 name,
@@ -201,13 +199,21 @@ def cells(row: Mapping[str, Any]) -> list[Sequence[str]]:
                 f"{found['tables_bytes'] / MIB:.1f}",
                 f"{found['export']['seconds']:.0f}",
                 f"{found['export']['peak_rss'] / MIB:.0f}",
-                with_quartiles(found["load_seconds"], 1),
-                f"{found['loaded_bytes']['median'] / MIB:.0f} / {found['ran_bytes']['median'] / MIB:.0f}",
-                with_quartiles(found["evaluation_seconds"], 2),
-                "-" if agreed is None else f"{agreed['relative']:.1e}",
+                *run_cells(found),
             )
         )
     return lines
+
+
+def run_cells(found: Mapping[str, Any]) -> Sequence[str]:
+    """What loading and running one side took, and how far its graphs are from the supernet."""
+    agreed = found["export"]["variants"]
+    return (
+        with_quartiles(found["load_seconds"], 1),
+        f"{found['loaded_bytes']['median'] / MIB:.0f} / {found['ran_bytes']['median'] / MIB:.0f}",
+        with_quartiles(found["evaluation_seconds"], 2),
+        "-" if agreed is None else f"{agreed['relative']:.1e}",
+    )
 
 
 main = entry_point(command)
