@@ -50,9 +50,7 @@ def _whole(published: Sequence[dict[str, Any]]) -> str:
     with_control = {family.diffusers_class for family in BUILT_IN if "controlnet" in family.companions}
     rows = []
     for family in BUILT_IN:
-        # A variant without companions has the blocks of its class.
-        known = family.class_name if family.companions else family.diffusers_class
-        entries = [entry for entry in published if entry["class_name"] == known]
+        entries = [entry for entry in published if _is_of(entry, family)]
         units = [(entry["name"], *_counts(family, entry["config"])) for entry in entries]
         kinds = {
             kind for spec in family.blocks(entries[0]["config"] if entries else {}, "block") for kind in spec.caches
@@ -62,7 +60,7 @@ def _whole(published: Sequence[dict[str, Any]]) -> str:
                 family.models,
                 _classes(family),
                 ", ".join(f"`{name}`" for name in family.pipelines),
-                ", ".join(f"{name} {blocks} / {layers}" for name, blocks, layers in units) or _without(family),
+                ", ".join(f"{name} {blocks} / {layers}" for name, blocks, layers in units) or "as without",
                 ", ".join(sorted(kinds, reverse=True)),
                 _open(family),
                 _from_picture(family),
@@ -76,17 +74,21 @@ def _whole(published: Sequence[dict[str, Any]]) -> str:
     return _markdown(headings, rows)
 
 
+def _is_of(entry: dict[str, Any], family: ModelFamily) -> bool:
+    """Whether a published model has the blocks of this family's denoiser, or of each where it has several."""
+    several = tuple(entry.get("pipeline", {}).get("denoisers", ("",)))
+    if len(family.denoisers) > 1 or len(several) > 1:
+        return entry["class_name"] == family.diffusers_class and several == family.denoisers
+    # A variant without companions has the blocks of its class.
+    return entry["class_name"] == (family.class_name if family.companions else family.diffusers_class)
+
+
 def _counts(family: ModelFamily, config: dict[str, Any]) -> tuple[int, int]:
     return len(family.blocks(config, "block")), len(family.blocks(config, "layer"))
 
 
 def _classes(family: ModelFamily) -> str:
     return " with ".join(f"`{name}`" for name in (family.diffusers_class, *family.companions.values()))
-
-
-def _without(family: ModelFamily) -> str:
-    """Of a family that no published size is known of: its class has some."""
-    return "as without" if len(family.denoisers) == 1 else "those of one, of each"
 
 
 def _from_picture(family: ModelFamily) -> str:
