@@ -60,18 +60,11 @@ def command(
     The model runs in Triton's Python backend, whose Python has to have this package. Its inputs and outputs are those
     of the engine directory, and Triton batches requests up to the directory's batch.
     """
+    from dipgo_deploy.serve.settings import Drawing
     from dipgo_deploy.serve.triton import write_repository
 
-    target = write_repository(
-        repository,
-        engine_dir,
-        name=name,
-        copy=copy,
-        backend=backend,
-        threads=threads,
-        window=batch_window,
-        max_queue=max_queue,
-    )
+    drawing = Drawing(backend=backend, threads=threads, window=batch_window, max_queue=max_queue)
+    target = write_repository(repository, engine_dir, name=name, copy=copy, drawing=drawing)
     human_console(as_json).print(f"{target}: model {target.name}", markup=False, soft_wrap=True)
     emit({"model": target.name, "folder": str(target)}, as_json)
 

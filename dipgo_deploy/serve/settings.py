@@ -17,28 +17,37 @@ PREFIX = "DIPGO_SERVE_"
 API_KEY = f"{PREFIX}API_KEY"
 
 
-class Settings(pydantic.BaseModel):
+class Drawing(pydantic.BaseModel):
+    """How requests are drawn, by whatever serves them.
+
+    Attributes:
+        backend, threads: as ``Pipeline.from_engine_dir``.
+        window: seconds that a picture waits for others of its batch.
+        max_queue: pictures that may wait, of each directory.
+    """
+
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid")
+
+    backend: str = "auto"
+    threads: int | None = pydantic.Field(default=None, ge=1)
+    window: float = pydantic.Field(default=0.02, ge=0, le=60, allow_inf_nan=False)
+    max_queue: int = pydantic.Field(default=64, ge=1, le=100_000)
+
+
+class Settings(Drawing):
     """Of one server.
 
     Attributes:
         directories: engine directories, each as DIR or NAME=DIR.
-        backend, threads, verify: as ``Pipeline.from_engine_dir``.
-        window: seconds that a picture waits for others of its batch.
-        max_queue: pictures that may wait, of each directory.
+        verify: as ``Pipeline.from_engine_dir``.
         max_images: ``n`` of one request.
         max_body: bytes of a request.
         timeout: seconds after which a request that is not drawn ends with 504.
         api_key: bearer token that requests have to carry; None: none.
     """
 
-    model_config = pydantic.ConfigDict(frozen=True, extra="forbid")
-
     directories: tuple[str, ...] = pydantic.Field(min_length=1)
-    backend: str = "auto"
-    threads: int | None = pydantic.Field(default=None, ge=1)
     verify: bool = False
-    window: float = pydantic.Field(default=0.02, ge=0, le=60, allow_inf_nan=False)
-    max_queue: int = pydantic.Field(default=64, ge=1, le=100_000)
     max_images: int = pydantic.Field(default=10, ge=1, le=1000)
     max_body: int = pydantic.Field(default=2**20, ge=1024)
     timeout: float = pydantic.Field(default=600.0, gt=0, allow_inf_nan=False)

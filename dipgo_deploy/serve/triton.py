@@ -18,6 +18,7 @@ from dipgo_deploy.errors import UserError
 from dipgo_deploy.runtime.given_pictures import picture_conditions
 from dipgo_deploy.runtime.requests import class_condition, text_conditions
 from dipgo_deploy.serve.engine import check_served
+from dipgo_deploy.serve.settings import Drawing
 
 VERSION = "1"
 """Folder of the model's only version."""
@@ -83,11 +84,7 @@ def config_text(
     name: str,
     manifests: Sequence[Manifest],
     engine_dir: str,
-    *,
-    backend: str = "auto",
-    threads: int | None = None,
-    window: float = 0.02,
-    max_queue: int = 64,
+    drawing: Drawing | None = None,
 ) -> str:
     """config.pbtxt.
 
@@ -95,11 +92,11 @@ def config_text(
         name: of the model.
         manifests: of the directory's schedules.
         engine_dir: its path, from the folder of model.py where it is relative.
-        backend, threads: as ``Pipeline.from_engine_dir``.
-        window: seconds that a request waits for others of its batch.
-        max_queue: requests that may wait.
+        drawing: how requests are drawn; None: as is usual.
     """
-    settings = {"engine_dir": engine_dir, "backend": backend, "threads": "" if threads is None else str(threads)}
+    drawing = drawing or Drawing()
+    threads = "" if drawing.threads is None else str(drawing.threads)
+    settings = {"engine_dir": engine_dir, "backend": drawing.backend, "threads": threads}
     lines = [
         f"name: {json.dumps(name, ensure_ascii=False)}",
         'backend: "python"',
@@ -107,10 +104,10 @@ def config_text(
         *(line for tensor in inputs_of(manifests) for line in _tensor("input", tensor)),
         *(line for tensor in outputs_of(manifests) for line in _tensor("output", tensor)),
         "dynamic_batching {",
-        f"  max_queue_delay_microseconds: {round(window * 1e6)}",
-        f"  default_queue_policy {{ max_queue_size: {max_queue} }}",
+        f"  max_queue_delay_microseconds: {round(drawing.window * 1e6)}",
+        f"  default_queue_policy {{ max_queue_size: {drawing.max_queue} }}",
         "}",
-        f"instance_group [ {{ kind: {_KINDS.get(backend, 'KIND_GPU')} count: 1 }} ]",
+        f"instance_group [ {{ kind: {_KINDS.get(drawing.backend, 'KIND_GPU')} count: 1 }} ]",
     ]
     for key, value in settings.items():
         text = json.dumps(value, ensure_ascii=False)
@@ -143,10 +140,7 @@ def write_repository(
     *,
     name: str | None = None,
     copy: bool = False,
-    backend: str = "auto",
-    threads: int | None = None,
-    window: float = 0.02,
-    max_queue: int = 64,
+    drawing: Drawing | None = None,
 ) -> Path:
     """Put an engine directory into a model repository; returns the model's folder, which appears whole or not at all.
 
@@ -155,7 +149,7 @@ def write_repository(
         engine_dir: the engine directory.
         name: of the model; None: the directory's.
         copy: put a copy of it beside the model, so that the repository can be moved; else its path is written down.
-        backend, threads, window, max_queue: see ``config_text``.
+        drawing: see ``config_text``.
 
     Raises:
         UserError: the directory is wrong or gives no pictures, or the repository has a model of that name.
@@ -169,15 +163,7 @@ def write_repository(
         check_served(path, manifest)
         if manifest.sampler.strength is not None or picture_conditions(manifest):
             raise UserError(f"{path}: draws after pictures, which Triton's model does not take; use dipgo-serve")
-    text = config_text(
-        name,
-        manifests,
-        COPY if copy else str(path),
-        backend=backend,
-        threads=threads,
-        window=window,
-        max_queue=max_queue,
-    )
+    text = config_text(name, manifests, COPY if copy else str(path), drawing)
     with staged_directory(target) as folder:
         (folder / VERSION).mkdir()
         (folder / "config.pbtxt").write_text(text, encoding="utf-8")

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import click
 import pytest
 
+from dipgo_deploy.cli.serve import command as serve
+from dipgo_deploy.cli.triton import command as triton
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.serve.settings import Settings, from_environment, read_key
 
@@ -34,6 +37,18 @@ def test_the_environment_says_what_options_do(tmp_path: Path) -> None:
 def test_what_the_environment_says_wrong(environment: dict[str, str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         from_environment({f"DIPGO_SERVE_{name}": value for name, value in environment.items()})
+
+
+@pytest.mark.parametrize(
+    ("command", "needed"), [(serve, ["engine"]), (triton, ["--engine-dir", "engine", "-o", "repository"])]
+)
+def test_options_have_the_settings_defaults(command: click.Command, needed: list[str]) -> None:
+    given = command.make_context("command", needed).params
+    options = {("window" if name == "batch_window" else name): value for name, value in given.items()}
+    defaults = {name: field.default for name, field in Settings.model_fields.items() if not field.is_required()}
+    both = options.keys() & defaults.keys()
+    assert both >= {"backend", "threads", "window", "max_queue"}
+    assert {name: options[name] for name in both} == {name: defaults[name] for name in both}
 
 
 @pytest.mark.parametrize("content", ["", " \n", "a b", "é", "a\0b"])
