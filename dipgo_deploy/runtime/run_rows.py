@@ -23,24 +23,42 @@ from dipgo_deploy.runtime.graphs import Graphs
 Given = Mapping[str, np.ndarray]
 # Of the prologue's rows for earlier conditions: what is kept of them on the host. DiT-XL/2 has 1.5 MiB a launch.
 KEPT_BYTES = 2**27
+# Conditions that are known to have been there although their rows were not kept: digests of 32 bytes.
+_MOST_SEEN = 4096
 
 
 class KeptRows:
-    """Copies of rows for the conditions that were asked for last, ``KEPT_BYTES`` of them in all."""
+    """Copies of rows for conditions that were asked for before, ``KEPT_BYTES`` of them in all.
+
+    While there is room all are kept, so that conditions that take turns from the start make their rows once. Older ones
+    make way only for conditions that are seen again: where all differ, no more than ``KEPT_BYTES`` is ever copied.
+    """
 
     def __init__(self) -> None:
         self._kept: OrderedDict[bytes, dict[str, np.ndarray]] = OrderedDict()
         self._nbytes = 0
+        self._seen: OrderedDict[bytes, None] = OrderedDict()  # of what was not kept
 
     def keep(self, given: Given, rows: Callable[[], dict[str, np.ndarray]], nbytes: int) -> None:
-        """Keep rows of ``nbytes``, in the place of the oldest; ``rows`` is called where there is room for them."""
+        """Keep rows of ``nbytes`` that a run made; ``rows`` is called only where they are kept."""
         key = digest(given)
         if nbytes > KEPT_BYTES or key in self._kept:
+            return
+        if self._nbytes + nbytes > KEPT_BYTES and not self._seen_before(key):
             return
         while self._nbytes + nbytes > KEPT_BYTES:
             self._nbytes -= _bytes(self._kept.popitem(last=False)[1])
         self._kept[key] = rows()
         self._nbytes += nbytes
+
+    def _seen_before(self, key: bytes) -> bool:
+        if key in self._seen:
+            del self._seen[key]
+            return True
+        self._seen[key] = None
+        if len(self._seen) > _MOST_SEEN:
+            self._seen.popitem(last=False)
+        return False
 
     def of(self, given: Given) -> dict[str, np.ndarray] | None:
         """The rows for these conditions, None where there are none."""

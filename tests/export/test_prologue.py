@@ -160,7 +160,27 @@ def test_conditions_that_take_turns_make_their_rows_once(engine: Bundle, monkeyp
     assert np.abs(drawn[0] - drawn[1]).max() > 1e-3
 
 
-def test_the_oldest_rows_make_room(monkeypatch: pytest.MonkeyPatch):
+def test_prompts_that_all_differ_are_copied_no_more_when_the_room_is_full(
+    engine: Bundle, monkeypatch: pytest.MonkeyPatch
+):
+    copied: list[None] = []
+    made: list[None] = []
+    copies, run = RunRows._copies, RunRows._run
+    pipeline = Pipeline(engine, Counting())
+    assert engine.manifest.plan.prologue is not None
+    rows = sum(spec.nbytes for spec in engine.manifest.plan.prologue.outputs)
+    monkeypatch.setattr(run_rows, "KEPT_BYTES", 2 * rows)
+    monkeypatch.setattr(RunRows, "_copies", lambda self: (copied.append(None), copies(self))[1])
+    monkeypatch.setattr(RunRows, "_run", lambda self, *given: (made.append(None), run(self, *given)))
+    for label in range(8):
+        draw(pipeline, label)
+    assert (len(made), len(copied)) == (8, 2)
+    for label in (3, 4, 3, 4, 3, 4):  # each once more, and then both are there
+        draw(pipeline, label)
+    assert (len(made), len(copied)) == (10, 4)
+
+
+def test_the_oldest_rows_make_room_for_conditions_that_come_again(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(run_rows, "KEPT_BYTES", 2 * 12)
     kept = KeptRows()
     given = [{"ids": np.array([label])} for label in range(3)]
@@ -168,9 +188,13 @@ def test_the_oldest_rows_make_room(monkeypatch: pytest.MonkeyPatch):
     for label in (0, 1):
         kept.keep(given[label], lambda label=label: rows[label], 12)  # type: ignore[misc]
     assert kept.of(given[0]) is rows[0]
+    for label in range(2, 100):
+        kept.keep({"ids": np.array([label])}, lambda: pytest.fail("copied for conditions seen once"), 12)
+    assert [kept.of(one) for one in given] == [rows[0], rows[1], None]
+    assert kept.of(given[0]) is rows[0]
     kept.keep(given[2], lambda: rows[2], 12)
     assert [kept.of(one) for one in given] == [rows[0], None, rows[2]]
-    kept.keep({"ids": np.array([7])}, lambda: pytest.fail("copied without room"), 25)
+    kept.keep({"ids": np.array([100])}, lambda: pytest.fail("copied without room"), 25)
     other = ({"ids": np.array([0], np.int32)}, {"ids": np.array([[0]])}, {"id": np.array([0])})
     assert not any(kept.of(one) for one in other)
 
