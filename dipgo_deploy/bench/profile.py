@@ -6,7 +6,7 @@ import json
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from dipgo_deploy.backends.onnxruntime import OnnxExecutable, OnnxRuntimeBackend
 from dipgo_deploy.bench.examples import example_input
 from dipgo_deploy.bundle.directory import Bundle
 from dipgo_deploy.bundle.manifest import Graph
+from dipgo_deploy.models.registry import family_for
 from dipgo_deploy.runtime.loop import DenoisingLoop
 
 OUTSIDE = "(outside the blocks)"
@@ -127,7 +128,7 @@ def profile_loop(
     """Run the denoising loop of an engine directory on random inputs with ONNX Runtime's CPU provider.
 
     Raises:
-        UserError: the backend cannot run it.
+        UserError: the backend cannot run it, or the model's family is not known here.
     """
     options: dict[str, Any] = {"threads": threads, "share_weights": share_weights}
     launches = _Launches()
@@ -144,8 +145,7 @@ def profile_loop(
         loop = DenoisingLoop(bundle, profiling)
         for _ in range(repeats):
             _run(loop, bundle)
-        names = [block.name for block in bundle.load_schedule().blocks]
-        blocks, operators = sum_kernels(profiling.events(), names)
+        blocks, operators = sum_kernels(profiling.events(), block_modules(bundle))
     return LoopProfile(
         loop=total,
         launches=tuple(seconds / repeats for seconds in launches.seconds[: len(bundle.manifest.plan.launches)]),
@@ -154,27 +154,41 @@ def profile_loop(
     )
 
 
+def block_modules(bundle: Bundle) -> dict[str, str]:
+    """Path of a module -> block that it belongs to, in the order of the blocks. A block of several modules has the
+    name of one of them only.
+
+    Raises:
+        UserError: the model's family is not known here.
+    """
+    model = bundle.manifest.model
+    blocks = family_for(model.class_name).blocks(model.config, model.granularity)
+    return {module: block.name for block in blocks for module in block.modules}
+
+
 def sum_kernels(
-    events: Iterable[Mapping[str, Any]], blocks: Sequence[str]
+    events: Iterable[Mapping[str, Any]], modules: Mapping[str, str]
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Seconds of the kernels in ONNX Runtime's profile, by block (in order, then ``OUTSIDE``) and by operator, the
-    costliest first."""
+    costliest first. modules: see ``block_modules``."""
     by_block: dict[str, float] = defaultdict(float)
     by_operator: dict[str, float] = defaultdict(float)
     for event in events:
         if event.get("cat") != "Node" or not str(event.get("name", "")).endswith("_kernel_time"):
             continue
         seconds = event["dur"] / 1e6
-        by_block[block_of(str(event["name"]), blocks)] += seconds
+        by_block[block_of(str(event["name"]), modules)] += seconds
         by_operator[event["args"]["op_name"]] += seconds
-    ordered = {name: by_block[name] for name in (*blocks, OUTSIDE) if name in by_block}
+    ordered = {name: by_block[name] for name in (*modules.values(), OUTSIDE) if name in by_block}
     return ordered, dict(sorted(by_operator.items(), key=lambda item: -item[1]))
 
 
-def block_of(node: str, blocks: Sequence[str]) -> str:
-    """The block that a node, or a kernel, is of, by its name; ``OUTSIDE`` for one of none."""
+def block_of(node: str, modules: Mapping[str, str]) -> str:
+    """The block that a node, or a kernel, is of, by its name; ``OUTSIDE`` for one of none. modules: see
+    ``block_modules``."""
     module = node.partition("/")[0]
-    return max((name for name in blocks if f"{module}.".startswith(f"{name}.")), key=len, default=OUTSIDE)
+    within = max((path for path in modules if f"{module}.".startswith(f"{path}.")), key=len, default=None)
+    return OUTSIDE if within is None else modules[within]
 
 
 def _run(loop: DenoisingLoop, bundle: Bundle) -> None:

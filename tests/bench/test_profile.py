@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner
 from toy_engine import Toy, build
 
-from dipgo_deploy.bench.profile import OUTSIDE, sum_kernels
+from dipgo_deploy.bench import profile
+from dipgo_deploy.bench.profile import OUTSIDE, block_modules, block_of, sum_kernels
 from dipgo_deploy.bundle.manifest import Manifest
 from dipgo_deploy.report.measured import Profile, read_measured
 
@@ -19,7 +21,7 @@ def _kernel(name: str, operator: str, microseconds: int) -> dict[str, object]:
 
 
 def test_kernels_go_to_the_innermost_block_and_nothing_is_lost():
-    blocks = ["transformer_blocks.1", "transformer_blocks.10", "transformer_blocks.1.ff"]
+    modules = {name: name for name in ("transformer_blocks.1", "transformer_blocks.10", "transformer_blocks.1.ff")}
     events = [
         _kernel("transformer_blocks.1/Add_3", "Add", 1),
         _kernel("transformer_blocks.10.ff.net.0/MatMul_4", "MatMul", 10),
@@ -28,7 +30,7 @@ def test_kernels_go_to_the_innermost_block_and_nothing_is_lost():
         {"cat": "Session", "name": "model_run", "dur": 5000},
         {"cat": "Node", "name": "transformer_blocks.1/Add_3_fence_before", "dur": 7, "args": {"op_name": "Add"}},
     ]
-    by_block, by_operator = sum_kernels(events, blocks)
+    by_block, by_operator = sum_kernels(events, modules)
     assert by_block == pytest.approx(
         {
             "transformer_blocks.1": 1e-6,
@@ -41,13 +43,20 @@ def test_kernels_go_to_the_innermost_block_and_nothing_is_lost():
     assert sum(by_operator.values()) == pytest.approx(1111e-6)
 
 
+def test_a_unit_of_a_unet_has_the_kernels_of_its_resnet_too() -> None:
+    config = {"down_block_types": ["CrossAttnDownBlock2D"], "up_block_types": ["CrossAttnUpBlock2D"]}
+    config |= {"layers_per_block": 1, "mid_block_type": None, "block_out_channels": [32]}
+    model = SimpleNamespace(class_name="UNet2DConditionModel", config=config, granularity="layer")
+    modules = block_modules(SimpleNamespace(manifest=SimpleNamespace(model=model)))  # type: ignore[arg-type]
+    nodes = ("down_blocks.0.resnets.0.conv1/Conv_1", "down_blocks.0.attentions.0.proj_in/Conv_2", "conv_in/Conv_0")
+    assert [block_of(node, modules) for node in nodes] == [*["down_blocks.0.attentions.0"] * 2, OUTSIDE]
+
+
 def test_profile_of_an_engine_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dipgo_deploy.bundle.directory import Bundle
     from dipgo_deploy.cli.bench import command
 
     folder, written = build(tmp_path / "engine", Toy()), tmp_path / "times.json"
-    block = type("Block", (), {"name": "a"})
-    monkeypatch.setattr(Bundle, "load_schedule", lambda self: type("Schedule", (), {"blocks": [block]}))
+    monkeypatch.setattr(profile, "block_modules", lambda bundle: {"a": "a"})
     result = CliRunner().invoke(
         command, ["profile", "--engine-dir", str(folder), "--threads", "1", "--json", "-o", str(written)]
     )

@@ -22,9 +22,9 @@ from tools.bench.ceiling import Ceiling, Work, total, work_of
 
 
 def test_a_node_is_of_the_longest_block_that_it_lies_in() -> None:
-    blocks = ["a.1", "a.1.b", "a.11"]
+    modules = {path: path for path in ("a.1", "a.1.b", "a.11")}
     nodes = ("a.1.b.c/MatMul", "a.11/Add", "a.1.c/Add", "other/Add", "a/Add")
-    assert [block_of(node, blocks) for node in nodes] == ["a.1.b", "a.11", "a.1", OUTSIDE, OUTSIDE]
+    assert [block_of(node, modules) for node in nodes] == ["a.1.b", "a.11", "a.1", OUTSIDE, OUTSIDE]
 
 
 def test_work_counts_weights_and_what_crosses_between_blocks_once(tmp_path: Path) -> None:
@@ -41,7 +41,7 @@ def test_work_counts_weights_and_what_crosses_between_blocks_once(tmp_path: Path
     ]
     graph = helper.make_graph(nodes, "g", [made["x"]], [made["y"]], weights, value_info=[made["h"], inner])
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)]), tmp_path / "g.onnx")
-    works = work_of(tmp_path / "g.onnx", ["one", "two"])
+    works = work_of(tmp_path / "g.onnx", {"one": "one", "two": "two"})
     assert works == {"one": Work(4 * 8 * 16, 4 * (32 + 128 + 64)), "two": Work(4 * 16 * 2, 4 * (64 + 32 + 8))}
     assert total(works).macs == 640
     assert Ceiling(macs=64.0, read=1e9).seconds(works["one"]) == 8.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,12 +99,13 @@ def _read(threads: int, seconds: float) -> float:
     return _COPIED / _best(lambda: values.sum(), seconds)
 
 
-def work_of(path: Path, blocks: Sequence[str]) -> dict[str, Work]:
-    """What each block of a graph (a file with static shapes) has to do, ``profile.OUTSIDE`` for the rest."""
+def work_of(path: Path, modules: Mapping[str, str]) -> dict[str, Work]:
+    """What each block of a graph (a file with static shapes) has to do, ``profile.OUTSIDE`` for the rest. modules: see
+    ``profile.block_modules``."""
     import onnx_ir as ir
 
     graph = ir.load(path).graph
-    owner = {node: block_of(str(node.name), blocks) for node in graph}
+    owner = {node: block_of(str(node.name), modules) for node in graph}
     macs: dict[str, int] = defaultdict(int)
     moved: dict[str, dict[str, int]] = defaultdict(dict)
     outputs = {value.name for value in graph.outputs}

@@ -23,7 +23,7 @@ import numpy as np
 
 from dipgo_deploy.backends import create_backend
 from dipgo_deploy.backends.base import Backend, ChangedWeights, Executable, Launchable, Memory
-from dipgo_deploy.bench.profile import profile_loop
+from dipgo_deploy.bench.profile import block_modules, profile_loop
 from dipgo_deploy.bundle.directory import Bundle
 from dipgo_deploy.bundle.manifest import Graph
 from dipgo_deploy.cli.common import emit, entry_point, human_console, json_option
@@ -106,8 +106,8 @@ def limit(bundle: Bundle, threads: int, repeats: int, minutes: float, notify: Ca
     plan = bundle.manifest.plan
     notify("the machine's own limit")
     ceiling = measured(threads)
-    blocks = [block.name for block in bundle.load_schedule().blocks]
-    works = [work_of(bundle.path / variant.graph.file, blocks) for variant in plan.variants]
+    modules = block_modules(bundle)
+    works = [work_of(bundle.path / variant.graph.file, modules) for variant in plan.variants]
     counts = [sum(launch.variant == place for launch in plan.launches) for place in range(len(plan.variants))]
     backends: dict[str, Any] = {}
     for backend in BACKENDS:
