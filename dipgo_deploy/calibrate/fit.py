@@ -206,14 +206,15 @@ def _refine(model: SupernetModel, options: RefineOptions | None, report: Report)
 
 
 def launches_of(problem: Problem, gates: Gates) -> tuple[list[int], list[Launch]]:
-    """The launches of T x N gates with their evaluations; without a forecast, those in which no block runs are left
-    out."""
+    """The launches of gates (`Costs.width` a row) with their evaluations; without a forecast, those in which no block
+    runs are left out."""
+    blocks = len(problem.target.blocks)
     analysis = problem.costs.analyse(gates)
     own = problem.matrix.timesteps
     full = (problem.reference or problem).matrix.timesteps
     steps, launches = [], []
     for step in sorted(analysis.launches):
-        if not any(gates[step]) and problem.costs.forecast is None:
+        if not any(gates[step][:blocks]) and problem.costs.forecast is None:
             continue  # caches alone: with the solver's own rows there is no need for such a prediction
         target = nearest(full, own[step])
         steps.append(step)

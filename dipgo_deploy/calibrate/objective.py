@@ -53,8 +53,10 @@ def calibrated_objective(
 
     def score(gates: Gates) -> float:
         steps, launches = launches_of(problem, gates)
-        rows = tuple(gates[step] for step in steps)
-        return judge(fit_rows(runs, launches, model.with_gates(rows).predict))
+        analysis = problem.costs.analyse(gates)
+        rows = tuple(analysis.kept[step] for step in steps)
+        guidance = tuple(analysis.guidance[step] for step in steps)
+        return judge(fit_rows(runs, launches, model.with_gates(rows, guidance).predict))
 
     return Objective(problem.costs, score, on_evaluation=on_evaluation)
 

@@ -51,10 +51,12 @@ class SupernetModel:
         self._folder = folder
         self._states: dict[int, CacheState] = {}
 
-    def with_gates(self, gates: Gates) -> SupernetModel:
-        """The same model with other rows of gates, and no caches yet."""
+    def with_gates(self, gates: Gates, guidance: Sequence[float]) -> SupernetModel:
+        """The same model with other rows of gates and guidance, and no caches yet."""
         other = copy.copy(self)
         other._gates, other._states = gates, {}
+        other._supernet, other._with_files = copy.copy(self._supernet), copy.copy(self._with_files)
+        other._supernet.guidance = other._with_files.guidance = guidance
         return other
 
     @torch.no_grad()

@@ -202,6 +202,13 @@ def _pruner_flags(function: F) -> F:
     show_default="none",
     help="Schedule file that refinement may start at too; can be given several times.",
 )
+@option(
+    "Search",
+    "--search-guidance",
+    is_flag=True,
+    help="Let the search also leave out the unconditional half of evaluations: each has one more gate, and is "
+    f"conditional only without it, at half the cost. With {_RATIO}.",
+)
 @option("Search", "--seed", type=click.IntRange(min=0, max=400_000), default=0, help="Seed of the search.")
 @option(
     "Pruner",
@@ -305,6 +312,12 @@ def command(
     paths = {
         target: free_output(path, "--output", overwrite=overwrite) for target, path in zip(targets, named, strict=True)
     }
+    if options["search_guidance"]:
+        from dipgo_deploy.search.run import check_guidance_gates
+
+        if not options["ratios"]:
+            raise click.UsageError(f"--search-guidance: launches are searched whole and guided; use {_RATIO}")
+        check_guidance_gates(options["method"], options["max_variants"])
     pruner = pruner_config(options)
     fit = CalibrationOptions(images=options["calibration_images"], batch=options["image_batch"])
     if options["calibrate"]:
@@ -370,11 +383,13 @@ def _search_ratios(
     from dipgo_deploy.calibrate.fit import calibrate
     from dipgo_deploy.calibrate.objective import calibrated_objective
     from dipgo_deploy.search.evaluate import Objective
+    from dipgo_deploy.search.problem import with_guidance
     from dipgo_deploy.search.run import choose_cache, search
 
     def finish(schedule: Schedule) -> Schedule:
         refine = refine_options(options["refine_iterations"])
-        return calibrate(problem, schedule, fit, refine=refine, report=reporter.progress)
+        found = with_guidance(problem, schedule.guidance)
+        return calibrate(found, schedule, fit, refine=refine, report=reporter.progress)
 
     with TemporaryDirectory() as folder:
 
@@ -387,7 +402,7 @@ def _search_ratios(
         judge = objective if options["calibrate"] else None
         if options["cache"] is None and settings.method.endswith("refine"):
             problem = choose_cache(problem, settings, reporter, judge)
-        settings = replace(settings, starts=_starts(options["starts"], problem.target))
+        settings = replace(settings, starts=_starts(options["starts"], problem.target, options["search_guidance"]))
         found = search(
             problem,
             settings,
@@ -468,10 +483,11 @@ def _problem_options(options: dict[str, Any]) -> Any:
         class_labels=class_label_numbers(options["class_labels"]),
         reference=None if reference is None else sampler_and_steps(reference, "--reference", options["steps"]),
         device=options["device"],
+        guidance_gates=options["search_guidance"],
     )
 
 
-def _starts(files: Sequence[Path], target: Any) -> tuple[tuple[str, Any], ...]:
+def _starts(files: Sequence[Path], target: Any, halves: bool) -> tuple[tuple[str, Any], ...]:
     """Gates of schedule files by name; a start for other blocks or with other caches means something else here."""
     from dipgo_deploy.errors import UserError
     from dipgo_deploy.schedule.document import Schedule
@@ -483,27 +499,33 @@ def _starts(files: Sequence[Path], target: Any) -> tuple[tuple[str, Any], ...]:
             raise UserError(
                 f"--start {path}: was made for another model, or for other blocks or caches of it; leave it out"
             )
-        _check_plain_gates(path, schedule)
-        found.append((path.stem, schedule.gates))
+        found.append((path.stem, _gates_of(path, schedule, halves)))
     return tuple(found)
 
 
-def _warm_gates(file: str) -> Any:
+def _warm_gates(file: str, halves: bool) -> Any:
     from dipgo_deploy.schedule.document import Schedule
 
-    schedule = Schedule.load(file)
-    _check_plain_gates(file, schedule)
-    return schedule.gates
+    return _gates_of(file, Schedule.load(file), halves)
 
 
-def _check_plain_gates(file: str | Path, schedule: Schedule) -> None:
-    """A search runs caches as they are, so such gates would be judged by what they do not do."""
+def _gates_of(file: str | Path, schedule: Schedule, halves: bool) -> Any:
+    """Gates as a search has them. It runs caches and guidance as they are, so others would be judged by what they do
+    not do. halves: unconditional halves are gates."""
     from dipgo_deploy.errors import UserError
+    from dipgo_deploy.search.halves import joined
 
     if schedule.forecast is not None:
         raise UserError(f"{file}: has a forecast, which a search does not run; give a schedule without one")
-    if schedule.guidance is not None:
-        raise UserError(f"{file}: has a guidance of its own, which a search does not run; give a schedule without one")
+    if schedule.guidance is not None and not halves:
+        raise UserError(
+            f"{file}: has a guidance of its own, which a search does not run without --search-guidance; give that, or "
+            "a schedule without one"
+        )
+    guidance = schedule.guidance or (1.0,) * schedule.steps
+    if not set(guidance) <= {0.0, 1.0}:
+        raise UserError(f"{file}: has shares of the guidance, which a search does not run; give a schedule without one")
+    return joined(schedule.gates, guidance) if halves else schedule.gates
 
 
 def pruner_config(options: dict[str, Any]) -> PrunerConfig:
@@ -545,7 +567,7 @@ def _search_options(
         **stream,
         size=replace(SIZES[preset], **size),
         train=replace(train, **chosen),
-        warm_start=start if start is None or start == "uniform" else _warm_gates(start),
+        warm_start=start if start is None or start == "uniform" else _warm_gates(start, options["search_guidance"]),
         max_variants=options["max_variants"],
         prune_by=options["prune_by"],
         threads=threads,
@@ -588,7 +610,9 @@ def _reporting(console: Console, options: dict[str, Any]) -> Iterator[Reporter]:
 
 def _words(found: Found) -> str:
     loss = "" if found.loss is None else f", loss {found.loss:.4f}"
-    return f"saves {found.ratio:.4f} of the cost, {found.schedule.kept_share:.1%} of the gates kept{loss}"
+    half = sum(found.schedule.conditional_only)
+    halves = f", {half} of {found.schedule.steps} evaluations conditional only" if half else ""
+    return f"saves {found.ratio:.4f} of the cost, {found.schedule.kept_share:.1%} of the gates kept{halves}{loss}"
 
 
 def _facts(found: Found) -> dict[str, Any]:
@@ -598,6 +622,7 @@ def _facts(found: Found) -> dict[str, Any]:
         "kept_gates": found.schedule.kept_share,
         "loss": found.loss,
         "launches": found.schedule.steps if found.schedule.solver is not None else None,
+        "conditional_only": sum(found.schedule.conditional_only),
     }
 
 

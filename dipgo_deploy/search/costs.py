@@ -4,26 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.plan.compile import compile_plan
 from dipgo_deploy.plan.graph import BlockGraph
 from dipgo_deploy.plan.index import index_graph
 from dipgo_deploy.plan.live import Demand, demand
+from dipgo_deploy.plan.model import Plan
 from dipgo_deploy.plan.values import Assignment
 from dipgo_deploy.schedule.document import Gates
 from dipgo_deploy.schedule.forecast import Reads
+from dipgo_deploy.search.halves import joined, parted
 
 _REMEMBERED = 20_000
 
 
 @dataclass(frozen=True)
 class Analysis:
-    """What is left of T x N gates when nothing without effect is computed.
+    """What is left of gates (T rows of `Costs.width`) when nothing without effect is computed.
 
     Attributes:
         gates: the gates that do something; the first evaluation whole.
+        kept: those of blocks, T x N; ``gates`` has no others unless halves of guidance are gates.
+        guidance: per evaluation, how much it has of it.
         cost: of all launches.
         launches: the evaluations at which something is computed.
         prediction_slots: per evaluation, the number of the prediction that its sampler is given; evaluations with the
@@ -32,6 +35,8 @@ class Analysis:
     """
 
     gates: Gates
+    kept: Gates
+    guidance: tuple[float, ...]
     cost: int
     launches: frozenset[int]
     prediction_slots: tuple[int, ...]
@@ -39,12 +44,12 @@ class Analysis:
 
 
 class Costs:
-    """Costs of T x N gates of one traced model, in the unit of its graph's ``costs`` (multiply-accumulates).
+    """Costs of gates of one traced model, in the unit of its graph's ``costs`` (multiply-accumulates).
 
     full: cost of the full run that ratios are shares of. own_full: of T full evaluations, the same unless another run
     is the reference. gamma: per block, the share of one full evaluation that goes when the block goes at one
     evaluation, together with all that is then computed for nothing (DiP-GO's weight of a gate). own: per block, the
-    share of its own nodes.
+    share of its own nodes. width: gates in a row.
     """
 
     def __init__(
@@ -56,19 +61,22 @@ class Costs:
         reference_steps: int | None = None,
         forecast: Reads | None = None,
         guidance: Sequence[float] | None = None,
+        guidance_gates: bool = False,
     ) -> None:
         """Take the graph, T, and per evaluation whether the sampler gives its prediction any weight (default: all).
 
         reference_steps: full evaluations of the run that ratios are shares of, None for T. forecast: what removed
         blocks read; the analysis then leaves gates as they are, because what is stored decides what is read. guidance:
-        per evaluation, how much it has of it (default: all); 0 costs half.
+        per evaluation, how much it has of it (default: all); 0 costs half. guidance_gates: it is searched instead: a
+        row has one gate more, the last, for the unconditional half (see ``halves``). gamma and own have it, too.
         """
-        self.forecast = forecast
+        self.forecast, self.guidance_gates = forecast, guidance_gates
         self.guidance = tuple(guidance or (1.0,) * steps)
-        if 0 in self.guidance:
+        if guidance_gates or 0 in self.guidance:
             graph = graph.with_halves()
         self.graph, self.steps = graph, steps
         self.blocks = tuple(block.name for block in graph.schedule_blocks)
+        self.width = len(self.blocks) + guidance_gates
         self._index = index_graph(graph)
         self._used = tuple(used) if used is not None else (True,) * steps
         self._known: dict[tuple[int, ...], Analysis] = {}
@@ -82,25 +90,35 @@ class Costs:
         self._outputs = tuple(
             mask | (outputs[count + place] if graph.halves else 0) for place, mask in enumerate(outputs[:count])
         )
-        self.own = tuple(self._index.costs.macs(mask) / self.step_cost for mask in outputs[:count])
-        self.gamma = tuple(1 - self._cost_without(block) / self.step_cost for block in range(len(self.blocks)))
+        self.gamma = tuple(1 - self._cost_without(gate) / self.step_cost for gate in range(self.width))
+        own = tuple(self._index.costs.macs(mask) / self.step_cost for mask in outputs[:count])
+        self.own = (*own, *self.gamma[count:])
 
     def analyse(self, gates: Sequence[Sequence[bool]]) -> Analysis:
-        """What is left of ``gates`` (T x N); the first evaluation counts as kept whole, whatever it says."""
-        everything = (1 << len(self.blocks)) - 1
-        rows = (everything, *(_mask(row) for row in gates[1:]))
+        """What is left of ``gates`` (T, `width`); the first evaluation counts as kept whole, whatever it says."""
+        rows = ((1 << self.width) - 1, *(_mask(row) for row in gates[1:]))
         if len(rows) != self.steps:
             raise ValueError(f"{len(rows)} rows of gates for {self.steps} steps")
         if rows not in self._known:
             if len(self._known) >= _REMEMBERED:
                 self._known.clear()
-            count = len(self.blocks)
-            assignments = [
-                Assignment(row << count if share == 0 else row, denoiser=int(share == 0), guidance=share)
-                for row, share in zip(rows, self.guidance, strict=True)
-            ]
-            self._known[rows] = self._analysis(demand(self._index, assignments, self._used, self.forecast), rows)
+            self._known[rows] = self._analysis(*self._asked(rows))
         return self._known[rows]
+
+    def _asked(self, rows: Sequence[int]) -> tuple[Gates, tuple[float, ...]]:
+        """Gates of blocks and guidance of masks of gates."""
+        gates = tuple(tuple(bool(row >> gate & 1) for gate in range(self.width)) for row in rows)
+        return parted(gates) if self.guidance_gates else (gates, self.guidance)
+
+    def _demand(
+        self, kept: Gates, guidance: Sequence[float], used: Sequence[bool], forecast: Reads | None = None
+    ) -> Demand:
+        count = len(self.blocks)
+        assignments = [
+            Assignment(_mask(row) << count if share == 0 else _mask(row), denoiser=int(share == 0), guidance=share)
+            for row, share in zip(kept, guidance, strict=True)
+        ]
+        return demand(self._index, assignments, used, forecast)
 
     def ratio(self, gates: Sequence[Sequence[bool]]) -> float:
         """Share of the cost of the reference's full run that ``gates`` save, at most 1."""
@@ -112,61 +130,92 @@ class Costs:
 
     def limited(self, gates: Sequence[Sequence[bool]], max_variants: int) -> Gates:
         """``gates`` with as many re-enabled as it takes to need at most ``max_variants`` distinct graphs."""
-        return compile_plan(self.graph, self.clean(gates), max_variants=max_variants, **self._plan_options).keep
+        analysis = self.analyse(gates)
+        kept = self._compiled(analysis, max_variants=max_variants).keep
+        return joined(kept, analysis.guidance) if self.guidance_gates else kept
 
     def variants(self, gates: Sequence[Sequence[bool]]) -> int:
         """Number of distinct graphs that ``gates`` need."""
-        return len(compile_plan(self.graph, self.clean(gates), **self._plan_options).variants)
+        return len(self._compiled(self.analyse(gates)).variants)
+
+    def _compiled(self, analysis: Analysis, max_variants: int | None = None) -> Plan:
+        return compile_plan(
+            self.graph,
+            analysis.kept,
+            max_variants=max_variants,
+            prediction_used=list(self._used),
+            guidance=analysis.guidance,
+        )
 
     @property
-    def _plan_options(self) -> dict[str, Any]:
-        return {"prediction_used": list(self._used), "guidance": self.guidance}
+    def whole(self) -> Gates:
+        """The gates of the full run."""
+        return ((True,) * self.width,) * self.steps
 
     def patterns(self) -> tuple[tuple[bool, ...], ...]:
         """Rows that make sense of themselves: what is left of an evaluation when one block is removed, most costly
         first.
 
         For a UNet with output caches these are the shallow paths of DeepCache, from the graph alone. The full and the
-        empty row are among them.
+        empty row are among them. Where halves of guidance are gates, each is there guided and conditional only.
         """
         count = len(self.blocks)
         full, empty = (True,) * count, (False,) * count
         rows = {full, empty, *(self._row_without(block) for block in range(count))}
-        return tuple(sorted(rows, key=lambda row: (-self._index.costs.macs(self._index.gated(_mask(row))), row)))
+        if self.guidance_gates:
+            rows = {(*row, half) for row in rows for half in (False, any(row))}
+        return tuple(sorted(rows, key=lambda row: (-self._cost_of(row), row)))
 
-    def _analysis(self, demands: Demand, asked: Sequence[int]) -> Analysis:
+    def _cost_of(self, row: Sequence[bool]) -> int:
+        """Of the kept blocks, and of what is no block's."""
+        macs = self._index.costs.macs(self._index.gated(_mask(row[: len(self.blocks)])))
+        return macs // 2 if self.guidance_gates and not row[-1] else macs
+
+    def _analysis(self, asked: Gates, guidance: tuple[float, ...]) -> Analysis:
         index, count = self._index, len(self.blocks)
+        demands = self._demand(asked, guidance, self._used, self.forecast)
         rows = [[False] * count for _ in range(self.steps)]
         rows[0] = [True] * count
         for launch in demands.launches:
             for block in range(count):
                 if launch.computed & self._outputs[block]:
                     rows[launch.step][block] = True
-        if self.forecast is not None:
-            rows = [[bool(row >> block & 1) for block in range(count)] for row in asked]
+        kept = asked if self.forecast is not None else tuple(map(tuple, rows))
+        gates = kept
+        if self.guidance_gates:
+            before = guidance
+            kept, guidance = parted(joined(kept, guidance))
+            if guidance != before:  # of an evaluation of which nothing is left
+                return self._analysis(kept, guidance)
+            gates = joined(kept, guidance)
         return Analysis(
-            gates=tuple(tuple(row) for row in rows),
+            gates=gates,
+            kept=kept,
+            guidance=guidance,
             cost=demands.macs(index),
             launches=frozenset(launch.step for launch in demands.launches),
             prediction_slots=demands.prediction_slots,
             predicts=tuple(launch.step for launch in demands.launches if launch.predicts),
         )
 
-    def _without(self, block: int) -> Demand:
-        """Three evaluations, the block removed at the middle one."""
-        everything = (1 << len(self.blocks)) - 1
-        rows = (everything, everything & ~(1 << block), everything)
-        return demand(self._index, [Assignment(row) for row in rows], (True,) * 3)
+    def _without(self, gate: int) -> Demand:
+        """Three evaluations, a block removed at the middle one, or its unconditional half."""
+        kept, guidance = [[True] * len(self.blocks) for _ in range(3)], [1.0] * 3
+        if gate < len(self.blocks):
+            kept[1][gate] = False
+        else:
+            guidance[1] = 0.0
+        return self._demand(tuple(map(tuple, kept)), guidance, (True,) * 3)
 
-    def _cost_without(self, block: int) -> int:
-        return self._without(block).macs(self._index) - 2 * self.step_cost
+    def _cost_without(self, gate: int) -> int:
+        return self._without(gate).macs(self._index) - 2 * self.step_cost
 
     def _row_without(self, block: int) -> tuple[bool, ...]:
         computed = 0
         for launch in self._without(block).launches:
             if launch.step == 1:
                 computed = launch.computed
-        return tuple(bool(computed & outputs) for outputs in self._index.outputs)
+        return tuple(bool(computed & outputs) for outputs in self._outputs)
 
 
 def latency_graph(graph: BlockGraph, seconds: dict[str, float]) -> BlockGraph:

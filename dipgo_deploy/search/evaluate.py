@@ -26,7 +26,7 @@ class LaunchedSupernet(Supernet):
 
     def __init__(self, supernet: Supernet, analysis: Analysis) -> None:
         super().__init__(supernet.model, supernet.specs, supernet.cache_kinds, supernet.call, supernet.guide)
-        self.forecast, self.guidance = supernet.forecast, supernet.guidance
+        self.forecast, self.guidance = supernet.forecast, analysis.guidance
         self._analysis = analysis
         self._number = {step: number for number, step in enumerate(analysis.predicts)}
         self._made: dict[int, Tensor] = {}
@@ -57,9 +57,9 @@ class LaunchedSupernet(Supernet):
 
 @torch.no_grad()
 def sample(problem: Problem, gates: Sequence[Sequence[bool]], pairs: Sequence[Pair]) -> Tensor:
-    """Final latents (B, C, h, w) of these images under T x N gates."""
+    """Final latents (B, C, h, w) of these images under gates, `Costs.width` a row."""
     analysis = problem.costs.analyse(gates)
-    return problem.run(problem.batch(pairs), analysis.gates, LaunchedSupernet(problem.supernet, analysis))
+    return problem.run(problem.batch(pairs), analysis.kept, LaunchedSupernet(problem.supernet, analysis))
 
 
 @torch.no_grad()
@@ -72,7 +72,7 @@ def images_of(problem: Problem, latents: Tensor) -> Tensor:
 def full_latents(problem: Problem, pairs: Sequence[Pair]) -> Tensor:
     """Final latents of the full run that images are compared with."""
     problem = all_guided(problem.reference or problem)
-    return sample(problem, [[True] * len(problem.target.blocks)] * problem.steps, pairs)
+    return sample(problem, problem.costs.whole, pairs)
 
 
 @dataclass

@@ -87,15 +87,21 @@ class LoopLoss:
         self._problem, self._precision = problem, precision
         net = problem.supernet
         kind = CheckpointedSupernet if checkpoint_steps else Supernet
-        self._supernet = kind(net.model, net.specs, net.cache_kinds, net.call)
+        self._supernet = kind(net.model, net.specs, net.cache_kinds, net.call, net.guide)
         self._on_images = loss in IMAGE_LOSSES
         self._distance = IMAGE_LOSSES[loss] if self._on_images else LATENT_LOSSES[loss]
         self._references: dict[Pair, Tensor] = {}
 
     def __call__(self, gates: Tensor, pairs: Sequence[Pair]) -> Tensor:
-        """The loss (scalar) of ``gates`` (T, N) in [0, 1] for these images; the first evaluation is whole."""
-        problem = self._problem
-        rows: list[Sequence[Gate]] = [[True] * gates.shape[1], *(list(row) for row in gates[1:])]
+        """The loss (scalar) of ``gates`` (T, N) in [0, 1] for these images; the first evaluation is whole.
+
+        Where halves of guidance are gates, (T, N + 1): the last is the evaluation's share of the guidance. Both halves
+        are run, whatever it is, and stored.
+        """
+        problem, count = self._problem, len(self._problem.target.blocks)
+        rows: list[Sequence[Gate]] = [[True] * count, *(list(row[:count]) for row in gates[1:])]
+        if problem.costs.guidance_gates:
+            self._supernet.soft_guidance = _shares(gates)
         with self._autocast():
             latents = problem.run(problem.batch(pairs), rows, self._supernet)
         reference = self.reference(pairs)
@@ -106,7 +112,7 @@ class LoopLoss:
         return self._distance(problem.decode(latents), wanted).mean()
 
     def gradient(self, gates: Gates, pairs: Sequence[Pair]) -> np.ndarray:
-        """(T, N) float64: how the loss would change, to first order, with each of these hard gates."""
+        """(T, `Costs.width`) float64: how the loss would change, to first order, with each of these hard gates."""
         leaf = torch.tensor(gates, dtype=torch.float32, device=self._problem.device, requires_grad=True)
         self(leaf, pairs).backward()
         assert leaf.grad is not None
@@ -129,3 +135,12 @@ class LoopLoss:
             return contextlib.nullcontext()
         # Without the cache of cast weights: it would not outlive a checkpointed evaluation.
         return torch.autocast(self._problem.device.type, torch.bfloat16, cache_enabled=False)
+
+
+def _shares(gates: Tensor) -> list[float | Tensor]:
+    """How much guidance each evaluation has under T x (N + 1) gates; one that keeps no block goes on with that of the
+    one before, as in ``halves``."""
+    shares: list[float | Tensor] = [1.0]
+    for row in gates[1:]:
+        shares.append(row[-1] if bool(row[:-1].any()) else shares[-1])
+    return shares

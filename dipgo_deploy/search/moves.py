@@ -36,12 +36,12 @@ def propose(gates: Gates, costs: Costs, band: Band, rng: random.Random) -> Gates
     """Another set of gates in the band, one move away; None when none was found.
 
     The moves: two evaluations change places; two evaluations take rows that make sense of themselves
-    (`Costs.patterns`); a kept and a removed gate change places. A move that leaves the band is brought back by
-    `repair`.
+    (`Costs.patterns`); a kept and a removed gate change places. Where halves of guidance are gates, two of them are
+    traded for a launch. A move that leaves the band is brought back by `repair`.
     """
-    before = costs.clean(gates)
+    before, moves = costs.clean(gates), _MOVES + _GUIDANCE_MOVES * costs.guidance_gates
     for _ in range(_TRIES):
-        move = _MOVES[int(rng.random() * len(_MOVES))]
+        move = moves[int(rng.random() * len(moves))]
         rows = move(list(before), costs, rng)
         after = repair(tuple(rows), costs, band, rng)
         if after is not None and after != before:
@@ -161,7 +161,38 @@ def _exchange_gates(rows: Rows, costs: Costs, rng: random.Random) -> Rows:
     return rows
 
 
-_MOVES: tuple[Callable[[Rows, Costs, random.Random], Rows], ...] = (_exchange_steps, _take_patterns, _exchange_gates)
+def _trade_halves(rows: Rows, costs: Costs, rng: random.Random) -> Rows:
+    """Two guided evaluations become conditional only, and there is one more launch; or the other way round."""
+    launched = [step for step in range(1, len(rows)) if any(rows[step])]
+    less = rng.random() < 0.5
+    pair = _several([step for step in launched if rows[step][-1] == less], 2, rng)
+    if len(pair) < 2:
+        return rows
+    whole = rows[pair[0]]
+    for step in pair:
+        rows[step] = (*rows[step][:-1], not less)
+    if less:
+        place = _pick([step for step in range(1, len(rows)) if step not in launched], rng)
+        if place is not None:
+            rows[place] = whole
+    else:
+        place = _pick([step for step in launched if step not in pair], rng)
+        if place is not None:
+            rows[place] = (False,) * costs.width
+    return rows
+
+
+_Move = Callable[[Rows, Costs, random.Random], Rows]
+_MOVES: tuple[_Move, ...] = (_exchange_steps, _take_patterns, _exchange_gates)
+_GUIDANCE_MOVES: tuple[_Move, ...] = (_trade_halves,)
+
+
+def _several(items: Sequence[T], count: int, rng: random.Random) -> list[T]:
+    """Some of different places, fewer where there are not so many."""
+    left, found = list(items), list[T]()
+    while left and len(found) < count:
+        found.append(left.pop(int(rng.random() * len(left))))
+    return found
 
 
 def _pick(items: Sequence[T], rng: random.Random) -> T | None:

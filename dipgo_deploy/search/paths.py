@@ -57,7 +57,7 @@ def _survival(problem: Problem, batch: Batch, full: Sequence[Tensor]) -> np.ndar
 @torch.no_grad()
 def _path(problem: Problem, batch: Batch, computed: Sequence[int]) -> list[Tensor]:
     """The model input at every evaluation, and the final latent, when only these evaluations are computed."""
-    kept, count = set(computed), len(problem.target.blocks)
+    kept, count = set(computed), problem.costs.width
     gates: Gates = tuple((step in kept,) * count for step in range(problem.steps))
     analysis = problem.costs.analyse(gates)
     inputs: list[Tensor] = []
@@ -65,7 +65,7 @@ def _path(problem: Problem, batch: Batch, computed: Sequence[int]) -> list[Tenso
     def record(evaluation: Evaluation) -> None:
         inputs.append(evaluation.model_input)
 
-    final = problem.run(batch, analysis.gates, LaunchedSupernet(problem.supernet, analysis), record=record)
+    final = problem.run(batch, analysis.kept, LaunchedSupernet(problem.supernet, analysis), record=record)
     return [*inputs, final]
 
 

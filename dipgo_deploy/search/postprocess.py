@@ -38,7 +38,7 @@ def select(
     ``max_variants`` gates are re-enabled until so few graphs are left, and the ratio is what is saved then.
 
     Args:
-        scores: (T, N) keep scores; those of the first evaluation are not looked at.
+        scores: (T, `Costs.width`) keep scores; those of the first evaluation are not looked at.
         target: share to save, 0 to 1. tolerance: how far from it the result may be.
 
     Raises:
@@ -75,7 +75,7 @@ def unreachable(target: float, closest: float, tolerance: float = TOLERANCE) -> 
 
 def highest_ratio(costs: Costs) -> float:
     """What is saved when only the first evaluation runs."""
-    return costs.ratio([[False] * len(costs.blocks)] * costs.steps)
+    return costs.ratio([[False] * costs.width] * costs.steps)
 
 
 def check_ratio(target: float, costs: Costs, tolerance: float = TOLERANCE) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.export.trace import TracedModel, trace
 from dipgo_deploy.models.family import CacheKind, Granularity
-from dipgo_deploy.models.location import denoiser_config
+from dipgo_deploy.models.location import denoiser_config, pipeline_index
 from dipgo_deploy.models.shape import TraceShape
 from dipgo_deploy.models.target import schedule_target
 from dipgo_deploy.plan.graph import BlockGraph
@@ -48,6 +48,7 @@ class ProblemOptions:
         class_labels: for a class-conditioned model, None all that the model names.
         reference: sampler and steps of the full run whose images are to be kept and whose cost is to be saved of, None
             for that of sampler and steps.
+        guidance_gates: whether a search decides which evaluations are conditional only.
         random_conditions: of a denoiser without its pipeline, what stands for a prompt is noise: enough to measure time
             and memory, and for nothing else.
     """
@@ -66,6 +67,7 @@ class ProblemOptions:
     class_labels: tuple[int, ...] | None = None
     reference: tuple[str, int] | None = None
     device: str = "cpu"
+    guidance_gates: bool = False
     random_conditions: bool = False
 
 
@@ -212,6 +214,7 @@ def load_problem(options: ProblemOptions, notify: Notify = lambda stage: None) -
             f"{options.model}: runs {several} in turn, which is neither searched, fitted nor measured here; make a "
             "schedule by a rule (dipgo-schedule uniform), or import one"
         )
+    _check_guidance_gates(options)
     prompts = _prompts(options)
     device = _device(options.device)
     notify("loading the model")
@@ -241,7 +244,7 @@ def load_problem(options: ProblemOptions, notify: Notify = lambda stage: None) -
         target=target,
         matrix=matrix,
         traced=traced,
-        costs=Costs(traced.graph, target.steps, prediction_used(matrix)),
+        costs=Costs(traced.graph, target.steps, prediction_used(matrix), guidance_gates=options.guidance_gates),
         conditions=conditions,
         names=names,
         guidance_scale=(scale or DEFAULT_GUIDANCE_SCALE) if guidance else None,
@@ -283,7 +286,12 @@ def _with_scheduler(problem: Problem, scheduler: Any, target: Target, options: P
         matrix=matrix,
         set_timesteps=set_timesteps,
         reference=None,
-        costs=Costs(problem.traced.graph, len(matrix.timesteps), prediction_used(matrix)),
+        costs=Costs(
+            problem.traced.graph,
+            len(matrix.timesteps),
+            prediction_used(matrix),
+            guidance_gates=options.guidance_gates,
+        ),
     )
 
 
@@ -313,6 +321,7 @@ def costs_of(problem: Problem, graph: BlockGraph) -> Costs:
         reference_steps=steps,
         forecast=net.forecast,
         guidance=net.guidance,
+        guidance_gates=problem.options.guidance_gates,
     )
 
 
@@ -349,7 +358,9 @@ def with_schedule(problem: Problem, schedule: Schedule) -> Problem:
     if schedule.blocks != problem.target.blocks:
         problem = _with_blocks(problem, schedule.blocks)
     sampler = schedule.sampler
-    options = replace(problem.options, sampler=sampler.class_name, steps=sampler.num_inference_steps)
+    options = replace(
+        problem.options, sampler=sampler.class_name, steps=sampler.num_inference_steps, guidance_gates=False
+    )
     problem = _with_scheduler(problem, scheduler_of(schedule), replace(problem.target, sampler=sampler), options)
     return _with_reads(problem, schedule.forecast, schedule.guidance)
 
@@ -357,6 +368,13 @@ def with_schedule(problem: Problem, schedule: Schedule) -> Problem:
 def all_guided(problem: Problem) -> Problem:
     """The same problem with all of the guidance at all evaluations: what full runs are made with."""
     return _with_reads(problem, problem.supernet.forecast, None)
+
+
+def with_guidance(problem: Problem, guidance: Sequence[float] | None) -> Problem:
+    """The same problem with this guidance of its evaluations, which is searched no more."""
+    problem = replace(problem, options=replace(problem.options, guidance_gates=False))
+    problem = replace(problem, costs=costs_of(problem, problem.traced.graph))
+    return _with_reads(problem, problem.supernet.forecast, guidance)
 
 
 def _with_reads(problem: Problem, forecast: Reads | None, guidance: Sequence[float] | None) -> Problem:
@@ -423,6 +441,17 @@ def _encoded(
         )
         for name, label in zip(names, labels, strict=True)
     )
+
+
+def _check_guidance_gates(options: ProblemOptions) -> None:
+    """Before anything heavy is loaded."""
+    if not options.guidance_gates:
+        return
+    family, config = denoiser_config(options.model)
+    if options.guidance is False:
+        raise UserError("--search-guidance: there is no unconditional half with --no-guidance; leave out one")
+    if options.guidance is None and not family.is_guided(config, pipeline_index(options.model)):
+        raise UserError(f"--search-guidance: {options.model} has no unconditional half; leave it out")
 
 
 def _prompts(options: ProblemOptions) -> tuple[str, ...] | None:

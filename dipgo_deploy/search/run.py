@@ -19,7 +19,7 @@ from dipgo_deploy.search.baselines import BASELINES, Task, baseline
 from dipgo_deploy.search.baselines.deepcache import DeepCache
 from dipgo_deploy.search.baselines.dynamic import DynamicProgramming
 from dipgo_deploy.search.baselines.refine import refine
-from dipgo_deploy.search.baselines.uniform import Uniform, uniform_gates
+from dipgo_deploy.search.baselines.uniform import Uniform, alternating_gates, uniform_gates
 from dipgo_deploy.search.costs import Costs, latency_graph
 from dipgo_deploy.search.evaluate import Objective, image_objective
 from dipgo_deploy.search.latency import measure_latency
@@ -33,6 +33,8 @@ from dipgo_deploy.search.train import Progress, Trainer, TrainOptions, train
 
 METHODS = ("dipgo", "dipgo+refine", "refine", *BASELINES)
 _WITHOUT_OBJECTIVE = ("dipgo", "uniform", "dp")
+# Methods that move whole evaluations, and so leave all of them guided.
+_WITHOUT_HALVES = ("uniform", "deepcache", "annealing", "dp")
 # Seeds of the images that hard gates are judged on while searching, away from those the pruner learns from.
 _JUDGED = 500_000
 # Images that the costs of paths are measured on: they take more than two loops an evaluation.
@@ -51,8 +53,9 @@ class SearchOptions:
         budget: evaluations of the true objective a ratio (``dipgo`` makes none).
         images: that objective's images, of which image_batch go through the model at a time.
         pool, one_noise: see `SampleStream`.
-        warm_start: gates that the pruner starts at instead of keep-all; ``uniform``: each ratio has a pruner of its
-            own, which starts at the uniform interval there and is priced down to it.
+        warm_start: gates (`Costs.width` a row, as ``starts``) that the pruner starts at instead of keep-all;
+            ``uniform``: each ratio has a pruner of its own, which starts at the uniform interval there and is priced
+            down to it.
         starts: more gates by name that the refinement may start at, where their ratio is the one asked for.
         max_variants: most distinct graphs of a schedule.
         prune_by: what is saved.
@@ -143,6 +146,8 @@ def search(
     reporter = reporter or Reporter()
     if options.method not in METHODS:
         raise UserError(f"--method {options.method}: is unknown; use {', '.join(METHODS)}")
+    if problem.costs.guidance_gates:
+        check_guidance_gates(options.method, options.max_variants)
     problem = _by_latency(problem, options, reporter) if options.prune_by == "latency" else problem
     for ratio in options.ratios:
         check_ratio(ratio, problem.costs, options.tolerance)
@@ -175,6 +180,17 @@ def search(
     if refused is not None:
         raise refused
     return found
+
+
+def check_guidance_gates(method: str, max_variants: int | None) -> None:
+    """Refuse (UserError) a search of conditional-only evaluations that could find none."""
+    if method in _WITHOUT_HALVES:
+        others = ", ".join(name for name in METHODS if name not in _WITHOUT_HALVES)
+        raise UserError(f"--search-guidance: --method {method} leaves all evaluations guided; use {others}")
+    if max_variants == 1:
+        raise UserError(
+            "--search-guidance: conditional-only evaluations run in graphs of their own; allow --max-variants 2"
+        )
 
 
 def _plain_objective(problem: Problem, options: SearchOptions, reporter: Reporter) -> Objective:
@@ -259,13 +275,13 @@ def train_pruner(
     resume: bool = False,
     reporter: Reporter | None = None,
 ) -> list[list[float]]:
-    """Train one pruner and return its keep scores (T x N).
+    """Train one pruner and return its keep scores (T, `Costs.width`).
 
     Raises:
         UserError: a warm start of another size, and what `train` raises.
     """
     torch.manual_seed(options.seed)
-    pruner = Pruner(problem.steps, len(problem.target.blocks), options.size)
+    pruner = Pruner(problem.steps, problem.costs.width, options.size)
     if options.warm_start is not None and options.warm_start != "uniform":
         _check_start(problem, options.warm_start, "--warm-start")
         pruner.warm_start(options.warm_start)
@@ -367,10 +383,15 @@ def _one(
         parameters["reference"] = {"sampler": sampler.class_name, "steps": problem.reference.steps}
     if limit is not None:
         parameters["max_variants"] = limit
+    if problem.costs.guidance_gates:
+        parameters["search_guidance"] = True
     if loss is not None:
         parameters["objective"] = loss
     # The schedule is written without its dead gates, first evaluation whole: what it says is what is run.
-    schedule = problem.target.schedule(problem.costs.clean(gates), options.method, parameters)
+    analysis = problem.costs.analyse(gates)
+    schedule = problem.target.schedule(analysis.kept, options.method, parameters)
+    if problem.costs.guidance_gates:
+        schedule = schedule.with_guidance(analysis.guidance)
     return Found(ratio, achieved, loss, schedule)
 
 
@@ -415,6 +436,8 @@ def _other_starts(task: Task, options: SearchOptions) -> Mapping[str, Gates]:
             starts[name] = method.search(task)
         except UserError:
             continue
+    if task.costs.guidance_gates:
+        starts["alternating"] = alternating_gates(task.costs, task.target)
     for name, gates in options.starts:
         if abs(task.costs.ratio(gates) - task.target) <= task.tolerance:
             starts[name] = gates
@@ -433,10 +456,10 @@ def _within(costs: Costs, gates: Gates, limit: int, task: Task) -> Gates:
 
 
 def _check_start(problem: Problem, gates: Gates, name: str) -> None:
-    if len(gates) != problem.steps or len(gates[0]) != len(problem.target.blocks):
+    if len(gates) != problem.steps or len(gates[0]) != problem.costs.width:
         raise UserError(
             f"{name}: {len(gates)} x {len(gates[0])} gates, the search has {problem.steps} x "
-            f"{len(problem.target.blocks)}; give a schedule for this model, sampler and number of steps"
+            f"{problem.costs.width}; give a schedule for this model, sampler and number of steps"
         )
 
 

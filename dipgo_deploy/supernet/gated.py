@@ -76,12 +76,14 @@ class Supernet:
     denoisers: the path of the denoiser of each of these; None: the model is one. Blocks of the others do nothing there.
     guidance: how much of the run's guidance each of these has, where there is guidance; 0 is conditional only. None:
     all of it.
+    soft_guidance: in its place, shares that may be tensors of one element; both halves are always run.
     """
 
     store: CacheStore | None = None
     forecast: Reads | None = None
     denoisers: Sequence[str] | None = None
     guidance: Sequence[float] | None = None
+    soft_guidance: Sequence[float | Tensor] | None = None
 
     def __init__(
         self,
@@ -114,13 +116,16 @@ class Supernet:
 
     def conditional_only(self, step: int) -> bool:
         """Whether an evaluation has none of the run's guidance."""
-        return self.guidance is not None and self.guidance[step] == 0
+        return self.soft_guidance is None and self.guidance is not None and self.guidance[step] == 0
 
-    def scale_at(self, step: int, scale: float | None) -> float | None:
+    def scale_at(self, step: int, scale: float | None) -> float | Tensor | None:
         """The guidance scale of an evaluation in a run of ``scale``; None without guidance."""
-        if scale is None or self.guidance is None:
+        if scale is None:
             return scale
-        return share_of_scale(scale, self.guidance[step], self.guide.off)
+        if self.soft_guidance is not None:
+            # Not `share_of_scale`, for which a share of 1 has no gradient.
+            return self.guide.off + self.soft_guidance[step] * (scale - self.guide.off)
+        return scale if self.guidance is None else share_of_scale(scale, self.guidance[step], self.guide.off)
 
     def step(
         self,

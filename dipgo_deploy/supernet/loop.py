@@ -33,7 +33,7 @@ class Evaluation:
         before, after: the caches.
         raw: (G*B, C, h, w) the model's prediction, learned variance dropped; G = 1 where it is conditional only.
         prediction: (B, C, h, w) after guidance.
-        guidance_scale: its own; None without guidance.
+        guidance_scale: its own; a tensor of one element where it is a soft gate's, None without guidance.
     """
 
     step: int
@@ -44,7 +44,7 @@ class Evaluation:
     after: CacheState
     raw: Tensor
     prediction: Tensor
-    guidance_scale: float | None = None
+    guidance_scale: float | Tensor | None = None
 
 
 def run_loop(
@@ -231,7 +231,7 @@ def _evaluation(
     after: CacheState,
     raw: Tensor,
     prediction: Tensor,
-    scale: float | None,
+    scale: float | Tensor | None,
 ) -> Evaluation:
     return Evaluation(
         step=step,
@@ -242,7 +242,7 @@ def _evaluation(
         after=_detached(after),
         raw=raw.detach(),
         prediction=prediction.detach(),
-        guidance_scale=scale,
+        guidance_scale=scale.detach() if isinstance(scale, Tensor) else scale,
     )
 
 

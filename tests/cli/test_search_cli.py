@@ -12,6 +12,7 @@ from search_models import save_dit
 from shared_traces import shared_traces
 
 from dipgo_deploy.cli import search as cli
+from dipgo_deploy.cli.schedule import main as schedule_main
 from dipgo_deploy.cli.search import main, output_files, spread_ratios
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.schedule.document import Schedule
@@ -92,6 +93,32 @@ def test_refinement_takes_schedule_files_as_starts_if_they_fit(
         settings("--warm-start", str(tmp_path / "forecast.json"))
 
 
+def test_a_search_may_leave_out_unconditional_halves(
+    dit_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One schedule is searched, shown, and a start of the next search; a search without the option refuses it."""
+    args = ["--model", str(dit_folder), "--steps", "8", "--prune-ratio", "0.3", "--images", "1", "--threads", "1"]
+    args += ["--no-calibrate", "--cache", "output", "--budget", "1", "-o", str(tmp_path / "s.json")]
+    assert main([*args, "--search-guidance", "--method", "random", "--json"]) == 0
+    (said,) = json.loads(capsys.readouterr().out)["schedules"]
+    schedule = Schedule.load(tmp_path / "s.json")
+    assert said["conditional_only"] == sum(schedule.conditional_only) > 0
+    assert schedule_main(["show", str(tmp_path / "s.json"), "--model", str(dit_folder)]) == 0
+    shown = capsys.readouterr().out
+    assert "conditional only" in shown
+    assert f"({1 - said['achieved_ratio']:.1%} launched)" in shown
+    start = [*args, "--overwrite", "--method", "refine", "--start", str(tmp_path / "s.json")]
+    assert main(start) == 2
+    assert "s.json: has a guidance of its own, which a search does not run without --search-guidance" in (
+        capsys.readouterr().err
+    )
+    assert main([*start, "--search-guidance"]) == 0
+    assert "s" in Schedule.load(tmp_path / "s.json").provenance["parameters"]["start_losses"]
+    schedule.with_guidance([0.5, *[1.0] * 7]).save(tmp_path / "share.json")
+    with pytest.raises(UserError, match="share.json: has shares of the guidance, which a search does not run"):
+        settings("--search-guidance", "--warm-start", str(tmp_path / "share.json"))
+
+
 @pytest.mark.parametrize(
     ("extra", "line"),
     [
@@ -102,6 +129,11 @@ def test_refinement_takes_schedule_files_as_starts_if_they_fit(
         (["--prune-ratio", "0.5", "--method", "magic"], "'magic' is not one of"),
         (["--prune-ratio", "0.5", "--reference", "ddim:0"], "--reference ddim:0: give a sampler and its steps"),
         (["--prune-ratio", "0.5", "--reference", "magic:9"], "sampler 'magic' is unknown"),
+        (
+            ["--prune-ratio", "0.5", "--search-guidance", "--no-guidance"],
+            "--search-guidance: there is no unconditional",
+        ),
+        (["--prune-ratio", "0.5", "--search-guidance", "--method", "dp"], "--method dp leaves all evaluations guided"),
     ],
 )
 def test_mistakes_are_one_line(
@@ -125,6 +157,7 @@ def test_mistakes_are_one_line(
         (["--launches", "2", "--launches", "2"], "the same number is given twice"),
         (["--prune-ratio", "0.5", "--calibration-images", "2"], "--calibration-images 2: 0 of them"),
         (["--launches", "5"], "--launches 5: the full run has 4 evaluations"),
+        (["--launches", "2", "--search-guidance"], "--search-guidance: launches are searched whole and guided"),
     ],
 )
 def test_what_is_searched_is_said_once(

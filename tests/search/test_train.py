@@ -8,12 +8,14 @@ import pytest
 import torch
 
 from dipgo_deploy.errors import UserError
+from dipgo_deploy.models.guidance import Guidance, beyond_conditional
 from dipgo_deploy.search import checkpoint
-from dipgo_deploy.search.loop_loss import CheckpointedSupernet
-from dipgo_deploy.search.problem import Problem
+from dipgo_deploy.search.loop_loss import CheckpointedSupernet, LoopLoss
+from dipgo_deploy.search.problem import Pair, Problem
 from dipgo_deploy.search.pruner import Pruner, PrunerSize
 from dipgo_deploy.search.samples import SampleStream
 from dipgo_deploy.search.train import LOG_NAME, Progress, Trainer, TrainOptions, learning_rate, train
+from dipgo_deploy.supernet import Supernet
 
 SIZE = PrunerSize(width=16, hidden=(8,))
 OPTIONS = TrainOptions(iterations=4, batch=2, optimizer="adam", lr=0.3, save_every=1)
@@ -45,6 +47,16 @@ def test_checkpointing_changes_no_gradient(problem: Problem, loss: str) -> None:
     # Through time: the gates of every step but the first, which is kept, have an effect.
     assert torch.equal(plain[0], torch.zeros_like(plain[0]))
     assert (plain[1:].abs().amax(dim=1) > 0).all()
+
+
+@pytest.mark.parametrize("checkpoint_steps", [False, True])
+def test_the_loop_is_guided_as_the_model_is(problem: Problem, checkpoint_steps: bool) -> None:
+    """Not every family's guidance is the plain one."""
+    net = problem.supernet
+    guided = Supernet(net.model, net.specs, net.cache_kinds, net.call, Guidance(beyond_conditional, off=0.0))
+    problem = replace(problem, supernet=guided)
+    loss = LoopLoss(problem, "latent-l2", checkpoint_steps=checkpoint_steps)
+    assert loss(torch.ones(problem.steps, 3), (Pair(0, 1),)).item() == pytest.approx(0, abs=1e-6)
 
 
 @pytest.mark.parametrize("gradients", [False, True])

@@ -28,7 +28,7 @@ class Task:
         path_costs: lazily, for a method that looks at those instead of the objective, (T, T + 1) costs of computing
             nothing between two evaluations (see ``search.paths``).
         max_variants: most distinct graphs that ``refine`` may make of its gates.
-        gradient: of the loss with respect to hard gates (T, N), on other images each time, for ``refine``.
+        gradient: of the loss with respect to hard gates (T, `Costs.width`), on other images each time, for ``refine``.
     """
 
     target: float
@@ -67,7 +67,7 @@ class Method(Protocol):
     """A way to find gates."""
 
     def search(self, task: Task) -> Gates:
-        """T x N gates whose ratio is the target within the tolerance.
+        """Gates, T rows of `Costs.width`, whose ratio is the target within the tolerance.
 
         Raises:
             UserError: the method has no gates at this ratio; the message names the closest it has.

@@ -20,10 +20,11 @@ def shallow_rows(costs: Costs) -> list[tuple[bool, ...]]:
     first and last m, m = 1, 2, ..., because the middle ones change least from evaluation to evaluation.
     """
     count = len(costs.blocks)
-    rows = [row for row in costs.patterns() if 0 < sum(row) < count - 1]
+    guided = (True,) * (costs.width - count)
+    rows = [row for row in costs.patterns() if 0 < sum(row[:count]) < count - 1 and row[count:] == guided]
     if rows:
         return rows
-    return [tuple(k < m or k >= count - m for k in range(count)) for m in range(1, (count + 1) // 2)]
+    return [(*(k < m or k >= count - m for k in range(count)), *guided) for m in range(1, (count + 1) // 2)]
 
 
 class DeepCache:
@@ -31,7 +32,7 @@ class DeepCache:
 
     def search(self, task: Task) -> Gates:
         """See `Method.search`; one evaluation for each shallow path that has gates at this ratio."""
-        costs, count = task.costs, len(task.costs.blocks)
+        costs, count = task.costs, task.costs.width
         nearest = []
         for row in shallow_rows(costs):
             candidates = [

@@ -47,7 +47,7 @@ class DynamicProgramming:
         if abs(ratio - task.target) > task.tolerance:
             raise UserError(unreachable(task.target, ratio, task.tolerance))
         path = set(best_path(task.path_costs(), sum(any(row) for row in uniform)))
-        count = len(task.costs.blocks)
+        count = task.costs.width
         return task.costs.clean([(step in path,) * count for step in range(task.costs.steps)])
 
     def parameters(self) -> dict[str, Any]:

@@ -22,7 +22,7 @@ def random_gates(costs: Costs, target: float, rng: random.Random, tolerance: flo
         UserError: none of many draws has gates at the ratio.
     """
     for attempt in range(_ATTEMPTS):
-        scores = [[rng.random() for _ in costs.blocks] for _ in range(costs.steps)]
+        scores = [[rng.random() for _ in range(costs.width)] for _ in range(costs.steps)]
         try:
             return select(scores, costs, target, tolerance=tolerance).gates
         except UserError:

@@ -13,11 +13,23 @@ from dipgo_deploy.search.postprocess import unreachable
 
 def uniform_gates(costs: Costs, target: float) -> Gates:
     """As many full evaluations as come nearest to the target."""
-    count = len(costs.blocks)
+    count = costs.width
     candidates = [
         costs.clean(spread_rows(costs.steps, kept, (True,) * count, (False,) * count))
         for kept in range(1, costs.steps + 1)
     ]
+    return closest(candidates, costs, target)
+
+
+def alternating_gates(costs: Costs, target: float) -> Gates:
+    """As many evaluations at even distances as come nearest to the target, every second of them conditional only; for
+    costs whose last gate is the unconditional half."""
+    guided, half, empty = (True,) * costs.width, (*(True,) * (costs.width - 1), False), (False,) * costs.width
+    candidates = []
+    for kept in range(1, costs.steps + 1):
+        places = {place * costs.steps // kept: place for place in range(kept)}
+        rows = [(guided, half)[places[step] % 2] if step in places else empty for step in range(costs.steps)]
+        candidates.append(costs.clean(rows))
     return closest(candidates, costs, target)
 
 
