@@ -27,17 +27,21 @@ CASES = {
     "fashion-dit-uniform5": "fashion-dit",
     "fashion-dit-random50": "fashion-dit",
 }
+_LAYOUTS = ("auto", "variants", "segments")
 
 
 @click.command(name="loop")
 @click.option(
     "--case", "cases", type=click.Choice(list(CASES)), multiple=True, help="Shipped schedule.  [default: all]"
 )
+@click.option("--layout", type=click.Choice(_LAYOUTS), default="auto", show_default=True, help="As dipgo-export's.")
 @click.option("--repeats", type=click.IntRange(min=3), default=25, show_default=True, help="Rounds that count.")
 @click.option("--threads", type=click.IntRange(min=1), multiple=True, help="CPU threads.  [default: 1, and 2]")
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Results (.json, and .md beside it).")
 @json_option
-def command(cases: tuple[str, ...], repeats: int, threads: tuple[int, ...], out: Path | None, as_json: bool) -> None:
+def command(
+    cases: tuple[str, ...], layout: Any, repeats: int, threads: tuple[int, ...], out: Path | None, as_json: bool
+) -> None:
     """Time full and pruned loops of the built-in models in turn with each other and with bare session runs."""
     quiet_libraries()
     console = human_console(as_json)
@@ -46,7 +50,7 @@ def command(cases: tuple[str, ...], repeats: int, threads: tuple[int, ...], out:
         with tempfile.TemporaryDirectory() as folder:
             console.print(f"{name}: exporting", markup=False)
             schedule = Schedule.load(SCHEDULES / f"{name}.json")
-            pair = export_pair(CASES[name], schedule, Path(folder), ExportOptions(layout="variants"))
+            pair = export_pair(CASES[name], schedule, Path(folder), ExportOptions(layout=layout))
             case: dict[str, Any] = {
                 "model": CASES[name],
                 "weights_sha256": denoiser_hash(CASES[name]),
@@ -85,10 +89,11 @@ def as_text(facts: Mapping[str, Any]) -> str:
             f"{machine_line(facts['machine'])}.\n",
             f"ONNX Runtime CPU, fp32, one image with guidance, {facts['repeats']} rounds: in each round every loop and "
             "every set of bare runs once, in turn. Median, quartiles in brackets. Speed-up: full loop / pruned loop, "
-            "round by round; ideal: the same ratio of the multiply-accumulates. Made by `python -m tools.bench.loop "
+            "round by round; ideal: the same ratio of the multiply-accumulates. Layout: of the pruned loop, as "
+            "`dipgo-export --layout auto` chooses it. Made by `python -m tools.bench.loop "
             "--out docs/results/loop.json`.\n",
             table(
-                ("schedule", "threads", "full, ms", "pruned, ms", "speed-up", "ideal", "quotient"),
+                ("schedule", "layout", "threads", "full, ms", "pruned, ms", "speed-up", "ideal", "quotient"),
                 [_speed_row(name, count, result) for name, count, result in runs],
             ),
             "## What the runtime costs\n",
@@ -118,6 +123,7 @@ def as_text(facts: Mapping[str, Any]) -> str:
 def _speed_row(name: str, threads: str, result: Mapping[str, Any]) -> Sequence[str]:
     return (
         name,
+        result["pruned"]["layout"],
         threads,
         with_quartiles(result["full"]["loop_ms"], 1),
         with_quartiles(result["pruned"]["loop_ms"], 1),

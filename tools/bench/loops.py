@@ -138,6 +138,7 @@ def _loop_facts(loop: MeasuredLoop, seconds: np.ndarray, bare: np.ndarray | None
     inside = np.array(loop.inside[-len(seconds) :])
     facts: dict[str, Any] = {
         "evaluations": plan.evaluations,
+        "layout": plan.layout,
         "launches": launches,
         "variants": len(plan.variants),
         "macs": macs(loop.manifest),
