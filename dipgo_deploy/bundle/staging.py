@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import logging
 import os
 import shutil
 import tempfile
@@ -17,6 +18,8 @@ from dipgo_deploy.files import hold, short_name
 
 # What ``dipgo-build`` adds to a directory.
 PLANS = "plans"
+
+_log = logging.getLogger(__name__)
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
@@ -67,12 +70,12 @@ def staged_directory(target: Path, *, overwrite: bool = False) -> Iterator[Path]
 
     All files are flushed to disk before the rename. On an error, Ctrl-C or a signal that ends the process nothing is
     left behind, also no folder that was made for ``target`` to lie in, and an older ``target`` stays as it was. What a
-    killed process left is removed by the next one that writes the same target.
+    killed process left is removed by the next one that writes the same target, see ``remove_leftovers``.
 
     Raises:
         UserError: see ``check_target``; another process is writing the target; or it cannot be written.
     """
-    _tidy(target)
+    remove_leftovers(target)
     check_target(target, overwrite=overwrite)
     with _parents_made(target), scratch_directory(target) as stage:
         if any(_is_held(other) for other in _beside(target, "partial") if other != stage):
@@ -94,16 +97,29 @@ def scratch_directory(target: Path) -> Iterator[Path]:
     """A folder beside ``target`` that is gone when the block ends; what a killed process left goes with the next one
     that writes the same target. Raises UserError where none can be made."""
     try:
-        scratch = Path(tempfile.mkdtemp(prefix=_prefix(target, "partial"), dir=target.parent))
+        scratch, lock = _held_folder(target)
     except OSError as error:
         raise UserError(f"{target.parent}: cannot be written ({error.strerror}); give another --engine-dir") from None
-    lock = hold(scratch)
     try:
         yield scratch
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-        if lock is not None:
-            os.close(lock)
+        os.close(lock)
+
+
+def _held_folder(target: Path) -> tuple[Path, int]:
+    """A new folder beside ``target``, and the lock that says that this process lives."""
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=_prefix(target, "partial"), dir=target.parent))
+        with contextlib.suppress(FileNotFoundError):
+            lock = hold(folder)
+            if lock is not None and folder.exists():
+                return folder, lock
+            if lock is not None:
+                os.close(lock)
+        # Another process took it for a leftover before it was held.
+        with contextlib.suppress(OSError):
+            folder.rmdir()
 
 
 def replaced(engine_dir: Path, manifest: Manifest, files: Mapping[str, bytes], gone: Collection[str] = ()) -> None:
@@ -185,25 +201,42 @@ def _beside(target: Path, kind: str) -> list[Path]:
         return []
 
 
-def _tidy(target: Path) -> None:
-    """Finish what killed processes left: an old directory without a new one goes back, all else goes."""
-    for old in _beside(target, "old"):
-        if _is_held(old):
-            continue
-        if not target.exists() and (old / MANIFEST_NAME).is_file():
-            with contextlib.suppress(OSError):
-                old.rename(target)
-        shutil.rmtree(old, ignore_errors=True)
-    for stage in _beside(target, "partial"):
-        if not _is_held(stage):
-            shutil.rmtree(stage, ignore_errors=True)
+def remove_leftovers(target: Path) -> None:
+    """Finish what killed processes left beside ``target``, and say so: an old directory without a new one goes back,
+    all else is removed. What a living process holds stays."""
+    for kind in ("partial", "old"):  # whoever writes the target holds a partial one also while it makes an old one
+        for folder in _beside(target, kind):
+            try:
+                lock = hold(folder)
+            except OSError:
+                continue  # gone meanwhile
+            if lock is None:
+                return
+            try:
+                _finish(folder, target, back=kind == "old" and (folder / MANIFEST_NAME).is_file())
+            finally:
+                os.close(lock)
+
+
+def _finish(folder: Path, target: Path, *, back: bool) -> None:
+    if back and not target.exists():
+        with contextlib.suppress(OSError):
+            folder.rename(target)
+            _log.warning("%s: a process was killed while it replaced it; it is back as it was", target)
+            return
+    nbytes = sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file() and path.lstat().st_nlink == 1)
+    shutil.rmtree(folder, ignore_errors=True)
+    if folder.exists():
+        _log.warning("%s: left by a process that was killed, and cannot be removed; remove it yourself", folder)
+    else:
+        _log.warning("%s: left by a process that was killed; removed (%.1f MiB)", folder, nbytes / 2**20)
 
 
 def _swap(stage: Path, target: Path) -> None:
     if not target.exists():
         stage.rename(target)
     elif not _exchange(stage, target):
-        # Where the file system cannot exchange two names: between the two renames there is none, see ``_tidy``.
+        # Where the file system cannot exchange two names there is none between the two renames (``remove_leftovers``).
         old = Path(tempfile.mkdtemp(prefix=_prefix(target, "old"), dir=target.parent))
         target.replace(old)
         try:

@@ -7,9 +7,11 @@ and which holds the pages of one layer at a time; the second runs the graphs, wi
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
 
 # Exit status of a comparison beyond tolerance; 1 is that of any Python that ends in a traceback.
 _BEYOND = 3
+_PR_SET_PDEATHSIG = 1
 
 
 def verify_in_processes(
@@ -213,7 +216,15 @@ def _compare(engine_dir: Path, folder: Path, schedule: str | None = None) -> Agr
     return worst(agreements)
 
 
+def end_with_parent() -> None:
+    """Let the kernel end this process when the one that started it is killed: what that one left is then nobody's."""
+    prctl = getattr(ctypes.CDLL(None), "prctl", None)
+    if prctl is not None:
+        prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
+
+
 def _main() -> int:
+    end_with_parent()
     stage, engine_dir, *rest = sys.argv[1:]
     try:
         if stage == "record":

@@ -12,7 +12,7 @@ from typing import Any
 from dipgo_deploy import arguments
 from dipgo_deploy.bench.quality import Row, measure, schedule_cases
 from dipgo_deploy.bundle.directory import Bundle
-from dipgo_deploy.bundle.staging import check_target
+from dipgo_deploy.bundle.staging import check_target, remove_leftovers
 from dipgo_deploy.calibrate.core import CalibrationOptions
 from dipgo_deploy.calibrate.fit import calibrated_launches
 from dipgo_deploy.calibrate.launch_search import LaunchSearchOptions
@@ -95,6 +95,7 @@ def optimize(
     goal.check()
     check_options(export)
     target = arguments.path("engine_dir", engine_dir)
+    remove_leftovers(target)  # now, as the search may need the room
     check_target(target, overwrite=export.overwrite)
     full, counts = check_goal(problem, goal) if schedule is None else (0, ())
     clock = _Clock(stage)

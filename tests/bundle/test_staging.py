@@ -108,7 +108,9 @@ def test_a_second_writer_of_one_target_is_refused_while_the_first_lives(tmp_path
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGHUP])
-def test_what_a_killed_process_left_goes_with_the_next_export(tmp_path: Path, number: signal.Signals) -> None:
+def test_what_a_killed_process_left_goes_with_the_next_export(
+    tmp_path: Path, number: signal.Signals, caplog: pytest.LogCaptureFixture
+) -> None:
     code = f"""
 import time
 from pathlib import Path
@@ -119,7 +121,7 @@ from dipgo_deploy.cli.common import entry_point
 @click.command()
 def command():
     with staged_directory(Path({str(tmp_path / "x")!r})) as stage:
-        (stage / "half").write_text("written")
+        (stage / "half").write_bytes(bytes(2**20))
         print("ready", flush=True)
         time.sleep(60)
 
@@ -129,6 +131,7 @@ raise SystemExit(entry_point(command)([]))
     assert process.stdout is not None and process.stdout.readline() == "ready\n"
     with pytest.raises(UserError, match="another process is writing it"), staged_directory(tmp_path / "x"):
         pass
+    assert not caplog.messages
     process.send_signal(number)
     _, said = process.communicate(timeout=60)
     if number == signal.SIGKILL:
@@ -136,12 +139,36 @@ raise SystemExit(entry_point(command)([]))
     else:
         assert process.returncode == 128 + number and said.count("\n") == 1
         assert _names(tmp_path) == set()
+    left = _names(tmp_path)
+    with staged_directory(tmp_path / "y") as other:  # another target: it is not for this one to remove
+        assert _names(tmp_path) == {*left, other.name}
     with staged_directory(tmp_path / "x") as stage:
         (stage / "whole").write_text("")
-    assert _names(tmp_path) == {"x"} and _names(tmp_path / "x") == {"whole"}
+    assert _names(tmp_path) == {"x", "y"} and _names(tmp_path / "x") == {"whole"}
+    lines = [f"{tmp_path / name}: left by a process that was killed; removed (1.0 MiB)" for name in left]
+    assert caplog.messages == lines
 
 
-def test_a_kill_between_two_renames_is_undone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_was_taken_for_a_leftover_before_it_was_held_is_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hold, tries = staging.hold, []
+
+    def late(folder: Path) -> int | None:
+        tries.append(folder)
+        if len(tries) == 1:
+            folder.rmdir()  # as another process does between the two
+        return None if len(tries) == 2 else hold(folder)
+
+    monkeypatch.setattr(staging, "hold", late)
+    with staging.scratch_directory(tmp_path / "x") as scratch:
+        assert _names(tmp_path) == {scratch.name} and len(tries) == 3
+    assert _names(tmp_path) == set()
+
+
+def test_a_kill_between_two_renames_is_undone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     target = tmp_path / "x"
     shutil.copytree(EXPORTED, target)
     monkeypatch.setattr(staging, "_exchange", lambda one, other: False)
@@ -153,6 +180,7 @@ def test_a_kill_between_two_renames_is_undone(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(UserError, match="exists; give another"), staged_directory(target):
         pass
     assert (target / "manifest.json").is_file() and _names(tmp_path) == {"x"}
+    assert caplog.messages == [f"{target}: a process was killed while it replaced it; it is back as it was"]
 
 
 def test_the_longest_names_work(tmp_path: Path) -> None:

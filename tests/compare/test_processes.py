@@ -126,3 +126,15 @@ def test_a_test_is_recorded_where_nothing_is_compared(plan: Callable[..., Planne
     test = read_self_test(bundle)
     assert not test.recorded.whole and test.recorded.predictions and test.recorded.alone
     assert "8 bits" in test.recorded.reason
+
+
+def test_the_process_of_a_killed_export_ends_with_it() -> None:
+    child = (
+        "import time; from dipgo_deploy.compare.processes import end_with_parent; end_with_parent();"
+        "print('ready', flush=True); time.sleep(100)"
+    )
+    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    process = subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    process.kill()
+    process.communicate(timeout=30)  # until the last process that has this pipe is gone
