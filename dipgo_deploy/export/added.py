@@ -90,7 +90,10 @@ def add_schedules(
 
 def _check_same_model(bundle: Bundle, written: Manifest, stage: Path) -> None:
     """Refuse (UserError) a model whose configuration or weights are not those that were exported."""
-    again = "is not the model that was exported; export all schedules together to another --engine-dir"
+    again = (
+        "is not the model that was exported, or an earlier version exported it; export all schedules together to "
+        "another --engine-dir"
+    )
     if written.model.config_hash != bundle.manifest.model.config_hash:
         raise UserError(f"{bundle.path}: {written.model.name} {again} (its configuration differs)")
     for folder in sorted({Path(name).parent for name in written.graph_files()}):

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
+import numpy as np
 import onnx_ir as ir
 import torch
 from onnxscript.optimizer import optimize_ir
@@ -48,3 +50,25 @@ def test_graphs_are_those_of_onnxscripts_optimizer() -> None:
     assert _computation(found) == _computation(expected)
     assert len(list(found.graph)) < before
     assert {*found.graph.initializers} == {*expected.graph.initializers}
+
+
+class _Frequencies(torch.nn.Module):
+    """Frequencies as timestep embeddings and rotary embeddings have them, and tables of angles."""
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        place = torch.arange(96, dtype=torch.float32)
+        timed = torch.exp(-math.log(10000) * place / 95)
+        rotary = 1.0 / (10000.0 ** (place / 96))
+        angles = place[:, None] * rotary[None, ::4]
+        return x * timed, x * rotary, x[:24] + torch.cos(angles), x[:24] + torch.sin(angles)
+
+
+def test_constants_are_what_torch_gives_to_the_bit() -> None:
+    model = _Frequencies().eval()
+    program = torch.onnx.export(model, (torch.zeros(96),), dynamo=True, optimize=False, verbose=False)
+    assert program is not None
+    apply(program.model, Optimized())
+    assert {node.op_type for node in program.model.graph} <= {"Mul", "Add", "Slice"}
+    folded = [value.const_value for value in program.model.graph.initializers.values()]
+    for wanted in (*model(torch.ones(96))[:2], *model(torch.zeros(96))[2:]):  # times one, plus nothing
+        assert any(tensor is not None and np.array_equal(tensor.numpy(), wanted.numpy()) for tensor in folded)
