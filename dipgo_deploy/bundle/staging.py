@@ -15,6 +15,7 @@ from pathlib import Path
 from dipgo_deploy.bundle.manifest import MANIFEST_NAME, Manifest
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.files import hold, short_name
+from dipgo_deploy.page.maker import is_own_page
 
 # What ``dipgo-build`` adds to a directory.
 PLANS = "plans"
@@ -29,7 +30,7 @@ def check_target(target: Path, *, overwrite: bool) -> None:
 
     Raises:
         UserError: ``target`` exists and ``overwrite`` is off, or it is a file, or holds anything that dipgo-export and
-            dipgo-build did not write.
+            dipgo-build did not write, but for pages that show it.
     """
     try:
         if not target.exists() and not target.is_symlink():
@@ -53,7 +54,7 @@ def _check_own(target: Path) -> None:
             f"{target}: is not an engine directory that can be overwritten, remove it yourself or give another "
             f"--engine-dir ({error})"
         ) from None
-    own = {MANIFEST_NAME, *manifest.files}
+    own = {MANIFEST_NAME, *manifest.files, *(page.name for page in _pages(target))}
     paths = (path.relative_to(target) for path in target.rglob("*") if path.is_symlink() or not path.is_dir())
     others = sorted(path.as_posix() for path in paths if path.as_posix() not in own and path.parts[0] != PLANS)
     if others:
@@ -70,7 +71,8 @@ def staged_directory(target: Path, *, overwrite: bool = False) -> Iterator[Path]
 
     All files are flushed to disk before the rename. On an error, Ctrl-C or a signal that ends the process nothing is
     left behind, also no folder that was made for ``target`` to lie in, and an older ``target`` stays as it was. What a
-    killed process left is removed by the next one that writes the same target, see ``remove_leftovers``.
+    killed process left is removed by the next one that writes the same target, see ``remove_leftovers``. Pages that
+    showed the older ``target`` go with it, which is said.
 
     Raises:
         UserError: see ``check_target``; another process is writing the target; or it cannot be written.
@@ -85,11 +87,19 @@ def staged_directory(target: Path, *, overwrite: bool = False) -> Iterator[Path]
             _sync_tree(stage)
             stage.chmod(0o755)
             check_target(target, overwrite=overwrite)
+            pages = _pages(target)
             _swap(stage, target)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES):
                 raise
             raise UserError(f"{target}: cannot be written ({error.strerror}); give another --engine-dir") from None
+    for page in pages:
+        _log.warning("%s: showed what the directory was before; removed, dipgo-report makes one of what it is", page)
+
+
+def _pages(target: Path) -> list[Path]:
+    """The pages of this package that stand beside a manifest, such as ``dipgo-optimize`` writes one."""
+    return sorted(path for path in target.glob("*.html") if is_own_page(path))
 
 
 @contextlib.contextmanager
@@ -125,13 +135,15 @@ def _held_folder(target: Path) -> tuple[Path, int]:
 def replaced(engine_dir: Path, manifest: Manifest, files: Mapping[str, bytes], gone: Collection[str] = ()) -> None:
     """Give an engine directory another manifest and other contents of some of its files, all at once.
 
-    All other files stay what they are, without being copied where the file system has links. manifest: with the digests
-    of the files as they will be. gone: files that it has no more. All names are of files beside the manifest.
+    All other files stay what they are, without being copied where the file system has links; pages go.
+
+    manifest: with the digests of the files as they will be. gone: files that it has no more. All names are of files
+    beside the manifest.
 
     Raises:
         UserError: see ``staged_directory``.
     """
-    changed = {MANIFEST_NAME, *files, *gone}
+    changed = {MANIFEST_NAME, *files, *gone, *(page.name for page in _pages(engine_dir))}
     with staged_directory(engine_dir, overwrite=True) as stage:
         shutil.copytree(
             engine_dir,

@@ -208,10 +208,12 @@ def _with_engines(console: Console, given: dict[str, Any], how: dict[str, Any]) 
     """Fit with the engines of a directory, and change it."""
     from dipgo_deploy.backends import create_backend
     from dipgo_deploy.bundle.directory import Bundle
+    from dipgo_deploy.bundle.staging import check_target
     from dipgo_deploy.calibrate.engines import calibrate_engines, with_solver
     from dipgo_deploy.cli.options import class_label_numbers
 
     bundle, reference = Bundle.open(given["engine_dir"]), Bundle.open(given["reference_engine_dir"])
+    check_target(bundle.path, overwrite=True)
     conditions = _conditions(bundle.manifest, given["prompts"], class_label_numbers(given["class_labels"]))
     with stage_bar(console) as report:
         backend = create_backend(given["backend"], threads=given["threads"])

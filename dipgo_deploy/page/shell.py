@@ -14,6 +14,7 @@ from xml.etree import ElementTree as ET
 import numpy as np
 
 from dipgo_deploy.errors import one_line
+from dipgo_deploy.page.maker import MAKER
 
 OK, BEYOND = "ok", "beyond"
 """Verdicts of a table's rows."""
@@ -25,6 +26,7 @@ def new_page(title: str) -> tuple[ET.Element, ET.Element]:
     head = ET.SubElement(root, "head")
     ET.SubElement(head, "meta", charset="utf-8")
     ET.SubElement(head, "meta", name="viewport", content="width=device-width, initial-scale=1")
+    ET.SubElement(head, "meta", name="generator", content=MAKER)
     ET.SubElement(head, "title").text = text(title)
     ET.SubElement(head, "style").text = _own("page.css")
     return root, ET.SubElement(root, "body")

@@ -462,7 +462,9 @@ def _origin_facts(subject: Subject) -> dict[str, str]:
         "sha256 of the schedule": manifest.files.get(manifest.schedule, "not said"),
     }
     engines = facts["engines"]
-    found["TensorRT engines"] = "none" if not engines else ", ".join(_engine(row) for row in engines)
+    found["TensorRT engines, when this page was made"] = (
+        "none" if not engines else ", ".join(_engine(row) for row in engines)
+    )
     if facts["table_classes"]:
         found["classes"] = f"{', '.join(map(str, facts['table_classes']))} alone"
     return found

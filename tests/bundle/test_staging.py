@@ -13,9 +13,11 @@ from pathlib import Path
 import pytest
 
 from dipgo_deploy.bundle import staging
-from dipgo_deploy.bundle.staging import check_target, staged_directory
+from dipgo_deploy.bundle.manifest import Manifest
+from dipgo_deploy.bundle.staging import check_target, replaced, staged_directory
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.files import write_atomic
+from dipgo_deploy.page.shell import new_page, written
 
 EXPORTED = Path(__file__).parent / "format-4" / "engine"
 
@@ -77,6 +79,37 @@ def test_an_engine_directory_with_somebodys_files_is_not_overwritten(tmp_path: P
     with pytest.raises(UserError, match="did not write"), staged_directory(target, overwrite=True):
         pass
     assert (target / "graphs" / "notes.txt").read_text() == "mine"
+
+
+def _with_page(folder: Path) -> Path:
+    target = Path(shutil.copytree(EXPORTED, folder / "x"))
+    (target / "report.html").write_bytes(written(new_page("x")[0]))
+    return target
+
+
+def test_a_page_goes_with_the_directory_that_it_showed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    line = (
+        f"{tmp_path / 'x' / 'report.html'}: showed what the directory was before; removed, dipgo-report makes one of "
+    )
+    target = _with_page(tmp_path)
+    with pytest.raises(RuntimeError), staged_directory(target, overwrite=True):
+        raise RuntimeError
+    assert (target / "report.html").exists() and not caplog.messages
+    files = _names(target)
+    replaced(target, Manifest.load(target), {})
+    assert _names(target) == files - {"report.html"} and caplog.messages == [f"{line}what it is"]
+    shutil.rmtree(target)
+    _with_page(tmp_path)
+    with staged_directory(target, overwrite=True) as stage:
+        (stage / "new").write_text("")
+    assert _names(target) == {"new"} and caplog.messages[1:] == [f"{line}what it is"]
+
+
+def test_somebody_elses_page_is_not_removed(tmp_path: Path) -> None:
+    target = _with_page(tmp_path)
+    (target / "notes.html").write_text("<title>report</title>")
+    with pytest.raises(UserError, match=r"did not write \(notes.html\)"):
+        check_target(target, overwrite=True)
 
 
 @pytest.mark.parametrize("text", ["{}", "old", '{"format_version": 2}'])

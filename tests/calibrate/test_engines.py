@@ -236,6 +236,10 @@ def test_the_command_needs_no_torch(
     assert "--model: is missing" in capsys.readouterr().err
     assert main(args) == 2  # an export without components names no classes
     assert "--class-labels: is missing" in capsys.readouterr().err
+    (half.path / "notes.txt").write_text("mine")
+    assert main(args) == 2  # it could not be replaced after the fit
+    assert "did not write (notes.txt)" in capsys.readouterr().err
+    (half.path / "notes.txt").unlink()
     script = (
         "import sys\n"
         "sys.modules['torch'] = sys.modules['diffusers'] = sys.modules['transformers'] = None\n"
