@@ -10,8 +10,9 @@ from dipgo_deploy.backends.tensorrt_flavour import FLAVOURS
 from dipgo_deploy.bundle.directory import Bundle
 from dipgo_deploy.files import write_atomic
 from dipgo_deploy.optimize.run import Optimized
+from dipgo_deploy.report.given import Given
 from dipgo_deploy.report.measured import Quality
-from dipgo_deploy.report.page import Given, report_page
+from dipgo_deploy.report.page import report_page
 from dipgo_deploy.report.subject import read_subject
 
 REPORT = "report.html"

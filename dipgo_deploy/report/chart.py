@@ -1,4 +1,4 @@
-"""A chart on a page: its drawing, what the script says of it, and how it is put in."""
+"""A chart on a page: its drawing, what the script says of it, and how it is put in; tables with bars."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 from xml.etree import ElementTree as ET
 
-from dipgo_deploy.page.shell import add_data, text
+from dipgo_deploy.page.shell import add_data, table, text
 from dipgo_deploy.page.svg import rect, svg
 
 
@@ -73,3 +73,18 @@ def key(body: ET.Element, entries: Sequence[tuple[str, str]]) -> None:
         rect(swatch, kind, 1.5, 1.5, 11, 11)
         entry.append(swatch)
         ET.SubElement(entry, "span").text = meaning
+
+
+def shares(body: ET.Element, headings: Sequence[str], parts: Mapping[str, float], words: Any) -> None:
+    """A table of parts with bars; the largest is the whole width."""
+    if not parts:
+        return
+    most = max(parts.values()) or 1
+    rows = [(name, words(value), "") for name, value in parts.items()]
+    element = table(body, headings, rows, (headings[1],))
+    inside = element.find("tbody")
+    assert inside is not None
+    for line, value in zip(inside, parts.values(), strict=True):
+        line[-1].set("style", "width: 40%")
+        line[-1].set("aria-hidden", "true")
+        ET.SubElement(line[-1], "span", {"class": "share", "style": f"width: {100 * value / most:.2f}%"})

@@ -1,14 +1,57 @@
-"""What a report has besides the directory, read from files."""
+"""What a report has besides the directory, and how it is read from files."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from dipgo_deploy.errors import UserError
-from dipgo_deploy.report.measured import Comparison, Limit, Profile, Quality, read_measured, sides
-from dipgo_deploy.report.page import Given
+from dipgo_deploy.report.measured import ComparedStep, Comparison, Limit, Profile, Quality, read_measured, sides
 from dipgo_deploy.report.subject import Subject
+
+
+@dataclass(frozen=True)
+class Strip:
+    """A picture of both directories from the same seed, (H, W, 3) in [0, 1]."""
+
+    caption: str
+    full: np.ndarray
+    pruned: np.ndarray
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a report has besides the directory.
+
+    Attributes:
+        against: another directory, such as the full run's.
+        profile, against_profile: their times.
+        qualities: what ``dipgo-bench quality`` found.
+        comparison: what ``dipgo-compare`` found.
+        limit: what the machine can do.
+        strips: pictures of both; ``no_pictures`` says why there are none.
+        drift: how far the latents of both are apart where both launch, and at the end.
+    """
+
+    against: Subject | None = None
+    profile: Profile | None = None
+    against_profile: Profile | None = None
+    qualities: Sequence[Quality] = ()
+    comparison: Comparison | None = None
+    limit: Limit | None = None
+    strips: Sequence[Strip] = ()
+    no_pictures: str = ""
+    drift: Sequence[ComparedStep] = ()
+
+    @property
+    def speedup(self) -> float | None:
+        """Of the loop, to the other directory's."""
+        if self.profile is None or self.against_profile is None:
+            return None
+        return self.against_profile.loop_seconds / self.profile.loop_seconds
 
 
 def read_given(subject: Subject, against: Subject | None, files: Sequence[Path]) -> Given:

@@ -13,8 +13,8 @@ from dipgo_deploy.bundle.directory import Bundle
 from dipgo_deploy.bundle.manifest import Manifest, PlanEntry
 from dipgo_deploy.difference import relative_rms
 from dipgo_deploy.errors import UserError
+from dipgo_deploy.report.given import Strip
 from dipgo_deploy.report.measured import Compared, ComparedStep
-from dipgo_deploy.report.page import Strip
 
 MOST_PICTURES = 16
 # Classes that are drawn where none are asked for.

@@ -20,8 +20,8 @@ from dipgo_deploy.bundle.directory import Bundle
 from dipgo_deploy.cli.report import main
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.report.cells import Cells, Column
-from dipgo_deploy.report.given import read_given
-from dipgo_deploy.report.page import Given, Strip, report_page
+from dipgo_deploy.report.given import Given, Strip, read_given
+from dipgo_deploy.report.page import report_page
 from dipgo_deploy.report.schedule_chart import schedule_chart, table_rows
 from dipgo_deploy.report.subject import Subject, read_subject
 from dipgo_deploy.schedule.solver import Solver
