@@ -6,34 +6,47 @@ import time
 from collections.abc import Callable
 from functools import partial
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from dipgo_deploy.backends.onnxruntime import OnnxRuntimeBackend
-from dipgo_deploy.plan.weigh import GraphCosts
+from dipgo_deploy.errors import UserError, one_line
+from dipgo_deploy.plan.weigh import PICTURES, GraphCosts
+
+if TYPE_CHECKING:
+    from dipgo_deploy.export.trace import TracedModel
 
 _SIDE = 1024  # of a weight, 4 MiB
 _ROWS = 128
+_SMALL, _LARGE = 1, 16  # weights of a chain: where a difference is taken, what both have is out of it
+# Weights of the parts of a model that are loaded side by side to measure it.
+_SAMPLE_BYTES = 2**30
 
 
-def measure_graph_costs(threads: int | None = None, *, pictures: float = 1.0, seconds: float = 2.0) -> GraphCosts:
-    """Times chains of matrix products on ONNX Runtime's CPU provider, each part for so many ``seconds``; medians.
+def measure_graph_costs(
+    threads: int | None = None,
+    *,
+    pictures: float = PICTURES,
+    seconds: float = 2.0,
+    model: TracedModel | None = None,
+) -> GraphCosts:
+    """Times graphs on ONNX Runtime's CPU provider, each kind for so many ``seconds``; medians.
+
+    Multiply-accumulates and loading are those of the model's own parts, and without one those of chains of matrix
+    products, which convolutions and small blocks fall short of by a multiple.
 
     threads: None: the physical cores. pictures: see ``GraphCosts``.
 
     Raises:
-        UserError: ONNX Runtime is not there.
+        UserError: ONNX Runtime is not there, or refuses a part of the model.
     """
     options = OnnxRuntimeBackend("cpu", threads=threads).session_options()
-    small, large = 1, 16  # weights of a chain: where a difference is taken, what both have is out of it
-    sizes = {count: 4 * _SIDE * _SIDE * count for count in (small, large)}
-    models = {count: _chain(count) for count in (small, large)}
     trifle = _chain(1, side=8)
-    loads = {count: _median(partial(_Session, models[count], options), seconds) for count in models}
-    per_byte = max(0.0, loads[large] - loads[small]) / (sizes[large] - sizes[small])
-    one, other = (_Session(models[large], options) for _ in range(2))
-    tiny = _Session(models[small], options)
+    launch = _median(_Session(trifle, options, side=8), seconds)
+    load = _median(partial(_Session, trifle, options, side=8), seconds)
+    large = _chain(_LARGE)
+    one, other = (_Session(large, options) for _ in range(2))
     alone = _median(one, seconds)
 
     def both() -> None:
@@ -41,16 +54,79 @@ def measure_graph_costs(threads: int | None = None, *, pictures: float = 1.0, se
         other()
 
     in_turn = _median(both, seconds) / 2
-    macs = _ROWS * _SIDE * _SIDE
-    per_product = max(1e-9, (alone - _median(tiny, seconds)) / (large - small))
+    parts = [] if model is None else _sample(model)
+    if model is None or not parts:
+        rate, per_byte = _rates_of_chains(large, alone, options, seconds)
+    else:
+        rate, per_byte = _rates_of_parts(model, parts, options, seconds, launch=launch, load=load)
     return GraphCosts(
-        macs_per_second=macs / per_product,
-        launch_seconds=_median(_Session(trifle, options, side=8), seconds),
-        load_seconds=_median(partial(_Session, trifle, options, side=8), seconds),
+        macs_per_second=rate,
+        launch_seconds=launch,
+        load_seconds=load,
         load_seconds_per_byte=per_byte,
-        switch_seconds_per_byte=max(0.0, in_turn - alone) / sizes[large],
+        switch_seconds_per_byte=max(0.0, in_turn - alone) / (4 * _SIDE * _SIDE * _LARGE),
         pictures=pictures,
     )
+
+
+def _rates_of_chains(large: bytes, alone: float, options: Any, seconds: float) -> tuple[float, float]:
+    """Multiply-accumulates a second, and seconds of loading a byte. alone: of a run of the large chain."""
+    small = _chain(_SMALL)
+    loads = [_median(partial(_Session, chain, options), seconds) for chain in (small, large)]
+    per_byte = max(0.0, loads[1] - loads[0]) / (4 * _SIDE * _SIDE * (_LARGE - _SMALL))
+    per_product = max(1e-9, (alone - _median(_Session(small, options), seconds)) / (_LARGE - _SMALL))
+    return _ROWS * _SIDE * _SIDE / per_product, per_byte
+
+
+def _rates_of_parts(
+    model: TracedModel, names: list[str], options: Any, seconds: float, *, launch: float, load: float
+) -> tuple[float, float]:
+    """The same of these parts of a model. They run in turn, as the blocks of a graph do, which finds the weights of
+    each as cold as there. launch, load: of a graph, which the parts of one have once together."""
+    import onnxruntime
+
+    from dipgo_deploy.search.latency import example, part
+
+    graph = model.graph
+    work = frozenset().union(*(graph.values[name].work for name in names))
+    macs = sum(graph.costs[node] for node in work)
+    nbytes = sum(_weight_bytes(model, name) for name in names)
+    data = [part(model, name) for name in names]
+
+    def sessions() -> list[Any]:
+        return [onnxruntime.InferenceSession(one, options, providers=["CPUExecutionProvider"]) for one in data]
+
+    try:
+        start = time.perf_counter()
+        loaded = sessions()
+        loading = time.perf_counter() - start
+        if loading < seconds:  # else once is enough
+            loading = _median(sessions, seconds)
+        rng = np.random.default_rng(0)
+        fed = [(one.run, {spec.name: example(spec, rng) for spec in one.get_inputs()}) for one in loaded]
+        running = _median(lambda: [run(None, feeds) for run, feeds in fed], seconds)
+    except Exception as error:  # ONNX Runtime's exceptions share no base class
+        raise UserError(f"what graphs cost cannot be measured: {one_line(error)}") from None
+    rate = max(macs, 1) / max(running - len(names) * launch, 1e-9)
+    return max(rate, 1.0), max(0.0, loading - len(names) * load) / max(nbytes, 1)
+
+
+def _sample(model: TracedModel) -> list[str]:
+    """Named values whose parts are measured: all, or of a large model some that are evenly spread."""
+    names = [name for name in model.graph.values if name not in model.graph.halves]
+    sizes = {name: _weight_bytes(model, name) for name in names}
+    every = -(-sum(sizes.values()) // _SAMPLE_BYTES) or 1
+    chosen, total = [], 0
+    for name in names[::every]:
+        if total + sizes[name] <= _SAMPLE_BYTES:
+            chosen.append(name)
+            total += sizes[name]
+    return chosen if any(model.graph.values[name].work for name in chosen) else []
+
+
+def _weight_bytes(model: TracedModel, name: str) -> int:
+    pieces = model.pieces
+    return pieces.weight_bytes([place for place, piece in enumerate(pieces.pieces) if name in piece.owners])
 
 
 def _median(call: Callable[[], Any], seconds: float) -> float:

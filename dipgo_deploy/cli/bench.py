@@ -21,6 +21,7 @@ from dipgo_deploy.cli.common import (
     stages,
 )
 from dipgo_deploy.cli.options import (
+    MODEL_HELP,
     PATH,
     Group,
     checkpoint_options,
@@ -457,24 +458,44 @@ def profile(
     emit(facts, as_json)
 
 
-@command.command("graph-costs", epilog=examples("dipgo-bench graph-costs --threads 1 -o costs.json"))
+@command.command("graph-costs", epilog=examples("dipgo-bench graph-costs --model fashion-sd --threads 1 -o costs.json"))
+@option(
+    "Model",
+    "--model",
+    show_default="chains of large matrix products",
+    help="Measure at its native size what its own blocks take: convolutions and small blocks take a multiple of what "
+    "large products do. " + MODEL_HELP,
+)
 @threads_option("the physical cores")
 @option(
     "Measurement",
     "--pictures",
     type=click.FloatRange(min=1),
-    default=1,
-    help="Pictures that a process draws, which share what loading takes.",
+    default=10,
+    help="Pictures that a process draws, which share what loading takes: 1 for a process a picture, thousands for a "
+    "server.",
 )
 @option("Output", "-o", "--output", type=PATH, show_default="none", help="JSON file, for dipgo-export --graph-costs.")
 @checked_outputs("output")
 @json_option
-def graph_costs(threads: int | None, pictures: float, output: Path | None, as_json: bool) -> None:
+def graph_costs(
+    model: str | None,
+    threads: int | None,
+    pictures: float,
+    output: Path | None,
+    as_json: bool,
+) -> None:
     """Measure what a graph costs on this machine: loading it, launching it, and launching it after another one."""
     from dipgo_deploy.bench.graph_costs import measure_graph_costs
+    from dipgo_deploy.export.trace import trace_by_name
+    from dipgo_deploy.reference.quiet import quiet_libraries
 
-    costs = measure_graph_costs(threads, pictures=pictures)
-    facts = {"threads": threads, "costs": vars(costs)}
+    traced = None
+    if model is not None:
+        quiet_libraries()
+        traced = trace_by_name(model, "block")
+    costs = measure_graph_costs(threads, pictures=pictures, model=traced)
+    facts = {"model": model, "threads": threads, "costs": vars(costs)}
     human_console(as_json).print(
         f"{costs.macs_per_second / 1e9:.1f} GMACs a second, {costs.launch_seconds * 1e6:.0f} us a launch; a graph "
         f"takes {costs.load_seconds * 1e3:.1f} ms to load and {costs.load_seconds_per_byte * 2**30:.2f} s a GiB of "

@@ -32,6 +32,7 @@ from dipgo_deploy.cli.options import (
     threads_option,
     version_option,
 )
+from dipgo_deploy.errors import UserError
 
 
 @click.command(
@@ -40,6 +41,7 @@ from dipgo_deploy.cli.options import (
     epilog=examples(
         "dipgo-optimize fashion-sd --sampler ddim --launches 5 -o engines/five",
         "dipgo-optimize fashion-sd --schedule fashion-sd-ddim50-7 --minutes 1 -o engines/seven",
+        "dipgo-optimize fashion-sd --schedule deepcache.json --pictures 1000 -o engines/server",
         "dipgo-optimize ./sd15 --prompts prompts.txt --quality 0.99 --minutes 120 -o engines/sd15",
         "dipgo-optimize fashion-dit --sampler ddim --speedup 7 --dtype fp16 --json -o engines/dit",
     ),
@@ -105,6 +107,28 @@ from dipgo_deploy.cli.options import (
 )
 @size_options
 @option("Engine", "--dtype", type=click.Choice(["fp32", "fp16", "bf16"]), default="fp32", help="Type of the graphs.")
+@option(
+    "Engine",
+    "--weigh/--no-weigh",
+    default=True,
+    help="Compute skipped blocks after all where a further graph costs more than it saves, measured on this machine; a "
+    "line says what became of the schedule. Rows that were fitted to its gates keep them.",
+)
+@option(
+    "Engine",
+    "--graph-costs",
+    type=PATH,
+    show_default="this machine's, measured where they are needed",
+    help="What dipgo-bench graph-costs measured on the machine that will run it.",
+)
+@option(
+    "Engine",
+    "--pictures",
+    type=click.FloatRange(min=1),
+    show_default="10, or what --graph-costs has",
+    help="Pictures that a process draws, which share what loading a graph takes: 1 for a process a picture, thousands "
+    "for a server.",
+)
 @option("Comparison", "--check/--no-check", default=True, help="Compare the written graphs with the model in torch.")
 @option(
     "Engine",
@@ -131,6 +155,9 @@ def command(
     steps: int | None,
     image_batch: int,
     threads: int | None,
+    weigh: bool,
+    graph_costs: Path | None,
+    pictures: float | None,
     build: bool,
     report: bool,
     as_json: bool,
@@ -140,11 +167,16 @@ def command(
 
     Engines are built where a TensorRT and a GPU are, and report.html in the directory shows what came out.
     """
+    from dipgo_deploy.export.weighing import read_graph_costs
     from dipgo_deploy.optimize.goal import Goal
     from dipgo_deploy.schedule.document import Schedule
 
     goal = Goal(**{name: given[name] for name in ("launches", "speedup", "quality", "minutes")})
     goal.check()
+    for flag, value in (("--graph-costs", graph_costs), ("--pictures", pictures)):
+        if value is not None and not weigh:
+            raise UserError(f"{flag}: not with --no-weigh; leave one of the two out")
+    costs = None if graph_costs is None else read_graph_costs(graph_costs)
     schedule = None
     if schedule_file is not None:
         _refuse_with_schedule(ctx)
@@ -156,6 +188,7 @@ def command(
     from dipgo_deploy.models.target import default_steps
     from dipgo_deploy.optimize.after import engines_for, write_report
     from dipgo_deploy.optimize.run import facts, of_schedule, optimize
+    from dipgo_deploy.optimize.weighing import Weighing
     from dipgo_deploy.reference.quiet import quiet_libraries
     from dipgo_deploy.search.problem import ProblemOptions
 
@@ -187,6 +220,7 @@ def command(
             goal,
             export,
             schedule=schedule,
+            weighing=Weighing(costs, pictures, threads) if weigh else None,
             batch=image_batch,
             stage=lambda name: progress(name, 0, 0),
             progress=progress,
@@ -224,8 +258,6 @@ def command(
 
 def _refuse_with_schedule(ctx: click.Context) -> None:
     """Refuse (UserError) what a given schedule decides."""
-    from dipgo_deploy.errors import UserError
-
     for name in ("launches", "speedup", "quality", "sampler", "steps", "granularity"):
         if ctx.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT:
             raise UserError(f"--{name}: the schedule that --schedule gives has its own; leave one of the two out")

@@ -28,7 +28,7 @@ from dipgo_deploy.plan.layouts import MANY_COPIES, copies_in_variants
 from dipgo_deploy.plan.model import Plan, Variant
 from dipgo_deploy.plan.segments import Segment, SegmentPlan, plan_segments
 from dipgo_deploy.reference.source import Source, load_source, unloaded_source
-from dipgo_deploy.schedule.document import Schedule
+from dipgo_deploy.schedule.document import Gates, Schedule
 from dipgo_deploy.schedule.image import ImageRun, image_run
 from dipgo_deploy.schedule.summary import denoisers_line
 
@@ -396,20 +396,35 @@ def _with_options(
     return _Sampling(scheduler, options, prediction_used(matrix), strength, begin)
 
 
-def _compiled(
-    source: Source,
+def compiled_schedule(
+    traced: TracedModel,
     schedule: Schedule,
     used: tuple[bool, ...],
-    traced: TracedModel,
     options: ExportOptions,
+    *,
+    denoisers: tuple[int, ...] | None = None,
     like: Iterable[Variant] = (),
+    by_gates: bool = False,
     say: Notify = lambda line: None,
 ) -> Plan:
-    def at_most(variants: int | None) -> Plan:
+    """The plan of a schedule on a trace, with the graphs that the options leave it.
+
+    Args:
+        used: per evaluation, whether the sampler gives any weight to its prediction.
+        denoisers, like: see ``compile_plan``.
+        by_gates: only what the gates of the plan say by themselves, so that a schedule with them is the same plan. A
+            merge may also compute what has no gate, or nobody needs.
+        say: told what became of it where graphs are weighed.
+
+    Raises:
+        UserError: see ``compile_plan``.
+    """
+
+    def compiled(gates: Gates, variants: int | None) -> Plan:
         return compile_plan(
             traced.graph,
-            schedule.gates,
-            denoisers=denoiser_numbers(source.family, schedule),
+            gates,
+            denoisers=denoisers,
             max_variants=variants,
             prediction_used=used,
             forecast=schedule.forecast,
@@ -417,16 +432,28 @@ def _compiled(
             like=like,
         )
 
+    def at_most(variants: int | None) -> Plan:
+        plan = compiled(schedule.gates, variants)
+        return compiled(plan.keep, None) if by_gates and variants is not None else plan
+
     if options.graph_costs is None:
         return at_most(options.max_variants)
-    plan, line = weighed_plan(schedule, traced.pieces, options.graph_costs, at_most)
+
+    def segments(plan: Plan) -> SegmentPlan | None:
+        layout = _auto_layout(plan, traced, options)[0] if options.layout == "auto" else options.layout
+        return _segments(traced, schedule, used, denoisers, plan.keep) if layout == "segments" else None
+
+    plan, line = weighed_plan(schedule, traced.pieces, options.graph_costs, at_most, segments)
     say(line)
     return plan
 
 
 def compiled_like(planned: PlannedExport, like: Iterable[Variant]) -> Plan:
     """The plan with variants that write what those of other schedules write, see ``compile_plan``."""
-    return _compiled(planned.source, planned.schedule, planned.used, planned.traced, planned.options, like)
+    denoisers = denoiser_numbers(planned.source.family, planned.schedule)
+    return compiled_schedule(
+        planned.traced, planned.schedule, planned.used, planned.options, denoisers=denoisers, like=like
+    )
 
 
 def _planned(
@@ -437,7 +464,14 @@ def _planned(
     image = None
     if sampling.strength is not None and sampling.begin is not None:
         schedule, image = image_run(schedule, sampling.strength, sampling.begin)
-    plan = _compiled(source, schedule, sampling.used, traced, options, say=lambda line: _log.warning("%s", line))
+    plan = compiled_schedule(
+        traced,
+        schedule,
+        sampling.used,
+        options,
+        denoisers=denoiser_numbers(source.family, schedule),
+        say=lambda line: _log.warning("--graph-costs: %s", line),
+    )
     steps = schedule.sampler.num_inference_steps
     kwargs = sampling.set_timesteps
     # Not checked again: it is the matrix that _with_options checked, with some columns added up.
@@ -462,15 +496,21 @@ def read_schedule(schedule: object) -> Schedule:
 
 def in_segments(planned: PlannedExport) -> SegmentPlan:
     """The same schedule in the layout ``segments``."""
-    traced, forecast = planned.traced, planned.schedule.forecast
+    denoisers = denoiser_numbers(planned.source.family, planned.schedule)
+    return _segments(planned.traced, planned.schedule, planned.used, denoisers, planned.plan.keep)
+
+
+def _segments(
+    traced: TracedModel, schedule: Schedule, used: tuple[bool, ...], denoisers: tuple[int, ...] | None, gates: Gates
+) -> SegmentPlan:
     return plan_segments(
         traced.graph,
         traced.pieces,
-        planned.plan.keep,
-        denoisers=denoiser_numbers(planned.source.family, planned.schedule),
-        prediction_used=planned.used,
-        forecast=forecast,
-        guidance=planned.schedule.guidance,
+        gates,
+        denoisers=denoisers,
+        prediction_used=used,
+        forecast=schedule.forecast,
+        guidance=schedule.guidance,
     )
 
 
@@ -484,18 +524,22 @@ def in_layout(planned: PlannedExport, layout: LayoutChoice) -> PlannedExport:
     """The same trace and schedule in another layout; ``auto`` as ``ExportOptions`` has it.
 
     ``auto`` looks at what ONNX Runtime on a CPU is better off with, where each session re-lays-out its weights for
-    itself. It is ``variants`` where segments cannot be (open sizes, a limit on the variants, graphs that are weighed)
-    and in half precision, which is for GPUs.
+    itself. It is ``variants`` where segments cannot be (open sizes, a limit on the variants) and in half precision,
+    which is for GPUs.
     """
     options, copies = replace(planned.options, layout=layout), None
     if layout == "auto":
-        layout = "variants"
-        asked = options.max_variants is not None or options.graph_costs is not None
-        if options.dtype == "fp32" and not asked and planned.traced.shape.sizes is None:
-            copies = copies_in_variants(planned.plan, planned.traced.pieces)
-            layout = "segments" if copies > MANY_COPIES else "variants"
+        layout, copies = _auto_layout(planned.plan, planned.traced, options)
     segments = in_segments(planned) if layout == "segments" else None
     return replace(planned, options=options, segments=segments, copies=copies)
+
+
+def _auto_layout(plan: Plan, traced: TracedModel, options: ExportOptions) -> tuple[Layout, float | None]:
+    """What ``auto`` takes, and the copies of the weights in graphs of ``variants`` where it looked at them."""
+    if options.dtype != "fp32" or options.max_variants is not None or traced.shape.sizes is not None:
+        return "variants", None
+    copies = copies_in_variants(plan, traced.pieces)
+    return ("segments" if copies > MANY_COPIES else "variants"), copies
 
 
 def _denoiser_in(source: Source, options: ExportOptions, dtype: torch.dtype) -> Any:

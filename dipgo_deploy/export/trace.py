@@ -263,8 +263,14 @@ def read_block_graph(
 def trace_blocks(
     model: str, granularity: Granularity, cache_kinds: Mapping[str, CacheKind] | None = None
 ) -> BlockGraph:
-    """Block graph of a model (built-in name, folder or hub id) at its native size, batch 1, guidance as its pipeline
-    has it: for MACs and cache sizes.
+    """Block graph of a model: for MACs and cache sizes; see ``trace_by_name``."""
+    return trace_by_name(model, granularity, cache_kinds).graph
+
+
+def trace_by_name(
+    model: str, granularity: Granularity, cache_kinds: Mapping[str, CacheKind] | None = None
+) -> TracedModel:
+    """A model (built-in name, folder or hub id) traced at its native size, batch 1, guidance as its pipeline has it.
 
     ``cache_kinds``: cache kind by block name; the family's default where it says nothing.
     """
@@ -286,7 +292,7 @@ def trace_blocks(
         guidance=family.is_guided(config, pipeline_index(model)),
         frames=frames[0] if frames else None,
     )
-    return trace(denoiser, family, config, specs, kinds, shape, "fp32").graph
+    return trace(denoiser, family, config, specs, kinds, shape, "fp32")
 
 
 def _walk_back(output: ir.Value, stop: set[ir.Value]) -> tuple[frozenset[str], set[ir.Node]]:

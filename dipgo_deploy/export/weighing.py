@@ -13,10 +13,13 @@ from dipgo_deploy.files import read_bytes
 from dipgo_deploy.plan.layouts import variant_weight_bytes
 from dipgo_deploy.plan.model import Plan
 from dipgo_deploy.plan.pieces import PieceGraph
-from dipgo_deploy.plan.weigh import GraphCosts, weigh
-from dipgo_deploy.schedule.document import Schedule
+from dipgo_deploy.plan.segments import SegmentPlan
+from dipgo_deploy.plan.weigh import GraphCosts, seconds_of, weigh
+from dipgo_deploy.schedule.document import Gates, Schedule
 from dipgo_deploy.schedule.forecast import FittedForecast
 from dipgo_deploy.schedule.validation import one_line
+
+FITTED = "the schedule's rows were fitted to its gates, so these stay as they are"
 
 
 def read_graph_costs(path: Path, option: str = "--graph-costs") -> GraphCosts:
@@ -47,17 +50,47 @@ def check_graph_costs(costs: GraphCosts, what: str) -> None:
             raise UserError(f"{what}: {name} is {value}; give a finite number of at least {least:g}")
 
 
+def fitted_to_its_gates(schedule: Schedule) -> bool:
+    """Whether rows were fitted that other gates would make wrong."""
+    return schedule.solver is not None or isinstance(schedule.forecast, FittedForecast)
+
+
 def weighed_plan(
-    schedule: Schedule, pieces: PieceGraph, costs: GraphCosts, compiled: Callable[[int | None], Plan]
+    schedule: Schedule,
+    pieces: PieceGraph,
+    costs: GraphCosts,
+    compiled: Callable[[int | None], Plan],
+    segments: Callable[[Plan], SegmentPlan | None] = lambda plan: None,
 ) -> tuple[Plan, str]:
-    """The plan, and a line that says what became of the schedule. compiled: see ``weigh``."""
-    if schedule.solver is not None or isinstance(schedule.forecast, FittedForecast):
-        return compiled(None), "--graph-costs: the schedule's rows were fitted to its gates, so these stay as they are"
-    found = weigh(compiled, lambda variant: variant_weight_bytes(variant, pieces), costs)
+    """The plan, and a line that says what became of the schedule.
+
+    Args:
+        compiled: see ``weigh``.
+        segments: what a plan becomes where it is launched in the layout ``segments``; None: it is launched as it is.
+    """
+    if fitted_to_its_gates(schedule):
+        return compiled(None), FITTED
+    graphs: dict[Gates, int] = {}
+
+    def seconds(plan: Plan) -> float:
+        cut = segments(plan)
+        if cut is None:
+            nbytes = [variant_weight_bytes(variant, pieces) for variant in plan.variants]
+        else:
+            nbytes = [segment.weight_bytes for segment in cut.segments]
+        graphs[plan.keep] = len(nbytes)
+        made = cut or plan
+        return seconds_of(nbytes, [launch.variant for launch in made.launches], made.macs_run, costs)
+
+    found = weigh(compiled, seconds)
+    count = graphs[found.plan.keep]
     if found.plan is found.written:
-        return found.plan, f"--graph-costs: {len(found.plan.variants)} graphs are worth what they cost; as written"
-    fewer, more = len(found.plan.variants), len(found.written.variants)
+        each = "1 graph is worth what it costs" if count == 1 else f"{count} graphs are worth what they cost"
+        return found.plan, f"{each}; as written"
+    both = zip(found.plan.keep, found.written.keep, strict=True)
+    again = sum(now != before for rows in both for now, before in zip(*rows, strict=True))
     return found.plan, (
-        f"--graph-costs: {len(found.plan.promoted)} skipped blocks are computed after all: {fewer} graphs in the place "
-        f"of {more}, which by these costs takes {found.seconds:.3g} s a picture instead of {found.written_seconds:.3g}"
+        f"{again} skipped blocks are computed after all: {count} graph{'s' * (count > 1)} in the "
+        f"place of {graphs[found.written.keep]}, which by these costs takes {found.seconds:.3g} s a picture instead of "
+        f"{found.written_seconds:.3g}"
     )

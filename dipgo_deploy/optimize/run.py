@@ -24,6 +24,8 @@ from dipgo_deploy.models.location import denoiser_config, pipeline_index
 from dipgo_deploy.models.target import schedule_target
 from dipgo_deploy.optimize.effort import Effort, effort, judges_within
 from dipgo_deploy.optimize.goal import QUALITY, Goal
+from dipgo_deploy.optimize.weighing import HERE, Weighing, weighed
+from dipgo_deploy.plan.weigh import GraphCosts
 from dipgo_deploy.schedule.document import Schedule
 from dipgo_deploy.search.problem import Problem, ProblemOptions, load_problem
 from dipgo_deploy.search.samples import Pair
@@ -49,6 +51,7 @@ class Optimized:
         row: the schedule's pictures beside the full run's, on images that chose nothing; None without a VAE.
         met: whether they reach the quality that was asked for; None where none was.
         seconds: of each stage.
+        graph_costs: what the graphs were weighed with; None where there was nothing to weigh, or they were not.
     """
 
     bundle: Bundle
@@ -59,6 +62,7 @@ class Optimized:
     row: Row | None
     met: bool | None
     seconds: dict[str, float] = field(default_factory=dict)
+    graph_costs: GraphCosts | None = None
 
 
 def optimize(
@@ -68,6 +72,7 @@ def optimize(
     export: ExportOptions | None = None,
     *,
     schedule: Schedule | None = None,
+    weighing: Weighing | None = HERE,
     batch: int = 16,
     stage: Stage = lambda name: None,
     progress: Progress = lambda name, done, total: None,
@@ -84,6 +89,8 @@ def optimize(
         goal: see there.
         export: how it is exported; sizes and guidance are those of ``problem``.
         schedule: in place of a search; ``problem`` is then of its sampler, steps and blocks (see ``of_schedule``).
+        weighing: how a further graph is weighed; skipped blocks are computed after all where it costs more than it
+            saves. None: the schedule stays as it is.
         batch: images that go through the model at a time.
         stage: told each stage. progress: told (stage, done, total). say: told what is found, a line each.
 
@@ -94,6 +101,10 @@ def optimize(
     goal, export = goal or Goal(), export or ExportOptions()
     goal.check()
     check_options(export)
+    if weighing is not None:
+        weighing.check()
+    if export.graph_costs is not None:
+        raise UserError("graph_costs: goes into weighing here, so that what is judged is what is exported")
     target = arguments.path("engine_dir", engine_dir)
     remove_leftovers(target)  # now, as the search may need the room
     check_target(target, overwrite=export.overwrite)
@@ -122,6 +133,10 @@ def optimize(
         clock("searching launches")
         schedule = _search(loaded, counts, chosen, batch, quality, progress, say)
     assert schedule is not None
+    costs = None
+    if weighing is not None:
+        schedule, line, costs = weighed(loaded, schedule, export, weighing, clock)
+        say(line)
     if chosen is None and judged:
         judges = judges_within(goal.minutes, evaluation, full, schedule.steps)
         say(f"{evaluation:.3g} s an evaluation: {judges} images to judge by")
@@ -136,7 +151,7 @@ def optimize(
     bundle = export_bundle(problem.model, schedule, target, options, stage, note=say)
     clock.stop()
     met = None if quality is None or row is None else row.ssim.low >= quality
-    return Optimized(bundle, schedule, full, chosen, judges, row, met, clock.seconds)
+    return Optimized(bundle, schedule, full, chosen, judges, row, met, clock.seconds, costs)
 
 
 def check_goal(problem: ProblemOptions, goal: Goal) -> tuple[int, tuple[int, ...]]:
@@ -282,5 +297,7 @@ def facts(result: Optimized) -> dict[str, Any]:
         "quality_met": result.met,
         "effort": None if result.effort is None else vars(result.effort),
         "judges": result.judges,
+        "graphs": len(result.bundle.manifest.plan.variants),
+        "graph_costs": None if result.graph_costs is None else vars(result.graph_costs),
         "seconds": {name: round(value, 1) for name, value in result.seconds.items()},
     }

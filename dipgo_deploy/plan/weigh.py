@@ -6,7 +6,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from dipgo_deploy.errors import UserError
-from dipgo_deploy.plan.model import Plan, Variant
+from dipgo_deploy.plan.model import Plan
+
+PICTURES = 10.0
+"""That share the loading where nothing else is said. Of one, next to nothing would be skipped of a small model: a graph
+too many costs a process its loading once, a block computed after all costs a server at every picture. Of very many, the
+loading would cost nothing."""
 
 # Up to so many graphs every smaller number of them is tried, above it a few.
 _EVERY = 12
@@ -30,7 +35,7 @@ class GraphCosts:
     load_seconds: float
     load_seconds_per_byte: float
     switch_seconds_per_byte: float
-    pictures: float = 1.0
+    pictures: float = PICTURES
 
 
 @dataclass(frozen=True)
@@ -44,11 +49,7 @@ class Weighed:
     written_seconds: float
 
 
-def weigh(
-    compiled: Callable[[int | None], Plan],
-    weight_bytes: Callable[[Variant], int],
-    costs: GraphCosts,
-) -> Weighed:
+def weigh(compiled: Callable[[int | None], Plan], seconds_of_plan: Callable[[Plan], float]) -> Weighed:
     """The cheapest of the plans with fewer and fewer graphs; of equal ones that with the most.
 
     None has more graphs or launches than the schedule as it stands.
@@ -56,10 +57,10 @@ def weigh(
     Args:
         compiled: the plan with at most so many graphs, None for the schedule as it stands; UserError where so few
             cannot be.
-        weight_bytes: of a graph.
+        seconds_of_plan: of a picture, see ``seconds_of``.
     """
     written = best = compiled(None)
-    least = cost = seconds_of(written, weight_bytes, costs)
+    least = cost = seconds_of_plan(written)
     for limit in _limits(len(written.variants)):
         try:
             plan = compiled(limit)
@@ -67,21 +68,25 @@ def weigh(
             break  # so few cannot be: each denoiser has graphs of its own
         if len(plan.launches) > len(written.launches) or len(plan.variants) > len(written.variants):
             continue
-        seconds = seconds_of(plan, weight_bytes, costs)
+        seconds = seconds_of_plan(plan)
         if seconds < least:
             best, least = plan, seconds
     return Weighed(best, written, least, cost)
 
 
-def seconds_of(plan: Plan, weight_bytes: Callable[[Variant], int], costs: GraphCosts) -> float:
+def seconds_of(nbytes: Sequence[int], order: Sequence[int], macs: int, costs: GraphCosts) -> float:
     """Of a picture, its share of loading included; runs follow one another, so that the first launch of one comes
-    after the last of another."""
-    nbytes = [weight_bytes(variant) for variant in plan.variants]
-    order = [launch.variant for launch in plan.launches]
+    after the last of another.
+
+    Args:
+        nbytes: of the weights of each graph.
+        order: the graph of each launch.
+        macs: of all launches.
+    """
     switched = sum(nbytes[here] for before, here in zip([order[-1], *order], order, strict=False) if before != here)
     loading = len(nbytes) * costs.load_seconds + sum(nbytes) * costs.load_seconds_per_byte
     return (
-        plan.macs_run / costs.macs_per_second
+        macs / costs.macs_per_second
         + len(order) * costs.launch_seconds
         + switched * costs.switch_seconds_per_byte
         + loading / costs.pictures

@@ -37,8 +37,8 @@ def measure_latency(traced: TracedModel, *, threads: int | None = None, repeats:
     table = {}
     for name in traced.graph.values:
         try:
-            session = onnxruntime.InferenceSession(_part(traced, name), options, providers=["CPUExecutionProvider"])
-            feeds = {spec.name: _example(spec, rng) for spec in session.get_inputs()}
+            session = onnxruntime.InferenceSession(part(traced, name), options, providers=["CPUExecutionProvider"])
+            feeds = {spec.name: example(spec, rng) for spec in session.get_inputs()}
             table[name] = _median_seconds(session, feeds, repeats)
         except Exception as error:  # ONNX Runtime's exceptions have no base of their own
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -46,7 +46,7 @@ def measure_latency(traced: TracedModel, *, threads: int | None = None, repeats:
     return table
 
 
-def _part(traced: TracedModel, name: str) -> bytes:
+def part(traced: TracedModel, name: str) -> bytes:
     """The nodes of one named value as a serialised model."""
     import onnx_ir as ir
 
@@ -54,8 +54,7 @@ def _part(traced: TracedModel, name: str) -> bytes:
     reads = traced.graph.values[name].reads
     named: dict[str, ir.Value] = {str(value.name): value for value in [*model.graph.inputs, *model.graph.outputs]}
     graph = ir.convenience.extract(model.graph, [named[read] for read in sorted(reads)], [named[name]])
-    part = ir.Model(graph, ir_version=model.ir_version)
-    return ir.serde.serialize_model(part).SerializeToString()
+    return ir.serde.serialize_model(ir.Model(graph, ir_version=model.ir_version)).SerializeToString()
 
 
 def _median_seconds(session: Any, feeds: dict[str, np.ndarray], repeats: int) -> float:
@@ -67,7 +66,8 @@ def _median_seconds(session: Any, feeds: dict[str, np.ndarray], repeats: int) ->
     return statistics.median(seconds[2:])
 
 
-def _example(spec: Any, rng: np.random.Generator) -> np.ndarray:
+def example(spec: Any, rng: np.random.Generator) -> np.ndarray:
+    """Values for an input of a session."""
     if spec.type == "tensor(int64)":
         return np.zeros(spec.shape, np.int64)
     return rng.standard_normal(spec.shape, dtype=np.float32)

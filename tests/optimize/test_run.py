@@ -3,21 +3,32 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from html_pages import Page
+from shared_traces import shared_traces
 from tiny_engines import save_dit_pipeline
 
 from dipgo_deploy.backends.tensorrt_cuda import NoDeviceError
+from dipgo_deploy.bench import graph_costs
 from dipgo_deploy.bundle.directory import Bundle
 from dipgo_deploy.bundle.manifest import Manifest
 from dipgo_deploy.cli.optimize import main
-from dipgo_deploy.optimize import after, run
+from dipgo_deploy.errors import UserError
+from dipgo_deploy.export.options import ExportOptions
+from dipgo_deploy.models.target import schedule_target
+from dipgo_deploy.optimize import after, run, weighing
 from dipgo_deploy.optimize.effort import Effort
+from dipgo_deploy.optimize.weighing import Weighing, weighed
+from dipgo_deploy.plan.weigh import GraphCosts
+from dipgo_deploy.schedule.document import Schedule
+from dipgo_deploy.search.problem import Problem, ProblemOptions, load_problem
 
 pytestmark = pytest.mark.usefixtures("traced_once")
+DEAR = GraphCosts(1e15, 0.0, 1.0, 0.0, 0.0, pictures=1.0)
 ARGUMENTS = ("--sampler", "ddim", "--steps", "8", "--class-labels", "0,1", "--minutes", "0.5")
 
 
@@ -47,6 +58,7 @@ def test_launches_are_searched_fitted_exported_and_judged(
     assert facts["quality_met"] is None  # none was asked for
     assert facts["quality"]["ssim"]["low"] <= facts["quality"]["ssim"]["value"] <= 1
     assert {"loading", "searching launches", "judging", "exporting"} <= facts["seconds"].keys()
+    assert facts["graphs"] == 1 and facts["graph_costs"] is None
     assert facts["engines"] == [] and facts["report"] == str(target / "report.html")
     page = Page((target / "report.html").read_bytes())
     assert page.said("SSIM to the pictures of the full run (DDIMScheduler, 8 steps)") and "quality-0" in page.charts
@@ -134,3 +146,96 @@ def test_a_directory_that_is_there_is_refused_before_the_model_is_loaded(
     (tmp_path / "there/file").write_text("mine")
     assert main([str(model), *ARGUMENTS, "--launches", "3", "-o", str(tmp_path / "there")]) == 2
     assert "there" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def two_graphs(model: Path) -> Schedule:
+    """Every other evaluation skips the last block."""
+    target = schedule_target(str(model), "ddim", 8, "block", "output")
+    gates = [[True] * 2 if step % 2 == 0 else [True, False] for step in range(8)]
+    return target.schedule(tuple(map(tuple, gates)), "by hand", {})
+
+
+@pytest.fixture(scope="module")
+def problem(model: Path, two_graphs: Schedule) -> Problem:
+    with shared_traces():
+        options = ProblemOptions(str(model), class_labels=(0,), guidance_scale=2.0)
+        return load_problem(run.of_schedule(options, two_graphs))
+
+
+def test_a_graph_that_costs_more_than_it_saves_goes_before_pictures_are_judged(
+    model: Path, two_graphs: Schedule, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    two_graphs.save(tmp_path / "two.json")
+    (tmp_path / "costs.json").write_text(json.dumps({"costs": vars(DEAR)}))
+    given = ["--schedule", str(tmp_path / "two.json"), "--class-labels", "0,1", "--minutes", "9", "--no-report"]
+    line = [str(model), *given, "--graph-costs", str(tmp_path / "costs.json"), "--json", "--no-check"]
+    assert main([*line, "-o", str(tmp_path / "out")]) == 0
+    captured = capsys.readouterr()
+    said = "graphs weighed for 1 pictures a process: 4 skipped blocks are computed after all: 1 graph in the place of 2"
+    assert said in " ".join(captured.err.split())
+    facts = json.loads(captured.out)
+    assert facts["graphs"] == 1 and facts["graph_costs"] == vars(DEAR)
+    bundle = Bundle.open(tmp_path / "out")
+    schedule = bundle.load_schedule()
+    # The gates are the weighed ones and nothing was re-enabled behind them; where they come from stands there.
+    assert all(map(all, schedule.gates)) and bundle.manifest.promoted == ()
+    assert schedule.provenance["method"] == "by hand"
+    assert schedule.provenance["weighed"] == {"variants_before": 2, "costs": vars(DEAR)}
+    assert main([*line, "--no-weigh", "-o", str(tmp_path / "other")]) == 2
+    assert "--graph-costs: not with --no-weigh" in capsys.readouterr().err
+
+
+def test_this_machine_is_measured_where_there_is_something_to_weigh(
+    problem: Problem, two_graphs: Schedule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(weighing, "_SECONDS", 0.0)
+    stages: list[str] = []
+    schedule, line, costs = weighed(
+        problem, two_graphs, ExportOptions(), Weighing(pictures=3, threads=1), stages.append
+    )
+    assert stages == ["measuring what graphs cost"] and line.startswith("graphs weighed for 3 pictures a process: ")
+    assert costs is not None and costs.pictures == 3 and 0 < costs.load_seconds_per_byte < 1
+    assert 1e6 < costs.macs_per_second < 1e12
+    assert (schedule == two_graphs) == line.endswith("as written")
+    # Of a large model some parts stand for all, and of one whose blocks are too large chains of products do.
+    everything = graph_costs._sample(problem.traced)
+    assert everything == list(problem.traced.graph.values)
+    total = sum(graph_costs._weight_bytes(problem.traced, name) for name in everything)
+    monkeypatch.setattr(graph_costs, "_SAMPLE_BYTES", total // 2)
+    some = graph_costs._sample(problem.traced)
+    assert set(some) < set(everything)
+    assert sum(graph_costs._weight_bytes(problem.traced, name) for name in some) <= total // 2
+    monkeypatch.setattr(graph_costs, "_SAMPLE_BYTES", 8)
+    assert graph_costs._sample(problem.traced) == []
+
+
+def test_free_graphs_stay_and_what_is_not_weighed_says_why(
+    problem: Problem, two_graphs: Schedule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measure(*given: object, **settings: object) -> Any:
+        raise UserError("ONNX Runtime is missing or broken")
+
+    monkeypatch.setattr(graph_costs, "measure_graph_costs", measure)
+    plain = ExportOptions()
+    free = Weighing(GraphCosts(1.0, 0.0, 0.0, 0.0, 0.0))
+    schedule, line, _ = weighed(problem, two_graphs, plain, free)
+    assert schedule is two_graphs and line.endswith(": 2 graphs are worth what they cost; as written")
+    whole = two_graphs.with_gates([[True] * 2] * 8)
+    for given, options, reason in (
+        (whole, plain, "one graph: nothing to weigh"),
+        (two_graphs, plain, "graphs were not weighed: ONNX Runtime is missing or broken"),
+        (two_graphs, replace(plain, dtype="fp16"), "not for --dtype fp16; give --graph-costs FILE"),
+        (two_graphs, replace(plain, layout="segments"), "--layout segments has each weight once"),
+        (two_graphs, replace(plain, max_variants=2), "--max-variants was given"),
+        (two_graphs.with_guidance([1.0] * 6 + [0.0, 0.0]), plain, "dipgo-export --graph-costs weighs them"),
+    ):
+        schedule, line, costs = weighed(problem, given, options, Weighing())
+        assert schedule is given and costs is None and reason in line and "\n" not in line
+    with pytest.raises(UserError, match="--pictures 0: give a number"):
+        Weighing(pictures=0).check()
+
+
+def test_costs_go_into_the_weighing(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="graph_costs: goes into weighing here"):
+        run.optimize(ProblemOptions(str(model)), tmp_path / "x", export=ExportOptions(graph_costs=DEAR))

@@ -24,6 +24,15 @@ def nbytes(variant: Variant) -> int:
     return 10 * len(variant.computed)
 
 
+def seconds_by(costs: GraphCosts) -> Callable[[Plan], float]:
+    return lambda plan: seconds_of(
+        [nbytes(variant) for variant in plan.variants],
+        [launch.variant for launch in plan.launches],
+        plan.macs_run,
+        costs,
+    )
+
+
 def compiler(graph: BlockGraph, gates: list[list[bool]]) -> Callable[[int | None], Plan]:
     return lambda limit: compile_plan(graph, gates, max_variants=limit)
 
@@ -40,9 +49,10 @@ def test_it_is_never_dearer_never_more_and_what_a_limit_makes(seed: int, price: 
     except UserError:
         return  # a block that is needed and was never computed
     costs = GraphCosts(1.0, price * source.random(), price, price * source.random(), price * source.random())
-    found = weigh(compiled, nbytes, costs)
-    assert found.written == written and found.written_seconds == seconds_of(written, nbytes, costs)
-    assert found.seconds == seconds_of(found.plan, nbytes, costs) <= found.written_seconds
+    seconds = seconds_by(costs)
+    found = weigh(compiled, seconds)
+    assert found.written == written and found.written_seconds == seconds(written)
+    assert found.seconds == seconds(found.plan) <= found.written_seconds
     assert len(found.plan.variants) <= len(written.variants) and len(found.plan.launches) <= len(written.launches)
     if found.plan is not found.written:
         assert found.plan == compiled(len(found.plan.variants))  # limits are held to the supernet elsewhere
@@ -56,13 +66,13 @@ def test_graphs_that_cost_nothing_stay_and_dear_ones_go(chain: Callable[..., Blo
     graph = chain("output")
     gates = [[True] * 4, [True, False, True, True], [True] * 4, [True, True, False, True]]
     compiled = compiler(graph, gates)
-    free = weigh(compiled, nbytes, FREE)
+    free = weigh(compiled, seconds_by(FREE))
     assert free.plan is free.written and len(free.plan.variants) == 3
-    dear = weigh(compiled, nbytes, replace(FREE, load_seconds=1e9))
+    dear = weigh(compiled, seconds_by(replace(FREE, load_seconds=1e9)))
     assert len(dear.plan.variants) == 1 and dear.plan.promoted and not dear.plan.launches[0].reads
-    shared = weigh(compiled, nbytes, replace(FREE, load_seconds=1e9, pictures=1e12))
+    shared = weigh(compiled, seconds_by(replace(FREE, load_seconds=1e9, pictures=1e12)))
     assert shared.plan is shared.written  # loading is shared by many pictures
-    switching = weigh(compiled, nbytes, replace(FREE, switch_seconds_per_byte=1e6))
+    switching = weigh(compiled, seconds_by(replace(FREE, switch_seconds_per_byte=1e6)))
     assert len(switching.plan.variants) == 1
 
 
@@ -72,7 +82,7 @@ def test_seconds_add_up(chain: Callable[..., BlockGraph]) -> None:
     sizes = [nbytes(variant) for variant in plan.variants]
     costs = GraphCosts(2.0, 3.0, 5.0, 7.0, 11.0, pictures=2.0)
     expected = plan.macs_run / 2 + 3 * 3 + (2 * 5 + sum(sizes) * 7) / 2 + (sizes[1] + sizes[0]) * 11
-    assert seconds_of(plan, nbytes, costs) == pytest.approx(expected)
+    assert seconds_by(costs)(plan) == pytest.approx(expected)
 
 
 def test_limits_end_at_the_least() -> None:
@@ -90,5 +100,5 @@ def test_fewer_than_can_be_are_not_asked_again(chain: Callable[..., BlockGraph])
             raise UserError("2 denoisers are run")
         return compiled(limit)
 
-    found = weigh(of_two_denoisers, nbytes, replace(FREE, load_seconds=1e9))
+    found = weigh(of_two_denoisers, seconds_by(replace(FREE, load_seconds=1e9)))
     assert asked == [None, 2] and found.plan is found.written
