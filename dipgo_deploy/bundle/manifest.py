@@ -29,7 +29,7 @@ RUN_ROWS_VERSION = 7
 DENOISERS_VERSION = 8
 # What is written where a directory has several schedules.
 SEVERAL_VERSION = 9
-# What is written where weights are whole numbers.
+# What is written where weights are in fewer bits.
 QUANTIZED_VERSION = 10
 # What is written where a launch has another guidance than the run's.
 GUIDANCE_VERSION = 11
@@ -327,7 +327,7 @@ class QuantizationEntry(_Frozen):
         default=(), description="weights of products, of 1024 values or more, that stay as they are"
     )
     calibration: Calibration | None = pydantic.Field(
-        default=None, exclude_if=_is_none, description="of method int8: activations"
+        default=None, exclude_if=_is_none, description="of methods that round activations, int8 and fp8"
     )
 
     @property

@@ -28,6 +28,7 @@ ONNX_TYPES = {
     "float16": 10,
     "double": 11,
     "bfloat16": 16,
+    "float8e4m3fn": 17,
     "int4": 22,
 }
 """ONNX's numbers of the types that an index has."""
@@ -54,7 +55,7 @@ class StoredWeight(_Frozen):
     quantized: Quantized | None = pydantic.Field(
         default=None,
         exclude_if=lambda value: value is None,
-        description="it holds whole numbers, and this makes the parameter's values of them",
+        description="it holds numbers in fewer bits, and this makes the parameter's values of them",
     )
     shape: tuple[int, ...]
     dtype: str

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dipgo_deploy.bundle.manifest import Manifest
-from dipgo_deploy.bundle.quantized import METHODS
+from dipgo_deploy.bundle.quantized import ACTIVATIONS, METHODS
 from dipgo_deploy.bundle.shapes import Range, parse_range
 from dipgo_deploy.cli.common import (
     emit,
@@ -149,30 +149,31 @@ SIZES = "N|MIN:MAX|MIN:OPT:MAX"
     type=click.Choice(METHODS),
     show_default="as --dtype",
     help="Weights of products in fewer bits, for memory and disk: a scale for each output channel (int8-weights), or "
-    "in matrix products for each 64 inputs (int4-weights). int8: what they are times too, with scales recorded while "
-    "the loop runs. A LoRA cannot change them then.",
+    "in matrix products for each 64 inputs (int4-weights). int8, and fp8 (float8 e4m3fn, for GPUs of compute "
+    "capability 8.9 or newer): what they are times too, with scales recorded while the loop runs. A LoRA cannot "
+    "change them then.",
 )
 @option(
     "Engine",
     "--quantize-budget",
     type=float,
     show_default="0.05",
-    help="With --quantize int8: the largest error of a launch, root mean square of the difference over that of the "
-    "value; blocks that lose most stay as they are until it is met.",
+    help="With --quantize int8 or fp8: the largest error of a launch, root mean square of the difference over that of "
+    "the value; blocks that lose most stay as they are until it is met.",
 )
 @option(
     "Engine",
     "--calibration-samples",
     type=click.IntRange(min=1),
     default=4,
-    help="With --quantize int8: how many runs are recorded.",
+    help="With --quantize int8 or fp8: how many runs are recorded.",
 )
 @option(
     "Engine",
     "--calibration-prompts",
     type=PATH,
     show_default="a built-in model's own, or a few everyday ones",
-    help="With --quantize int8: file of prompts, one a line, that the recorded runs show in turn.",
+    help="With --quantize int8 or fp8: file of prompts, one a line, that the recorded runs show in turn.",
 )
 @option("Comparison", "--check/--no-check", default=True, help="Compare the written graphs with the model in torch.")
 @option(
@@ -253,7 +254,8 @@ def command(
     if prompts is not None:
         options["calibration_prompts"] = read_prompts(prompts)
     else:
-        options["calibration_prompts"] = (built_in_prompts(model) or ()) if options["quantize"] == "int8" else ()
+        rounds = options["quantize"] in ACTIVATIONS
+        options["calibration_prompts"] = (built_in_prompts(model) or ()) if rounds else ()
     options["class_labels"] = class_label_numbers(options["class_labels"]) or ()
     if add:
         _refuse_with_add(ctx)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 
-from dipgo_deploy.bundle.quantized import BITS, step_of, to_weight, unpacked
+from dipgo_deploy.bundle.quantized import NUMBER_TYPES, spacing, step_of, to_weight, unpacked
 from dipgo_deploy.bundle.weights import WEIGHTS_NAME, StoredWeight, WeightsIndex
 from dipgo_deploy.compare.metrics import TensorError, Tolerance, tensor_error
 from dipgo_deploy.compare.report import Part
@@ -121,7 +121,7 @@ def _weight(
         if stored.rows is not None:
             expected = expected[stored.rows[0] : stored.rows[1]]
         expected = (expected.T if stored.transposed else expected).to(dtype).contiguous()
-        nbytes = expected.nbytes if scale is None else expected.numel() * BITS[stored.dtype] // 8
+        nbytes = expected.nbytes if scale is None else expected.numel() * NUMBER_TYPES[stored.dtype].bits // 8
         if tuple(expected.shape) != stored.shape or nbytes != len(data):
             yield Part(
                 NAME, f"{folder}, {name}", MODEL, (), f"shape {stored.shape}, the model's is {tuple(expected.shape)}"
@@ -147,14 +147,14 @@ class _Scale(NamedTuple):
 
 
 def _rounded(data: memoryview, stored: StoredWeight, scale: np.ndarray, expected: np.ndarray) -> TensorError | None:
-    """How far a weight in fewer bits is from its parameter, where a value is off by more than half a step. expected:
-    float32, of values in the type of the graphs."""
+    """How far a weight in fewer bits is from its parameter, where a value is off by more than half of how far numbers
+    lie apart there. expected: float32, of values in the type of the graphs."""
     assert stored.quantized is not None
     axis, block = stored.quantized.axis, stored.quantized.block
     numbers = unpacked(np.frombuffer(data, np.uint8), stored.dtype, stored.shape)
     found = to_weight(numbers, scale, axis, block)
     # Float32 itself rounds the quotients, and what they are times.
-    limit = step_of(scale, stored.shape, axis, block) * np.float32(0.5 + 1e-4)
+    limit = step_of(scale, stored.shape, axis, block) * spacing(numbers, stored.dtype) * np.float32(0.5 + 1e-4)
     if np.all(np.abs(found - expected) <= limit):
         return None
     return tensor_error("values", found.astype(np.float64), expected.astype(np.float64), _EXACT)

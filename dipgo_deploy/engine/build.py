@@ -30,6 +30,7 @@ from dipgo_deploy.backends.tensorrt_plans import (
 from dipgo_deploy.bundle.directory import Bundle
 from dipgo_deploy.bundle.files import sha256_file
 from dipgo_deploy.bundle.manifest import Graph, Manifest
+from dipgo_deploy.bundle.quantized import MATRIX_TYPES, NUMBER_TYPES
 from dipgo_deploy.engine.budget import MemoryNeed, check_budget, memory_need
 from dipgo_deploy.engine.network import CURRENT, Work, build_plan
 from dipgo_deploy.errors import UserError
@@ -158,6 +159,7 @@ def build_engines(
     _check_capabilities(module, flavour, options)
     bundle = Bundle.open(engine_dir, verify=verify)
     target = _target(flavour, options, device)
+    _check_numbers(bundle, target)
     folder = plans_folder(bundle.path, backend, module.__version__, target)
     choices = [
         LoraChoice(one[0], one[1], options.lora_partial, one[2] if len(one) == 3 else "") for one in options.lora
@@ -260,6 +262,20 @@ def _check_capabilities(module: Any, flavour: Flavour, options: BuildOptions) ->
             raise UserError(
                 f"--compute-capability {wanted}: {flavour.title} {module.__version__} knows {', '.join(known)}, "
                 f"and {CURRENT} for the GPU at hand"
+            )
+
+
+def _check_numbers(bundle: Bundle, target: GpuTarget) -> None:
+    """Refuse GPUs without products of the graphs' numbers; TensorRT says so in words of its own, after minutes."""
+    method = bundle.manifest.quantized
+    least = (0, 0) if method is None else NUMBER_TYPES[MATRIX_TYPES[method]].capability
+    for capability in target.capabilities:
+        major, minor = map(int, capability.split("."))
+        if (major, minor) < least:
+            which = f"--compute-capability {capability}" if target.gpu is None else f"{target.gpu} ({capability})"
+            raise UserError(
+                f"{which}: has no products in {method}, which {bundle.path} was exported with; they need compute "
+                f"capability {least[0]}.{least[1]} or newer, or export with --quantize int8"
             )
 
 

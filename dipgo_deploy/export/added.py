@@ -11,6 +11,7 @@ import numpy as np
 
 from dipgo_deploy.bundle.directory import Bundle
 from dipgo_deploy.bundle.manifest import Manifest
+from dipgo_deploy.bundle.quantized import ACTIVATIONS
 from dipgo_deploy.bundle.staging import keep_plans, staged_directory
 from dipgo_deploy.bundle.tables import Tables
 from dipgo_deploy.bundle.weights import WEIGHTS_NAME, different_weight
@@ -80,7 +81,7 @@ def add_schedules(
         changed = [name for name in written.graph_files() if name in known and written.files[name] != known[name]]
         if changed:
             why = "a longer history, or rows for more timesteps in the prologue"
-            if written.quantized == "int8":
+            if written.quantized in ACTIVATIONS:
                 why += ", or ranges of activations, which are recorded of all schedules together"
             note(f"{len(changed)} graphs changed ({why}); dipgo-build builds their engines again")
         bundle.check_unchanged()

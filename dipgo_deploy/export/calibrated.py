@@ -1,28 +1,27 @@
-"""Weights and activations in 8 bits: scales from the directory's own loop, blocks that lose most left out.
+"""Weights and activations in 8 bits, whole numbers or floats: scales from the directory's own loop, blocks that lose
+most left out.
 
 It works on a directory as it was written in floats: the loop runs, then the graphs are written anew.
 """
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from dipgo_deploy.backends.onnxruntime_cuda import FATAL
 from dipgo_deploy.bundle.directory import Bundle
 from dipgo_deploy.bundle.manifest import Calibration, Manifest, QuantizationEntry
 from dipgo_deploy.bundle.prologue import PROLOGUE_NAME
-from dipgo_deploy.bundle.quantized import STEPS
+from dipgo_deploy.bundle.quantized import Method
 from dipgo_deploy.bundle.weights import WeightsIndex
 from dipgo_deploy.difference import relative_rms
 from dipgo_deploy.errors import UserError
+from dipgo_deploy.export.activations import activations, quantize_activations
 from dipgo_deploy.export.quantized import Made, quantize_weights, weight_form
 from dipgo_deploy.export.ranges import RangeRecorder, Recorded
 from dipgo_deploy.export.stored import StoredParameter, note_parameter, stored_parameter
@@ -34,7 +33,6 @@ from dipgo_deploy.runtime.requests import class_condition, classes_of, text_cond
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-METHOD: Literal["int8"] = "int8"
 BESIDE = "(beside the blocks)"
 BUDGET = 0.05
 PROMPTS = (
@@ -45,31 +43,32 @@ PROMPTS = (
 )
 _SCALE = 4.0  # of a denoiser without a pipeline, which has no default
 _NUMBERS = "quantized.bin"
-_PRODUCTS = ("MatMul", "Conv")
 
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked for. samples: runs that are recorded. prompts: of a text model, in turn; none: ``PROMPTS``.
+    """What is asked for. method: one of ``ACTIVATIONS``. samples: runs that are recorded.
 
-    budget: the largest error of a launch, root mean square of the difference over that of the value.
+    prompts: of a text model, in turn; none: ``PROMPTS``. budget: the largest error of a launch, root mean square of the
+    difference over that of the value.
     """
 
+    method: Method
     samples: int = 4
     prompts: tuple[str, ...] = ()
     budget: float = BUDGET
 
 
-def check_recordable(manifest: Manifest) -> None:
+def check_recordable(manifest: Manifest, method: Method) -> None:
     """Refuse (UserError) what no loop can be recorded of here."""
     instead = "use --quantize int8-weights, which needs no recording"
     if manifest.dtype == "bf16":
-        raise UserError(f"--quantize {METHOD}: bf16 graphs do not run on a CPU, where ranges are recorded; {instead}")
+        raise UserError(f"--quantize {method}: bf16 graphs do not run on a CPU, where ranges are recorded; {instead}")
     if picture_conditions(manifest) or manifest.sampler.strength is not None:
-        raise UserError(f"--quantize {METHOD}: the loop needs pictures, and none are here to record it with; {instead}")
+        raise UserError(f"--quantize {method}: the loop needs pictures, and none are here to record it with; {instead}")
     if text_conditions(manifest) and manifest.components.text_encoder is None:
         raise UserError(
-            f"--quantize {METHOD}: without components there is no text to record the loop with; leave --no-components "
+            f"--quantize {method}: without components there is no text to record the loop with; leave --no-components "
             f"out, or {instead}"
         )
 
@@ -91,29 +90,31 @@ def quantize_directory(
     """
     folder = stage / Path(manifests[0].plan.variants[0].graph.file).parent
     graphs = sorted({variant.graph.file for manifest in manifests for variant in manifest.plan.variants})
-    owner = _Owner(blocks)
+    owner, method = _Owner(blocks, request.method), request.method
     index = WeightsIndex.load(folder)
     models = {file: _load(stage / file, index) for file in graphs}
     notify("recording ranges of activations")
     chosen = _covering(models, owner, {v.graph.file: v.macs for m in manifests for v in m.plan.variants})
-    recorder = RangeRecorder({file: activations(model) for file, model in models.items()}, frozenset(chosen.values()))
+    watched = {file: activations(model, method) for file, model in models.items()}
+    recorder = RangeRecorder(watched, frozenset(chosen.values()))
     for manifest in manifests:
         _record(Pipeline(Bundle(stage, manifest), recorder, lazy=True), request)
     prologue = [path for path in (folder / f"{PROLOGUE_NAME}.onnx",) if path.is_file()]
     made: Made = {}
     every = [*models.values(), *(_load(path, index) for path in prologue)]
-    quantize_weights(every, METHOD, made=made)
+    quantize_weights(every, method, made=made)
     made = _written(made, folder)
     notify(f"measuring {len(chosen)} blocks in 8 bits")
-    trial = _Trial(stage, folder, index, made, recorder.recorded, owner)
+    trial = _Trial(stage, folder, index, made, recorder.recorded, owner, method)
     sensitivity = {block: trial.error(file, partial(operator.ne, block)) for block, file in chosen.items()}
     kept, error = _within(sensitivity, frozenset(chosen.values()), trial, request.budget)
     notify("writing the graphs in 8 bits")
     final = {file: _load(stage / file, index) for file in graphs}
     others = [_load(path, index) for path in prologue]
-    entry = quantize_weights([*final.values(), *others], METHOD, lambda parameter: owner.of(parameter) in kept, made)
+    entry = quantize_weights([*final.values(), *others], method, lambda parameter: owner.of(parameter) in kept, made)
     for file, model in final.items():
-        quantize_activations(model, recorder.recorded[file].peaks if file in recorder.recorded else {})
+        peaks = recorder.recorded[file].peaks if file in recorder.recorded else {}
+        quantize_activations(model, peaks, method)
     _replace(folder, [*final.values(), *others], index)
     calibration = Calibration(
         prompts=(request.prompts or PROMPTS) if text_conditions(manifests[0]) else (),
@@ -129,7 +130,8 @@ def quantize_directory(
 class _Owner:
     """Which block a parameter is of."""
 
-    def __init__(self, blocks: Mapping[str, Sequence[str]]) -> None:
+    def __init__(self, blocks: Mapping[str, Sequence[str]], method: Method) -> None:
+        self._method = method
         self._modules = {f"{module}.": block for block, modules in blocks.items() for module in modules}
 
     def of(self, parameter: str) -> str:
@@ -141,7 +143,7 @@ class _Owner:
         return {
             self.of(stored.parameter)
             for value in model.graph.initializers.values()
-            if weight_form(value, METHOD) is not None
+            if weight_form(value, self._method) is not None
             and value.const_value is not None
             and (stored := stored_parameter(value.const_value)) is not None
         }
@@ -172,123 +174,6 @@ def _record(pipeline: Pipeline, request: Request) -> None:
         pipeline(**call, seed=sample, output_type="latent")
 
 
-def activations(model: ir.Model) -> tuple[str, ...]:
-    """Names of the values that 8 bits are for: what products with quantized weights take, and what convolutions make.
-
-    A convolution whose output several nodes read, or the graph gives, keeps floats, but for its weights.
-    """
-    names: list[str] = []
-    for node in _products(model, in_floats=True):
-        names += [str(value.name) for value in _of_product(node)]
-    return tuple(dict.fromkeys(names))
-
-
-def _products(model: ir.Model, *, in_floats: bool) -> list[ir.Node]:
-    """Products with weights that are to be quantized (``in_floats``), or that are."""
-    found = []
-    for node in model.graph:
-        if node.op_type not in _PRODUCTS or node.domain or node.inputs[1] is None:
-            continue
-        weight = node.inputs[1]
-        maker = weight.producer()
-        if in_floats:
-            wanted = weight.is_initializer() and weight_form(weight, METHOD) is not None
-        else:
-            wanted = maker is not None and maker.op_type == "DequantizeLinear"
-        if wanted and (node.op_type != "Conv" or _has_one_reader(node.outputs[0])):
-            found.append(node)
-    return found
-
-
-def _has_one_reader(value: ir.Value) -> bool:
-    """ONNX Runtime 1.31 makes 8-bit convolutions only of those whose rounded output has one."""
-    return len(value.uses()) == 1 and not value.is_graph_output()
-
-
-def _of_product(node: ir.Node) -> list[ir.Value]:
-    given = node.inputs[0]
-    assert given is not None
-    return [given, *(node.outputs if node.op_type == "Conv" else ())]
-
-
-def quantize_activations(model: ir.Model, peaks: Mapping[str, float]) -> None:
-    """Put a QuantizeLinear and a DequantizeLinear where products with quantized weights read and convolutions give.
-
-    peaks: the largest absolute value of each. A product of which one is missing, never seen above 0 or not finite keeps
-    floats. Scales are symmetrical, as TensorRT wants them.
-    """
-    graph = model.graph
-    for node in _products(model, in_floats=False):
-        values = _of_product(node)
-        if not all(0 < peaks.get(str(value.name), 0.0) < math.inf for value in values):
-            continue
-        # Each product has a rounding of its own: of one that several share ONNX Runtime's fast kernels, which are for
-        # uint8, cannot be made, and those for int8 are 70 times slower.
-        node.replace_input_with(0, _rounded(graph, values[0], peaks, f"{node.name}/in", before=node))
-        for made in values[1:]:
-            users = list(made.uses())
-            after = _rounded(graph, made, peaks, f"{node.name}/out")
-            for user, place in users:
-                user.replace_input_with(place, after)
-        if node.op_type == "MatMul":
-            _spread_bias(graph, node)
-
-
-def _rounded(
-    graph: ir.Graph, value: ir.Value, peaks: Mapping[str, float], name: str, before: ir.Node | None = None
-) -> ir.Value:
-    """A value after 8 bits. before: where its nodes go; None: behind what makes the value."""
-    import onnx_ir as ir
-
-    assert value.dtype is not None
-    kind = value.dtype.numpy()
-    exact = np.float32(peaks[str(value.name)] / STEPS["int8"])
-    scale = np.maximum(np.array(exact).astype(kind), np.finfo(kind).tiny)
-    given = []
-    for suffix, array in (("scale", scale), ("zero", np.array(0, np.int8))):
-        made = ir.Value(name=f"{name}_{suffix}", const_value=ir.tensor(array, name=f"{name}_{suffix}"))
-        made.dtype, made.shape = made.const_value.dtype, ir.Shape([])
-        graph.register_initializer(made)
-        given.append(made)
-    down = ir.node("QuantizeLinear", [value, *given], name=f"{name}/Quantize")
-    up = ir.node("DequantizeLinear", [down.outputs[0], *given], name=f"{name}/Dequantize")
-    for node, dtype in ((down, ir.DataType.INT8), (up, value.dtype)):
-        made = node.outputs[0]
-        made.name, made.dtype, made.shape = f"{node.name}:0", dtype, value.shape
-    maker = value.producer()
-    if before is not None:
-        graph.insert_before(before, [down, up])
-    else:
-        assert maker is not None
-        graph.insert_after(maker, [down, up])
-    return up.outputs[0]
-
-
-def _spread_bias(graph: ir.Graph, product: ir.Node) -> None:
-    """Give the bias behind a product as many axes as the product has: with one axis ONNX Runtime 1.31 makes a Gemm of
-    both, and has no 8-bit kernel for that."""
-    import onnx_ir as ir
-
-    made = product.outputs[0]
-    users = list(made.uses())
-    if len(users) != 1 or users[0][0].op_type != "Add" or made.shape is None:
-        return
-    add, place = users[0]
-    bias = add.inputs[1 - place]
-    if bias is None or not bias.is_initializer() or bias.shape is None or len(bias.shape) != 1:
-        return
-    axes = ir.Value(
-        name=f"{product.name}/bias_axes", const_value=ir.tensor(np.arange(len(made.shape) - 1, dtype=np.int64))
-    )
-    axes.dtype, axes.shape = ir.DataType.INT64, ir.Shape([len(made.shape) - 1])
-    graph.register_initializer(axes)
-    node = ir.node("Unsqueeze", [bias, axes], name=f"{product.name}/SpreadBias")
-    node.outputs[0].name, node.outputs[0].dtype = f"{product.name}/bias", bias.dtype
-    node.outputs[0].shape = ir.Shape([1] * (len(made.shape) - 1) + [bias.shape[0]])
-    graph.insert_before(add, node)
-    add.replace_input_with(1 - place, node.outputs[0])
-
-
 class _Trial:
     """Graphs with some blocks in 8 bits, on the launches that were recorded in floats."""
 
@@ -300,7 +185,9 @@ class _Trial:
         made: Made,
         recorded: Mapping[str, Recorded],
         owner: _Owner,
+        method: Method,
     ) -> None:
+        self._method = method
         self._stage, self._folder, self._index = stage, folder, index
         self._made, self._recorded, self._owner = made, recorded, owner
 
@@ -311,8 +198,8 @@ class _Trial:
 
         recorded = self._recorded[file]
         model = _load(self._stage / file, self._index)
-        quantize_weights([model], METHOD, lambda parameter: stays(self._owner.of(parameter)), self._made)
-        quantize_activations(model, recorded.peaks)
+        quantize_weights([model], self._method, lambda parameter: stays(self._owner.of(parameter)), self._made)
+        quantize_activations(model, recorded.peaks, self._method)
         path = self._folder / ".trial.onnx"
         ir.save(model, path)
         try:

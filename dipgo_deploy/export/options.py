@@ -7,7 +7,7 @@ from typing import Literal
 
 from dipgo_deploy import arguments
 from dipgo_deploy.bundle.manifest import Layout
-from dipgo_deploy.bundle.quantized import METHODS, Method
+from dipgo_deploy.bundle.quantized import ACTIVATIONS, METHODS, Method
 from dipgo_deploy.bundle.shapes import Range
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.export.weighing import check_graph_costs
@@ -48,11 +48,11 @@ class ExportOptions:
         class_labels: make tables of what depends on the class too, for these class ids alone: no other class can be
             drawn then. Empty: any class.
         quantize: weights in fewer bits, each made a number of the type of the graphs where it is used:
-            ``int8-weights``, ``int4-weights``; or weights and activations: ``int8``, with scales that are recorded
-            while the loop runs in floats; None: as the type of the graphs has them.
-        quantize_budget: of ``int8``, the largest error that a launch may have of it, root mean square of the difference
-            over that of the value; blocks that lose most stay as they are until it is met. None: 0.05.
-        calibration_samples: of ``int8``, how many runs are recorded.
+            ``int8-weights``, ``int4-weights``; or weights and activations: ``int8``, ``fp8`` (float8 e4m3fn), with
+            scales that are recorded while the loop runs in floats; None: as the type of the graphs has them.
+        quantize_budget: of ``int8`` and ``fp8``, the largest error that a launch may have of it, root mean square of
+            the difference over that of the value; blocks that lose most stay as they are until it is met. None: 0.05.
+        calibration_samples: of these, how many runs are recorded.
         calibration_prompts: what they show, of a text model; empty: a few everyday ones.
         self_test: record a loop of the model, which ``Pipeline.self_test`` compares with anywhere; at most 64 MiB of
             it, with ``low_memory`` its beginning and each variant's first launch. None: where it fits 1 MiB and the
@@ -98,9 +98,9 @@ def check_options(options: ExportOptions) -> None:
     budget = options.quantize_budget
     if budget is not None and not arguments.number("quantize_budget", budget) > 0:
         raise UserError(f"--quantize-budget {budget}: give a number above 0, such as 0.05")
-    if (budget is not None or prompts) and options.quantize != "int8":
+    if (budget is not None or prompts) and options.quantize not in ACTIVATIONS:
         option = "--quantize-budget" if budget is not None else "--calibration-prompts"
-        raise UserError(f"{option}: goes with --quantize int8; leave it out")
+        raise UserError(f"{option}: goes with --quantize {' or '.join(ACTIVATIONS)}; leave it out")
     for name in ("batch", "height", "width"):
         value = getattr(options, name)
         if not isinstance(value, Range) and not (value is None and name != "batch"):

@@ -1,7 +1,7 @@
 """Weights of written graphs in 8 or 4 bits: each once, in the file that all share, and made floats where it is used.
 
-The form is ONNX's own, ``DequantizeLinear`` in front of the product: ONNX Runtime makes ``MatMulNBits`` of it, and
-TensorRT reads it as it is.
+The form is ONNX's own, ``DequantizeLinear`` in front of the product: ONNX Runtime makes ``MatMulNBits`` of it where
+numbers are whole, and TensorRT reads it as it is.
 """
 
 from __future__ import annotations
@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dipgo_deploy.bundle.manifest import QuantizationEntry
-from dipgo_deploy.bundle.quantized import STEPS, Method, Quantized, largest, scale_shape, to_numbers
+from dipgo_deploy.bundle.quantized import (
+    MATRIX_TYPES,
+    NUMBER_TYPES,
+    Method,
+    Quantized,
+    largest,
+    scale_shape,
+    to_numbers,
+)
 from dipgo_deploy.export.stored import note_parameter, stored_parameter
 
 if TYPE_CHECKING:
@@ -23,7 +31,8 @@ if TYPE_CHECKING:
 SMALLEST = 1024
 # Inputs that share a scale in 4 bits: what both ONNX Runtime and TensorRT have kernels for.
 BLOCK = 64
-_OPSET_OF_INT4 = 21
+# Types that have a scale for each block of inputs -> the type of what does not divide into such blocks.
+_FOR_ALL = {"int4": "int8"}
 _PRODUCTS = {"MatMul": 2, "Gemm": 2, "Conv": None}  # axes of a weight
 
 
@@ -39,7 +48,7 @@ class _Form:
 
 @dataclass(frozen=True)
 class Source:
-    """Makes the scales or the whole numbers of a weight when they are asked for; the weight stays where it is."""
+    """Makes the scales or the numbers of a weight when they are asked for; the weight stays where it is."""
 
     weight: ir.TensorProtocol
     form: _Form
@@ -57,11 +66,7 @@ class Source:
         if self.scales:
             return ir.tensor(scale, dtype=self.weight.dtype)
         numbers = to_numbers(values, scale.astype(np.float32), self.form.dtype, self.form.axis, self.form.block)
-        if self.form.dtype == "int8":
-            return ir.tensor(numbers)
-        import ml_dtypes
-
-        return ir.tensor(numbers.astype(ml_dtypes.int4))
+        return ir.tensor(numbers.astype(ir.DataType[self.form.dtype.upper()].numpy(), copy=False))
 
 
 def _scale(values: np.ndarray, dtype: np.dtype, form: _Form) -> np.ndarray:
@@ -69,7 +74,7 @@ def _scale(values: np.ndarray, dtype: np.dtype, form: _Form) -> np.ndarray:
     import ml_dtypes
 
     limits = ml_dtypes.finfo(dtype)
-    exact = largest(values, form.axis, form.block) / np.float32(STEPS[form.dtype])
+    exact = largest(values, form.axis, form.block) / np.float32(NUMBER_TYPES[form.dtype].largest)
     return np.maximum(exact * np.float32(1 + float(limits.eps)), np.float32(limits.tiny)).astype(dtype)
 
 
@@ -82,10 +87,10 @@ def quantize_weights(
     stays: Callable[[str], bool] = lambda parameter: False,
     made: Made | None = None,
 ) -> QuantizationEntry:
-    """Replace the weights of products in ``graphs`` by whole numbers, and say what was done.
+    """Replace the weights of products in ``graphs`` by numbers in fewer bits, and say what was done.
 
-    int8: a scale for each output channel. int4: a scale for ``BLOCK`` inputs of a channel, of matrix products whose
-    inputs are that many or a multiple; the others, and convolutions, are in int8. The weight of a product that
+    int8, float8: a scale for each output channel. int4: a scale for ``BLOCK`` inputs of a channel, of matrix products
+    whose inputs are that many or a multiple; the others, and convolutions, are in int8. The weight of a product that
     something else has too, or that is no parameter of the model, stays as it is, and is named; so do weights
     below ``SMALLEST`` values.
 
@@ -113,12 +118,11 @@ def quantize_weights(
             used.add((name, form))
             before[name] = int(tensor.nbytes)
             _replace(model, value, form, *made[name, form])
-        if method == "int4-weights":
-            _raise_opset(model)
+        _raise_opset(model)
     after = sum(int(tensor.nbytes) for key in used for tensor in made[key])
     return QuantizationEntry(
         method=method,
-        block_size=BLOCK if method == "int4-weights" else None,
+        block_size=BLOCK if MATRIX_TYPES[method] in _FOR_ALL else None,
         weights=len(before),
         bytes_before=sum(before.values()),
         bytes_after=after,
@@ -140,15 +144,16 @@ def weight_form(value: ir.Value, method: Method) -> _Form | None:
 def _form_in(node: ir.Node, place: int, shape: tuple[int, ...], method: Method) -> _Form | None:
     """For one use of a weight."""
     axes = _PRODUCTS.get(node.op_type, 0) if node.domain == "" and place == 1 else 0
+    dtype = MATRIX_TYPES[method]
     if axes is None:
-        return _Form("int8", axis=0)
+        return _Form(_FOR_ALL.get(dtype, dtype), axis=0)
     if axes != len(shape):
         return None
     transposed = bool(node.attributes.get_int("transB", 0))
     inputs = shape[1] if transposed else shape[0]
-    if method == "int4-weights" and inputs % BLOCK == 0:
-        return _Form("int4", axis=0, block=BLOCK, transposed=transposed)
-    return _Form("int8", axis=1, transposed=transposed)
+    if dtype in _FOR_ALL and inputs % BLOCK == 0:
+        return _Form(dtype, axis=0, block=BLOCK, transposed=transposed)
+    return _Form(_FOR_ALL.get(dtype, dtype), axis=1, transposed=transposed)
 
 
 def _made(tensor: ir.TensorProtocol, name: str, form: _Form) -> tuple[ir.TensorProtocol, ir.TensorProtocol]:
@@ -202,10 +207,12 @@ def _replace(
 
 
 def _raise_opset(model: ir.Model) -> None:
-    """To the one that has 4-bit types. What the graphs have of operators that changed with it are new types alone."""
+    """To the one that has all types of the graph. What changed with it of the graphs' operators is new types alone."""
     version = model.graph.opset_imports[""]
-    if version < _OPSET_OF_INT4:
+    kinds = (NUMBER_TYPES.get(value.dtype.name.lower()) for value in model.graph.initializers.values() if value.dtype)
+    needed = max((kind.opset for kind in kinds if kind is not None and kind.opset is not None), default=version)
+    if version < needed:
         changed = [node.name for node in model.graph if node.op_type == "GroupNormalization"]
         if changed:  # whose scales changed their shape
             raise ValueError(f"{changed[0]}: GroupNormalization of opset {version}")
-        model.graph.opset_imports[""] = _OPSET_OF_INT4
+        model.graph.opset_imports[""] = needed

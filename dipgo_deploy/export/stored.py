@@ -17,8 +17,8 @@ _META = "dipgo_deploy.stored"
 class StoredParameter:
     """The parameter that a tensor holds, and others of equal value that the exporter merged into it.
 
-    rows: the tensor holds rows [first, last) of so many only, as (first, last, all). quantized: the tensor holds whole
-    numbers, and how they make the values.
+    rows: the tensor holds rows [first, last) of so many only, as (first, last, all). quantized: the tensor holds
+    numbers in fewer bits, and how they make the values.
     """
 
     parameter: str

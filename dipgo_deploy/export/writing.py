@@ -29,12 +29,13 @@ from dipgo_deploy.bundle.manifest import (
 )
 from dipgo_deploy.bundle.names import HISTORY, cache_input, cache_output
 from dipgo_deploy.bundle.prologue import PROLOGUE_NAME
+from dipgo_deploy.bundle.quantized import ACTIVATIONS, Method
 from dipgo_deploy.bundle.self_test import MOST_BYTES, SMALL_BYTES, self_test_file, write_self_test
 from dipgo_deploy.bundle.staging import staged_directory
 from dipgo_deploy.bundle.tables import TABLES_NAME
 from dipgo_deploy.compare.metrics import Agreement
 from dipgo_deploy.errors import UserError
-from dipgo_deploy.export.calibrated import BUDGET, METHOD, Request, check_recordable, quantize_directory
+from dipgo_deploy.export.calibrated import BUDGET, Request, check_recordable, quantize_directory
 from dipgo_deploy.export.conditions import open_conditions
 from dipgo_deploy.export.cut import cache_key, cut_variant
 from dipgo_deploy.export.options import ExportOptions
@@ -121,13 +122,14 @@ def write_bundle(
         path = stage / manifests[-1].schedule
         path.parent.mkdir(parents=True, exist_ok=True)
         export.exported_schedule.save(path)
-    if exports[0].options.quantize == METHOD:
+    method = exports[0].options.quantize
+    if method in ACTIVATIONS:
         for manifest in manifests:
-            check_recordable(manifest)
+            check_recordable(manifest, method)
     content = hash_tree(stage)
     manifests = _write_manifests(stage, manifests, content)
-    if exports[0].options.quantize == METHOD:
-        entry = _quantized(exports[0], stage, manifests, notify)
+    if method in ACTIVATIONS:
+        entry = _quantized(exports[0], method, stage, manifests, notify)
         content = {name: sha256_file(stage / name) for name in content}
         manifests = [manifest.model_copy(update={"quantization": entry}) for manifest in manifests]
         manifests = _write_manifests(stage, manifests, content)
@@ -144,12 +146,14 @@ def write_bundle(
     return _write_manifests(stage, manifests, content)[0]
 
 
-def _quantized(planned: PlannedExport, stage: Path, manifests: Sequence[Manifest], notify: Notify) -> QuantizationEntry:
+def _quantized(
+    planned: PlannedExport, method: Method, stage: Path, manifests: Sequence[Manifest], notify: Notify
+) -> QuantizationEntry:
     """Write the graphs anew, with activations in 8 bits too."""
     options = planned.options
     blocks = {spec.name: spec.modules for spec in planned.source.specs(planned.schedule)}
     budget = BUDGET if options.quantize_budget is None else options.quantize_budget
-    request = Request(options.calibration_samples, options.calibration_prompts, budget)
+    request = Request(method, options.calibration_samples, options.calibration_prompts, budget)
     return quantize_directory(stage, manifests, blocks, request, notify)
 
 
@@ -380,8 +384,8 @@ def _write(
     tabled = [parameter for made in atexport for parameter in made.part.parameters]
     every = [*graphs, *([] if prologue is None else [prologue])]
     method = planned.options.quantize
-    # Of method int8 the graphs are needed in floats first.
-    quantization = None if method is None or method == METHOD else quantize_weights(every, method)
+    # For ranges of activations the graphs are needed in floats first.
+    quantization = None if method is None or method in ACTIVATIONS else quantize_weights(every, method)
     write_graphs(every, folder, tabled)
     if traced.classes is not None:
         rows |= traced.classes.rows(timesteps, rows)

@@ -23,7 +23,7 @@ _ROUNDED = (
     "below, and a wrong weight, kernel or launch does not"
 )
 # Of the largest value, by method.
-_QUANTIZED = {"int8-weights": 1e-1, "int4-weights": 5e-1, "int8": 3e-1}
+_QUANTIZED = {"int8-weights": 1e-1, "int4-weights": 5e-1, "int8": 3e-1, "fp8": 5e-1}
 _REASONS = {
     "fp32": "graphs sum in another order than the model in torch; rounding stays far below, and a wrong weight, kernel "
     "or launch does not",
@@ -33,6 +33,8 @@ _REASONS = {
     "the loop; that each weight is the nearest number is checked by itself",
     "int8": "weights and what they are times are off by up to 0.4 % of the largest, in every layer, fed back through "
     "the loop; that each weight is the nearest number is checked by itself",
+    "fp8": "weights and what they are times are off by up to 6 % of themselves, in every layer, fed back through the "
+    "loop; that each weight is the nearest number is checked by itself",
     "int4-weights": "weights are off by up to 7 % of the largest of their block, in every layer, fed back through "
     "the loop; that each weight is the nearest number is checked by itself",
 }

@@ -18,6 +18,7 @@ from typing import Any
 
 import click
 
+from dipgo_deploy.bundle.quantized import ACTIVATIONS
 from dipgo_deploy.cli.common import emit, entry_point, human_console, json_option
 from tools.bench import timestep_tables
 from tools.bench.engine_quality import compare, conditions
@@ -31,8 +32,9 @@ WAYS: Mapping[str, Mapping[str, Any]] = {
     "int8-weights": {"quantize": "int8-weights"},
     "int4-weights": {"quantize": "int4-weights"},
     "int8": {"quantize": "int8", "calibration_samples": 1},
+    "fp8": {"quantize": "fp8", "calibration_samples": 1},
 }
-SIDES = ("fp32", "int8-weights", "int4-weights", "int8")
+SIDES = ("fp32", "int8-weights", "int4-weights", "int8", "fp8")
 _PATH = click.Path(path_type=Path)
 _COLLECT = click.option("--collect", type=_PATH, help="Add the rows to this file (.json), with a page beside it.")
 _OUT = click.option("--out", type=_PATH, required=True, help="Work folder.")
@@ -47,7 +49,7 @@ def command() -> None:
 @click.argument("name")
 @click.option("--pixels", type=click.IntRange(min=1), default=256, show_default=True, help="Width and height.")
 @click.option("--steps", type=click.IntRange(min=1), default=10, show_default=True, help="Of the sampler.")
-@click.option("--sides", default=",".join(SIDES), show_default=True, help="Which ones; int8 needs a class model here.")
+@click.option("--sides", default=",".join(SIDES), show_default=True, help="Which ones; int8 and fp8 need classes.")
 @click.option("--repeats", type=click.IntRange(min=1), default=3, show_default=True, help="Processes of each, in turn.")
 @_OUT
 @_COLLECT
@@ -143,7 +145,7 @@ def export_all(model: str, schedule: str, out: Path, say: Any) -> tuple[Path, di
     for side, options in WAYS.items():
         say(f"{model}: exporting {side}")
         settings = {**common, **options}
-        if side == "int8":
+        if options.get("quantize") in ACTIVATIONS:
             settings |= {"calibration_samples": 4, "calibration_prompts": built_in_prompts(model) or ()}
         export_bundle(model, schedule_file(Path(schedule)), out / side, ExportOptions(**settings))
         directories[side] = out / side
@@ -260,7 +262,7 @@ Published configurations with random weights, one image, layout `variants`, ONNX
 turn, files in the page cache; *memory* is what that adds to the process (PSS), and after the first evaluation;
 *evaluation* is the processor time of the first one, where every block runs, at the second time. *Error* is the
 largest of all variants against the model in float32, relative to the largest value. Medians and quartiles. The
-random SD-1.5 has no text encoder, so its loop cannot be recorded for `int8`.
+random SD-1.5 has no text encoder, so its loop cannot be recorded for `int8` and `fp8`.
 """
 _OF_QUALITY = """\
 ## Pictures
@@ -270,7 +272,7 @@ intervals. Exported without timestep tables. Schedules have a solver that was fi
 timesteps of its own; *fitted* is the same directory with a solver that was fitted again, with its own engines, on
 40 images (`--fitted-to`) and at the full run's timesteps (`dipgo-calibrate --engine-dir`). What a fit takes up of
 the error is seen between rows that are fitted: the distance to *fp32 fitted* beside the distance to *fp32*. Of
-`int8` the manifest says which blocks stay as they are.
+`int8` and `fp8` the manifest says which blocks stay as they are, within the default budget.
 """
 
 main = entry_point(command)
