@@ -58,9 +58,7 @@ def size(
     name: str, pixels: int, steps: int, sides: str, repeats: int, out: Path, collect: Path | None, as_json: bool
 ) -> None:
     """Export configuration NAME with each side, and load and run all of them."""
-    chosen = tuple(part.strip() for part in sides.split(","))
-    if unknown := [side for side in chosen if side not in WAYS]:
-        raise click.UsageError(f"--sides {unknown[0]}: give some of {', '.join(WAYS)}")
+    chosen = _chosen(sides)
     console = human_console(as_json)
     options = {
         "dtype": "fp32",
@@ -87,6 +85,7 @@ def size(
 @click.option("--images", type=click.IntRange(min=2), default=200, show_default=True, help="Pictures of each.")
 @click.option("--fitted-to", type=click.IntRange(min=2), default=40, show_default=True, help="Images of the fit.")
 @click.option("--guidance-scale", type=float, default=4.0, show_default=True, help="Scale of the guidance.")
+@click.option("--sides", default=",".join(SIDES), show_default=True, help="Which ones; --collect keeps the others.")
 @_OUT
 @_COLLECT
 @json_option
@@ -96,6 +95,7 @@ def quality(
     images: int,
     fitted_to: int,
     guidance_scale: float,
+    sides: str,
     out: Path,
     collect: Path | None,
     as_json: bool,
@@ -104,7 +104,7 @@ def quality(
     from dipgo_deploy.bench.metrics import PSNR, SSIM
 
     console = human_console(as_json)
-    full, directories = export_all(model, schedule, out, console.print)
+    full, directories = export_all(model, schedule, _chosen(sides), out, console.print)
     fitted = [refitted(directory, full, fitted_to, guidance_scale, console.print) for directory in directories.values()]
     every = [*directories.values(), *fitted]
     found = compare(full, every, images, conditions(full, None), guidance_scale, 1, (SSIM, PSNR))
@@ -125,7 +125,15 @@ def quality(
     emit(row, as_json)
 
 
-def export_all(model: str, schedule: str, out: Path, say: Any) -> tuple[Path, dict[str, Path]]:
+def _chosen(sides: str) -> tuple[str, ...]:
+    """Names of sides, from an option."""
+    chosen = tuple(part.strip() for part in sides.split(","))
+    if unknown := [side for side in chosen if side not in WAYS]:
+        raise click.UsageError(f"--sides {unknown[0]}: give some of {', '.join(WAYS)}")
+    return chosen
+
+
+def export_all(model: str, schedule: str, sides: Sequence[str], out: Path, say: Any) -> tuple[Path, dict[str, Path]]:
     """Engine directories of the full run and of every side, by its name."""
     from dipgo_deploy.export.exporter import ExportOptions, export_bundle
     from dipgo_deploy.models.target import schedule_target
@@ -142,8 +150,9 @@ def export_all(model: str, schedule: str, out: Path, say: Any) -> tuple[Path, di
     say(f"{model}: exporting the full run")
     export_bundle(model, given, full, ExportOptions(**common))
     directories = {}
-    for side, options in WAYS.items():
+    for side in sides:
         say(f"{model}: exporting {side}")
+        options = WAYS[side]
         settings = {**common, **options}
         if options.get("quantize") in ACTIVATIONS:
             settings |= {"calibration_samples": 4, "calibration_prompts": built_in_prompts(model) or ()}
@@ -179,8 +188,24 @@ def _collect(collect: Path | None, kind: str, row: Mapping[str, Any], key: str) 
         return
     facts = json.loads(collect.read_text(encoding="utf-8")) if collect.is_file() else {"sizes": [], "quality": []}
     others = [old for old in facts[kind] if old[key] != row[key]]
+    row = next((_together(old, row) for old in facts[kind] if old[key] == row[key] and "cases" in old), row)
     facts[kind] = sorted([*others, row], key=lambda old: str(old[key]))
     write_results(collect, facts, as_text(facts))
+
+
+def _together(old: Mapping[str, Any], new: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The cases of two runs on one machine, settings and packages; of others those of the new one alone."""
+
+    def of(row: Mapping[str, Any]) -> dict[str, Any]:
+        apart = ("load_average", "cores")  # which change no picture
+        machine = {name: value for name, value in row["machine"].items() if name not in apart}
+        return {**{name: value for name, value in row.items() if name != "cases"}, "machine": machine}
+
+    if of(old) != of(new):
+        return new
+    cases = {case["directory"]: case for case in (*old["cases"], *new["cases"])}
+    order = [*WAYS, *(f"{side} fitted" for side in WAYS)]
+    return {**new, "cases": sorted(cases.values(), key=lambda case: order.index(case["directory"]))}
 
 
 _SIZES = (
