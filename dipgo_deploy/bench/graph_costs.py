@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 _SIDE = 1024  # of a weight, 4 MiB
 _ROWS = 128
 _SMALL, _LARGE = 1, 16  # weights of a chain: where a difference is taken, what both have is out of it
-# Weights of the parts of a model that are loaded side by side to measure it.
-_SAMPLE_BYTES = 2**30
+# Weights of the parts of a model that it is measured with; they are in memory three times, and laid out anew twice.
+_SAMPLE_BYTES = 2**28
 
 
 def measure_graph_costs(
@@ -33,8 +33,8 @@ def measure_graph_costs(
 ) -> GraphCosts:
     """Times graphs on ONNX Runtime's CPU provider, each kind for so many ``seconds``; medians.
 
-    Multiply-accumulates and loading are those of the model's own parts, and without one those of chains of matrix
-    products, which convolutions and small blocks fall short of by a multiple.
+    All but a launch and a graph by themselves is measured with the model's own parts, and without one with chains of
+    matrix products, which convolutions and small blocks fall short of by a multiple.
 
     threads: None: the physical cores. pictures: see ``GraphCosts``.
 
@@ -45,44 +45,48 @@ def measure_graph_costs(
     trifle = _chain(1, side=8)
     launch = _median(_Session(trifle, options, side=8), seconds)
     load = _median(partial(_Session, trifle, options, side=8), seconds)
-    large = _chain(_LARGE)
-    one, other = (_Session(large, options) for _ in range(2))
-    alone = _median(one, seconds)
-
-    def both() -> None:
-        one()
-        other()
-
-    in_turn = _median(both, seconds) / 2
     parts = [] if model is None else _sample(model)
     if model is None or not parts:
-        rate, per_byte = _rates_of_chains(large, alone, options, seconds)
+        rate, per_byte, switch = _rates_of_chains(options, seconds)
     else:
-        rate, per_byte = _rates_of_parts(model, parts, options, seconds, launch=launch, load=load)
+        rate, per_byte, switch = _rates_of_parts(model, parts, options, seconds, launch=launch, load=load)
     return GraphCosts(
         macs_per_second=rate,
         launch_seconds=launch,
         load_seconds=load,
         load_seconds_per_byte=per_byte,
-        switch_seconds_per_byte=max(0.0, in_turn - alone) / (4 * _SIDE * _SIDE * _LARGE),
+        switch_seconds_per_byte=switch,
         pictures=pictures,
     )
 
 
-def _rates_of_chains(large: bytes, alone: float, options: Any, seconds: float) -> tuple[float, float]:
-    """Multiply-accumulates a second, and seconds of loading a byte. alone: of a run of the large chain."""
-    small = _chain(_SMALL)
+def _rates_of_chains(options: Any, seconds: float) -> tuple[float, float, float]:
+    """Multiply-accumulates a second, seconds of loading a byte, and of launching a byte after another graph."""
+    small, large = _chain(_SMALL), _chain(_LARGE)
+    each = 4 * _SIDE * _SIDE
     loads = [_median(partial(_Session, chain, options), seconds) for chain in (small, large)]
-    per_byte = max(0.0, loads[1] - loads[0]) / (4 * _SIDE * _SIDE * (_LARGE - _SMALL))
+    per_byte = max(0.0, loads[1] - loads[0]) / (each * (_LARGE - _SMALL))
+    alone, switched = _alone_and_switched(_Session(large, options), _Session(large, options), seconds)
     per_product = max(1e-9, (alone - _median(_Session(small, options), seconds)) / (_LARGE - _SMALL))
-    return _ROWS * _SIDE * _SIDE / per_product, per_byte
+    return _ROWS * _SIDE * _SIDE / per_product, per_byte, switched / (each * _LARGE)
+
+
+def _alone_and_switched(one: Callable[[], Any], other: Callable[[], Any], seconds: float) -> tuple[float, float]:
+    """Seconds of a run after itself, and how many more it takes after the other."""
+
+    def both() -> None:
+        one()
+        other()
+
+    alone = _median(one, seconds)
+    return alone, max(0.0, _median(both, seconds) / 2 - alone)
 
 
 def _rates_of_parts(
     model: TracedModel, names: list[str], options: Any, seconds: float, *, launch: float, load: float
-) -> tuple[float, float]:
-    """The same of these parts of a model. They run in turn, as the blocks of a graph do, which finds the weights of
-    each as cold as there. launch, load: of a graph, which the parts of one have once together."""
+) -> tuple[float, float, float]:
+    """The same of these parts of a model, which run in turn as the blocks of a graph do. launch, load: of a graph,
+    which the parts of one have once together."""
     import onnxruntime
 
     from dipgo_deploy.search.latency import example, part
@@ -90,25 +94,24 @@ def _rates_of_parts(
     graph = model.graph
     work = frozenset().union(*(graph.values[name].work for name in names))
     macs = sum(graph.costs[node] for node in work)
-    nbytes = sum(_weight_bytes(model, name) for name in names)
+    nbytes = max(1, sum(_weight_bytes(model, name) for name in names))
     data = [part(model, name) for name in names]
 
     def sessions() -> list[Any]:
         return [onnxruntime.InferenceSession(one, options, providers=["CPUExecutionProvider"]) for one in data]
 
-    try:
-        start = time.perf_counter()
-        loaded = sessions()
-        loading = time.perf_counter() - start
-        if loading < seconds:  # else once is enough
-            loading = _median(sessions, seconds)
+    def bound() -> Callable[[], Any]:
         rng = np.random.default_rng(0)
-        fed = [(one.run, {spec.name: example(spec, rng) for spec in one.get_inputs()}) for one in loaded]
-        running = _median(lambda: [run(None, feeds) for run, feeds in fed], seconds)
+        fed = [(one.run, {spec.name: example(spec, rng) for spec in one.get_inputs()}) for one in sessions()]
+        return lambda: [run(None, feeds) for run, feeds in fed]
+
+    try:
+        loading = _median(sessions, seconds)
+        alone, switched = _alone_and_switched(bound(), bound(), seconds)
     except Exception as error:  # ONNX Runtime's exceptions share no base class
         raise UserError(f"what graphs cost cannot be measured: {one_line(error)}") from None
-    rate = max(macs, 1) / max(running - len(names) * launch, 1e-9)
-    return max(rate, 1.0), max(0.0, loading - len(names) * load) / max(nbytes, 1)
+    rate = max(macs, 1) / max(alone - len(names) * launch, 1e-9)
+    return max(rate, 1.0), max(0.0, loading - len(names) * load) / nbytes, switched / nbytes
 
 
 def _sample(model: TracedModel) -> list[str]:
@@ -130,15 +133,17 @@ def _weight_bytes(model: TracedModel, name: str) -> int:
 
 
 def _median(call: Callable[[], Any], seconds: float) -> float:
-    """Of the seconds of calls in turn, three at least, after one that does not count."""
-    call()
+    """Of the seconds of calls in turn, three at least, after one that does not count; once is enough where that alone
+    takes longer."""
     found: list[float] = []
     end = time.perf_counter() + seconds
-    while len(found) < 3 or time.perf_counter() < end:
+    while len(found) < 4 or time.perf_counter() < end:
         start = time.perf_counter()
         call()
         found.append(time.perf_counter() - start)
-    return median(found)
+        if found[0] > seconds > 0:
+            return found[0]
+    return median(found[1:])
 
 
 class _Session:
