@@ -273,8 +273,13 @@ def as_text(rows: Sequence[Mapping[str, Any]]) -> str:
         "Runtime's profiler has them, over their least. Where a loop's own time goes: `first` is the first one "
         "after loading, which touches all memory; `uploads` and `other host` are microseconds a loop beside its "
         "launches; `after itself` and `after another` are launches inside the loop by the graph that ran before. "
-        "Threads that wake up show between runs with one and with two `--threads`. Made by `python -m "
-        "tools.bench.limit`.\n",
+        "Threads that wake up show between runs with one and with two `--threads`. Two sessions of one graph do not "
+        "take quite the same time (5 % apart where it was tried), so that a graph alone may seem slower than in the loop. "
+        "Made by `python -m tools.bench.limit`.\n",
+        "`loop / least`: of the loop's time to the least of its launches. `saved by MACs`, `by least`: how many times "
+        "as much the full graph would take for every evaluation, counted in multiply-accumulates, and in the least "
+        "time.\n",
+        table(_SUMMARY, [_summary_cells(row) for row in rows]),
     ]
     for row in rows:
         height, width = row["latent"]
@@ -296,6 +301,10 @@ def as_text(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(parts)
 
 
+_SUMMARY = (
+    *("model, schedule", "threads", "launches", "graphs", "ONNX Runtime, s", "loop / bare", "loop / least"),
+    *("OpenVINO, s", "to ONNX Runtime", "saved by MACs", "by least"),
+)
 _LOOP = (
     *("loop", "seconds", "first, s", "loop / bare", "launches / bare", "loop / launches", "uploads, us"),
     *("other host, us", "load, s", "rounds", "not run because"),
@@ -314,6 +323,31 @@ _GRAPH = (
 _BLOCK = ("block (farthest first)", "GMACs", "MB", "least, ms", "kernels, ms", "over least", "share of kernels")
 _AFTER = ("graph", "backend", "alone, ms", "after itself, ms", "after another, ms")
 _SHOWN = 12
+
+
+def _summary_cells(row: Mapping[str, Any]) -> Sequence[str]:
+    graphs = row["graphs"]
+    full = max(graphs, key=lambda graph: graph["macs"])
+    macs, least = (sum(graph[key] * graph["launches"] for graph in graphs) for key in ("macs", "least_seconds"))
+    seconds = {
+        name: None if "missing" in facts else facts["loop_seconds"]["median"] for name, facts in row["backends"].items()
+    }
+    ours, other = (seconds[name] for name in BACKENDS)
+    own = row["backends"][BACKENDS[0]]
+    return (
+        f"{row['model']}, {row['schedule']}",
+        str(row["machine"]["threads"]),
+        str(row["launches"]),
+        str(len(graphs)),
+        *(
+            ["-"] * 3
+            if ours is None
+            else [f"{ours:.4f}", with_quartiles(own["loop_over_bare"], 3), f"{ours / least:.2f}"]
+        ),
+        *("-" if other is None else f"{other:.4f}", "-" if ours is None or other is None else f"{other / ours:.2f}"),
+        f"{full['macs'] * row['evaluations'] / macs:.2f}",
+        f"{full['least_seconds'] * row['evaluations'] / least:.2f}",
+    )
 
 
 def _loop_cells(name: str, facts: Mapping[str, Any]) -> Sequence[str]:
