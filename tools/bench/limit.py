@@ -274,7 +274,7 @@ def as_text(rows: Sequence[Mapping[str, Any]]) -> str:
         "after loading, which touches all memory; `uploads` and `other host` are microseconds a loop beside its "
         "launches; `after itself` and `after another` are launches inside the loop by the graph that ran before. "
         "Threads that wake up show between runs with one and with two `--threads`. Two sessions of one graph do not "
-        "take quite the same time (5 % apart where it was tried), so that a graph alone may seem slower than in the loop. "
+        "take quite the same time (5 % apart where tried), so that a graph alone may seem slower than in the loop. "
         "Made by `python -m tools.bench.limit`.\n",
         "`loop / least`: of the loop's time to the least of its launches. `saved by MACs`, `by least`: how many times "
         "as much the full graph would take for every evaluation, counted in multiply-accumulates, and in the least "
