@@ -11,6 +11,7 @@ from zlib import crc32
 from dipgo_deploy.plan.graph import Block, BlockGraph, Value
 from dipgo_deploy.plan.pieces import Node, NodeGraph, Tensor
 from dipgo_deploy.schedule.forecast import MOST_TERMS, FittedForecast, Forecast, RuleForecast, stored_before
+from dipgo_deploy.schedule.guidance import HALVES, UNCONDITIONAL
 
 # Values are residues: adding and subtracting is exact, and different computations collide with chance 2**-61.
 PRIME = 2**61 - 1
@@ -21,8 +22,8 @@ def compute(name: str, arguments: Sequence[int]) -> int:
     return hash((crc32(name.encode()), *arguments)) % PRIME
 
 
-def graph_input(graph: BlockGraph, name: str, step: int) -> int:
-    return compute(name, [step if graph.inputs[name] == "step" else -1])
+def graph_input(graph: BlockGraph, name: str, step: int, half: str | None = None) -> int:
+    return compute(behind(name, half), [step if graph.inputs[name] == "step" else -1])
 
 
 def residual_source(graph: BlockGraph) -> dict[str, str]:
@@ -112,7 +113,7 @@ def naive(
                 made, origin = value(output), value(source[output]) if output in source else 0
                 fresh = None if made is None or origin is None else (made - origin) % PRIME
                 store.store(output, step, fresh)
-                store_half(store, graph, output, step, fresh)
+                store_half(store, graph, output, step, fresh, alone=shares is not None and shares[step] == 0)
         predictions.append(value(graph.predictions[0 if denoisers is None else denoisers[step]]))
     return predictions
 
@@ -122,8 +123,14 @@ def half_of(value: int) -> int:
     return 7 * value % PRIME
 
 
-def store_half(store: Kept, graph: BlockGraph, output: str, step: int, fresh: int | None) -> None:
-    """A guided value has a conditional half; a conditional-only one takes the guided one's place."""
+def store_half(
+    store: Kept, graph: BlockGraph, output: str, step: int, fresh: int | None, *, alone: bool = False
+) -> None:
+    """A guided value has a conditional half; a conditional-only one takes the guided one's place, or leaves the
+    unconditional one behind."""
+    for name, conditional in graph.pairs.items() if alone else ():
+        if conditional == output:
+            store.hide(name, step)
     if output in graph.halves:
         store.hide(graph.halves[output], step)
     for name, whole in graph.halves.items():
@@ -154,7 +161,7 @@ def random_halves(rng: random.Random) -> tuple[BlockGraph, list[list[bool]], lis
     )
     halves = {named(name): named(whole) for name, whole in twin.halves.items()}
     graph = BlockGraph(part.inputs, values, blocks, tuple(map(named, twin.predictions)), twin.costs, halves)
-    shares = [rng.choice([1.0, 1.0, 0.5, 0.0, 0.0]) for _ in range(rng.randint(2, 8))]
+    shares = random_shares(rng)
     return graph, random_gates(rng, len(shares), len(part.blocks)), shares
 
 
@@ -164,8 +171,30 @@ def of_shares(shares: Sequence[float]) -> list[int]:
 
 
 def is_run(block: Block, denoisers: Sequence[int] | None, step: int) -> bool:
-    """Whether an evaluation runs the denoiser that a block is of."""
-    return denoisers is None or block.name.startswith(f"d{denoisers[step]}.")
+    """Whether an evaluation runs the denoiser that a block is of, or the half of guidance."""
+    if denoisers is None or not block.name.startswith("d"):
+        return denoisers is None or not (denoisers[step] and block.name.endswith(UNCONDITIONAL))
+    return block.name.startswith(f"d{denoisers[step]}.")
+
+
+def with_guide(graph: BlockGraph) -> BlockGraph:
+    """A random graph as it is traced for one half of guidance at a time."""
+    (prediction,) = graph.predictions
+    nbytes = graph.values[prediction].nbytes
+    guided = Value("guided", nbytes, frozenset({*HALVES, "scale"}), frozenset({len(graph.costs)}))
+    inputs = {**graph.inputs, **dict.fromkeys(HALVES, "step"), "scale": "constant"}
+    values = {**graph.values, "guided": guided}
+    return replace(graph, inputs=inputs, values=values, costs=(*graph.costs, 1), guides={"guided": prediction})
+
+
+def random_shares(rng: random.Random) -> list[float]:
+    """Of the guidance, of each evaluation."""
+    return [rng.choice([1.0, 1.0, 0.5, 0.0, 0.0]) for _ in range(rng.randint(2, 8))]
+
+
+def behind(name: str, half: str | None) -> str:
+    """A value of one half by the name that it has beside the other."""
+    return name + UNCONDITIONAL if half == "unconditional" else name
 
 
 def random_turns(rng: random.Random) -> tuple[BlockGraph, list[list[bool]], list[int]]:
@@ -360,10 +389,12 @@ def supernet(
     forecast: Forecast | None = None,
     denoisers: Sequence[int] | None = None,
     shares: Sequence[float] | None = None,
+    half: str | None = None,
 ) -> list[int | None]:
     """Predictions by the definition: kept blocks compute and store, removed ones read. None: a store was missing.
 
     denoisers: of each evaluation, of ``random_turns``; with ``shares``, of ``random_halves``, that of the guidance.
+    half: of guidance, of ``with_guide``, with the ``shares``; the unconditional one has no others than guided ones.
     """
     graph = traced.graph
     owner = {output: k for k, block in enumerate(graph.blocks) for output in block.outputs}
@@ -379,7 +410,7 @@ def supernet(
 
         def given(name: str, step=step, row=row, known=known) -> int | None:
             if name in graph.inputs:
-                return graph_input(graph, name, step)
+                return graph_input(graph, name, step, half)
             if name not in owner or row[owner[name]]:
                 return None
             found = store.read(name, step, owner[name])
@@ -388,6 +419,12 @@ def supernet(
             base = evaluate(traced, source[name], known, given) if name in source else 0
             return (base + found) % PRIME
 
+        if half == "unconditional" and shares is not None and shares[step] == 0:
+            for block, kept in zip(graph.blocks, row, strict=True):
+                for output in block.outputs if kept else ():
+                    store.hide(output, step)
+            predictions.append(None)
+            continue
         fresh: dict[str, int | None] = {}
         for block, kept in zip(graph.blocks, row, strict=True):
             for output in block.outputs if kept and is_run(block, denoisers, step) else ():
@@ -398,11 +435,12 @@ def supernet(
                     fresh[output] = None
         for output, made in fresh.items():
             store.store(output, step, made)
-            store_half(store, graph, output, step, made)
+            store_half(store, graph, output, step, made, alone=shares is not None and shares[step] == 0)
         try:
             prediction = graph.predictions[0 if denoisers is None else denoisers[step]]
             made = evaluate(traced, prediction, known, given)
-            predictions.append(made if shares is None or shares[step] == 0 else compute(f"*{shares[step]}", [made]))
+            plain = shares is None or half is not None or shares[step] == 0
+            predictions.append(made if plain else compute(f"*{shares[step]}", [made]))
         except Missing:
             predictions.append(None)
     return predictions

@@ -16,6 +16,7 @@ from dipgo_deploy.bundle.pictures import PictureUse
 from dipgo_deploy.bundle.quantized import Method
 from dipgo_deploy.bundle.shapes import NAMES, Dim, SizeRanges, Sizes, evaluate, evaluate_shape
 from dipgo_deploy.errors import UserError
+from dipgo_deploy.schedule.guidance import HALVES, Half
 from dipgo_deploy.schedule.validation import one_line
 
 FORMAT_VERSION = 4
@@ -33,6 +34,8 @@ SEVERAL_VERSION = 9
 QUANTIZED_VERSION = 10
 # What is written where a launch has another guidance than the run's.
 GUIDANCE_VERSION = 11
+# What is written where the halves of guidance are launched one after the other.
+HALVES_VERSION = 12
 # What is read too: directories without a seal, of which nobody can tell whether the manifest was changed.
 UNSEALED_VERSION = 3
 MANIFEST_NAME = "manifest.json"
@@ -225,8 +228,25 @@ class LaunchEntry(_Frozen):
         exclude_if=_is_one,
         description="how much of the run's guidance it has: its scale is off + guidance * (scale - off) with the "
         "manifest's `guidance_off`; 0: it is conditional only, with half the batch, and of a cache that a guided "
-        "launch wrote it reads the second half",
+        "launch wrote it reads the second half, unless it has a `half`",
     )
+    half: Half | None = pydantic.Field(
+        default=None,
+        exclude_if=_is_none,
+        description="of guidance in two launches: whose rows it has of conditions and of what is made at the start of "
+        "a run, `unconditional` the first half and `conditional` the second; none for a launch that makes the guided "
+        "prediction, whose graph reads `unconditional` and `conditional`",
+    )
+    passes: int | None = pydantic.Field(
+        default=None,
+        exclude_if=_is_none,
+        description="arena byte offset that its prediction is written to, for the launch that makes the guided one",
+    )
+
+    @property
+    def reads_second_halves(self) -> bool:
+        """Whether it may read the second half of what lies in the arena."""
+        return self.guidance == 0 and self.half is None
 
 
 class PlanEntry(_Frozen):
@@ -292,6 +312,16 @@ class PlanEntry(_Frozen):
     def history(self) -> History:
         """What the graphs know of the history."""
         return History(self.slots, self.slots - self.noises - (self.image_slot is not None))
+
+    @property
+    def halves(self) -> tuple[Half | None, ...]:
+        """What launches have of the batch of guidance: None for all of it, or one half after the other."""
+        return HALVES if any(launch.half for launch in self.launches) else (None,)
+
+    @property
+    def one_launch_each(self) -> bool:
+        """Whether an evaluation is one launch, which can be run by itself."""
+        return self.layout == "variants" and self.halves == (None,)
 
     @property
     def launched(self) -> tuple[int, ...]:
@@ -539,7 +569,7 @@ class Components(_Frozen):
 class Manifest(_Frozen):
     """``manifest.json`` of an engine directory."""
 
-    format_version: Literal[3, 4, 5, 6, 7, 8, 9, 10, 11] = 4
+    format_version: Literal[3, 4, 5, 6, 7, 8, 9, 10, 11, 12] = 4
     created_by: str
     model: ModelEntry
     schedule: str = SCHEDULE_NAME
@@ -580,6 +610,11 @@ class Manifest(_Frozen):
     def quantized(self) -> Method | None:
         """How weights are in fewer bits, None where they are not."""
         return None if self.quantization is None else self.quantization.method
+
+    @property
+    def guidance_batch(self) -> Literal[1, 2]:
+        """How many of the two halves of guidance a launch has."""
+        return 1 if self.plan.halves == HALVES else 2
 
     @property
     def usual_sizes(self) -> Sizes:
@@ -638,6 +673,7 @@ class Manifest(_Frozen):
         version = SEVERAL_VERSION if self.name else version
         version = QUANTIZED_VERSION if self.quantization is not None else version
         version = GUIDANCE_VERSION if any(launch.guidance != 1 for launch in self.plan.launches) else version
+        version = HALVES_VERSION if self.plan.halves == HALVES else version
         document = {**json.loads(self.model_dump_json(exclude={"seal"})), "format_version": version}
         return json.dumps({**document, "seal": seal_of(document)}, indent=1, ensure_ascii=False) + "\n"
 
@@ -663,10 +699,10 @@ class Manifest(_Frozen):
         version = data.get("format_version")
         if version == UNSEALED_VERSION:
             _log.warning("%s: was exported before directories were sealed, so changes to it do not show", path)
-        elif version not in range(FORMAT_VERSION, GUIDANCE_VERSION + 1):
+        elif version not in range(FORMAT_VERSION, HALVES_VERSION + 1):
             raise UserError(
                 f"{path}: format_version {str(version)[:20]}, this version reads {UNSEALED_VERSION} to "
-                f"{GUIDANCE_VERSION}; export it again or update"
+                f"{HALVES_VERSION}; export it again or update"
             )
         elif sealed and data.get("seal") != seal_of(data):
             raise UserError(

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from dipgo_deploy.schedule.guidance import CONDITIONAL
+from dipgo_deploy.schedule.guidance import CONDITIONAL, UNCONDITIONAL, Half
 from dipgo_deploy.schedule.kinds import CacheKind
 
 HISTORY = "stack"
@@ -28,20 +28,20 @@ _NEW, _VALUE = "new_", "value."
 
 _CACHE = re.compile(
     r"(?:new_)?(?P<prefix>cache|residual|value)\.(?P<block>.+)/out(?P<index>\d+)"
-    rf"(?P<conditional>{CONDITIONAL})?(?:@(?P<nth>\d+))?"
+    rf"(?P<half>{CONDITIONAL}|{UNCONDITIONAL})?(?:@(?P<nth>\d+))?"
 )
 
 
 @dataclass(frozen=True)
 class CacheName:
     """A cache by its graph input or output name: block, index in the order of ``supernet.cuts.flatten``, and kind; nth:
-    0, or of a weighted sum the n-th last stored one; conditional: the conditional half alone."""
+    0, or of a weighted sum the n-th last stored one; half: one half of guidance alone."""
 
     block: str
     index: int
     kind: CacheKind
     nth: int = 0
-    conditional: bool = False
+    half: Half | None = None
 
 
 def cache_input(kind: CacheKind, value: str, nth: int = 0) -> str:
@@ -102,7 +102,16 @@ def parse_cache(name: str) -> CacheName | None:
     if found is None:
         return None
     kind: CacheKind = "residual" if found["prefix"] == "residual" else "output"
-    return CacheName(found["block"], int(found["index"]), kind, int(found["nth"] or 0), bool(found["conditional"]))
+    half: Half | None = None
+    if found["half"]:
+        half = "conditional" if found["half"] == CONDITIONAL else "unconditional"
+    return CacheName(found["block"], int(found["index"]), kind, int(found["nth"] or 0), half)
+
+
+def of_half(name: str, half: Half | None) -> str:
+    """The name of a cache, as a launch of one half has it, with the half in it; None: as it is."""
+    value, at, nth = name.partition("@")
+    return name if half is None or parse_cache(name) is None else f"{value}/{half}{at}{nth}"
 
 
 def is_weighted(name: str) -> bool:

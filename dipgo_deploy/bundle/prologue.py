@@ -45,4 +45,5 @@ def run_row_bytes(plan: PlanEntry) -> int:
     """Memory of the rows that are made at the start of a run."""
     made = made_by_prologue(plan)
     of_classes = [spec for name, spec in run_specs(plan).items() if name not in made]
-    return sum(spec.nbytes for spec in made.values()) + len(plan.table_timesteps) * sum(s.nbytes for s in of_classes)
+    each = sum(spec.nbytes for spec in made.values()) + len(plan.table_timesteps) * sum(s.nbytes for s in of_classes)
+    return len(plan.halves) * each

@@ -178,8 +178,8 @@ def _check_launches(path: Path, recorded: Recorded, manifest: Manifest) -> None:
     for launch in recorded.predictions:
         if plan.launches[launch].slot is None:
             raise UserError(f"{path}: launch {launch} makes no prediction; {EXPORT_AGAIN}")
-    if recorded.alone and plan.layout != "variants":
-        raise UserError(f"{path}: segments are not launched by themselves; {EXPORT_AGAIN}")
+    if recorded.alone and not plan.one_launch_each:
+        raise UserError(f"{path}: parts of evaluations are not launched by themselves; {EXPORT_AGAIN}")
 
 
 def _kept(spec: TensorSpec) -> Literal["float32", "float16", "int64"]:

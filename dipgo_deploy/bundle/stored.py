@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dipgo_deploy.bundle.manifest import PlanEntry, TensorSpec
-from dipgo_deploy.bundle.names import stored_name
+from dipgo_deploy.bundle.names import PREDICTION, of_half, stored_name
 
 
 @dataclass(frozen=True)
@@ -67,11 +67,13 @@ def _walk(plan: PlanEntry) -> tuple[list[tuple[str, TensorSpec, int, int]], list
         places = []
         for name, offset in zip(variant.reads, launch.reads, strict=True):
             # A conditional-only launch may read the second half of what lies there.
-            start = offset if offset in there or launch.guidance else offset - inputs[name].nbytes
+            start = offset if offset in there or not launch.reads_second_halves else offset - inputs[name].nbytes
             places.append(there[start])
         reads.append(tuple(places))
         outputs = {spec.name: spec for spec in variant.graph.outputs}
-        for name, offset in zip(variant.writes, launch.writes, strict=True):
+        written = [*zip(variant.writes, launch.writes, strict=True)]
+        written += [] if launch.passes is None else [(PREDICTION, launch.passes)]
+        for name, offset in written:
             there[offset] = len(found)
-            found.append((name, outputs[name], offset, number))
+            found.append((of_half(name, launch.half), outputs[name], offset, number))
     return found, reads

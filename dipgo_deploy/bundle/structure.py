@@ -25,6 +25,7 @@ from dipgo_deploy.bundle.names import (
 )
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.plan.buffers import ALIGNMENT
+from dipgo_deploy.schedule.guidance import HALVES, Half
 from dipgo_deploy.schedule.validation import MAX_GUIDANCE
 
 # No sampler's weights, and no timestep, come near these.
@@ -54,8 +55,11 @@ def check_structure(manifest: Manifest) -> None:
 def _check(manifest: Manifest) -> None:
     plan = manifest.plan
     _check_counts(plan)
+    halves = plan.halves
     for spec in manifest.conditions:
         _check_shape("conditions", spec)
+        whole = len(halves) == 1 or (bool(spec.shape) and spec.shape[0] % len(halves) == 0)
+        _require(whole, f"conditions: {spec.name} has no two halves, and launches have one each")
     for where, graph in _graphs(manifest):
         _check_graph(where, graph)
     components = manifest.components
@@ -81,6 +85,7 @@ def _check(manifest: Manifest) -> None:
         _require(launch.step >= step, f"{where}: evaluation {launch.step} comes after evaluation {step}")
         step = launch.step
         _check_denoiser(where, manifest, launch)
+        _check_half(where, launch, plan.variants[launch.variant], halves)
         _check_launch(where, plan, launch, plan.variants[launch.variant], written, arena)
     _require(step < plan.evaluations, f"launches: evaluation {step} of {plan.evaluations}")
     for slot, weight in enumerate(plan.final):
@@ -156,14 +161,14 @@ def _check_variant(manifest: Manifest, variant: VariantEntry, sample: tuple[int,
     _require((HISTORY in inputs) == (COEFFICIENTS in inputs), f"{where}: has the history without its weights")
     weighted = any(map(is_weighted, variant.reads))
     _require(not weighted or FORECAST in inputs, f"{where}: reads stored values without their weights")
-    slots = manifest.plan.slots
+    slots, halves = manifest.plan.slots, len(manifest.plan.halves)
     wanted = {
         HISTORY: (slots, *sample),
         HISTORY_BEFORE: (slots, *sample),
         COEFFICIENTS: (slots,),
         PREDICTION: sample,
         FORECAST: (weighted_reads(variant),),
-        **{name: spec.shape for name, spec in conditions.items()},
+        **{name: rows_shape(spec, halves) for name, spec in conditions.items()},
     }
     for name, spec in (*inputs.items(), *outputs.items()):
         shape = wanted.get(name, spec.shape)
@@ -197,7 +202,10 @@ def _check_rows(manifest: Manifest) -> None:
             if not scale:
                 wanted = conditions.get(spec.name)
                 _require(wanted is not None, f"prologue: nothing fills its input {spec.name}")
-                same = wanted is not None and (wanted.shape, wanted.dtype) == (spec.shape, spec.dtype)
+                same = wanted is not None and (rows_shape(wanted, len(plan.halves)), wanted.dtype) == (
+                    spec.shape,
+                    spec.dtype,
+                )
                 _require(same, f"prologue: {spec.name} is not what the conditions say")
     for name, spec in rows.items():
         if not is_run_row(name):
@@ -208,9 +216,15 @@ def _check_rows(manifest: Manifest) -> None:
             _require(right, f"prologue: {name} is {made[name].dtype} {made[name].shape}, graphs take {spec.shape}")
         else:
             _require(bool(plan.table_classes), f"variant: nothing fills its input {name}")
-            (images,) = labels[0].shape
-            counts = (images, images // 2) if any(launch.guidance == 0 for launch in plan.launches) else (images,)
+            (images,) = rows_shape(labels[0], len(plan.halves))
+            second = any(launch.reads_second_halves for launch in plan.launches)
+            counts = (images, images // 2) if second else (images,)
             _require(spec.shape[:1] in {(count,) for count in counts}, f"variant: {name} has the shape {spec.shape}")
+
+
+def rows_shape(spec: TensorSpec, halves: int) -> tuple[int, ...]:
+    """The shape of a condition as launches take it: all rows (1), or those of one half of guidance (2)."""
+    return (spec.shape[0] // halves, *spec.shape[1:]) if spec.shape else ()
 
 
 def weighted_reads(variant: VariantEntry) -> int:
@@ -237,6 +251,19 @@ def _check_denoiser(where: str, manifest: Manifest, launch: LaunchEntry) -> None
     _require(not taken or launch.guidance != 0, f"{where}: is conditional only, and its graph takes {own}")
 
 
+def _guides(launch: LaunchEntry, variant: VariantEntry) -> bool:
+    """Whether a launch makes the guided prediction of those of the two halves."""
+    return launch.half is None and set(variant.reads) == {*HALVES}
+
+
+def _check_half(where: str, launch: LaunchEntry, variant: VariantEntry, halves: Sequence[Half | None]) -> None:
+    """A launch has one of the plan's halves of guidance, or guides."""
+    guides = _guides(launch, variant)
+    _require(guides or launch.half in halves, f"{where}: says nothing of which half of guidance it has")
+    alone = launch.guidance == 0 and (guides or launch.half == HALVES[0])
+    _require(not alone, f"{where}: is conditional only, and has the other half")
+
+
 def _check_launch(
     where: str, plan: PlanEntry, launch: LaunchEntry, variant: VariantEntry, written: set[int], arena: _Arena
 ) -> None:
@@ -258,18 +285,24 @@ def _check_launch(
     _check_weights(where, launch.forecast, weighted_reads(variant) if FORECAST in inputs else 0, "stored values")
     _require(len(launch.reads) == len(variant.reads), f"{where}: {len(launch.reads)} offsets to read from")
     _require(len(launch.writes) == len(variant.writes), f"{where}: {len(launch.writes)} offsets to write to")
-    half = launch.guidance == 0
-    reads = [
-        arena.read(where, offset, inputs[name], half) for name, offset in zip(variant.reads, launch.reads, strict=True)
-    ]
+    guides = _guides(launch, variant)
+    second = launch.reads_second_halves
+    reads = []
+    for name, offset in zip(variant.reads, launch.reads, strict=True):
+        of = name if guides else launch.half
+        reads.append(arena.read(where, offset, inputs[name], of, second_half=second))
     spans: list[tuple[int, int]] = []
-    for name, offset in zip(variant.writes, launch.writes, strict=True):
+    written_to = [*zip(variant.writes, launch.writes, strict=True)]
+    if launch.passes is not None:
+        _require(variant.predicts and launch.half is not None, f"{where}: passes on what it does not predict")
+        written_to.append((PREDICTION, launch.passes))
+    for name, offset in written_to:
         span = arena.span(where, offset, outputs[name])
         taken = next((other for other in (*reads, *spans) if _meet(span, other)), None)
         _require(taken is None, f"{where}: writes bytes {span[0]} to {span[1]}, which it reads or writes as well")
         spans.append(span)
-        arena.write(span, outputs[name])
-    if variant.predicts:
+        arena.write(span, outputs[name], launch.half)
+    if variant.predicts and launch.passes is None:
         slot = -1 if launch.slot is None else launch.slot
         _require(1 <= slot < plan.history.chain, f"{where}: its prediction has no slot ({launch.slot})")
         # The sum over the history takes differences of neighbours, so predictions come in the order of their slots.
@@ -292,6 +325,7 @@ class _Written:
     span: tuple[int, int]
     shape: tuple[int, ...]
     dtype: str
+    of: str | None = None
 
 
 class _Arena:
@@ -309,14 +343,18 @@ class _Arena:
         _require(right, f"{where}: {spec.name} at {offset} is not aligned to {ALIGNMENT} bytes")
         return offset, end
 
-    def read(self, where: str, offset: int, spec: TensorSpec, half: bool) -> tuple[int, int]:
-        """What is read, which has to be what was written, or (half) the second half of its rows."""
-        span = self.span(where, offset, spec, aligned=not half)
-        there = self._written.get(offset) or (self._second_half(span) if half else None)
+    def read(
+        self, where: str, offset: int, spec: TensorSpec, of: str | None, *, second_half: bool = False
+    ) -> tuple[int, int]:
+        """What is read, which has to be what was written, or (second_half) the second half of its rows. of: the half of
+        guidance that has to have written it."""
+        span = self.span(where, offset, spec, aligned=not second_half)
+        there = self._written.get(offset) or (self._second_half(span) if second_half else None)
         _require(there is not None, f"{where}: reads {spec.name} at {offset}, where nothing was written")
         assert there is not None
         found, wanted = (there.shape, there.dtype), (spec.shape, spec.dtype)
         _require(found == wanted, f"{where}: reads {spec.name} as {wanted}, written was {found}")
+        _require(there.of == of, f"{where}: reads {spec.name} of the half {of}, written was that of {there.of}")
         return span
 
     def _second_half(self, span: tuple[int, int]) -> _Written | None:
@@ -327,10 +365,10 @@ class _Arena:
                 return _Written(span, (rows // 2, *other.shape[1:]), other.dtype)
         return None
 
-    def write(self, span: tuple[int, int], spec: TensorSpec) -> None:
+    def write(self, span: tuple[int, int], spec: TensorSpec, of: str | None) -> None:
         for offset in [offset for offset, other in self._written.items() if _meet(span, other.span)]:
             del self._written[offset]
-        self._written[span[0]] = _Written(span, spec.shape, spec.dtype)
+        self._written[span[0]] = _Written(span, spec.shape, spec.dtype, of)
 
 
 def _meet(one: tuple[int, int], other: tuple[int, int]) -> bool:

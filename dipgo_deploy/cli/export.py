@@ -59,6 +59,14 @@ SIZES = "N|MIN:MAX|MIN:OPT:MAX"
 @guidance_option
 @option(
     "Model",
+    "--guidance-batch",
+    type=click.IntRange(1, 2),
+    default=2,
+    help="With guidance: 2 runs the model on both halves of the batch at once, 1 on one half after the other, by the "
+    "same graph in half the memory of activations.",
+)
+@option(
+    "Model",
     "--components/--no-components",
     default=True,
     help="Export the text encoders, the tokenizers and the VAE too, or the denoiser only.",
@@ -435,10 +443,11 @@ def _beforehand_facts(planned: PlannedExport) -> dict[str, Any]:
     ):
         if made is not None:
             part = made.part
+            twice = name == "prologue" and traced.shape.apart  # for each half
             found[name] = {
                 "values" if name == "prologue" else "tables": len(part.names),
                 "rows": timesteps,
-                "bytes": part.row_bytes(timesteps, traced.shape.sizes),
+                "bytes": part.row_bytes(timesteps, traced.shape.sizes) * (1 + twice),
                 "weight_bytes_saved": part.nbytes,
                 "share_of_weights": part.share,
             }
@@ -454,6 +463,9 @@ def _beside_bytes(planned: PlannedExport) -> int:
     found = sum(part.row_bytes(timesteps) for part in traced.parts)
     if traced.classes is not None:  # whose rows are of one image
         found += traced.classes.part.row_bytes(timesteps) * (traced.shape.model_batch - 1)
+    if traced.shape.apart:  # what is made at the start of a run is there for each half
+        found += 0 if traced.classes is None else traced.classes.part.row_bytes(timesteps) * traced.shape.model_batch
+        found += 0 if traced.prologue is None else traced.prologue.part.row_bytes(timesteps)
     return found + (0 if traced.prologue is None else traced.prologue.part.nbytes)
 
 

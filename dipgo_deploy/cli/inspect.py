@@ -184,13 +184,14 @@ def _summary(facts: Mapping[str, Any]) -> dict[str, str]:
     pixels = "" if facts["scale"] is None else f", {width}x{height} pixels"
     frames = "" if facts["video_frames"] is None else f", {facts['video_frames']} frames"
     usual = "" if facts["guidance_scale"] is None else f", scale {facts['guidance_scale']:g}"
+    apart = ", its halves in launches of their own" if facts["guidance_batch"] == 1 else ""
     launches = len(facts["launches"])
     several = [f"{one['name']} ({one['launches']} launches)" for one in facts["schedules"]]
     lines = {
         **({"schedules": f"{', '.join(several)}; shown: {facts['name']}"} if several else {}),
         "model": f"{model['class_name']} ({model['name']}), {schedule['blocks']} units ({model['granularity']})",
         "latent": f"{facts['batch']} x {_shape(facts['latent'])}, {facts['dtype']}{pixels}{frames}",
-        "guidance": f"yes{usual}" if facts["guidance"] else f"no{usual}",
+        "guidance": f"yes{usual}{apart}" if facts["guidance"] else f"no{usual}",
         "sampler": f"{sampler['class_name']}, {sampler['num_inference_steps']} steps, "
         f"{facts['evaluations']} evaluations",
         **({"denoisers": denoisers_line(schedule["denoisers"])} if "denoisers" in schedule else {}),

@@ -22,7 +22,7 @@ from dipgo_deploy.bundle.prologue import prologue_entry
 from dipgo_deploy.compare.graphs import OpenGraph, failures_named
 from dipgo_deploy.compare.inner import InnerGraph, RunModel, made_name, run_plainly
 from dipgo_deploy.compare.metrics import Tolerance, tensor_error
-from dipgo_deploy.compare.rows import with_rows
+from dipgo_deploy.compare.rows import prologue_inputs, with_rows
 from dipgo_deploy.compare.step_runner import StepRunner
 from dipgo_deploy.difference import peak
 from dipgo_deploy.errors import UserError, one_line
@@ -141,7 +141,7 @@ def locate(
     Raises:
         UserError: a reference that does not fit, or one that differs from the model too and ``modules`` is None.
     """
-    dtype, segments = bundle.manifest.dtype, bundle.manifest.plan.layout == "segments"
+    dtype, segments = bundle.manifest.dtype, not bundle.manifest.plan.one_launch_each
     given = list(with_rows(bundle, recordings, open_graph))  # type: ignore[type-var]
     found: _Wrong | None
     if segments:
@@ -224,7 +224,7 @@ def _prologue(
     if plan.prologue is None or not recordings:
         return None
     entry, first = prologue_entry(plan), recordings[0]
-    inputs = {spec.name: first.inputs[spec.name] for spec in plan.prologue.inputs}
+    inputs = prologue_inputs(plan.prologue, first.inputs, plan.halves[-1])
     actual = _run(bundle, entry, open_graph, inputs)
     return _first(iter([(first.step, entry, inputs, actual, _plainly(sound, bundle, entry, inputs))]), tolerance)
 

@@ -10,11 +10,12 @@ import numpy as np
 
 from dipgo_deploy.bundle.directory import Bundle
 from dipgo_deploy.bundle.manifest import VariantEntry
+from dipgo_deploy.bundle.names import PREDICTION
 from dipgo_deploy.compare.metrics import TensorError, Tolerance, tensor_error
 from dipgo_deploy.compare.report import Checked
 from dipgo_deploy.compare.step_runner import StepRunner
 from dipgo_deploy.errors import UserError, one_line
-from dipgo_deploy.reference.recording import Recording
+from dipgo_deploy.reference.recording import Recording, as_read
 from dipgo_deploy.reference.steps import StepRecording
 
 if TYPE_CHECKING:
@@ -80,8 +81,12 @@ def compare_segments(
         for recording in recordings:
             for launched in evaluate(recording.step, recording.inputs):
                 first = launched.segment not in firsts
+                launch = plan.launches[launched.index]
                 names = launched.outputs.keys() & recording.outputs.keys()
+                names -= {PREDICTION} if launch.passes is not None else set()  # the model has the guided one alone
                 wanted = {name: array for name, array in recording.outputs.items() if name in names}
+                if launch.half is not None:
+                    wanted = {n: as_read(a, launched.outputs[n].shape, launch.half) for n, a in wanted.items()}
                 if first:
                     firsts[launched.segment] = Recording(launched.segment, recording.step, launched.inputs, wanted)
                 if not wanted:

@@ -13,7 +13,7 @@ from dipgo_deploy.backends.base import Backend
 from dipgo_deploy.bundle.directory import Bundle
 from dipgo_deploy.bundle.history import graph_latent
 from dipgo_deploy.bundle.manifest import LaunchEntry, VariantEntry
-from dipgo_deploy.bundle.names import COEFFICIENTS, HISTORY, PREDICTION, is_weighted, parse_cache
+from dipgo_deploy.bundle.names import COEFFICIENTS, HISTORY, PREDICTION, is_weighted, of_half, parse_cache
 from dipgo_deploy.compare.metrics import TensorError, Tolerance, inherited, tensor_error
 from dipgo_deploy.compare.report import LATENT, Checked
 from dipgo_deploy.errors import UserError
@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from dipgo_deploy.supernet.gated import CacheState
 
 
-Key = tuple[str, int, int]
+# Block, which of its tensors, which of its stored values (0 the last), and whether the unconditional half alone.
+Key = tuple[str, int, int, bool]
 
 
 class ReferenceLoop:
@@ -181,28 +182,31 @@ def compare_loop(
         # In a segment a value that is read may be one that this very evaluation made.
         before = evaluation.before if plan.layout == "variants" else evaluation.after
         unread = _without_weight(entry, launch)
-        for name in entry.reads:
+        for tensor in entry.reads:
+            name = of_half(tensor, launch.half)
             block = stored_block(name, kinds)
-            if name in unread or block is None or block not in before.tensors:
+            if tensor in unread or block is None or block not in before.tensors:
                 continue
             terms = [(1.0, _key(name)[2])]
             if plan.layout == "segments" and not kept[block] and reference.schedule.forecast is not None:
                 # A segment reads the sum where a variant reads what is summed.
                 weights = reference.schedule.forecast.weights_of(launch.step, order[block], before.stored_at[block])
                 terms = [(weight, age) for age, weight in enumerate(weights)]
-            found = loop.fetch(index, name)
+            found = loop.fetch(index, tensor)
             error = tensor_error(name, found, _sum_of(name, before, terms, {}), tolerance)
-            if not error.passed and any((*_key(name)[:2], age) in carried for _, age in terms):
+            if not error.passed and any(_aged(_key(name), age) in carried for _, age in terms):
                 error = inherited(error, tensor_error(name, found, _sum_of(name, before, terms, carried), tolerance))
             at.given.append(error)
-        for name in sorted(entry.writes, key=lambda name: order.get(stored_block(name, kinds) or "", len(order))):
+        for tensor in sorted(entry.writes, key=lambda name: order.get(stored_block(name, kinds) or "", len(order))):
+            name = of_half(tensor, launch.half)
             block = stored_block(name, kinds)
-            if plan.layout == "variants" or kept.get(block or ""):
-                for error in _cache(loop, index, name, evaluation.after, block, tolerance):
-                    carried.pop(_key(name), None)
-                    at.made.append(error)
-                    if not error.passed:
-                        at.beyond[name] = np.array(loop.fetch(index, name))
+            if block in evaluation.after.tensors and (plan.layout == "variants" or kept.get(block or "")):
+                found = loop.fetch(index, tensor)
+                error = tensor_error(name, found, cache_tensor(name, evaluation.after), tolerance)
+                carried.pop(_key(name), None)
+                at.made.append(error)
+                if not error.passed:
+                    at.beyond[name] = np.array(found)
         if launch.slot is not None:
             latest[:] = [loop.fetch(index, PREDICTION)]
 
@@ -224,15 +228,6 @@ def compare_loop(
     return LoopResult(checked, host(supernet.to_end()), denoised)
 
 
-def _cache(
-    loop: DenoisingLoop, index: int, name: str, state: CacheState, block: str | None, tolerance: Tolerance
-) -> list[TensorError]:
-    """A cache in the arena against the supernet's, where that has it."""
-    if block is None or block not in state.tensors:
-        return []
-    return [tensor_error(name, loop.fetch(index, name), cache_tensor(name, state), tolerance)]
-
-
 def _sum_of(
     name: str, state: CacheState, terms: Sequence[tuple[float, int]], carried: Mapping[Key, np.ndarray]
 ) -> np.ndarray:
@@ -240,11 +235,10 @@ def _sum_of(
 
     terms: weights and which of the values, 0 the last.
     """
-    block, index, _ = _key(name)
-    cache = parse_cache(name)
-    conditional = cache is not None and cache.conditional
-    held = [carried.get((block, index, age), None) for _, age in terms]
-    own = [state.read(block, conditional=conditional)[age][index] for _, age in terms]
+    key, cache = _key(name), parse_cache(name)
+    block, index = key[:2]
+    held = [carried.get(_aged(key, age), None) for _, age in terms]
+    own = [state.read(block, None if cache is None else cache.half)[age][index] for _, age in terms]
     values = [
         host(tensor) if value is None else as_read(value, tensor.shape) for value, tensor in zip(held, own, strict=True)
     ]
@@ -281,15 +275,22 @@ def _judged_alone(
 
 
 def _key(name: str) -> Key:
-    """What is the same of a cache where it is written and where it is read: block, index, and which of its stored
-    values it is, 0 the last."""
+    """What is the same of a cache where it is written and where it is read. The conditional half may be read of what
+    both halves were written to."""
     cache = parse_cache(name)
-    return (name, 0, 0) if cache is None else (cache.block, cache.index, max(cache.nth - 1, 0))
+    if cache is None:
+        return name, 0, 0, False
+    return cache.block, cache.index, max(cache.nth - 1, 0), cache.half == "unconditional"
+
+
+def _aged(key: Key, age: int) -> Key:
+    """That of another of the stored values."""
+    block, index, _, alone = key
+    return block, index, age, alone
 
 
 def _key_older(key: Key) -> Key:
-    block, index, age = key
-    return block, index, age + 1
+    return _aged(key, key[2] + 1)
 
 
 def _without_weight(entry: VariantEntry, launch: LaunchEntry) -> set[str]:

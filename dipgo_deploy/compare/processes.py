@@ -136,7 +136,7 @@ def _record(engine_dir: Path, model: str, folder: Path, self_test: int = 0, sche
             run_until_complete(_With(written, test), reference, inputs, keep)
             written.close()
             if test is not None:
-                alone = read_recordings(folder / str(place)) if plan.layout == "variants" else ()
+                alone = read_recordings(folder / str(place)) if plan.one_launch_each else ()
                 test.finish(inputs, alone, None, reference.source.family.tolerance(manifest.dtype, manifest.quantized))
                 assert test.test is not None
                 write_self_test(folder / SELF_TEST_NAME, test.test)
@@ -172,7 +172,7 @@ def _caches_kept(schedule: Schedule, plan: PlanEntry, recorder: Recorder | StepR
 
     names = [block.name for block in schedule.blocks]
     reads: dict[int, set[str]] = {}
-    if plan.layout == "variants":
+    if plan.one_launch_each:
         for launch in plan.launches:
             entry = plan.variants[launch.variant]
             reads.setdefault(launch.step, set()).update(cache_block(name) for name in entry.reads)
@@ -206,7 +206,7 @@ def _compare(engine_dir: Path, folder: Path, schedule: str | None = None) -> Agr
     tolerance = Tolerance(family_for(manifest.model.class_name).tolerance(manifest.dtype, manifest.quantized))
     agreements = []
     for place, (bundle, where) in enumerate(sizes_compared(whole)):
-        if manifest.plan.layout == "segments":
+        if not manifest.plan.one_launch_each:
             steps = with_rows(bundle, read_steps(folder / str(place)), frugal_session)
             checked, _ = compare_segments(bundle, steps, frugal_session, tolerance, keep_open=False)
         else:

@@ -15,7 +15,7 @@ from dipgo_deploy.backends.base import Backend
 from dipgo_deploy.backends.storage import as_bytes, from_storage, to_storage
 from dipgo_deploy.bundle.directory import Bundle
 from dipgo_deploy.bundle.history import final_latent
-from dipgo_deploy.bundle.names import HISTORY, parse_cache
+from dipgo_deploy.bundle.names import HISTORY, PREDICTION, parse_cache
 from dipgo_deploy.reference.conditions import DEFAULT_GUIDANCE_SCALE, LABEL, PROMPT
 from dipgo_deploy.reference.recording import as_read
 from dipgo_deploy.runtime.image import Decoder
@@ -24,9 +24,11 @@ from dipgo_deploy.runtime.noise import TorchNoise, loop_noise
 from dipgo_deploy.runtime.pipeline import Pipeline
 from dipgo_deploy.runtime.requests import Asked, check_request, class_condition, text_conditions
 from dipgo_deploy.runtime.self_test import sample_shape
+from dipgo_deploy.schedule.guidance import HALVES
 
 if TYPE_CHECKING:
     from dipgo_deploy.bundle.manifest import LaunchEntry, TensorSpec, VariantEntry
+    from dipgo_deploy.schedule.guidance import Half
     from dipgo_deploy.schedule.kinds import CacheKind
 
 
@@ -188,13 +190,12 @@ class EngineSide:
             for launch in launches:
                 if launch.slot is not None:
                     history[launch.slot] = prediction
-            written = {}
             for launch in launches:
                 for offset in launch.writes:
                     self._at.pop(offset, None)
-            for cache, offset, array in self._written(launches, self._arena):
+            for cache, offset, _, _ in self._places(launches):
                 self._at[offset] = cache, step
-                written[cache] = array
+            written = self._written(launches, self._arena)
             stored = {
                 **stored,
                 **{cache: _with(stored.get(cache, {}), step, array, kept) for cache, array in written.items()},
@@ -216,18 +217,18 @@ class EngineSide:
         for launch in launches:
             for spec, offset in zip(self._specs(launch, "reads"), launch.reads, strict=True):
                 known = self._before_at.get(offset)
-                half = known is None and launch.guidance == 0
+                half = known is None and launch.reads_second_halves
                 if half:
                     known = self._before_at.get(offset - spec.nbytes)
                 found = None if offset in made or known is None else other.before.get(*known)
-                read = None if found is None else as_read(found, spec.shape)
+                read = None if found is None else as_read(found, spec.shape, launch.half)
                 found = None if half and read is found else read
                 if found is not None and found.shape == spec.shape:
                     data = as_bytes(to_storage(found, spec.dtype))
                     arena[offset : offset + data.nbytes] = data
             made |= set(launch.writes)
         prediction, arena = self._evaluate(other.latent, arena)
-        written = {cache: {self._step: array} for cache, _, array in self._written(launches, arena)}
+        written = {cache: {self._step: array} for cache, array in self._written(launches, arena).items()}
         return Crossed(other.held if prediction is None else prediction, _Stored(written))
 
     def final(self) -> np.ndarray:
@@ -266,15 +267,36 @@ class EngineSide:
             arena=arena,
         )
 
-    def _written(self, launches: Sequence[LaunchEntry], arena: np.ndarray) -> Iterator[tuple[Cache, int, np.ndarray]]:
-        """What lies in the arena after an evaluation of the values that blocks store: cache, offset, values."""
-        last: dict[int, TensorSpec] = {}
+    def _places(self, launches: Sequence[LaunchEntry]) -> Iterator[tuple[Cache, int, TensorSpec, Half | None]]:
+        """Where an evaluation leaves the values that blocks store: cache, offset, and of which half of guidance. What
+        nobody reads may make room for another launch's within the evaluation."""
+        last: dict[int, tuple[TensorSpec, Half | None]] = {}
         for launch in launches:
-            last |= dict(zip(launch.writes, self._specs(launch, "writes"), strict=True))
-        for offset, spec in last.items():
+            written = dict(zip(launch.writes, self._specs(launch, "writes"), strict=True))
+            if launch.passes is not None:
+                outputs = {spec.name: spec for spec in self._variant(launch).graph.outputs}
+                written[launch.passes] = outputs[PREDICTION]
+            for offset, spec in written.items():
+                end = offset + spec.nbytes
+                last = {at: (there, of) for at, (there, of) in last.items() if end <= at or at + there.nbytes <= offset}
+            last |= {offset: (spec, launch.half) for offset, spec in written.items()}
+        for offset, (spec, half) in last.items():
             name = parse_cache(spec.name)
             if name is not None:
-                yield Cache(name.kind, name.block, name.index), offset, from_storage(arena[offset:], spec)
+                yield Cache(name.kind, name.block, name.index), offset, spec, half
+
+    def _written(self, launches: Sequence[LaunchEntry], arena: np.ndarray) -> dict[Cache, np.ndarray]:
+        """What an evaluation has stored of blocks, with the rows of both halves of guidance where it has both."""
+        parts: dict[Cache, dict[Half | None, np.ndarray]] = {}
+        for cache, offset, spec, half in self._places(launches):
+            parts.setdefault(cache, {})[half] = from_storage(arena[offset:], spec)
+        guided = any(launch.half == HALVES[0] for launch in launches)
+        order: Sequence[Half | None] = HALVES if guided else (launches[0].half,)
+        return {
+            cache: np.concatenate([rows[half] for half in order])
+            for cache, rows in parts.items()
+            if rows.keys() == {*order}
+        }
 
 
 def given_to(

@@ -1,5 +1,5 @@
-"""The launches of single evaluations, in order, on inputs of the supernet's own loop: how the layout ``segments`` is
-compared. Caches are the graphs' own, from the evaluations before."""
+"""The launches of single evaluations, in order, on inputs of the supernet's own loop: how evaluations of several
+launches are compared. Caches are the graphs' own, from the evaluations before."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import numpy as np
 
 from dipgo_deploy.backends.storage import as_bytes, from_storage, to_storage
 from dipgo_deploy.bundle.manifest import PlanEntry
-from dipgo_deploy.bundle.names import FORECAST
+from dipgo_deploy.bundle.names import FORECAST, PREDICTION
+from dipgo_deploy.reference.recording import as_read
 
 _POISON_BYTE = 0xFF  # all bits set is NaN in every floating type
 
@@ -45,16 +46,20 @@ class StepRunner:
                 continue
             entry = self._plan.variants[launch.variant]
             offsets = dict(zip(entry.reads, launch.reads, strict=True))
-            weights = {FORECAST: np.array(launch.forecast, np.float32)}
+            given = {**inputs, FORECAST: np.array(launch.forecast, np.float32)}
             bound = {
                 spec.name: from_storage(self._arena[offsets[spec.name] :], spec)
                 if spec.name in offsets
-                else {**inputs, **weights}[spec.name].astype(np.float32 if spec.dtype == "bfloat16" else spec.dtype)
+                else as_read(given[spec.name], spec.shape, launch.half).astype(
+                    np.float32 if spec.dtype == "bfloat16" else spec.dtype
+                )
                 for spec in entry.graph.inputs
             }
             outputs = dict(self._run(launch.variant, bound))
             specs = {spec.name: spec for spec in entry.graph.outputs}
-            for name, offset in zip(entry.writes, launch.writes, strict=True):
+            written = [*zip(entry.writes, launch.writes, strict=True)]
+            written += [] if launch.passes is None else [(PREDICTION, launch.passes)]
+            for name, offset in written:
                 data = as_bytes(to_storage(outputs[name], specs[name].dtype))
                 self._arena[offset : offset + data.nbytes] = data
             yield Launched(index, launch.variant, bound, outputs)

@@ -66,6 +66,7 @@ def contents(bundle: Bundle, *, verify: bool = False) -> dict[str, Any]:
         "sizes": None if sizes is None else sizes.model_dump(mode="json"),
         "guidance": manifest.guidance,
         "guidance_scale": manifest.guidance_scale,
+        "guidance_batch": manifest.guidance_batch if manifest.guidance else None,
         "sampler": manifest.sampler.model_dump(mode="json"),
         "schedules": [
             {
@@ -194,6 +195,8 @@ def _launches(manifest: Manifest) -> list[dict[str, Any]]:
             "forecast": list(launch.forecast),
             **({"denoiser": manifest.model.denoisers[launch.denoiser]} if manifest.model.denoisers else {}),
             **({} if launch.guidance == 1 else {"guidance": launch.guidance}),
+            **({} if launch.half is None else {"half": launch.half}),
+            **({} if launch.passes is None else {"passes": launch.passes}),
         }
         for number, launch in enumerate(plan.launches)
     ]

@@ -17,6 +17,7 @@ def options_of(bundle: Bundle, dtype: str | None = None) -> ExportOptions:
     in_run = plan.prologue is not None or bool(plan.table_classes)
     usual, sizes = manifest.usual_sizes, manifest.sizes
     scale = manifest.latent.scale or 1
+    graphs = len({launch.variant for launch in plan.launches if launch.half in plan.halves})
     calibration = None if manifest.quantization is None else manifest.quantization.calibration
 
     def extent(name: str, unit: int) -> int | Range:
@@ -34,11 +35,12 @@ def options_of(bundle: Bundle, dtype: str | None = None) -> ExportOptions:
         dtype=dtype or manifest.dtype,
         batch=extent("batch", 1),
         guidance=manifest.guidance,
+        guidance_batch=manifest.guidance_batch,
         height=extent("height", scale),
         width=extent("width", scale),
         num_frames=manifest.latent.video_frames,
         # Gates that were re-enabled for this are in the schedule; the number makes the same variants of them.
-        max_variants=len(manifest.plan.variants) if manifest.promoted and manifest.plan.layout == "variants" else None,
+        max_variants=graphs if manifest.promoted and plan.layout == "variants" else None,
         layout=manifest.plan.layout,
         strength=manifest.sampler.strength,
         allow_other_config=True,

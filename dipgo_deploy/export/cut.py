@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -37,9 +37,13 @@ def cut_variant(traced: TracedModel, variant: Variant, layout: History) -> ir.Mo
     Removed blocks are gone with their weights; a removed block's value is a graph input (output cache) or the sum of
     the block's current input and a graph input (residual cache). Of a forecast it is several inputs, each times its
     entry of ``forecast`` (float32 (n,)). The latent is a weighted sum of the entries of ``stack`` (float32 (slots, B,
-    C, h, w)) with ``coefficients`` (float32 (slots,)), which are ``graph_coefficients`` of the weights.
+    C, h, w)) with ``coefficients`` (float32 (slots,)), which are ``graph_coefficients`` of the weights. What guides
+    reads the predictions of both halves, which the traced graph has as inputs.
     """
     import onnx_ir as ir
+
+    if variant.guides:
+        variant = replace(variant, reads=(), guides=False)
 
     graph = traced.graph
     sources = _sources(graph, variant)

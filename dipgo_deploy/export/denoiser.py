@@ -23,8 +23,10 @@ class TracedDenoiser(torch.nn.Module):
     denoiser's prediction float32 (B, C, h, w) (after guidance; learned variance dropped), then every named value once.
     ``boundary`` says what those are; it is filled while ``forward`` runs.
 
-    denoisers: their paths in ``denoiser``, as a family has them. conditional: also evaluate each of them conditional
-    only, on B latents and the second half of the conditions; its prediction, and its named values with ``CONDITIONAL``
+    denoisers: their paths in ``denoiser``, as a family has them. apart: one half of guidance at a time: the conditions
+    have batch B, ``unconditional`` and ``conditional`` float32 (B, C, h, w) come before them, and the guided prediction
+    of those two, of each denoiser, after all predictions. conditional: also evaluate each of them conditional only, on
+    B latents and the second half of the conditions; its prediction, and its named values with ``CONDITIONAL``
     behind their names, come after those of guidance.
     """
 
@@ -40,6 +42,7 @@ class TracedDenoiser(torch.nn.Module):
         guidance: Callable[..., torch.Tensor] | None,
         boundary: BoundaryTensors,
         denoisers: Sequence[str] = ("",),
+        apart: bool = False,
         conditional: bool = False,
     ) -> None:
         super().__init__()
@@ -52,19 +55,26 @@ class TracedDenoiser(torch.nn.Module):
         self._guidance = guidance
         self._boundary = boundary
         self._denoisers = tuple(denoisers)
+        self._apart = apart
         self._conditional = conditional
 
     def forward(self, latent: torch.Tensor, timestep: torch.Tensor, *rest: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """See the class."""
         scales = () if self._guidance is None else rest[: len(self._denoisers)]
-        batch = latent if self._guidance is None else torch.cat([latent, latent])
-        conditions = dict(zip(self._conditions, rest[len(scales) :], strict=True))
+        halves, given = rest[len(scales) :][: 2 * self._apart], rest[len(scales) + 2 * self._apart :]
+        together = self._guidance is not None and not self._apart
+        batch = torch.cat([latent, latent]) if together else latent
+        conditions = dict(zip(self._conditions, given, strict=True))
         self._boundary.clear()
         predicted, values = self._evaluated(batch, timestep, conditions)
+        if self._apart:
+            assert self._guidance is not None
+            guided = [self._guidance(*halves, scale) for scale in scales]
+            return (*(one[:, : self._channels].float() for one in predicted), *guided, *values)
         made = [self._guided(latent, one, scales[place : place + 1]) for place, one in enumerate(predicted)]
         if self._conditional:
-            halves = {name: rows[rows.shape[0] // 2 :] for name, rows in conditions.items()}
-            predicted, others = self._evaluated(latent, timestep, halves, CONDITIONAL)
+            second = {name: rows[rows.shape[0] // 2 :] for name, rows in conditions.items()}
+            predicted, others = self._evaluated(latent, timestep, second, CONDITIONAL)
             made += [one[:, : self._channels].float() for one in predicted]
             values += others
         return (*made, *values)

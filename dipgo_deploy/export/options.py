@@ -24,6 +24,8 @@ class ExportOptions:
         dtype: ``fp32``, ``fp16`` or ``bf16``.
         batch: images per launch, a number or a range.
         guidance: classifier-free guidance in the graphs, which double the batch; None: as the pipeline has it.
+        guidance_batch: how many of the two halves of guidance a launch has: 2, both at once; 1, one after the other in
+            half the memory of activations, by the same graph.
         height, width: pixels, a number or a range; None: the model's native size.
         num_frames: frames of the video, of a model of videos; None: as many as its pipeline makes.
         max_variants: re-enable the cheapest skipped blocks until at most so many graphs are left.
@@ -62,6 +64,7 @@ class ExportOptions:
     dtype: str = "fp32"
     batch: int | Range = 1
     guidance: bool | None = None
+    guidance_batch: Literal[1, 2] = 2
     height: int | Range | None = None
     width: int | Range | None = None
     num_frames: int | None = None
@@ -88,6 +91,8 @@ def check_options(options: ExportOptions) -> None:
     """Refuse (UserError) options of another type, naming the first, and such as do not go together."""
     arguments.instance("options", options, ExportOptions, "ExportOptions")
     arguments.choice("dtype", options.dtype, ("fp32", "fp16", "bf16"))
+    if arguments.whole("guidance_batch", options.guidance_batch, least=1) > 2:
+        raise UserError(f"--guidance-batch {options.guidance_batch}: guidance has two halves; give 1 or 2")
     arguments.choice("layout", options.layout, ("auto", "variants", "segments"))
     if options.quantize is not None:
         arguments.choice("quantize", options.quantize, METHODS)

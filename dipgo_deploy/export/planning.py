@@ -224,7 +224,7 @@ def replan(planned: PlannedExport, schedule: Schedule) -> PlannedExport:
     """
     if schedule.blocks != planned.schedule.blocks or schedule.model.granularity != planned.schedule.model.granularity:
         raise UserError("the schedules have different blocks or cache kinds; export each on its own")
-    if any(schedule.conditional_only) and not planned.traced.graph.halves:
+    if any(schedule.conditional_only) and not planned.traced.graph.conditional_only:
         raise UserError(
             "the schedule has conditional-only evaluations, for which the model was not traced; plan it anew"
         )
@@ -238,13 +238,14 @@ def replan(planned: PlannedExport, schedule: Schedule) -> PlannedExport:
 
 
 def _shape(source: Source, options: ExportOptions, guidance: bool) -> TraceShape:
-    return source.trace_shape(
+    shape = source.trace_shape(
         batch=options.batch,
         guidance=guidance,
         height=options.height,
         width=options.width,
         num_frames=options.num_frames,
     )
+    return replace(shape, apart=options.guidance_batch == 1)
 
 
 def _check_shape(source: Source, options: ExportOptions) -> None:
@@ -256,10 +257,14 @@ def _check_shape(source: Source, options: ExportOptions) -> None:
 
 
 def _check_guidance(source: Source, schedule: Schedule, options: ExportOptions) -> None:
-    """Refuse (UserError) a schedule's guidance where there is nothing to guide away from, or with open sizes."""
+    """Refuse (UserError) a schedule's guidance, or to launch its halves apart, where there is nothing to guide away
+    from, or with open sizes."""
+    guided = source.guided if options.guidance is None else options.guidance
+    if options.guidance_batch == 1 and not guided:
+        why = "is distilled from guidance" if source.distilled else "has no guidance here"
+        raise UserError(f"--guidance-batch 1: {source.family.class_name} {why}, so there are no halves; leave it out")
     if schedule.guidance is None:
         return
-    guided = source.guided if options.guidance is None else options.guidance
     if not guided and source.distilled:
         raise UserError(
             f"guidance: {source.family.class_name} is distilled from guidance: its scale is an input, and there is no "
@@ -268,10 +273,10 @@ def _check_guidance(source: Source, schedule: Schedule, options: ExportOptions) 
     if not guided:
         raise UserError("guidance: the export has none; give --guidance, or take the guidance out of the schedule")
     ranges = [name for name in ("batch", "height", "width") if isinstance(getattr(options, name), Range)]
-    if ranges and any(schedule.conditional_only):
+    if ranges and any(schedule.conditional_only) and options.guidance_batch == 2:
         raise UserError(
             f"--{ranges[0]}: a range does not go with conditional-only evaluations, which read the second halves of "
-            "caches where they lie; give a plain number"
+            "caches where they lie; give a plain number, or --guidance-batch 1"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from dipgo_deploy.bundle.history import History
@@ -34,11 +35,13 @@ def cut_segment(traced: TracedModel, segment: Segment, history: History) -> ir.M
     A part takes its reads as inputs ``value.NAME`` and gives ``new_value.NAME``, ``new_residual.NAME`` and the
     prediction; the latent is the weighted sum of the history, as in a variant. A sum takes ``term0`` ... and gives
     ``sum``, or the prediction; a weighted one takes the weights of its terms, ``forecast``, too; a difference gives
-    ``difference``, ``term0`` minus ``term1``.
+    ``difference``, ``term0`` minus ``term1``. What guides takes the predictions of both halves.
 
     Raises:
         UserError: a tensor between two segments has a type that no graph can have as an input.
     """
+    if segment.kind == "guide":
+        return _cut_part(traced, replace(segment, reads=()), history)
     return _cut_part(traced, segment, history) if segment.kind == "part" else _arithmetic(traced, segment)
 
 

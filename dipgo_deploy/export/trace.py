@@ -25,7 +25,7 @@ from dipgo_deploy.models.shape import TraceShape, condition_specs
 from dipgo_deploy.models.target import nominal_size
 from dipgo_deploy.plan.graph import Block, BlockGraph, CacheKind, InputRole, Value
 from dipgo_deploy.plan.pieces import PieceGraph, split
-from dipgo_deploy.schedule.guidance import CONDITIONAL
+from dipgo_deploy.schedule.guidance import CONDITIONAL, HALVES
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -59,7 +59,8 @@ class TracedModel:
     Attributes:
         model: onnx-ir model with inputs ``latent``, ``timestep``, [``guidance_scale``, ...], conditions, and outputs
             ``noise_pred``, ... and every named value; of both rows one for each denoiser. With conditional-only
-            evaluations the predictions are followed by theirs, and the values by theirs.
+            evaluations the predictions are followed by theirs, and the values by theirs. Of one half of guidance at a
+            time the inputs have ``HALVES`` before the conditions, and the predictions are followed by ``guided``, ...
         graph: its block graph.
         conditions: the condition inputs.
         dtype: the export's dtype name.
@@ -101,7 +102,7 @@ def trace(
     """Trace ``denoiser`` (already in the torch dtype of ``dtype``) once, with every boundary tensor as an output.
 
     beforehand: what is taken out of it. conditional: also as conditional-only evaluations run it, of static sizes and
-    with guidance.
+    with guidance; of one half of guidance at a time that is no other graph.
 
     Raises:
         UserError: the exporter refuses the model, or its open sizes, or its graph holds control flow; or there is
@@ -129,15 +130,21 @@ def trace(
         guidance=family.guide.combine if shape.guidance else None,
         boundary=boundary,
         denoisers=family.denoisers,
-        conditional=conditional,
+        apart=shape.apart,
+        conditional=conditional and not shape.apart,
     ).eval()
     arguments = [torch.randn(example.batch, channels, *example.extents), torch.tensor([500.0])]
     names = [LATENT, TIMESTEP]
     scales = GUIDANCE_SCALES[: len(family.denoisers)] if shape.guidance else ()
     arguments += [torch.tensor([5.0]) for _ in scales]
     names += scales
-    guided = tuple(PREDICTION + (f"_{place + 1}" if place else "") for place in range(len(family.denoisers)))
-    halves = {f"{name}{CONDITIONAL}": name for name in guided} if conditional else {}
+    if shape.apart:
+        arguments += [torch.randn_like(arguments[0]) for _ in HALVES]
+        names += HALVES
+    suffixes = [f"_{place + 1}" if place else "" for place in range(len(family.denoisers))]
+    guided = tuple(f"{PREDICTION}{suffix}" for suffix in suffixes)
+    guides = {f"guided{suffix}": name for suffix, name in zip(suffixes, guided, strict=True)} if shape.apart else {}
+    halves = {f"{name}{CONDITIONAL}": name for name in guided} if conditional and not shape.apart else {}
     predictions = (*guided, *halves)
     for spec in condition_specs(family, config, example):
         arguments.append(_example(spec, dtype))
@@ -146,7 +153,7 @@ def trace(
         wrapper,
         arguments,
         names,
-        lambda: [*predictions, *boundary.names],
+        lambda: [*predictions, *guides, *boundary.names],
         dtype=dtype,
         prefix="denoiser.",
         label=family.class_name,
@@ -154,17 +161,19 @@ def trace(
     )
     if shape.sizes is not None:
         apply(model, NameDimensions(LATENT, shape.sizes), ShapesFromSizes(LATENT))
-    half = shape.batch if conditional else None
+    half = shape.batch if halves else None
     tables, classes, prologue = _taken(model, shape, family, conditions, beforehand, half)
     apply(model, SeparateProjections())
     roles: dict[str, InputRole] = {LATENT: "step", TIMESTEP: "step"}
-    roles.update({name: "constant" for name in names[2:]})
+    roles.update({name: "step" if name in HALVES else "constant" for name in names[2:]})
     for made in (tables, classes, prologue):
         for name in () if made is None else made.part.names:
             roles[name] = "step" if made is not None and name in made.part.timed else "constant"
     halves |= boundary.halves
     _check_halves(model, halves, guided)
-    graph = replace(read_block_graph(model, boundary.blocks, roles, predictions, shape.sizes), halves=halves)
+    graph = replace(
+        read_block_graph(model, boundary.blocks, roles, predictions, shape.sizes), halves=halves, guides=guides
+    )
     return TracedModel(model, graph, conditions, shape, dtype, tables, classes, prologue)
 
 
@@ -224,7 +233,7 @@ def _dynamic_shapes(family: ModelFamily, config: Mapping[str, Any], shape: Trace
     dimensions = Dimensions(shape.sizes)
     conditions = [dimensions.of(dims) or None for dims in open_shapes(family, config, shape)]
     scales = [None] * (len(family.denoisers) if shape.guidance else 0)
-    rest: list[Any] = [*scales, *conditions]
+    rest: list[Any] = [*scales, *[dimensions.latent] * (len(HALVES) if shape.apart else 0), *conditions]
     return [dimensions.latent, None, *([tuple(rest)] if rest else [])]
 
 

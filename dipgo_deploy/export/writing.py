@@ -48,6 +48,7 @@ from dipgo_deploy.plan.model import Variant
 from dipgo_deploy.plan.segments import Segment
 from dipgo_deploy.reference.source import Source
 from dipgo_deploy.schedule.frozen import to_json
+from dipgo_deploy.schedule.guidance import HALVES
 
 if TYPE_CHECKING:
     import numpy as np
@@ -359,7 +360,7 @@ def _cut(planned: PlannedExport, unit: Variant | Segment) -> tuple[ir.Model, Var
         reads, writes = reads_of(unit), writes_of(unit)
     else:
         graph = cut_variant(traced, unit, planned.history)
-        reads = tuple(cache_input(*cache_key(cache)) for cache in unit.reads)
+        reads = HALVES if unit.guides else tuple(cache_input(*cache_key(cache)) for cache in unit.reads)
         writes = tuple(cache_output(cache.kind, cache.value) for cache in unit.writes)
     entry = VariantEntry(
         name=unit.name,
@@ -464,7 +465,7 @@ def _manifest(
 
 
 def _conditions(planned: PlannedExport) -> tuple[ConditionSpec, ...]:
-    return open_conditions(planned.source, planned.traced.shape, planned.options.dtype)
+    return open_conditions(planned.source, planned.traced.shape.whole, planned.options.dtype)
 
 
 def _plan_entry(planned: PlannedExport, variants: tuple[VariantEntry, ...], prologue: Graph | None) -> PlanEntry:
@@ -495,6 +496,8 @@ def _plan_entry(planned: PlannedExport, variants: tuple[VariantEntry, ...], prol
                 forecast=launch.weights,
                 denoiser=numbers[launch.step],
                 guidance=1.0 if guidance is None else guidance[launch.step],
+                half=launch.half,
+                passes=launch.passes,
             )
             for launch in laid_out.launches
         ),

@@ -15,7 +15,8 @@ from dipgo_deploy.models.family import InputSpec, ModelFamily
 class TraceShape:
     """Extents of a trace: images per launch, latent height and width, text tokens, and whether guidance doubles the
     batch inside the graph. ``sizes``: ranges of the first three, which are then the largest. ``frames``: of the latent,
-    where it has a time axis."""
+    where it has a time axis. ``apart``: the halves of guidance are launched one after the other, each of ``batch``
+    images."""
 
     batch: int = 1
     height: int = 64
@@ -24,6 +25,7 @@ class TraceShape:
     guidance: bool = True
     sizes: SizeRanges | None = None
     frames: int | None = None
+    apart: bool = False
 
     def at(self, sizes: Sizes) -> TraceShape:
         """The static extents of one choice of sizes."""
@@ -37,7 +39,12 @@ class TraceShape:
     @property
     def model_batch(self) -> int:
         """Batch that the denoiser itself sees."""
-        return 2 * self.batch if self.guidance else self.batch
+        return 2 * self.batch if self.guidance and not self.apart else self.batch
+
+    @property
+    def whole(self) -> TraceShape:
+        """With both halves of guidance: of a run's conditions."""
+        return replace(self, apart=False)
 
 
 def check_masks(specs: tuple[InputSpec, ...], family: ModelFamily, scale: int, time_scale: int | None) -> None:

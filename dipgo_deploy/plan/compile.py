@@ -12,10 +12,12 @@ from dipgo_deploy.plan.costs import bits
 from dipgo_deploy.plan.graph import BlockGraph
 from dipgo_deploy.plan.index import GraphIndex, index_graph
 from dipgo_deploy.plan.live import Demand, demand
-from dipgo_deploy.plan.model import Launch, Plan, Variant
+from dipgo_deploy.plan.model import Cache, Launch, Plan, Variant
+from dipgo_deploy.plan.turns import Turns, in_evaluations, passing
 from dipgo_deploy.plan.values import Assignment, Term, Terms
 from dipgo_deploy.plan.variants import Group, group_launches, promote
 from dipgo_deploy.schedule.forecast import FittedForecast, Reads
+from dipgo_deploy.schedule.guidance import HALVES
 
 
 def compile_plan(
@@ -42,7 +44,7 @@ def compile_plan(
         alignment: of cache offsets, in bytes.
         forecast: what removed blocks read; None: the value that they stored last.
         guidance: per evaluation, how much of it there is (default: all); 0 is conditional only, of a graph that has
-            ``halves``.
+            ``halves`` or ``guides``.
         like: variants of other schedules. One that computes and reads the same here writes what they write, too, so
             that all of them are one graph.
 
@@ -69,7 +71,7 @@ def compile_plan(
 class Compiled:
     """A schedule on a block graph before it is laid out. asked, kept: per evaluation the mask of kept blocks, as asked
     for and after promotion. denoisers: per evaluation, whose prediction it makes. full: the same where all are
-    guided."""
+    guided. turns: where the halves of guidance are launched one after the other."""
 
     index: GraphIndex
     asked: tuple[int, ...]
@@ -77,6 +79,12 @@ class Compiled:
     denoisers: tuple[int, ...]
     full: tuple[int, ...]
     demand: Demand
+    turns: Turns | None = None
+
+    @property
+    def laid_out(self) -> tuple[GraphIndex, Demand]:
+        """What is laid out: evaluations, or their turns on the graph of one half."""
+        return (self.index, self.demand) if self.turns is None else (self.turns.index, self.turns.demand(self.demand))
 
 
 def demanded(
@@ -91,8 +99,10 @@ def demanded(
     guidance: Sequence[float] | None = None,
 ) -> Compiled:
     """What every evaluation has to do, whatever the layout; arguments and errors are those of ``compile_plan``."""
-    index = index_graph(graph)
-    rows = _gate_masks(graph, gates)
+    both = graph.in_halves() if graph.guides else graph
+    index = index_graph(both)
+    turns = Turns.of(graph, index) if graph.guides else None
+    rows = _gate_masks(both, gates)
     used = [True] * len(rows) if prediction_used is None else [bool(use) for use in prediction_used]
     if len(used) != len(rows) or not any(used):
         raise ValueError(f"prediction_used must have {len(rows)} entries and a true one")
@@ -101,7 +111,7 @@ def demanded(
     if len(own) != len(rows) or not set(own) <= set(range(several)):
         raise ValueError(f"denoisers must have {len(rows)} entries from 0 to {several - 1}")
     shares = tuple(guidance or (1.0,) * len(rows))
-    if len(shares) != len(rows) or (not graph.halves and 0 in shares):
+    if len(shares) != len(rows) or (not graph.conditional_only and 0 in shares):
         raise ValueError(f"guidance must have {len(rows)} entries, and a 0 needs a graph that was traced for it")
     chosen = tuple(one + several * (share == 0) for one, share in zip(own, shares, strict=True))
     if alignment < 1:
@@ -115,8 +125,8 @@ def demanded(
     demands = demand(index, assignments, used, forecast)
     if demands.missing:
         step, value = demands.missing[0]
-        block = index.block_names[index.block[value]]
-        half = index.half[value]
+        block = index.block_names[index.block[value] % index.schedule_blocks]
+        half = max(index.half[value], index.paired[value])
         if half >= 0 and demands.stored[step][half] >= 0:
             raise UserError(
                 f"evaluation {step} is guided and removes block {block!r}, of which evaluation "
@@ -128,23 +138,23 @@ def demanded(
             f"keep the block at evaluation {step} or at an earlier one"
         )
     if max_variants is not None:
-        least = len({launch.denoiser for launch in demands.launches})
+        least = len({launch.denoiser % (several if turns else len(index.guided)) for launch in demands.launches})
         if max_variants < least:
             what = "denoisers or halves of guidance" if not all(demands.guided) else "denoisers"
             raise UserError(f"at most {max_variants} variants: {least} {what} are run, each in graphs of its own")
         asked = assignments
-        assignments, demands = promote(index, assignments, used, max_variants, forecast)
+        assignments, demands = promote(index, assignments, used, max_variants, forecast, turns)
         if isinstance(forecast, FittedForecast) and assignments != asked:
             raise UserError(
                 f"at most {max_variants} variants would re-enable blocks, and the weights of the schedule's forecast "
                 "were fitted without them; allow more variants, or fit the weights to a schedule that has fewer"
             )
-    return Compiled(index, tuple(rows), tuple(assignment.gates for assignment in assignments), chosen, own, demands)
+    kept = tuple(assignment.gates for assignment in assignments)
+    return Compiled(index, tuple(rows), kept, chosen, own, demands, turns)
 
 
 def _gate_masks(graph: BlockGraph, gates: Sequence[Sequence[bool]]) -> list[int]:
-    """Each evaluation's kept blocks as a mask; with ``halves`` in both of their forms, of which an evaluation has
-    one."""
+    """Each evaluation's kept blocks as a mask, in all of their forms."""
     blocks = len(graph.schedule_blocks)
     if not gates:
         raise UserError("the schedule has no steps: it needs at least one row of gates")
@@ -154,19 +164,20 @@ def _gate_masks(graph: BlockGraph, gates: Sequence[Sequence[bool]]) -> list[int]
                 f"evaluation {step} of the schedule has {len(row)} gates, but the model has {blocks} blocks"
             )
     masks = [sum(1 << block for block, kept in enumerate(row) if kept) for row in gates]
-    return [mask | mask << blocks for mask in masks] if graph.halves else masks
+    return [sum(mask << blocks * form for form in range(graph.forms)) for mask in masks]
 
 
 def _schedule_mask(index: GraphIndex, mask: int) -> int:
     """Of a mask of kept blocks the schedule's own."""
     blocks = index.schedule_blocks
-    return (mask | mask >> blocks) & ((1 << blocks) - 1)
+    return (mask | mask >> blocks * (index.forms - 1)) & ((1 << blocks) - 1)
 
 
 def _assemble(compiled: Compiled, alignment: int, like: Iterable[Variant]) -> Plan:
     """The demand as variants and launches with every cache at its offset."""
-    index, demands = compiled.index, compiled.demand
-    asked, kept = ([_schedule_mask(index, mask) for mask in masks] for masks in (compiled.asked, compiled.kept))
+    whole = compiled.index
+    index, demands = compiled.laid_out
+    asked, kept = ([_schedule_mask(whole, mask) for mask in masks] for masks in (compiled.asked, compiled.kept))
     groups = group_launches(demands.launches)
     most = [_most_terms(demands, group) for group in groups]
     groups = _writing_like(index, groups, most, tuple(like))
@@ -192,6 +203,11 @@ def _assemble(compiled: Compiled, alignment: int, like: Iterable[Variant]) -> Pl
             lifetimes.append(
                 Lifetime(index.nbytes[value], number, number if last is None else last, read=last is not None)
             )
+    predictions = index.nbytes[index.predictions[0]]
+    steps, predicts = [need.step for need in demands.launches], [need.predicts for need in demands.launches]
+    passed = passing(steps, predicts, demands.guided, predictions) if compiled.turns is not None else None
+    caches = len(lifetimes)
+    lifetimes += () if passed is None else passed.lifetimes
     offsets, arena = allocate(lifetimes, alignment)
 
     def offset_of(value: int, stored: int) -> int:
@@ -218,9 +234,13 @@ def _assemble(compiled: Compiled, alignment: int, like: Iterable[Variant]) -> Pl
             )
         )
         slot += launch.predicts
-    macs_of_gates = cache(lambda row, denoiser: index.costs.macs(index.gated(row, denoiser)))
-    everything = (1 << len(index.outputs)) - 1
-    blocks = range(index.schedule_blocks)
+    if compiled.turns is not None and passed is not None:
+        guided = {end: demands.launches[end].denoiser for end in passed.last}
+        guides, variants = _guiding(compiled.turns, guided, variants)
+        launches = list(in_evaluations(launches, passed, offsets[caches:], guides))
+    macs_of_gates = cache(lambda row, denoiser: whole.costs.macs(whole.gated(row, denoiser)))
+    everything = (1 << len(whole.outputs)) - 1
+    blocks = range(whole.schedule_blocks)
     return Plan(
         keep=tuple(tuple(bool(row >> block & 1) for block in blocks) for row in kept),
         variants=variants,
@@ -232,11 +252,33 @@ def _assemble(compiled: Compiled, alignment: int, like: Iterable[Variant]) -> Pl
         macs_schedule=sum(map(macs_of_gates, compiled.kept, compiled.denoisers)),
         macs_run=sum(variants[launch.variant].macs for launch in launches),
         promoted=tuple(
-            (step, index.block_names[block])
+            (step, whole.block_names[block])
             for step, (before, after) in enumerate(zip(asked, kept, strict=True))
             for block in bits(after & ~before)
         ),
     )
+
+
+def _guiding(
+    turns: Turns, denoisers: Mapping[int, int], variants: tuple[Variant, ...]
+) -> tuple[Mapping[int, int], tuple[Variant, ...]]:
+    """Of each launch that one follows which guides the variant of that, and all variants. denoisers: of each such
+    launch."""
+    index, found = turns.index, {}
+    for denoiser in dict.fromkeys(denoisers.values()):
+        value = index.names.index(turns.guides[denoiser])
+        found[denoiser] = Variant(
+            name="guidance" + (f"_{denoiser + 1}" if denoiser else ""),
+            computed=frozenset({turns.guides[denoiser]}),
+            reads=tuple(Cache(half, "output") for half in HALVES),
+            writes=(),
+            predicts=True,
+            macs=index.costs.macs(1 << value),
+            prediction=turns.guides[denoiser],
+            guides=True,
+        )
+    place = {denoiser: len(variants) + number for number, denoiser in enumerate(found)}
+    return {number: place[denoiser] for number, denoiser in denoisers.items()}, (*variants, *found.values())
 
 
 def _writing_like(

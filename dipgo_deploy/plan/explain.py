@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from dipgo_deploy.plan.graph import BlockGraph
-from dipgo_deploy.plan.model import Cache, Plan
+from dipgo_deploy.plan.model import Cache, Plan, Variant
 
 
 def plan_summary(plan: Plan, graph: BlockGraph) -> dict[str, Any]:
@@ -17,21 +17,22 @@ def plan_summary(plan: Plan, graph: BlockGraph) -> dict[str, Any]:
     The rest are totals; sizes are in bytes, and ``macs_full_run`` is T full evaluations.
     """
 
-    def nbytes(caches: tuple[Cache, ...]) -> int:
-        return sum(graph.values[item.value].nbytes for item in caches)
+    def nbytes(caches: tuple[Cache, ...], variant: Variant) -> int:
+        guided = [variant.prediction] * variant.guides  # what it reads are predictions, of its own size
+        return sum(graph.values[value].nbytes for item in caches for value in guided or [item.value])
 
     steps = [[launch.step for launch in plan.launches if launch.variant == i] for i in range(len(plan.variants))]
     return {
         "variants": [
             {
                 "name": variant.name,
-                "steps": ran,
+                "steps": sorted(set(ran)),
                 "launches": len(ran),
                 "computed": len(variant.computed),
                 "reads": len(variant.reads),
-                "read_bytes": nbytes(variant.reads),
+                "read_bytes": nbytes(variant.reads, variant),
                 "writes": len(variant.writes),
-                "write_bytes": nbytes(variant.writes),
+                "write_bytes": nbytes(variant.writes, variant),
                 "predicts": variant.predicts,
                 "macs": variant.macs,
             }
@@ -42,7 +43,7 @@ def plan_summary(plan: Plan, graph: BlockGraph) -> dict[str, Any]:
             for launch in plan.launches
         ],
         "steps": len(plan.keep),
-        "steps_without_launch": len(plan.keep) - len(plan.launches),
+        "steps_without_launch": len(plan.keep) - len({launch.step for launch in plan.launches}),
         "predictions": sum(launch.prediction is not None for launch in plan.launches),
         "arena_bytes": plan.arena_bytes,
         "lower_bound_bytes": plan.lower_bound_bytes,

@@ -29,9 +29,12 @@ class GraphIndex:
         predictions: positions of the noise predictions, one a denoiser.
         own: per denoiser, the mask of the values that no other one's prediction alone needs.
         nbytes: sizes in bytes.
+        forms: how many forms each block of a schedule has among the blocks.
         whole: of the conditional half of a value, the position of that value, else -1.
         half: of a value that has a conditional half, the position of that, else -1.
         guided: per prediction, whether it is a guided one.
+        paired: of a value of one half of guidance the position of the other half's, where both are side by side, else
+            -1.
     """
 
     names: tuple[str, ...]
@@ -47,14 +50,21 @@ class GraphIndex:
     own: tuple[int, ...]
     nbytes: tuple[int, ...]
     costs: CostTable
+    forms: int
     whole: tuple[int, ...]
     half: tuple[int, ...]
     guided: tuple[bool, ...]
+    paired: tuple[int, ...]
 
     @property
     def schedule_blocks(self) -> int:
         """How many blocks a schedule has gates for."""
-        return len(self.outputs) // 2 if any(value >= 0 for value in self.whole) else len(self.outputs)
+        return len(self.outputs) // self.forms
+
+    def all_forms(self, block: int) -> int:
+        """Mask of all forms of a block, by any of them."""
+        first = block % self.schedule_blocks
+        return sum(1 << first + form * self.schedule_blocks for form in range(self.forms))
 
     def cache(self, value: int, nth: int = 0) -> Cache:
         """The cache that a block output is stored in; nth: see ``Cache``."""
@@ -96,6 +106,8 @@ def index_graph(graph: BlockGraph) -> GraphIndex:
     predictions = tuple(position[prediction] for prediction in graph.predictions)
     whole = tuple(position[graph.halves[name]] if name in graph.halves else -1 for name in names)
     half_of = {guided: value for value, guided in enumerate(whole) if guided >= 0}
+    pairs = {position[one]: position[other] for one, other in graph.pairs.items()}
+    pairs |= {other: one for one, other in pairs.items()}
     return GraphIndex(
         names=names,
         reads=reads,
@@ -110,9 +122,11 @@ def index_graph(graph: BlockGraph) -> GraphIndex:
         own=_own([_behind(prediction, reads_mask, bases) for prediction in predictions], len(names)),
         nbytes=tuple(graph.values[n].nbytes for n in names),
         costs=CostTable([graph.values[n].work for n in names], graph.costs),
+        forms=graph.forms,
         whole=whole,
         half=tuple(half_of.get(place, -1) for place in range(len(names))),
-        guided=tuple(whole[value] < 0 for value in predictions),
+        guided=tuple(place < len(predictions) // graph.forms for place in range(len(predictions))),
+        paired=tuple(pairs.get(place, -1) for place in range(len(names))),
     )
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from dipgo_deploy.plan.graph import CacheKind
+from dipgo_deploy.schedule.guidance import Half
 
 
 class Cache(NamedTuple):
@@ -28,6 +29,7 @@ class Variant:
         reads, writes: caches in sorted order; reads become graph inputs, writes graph outputs.
         macs: multiply-accumulates of a launch.
         prediction: of a variant that predicts, the value that it is.
+        guides: whether it makes the guided prediction of the two halves', its inputs ``HALVES``, and nothing else.
     """
 
     name: str
@@ -37,6 +39,7 @@ class Variant:
     predicts: bool
     macs: int
     prediction: str = ""
+    guides: bool = False
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,8 @@ class Launch:
         prediction: slot of the prediction that this launch makes (0, 1, ...), or None when it only refreshes caches.
         weights: of the reads that have one, in their order; a variant that several launches share may read more stored
             values than a launch needs, which then have the weight zero and the offset of the last one.
+        half: of guidance, where its halves are launched one after the other.
+        passes: where in the arena its prediction goes, for the launch that makes the guided one.
     """
 
     step: int
@@ -59,6 +64,8 @@ class Launch:
     writes: tuple[int, ...]
     prediction: int | None
     weights: tuple[float, ...] = ()
+    half: Half | None = None
+    passes: int | None = None
 
 
 @dataclass(frozen=True)

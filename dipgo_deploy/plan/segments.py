@@ -24,14 +24,16 @@ from dipgo_deploy.plan.live import Demand
 from dipgo_deploy.plan.merge import merge_pieces
 from dipgo_deploy.plan.model import Cache, Launch
 from dipgo_deploy.plan.pieces import PieceGraph
+from dipgo_deploy.plan.turns import Turns, half_of, in_evaluations, passing
 from dipgo_deploy.plan.values import Terms
 from dipgo_deploy.schedule.forecast import Reads
+from dipgo_deploy.schedule.guidance import HALVES
 
 # A piece at the model's entrance that costs less than this share of an evaluation runs whenever any of them does: one
 # segment then holds them all.
 _CHEAP_SHARE = 0.005
 
-SegmentKind = Literal["part", "sum", "weighted", "difference"]
+SegmentKind = Literal["part", "sum", "weighted", "difference", "guide"]
 
 
 @dataclass(frozen=True)
@@ -39,13 +41,14 @@ class Segment:
     """One static graph of the layout.
 
     Attributes:
-        kind: ``part`` of the model; ``sum`` of ``terms`` tensors, or ``weighted`` sum of them; ``difference`` of two.
+        kind: ``part`` of the model; ``sum`` of ``terms`` tensors, or ``weighted`` sum of them; ``difference`` of two;
+            ``guide`` makes the guided prediction of those of the two halves.
         pieces: of a part, in order.
-        reads: tensors taken from the arena, by name (``term0`` ... for the other kinds).
+        reads: tensors taken from the arena, by name (``term0`` ... for sums and differences, ``HALVES`` to guide).
         writes: tensors put there; ``residual`` means the named value minus its block's input.
         predicts: whether it writes a prediction.
         prediction: of a part that predicts, the value that it is.
-        tensor: kind of the tensors of a sum or difference.
+        tensor: kind of the tensors of a sum or difference, and of those that are guided.
         weight_bytes: of its own weights, which no other segment has.
     """
 
@@ -111,8 +114,9 @@ class _Step:
 
 @dataclass(frozen=True)
 class _Model:
-    """What stays the same over the evaluations. base: of a residual cache's value, what it is a residual of. whole: of
-    a conditional half, what it is of. guided: the evaluations that are."""
+    """What stays the same over the evaluations, or turns. base: of a residual cache's value, what it is a residual of.
+    whole: of a conditional half, what it is of. guided: the evaluations that are. in_turns: whether turns take the
+    place of evaluations."""
 
     pieces: PieceGraph
     maker: Mapping[str, int]
@@ -120,6 +124,15 @@ class _Model:
     predictions: tuple[str, ...]
     whole: Mapping[str, str]
     guided: tuple[bool, ...]
+    in_turns: bool = False
+
+    def of_half(self, steps: frozenset[int], half: int) -> list[int]:
+        """The turns of one half; of evaluations all are."""
+        return sorted(step for step in steps if self.half(step) == half)
+
+    def half(self, step: int) -> int:
+        """Which half a turn is of; 0 for an evaluation."""
+        return half_of(step) if self.in_turns else 0
 
     def stored(self, what: What, name: str, step: int) -> Version:
         """What evaluation ``step`` stored for reads of a value."""
@@ -165,8 +178,8 @@ def plan_segments(
         forecast=forecast,
         guidance=guidance,
     )
-    index, demands = compiled.index, compiled.demand
-    model = _model(index, pieces, demands)
+    index, demands = compiled.laid_out
+    model = _model(index, pieces, demands, in_turns=compiled.turns is not None)
     steps = _steps(index, demands)
     runs = _runs(graph, model, steps, max(map(index.costs.macs, index.own)))
     before, apart = _order(model, steps, runs)
@@ -180,10 +193,11 @@ def plan_segments(
         )
     ]
     emitted = list(_Emitter(index, model, steps, runs, parts).launches())
-    return _assemble(model, parts, emitted, alignment)
+    owners = {need.step: need.denoiser for need in demands.launches}
+    return _assemble(model, parts, emitted, alignment, compiled.turns, owners)
 
 
-def _model(index: GraphIndex, pieces: PieceGraph, demands: Demand) -> _Model:
+def _model(index: GraphIndex, pieces: PieceGraph, demands: Demand, *, in_turns: bool) -> _Model:
     return _Model(
         pieces=pieces,
         maker={name: place for place, piece in enumerate(pieces.pieces) for name in piece.makes},
@@ -191,6 +205,7 @@ def _model(index: GraphIndex, pieces: PieceGraph, demands: Demand) -> _Model:
         predictions=tuple(index.names[value] for value in index.predictions),
         whole={index.names[v]: index.names[u] for v, u in enumerate(index.whole) if u >= 0},
         guided=demands.guided,
+        in_turns=in_turns,
     )
 
 
@@ -210,7 +225,8 @@ def _steps(index: GraphIndex, demands: Demand) -> list[_Step]:
 def _runs(graph: BlockGraph, model: _Model, steps: Sequence[_Step], macs_full: int) -> dict[int, frozenset[int]]:
     """The evaluations at which each piece runs; pieces that never do are left out.
 
-    A piece runs when one of its owners is computed. One that depends on constant inputs only runs once. The cheap
+    A piece runs when one of its owners is computed. One that depends on constant inputs only runs once, of turns once
+    for each half. The cheap
     ones among those that depend on inputs only run together, at the evaluations of their denoisers.
     """
     pieces = model.pieces.pieces
@@ -240,7 +256,8 @@ def _runs(graph: BlockGraph, model: _Model, steps: Sequence[_Step], macs_full: i
         runs.update(dict.fromkeys(alike, frozenset().union(*(runs[place] for place in alike))))
     for place in sorted(constant, reverse=True):
         readers = [at for other, at in runs.items() if not set(pieces[place].makes).isdisjoint(pieces[other].reads)]
-        runs[place] = frozenset({min(min(at) for at in (runs[place], *readers))})
+        wanted = runs[place].union(*readers)
+        runs[place] = frozenset(model.of_half(wanted, half)[0] for half in {model.half(step) for step in wanted})
     return runs
 
 
@@ -295,7 +312,6 @@ class _Emitter:
         parts: Sequence[tuple[int, ...]],
     ) -> None:
         self._model, self._steps, self._runs, self._parts = model, steps, runs, parts
-        self._made_once = {place: min(at) for place, at in runs.items() if len(at) == 1}
         self.externals = [_externals(model, part) for part in parts]
         self._fused = _fused_residuals(model, steps, parts, self.externals)
         self._direct = {
@@ -351,8 +367,10 @@ class _Emitter:
         """The version of a tensor that a consumer reads at an evaluation; sums are launched at their first use."""
         model = self._model
         if name not in step.reads:
-            maker = model.maker[name]
-            return Version("value", name, step.step if step.step in self._runs[maker] else self._made_once[maker])
+            ran = self._runs[model.maker[name]]
+            # What is constant ran once.
+            once = step.step if step.step in ran else model.of_half(ran, model.half(step.step))[0]
+            return Version("value", name, once)
         if name not in model.base and _is_plain(step.reads[name]):
             return model.stored("value", name, step.reads[name][0].stored)
         if name not in self._sums:
@@ -419,7 +437,12 @@ def _predicts_directly(
 
 
 def _assemble(
-    model: _Model, parts: Sequence[tuple[int, ...]], emitted: Sequence[_Emitted], alignment: int
+    model: _Model,
+    parts: Sequence[tuple[int, ...]],
+    emitted: Sequence[_Emitted],
+    alignment: int,
+    turns: Turns | None,
+    denoisers: Mapping[int, int],
 ) -> SegmentPlan:
     """Segments with the outputs that somebody reads, and every version at its offset."""
     last_read = {version._replace(half=False): at for at, launch in enumerate(emitted) for version in launch.reads}
@@ -442,6 +465,11 @@ def _assemble(
             place[version] = len(lifetimes)
             nbytes = model.pieces.tensors[version.name].nbytes
             lifetimes.append(Lifetime(nbytes, number, number if last is None else last, read=last is not None))
+    steps, predicts = [e.step for e in emitted], [e.prediction is not None for e in emitted]
+    nbytes = model.pieces.tensors[model.predictions[0]].nbytes
+    passed = passing(steps, predicts, model.guided, nbytes) if turns is not None else None
+    stored = len(lifetimes)
+    lifetimes += () if passed is None else passed.lifetimes
     offsets, arena = allocate(lifetimes, alignment)
 
     def offset_of(version: Version) -> int:
@@ -459,12 +487,34 @@ def _assemble(
         )
         for launch, writes in zip(emitted, kept, strict=True)
     )
+    if turns is not None and passed is not None:
+        guided = {end: denoisers[steps[end]] for end in passed.last}
+        guiding = {d: _guide(model.pieces, turns, d) for d in dict.fromkeys(guided.values())}
+        follows = {denoiser: len(segments) + place for place, denoiser in enumerate(guiding)}
+        guides = {end: follows[denoiser] for end, denoiser in guided.items()}
+        segments = (*segments, *guiding.values())
+        launches = in_evaluations(launches, passed, offsets[stored:], guides)
     return SegmentPlan(
         segments=segments,
         launches=launches,
         arena_bytes=arena,
         lower_bound_bytes=lower_bound(lifetimes, alignment),
         macs_run=sum(segments[launch.variant].macs for launch in launches),
+    )
+
+
+def _guide(pieces: PieceGraph, turns: Turns, denoiser: int) -> Segment:
+    value = turns.guides[denoiser]
+    return Segment(
+        name="guidance" + (f"_{denoiser + 1}" if denoiser else ""),
+        kind="guide",
+        reads=HALVES,
+        writes=(),
+        predicts=True,
+        macs=turns.index.costs.macs(1 << turns.index.names.index(value)),
+        terms=len(HALVES),
+        tensor=pieces.tensors[value].kind,
+        prediction=value,
     )
 
 

@@ -77,7 +77,7 @@ def number_values(index: GraphIndex, assignments: Sequence[Assignment], forecast
     cache its input must be the stored one too, because ``input + (output - input)`` is only then the output.
 
     What a guided evaluation stores has a conditional half, which is stored, too. What a conditional-only one stores has
-    no other half: the guided value is not stored any more.
+    no other half: the guided value, or that of the unconditional half, is not stored any more.
     """
     numbers: dict[tuple[float, ...], int] = {}
     rows: dict[tuple[float, ...], int] = {}
@@ -94,7 +94,7 @@ def number_values(index: GraphIndex, assignments: Sequence[Assignment], forecast
 
     for step, assignment in enumerate(assignments):
         kept = index.gated(assignment.gates, assignment.denoiser)
-        prediction = index.predictions[assignment.denoiser]
+        prediction, guided = index.predictions[assignment.denoiser], index.guided[assignment.denoiser]
         computed = 0
         now: list[int] = []
         terms: dict[int, Terms] = {}
@@ -113,15 +113,20 @@ def number_values(index: GraphIndex, assignments: Sequence[Assignment], forecast
                     held[value], held_source[value], stored[value] = number, base_now, step
                     if (half := index.half[value]) >= 0:
                         held[half], held_source[half], stored[half] = half_of(number), half_of(base_now), step
-                    if (whole := index.whole[value]) >= 0:
-                        held[whole], held_source[whole], stored[whole] = -1, -1, -1
+                lost = -1 if guided else max(index.whole[value], index.paired[value])
+                if lost >= 0:
+                    held[lost], held_source[lost], stored[lost], last[lost] = -1, -1, -1, ()
                 if forecast is not None:
                     fresh = _Stored(step, stored[value], held[value], held_source[value])
                     last[value] = (fresh, *last[value][: MOST_TERMS - 1])
             elif (
                 last[value]
                 and forecast is not None
-                and (weights := forecast.weights_of(step, index.block[value], [one.step for one in last[value]]))
+                and (
+                    weights := forecast.weights_of(
+                        step, index.block[value] % index.schedule_blocks, [one.step for one in last[value]]
+                    )
+                )
                 != AS_STORED
             ):
                 used = last[value][: len(weights)]

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from dipgo_deploy.plan.costs import bits
 from dipgo_deploy.plan.index import GraphIndex
 from dipgo_deploy.plan.live import Demand, Need, demand
+from dipgo_deploy.plan.turns import Turns, evaluation_of
 from dipgo_deploy.plan.values import Assignment
 from dipgo_deploy.schedule.forecast import Reads
 from dipgo_deploy.schedule.validation import missing_halves
@@ -57,6 +58,7 @@ def promote(
     used: Sequence[bool],
     limit: int,
     forecast: Reads | None = None,
+    turns: Turns | None = None,
 ) -> tuple[tuple[Assignment, ...], Demand]:
     """Re-enable blocks (gates 0 -> 1) until at most ``limit`` variants are left; returns the new assignments and their
     demand.
@@ -69,50 +71,62 @@ def promote(
 
     Always ends: a merge makes the assignments of at least one evaluation strictly larger, and evaluations that are all
     asked for everything share one variant. Those of two denoisers never do: ``limit`` is at least the number of
-    denoisers that are run. ``assignments`` must have no missing reads.
+    denoisers that are run. ``assignments`` must have no missing reads. turns: where the halves of guidance are launched
+    one after the other, so that the variants are those of turns.
     """
+    laid_out = index if turns is None else turns.index
     current = tuple(assignments)
     demands = demand(index, current, used, forecast)
     cells = len(current) * len(index.names)
     trials_per_round = max(_LEAST_TRIALS, min(_MOST_TRIALS, _CELLS_PER_ROUND // cells))
     while True:
-        groups = group_launches(demands.launches)
+        groups = _groups_of(demands, turns)
         excess = len(groups) - limit
         if excess <= 0:
             return current, demands
         if excess > _NEAR:
-            merged = _merge(index, current, _clusters(index, groups, excess // 2))
+            merged = _merge(index, current, _clusters(laid_out, groups, excess // 2), turns)
             current, demands = _complete(index, merged, used, forecast)
             continue
-        pairs = _cheapest_pairs(index, groups, trials_per_round)
-        trials = [_complete(index, _merge(index, current, [pair]), used, forecast) for pair in pairs]
+        pairs = _cheapest_pairs(laid_out, groups, trials_per_round)
+        trials = [_complete(index, _merge(index, current, [pair], turns), used, forecast) for pair in pairs]
         current, demands = min(
             trials,
-            key=lambda trial: (len(group_launches(trial[1].launches)) >= len(groups), trial[1].macs(index)),
+            key=lambda trial: (len(_groups_of(trial[1], turns)) >= len(groups), trial[1].macs(index)),
         )
 
 
+def _groups_of(demands: Demand, turns: Turns | None) -> tuple[Group, ...]:
+    return group_launches(demands.launches if turns is None else turns.demand(demands).launches)
+
+
 def _merge(
-    index: GraphIndex, assignments: Sequence[Assignment], clusters: Sequence[Sequence[Group]]
+    index: GraphIndex,
+    assignments: Sequence[Assignment],
+    clusters: Sequence[Sequence[Group]],
+    turns: Turns | None,
 ) -> list[Assignment]:
-    """Ask every evaluation of each cluster for the union of what its groups do."""
+    """Ask every evaluation of each cluster for the union of what its groups do, of turns in both halves."""
     merged = list(assignments)
     for cluster in clusters:
         computed = reads = gates = 0
         for group in cluster:
             computed |= group.computed
             reads |= group.reads
+        if turns is not None:
+            computed, reads = turns.together(computed), turns.together(reads)
         for value in bits(computed & ~index.free):
-            gates |= 1 << index.block[value]
+            gates |= index.all_forms(index.block[value])
         predicts = any(group.predicts for group in cluster)
         for group in cluster:
-            for step in group.steps:
+            for step in group.steps if turns is None else map(evaluation_of, group.steps):
                 old = merged[step]
+                own = index.own[old.denoiser]
                 merged[step] = replace(
                     old,
                     gates=old.gates | gates,
                     compute=old.compute | computed,
-                    need=old.need | computed | reads,
+                    need=old.need | (computed | reads) & own,
                     predict=old.predict or predicts,
                 )
     return merged
@@ -130,7 +144,7 @@ def _complete(
         if not missing:
             return tuple(current), found
         for step, block in missing:
-            current[step] = replace(current[step], gates=current[step].gates | 1 << block)
+            current[step] = replace(current[step], gates=current[step].gates | index.all_forms(block))
 
 
 def _without_half(index: GraphIndex, assignments: Sequence[Assignment]) -> set[tuple[int, int]]:
@@ -141,9 +155,6 @@ def _without_half(index: GraphIndex, assignments: Sequence[Assignment]) -> set[t
         return set()
     blocks = range(index.schedule_blocks)
     gates = [[bool(assignment.gates >> block & 1) for block in blocks] for assignment in assignments]
-    for row, assignment, half in zip(gates, assignments, conditional_only, strict=True):
-        for block in blocks if half else ():
-            row[block] = bool(assignment.gates >> (block + len(blocks)) & 1)
     guided = [assignment.denoiser % sum(index.guided) for assignment in assignments]
     runs = [[bool(index.outputs[block] & index.own[denoiser]) for block in blocks] for denoiser in guided]
     return {(step, block) for step, block, _ in missing_halves(gates, runs, conditional_only)}

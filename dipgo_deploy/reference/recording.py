@@ -20,6 +20,7 @@ from dipgo_deploy.bundle.names import (
     parse_cache,
 )
 from dipgo_deploy.reference.conditions import ReferenceInputs, as_arrays, host
+from dipgo_deploy.schedule.guidance import Half
 
 if TYPE_CHECKING:
     from dipgo_deploy.reference.load import Reference
@@ -166,13 +167,16 @@ def cache_tensor(name: str, state: CacheState) -> np.ndarray:
         ValueError: not the name of a cache.
     """
     cache = _parsed(name)
-    stored = state.read(cache.block, conditional=cache.conditional)
+    stored = state.read(cache.block, cache.half)
     return host(stored[cache.nth - 1 if 0 < cache.nth <= len(stored) else 0][cache.index])
 
 
-def as_read(stored: np.ndarray, shape: Sequence[int]) -> np.ndarray:
-    """What a launch that reads a cache of this shape gets of a stored one: all of it, or the conditional half."""
-    return stored[len(stored) // 2 :] if stored.ndim and len(stored) == 2 * shape[0] else stored
+def as_read(stored: np.ndarray, shape: Sequence[int], half: Half | None = None) -> np.ndarray:
+    """What a launch that reads an array of this shape gets of both halves' rows: all of it, or its own half, which is
+    the conditional one where the launch has none named."""
+    if not stored.ndim or not shape or len(stored) != 2 * shape[0]:
+        return stored
+    return stored[: shape[0]] if half == "unconditional" else stored[shape[0] :]
 
 
 def cache_block(name: str) -> str:

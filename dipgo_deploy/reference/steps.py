@@ -1,4 +1,4 @@
-"""What is recorded of the supernet's loop for the layout ``segments``: whole evaluations.
+"""What is recorded of the supernet's loop where an evaluation is several launches: whole evaluations.
 
 A part of an evaluation has inputs that the supernet has no name for (a time embedding), so a segment is judged where it
 stands: each evaluation gets the supernet's latent, its launches run in order (``compare.step_runner``), and what they
@@ -98,10 +98,10 @@ def stored_block(name: str, kinds: Mapping[str, str]) -> str | None:
 
 
 def recorder_for(bundle: Bundle, schedule: Schedule, *, again: bool = True) -> Recorder | StepRecorder:
-    """The recorder of a plan's layout; ``schedule`` after promotion. again: record a second time."""
+    """The recorder for a plan; ``schedule`` after promotion. again: record a second time."""
     plan = bundle.manifest.plan
     launches = [(launch.step, launch.variant) for launch in plan.launches]
-    if plan.layout == "variants":
+    if plan.one_launch_each:
         forecasts = {launch.step: launch.forecast for launch in plan.launches}
         return Recorder(plan.variants, launches, plan.slots, again=again, forecasts=forecasts)
     return StepRecorder(plan.variants, launches, schedule, plan.slots, again=again)

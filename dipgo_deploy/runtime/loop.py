@@ -27,7 +27,7 @@ from dipgo_deploy.errors import UserError
 from dipgo_deploy.plan.buffers import aligned
 from dipgo_deploy.runtime.component import MOST_SIZES
 from dipgo_deploy.runtime.graphs import Graphs
-from dipgo_deploy.runtime.run_rows import RunRows
+from dipgo_deploy.runtime.run_rows import RunRows, rows_of
 from dipgo_deploy.schedule.guidance import share_of_scale
 
 # All bits set is NaN in float32, float16 and bfloat16.
@@ -188,7 +188,11 @@ class DenoisingLoop:
             COEFFICIENTS: self._coefficients[index],
             TIMESTEP: self._timesteps[index],
             **self._guidance_scales[launch.guidance],
-            **self._conditions,
+            **{
+                name: rows_of(memory, specs[name], launch.half)
+                for name, memory in self._conditions.items()
+                if name in specs
+            },
             **(self._tables[index] if self._tables else {}),
             **run_rows,
         }
@@ -200,6 +204,8 @@ class DenoisingLoop:
             if launch.slot is not None:
                 slot_bytes = view.history.nbytes // plan.slots
                 tensors[PREDICTION] = self._history.at(launch.slot * slot_bytes, slot_bytes)
+            elif launch.passes is not None:
+                tensors[PREDICTION] = self._arena.at(launch.passes, specs[PREDICTION].nbytes)
             caches = [*zip(variant.reads, launch.reads, strict=True), *zip(variant.writes, launch.writes, strict=True)]
             for name, offset in caches:
                 tensors[name] = self._arena.at(offset, specs[name].nbytes)

@@ -19,8 +19,11 @@ from dipgo_deploy.bundle.tables import Tables
 from dipgo_deploy.plan.buffers import aligned
 from dipgo_deploy.runtime.component import MOST_SIZES
 from dipgo_deploy.runtime.graphs import Graphs
+from dipgo_deploy.schedule.guidance import HALVES, Half
 
 Given = Mapping[str, np.ndarray]
+# Of which half of guidance, or None for all of it, and the input that takes it.
+Row = tuple[Half | None, str]
 # Of the prologue's rows for earlier conditions: what is kept of them on the host. DiT-XL/2 has 1.5 MiB a launch.
 KEPT_BYTES = 2**27
 # Conditions that are known to have been there although their rows were not kept: digests of 32 bytes.
@@ -35,11 +38,11 @@ class KeptRows:
     """
 
     def __init__(self) -> None:
-        self._kept: OrderedDict[bytes, dict[str, np.ndarray]] = OrderedDict()
+        self._kept: OrderedDict[bytes, dict[Row, np.ndarray]] = OrderedDict()
         self._nbytes = 0
         self._seen: OrderedDict[bytes, None] = OrderedDict()  # of what was not kept
 
-    def keep(self, given: Given, rows: Callable[[], dict[str, np.ndarray]], nbytes: int) -> None:
+    def keep(self, given: Given, rows: Callable[[], dict[Row, np.ndarray]], nbytes: int) -> None:
         """Keep rows of ``nbytes`` that a run made; ``rows`` is called only where they are kept."""
         key = digest(given)
         if nbytes > KEPT_BYTES or key in self._kept:
@@ -60,7 +63,7 @@ class KeptRows:
             self._seen.popitem(last=False)
         return False
 
-    def of(self, given: Given) -> dict[str, np.ndarray] | None:
+    def of(self, given: Given) -> dict[Row, np.ndarray] | None:
         """The rows for these conditions, None where there are none."""
         key = digest(given)
         if key in self._kept:
@@ -78,7 +81,7 @@ def digest(given: Given) -> bytes:
     return found.digest()
 
 
-def _bytes(rows: Mapping[str, np.ndarray]) -> int:
+def _bytes(rows: Mapping[Row, np.ndarray]) -> int:
     return sum(array.nbytes for array in rows.values())
 
 
@@ -88,8 +91,10 @@ class RunRows:
     The prologue's graph is loaded for a run whose conditions differ from those before, and goes after its first run:
     then its weights take no memory. From the second run of it on it stays, because there will be more. What it made
     for the conditions of earlier runs is kept (``KeptRows``), so that runs whose conditions take turns make it once.
+    Where launches have one half of guidance, so have the rows, and the prologue runs once for each half.
 
-    bound: where its inputs are. graphs: what is loaded, on the same backend. Raises UserError as ``DenoisingLoop``.
+    bound: where its inputs are, those of both halves one after the other. graphs: what is loaded, on the same
+    backend. Raises UserError as ``DenoisingLoop``.
     """
 
     def __init__(
@@ -104,18 +109,15 @@ class RunRows:
         plan = bundle.manifest.plan
         made = made_by_prologue(plan)
         self._place = {timestep: place for place, timestep in enumerate(plan.table_timesteps)}
-        self._memory: dict[str, Memory] = {}
+        # What no launch takes is written all the same.
+        sizes = {name: spec.nbytes for name, spec in made.items()}
         for name, spec in run_specs(plan).items():
-            rows = len(plan.table_timesteps)
-            nbytes = made[name].nbytes if name in made else rows * aligned(spec.nbytes, ALIGNMENT)
-            self._memory[name] = backend.allocate(nbytes)
-        for name, spec in made.items():  # what no launch takes is written all the same
-            if name not in self._memory:
-                self._memory[name] = backend.allocate(spec.nbytes)
+            sizes.setdefault(name, len(plan.table_timesteps) * aligned(spec.nbytes, ALIGNMENT))
+        self._memory = {(half, name): backend.allocate(size) for half in plan.halves for name, size in sizes.items()}
         self._key: Given | None = None
         self._made: dict[str, TensorSpec] = {}  # by the prologue, at the sizes of the last run
         self._kept = KeptRows()
-        self._calls: dict[Sizes, Launchable] = {}
+        self._calls: dict[Sizes, list[Launchable]] = {}
 
     @property
     def timed(self) -> bool:
@@ -128,16 +130,20 @@ class RunRows:
         """What gives of a launch the rows that its graph may take, by input. manifest: at the sizes of the run."""
         made = made_by_prologue(manifest.plan)
         specs = run_specs(manifest.plan)  # of all graphs: once, not for each launch
+        halves = manifest.plan.halves
 
         def of(launch: LaunchEntry) -> dict[str, Memory]:
+            if launch.half not in halves:
+                return {}  # it guides
             place = self._place.get(launch.timestep, 0)
             found = {}
             for name, spec in specs.items():
+                memory = self._memory[launch.half, name]
                 if name not in made:
-                    found[name] = self._memory[name].at(place * aligned(spec.nbytes, ALIGNMENT), spec.nbytes)
+                    found[name] = memory.at(place * aligned(spec.nbytes, ALIGNMENT), spec.nbytes)
                 else:
                     for_each = made[name].shape != spec.shape
-                    found[name] = self._memory[name].at(place * spec.nbytes if for_each else 0, spec.nbytes)
+                    found[name] = memory.at(place * spec.nbytes if for_each else 0, spec.nbytes)
             return found
 
         return of
@@ -160,18 +166,19 @@ class RunRows:
         if not given or _equal(self._key, given):
             return
         if self._key is not None and prologue is not None:
-            self._kept.keep(self._key, self._copies, sum(spec.nbytes for spec in self._made.values()))
+            nbytes = len(manifest.plan.halves) * sum(spec.nbytes for spec in self._made.values())
+            self._kept.keep(self._key, self._copies, nbytes)
         self._key = None
         if label is not None:
-            self._gather(conditions[label])
+            self._gather(manifest, conditions[label])
         if prologue is not None:
             self._made = made_by_prologue(manifest.plan)
             kept = self._kept.of(given)
             if kept is None:
                 self._run(manifest, prologue)
             else:
-                for name, rows in kept.items():
-                    self._backend.upload(self._memory[name], rows)
+                for row, rows in kept.items():
+                    self._backend.upload(self._memory[row], rows)
         self._key = {name: np.array(array) for name, array in given.items()}
 
     def load(self) -> None:
@@ -180,31 +187,46 @@ class RunRows:
         if prologue is not None and not self._graphs.loads[prologue.file]:
             self._graphs.get(self._bundle, prologue)
 
-    def _copies(self) -> dict[str, np.ndarray]:
-        """The bytes that the prologue wrote, by name."""
+    def _copies(self) -> dict[Row, np.ndarray]:
+        """The bytes that the prologue wrote."""
         raw = {name: TensorSpec(name=name, shape=(s.nbytes // 2,), dtype="float16") for name, s in self._made.items()}
-        return {name: self._backend.download(self._memory[name], spec) for name, spec in raw.items()}
+        return {row: self._backend.download(self._memory[row], raw[row[1]]) for row in self._memory if row[1] in raw}
 
     def _run(self, manifest: Manifest, prologue: Graph) -> None:
         """prologue: at the sizes of the run."""
-        call = self._calls.get(manifest.usual_sizes)
-        if call is None:
+        calls = self._calls.get(manifest.usual_sizes)
+        if calls is None:
             while len(self._calls) >= MOST_SIZES:
                 del self._calls[next(iter(self._calls))]
             bind = self._graphs.get(self._bundle, prologue).bind
-            tensors = {**self._bound, **self._memory}
-            call = bind(tensors) if prologue.sizes is None else bind(tensors, prologue)
-            self._calls[manifest.usual_sizes] = call
-        call()
+            every = [self._tensors(prologue, half) for half in manifest.plan.halves]
+            calls = [bind(tensors) if prologue.sizes is None else bind(tensors, prologue) for tensors in every]
+            self._calls[manifest.usual_sizes] = calls
+        for call in calls:
+            call()
         self._backend.synchronize()  # else a captured loop would have it in it
         if self._graphs.loads[prologue.file] == 1:
             self._calls.clear()
             self._graphs.release(prologue)
 
-    def _gather(self, classes: np.ndarray) -> None:
-        for name, rows in self._tables.for_classes(classes).items():
-            spec = self._tables.of_classes[name]
-            self._backend.upload(self._memory[name], aligned_rows(rows, spec.dtype, ALIGNMENT))
+    def _tensors(self, prologue: Graph, half: Half | None) -> dict[str, Memory]:
+        """Where inputs and outputs of the prologue are; prologue: at the sizes of the run."""
+        found = {name: memory for (of, name), memory in self._memory.items() if of == half}
+        for spec in prologue.inputs:
+            memory = self._bound[spec.name]
+            found[spec.name] = memory if spec.name in GUIDANCE_SCALES else rows_of(memory, spec, half)
+        return found
+
+    def _gather(self, manifest: Manifest, classes: np.ndarray) -> None:
+        for half, own in zip(manifest.plan.halves, np.split(classes, len(manifest.plan.halves)), strict=True):
+            for name, rows in self._tables.for_classes(own).items():
+                spec = self._tables.of_classes[name]
+                self._backend.upload(self._memory[half, name], aligned_rows(rows, spec.dtype, ALIGNMENT))
+
+
+def rows_of(memory: Memory, spec: TensorSpec, half: Half | None) -> Memory:
+    """Where the rows of a half of guidance lie in a condition, or all of them; spec: as graphs take it."""
+    return memory if half is None else memory.at(HALVES.index(half) * spec.nbytes, spec.nbytes)
 
 
 def _equal(before: Given | None, now: Given) -> bool:

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import Literal
 
 from dipgo_deploy.errors import UserError
 
 _SPAN = re.compile(r"(?P<first>\d{1,6})(?:-(?P<last>\d{1,6}))?(?:=(?P<share>[0-9.eE+-]{1,40}))?")
 
-CONDITIONAL = "/conditional"
-"""Behind the name of a value or block as a conditional-only evaluation has it: with half the batch."""
+Half = Literal["unconditional", "conditional"]
+"""Of the batch of guidance, where its halves are launched one after the other."""
+
+HALVES: tuple[Half, Half] = ("unconditional", "conditional")
+"""In the order of the rows, and of the launches."""
+
+UNCONDITIONAL, CONDITIONAL = "/unconditional", "/conditional"
+"""Behind the name of a value or block as one half has it; a conditional-only evaluation has the latter."""
 
 
 def share_of_scale(scale: float, share: float, off: float) -> float:

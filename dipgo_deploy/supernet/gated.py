@@ -20,7 +20,7 @@ from dipgo_deploy.models.family import BlockSpec, CacheKind, call_with_keywords
 from dipgo_deploy.models.forward import replaced_forward
 from dipgo_deploy.models.guidance import PLAIN, Guidance
 from dipgo_deploy.schedule.forecast import AS_STORED, Reads
-from dipgo_deploy.schedule.guidance import share_of_scale
+from dipgo_deploy.schedule.guidance import HALVES, Half, share_of_scale
 from dipgo_deploy.supernet.cuts import Structure, flatten, residual_inputs, unflatten
 
 Gate = bool | Tensor
@@ -42,12 +42,13 @@ class CacheState:
     stored_at: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     halved: frozenset[str] = frozenset()
 
-    def read(self, block: str, *, conditional: bool = False) -> tuple[list[Tensor], ...]:
-        """What an evaluation reads of a block, the latest first; conditional: one that is conditional only."""
+    def read(self, block: str, half: Half | None = None) -> tuple[list[Tensor], ...]:
+        """What an evaluation reads of a block, the latest first; half: of guidance alone, ``conditional`` where the
+        evaluation is conditional only."""
         whole = self.stored(block)
-        if not conditional or block in self.halved:
+        if half is None or block in self.halved:
             return whole
-        return tuple([conditional_half(tensor) for tensor in tensors] for tensors in whole)
+        return tuple([half_of(tensor, half) for tensor in tensors] for tensors in whole)
 
     def stored(self, block: str) -> tuple[list[Tensor], ...]:
         """All that is held of a block, the latest first."""
@@ -171,6 +172,7 @@ class Supernet:
         earlier = {name: values for name, values in state.earlier.items() if name in tensors}
         stored_at = {name: steps for name, steps in state.stored_at.items() if name in tensors}
         halved = {name for name in state.halved if name in tensors}
+        half: Half | None = "conditional" if conditional else None
         denoiser = "" if self.denoisers is None else self.denoisers[step]
         own = f"{denoiser}." if denoiser else ""
         with ExitStack() as stack:
@@ -194,12 +196,12 @@ class Supernet:
                         )
                     gate = True
                 else:
-                    stored = state.read(spec.name, conditional=conditional)[0]
+                    stored = state.read(spec.name, half)[0]
                 if gate is False:
                     weights: tuple[float, ...] = AS_STORED
                     if self.forecast is not None:
                         weights = self.forecast.weights_of(step, place, state.stored_at[spec.name])
-                    terms = list(zip(weights, state.read(spec.name, conditional=conditional), strict=False))
+                    terms = list(zip(weights, state.read(spec.name, half), strict=False))
                     reader = _reader(spec, kind, terms, state.structures[spec.name], self.store)
                     stack.enter_context(replaced_forward(module, reader))
                 elif gate is not True or keep is None or spec.name in keep:
@@ -214,9 +216,9 @@ class Supernet:
         return prediction, CacheState(tensors, structures, earlier, stored_at, frozenset(halved))
 
 
-def conditional_half(tensor: Tensor) -> Tensor:
-    """The second half of the rows of guidance."""
-    return tensor[len(tensor) // 2 :]
+def half_of(rows: Tensor, half: Half) -> Tensor:
+    """The rows of one half of guidance."""
+    return rows.chunk(2)[HALVES.index(half)]
 
 
 def _checked(gate: Any, spec: BlockSpec, step: int) -> Gate:

@@ -16,7 +16,7 @@ from dipgo_deploy.sampler.loop import GivenNoise
 from dipgo_deploy.sampler.schedulers import fresh, set_timesteps
 from dipgo_deploy.sampler.start import ImageStart, first_latent
 from dipgo_deploy.supernet.cuts import model_dtype
-from dipgo_deploy.supernet.gated import CacheState, Gate, Supernet, conditional_half
+from dipgo_deploy.supernet.gated import CacheState, Gate, Supernet, half_of
 
 
 @dataclass(frozen=True)
@@ -195,7 +195,7 @@ def guided_step(
     conditional_only = guidance_scale is not None and supernet.conditional_only(step)
     batch = torch.cat([model_input] * (1 if guidance_scale is None or conditional_only else 2))
     if conditional_only:
-        conditions = {name: conditional_half(rows) for name, rows in conditions.items()}
+        conditions = {name: half_of(rows, "conditional") for name, rows in conditions.items()}
     dtype = model_dtype(supernet.model)
     output, after = supernet.step(
         batch.to(dtype),

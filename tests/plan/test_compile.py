@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from random_plans import (
     PRIME,
+    behind,
     compute,
     graph_input,
     half_of,
@@ -20,9 +21,11 @@ from random_plans import (
     random_gates,
     random_graph,
     random_halves,
+    random_shares,
     random_turns,
     residual_source,
     residue,
+    with_guide,
 )
 
 from dipgo_deploy.errors import UserError
@@ -30,6 +33,7 @@ from dipgo_deploy.plan.compile import compile_plan
 from dipgo_deploy.plan.graph import BlockGraph
 from dipgo_deploy.plan.model import Cache, Plan
 from dipgo_deploy.schedule.forecast import FittedForecast
+from dipgo_deploy.schedule.guidance import HALVES
 from dipgo_deploy.schedule.validation import missing_halves
 
 RELAXED = settings(deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
@@ -52,20 +56,29 @@ def execute(
     arena: list[tuple[str, int, int] | None] = [None] * plan.arena_bytes
     predictions: list[int] = []
 
-    def load(cache: Cache, offset: int) -> int:
+    def load(cache: Cache, offset: int, of: str | None = None) -> int:
         nbytes = graph.values[cache.value].nbytes
         cells = arena[offset : offset + nbytes]
         assert cells[0] is not None, f"{cache} is read before it is written"
         stored, content, first = cells[0]
         half = stored == graph.halves.get(cache.value)
-        assert stored == cache.value or half
-        assert first == (nbytes if half else 0) and graph.values[stored].nbytes == nbytes + first
+        assert stored == behind(cache.value, of) or half
+        assert first == (nbytes if half else 0) and (not half or graph.values[stored].nbytes == nbytes + first)
         assert cells == [(stored, content, first + i) for i in range(nbytes)], f"{cache} is torn"
         return half_of(content) if half else content
 
     for number, launch in enumerate(plan.launches):
-        variant = plan.variants[launch.variant]
-        loaded = {cache: load(cache, offset) for cache, offset in zip(variant.reads, launch.reads, strict=True)}
+        variant, of = plan.variants[launch.variant], launch.half
+        if variant.guides:
+            made = Cache(graph.predictions[0], "output")
+            names = [behind(made.value, half) for half in HALVES]
+            values = [load(made, offset, half) for half, offset in zip(HALVES, launch.reads, strict=True)]
+            read = dict(zip(names, values, strict=True)) | {"scale": graph_input(graph, "scale", launch.step)}
+            assert launch.prediction == len(predictions) and shares is not None
+            scaled = f"{variant.prediction}*{shares[launch.step]}"
+            predictions.append(compute(scaled, [read[name] for name in sorted(read)]))
+            continue
+        loaded = {cache: load(cache, offset, of) for cache, offset in zip(variant.reads, launch.reads, strict=True)}
         weighted = [cache for cache in variant.reads if cache.nth]
         weights = dict(zip(weighted, launch.weights, strict=True))
         known: dict[str, int] = {name: graph_input(graph, name, launch.step) for name in graph.inputs}
@@ -80,6 +93,7 @@ def execute(
             touched=touched,
             number=number,
             step=launch.step,
+            of=of,
         ) -> int:
             if name not in known:
                 terms = [cache for cache in loaded if cache.value == name]
@@ -92,13 +106,19 @@ def execute(
                 else:
                     assert name in variant.computed, f"{name} is neither computed nor read"
                     touched.add(name)
-                    scaled = name if shares is None or name != graph.predictions[0] else f"{name}*{shares[step]}"
+                    plain = shares is None or name != graph.predictions[0] or bool(graph.guides)
+                    scaled = behind(name, of) if plain else f"{name}*{shares[step]}"
                     known[name] = compute(scaled, [value(read) for read in sorted(graph.values[name].reads)])
                     if spoil == (number, name):
                         known[name] = (known[name] + 1) % PRIME
             return known[name]
 
-        if variant.predicts:
+        if launch.passes is not None:
+            content, nbytes = value(variant.prediction), graph.values[variant.prediction].nbytes
+            assert launch.prediction is None and variant.predicts
+            for i in range(nbytes):
+                arena[launch.passes + i] = behind(variant.prediction, of), content, i
+        elif variant.predicts:
             assert launch.prediction == len(predictions)
             predictions.append(value(variant.prediction))
         else:
@@ -107,12 +127,12 @@ def execute(
             assert cache.value in variant.computed
             content = value(cache.value) - (value(source[cache.value]) if cache.kind == "residual" else 0)
             for i in range(graph.values[cache.value].nbytes):
-                arena[offset + i] = cache.value, content % PRIME, i
+                arena[offset + i] = behind(cache.value, of), content % PRIME, i
         # Loading again after the writes shows a write over a read or over another write of the same launch.
         for cache, offset in zip(variant.reads, launch.reads, strict=True):
-            assert load(cache, offset) == loaded[cache]
+            assert load(cache, offset, of) == loaded[cache]
         for cache, offset in zip(variant.writes, launch.writes, strict=True):
-            load(cache, offset)
+            load(cache, offset, of)
         assert not tight or touched == {*variant.computed, *variant.reads}
     return predictions
 
@@ -242,6 +262,32 @@ def test_guidance_equals_the_supernet(rng, limit):
     conditional_only = [share == 0 for share in shares]
     if not missing_halves(gates, everywhere, conditional_only):
         assert not missing_halves(plan.keep, everywhere, conditional_only)
+
+
+@settings(RELAXED, max_examples=100)
+@given(st.randoms(use_true_random=False), st.none() | st.integers(1, 4))
+def test_guidance_in_two_launches_equals_the_supernet(rng, limit):
+    """Each half has caches of its own, one graph serves both, and a conditional-only evaluation is one of them."""
+    graph, shares = with_guide(random_graph(rng)), random_shares(rng)
+    gates = random_gates(rng, len(shares), len(graph.blocks))
+    both = graph.in_halves()
+
+    def definition(rows):
+        return naive(both, [[*row, *row] for row in rows], denoisers=of_shares(shares), shares=shares)
+
+    try:
+        plan = compile_plan(graph, gates, guidance=shares, max_variants=limit)
+    except UserError:
+        assert None in definition(gates)
+        return
+    predictions = execute(plan, graph, tight=limit is None, shares=shares)
+    assert [predictions[slot] for slot in plan.prediction_slots] == definition(plan.keep)
+    assert sum(not variant.guides for variant in plan.variants) <= (limit or len(plan.variants))
+    assert {launch.half for launch in plan.launches if shares[launch.step] == 0} <= {"conditional"}
+    assert plan.macs_run == sum(plan.variants[launch.variant].macs for launch in plan.launches)
+    if limit is None:
+        assert plan.keep == tuple(map(tuple, gates))
+        assert plan.macs_run <= plan.macs_schedule <= plan.macs_full * len(gates)
 
 
 def test_a_guided_evaluation_that_lacks_a_half_is_named(chain):

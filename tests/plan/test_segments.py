@@ -24,11 +24,13 @@ from random_plans import (
     random_gates,
     random_graph,
     random_halves,
+    random_shares,
     random_turns,
     read_off,
     residual_source,
     residue,
     supernet,
+    with_guide,
 )
 
 from dipgo_deploy.errors import UserError
@@ -37,6 +39,7 @@ from dipgo_deploy.plan.graph import Block, BlockGraph, Value
 from dipgo_deploy.plan.merge import merge_pieces
 from dipgo_deploy.plan.pieces import Node, NodeGraph, PieceGraph, Tensor, split
 from dipgo_deploy.plan.segments import Segment, SegmentPlan, plan_segments
+from dipgo_deploy.schedule.guidance import HALVES
 
 RELAXED = settings(deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
@@ -84,13 +87,17 @@ def execute(
         segment = plan.segments[launch.variant]
         places = [*zip(segment.reads, launch.reads, strict=True)]
         loaded = {name: load(size(segment, name), offset) for name, offset in places}
+        if segment.kind == "guide":
+            assert segment.reads == HALVES and launch.prediction == len(predictions) and shares is not None
+            predictions.append(compute(f"*{shares[launch.step]}", [*loaded.values()]))
+            continue
         known: dict[str, int] = {}
 
         def given(name: str, segment=segment, loaded=loaded, launch=launch) -> int | None:
             if name in loaded:
                 return loaded[name]
             if name in traced.graph.inputs:
-                return graph_input(traced.graph, name, launch.step)
+                return graph_input(traced.graph, name, launch.step, launch.half)
             weights[segment.name] |= traced.makers[name].weights
             return None
 
@@ -112,11 +119,18 @@ def execute(
             written.append((nbytes, offset))
             for i in range(nbytes):
                 arena[offset + i] = result, i
-        if launch.prediction is not None:
+        if launch.passes is not None:
+            assert segment.predicts and launch.prediction is None
+            if segment.kind == "part":
+                result = evaluate(traced, segment.prediction, known, given)
+            written.append((traced.graph.values[traced.graph.predictions[0]].nbytes, launch.passes))
+            for i in range(written[-1][0]):
+                arena[launch.passes + i] = result, i
+        elif launch.prediction is not None:
             assert segment.predicts and launch.prediction == len(predictions)
             if segment.kind == "part":
                 result = evaluate(traced, segment.prediction, known, given)
-            if shares is not None and shares[launch.step]:
+            if shares is not None and shares[launch.step] and launch.half is None:
                 result = compute(f"*{shares[launch.step]}", [result])
             predictions.append(result)
         else:
@@ -215,6 +229,28 @@ def test_guidance_equals_the_supernet(rng):
         segment = plan.segments[launch.variant]
         owners = {name[:3] for piece in segment.pieces for name in pieces.pieces[piece].owners}
         assert not owners or f"d{denoisers[launch.step]}." in owners
+
+
+@settings(RELAXED, max_examples=80)
+@given(st.randoms(use_true_random=False))
+def test_guidance_in_two_launches_equals_the_supernet(rng):
+    """What is constant runs once for each half, and all else in the segments of both."""
+    traced, shares = expand(rng, with_guide(random_graph(rng))), random_shares(rng)
+    gates = random_gates(rng, len(shares), len(traced.graph.blocks))
+    of_halves = [supernet(traced, gates, shares=shares, half=half) for half in HALVES]
+    expected = [
+        made if share == 0 else None if None in (other, made) else compute(f"*{share}", [other, made])
+        for other, made, share in zip(*of_halves, shares, strict=True)
+    ]
+    try:
+        plan = plan_segments(traced.graph, split(traced.nodes, traced.graph), gates, guidance=shares)
+    except UserError:
+        assert None in expected
+        return
+    variants = compile_plan(traced.graph, gates, guidance=shares)
+    predictions, _ = execute(plan, traced, shares=shares)
+    assert [predictions[slot] for slot in variants.prediction_slots] == expected
+    assert {launch.half for launch in plan.launches if shares[launch.step] == 0} <= {"conditional"}
 
 
 @settings(RELAXED, max_examples=300)
