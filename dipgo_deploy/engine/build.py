@@ -159,7 +159,7 @@ def build_engines(
     _check_capabilities(module, flavour, options)
     bundle = Bundle.open(engine_dir, verify=verify)
     target = _target(flavour, options, device)
-    _check_numbers(bundle, target)
+    _check_numbers(bundle, target, observer)
     folder = plans_folder(bundle.path, backend, module.__version__, target)
     choices = [
         LoraChoice(one[0], one[1], options.lora_partial, one[2] if len(one) == 3 else "") for one in options.lora
@@ -265,10 +265,12 @@ def _check_capabilities(module: Any, flavour: Flavour, options: BuildOptions) ->
             )
 
 
-def _check_numbers(bundle: Bundle, target: GpuTarget) -> None:
+def _check_numbers(bundle: Bundle, target: GpuTarget, observer: Observer) -> None:
     """Refuse GPUs without products of the graphs' numbers; TensorRT says so in words of its own, after minutes."""
     method = bundle.manifest.quantized
     least = (0, 0) if method is None else NUMBER_TYPES[MATRIX_TYPES[method]].capability
+    if least > (0, 0) and not target.capabilities:
+        observer.warned(f"products in {method} need compute capability {least[0]}.{least[1]} or newer to run")
     for capability in target.capabilities:
         major, minor = map(int, capability.split("."))
         if (major, minor) < least:
