@@ -110,13 +110,13 @@ def compare_engine(
 
 
 def tolerance_of(manifest: Manifest, reference: Reference, options: Options) -> Tolerance:
-    """Of graphs and loop: the one asked for, else that of the model's family."""
+    """Of what graphs make: the one asked for, else that of the model's family."""
     own = reference.source.family.tolerance(manifest.dtype, manifest.quantized)
     return Tolerance(own if options.tolerance is None else options.tolerance, options.absolute)
 
 
 def results_tolerance(manifest: Manifest, reference: Reference, options: Options) -> Tolerance:
-    """Of final latents and pictures. In fewer bits the errors of all launches add up in them, as far as another
+    """Of latents and pictures. In fewer bits the errors of all launches add up in them, as far as another
     picture: only what is off by more than the largest value is certainly broken."""
     tolerance = tolerance_of(manifest, reference, options)
     broken = options.tolerance is None and manifest.quantized is not None
@@ -162,7 +162,7 @@ def _run(
     if pictures is not None and options.components:
         notify("comparing tokens and conditions")
         components += _each_case(options.cases, pictures.components, skipped)
-    variants, loop = _denoiser(bundle, reference, inputs, backend, options, tolerance, skipped, notify)
+    variants, loop = _denoiser(bundle, reference, inputs, backend, options, tolerance, of_results, skipped, notify)
     results = None
     if loop is not None:
         notify("decoding")
@@ -200,6 +200,7 @@ def _denoiser(
     backend: Backend,
     options: Options,
     tolerance: Tolerance,
+    of_latents: Tolerance,
     skipped: list[str],
     notify: Notify,
 ) -> tuple[tuple[Checked, ...], LoopResult | None]:
@@ -219,7 +220,7 @@ def _denoiser(
             for take in takers:
                 take(evaluation)
 
-        loop = compare_loop(bundle, backend, reference, inputs, tolerance, record)
+        loop = compare_loop(bundle, backend, reference, inputs, tolerance, record, of_latents)
     else:
         notify("running the supernet's loop")
         run_until_complete(recorder, reference, inputs)

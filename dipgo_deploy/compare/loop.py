@@ -113,6 +113,7 @@ def compare_loop(
     inputs: ReferenceInputs,
     tolerance: Tolerance,
     record: Callable[[Evaluation], None] = lambda _: None,
+    of_latents: Tolerance | None = None,
 ) -> LoopResult:
     """Run both loops from the same noise, each on its own way to the end with every cache fed forward.
 
@@ -122,7 +123,8 @@ def compare_loop(
     A model may answer a small change of its latent with a large one of its prediction (at the last timesteps, say). So
     where a latent is within tolerance and what is made of it is not, the model is run on the engine's latent, and what
     the launch made is judged by that; the latents that follow are compared all the same.
-    record: called with every evaluation of the supernet.
+    record: called with every evaluation of the supernet. of_latents: the tolerance of latents, in which the errors of
+    all launches so far add up; None: as of all else.
 
     Raises:
         UserError: a graph cannot be loaded or run.
@@ -176,7 +178,7 @@ def compare_loop(
         at.names.append(entry.name)
         if HISTORY in {spec.name for spec in entry.graph.inputs}:
             latent = graph_latent(loop.fetch(index, HISTORY), loop.fetch(index, COEFFICIENTS), plan.history.chain)
-            at.given.append(tensor_error(LATENT, latent, host(evaluation.model_input), tolerance))
+            at.given.append(tensor_error(LATENT, latent, host(evaluation.model_input), of_latents or tolerance))
             at.latent = latent
         kept = dict(zip(kinds, reference.schedule.gates[launch.step], strict=True))
         # In a segment a value that is read may be one that this very evaluation made.

@@ -11,7 +11,7 @@ import numpy as np
 
 from dipgo_deploy.difference import peak, relative_error
 
-# Relative error of final latents and pictures in fewer bits beyond which something is certainly broken.
+# Relative error of latents and pictures in fewer bits beyond which something is certainly broken.
 WHOLE = 1.0
 
 

@@ -103,7 +103,7 @@ def tolerances(source: Source, manifest: Manifest, tolerance: Tolerance, *, aske
         of = {"graphs, loop and pictures": (why, tolerance.relative)}
     else:
         added = "the errors of all launches in fewer bits add up: beyond this they are certainly broken"
-        of = {"graphs and loop": (why, tolerance.relative), "final latents and pictures": (added, WHOLE)}
+        of = {"graphs": (why, tolerance.relative), "latents and pictures": (added, WHOLE)}
     beside = tolerance.relative if asked else family.tolerance(manifest.dtype)
     if beside == tolerance.relative:
         of = {f"conditions, VAE, {name}": why for name, why in of.items()}
