@@ -16,6 +16,7 @@ from lora_files import diffusers_keys, make_updates, save_lora
 from tiny_engines import schedule_for
 
 from dipgo_deploy.backends import create_backend
+from dipgo_deploy.backends.tensorrt_plans import GpuTarget
 from dipgo_deploy.bundle.directory import Bundle, reseal
 from dipgo_deploy.bundle.manifest import QUANTIZED_VERSION
 from dipgo_deploy.bundle.quantized import ACTIVATIONS, MATRIX_TYPES, METHODS, NUMBER_TYPES, Method, to_weight, unpacked
@@ -23,7 +24,7 @@ from dipgo_deploy.bundle.weights import WEIGHTS_NAME, WeightsIndex
 from dipgo_deploy.compare.engine import Options, compare_engine
 from dipgo_deploy.compare.report import LATENT
 from dipgo_deploy.compare.weights import check_weights
-from dipgo_deploy.engine.build import BuildOptions, build_engines
+from dipgo_deploy.engine.build import BuildOptions, Observer, _check_numbers, build_engines
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.export.again import options_of
 from dipgo_deploy.export.exporter import ExportOptions, PlannedExport, in_layout, plan_export, publish
@@ -214,14 +215,30 @@ def test_other_methods_are_refused() -> None:
     "method", [pytest.param("int8-weights", marks=pytest.mark.slow), "int4-weights", "int8", "fp8"]
 )
 def test_tensorrt_builds_them(written: dict[tuple[str, str], Bundle], method: Method) -> None:
-    """Every variant, and the prologue. In float8 for GPUs that have it, and no others."""
+    """Every variant, and the prologue."""
     pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed: engines cannot be built here")
-    path = written["variants", method].path
-    if method == "fp8":
-        with pytest.raises(UserError, match=r"--compute-capability 8.6: has no products in fp8, .* 8.9 or newer"):
-            build_engines(path, "tensorrt-rtx", BuildOptions(compute_capabilities=("8.6", "8.9")))
-    report = build_engines(path, "tensorrt-rtx", BuildOptions(compute_capabilities=("8.9",)))
+    options = BuildOptions(compute_capabilities=("8.9",))
+    report = build_engines(written["variants", method].path, "tensorrt-rtx", options)
     assert len(report.built) == len(report.engines) > 2
+
+
+class _Heard(Observer):
+    def __init__(self) -> None:
+        self.warnings: list[str] = []
+
+    def warned(self, message: str) -> None:
+        self.warnings.append(message)
+
+
+def test_gpus_without_float8_are_refused_by_name(written: dict[tuple[str, str], Bundle]) -> None:
+    heard = _Heard()
+    for method in METHODS:
+        bundle = written["variants", method]
+        _check_numbers(bundle, GpuTarget(), heard)
+        _check_numbers(bundle, GpuTarget(gpu="NVIDIA L4", capabilities=("8.9",)), heard)
+    assert heard.warnings == ["products in fp8 need compute capability 8.9 or newer to run"]
+    with pytest.raises(UserError, match=r"NVIDIA A10 \(8\.6\): has no products in fp8, .* --quantize int8"):
+        _check_numbers(written["variants", "fp8"], GpuTarget(gpu="NVIDIA A10", capabilities=("8.6",)), heard)
 
 
 @pytest.mark.parametrize("method", ACTIVATIONS)
