@@ -14,6 +14,7 @@ from dipgo_deploy.backends.base import ChangedWeights, Launchable, Memory
 from dipgo_deploy.backends.host import allocate_host, download_host, upload_host
 from dipgo_deploy.backends.install import check_onnxruntime_installation
 from dipgo_deploy.backends.onnxruntime_cuda import CPU, CUDA, FATAL, PROVIDERS, require_cuda
+from dipgo_deploy.backends.onnxruntime_pairs import suit_folder
 from dipgo_deploy.backends.onnxruntime_weights import SharedWeights
 from dipgo_deploy.backends.storage import as_bytes, from_storage
 from dipgo_deploy.bundle.manifest import Graph, Manifest, TensorSpec
@@ -134,6 +135,7 @@ class OnnxRuntimeBackend:
         options = self.session_options()
         if self._quick_start and _convolution_bytes(path) > _LARGE_CONVOLUTIONS:
             options.graph_optimization_level = self._ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+        suit_folder(options, path.parent)
         changed = {} if weights is None else weights.of(path)
         values: list[Any] = []
         if changed:

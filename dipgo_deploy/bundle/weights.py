@@ -100,6 +100,12 @@ class WeightsIndex(_Frozen):
             raise UserError(f"{path}: not an index of weights ({one_line(error)}); {EXPORT_AGAIN}") from None
 
 
+def holds_type(folder: Path, dtype: str) -> bool:
+    """Whether a weight of a folder of graphs is of this type (ONNX's name); by the index's text, which is quick."""
+    path = folder / WEIGHTS_INDEX
+    return path.is_file() and f'"{dtype}"' in path.read_text(encoding="utf-8", errors="replace")
+
+
 def weights_of(graph: Path, index: WeightsIndex | None = None) -> Mapping[str, StoredWeight]:
     """The weights that a graph takes from the weights file beside it, in the graph's order.
 

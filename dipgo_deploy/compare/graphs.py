@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dipgo_deploy.backends.onnxruntime_pairs import suit_folder
 from dipgo_deploy.bundle.directory import Bundle
 from dipgo_deploy.bundle.manifest import VariantEntry
 from dipgo_deploy.bundle.names import PREDICTION
@@ -124,7 +125,9 @@ def frugal_session(bundle: Bundle, entry: VariantEntry) -> AbstractContextManage
     import onnxruntime
 
     options = _frugal_options(half=bundle.manifest.dtype != "fp32")
-    session = onnxruntime.InferenceSession(bundle.path / entry.graph.file, options, providers=["CPUExecutionProvider"])
+    file = bundle.path / entry.graph.file
+    suit_folder(options, file.parent)
+    session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
     names = [spec.name for spec in entry.graph.outputs]
 
     def run(inputs: Arrays) -> Arrays:

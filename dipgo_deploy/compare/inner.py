@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dipgo_deploy.backends.onnxruntime_pairs import suit_folder
+
 if TYPE_CHECKING:
     import onnx
 
@@ -190,6 +192,7 @@ def run_with(options: Any, providers: Sequence[Any]) -> RunModel:
 
         options.log_severity_level = 4  # what fails is raised
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+        suit_folder(options, folder)
         session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=list(providers))
         taken = {value.name for value in session.get_inputs()}
         names = [value.name for value in session.get_outputs()]

@@ -17,6 +17,7 @@ from polygraphy.logger import G_LOGGER
 
 from dipgo_deploy.backends.base import Backend
 from dipgo_deploy.backends.onnxruntime_cuda import FATAL, PROVIDERS
+from dipgo_deploy.backends.onnxruntime_pairs import suit_folder
 from dipgo_deploy.bundle.directory import Bundle
 from dipgo_deploy.bundle.manifest import Graph, VariantEntry
 from dipgo_deploy.compare.graphs import OpenGraph, Run
@@ -74,8 +75,9 @@ def engine_runner(bundle: Bundle, entry: VariantEntry, backend: Backend, threads
         options = onnxruntime.SessionOptions()
         options.log_severity_level = FATAL
         options.intra_op_num_threads = threads or 0
-        file = str(bundle.path / entry.graph.file)
-        return onnxruntime.InferenceSession(file, options, providers=PROVIDERS[backend.name])
+        file = bundle.path / entry.graph.file
+        suit_folder(options, file.parent)
+        return onnxruntime.InferenceSession(str(file), options, providers=PROVIDERS[backend.name])
 
     return OnnxrtRunner(session, name=f"onnxruntime-{backend.name}")
 

@@ -138,8 +138,7 @@ def _rounded(
     exact = np.float32(peak / NUMBER_TYPES[dtype].largest)
     scale = np.maximum(np.array(exact).astype(kind), np.finfo(kind).tiny)
     numbers = ir.DataType[dtype.upper()]
-    # Without a zero the type is an attribute. A zero in float8 makes ONNX Runtime 1.31 drop a Relu in front, and make
-    # integer products of floats, which it then refuses.
+    # Without a zero the type is an attribute. A zero in float8 makes ONNX Runtime 1.31 drop a Relu in front.
     zeros = {"zero": np.array(0, numbers.numpy())} if fused else {}
     attributes = {} if fused else {"output_dtype": numbers.value}
     given = []

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dipgo_deploy.backends.onnxruntime_cuda import FATAL
+from dipgo_deploy.backends.onnxruntime_pairs import UNFUSED, leave_pairs
 from dipgo_deploy.bundle.directory import Bundle
 from dipgo_deploy.bundle.manifest import Calibration, Manifest, QuantizationEntry
 from dipgo_deploy.bundle.prologue import PROLOGUE_NAME
-from dipgo_deploy.bundle.quantized import Method
+from dipgo_deploy.bundle.quantized import MATRIX_TYPES, Method
 from dipgo_deploy.bundle.weights import WeightsIndex
 from dipgo_deploy.difference import relative_rms
 from dipgo_deploy.errors import UserError
@@ -205,6 +206,8 @@ class _Trial:
         try:
             options = onnxruntime.SessionOptions()
             options.log_severity_level = FATAL
+            if MATRIX_TYPES[self._method] in UNFUSED:
+                leave_pairs(options)
             session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         finally:
             path.unlink()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,12 +14,19 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from dipgo_deploy.backends.onnxruntime import OnnxRuntimeBackend
+from dipgo_deploy.backends.onnxruntime_pairs import leave_pairs
 from dipgo_deploy.bundle.quantized import ACTIVATIONS, Method
+from dipgo_deploy.compare.graphs import frugal_session
+from dipgo_deploy.compare.inner import run_with
+from dipgo_deploy.compare.runners import engine_runner
 from dipgo_deploy.difference import relative_rms
 from dipgo_deploy.export.activations import activations, quantize_activations
 from dipgo_deploy.export.quantized import quantize_weights
 from dipgo_deploy.export.ranges import PEAKS, add_peaks
 from dipgo_deploy.export.stored import StoredParameter, note_parameter
+from dipgo_deploy.export.tensors import graph_entry
+from dipgo_deploy.export.weights import write_graphs
 
 CHANNELS = 32
 X = np.random.default_rng(0).normal(size=(1, CHANNELS, 8, 8)).astype(np.float32)
@@ -26,7 +34,7 @@ X = np.random.default_rng(0).normal(size=(1, CHANNELS, 8, 8)).astype(np.float32)
 
 def _model() -> ir.Model:
     """A convolution, two products of one value, each with a bias, a convolution whose values go two ways, a product of
-    two axes, and a convolution that few channels go into."""
+    two axes, a product without a bias, and a convolution that few channels go into."""
     random = np.random.default_rng(1)
     weights = {
         "conv": random.normal(size=(CHANNELS, CHANNELS, 3, 3)),
@@ -35,6 +43,7 @@ def _model() -> ir.Model:
         "fork": random.normal(size=(CHANNELS, CHANNELS, 1, 1)),
         "last": random.normal(size=(CHANNELS, CHANNELS, 1, 1)),
         "two_axes": random.normal(size=(8 * 8, 64)),
+        "bare": random.normal(size=(CHANNELS, 64)),
         "grouped": random.normal(size=(CHANNELS, 8, 3, 3)),
     }
     biases = {"one_bias": random.normal(size=64), "two_bias": random.normal(size=64)}
@@ -53,6 +62,7 @@ def _model() -> ir.Model:
         helper.make_node("Reshape", ["x", "matrix"], ["rows"], "reshape"),
         helper.make_node("Gemm", ["rows", "two_axes"], ["g"], "gemm"),
         helper.make_node("Conv", ["x", "grouped"], ["n"], "narrow", group=4),
+        helper.make_node("MatMul", ["t", "bare"], ["b"], "no_bias"),
     ]
     graph = helper.make_graph(
         nodes,
@@ -62,6 +72,7 @@ def _model() -> ir.Model:
             helper.make_tensor_value_info("y", TensorProto.FLOAT, (1, 8, 8, 64)),
             helper.make_tensor_value_info("z", TensorProto.FLOAT, X.shape),
             helper.make_tensor_value_info("g", TensorProto.FLOAT, (CHANNELS, 64)),
+            helper.make_tensor_value_info("b", TensorProto.FLOAT, (1, 8, 8, 64)),
             helper.make_tensor_value_info("n", TensorProto.FLOAT, (1, CHANNELS, 6, 6)),
         ],
         [numpy_helper.from_array(a.astype(np.float32), n) for n, a in {**weights, **biases}.items()],
@@ -76,8 +87,12 @@ def _model() -> ir.Model:
     return model
 
 
-def _run(model: ir.Model, folder: Path | None = None, *, as_written: bool = False) -> list[np.ndarray]:
+def _run(
+    model: ir.Model, folder: Path | None = None, *, pairs: bool = False, as_written: bool = False
+) -> list[np.ndarray]:
     options = onnxruntime.SessionOptions()
+    if pairs:
+        leave_pairs(options)
     if as_written:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.log_severity_level = 4
@@ -114,7 +129,7 @@ def test_products_run_in_8_bits_and_stay_close(tmp_path: Path) -> None:
     found = _run(_rounded("int8", _peaks("int8")), tmp_path)
     assert all(0 < relative_rms(one, other) < 0.03 for one, other in zip(found, wanted, strict=True))
     kernels = Counter(node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node)
-    assert kernels["QLinearConv"] == 2 and kernels["MatMulIntegerToFloat"] == 2
+    assert kernels["QLinearConv"] == 2 and kernels["MatMulIntegerToFloat"] == 3
     assert kernels["Conv"] == 2 and kernels["MatMul"] == 0  # what is read twice, and what the graph gives
 
 
@@ -137,18 +152,43 @@ def test_products_in_float8_take_rounded_values_and_give_what_they_make() -> Non
     for name in ("conv", "product1", "fork", "gemm", "narrow"):
         (weights,) = [value.dtype for value in nodes[name].inputs[1].producer().inputs[:1]]
         assert weights == ir.DataType.FLOAT8E4M3FN
-    found = _run(model)
+    found = _run(model, pairs=True)
     errors = [relative_rms(one, other) for one, other in zip(found, wanted, strict=True)]
     # A number of three bits behind the first is off by 2.6 % (root mean square); y and z are sums of two products.
     assert all(0.02 < error < 0.1 for error in errors)
-    *_, both, weights_alone = errors
+    *_, both, _, weights_alone = errors
     assert weights_alone < 0.8 * both
+
+
+def test_onnxruntime_refuses_float8_without_the_option() -> None:
+    """If it does not, ``onnxruntime_pairs`` can go."""
+    with pytest.raises(Exception, match="float8e4m3fn"):
+        _run(_rounded("fp8", _peaks("fp8")))
+
+
+def test_every_session_of_the_project_has_the_option(tmp_path: Path) -> None:
+    model = _rounded("fp8", _peaks("fp8"))
+    wanted = _run(model, pairs=True)
+    model.graph.name = "v00"
+    write_graphs([model], tmp_path)
+    graph = graph_entry(model, "v00.onnx")
+    bundle: Any = SimpleNamespace(path=tmp_path, manifest=SimpleNamespace(dtype="fp32"))
+    entry: Any = SimpleNamespace(graph=graph)
+    backend = OnnxRuntimeBackend("cpu")
+    backend.load(tmp_path, graph)
+    with frugal_session(bundle, entry) as run:
+        np.testing.assert_allclose(run({"x": X})["b"], wanted[-2], rtol=1e-4, atol=1e-3)
+    with engine_runner(bundle, entry, backend) as runner:
+        np.testing.assert_allclose(runner.infer({"x": X})["b"], wanted[-2], rtol=1e-4, atol=1e-3)
+    inner = run_with(onnxruntime.SessionOptions(), ("CPUExecutionProvider",))
+    found = inner(onnx.load(tmp_path / "v00.onnx", load_external_data=False), tmp_path, {"x": X})
+    np.testing.assert_allclose(found["b"], wanted[-2], rtol=1e-4, atol=1e-3)
 
 
 def test_onnxruntime_keeps_all_that_is_in_front_of_float8() -> None:
     """With a zero among the inputs of the rounding it drops the Relu, and no error says so."""
     model = _rounded("fp8", _peaks("fp8"))
-    for one, other in zip(_run(model), _run(model, as_written=True), strict=True):
+    for one, other in zip(_run(model, pairs=True), _run(model, as_written=True), strict=True):
         assert relative_rms(one, other) < 0.01  # a value on an edge may be rounded to either side
 
 

@@ -205,7 +205,7 @@ def _together(old: Mapping[str, Any], new: Mapping[str, Any]) -> Mapping[str, An
         return new
     cases = {case["directory"]: case for case in (*old["cases"], *new["cases"])}
     order = [*WAYS, *(f"{side} fitted" for side in WAYS)]
-    return {**new, "cases": sorted(cases.values(), key=lambda case: order.index(case["directory"]))}
+    return {**old, "cases": sorted(cases.values(), key=lambda case: order.index(case["directory"]))}
 
 
 _SIZES = (
