@@ -24,6 +24,7 @@ from dipgo_deploy.cli.options import (
     class_labels_option,
     device_option,
     granularity_option,
+    graph_costs_options,
     guidance_option,
     guidance_scale_option,
     option,
@@ -114,21 +115,7 @@ from dipgo_deploy.errors import UserError
     help="Compute skipped blocks after all where a further graph costs more than it saves, measured on this machine; a "
     "line says what became of the schedule. Rows that were fitted to its gates keep them.",
 )
-@option(
-    "Engine",
-    "--graph-costs",
-    type=PATH,
-    show_default="this machine's, measured where they are needed",
-    help="What dipgo-bench graph-costs measured on the machine that will run it.",
-)
-@option(
-    "Engine",
-    "--pictures",
-    type=click.FloatRange(min=1),
-    show_default="10, or what --graph-costs has",
-    help="Pictures that a process draws, which share what loading a graph takes: 1 for a process a picture, thousands "
-    "for a server.",
-)
+@graph_costs_options
 @option("Comparison", "--check/--no-check", default=True, help="Compare the written graphs with the model in torch.")
 @option(
     "Engine",

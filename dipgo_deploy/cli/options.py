@@ -354,6 +354,25 @@ def threads_option(default: str) -> Callable[[F], F]:
     return option("Runtime", "--threads", type=click.IntRange(min=1), show_default=default, help="Threads on the CPU.")
 
 
+graph_costs_options = options(
+    option(
+        "Engine",
+        "--graph-costs",
+        type=PATH,
+        show_default="this machine's, measured where they are needed",
+        help="What dipgo-bench graph-costs measured on the machine that will run it.",
+    ),
+    option(
+        "Engine",
+        "--pictures",
+        type=click.FloatRange(min=1),
+        show_default="10, or what --graph-costs has",
+        help="Pictures that a process draws, which share what loading a graph takes: 1 for a process a picture, "
+        "thousands for a server.",
+    ),
+)
+
+
 def checkpoint_options(what: str) -> Callable[[F], F]:
     """``--checkpoint`` and ``--resume`` of a search or a calibration, as ``what`` says; the second needs the first."""
     add = options(

@@ -30,10 +30,12 @@ from dipgo_deploy.cli.options import (
     cache_option,
     forecast_options,
     granularity_option,
+    graph_costs_options,
     model_option,
     option,
     options,
     sampler_options,
+    threads_option,
     version_option,
 )
 
@@ -353,6 +355,61 @@ def guidance(file: Path, conditional: tuple[str, ...], share: tuple[str, ...], o
             soft_wrap=True,
         )
     _write(made, output, as_json, None)
+
+
+@command.command(
+    epilog=examples(
+        "dipgo-schedule weigh searched.json --model fashion-sd -o weighed.json",
+        "dipgo-schedule weigh searched.json --model ./sd15 --pictures 1000 --threads 8 -o server.json",
+    )
+)
+@click.argument("file", type=PATH)
+@model_option
+@reading_options
+@allow_other_config_option
+@graph_costs_options
+@threads_option("the physical cores")
+@option("Output", "-o", "--output", type=PATH, required=True, help="Schedule file to write.")
+@checked_outputs("output")
+@json_option
+@quiet_option
+def weigh(
+    file: Path,
+    model: str,
+    allow_other_config: bool,
+    graph_costs: Path | None,
+    pictures: float | None,
+    threads: int | None,
+    output: Path,
+    as_json: bool,
+) -> None:
+    """Compute skipped blocks of a schedule after all where a further graph costs more than it saves.
+
+    What that is is measured on this machine. A line says what became of the schedule, also where it stays as written.
+    """
+    from dipgo_deploy.errors import UserError
+    from dipgo_deploy.export.weighing import fitted_to_its_gates, read_graph_costs
+    from dipgo_deploy.optimize.weighing import Weighing, weighed_by_name
+    from dipgo_deploy.reference.quiet import quiet_libraries
+    from dipgo_deploy.schedule.document import Schedule
+    from dipgo_deploy.schedule.summary import schedule_facts, schedule_line
+
+    costs = None if graph_costs is None else read_graph_costs(graph_costs)
+    weighing = Weighing(costs, pictures, threads)
+    weighing.check()
+    schedule = Schedule.load(file)
+    if fitted_to_its_gates(schedule):
+        raise UserError(f"{file}: rows were fitted to its gates; weigh the schedule that they are fitted to")
+    _check_model(schedule, model, allow_other_config)
+    quiet_libraries()
+    console = human_console(as_json)
+    with stages(console, "loading the model") as stage:
+        found, line, used = weighed_by_name(model, schedule, weighing, stage)
+    found.save(output)
+    console.print(line, markup=False, soft_wrap=True)
+    console.print(f"{output}: {schedule_line(found)}", markup=False, soft_wrap=True)
+    facts = {"file": str(output), "weighed": line, "graph_costs": None if used is None else vars(used)}
+    emit({**facts, **schedule_facts(found)}, as_json)
 
 
 @command.command(epilog=examples("dipgo-schedule validate schedule.json --model fashion-sd"))

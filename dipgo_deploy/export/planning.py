@@ -318,6 +318,15 @@ class _Sampling:
     begin: int | None
 
 
+def nominal_used(model: str, schedule: Schedule) -> tuple[bool, ...]:
+    """Per evaluation, whether the sampler gives any weight to its prediction, at the model's native size.
+
+    Raises:
+        UserError: a sampler whose steps are not linear, or another number of evaluations.
+    """
+    return _nominal_sampling(model, schedule, None).used
+
+
 def _nominal_sampling(model: str, schedule: Schedule, strength: float | None) -> _Sampling:
     """Of the model's native size; reads its configuration only."""
     from dipgo_deploy.sampler import scheduler_of

@@ -277,11 +277,16 @@ def trace_blocks(
 
 
 def trace_by_name(
-    model: str, granularity: Granularity, cache_kinds: Mapping[str, CacheKind] | None = None
+    model: str,
+    granularity: Granularity,
+    cache_kinds: Mapping[str, CacheKind] | None = None,
+    *,
+    conditional: bool = False,
 ) -> TracedModel:
     """A model (built-in name, folder or hub id) traced at its native size, batch 1, guidance as its pipeline has it.
 
-    ``cache_kinds``: cache kind by block name; the family's default where it says nothing.
+    ``cache_kinds``: cache kind by block name; the family's default where it says nothing. ``conditional``: also
+    conditional-only evaluations.
     """
     from dipgo_deploy.models.location import pipeline_index
     from dipgo_deploy.models.stock import stock_configuration
@@ -301,7 +306,7 @@ def trace_by_name(
         guidance=family.is_guided(config, pipeline_index(model)),
         frames=frames[0] if frames else None,
     )
-    return trace(denoiser, family, config, specs, kinds, shape, "fp32")
+    return trace(denoiser, family, config, specs, kinds, shape, "fp32", conditional=conditional)
 
 
 def _walk_back(output: ir.Value, stop: set[ir.Value]) -> tuple[frozenset[str], set[ir.Node]]:

@@ -89,8 +89,9 @@ def weighed_plan(
         return found.plan, f"{each}; as written"
     both = zip(found.plan.keep, found.written.keep, strict=True)
     again = sum(now != before for rows in both for now, before in zip(*rows, strict=True))
+    blocks = "1 skipped block is" if again == 1 else f"{again} skipped blocks are"
     return found.plan, (
-        f"{again} skipped blocks are computed after all: {count} graph{'s' * (count > 1)} in the "
+        f"{blocks} computed after all: {count} graph{'s' * (count > 1)} in the "
         f"place of {graphs[found.written.keep]}, which by these costs takes {found.seconds:.3g} s a picture instead of "
         f"{found.written_seconds:.3g}"
     )

@@ -17,6 +17,7 @@ from dipgo_deploy.bench import graph_costs
 from dipgo_deploy.bundle.directory import Bundle
 from dipgo_deploy.bundle.manifest import Manifest
 from dipgo_deploy.cli.optimize import main
+from dipgo_deploy.cli.schedule import main as schedule_main
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.export.options import ExportOptions
 from dipgo_deploy.models.target import schedule_target
@@ -228,7 +229,7 @@ def test_free_graphs_stay_and_what_is_not_weighed_says_why(
         (two_graphs, replace(plain, dtype="fp16"), "not for --dtype fp16; give --graph-costs FILE"),
         (two_graphs, replace(plain, layout="segments"), "--layout segments has each weight once"),
         (two_graphs, replace(plain, max_variants=2), "--max-variants was given"),
-        (two_graphs.with_guidance([1.0] * 6 + [0.0, 0.0]), plain, "dipgo-export --graph-costs weighs them"),
+        (two_graphs.with_guidance([1.0] * 6 + [0.0, 0.0]), plain, "dipgo-schedule weigh does"),
     ):
         schedule, line, costs = weighed(problem, given, options, Weighing())
         assert schedule is given and costs is None and reason in line and "\n" not in line
@@ -239,3 +240,28 @@ def test_free_graphs_stay_and_what_is_not_weighed_says_why(
 def test_costs_go_into_the_weighing(model: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="graph_costs: goes into weighing here"):
         run.optimize(ProblemOptions(str(model)), tmp_path / "x", export=ExportOptions(graph_costs=DEAR))
+
+
+def test_a_schedule_file_is_weighed_by_itself(
+    model: Path, two_graphs: Schedule, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = {name: tmp_path / f"{name}.json" for name in ("written", "costs", "weighed", "whole", "same")}
+    two_graphs.with_guidance([1.0] * 6 + [0.0, 0.0]).save(files["written"])
+    files["costs"].write_text(json.dumps({"costs": vars(DEAR)}))
+    given = ["--model", str(model), "--graph-costs", str(files["costs"])]
+    line = ["weigh", str(files["written"]), *given, "--pictures", "2", "-o", str(files["weighed"]), "--json"]
+    assert schedule_main(line) == 0
+    facts = json.loads(capsys.readouterr().out)
+    # Guided and conditional-only launches have a graph each, whatever it costs.
+    assert "4 skipped blocks are computed after all: 2 graphs in the place of 4" in facts["weighed"]
+    weighed = Schedule.load(files["weighed"])
+    assert all(map(all, weighed.gates)) and weighed.guidance == (1.0,) * 6 + (0.0, 0.0)
+    assert weighed.provenance["weighed"]["costs"] == {**vars(DEAR), "pictures": 2.0}
+    # What has nothing to weigh is written as it is, and what was fitted is refused, without the model.
+    two_graphs.with_gates([[True] * 2] * 8).save(files["whole"])
+    assert schedule_main(["weigh", str(files["whole"]), *given, "-o", str(files["same"])]) == 0
+    assert "one graph: nothing to weigh" in capsys.readouterr().out
+    assert files["same"].read_bytes() == files["whole"].read_bytes()
+    line = ["weigh", "fashion-sd-ddim50-7", "--model", "fashion-sd", "-o", str(tmp_path / "x.json")]
+    assert schedule_main(line) == 2 and "rows were fitted to its gates" in capsys.readouterr().err
+    assert schedule_main([*line, "--pictures", "inf"]) == 2 and "--pictures inf" in capsys.readouterr().err
