@@ -48,10 +48,10 @@ class Kept:
 
     def hide(self, output: str, step: int) -> None:
         """From now on there is nothing to read."""
-        self._values[output] = [(step, None)]
+        self._values.pop(output, None)
 
-    def read(self, output: str, step: int, block: int) -> int | None:
-        values = self._values.get(output, [])
+    def read(self, output: str, step: int, block: int, since: int = -1) -> int | None:
+        values = [known for known in self._values.get(output, []) if known[0] > since]
         if not values:
             return None
         weights: Sequence[float] = (1.0,)
@@ -63,9 +63,11 @@ class Kept:
         return sum(residue(weight) * value for weight, value in zip(weights, used, strict=True)) % PRIME
 
 
-def random_forecast(rng: random.Random, gates: Sequence[Sequence[bool]]) -> Forecast | None:
-    """None, a rule, or weights of which many are zero or one."""
-    kind = rng.choice(["none", "taylor", "weights", "weights"])
+def random_forecast(
+    rng: random.Random, gates: Sequence[Sequence[bool]], shares: Sequence[float] = ()
+) -> Forecast | None:
+    """None, a rule, or weights of which many are zero or one; with guidance (``shares``) no weights."""
+    kind = rng.choice(["none", "taylor"] if shares else ["none", "taylor", "weights", "weights"])
     if kind == "taylor":
         return RuleForecast(kind="taylor", order=rng.choice([1, 2]))
     if kind == "weights":
@@ -91,21 +93,27 @@ def naive(
     owner = {output: k for k, block in enumerate(graph.blocks) for output in block.outputs}
     source = residual_source(graph)
     store = Kept(forecast)
+    alone: dict[str, int] = {}  # the last conditional-only evaluation that stored it
     predictions = []
     for step, row in enumerate(gates):
         known: dict[str, int | None] = {name: graph_input(graph, name, step) for name in graph.inputs}
+        is_alone = shares is not None and shares[step] == 0
 
-        def value(name: str, step=step, row=row, known=known) -> int | None:
+        def read(name: str, step=step, is_alone=is_alone) -> int | None:
+            block = owner[name] % len(graph.schedule_blocks)
+            return store.read(name, step, block, -1 if is_alone else alone.get(name, -1))
+
+        def value(name: str, step=step, row=row, known=known, read=read) -> int | None:
             if name not in known:
                 if name not in owner or row[owner[name]]:
                     arguments = [value(read) for read in sorted(graph.values[name].reads)]
                     scaled = name if shares is None or name != graph.predictions[0] else f"{name}*{shares[step]}"
                     known[name] = None if None in arguments else compute(scaled, arguments)
                 elif name in source:
-                    parts = value(source[name]), store.read(name, step, owner[name])
+                    parts = value(source[name]), read(name)
                     known[name] = None if None in parts else sum(parts) % PRIME
                 else:
-                    known[name] = store.read(name, step, owner[name])
+                    known[name] = read(name)
             return known[name]
 
         for block, kept in zip(graph.blocks, row, strict=True):
@@ -113,7 +121,9 @@ def naive(
                 made, origin = value(output), value(source[output]) if output in source else 0
                 fresh = None if made is None or origin is None else (made - origin) % PRIME
                 store.store(output, step, fresh)
-                store_half(store, graph, output, step, fresh, alone=shares is not None and shares[step] == 0)
+                store_half(store, graph, output, step, fresh, alone=is_alone)
+                if is_alone:
+                    alone[output] = step
         predictions.append(value(graph.predictions[0 if denoisers is None else denoisers[step]]))
     return predictions
 
@@ -400,6 +410,7 @@ def supernet(
     owner = {output: k for k, block in enumerate(graph.blocks) for output in block.outputs}
     source = residual_source(graph)
     store = Kept(forecast)
+    alone: dict[str, int] = {}  # the last conditional-only evaluation that stored it
     predictions: list[int | None] = []
 
     class Missing(Exception):
@@ -413,7 +424,8 @@ def supernet(
                 return graph_input(graph, name, step, half)
             if name not in owner or row[owner[name]]:
                 return None
-            found = store.read(name, step, owner[name])
+            since = -1 if shares is None or shares[step] == 0 else alone.get(name, -1)
+            found = store.read(name, step, owner[name] % len(graph.schedule_blocks), since)
             if found is None:
                 raise Missing
             base = evaluate(traced, source[name], known, given) if name in source else 0
@@ -435,7 +447,10 @@ def supernet(
                     fresh[output] = None
         for output, made in fresh.items():
             store.store(output, step, made)
-            store_half(store, graph, output, step, made, alone=shares is not None and shares[step] == 0)
+            is_alone = shares is not None and shares[step] == 0
+            store_half(store, graph, output, step, made, alone=is_alone)
+            if is_alone:
+                alone[output] = step
         try:
             prediction = graph.predictions[0 if denoisers is None else denoisers[step]]
             made = evaluate(traced, prediction, known, given)

@@ -28,7 +28,7 @@ from dipgo_deploy.calibrate.supernet_model import SupernetModel
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.files import sole_user
 from dipgo_deploy.schedule.document import Gates, Schedule
-from dipgo_deploy.schedule.forecast import Forecast, RuleForecast
+from dipgo_deploy.schedule.forecast import Forecast, RuleForecast, check_fitted
 from dipgo_deploy.schedule.solver import Solver
 from dipgo_deploy.search.problem import Problem
 
@@ -129,6 +129,7 @@ def launched(problem: Problem, schedule: Schedule, *, fit_forecast: bool = False
     if fit_forecast:
         if not isinstance(reads, RuleForecast):
             raise UserError("the schedule has no forecast by a rule, whose order says how many values are read")
+        check_fitted(schedule.conditional_only)
         reads = ReadWeights(reads.order + 1, len(problem.target.blocks))
     guidance = None if schedule.guidance is None else tuple(schedule.guidance[step] for step in steps)
     return Launched(tuple(schedule.gates[step] for step in steps), tuple(launches), reads, guidance)

@@ -250,11 +250,12 @@ def _with_torch(console: Console, given: dict[str, Any], how: dict[str, Any]) ->
     """Fit with the model in torch."""
     from dipgo_deploy.errors import UserError
     from dipgo_deploy.schedule.document import Schedule
-    from dipgo_deploy.schedule.forecast import RuleForecast
+    from dipgo_deploy.schedule.forecast import RuleForecast, check_fitted
 
     schedule, forecast = Schedule.load(given["schedule_file"]), given["forecast"]
     fit_forecast = isinstance(forecast, int)
     if fit_forecast:  # the rule says what is read until the weights are there
+        check_fitted(schedule.conditional_only)
         forecast = RuleForecast.model_validate({"kind": "taylor", "order": forecast - 1})
     if forecast is not None:
         if all(map(all, schedule.gates)):

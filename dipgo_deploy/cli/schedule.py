@@ -123,7 +123,7 @@ def _write(schedule: Schedule, output: Path, as_json: bool, forecast: RuleForeca
     console.print(f"{output}: {schedule_line(schedule)}", markup=False, soft_wrap=True)
     console.print(schedule_facts(schedule)["worth"]["line"], markup=False, soft_wrap=True)
     if schedule.forecast is not None:
-        console.print(f"forecast: {schedule.forecast.summary(schedule.gates)}", markup=False, soft_wrap=True)
+        console.print(f"forecast: {schedule.forecast_line}", markup=False, soft_wrap=True)
     if schedule.guidance is not None:
         console.print(f"guidance: {guidance_line(schedule.guidance)}", markup=False, soft_wrap=True)
     emit({"file": str(output), **schedule_facts(schedule)}, as_json)
@@ -438,7 +438,7 @@ def validate(file: Path, model: str | None, allow_other_config: bool, as_json: b
     console.print(f"{file}: valid ({', '.join(checked)}): {schedule_line(schedule)}", markup=False, soft_wrap=True)
     console.print(schedule_facts(schedule)["worth"]["line"], markup=False, soft_wrap=True)
     if schedule.forecast is not None:
-        console.print(f"forecast: {schedule.forecast.summary(schedule.gates)}", markup=False, soft_wrap=True)
+        console.print(f"forecast: {schedule.forecast_line}", markup=False, soft_wrap=True)
     if "sampler" not in checked:
         from dipgo_deploy.extras import install
 
@@ -611,7 +611,7 @@ def _print_facts(facts: Mapping[str, Any], schedule: Schedule, console: Console)
         **({} if schedule.denoisers is None else {"denoisers": denoisers_line(schedule.denoisers)}),
         **({} if schedule.guidance is None else {"guidance": guidance_line(schedule.guidance)}),
         **({} if solver is None else {"solver": solver.summary}),
-        **({} if forecast is None else {"forecast": forecast.summary(schedule.gates)}),
+        **({} if forecast is None else {"forecast": schedule.forecast_line}),
         "made by": str(provenance.get("method", "not said")),
         "kept gates": f"{facts['kept_gates']:.1%}",
         "worth": facts["worth"]["line"].removeprefix("worth: "),

@@ -76,7 +76,7 @@ def check_launch_list(manifest: Manifest, reference: Reference) -> list[Part]:
         return found
 
     parts = []
-    known = list(stored_before(schedule.gates))
+    known = list(stored_before(schedule.gates, schedule.conditional_only))
     for index, launch in enumerate(plan.launches):
         variant = plan.variants[launch.variant]
         expected = {"timestep": np.array([matrix.timesteps[launch.step]])}

@@ -192,7 +192,8 @@ def compare_loop(
             terms = [(1.0, _key(name)[2])]
             if plan.layout == "segments" and not kept[block] and reference.schedule.forecast is not None:
                 # A segment reads the sum where a variant reads what is summed.
-                weights = reference.schedule.forecast.weights_of(launch.step, order[block], before.stored_at[block])
+                known = before.steps_read(block, "conditional" if launch.guidance == 0 else None)
+                weights = reference.schedule.forecast.weights_of(launch.step, order[block], known)
                 terms = [(weight, age) for age, weight in enumerate(weights)]
             found = loop.fetch(index, tensor)
             error = tensor_error(name, found, _sum_of(name, before, terms, {}), tolerance)

@@ -15,6 +15,7 @@ from dipgo_deploy.compare.sides import Cache, Crossed, Given, State
 from dipgo_deploy.compare.stock import Case, StockPipeline
 from dipgo_deploy.models.packed import PACK, unpack
 from dipgo_deploy.reference.conditions import ReferenceInputs, host
+from dipgo_deploy.reference.recording import as_read
 from dipgo_deploy.reference.vae import decoded, to_images
 from dipgo_deploy.sampler.start import ImageStart
 from dipgo_deploy.supernet.gated import CacheState
@@ -134,6 +135,7 @@ class ModelSide:
             found = []
             for index, tensor in enumerate(tensors):
                 array = other.before.get(Cache(own.kinds[block], block, index), stored)
+                array = None if array is None else as_read(array, tensor.shape)
                 fits = array is not None and array.shape == tuple(tensor.shape)
                 found.append(torch.from_numpy(array).to(tensor) if fits else tensor)
             return found

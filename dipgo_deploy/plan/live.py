@@ -101,7 +101,8 @@ def demand(
             reads |= bit
             if value in numbering.forecasts[step]:
                 for term in numbering.forecasts[step][value]:
-                    stores[term.stored] |= bit
+                    whole = index.whole[value] if guided[term.stored] else -1
+                    stores[term.stored] |= bit if whole < 0 else 1 << whole
             elif stored[value] < 0:
                 missing.append((step, value))
             else:

@@ -81,10 +81,11 @@ def number_values(index: GraphIndex, assignments: Sequence[Assignment], forecast
     """
     numbers: dict[tuple[float, ...], int] = {}
     rows: dict[tuple[float, ...], int] = {}
-    count = len(index.names)
+    count, blocks = len(index.names), index.schedule_blocks
     held = [-1] * count  # number of the value at its last computation
     held_source = [-1] * count  # number of what it is a residual of, at that time
     stored = [-1] * count
+    alone = [-1] * count  # the last conditional-only evaluation that stored it
     last: list[tuple[_Stored, ...]] = [()] * count  # for forecasts, the latest first
     computed_rows, stored_rows, predictions, forecasts = [], [], [], []
 
@@ -116,20 +117,19 @@ def number_values(index: GraphIndex, assignments: Sequence[Assignment], forecast
                 lost = -1 if guided else max(index.whole[value], index.paired[value])
                 if lost >= 0:
                     held[lost], held_source[lost], stored[lost], last[lost] = -1, -1, -1, ()
-                if forecast is not None:
-                    fresh = _Stored(step, stored[value], held[value], held_source[value])
-                    last[value] = (fresh, *last[value][: MOST_TERMS - 1])
+                    alone[value] = step
+                for one in (value, index.half[value]) if forecast is not None else ():
+                    # What no prediction needs is kept in both forms.
+                    if one >= 0 and not (last[one] and last[one][0].step == step):
+                        fresh = _Stored(step, stored[one], held[one], held_source[one])
+                        last[one] = (fresh, *last[one][: MOST_TERMS - 1])
             elif (
-                last[value]
-                and forecast is not None
-                and (
-                    weights := forecast.weights_of(
-                        step, index.block[value] % index.schedule_blocks, [one.step for one in last[value]]
-                    )
-                )
+                forecast is not None
+                and (known := [one for one in last[value] if not guided or one.step > alone[value]])
+                and (weights := forecast.weights_of(step, index.block[value] % blocks, [one.step for one in known]))
                 != AS_STORED
             ):
-                used = last[value][: len(weights)]
+                used = known[: len(weights)]
                 terms[value] = tuple(Term(weight, one.computed) for weight, one in zip(weights, used, strict=True))
                 which = rows.setdefault(weights, len(rows))
                 held_numbers = [number for one in used for number in (one.number, one.source)]

@@ -40,7 +40,10 @@ def schedule_section(body: ET.Element, subject: Subject) -> None:
         again = count(len(subject.bundle.manifest.promoted), "gate")
         paragraph(body, f"The compiler re-enabled {again} that the schedule skips.")
     if subject.schedule.forecast is not None:
-        paragraph(body, f"Forecast: {subject.schedule.forecast.summary(subject.schedule.gates)}.")
+        paragraph(
+            body,
+            f"Forecast: {subject.schedule.forecast_line}.",
+        )
     more = folded(body, "the same as a table")
     table(more, schedule_chart.headings(cells), schedule_chart.table_rows(cells))
     more = folded(body, f"{count(len(facts['variants']), 'graph')}, layout {facts['layout']}")

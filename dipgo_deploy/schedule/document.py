@@ -191,8 +191,6 @@ class Schedule(_Part):
                 raise UserError(f"format_version: {schedule.format_version} has no guidance; give 5")
             validation.check_guidance(schedule.guidance, schedule.steps)
             validation.check_halves(schedule.gates, names, schedule.runs, schedule.conditional_only)
-            if schedule.forecast is not None and any(schedule.conditional_only):
-                raise UserError("guidance: conditional-only evaluations cannot be forecast; leave out one of the two")
         if schedule.solver is not None:
             if schedule.format_version == 1:
                 raise UserError("format_version: 1 has no solver; give 2")
@@ -200,7 +198,7 @@ class Schedule(_Part):
         if schedule.forecast is not None:
             if schedule.format_version < 3:
                 raise UserError(f"format_version: {schedule.format_version} has no forecast; give 3")
-            schedule.forecast.check(schedule.gates, names)
+            schedule.forecast.check(schedule.gates, names, schedule.conditional_only)
         return schedule
 
     @property
@@ -230,6 +228,11 @@ class Schedule(_Part):
     def conditional_only(self) -> tuple[bool, ...]:
         """T booleans, True where the evaluation has no unconditional half."""
         return (False,) * self.steps if self.guidance is None else tuple(share == 0 for share in self.guidance)
+
+    @property
+    def forecast_line(self) -> str | None:
+        """What removed blocks read, in a line; None without a forecast."""
+        return None if self.forecast is None else self.forecast.summary(self.gates, self.conditional_only)
 
     @property
     def kept_share(self) -> float:

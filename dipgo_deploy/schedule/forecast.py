@@ -95,19 +95,19 @@ class RuleForecast(_Forecast):
     def _position(self, step: int) -> float:
         return float(step) if self.positions is None else self.positions[step]
 
-    def facts(self, gates: Gates) -> dict[str, Any]:
+    def facts(self, gates: Gates, conditional_only: Sequence[bool] = ()) -> dict[str, Any]:
         """What it is, as JSON values: kind, order, how many reads there are, and how many of fewer values."""
         short = total = 0
-        for row, stored in zip(gates, stored_before(gates), strict=True):
+        for row, stored in zip(gates, stored_before(gates, conditional_only), strict=True):
             for kept, values in zip(row, stored, strict=True):
                 total += not kept
                 short += not kept and len(values) <= self.order
         own = {} if self.contraction is None else {"contraction": self.contraction}
         return {"kind": self.kind, "order": self.order, **own, "reads": total, "short_reads": short}
 
-    def summary(self, gates: Gates) -> str:
+    def summary(self, gates: Gates, conditional_only: Sequence[bool] = ()) -> str:
         """The same as one line."""
-        facts = self.facts(gates)
+        facts = self.facts(gates, conditional_only)
         line = f"{self.kind}, order {self.order}, of {facts['reads']} reads"
         short = facts["short_reads"]
         return line + (f"; {short} come before enough values are stored, and use those there are" if short else "")
@@ -116,8 +116,9 @@ class RuleForecast(_Forecast):
         """The same for a schedule that has these evaluations only."""
         return self.model_copy(update={"positions": tuple(self._position(step) for step in steps)})
 
-    def check(self, gates: Gates, names: Sequence[str]) -> None:
-        """Refuse (UserError) a rule that cannot be followed with these gates (T x N)."""
+    def check(self, gates: Gates, names: Sequence[str], conditional_only: Sequence[bool] = ()) -> None:
+        """Refuse (UserError) a rule that cannot be followed with these gates (T x N). conditional_only: of each
+        evaluation, where any is."""
         if (self.contraction is not None) != (self.kind == "hermite"):
             raise UserError("forecast.contraction: belongs to the kind hermite, and that needs it")
         if self.positions is not None:
@@ -130,7 +131,7 @@ class RuleForecast(_Forecast):
                 all(step > 0 for step in steps) or all(step < 0 for step in steps)
             ):
                 raise UserError("forecast.positions: must be finite and rise, or fall, from one to the next")
-        _check_weights(self, gates, names)
+        _check_weights(self, gates, names, conditional_only)
 
 
 class FittedForecast(_Forecast):
@@ -156,23 +157,24 @@ class FittedForecast(_Forecast):
         """As ``Reads`` has it."""
         return max((len(weights) for row in self.weights for weights in row), default=1)
 
-    def facts(self, gates: Gates) -> dict[str, Any]:
+    def facts(self, gates: Gates, conditional_only: Sequence[bool] = ()) -> dict[str, Any]:
         """What it is, as JSON values: kind, how many reads there are, and how many of these as they are."""
         total = sum(not kept for row in gates for kept in row)
         given = sum(bool(weights) for row in self.weights for weights in row)
         return {"kind": self.kind, "reads": total, "plain_reads": total - given}
 
-    def summary(self, gates: Gates) -> str:
+    def summary(self, gates: Gates, conditional_only: Sequence[bool] = ()) -> str:
         """The same as one line."""
-        facts = self.facts(gates)
+        facts = self.facts(gates, conditional_only)
         return f"fitted weights for {facts['reads'] - facts['plain_reads']} of {facts['reads']} reads"
 
     def at(self, steps: Sequence[int]) -> FittedForecast:
         """The same for a schedule that has these evaluations only."""
         return self.model_copy(update={"weights": tuple(self.weights[step] for step in steps)})
 
-    def check(self, gates: Gates, names: Sequence[str]) -> None:
-        """Refuse (UserError) weights that do not fit these gates (T x N)."""
+    def check(self, gates: Gates, names: Sequence[str], conditional_only: Sequence[bool] = ()) -> None:
+        """Refuse (UserError) weights that do not fit these gates (T x N), or where evaluations are conditional only."""
+        check_fitted(conditional_only)
         if len(self.weights) != len(gates):
             raise UserError(f"forecast.weights: {len(self.weights)} rows for {len(gates)} evaluations; give one each")
         for step, (row, kept) in enumerate(zip(self.weights, gates, strict=True)):
@@ -190,20 +192,29 @@ Forecast = RuleForecast | FittedForecast
 AnyForecast = Annotated[Forecast, Field(discriminator="kind")]
 
 
-def stored_before(gates: Gates) -> Iterator[tuple[tuple[int, ...], ...]]:
-    """For each evaluation and block the evaluations of the values that the block stored last, the latest first."""
+def stored_before(gates: Gates, conditional_only: Sequence[bool] = ()) -> Iterator[tuple[tuple[int, ...], ...]]:
+    """For each evaluation and block the evaluations of the values that the block stored last, the latest first.
+
+    conditional_only: of each evaluation; none where all are guided. What such an evaluation stored has no
+    unconditional half, so a guided one reads what was stored after it alone.
+    """
     stored: list[tuple[int, ...]] = [()] * (len(gates[0]) if gates else 0)
+    whole = list(stored)  # as guided evaluations have it
     for step, row in enumerate(gates):
-        yield tuple(stored)
+        alone = bool(conditional_only) and conditional_only[step]
+        yield tuple(stored if alone else whole)
         for block, kept in enumerate(row):
             if kept:
                 stored[block] = (step, *stored[block][: MOST_TERMS - 1])
+                whole[block] = () if alone else (step, *whole[block][: MOST_TERMS - 1])
 
 
-def reads(forecast: Forecast | None, gates: Gates) -> Iterator[tuple[Weights, ...]]:
+def reads(
+    forecast: Forecast | None, gates: Gates, conditional_only: Sequence[bool] = ()
+) -> Iterator[tuple[Weights, ...]]:
     """For each evaluation and block the weights of what is read; empty where the block is computed, or nothing was
-    stored."""
-    for step, (row, stored) in enumerate(zip(gates, stored_before(gates), strict=True)):
+    stored. conditional_only: as ``stored_before`` has it."""
+    for step, (row, stored) in enumerate(zip(gates, stored_before(gates, conditional_only), strict=True)):
         yield tuple(
             ()
             if kept or not stored[block]
@@ -214,8 +225,21 @@ def reads(forecast: Forecast | None, gates: Gates) -> Iterator[tuple[Weights, ..
         )
 
 
-def _check_weights(forecast: Forecast, gates: Gates, names: Sequence[str]) -> None:
-    for step, (row, stored) in enumerate(zip(reads(forecast, gates), stored_before(gates), strict=True)):
+def check_fitted(conditional_only: Sequence[bool]) -> None:
+    """Refuse (UserError) fitted weights of a forecast where evaluations are conditional only: each weight is fitted to
+    whole values."""
+    if any(conditional_only):
+        raise UserError(
+            "guidance: fitted weights of a forecast do not go with conditional-only evaluations; forecast by a rule "
+            "(taylor, hermite), or leave out one of the two"
+        )
+
+
+def _check_weights(
+    forecast: Forecast, gates: Gates, names: Sequence[str], conditional_only: Sequence[bool] = ()
+) -> None:
+    known = stored_before(gates, conditional_only)
+    for step, (row, stored) in enumerate(zip(reads(forecast, gates, conditional_only), known, strict=True)):
         for block, weights in enumerate(row):
             where = f"forecast: evaluation {step}, block {names[block]}"
             if len(weights) > len(stored[block]):

@@ -26,7 +26,9 @@ def schedule_facts(schedule: Schedule) -> dict[str, Any]:
         "sampler": schedule.sampler.class_name,
         "num_inference_steps": schedule.sampler.num_inference_steps,
         "solver": None if schedule.solver is None else to_json(schedule.solver.provenance),
-        "forecast": None if schedule.forecast is None else schedule.forecast.facts(schedule.gates),
+        "forecast": None
+        if schedule.forecast is None
+        else schedule.forecast.facts(schedule.gates, schedule.conditional_only),
         "provenance": to_json(schedule.provenance),
     }
 

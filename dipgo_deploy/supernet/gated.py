@@ -44,11 +44,26 @@ class CacheState:
 
     def read(self, block: str, half: Half | None = None) -> tuple[list[Tensor], ...]:
         """What an evaluation reads of a block, the latest first; half: of guidance alone, ``conditional`` where the
-        evaluation is conditional only."""
-        whole = self.stored(block)
-        if half is None or block in self.halved:
-            return whole
-        return tuple([half_of(tensor, half) for tensor in tensors] for tensors in whole)
+        evaluation is conditional only.
+
+        A guided evaluation reads what was stored since the last conditional-only one that stored.
+        """
+        every = self.stored(block)
+        if block in self.halved or not every:
+            return every
+        # What conditional-only evaluations stored before has half the rows.
+        rows = [len(tensor) for tensor in every[0]]
+        whole = [[len(tensor) for tensor in tensors] == rows for tensors in every]
+        if half is None:
+            return tuple(tensors for tensors, all_rows in zip(every, whole, strict=True) if all_rows)
+        return tuple(
+            [half_of(tensor, half) for tensor in tensors] if all_rows else tensors
+            for tensors, all_rows in zip(every, whole, strict=True)
+        )
+
+    def steps_read(self, block: str, half: Half | None = None) -> tuple[int, ...]:
+        """The evaluations that stored what ``read`` gives; under a forecast only."""
+        return self.stored_at[block][: len(self.read(block, half))]
 
     def stored(self, block: str) -> tuple[list[Tensor], ...]:
         """All that is held of a block, the latest first."""
@@ -200,7 +215,7 @@ class Supernet:
                 if gate is False:
                     weights: tuple[float, ...] = AS_STORED
                     if self.forecast is not None:
-                        weights = self.forecast.weights_of(step, place, state.stored_at[spec.name])
+                        weights = self.forecast.weights_of(step, place, state.steps_read(spec.name, half))
                     terms = list(zip(weights, state.read(spec.name, half), strict=False))
                     reader = _reader(spec, kind, terms, state.structures[spec.name], self.store)
                     stack.enter_context(replaced_forward(module, reader))
@@ -210,7 +225,7 @@ class Supernet:
                     (halved.add if conditional else halved.discard)(spec.name)
                     if self.forecast is not None:
                         older = self.forecast.terms - 1
-                        earlier[spec.name] = state.stored(spec.name)[:older]
+                        earlier[spec.name] = (state.read(spec.name, half) if half else state.stored(spec.name))[:older]
                         stored_at[spec.name] = (step, *state.stored_at.get(spec.name, ())[:older])
             prediction = self.call(self.model.get_submodule(denoiser), latent, timestep, conditions)
         return prediction, CacheState(tensors, structures, earlier, stored_at, frozenset(halved))

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
 from dipgo_deploy.calibrate.core import CalibrationOptions, Group, Launch
-from dipgo_deploy.calibrate.fit import calibrate
+from dipgo_deploy.calibrate.fit import calibrate, launched
 from dipgo_deploy.calibrate.forecast_weights import ReadWeights
+from dipgo_deploy.cli.calibrate import main
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.schedule.document import Schedule
 from dipgo_deploy.schedule.forecast import FittedForecast, RuleForecast
@@ -87,3 +90,15 @@ def test_without_a_rule_there_is_nothing_to_fit(problem: Problem) -> None:
     schedule = schedule_of(problem).with_forecast(None)
     with pytest.raises(UserError, match="no forecast by a rule"):
         calibrate(problem, schedule, SMALL, fit_forecast=True)
+
+
+def test_conditional_only_evaluations_are_refused_before_anything_is_loaded(
+    problem: Problem, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    schedule = schedule_of(problem).with_forecast(None).with_guidance([1, 1, 1, 1, 0])
+    schedule.save(tmp_path / "schedule.json")
+    given = ["--model", "nowhere", "--schedule", str(tmp_path / "schedule.json"), "--forecast", "weights"]
+    assert main([*given, "-o", str(tmp_path / "fitted.json")]) == 2
+    assert "fitted weights of a forecast do not go with conditional-only" in capsys.readouterr().err
+    with pytest.raises(UserError, match="fitted weights of a forecast do not go with conditional-only"):
+        launched(problem, schedule.with_forecast(LINE), fit_forecast=True)

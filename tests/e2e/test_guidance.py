@@ -35,6 +35,7 @@ from dipgo_deploy.reference.load import load_reference
 from dipgo_deploy.runtime.pipeline import Pipeline
 from dipgo_deploy.schedule.builders import with_guidance
 from dipgo_deploy.schedule.document import Schedule
+from dipgo_deploy.schedule.forecast import RuleForecast
 from dipgo_deploy.supernet.gated import Supernet
 from dipgo_deploy.supernet.loop import run_loop
 
@@ -116,6 +117,23 @@ def test_random_guidance_equals_the_supernet(planned: PlannedExport, tmp_path: P
     schedule = random_guidance(planned.schedule.with_guidance(None), seed)
     assert 0 < sum(schedule.conditional_only) < schedule.steps
     bundle = with_gates(planned, schedule, tmp_path / "engine", layout=layout)
+    check(bundle.path)
+
+
+def forecast(schedule: Schedule) -> Schedule:
+    """A removed block is extrapolated: conditional only from halves of guided values and its own, and guided from what
+    was stored since."""
+    gates = [[True, True], [True, True], [False, True], [True, False], [True, True], [False, False]]
+    shares = (1.0, 1.0, 0.0, 0.0, 1.0, 0.5)
+    return guided(schedule, gates, shares).with_forecast(RuleForecast(kind="taylor", order=1))
+
+
+@pytest.mark.parametrize("layout", ["segments", pytest.param("variants", marks=pytest.mark.slow)])
+def test_a_forecast_goes_with_conditional_only_evaluations(planned: PlannedExport, tmp_path: Path, layout: str):
+    schedule = forecast(planned.schedule.with_guidance(None))
+    bundle = with_gates(planned, schedule, tmp_path / "engine", layout=layout)
+    weights = {launch.step: launch.forecast for launch in bundle.manifest.plan.launches if launch.forecast}
+    assert {2, 3} <= weights.keys() and any(weight not in (0, 1) for weight in weights[3])
     check(bundle.path)
 
 

@@ -30,6 +30,7 @@ from dipgo_deploy.export.exporter import ExportOptions, PlannedExport, in_layout
 from dipgo_deploy.runtime.pipeline import Pipeline
 from dipgo_deploy.schedule.builders import with_guidance
 from dipgo_deploy.schedule.document import Schedule
+from dipgo_deploy.schedule.forecast import RuleForecast
 
 torch.set_num_threads(1)
 
@@ -113,6 +114,17 @@ def test_random_guidance_equals_the_supernet(planned: PlannedExport, tmp_path: P
     schedule = random_guidance(planned.schedule.with_guidance(None), seed)
     assert 0 < sum(schedule.conditional_only) < schedule.steps
     check(with_gates(planned, schedule, tmp_path / "engine", layout=layout).path)
+
+
+@pytest.mark.parametrize("layout", ["variants", pytest.param("segments", marks=pytest.mark.slow)])
+def test_a_forecast_goes_with_conditional_only_evaluations(planned: PlannedExport, tmp_path: Path, layout: str):
+    """At a guided evaluation both halves are extrapolated from what guided ones stored since."""
+    gates = [[True, True], [True, True], [False, True], [True, False], [True, True], [False, False]]
+    schedule = guided(planned.schedule.with_guidance(None), gates, (1.0, 1.0, 0.0, 0.0, 1.0, 0.5))
+    schedule = schedule.with_forecast(RuleForecast(kind="taylor", order=1))
+    bundle = with_gates(planned, schedule, tmp_path / "engine", layout=layout)
+    assert {2, 3} <= {launch.step for launch in bundle.manifest.plan.launches if launch.forecast}
+    check(bundle.path)
 
 
 @pytest.mark.slow  # a trace of its own

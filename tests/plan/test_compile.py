@@ -234,14 +234,14 @@ def test_denoisers_in_turn_equal_the_supernet(limit):
 def test_guidance_equals_the_supernet(rng, limit):
     """A conditional-only evaluation reads second halves; a guided one never reads what has no first half."""
     graph, gates, shares = random_halves(rng)
-    denoisers = of_shares(shares)
+    denoisers, forecast = of_shares(shares), random_forecast(rng, gates, shares)
     used = [True] * len(gates)
 
     def definition(rows):
-        return naive(graph, [[*row, *row] for row in rows], denoisers=denoisers, shares=shares)
+        return naive(graph, [[*row, *row] for row in rows], forecast, denoisers=denoisers, shares=shares)
 
     try:
-        plan = compile_plan(graph, gates, guidance=shares, max_variants=limit)
+        plan = compile_plan(graph, gates, guidance=shares, max_variants=limit, forecast=forecast)
     except UserError as error:
         too_few = limit is not None and limit < len(set(denoisers)) and "each in graphs of its own" in str(error)
         assert too_few or None in definition(gates)
@@ -270,13 +270,13 @@ def test_guidance_in_two_launches_equals_the_supernet(rng, limit):
     """Each half has caches of its own, one graph serves both, and a conditional-only evaluation is one of them."""
     graph, shares = with_guide(random_graph(rng)), random_shares(rng)
     gates = random_gates(rng, len(shares), len(graph.blocks))
-    both = graph.in_halves()
+    both, forecast = graph.in_halves(), random_forecast(rng, gates, shares)
 
     def definition(rows):
-        return naive(both, [[*row, *row] for row in rows], denoisers=of_shares(shares), shares=shares)
+        return naive(both, [[*row, *row] for row in rows], forecast, denoisers=of_shares(shares), shares=shares)
 
     try:
-        plan = compile_plan(graph, gates, guidance=shares, max_variants=limit)
+        plan = compile_plan(graph, gates, guidance=shares, max_variants=limit, forecast=forecast)
     except UserError:
         assert None in definition(gates)
         return

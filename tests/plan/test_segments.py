@@ -216,13 +216,14 @@ def test_guidance_equals_the_supernet(rng):
     graph, gates, shares = random_halves(rng)
     traced, denoisers = expand(rng, graph), of_shares(shares)
     pieces = split(traced.nodes, traced.graph)
-    expected = supernet(traced, [[*row, *row] for row in gates], denoisers=denoisers, shares=shares)
+    forecast = random_forecast(rng, gates, shares)
+    expected = supernet(traced, [[*row, *row] for row in gates], forecast, denoisers=denoisers, shares=shares)
     try:
-        plan = plan_segments(traced.graph, pieces, gates, guidance=shares)
+        plan = plan_segments(traced.graph, pieces, gates, guidance=shares, forecast=forecast)
     except UserError:
         assert None in expected
         return
-    variants = compile_plan(traced.graph, gates, guidance=shares)
+    variants = compile_plan(traced.graph, gates, guidance=shares, forecast=forecast)
     predictions, _ = execute(plan, traced, shares=shares)
     assert [predictions[slot] for slot in variants.prediction_slots] == expected
     for launch in plan.launches:
@@ -237,17 +238,19 @@ def test_guidance_in_two_launches_equals_the_supernet(rng):
     """What is constant runs once for each half, and all else in the segments of both."""
     traced, shares = expand(rng, with_guide(random_graph(rng))), random_shares(rng)
     gates = random_gates(rng, len(shares), len(traced.graph.blocks))
-    of_halves = [supernet(traced, gates, shares=shares, half=half) for half in HALVES]
+    forecast = random_forecast(rng, gates, shares)
+    of_halves = [supernet(traced, gates, forecast, shares=shares, half=half) for half in HALVES]
     expected = [
         made if share == 0 else None if None in (other, made) else compute(f"*{share}", [other, made])
         for other, made, share in zip(*of_halves, shares, strict=True)
     ]
     try:
-        plan = plan_segments(traced.graph, split(traced.nodes, traced.graph), gates, guidance=shares)
+        pieces = split(traced.nodes, traced.graph)
+        plan = plan_segments(traced.graph, pieces, gates, guidance=shares, forecast=forecast)
     except UserError:
         assert None in expected
         return
-    variants = compile_plan(traced.graph, gates, guidance=shares)
+    variants = compile_plan(traced.graph, gates, guidance=shares, forecast=forecast)
     predictions, _ = execute(plan, traced, shares=shares)
     assert [predictions[slot] for slot in variants.prediction_slots] == expected
     assert {launch.half for launch in plan.launches if shares[launch.step] == 0} <= {"conditional"}

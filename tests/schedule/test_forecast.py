@@ -154,3 +154,20 @@ def test_weights_that_are_not_finite_are_refused(number: float) -> None:
 def test_an_older_version_has_none(document: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="format_version: 1 has no forecast; give 3"):
         Schedule.model_validate({**document, "forecast": {"kind": "taylor", "order": 1}})
+
+
+def test_a_guided_evaluation_reads_what_was_stored_since_a_conditional_only_one(document: dict[str, Any]) -> None:
+    gates = [[True], [True], [True], [True], [False], [False]]
+    alone = [False, False, True, False, False, True]
+    known = [values for (values,) in stored_before(gates, alone)]
+    assert known == [(), (0,), (1, 0), (), (3,), (3, 2, 1, 0)]
+    rule = RuleForecast(kind="taylor", order=1)
+    assert [row[0] for row in reads(rule, gates, alone)][4:] == [(1.0,), (3.0, -2.0)]
+    assert rule.facts(gates, alone)["short_reads"] == 1
+    schedule = Schedule(**document)
+    gates = [[True] * 3, [True] * 3, [True, False, True], [True, False, True]]
+    guided = schedule.with_gates(gates).with_guidance([1, 1, 0, 0])
+    assert guided.with_forecast(rule).forecast_line == "taylor, order 1, of 2 reads"
+    fitted = FittedForecast(kind="weights", weights=[[[], [], []]] * 2 + [[[], [0.5, 0.5], []]] * 2)
+    with pytest.raises(UserError, match="guidance: fitted weights of a forecast do not go with conditional-only"):
+        guided.with_forecast(fitted)

@@ -311,3 +311,39 @@ def test_a_forecast_block_is_the_weighted_sum_of_what_it_stored(dit, kind) -> No
         assert state.stored_at["transformer_blocks.0"] == (5, 4, 3)
         with pytest.raises(UserError, match="a soft gate cannot be forecast"):
             supernet.step(*rows[0], [torch.tensor(0.5), True, True, True], state, 6)
+
+
+def test_a_forecast_reads_halves_where_an_evaluation_is_conditional_only(dit) -> None:
+    """Of guided values the second half, beside those that such evaluations stored; a guided one reads what was stored
+    since."""
+    rows = evaluations(5, labels=True)
+    half = [
+        (latent[1:], timestep[1:], {"class_labels": labels["class_labels"][1:]}) for latent, timestep, labels in rows
+    ]
+    specs, name = specs_of(dit), "transformer_blocks.1"
+    supernet = Supernet(dit, specs, ["output"] * 4)
+    supernet.forecast = RuleForecast(kind="taylor", order=1)
+    kept, removed = [True] * 4, [True, False, True, True]
+    with torch.no_grad():
+        states = [CacheState()]
+        for step, (row, alone) in enumerate([(rows[0], False), (rows[1], False), (half[2], True), (rows[3], False)]):
+            states.append(supernet.step(*row, kept, states[-1], step, conditional=alone)[1])
+        _, _, guided, alone, again = states
+        first, second = (values[0] for values in guided.read(name))
+        assert guided.steps_read(name) == guided.steps_read(name, "conditional") == (1, 0)
+        # 2 forecasts from the halves of 1 and 0: the last one, and as much again as it differs from the one before.
+        by_hand = CacheState({**guided.tensors, name: [(2 * first - second)[1:]]}, guided.structures, halved={name})
+        plain = Supernet(dit, specs, ["output"] * 4)
+        expected, _ = plain.step(*half[2], removed, by_hand, 2, conditional=True)
+        found, _ = supernet.step(*half[2], removed, guided, 2, conditional=True)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        # What evaluation 2 stored is half, and so is what is held of the one before it.
+        assert [len(values[0]) for values in alone.read(name, "conditional")] == [1, 1]
+        torch.testing.assert_close(alone.read(name, "conditional")[1][0], first[1:])
+        with pytest.raises(UserError, match="since a conditional-only one wrote it"):
+            supernet.step(*rows[3], removed, alone, 3)
+        # After a guided evaluation guided ones read that alone, others both.
+        assert (again.steps_read(name), again.steps_read(name, "conditional")) == ((3,), (3, 2))
+        assert [len(values[0]) for values in again.read(name)] == [2]
+        assert [len(values[0]) for values in again.read(name, "conditional")] == [1, 1]
+        torch.testing.assert_close(again.read(name, "unconditional")[0][0], again.read(name)[0][0][:1])
