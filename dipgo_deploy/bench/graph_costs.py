@@ -33,8 +33,8 @@ def measure_graph_costs(
 ) -> GraphCosts:
     """Times graphs on ONNX Runtime's CPU provider, each kind for so many ``seconds``; medians.
 
-    All but a launch and a graph by themselves is measured with the model's own parts, and without one with chains of
-    matrix products, which convolutions and small blocks fall short of by a multiple.
+    All but a launch and a graph by themselves is measured with the model, of a large one with some of its parts, and
+    without one with chains of matrix products, which convolutions and small blocks fall short of by a multiple.
 
     threads: None: the physical cores. pictures: see ``GraphCosts``.
 
@@ -85,17 +85,19 @@ def _alone_and_switched(one: Callable[[], Any], other: Callable[[], Any], second
 def _rates_of_parts(
     model: TracedModel, names: list[str], options: Any, seconds: float, *, launch: float, load: float
 ) -> tuple[float, float, float]:
-    """The same of these parts of a model, which run in turn as the blocks of a graph do. launch, load: of a graph,
-    which the parts of one have once together."""
+    """The same of these parts of a model, which run in turn as the blocks of a graph do; of all of them, as the one
+    graph that they are: ONNX Runtime optimises it in more time than its parts. launch, load: of a graph."""
     import onnxruntime
 
-    from dipgo_deploy.search.latency import example, part
+    from dipgo_deploy.search.latency import example, part, serialised
 
     graph = model.graph
     work = frozenset().union(*(graph.values[name].work for name in names))
     macs = sum(graph.costs[node] for node in work)
-    nbytes = max(1, sum(_weight_bytes(model, name) for name in names))
-    data = [part(model, name) for name in names]
+    if len(names) == len(graph.values):
+        data, nbytes = [serialised(model.model)], model.pieces.weight_bytes(range(len(model.pieces.pieces)))
+    else:
+        data, nbytes = [part(model, name) for name in names], sum(_weight_bytes(model, name) for name in names)
 
     def sessions() -> list[Any]:
         return [onnxruntime.InferenceSession(one, options, providers=["CPUExecutionProvider"]) for one in data]
@@ -110,8 +112,9 @@ def _rates_of_parts(
         alone, switched = _alone_and_switched(bound(), bound(), seconds)
     except Exception as error:  # ONNX Runtime's exceptions share no base class
         raise UserError(f"what graphs cost cannot be measured: {one_line(error)}") from None
-    rate = max(macs, 1) / max(alone - len(names) * launch, 1e-9)
-    return max(rate, 1.0), max(0.0, loading - len(names) * load) / nbytes, switched / nbytes
+    rate = max(macs, 1) / max(alone - len(data) * launch, 1e-9)
+    nbytes = max(nbytes, 1)
+    return max(rate, 1.0), max(0.0, loading - len(data) * load) / nbytes, switched / nbytes
 
 
 def _sample(model: TracedModel) -> list[str]:

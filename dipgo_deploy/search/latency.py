@@ -54,7 +54,14 @@ def part(traced: TracedModel, name: str) -> bytes:
     reads = traced.graph.values[name].reads
     named: dict[str, ir.Value] = {str(value.name): value for value in [*model.graph.inputs, *model.graph.outputs]}
     graph = ir.convenience.extract(model.graph, [named[read] for read in sorted(reads)], [named[name]])
-    return ir.serde.serialize_model(ir.Model(graph, ir_version=model.ir_version)).SerializeToString()
+    return serialised(ir.Model(graph, ir_version=model.ir_version))
+
+
+def serialised(model: ir.Model) -> bytes:
+    """A model of at most 2 GiB, weights included."""
+    import onnx_ir as ir
+
+    return ir.serde.serialize_model(model).SerializeToString()
 
 
 def _median_seconds(session: Any, feeds: dict[str, np.ndarray], repeats: int) -> float:
