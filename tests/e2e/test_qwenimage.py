@@ -242,8 +242,9 @@ def test_a_random_schedule_of_edit_is_the_supernet(edit: Exported, tmp_path: Pat
 
 
 @pytest.mark.slow  # a trace of its own
-def test_renormalised_guidance_that_changes_over_the_run(model: Path, tmp_path: Path) -> None:
-    check_guidance(model, tmp_path, pictures=True, **SIZE)
+@pytest.mark.parametrize("guidance_batch", [2, 1])
+def test_renormalised_guidance_that_changes_over_the_run(model: Path, tmp_path: Path, guidance_batch: int) -> None:
+    check_guidance(model, tmp_path, guidance_batch=guidance_batch, pictures=True, **SIZE)
 
 
 def test_rotations_are_the_models_own() -> None:

@@ -138,8 +138,9 @@ def test_segments_are_the_supernet(model: Path, planned: PlannedExport, tmp_path
 
 
 @pytest.mark.slow  # a trace of its own
-def test_each_expert_has_conditional_only_launches(model: Path, tmp_path: Path) -> None:
-    bundle = check_guidance(model, tmp_path, steps=STEPS, pictures=True, **SIZE)
+@pytest.mark.parametrize("guidance_batch", [2, 1])
+def test_each_expert_has_conditional_only_launches(model: Path, tmp_path: Path, guidance_batch: int) -> None:
+    bundle = check_guidance(model, tmp_path, guidance_batch=guidance_batch, steps=STEPS, pictures=True, **SIZE)
     launches = [launch for launch in bundle.manifest.plan.launches if not launch.guidance]
     assert {launch.denoiser for launch in launches} == {0, 1}
 
