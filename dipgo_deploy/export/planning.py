@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from dipgo_deploy import arguments
@@ -24,6 +25,7 @@ from dipgo_deploy.models.shape import TraceShape, check_masks, condition_specs
 from dipgo_deploy.models.stock import stock_configuration
 from dipgo_deploy.models.target import check_schedule, nominal_set_timesteps, pipelines_denoisers
 from dipgo_deploy.plan.compile import compile_plan
+from dipgo_deploy.plan.graph import BlockGraph
 from dipgo_deploy.plan.layouts import MANY_COPIES, copies_in_variants
 from dipgo_deploy.plan.model import Plan, Variant
 from dipgo_deploy.plan.segments import Segment, SegmentPlan, plan_segments
@@ -197,7 +199,10 @@ def plan_export(
     specs = source.specs(schedule)
     denoiser = source.denoiser if options.dtype == "fp32" else _denoiser_in(source, options, dtype)
     beforehand = Beforehand(
-        options.timestep_tables, table_classes(source, shape, options), options.prologue, schedule.steps
+        options.timestep_tables,
+        table_classes(source, shape, options),
+        options.prologue,
+        partial(launched_evaluations, source, schedule, sampling),
     )
     kinds = schedule.cache_kinds
     traced = trace(
@@ -468,6 +473,21 @@ def compiled_like(planned: PlannedExport, like: Iterable[Variant]) -> Plan:
     return compiled_schedule(
         planned.traced, planned.schedule, planned.used, planned.options, denoisers=denoisers, like=like
     )
+
+
+def launched_evaluations(source: Source, schedule: Schedule, sampling: _Sampling, graph: BlockGraph) -> int:
+    """How many evaluations have launches; those whose prediction is the last one again have none."""
+    if sampling.strength is not None and sampling.begin is not None:
+        schedule, _ = image_run(schedule, sampling.strength, sampling.begin)
+    plan = compile_plan(
+        graph,
+        schedule.gates,
+        denoisers=denoiser_numbers(source.family, schedule),
+        prediction_used=sampling.used,
+        forecast=schedule.forecast,
+        guidance=schedule.guidance,
+    )
+    return len({launch.step for launch in plan.launches})
 
 
 def _planned(

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any
 
 from dipgo_deploy.bundle.names import GUIDANCE_SCALES, PREDICTION, TIMESTEP
@@ -40,13 +40,13 @@ class Beforehand:
         tables: what depends on the timestep alone, at export; None: where that is worth it.
         classes: what depends on the class too, at export, for these alone.
         prologue: what depends on the conditions, at the start of a run; None: where that is worth it.
-        timesteps: how many there may be.
+        timesteps: how many have launches, of the block graph with nothing taken out.
     """
 
     tables: bool | None = False
     classes: tuple[int, ...] = ()
     prologue: bool | None = False
-    timesteps: int = 1
+    timesteps: Callable[[BlockGraph], int] = lambda graph: 1
 
 
 @dataclass(frozen=True)
@@ -162,19 +162,23 @@ def trace(
     if shape.sizes is not None:
         apply(model, NameDimensions(LATENT, shape.sizes), ShapesFromSizes(LATENT))
     half = shape.batch if halves else None
-    tables, classes, prologue = _taken(model, shape, family, conditions, beforehand, half)
-    apply(model, SeparateProjections())
+    halves |= boundary.halves
+    _check_halves(model, halves, guided)
     roles: dict[str, InputRole] = {LATENT: "step", TIMESTEP: "step"}
     roles.update({name: "step" if name in HALVES else "constant" for name in names[2:]})
+
+    def read() -> BlockGraph:
+        graph = read_block_graph(model, boundary.blocks, roles, predictions, shape.sizes)
+        return replace(graph, halves=halves, guides=guides)
+
+    tables, classes, prologue = _taken(
+        model, shape, family, conditions, beforehand, half, cache(lambda: beforehand.timesteps(read()))
+    )
+    apply(model, SeparateProjections())
     for made in (tables, classes, prologue):
         for name in () if made is None else made.part.names:
             roles[name] = "step" if made is not None and name in made.part.timed else "constant"
-    halves |= boundary.halves
-    _check_halves(model, halves, guided)
-    graph = replace(
-        read_block_graph(model, boundary.blocks, roles, predictions, shape.sizes), halves=halves, guides=guides
-    )
-    return TracedModel(model, graph, conditions, shape, dtype, tables, classes, prologue)
+    return TracedModel(model, read(), conditions, shape, dtype, tables, classes, prologue)
 
 
 def _check_halves(model: ir.Model, halves: Mapping[str, str], predictions: Sequence[str]) -> None:
@@ -198,14 +202,16 @@ def _taken(
     conditions: Sequence[InputSpec],
     wanted: Beforehand,
     half: int | None,
+    timesteps: Callable[[], int],
 ) -> tuple[TimestepTables | None, ClassTables | None, Prologue | None]:
-    """What is made beforehand, taken out of ``model``. half: images of a conditional-only launch."""
+    """What is made beforehand, taken out of ``model``. half: images of a conditional-only launch. timesteps: how many
+    have launches."""
     if wanted.tables is False:
         return None, None, None
     label = next((spec.name for spec in conditions if spec.source == "class"), None)
     others = [spec for spec in conditions if not wanted.classes or spec.name != label]
     for_run = wanted.prologue is not False and (
-        wanted.prologue or is_worth(find_prologue(model.graph, None, others, shape.sizes), wanted.timesteps)
+        wanted.prologue or is_worth(find_prologue(model.graph, None, others, shape.sizes), timesteps())
     )
     always = wanted.tables is True or for_run or bool(wanted.classes)
     tables = take_out_tables(model, shape.model_batch, always=always, sizes=shape.sizes, half=half)
@@ -216,7 +222,7 @@ def _taken(
     classes = prologue = None
     if wanted.classes:
         assert label is not None  # checked with the options
-        classes = take_out_classes(model, tables, label, wanted.classes, shape.model_batch, wanted.timesteps, half)
+        classes = take_out_classes(model, tables, label, wanted.classes, shape.model_batch, timesteps(), half)
     if for_run:
         found = find_prologue(model.graph, tables, others, shape.sizes)
         if found.frontier:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 from dipgo_deploy.export.exporter import PlannedExport
+from dipgo_deploy.export.planning import launched_evaluations
 
 
 def test_unet_dependencies_come_from_the_graph(planned_unet: PlannedExport) -> None:
@@ -106,3 +109,12 @@ def test_weights_have_their_parameters_names(planned_unet: PlannedExport) -> Non
     stored = initializers[name].const_value
     assert stored is not None
     assert (parameters[name].detach().numpy() == stored.numpy().T).all()
+
+
+def test_evaluations_that_repeat_the_last_prediction_have_no_launch(planned_unet: PlannedExport) -> None:
+    blocks, steps = len(planned_unet.schedule.blocks), planned_unet.schedule.steps
+    sampling = SimpleNamespace(used=planned_unet.used, strength=None, begin=None)
+    for kept in ({0}, {0, steps - 1}, set(range(steps))):
+        schedule = planned_unet.schedule.with_gates([[step in kept] * blocks for step in range(steps)])
+        found = launched_evaluations(planned_unet.source, schedule, sampling, planned_unet.traced.graph)  # type: ignore[arg-type]
+        assert found == len(kept)
