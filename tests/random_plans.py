@@ -346,8 +346,9 @@ def expand(rng: random.Random, graph: BlockGraph) -> Traced:
 
     source = residual_source(graph)
     for name, value in graph.values.items():
-        if name in source:  # what is added has one shape
-            value = replace(value, nbytes=tensors[source[name]].nbytes)
+        # What is added has one shape, and so have a prediction and the guided one.
+        if (alike := source.get(name, graph.guides.get(name))) is not None:
+            value = replace(value, nbytes=tensors[alike].nbytes)
         reads = sorted(value.reads)
 
         def open_to(names: list[str], name: str = name) -> list[str]:

@@ -144,12 +144,16 @@ def test_a_second_writer_of_one_target_is_refused_while_the_first_lives(tmp_path
 def test_what_a_killed_process_left_goes_with_the_next_export(
     tmp_path: Path, number: signal.Signals, caplog: pytest.LogCaptureFixture
 ) -> None:
+    # A process under nohup hands on that it does not hear SIGHUP.
     code = f"""
+import signal
 import time
 from pathlib import Path
 import click
 from dipgo_deploy.bundle.staging import staged_directory
 from dipgo_deploy.cli.common import entry_point
+
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 @click.command()
 def command():
