@@ -160,6 +160,7 @@ def as_text(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 _COLLECT = "--out DIR --collect docs/results/timestep-tables.json"
+_SMALL = f'--sides "no tables,tables,prologue" --height 256 --width 256 \\\n  {_COLLECT}'
 _INTRODUCTION = f"""\
 What is known before the first launch leaves the graphs ([how](../architecture.md)). *tables*: what depends on the
 timestep alone, computed at export. *prologue*: also what depends on a class or a text, computed once a run; its weights
@@ -169,14 +170,18 @@ class can be drawn. Published configurations with random weights, cut in depth w
 makes and binds all sessions in a process of its own, in turn, files in the page cache; *memory* is what that adds to
 the process (PSS), and after the first evaluation; *evaluation* is the processor time of the first one, where every
 block runs, at the second time. *Error* is the largest of all variants against the model in torch, relative to the
-largest value. Medians and quartiles; DiT-XL/2 on a quiet machine. The machine had other work for the other models, so
-their seconds are no more than a hint.
+largest value. Medians and quartiles, alone on a core with other work on the second one; DiT-XL/2 in an earlier run on a
+quiet machine, AuraFlow beside other work, so that its seconds are no more than a hint.
 
 ```bash
 # takes some minutes a row
 python -m tools.bench.timestep_tables dit-xl-2-256 --sampler ddim --steps 50 \\
   --sides "no tables,tables,prologue,classes" --class-labels 207,360 {_COLLECT}
-python -m tools.bench.timestep_tables qwen-image-1328 --set num_layers=2 --height 256 --width 256 {_COLLECT}
+python -m tools.bench.timestep_tables sd-1.5-512 {_SMALL}
+python -m tools.bench.timestep_tables pixart-sigma-xl-2-1024 {_SMALL}
+python -m tools.bench.timestep_tables sd3-medium-1024 --set num_layers=12 {_SMALL}
+python -m tools.bench.timestep_tables flux.1-dev-1024 --set num_layers=2 --set num_single_layers=4 {_SMALL}
+python -m tools.bench.timestep_tables qwen-image-1328 --set num_layers=2 {_SMALL}
 python -m tools.bench.timestep_tables auraflow-1024 --set num_mmdit_layers=1 --set num_single_dit_layers=4 \\
   --height 256 --width 256 {_COLLECT}
 ```
