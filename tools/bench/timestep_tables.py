@@ -180,7 +180,7 @@ python -m tools.bench.timestep_tables dit-xl-2-256 --sampler ddim --steps 50 \\
 python -m tools.bench.timestep_tables sd-1.5-512 {_SMALL}
 python -m tools.bench.timestep_tables pixart-sigma-xl-2-1024 {_SMALL}
 python -m tools.bench.timestep_tables sd3-medium-1024 --set num_layers=12 {_SMALL}
-python -m tools.bench.timestep_tables flux.1-dev-1024 --set num_layers=2 --set num_single_layers=4 {_SMALL}
+python -m tools.bench.timestep_tables flux.1-dev-1024 --set num_layers=1 --set num_single_layers=2 --repeats 1 {_SMALL}
 python -m tools.bench.timestep_tables qwen-image-1328 --set num_layers=2 {_SMALL}
 python -m tools.bench.timestep_tables auraflow-1024 --set num_mmdit_layers=1 --set num_single_dit_layers=4 \\
   --height 256 --width 256 {_COLLECT}
