@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 
 from dipgo_deploy.errors import UserError
 from dipgo_deploy.plan.buffers import ALIGNMENT, Lifetime, allocate, lower_bound
@@ -13,7 +13,7 @@ from dipgo_deploy.plan.graph import BlockGraph
 from dipgo_deploy.plan.index import GraphIndex, index_graph
 from dipgo_deploy.plan.live import Demand, demand
 from dipgo_deploy.plan.model import Cache, Launch, Plan, Variant
-from dipgo_deploy.plan.turns import Turns, in_evaluations, passing
+from dipgo_deploy.plan.turns import Turns, in_evaluations, passing, with_guides
 from dipgo_deploy.plan.values import Assignment, Term, Terms
 from dipgo_deploy.plan.variants import Group, group_launches, promote
 from dipgo_deploy.schedule.forecast import FittedForecast, Reads
@@ -235,8 +235,8 @@ def _assemble(compiled: Compiled, alignment: int, like: Iterable[Variant]) -> Pl
         )
         slot += launch.predicts
     if compiled.turns is not None and passed is not None:
-        guided = {end: demands.launches[end].denoiser for end in passed.last}
-        guides, variants = _guiding(compiled.turns, guided, variants)
+        guide = partial(_guide, compiled.turns)
+        variants, guides = with_guides(variants, passed, lambda end: demands.launches[end].denoiser, guide)
         launches = list(in_evaluations(launches, passed, offsets[caches:], guides))
     macs_of_gates = cache(lambda row, denoiser: whole.costs.macs(whole.gated(row, denoiser)))
     everything = (1 << len(whole.outputs)) - 1
@@ -259,26 +259,17 @@ def _assemble(compiled: Compiled, alignment: int, like: Iterable[Variant]) -> Pl
     )
 
 
-def _guiding(
-    turns: Turns, denoisers: Mapping[int, int], variants: tuple[Variant, ...]
-) -> tuple[Mapping[int, int], tuple[Variant, ...]]:
-    """Of each launch that one follows which guides the variant of that, and all variants. denoisers: of each such
-    launch."""
-    index, found = turns.index, {}
-    for denoiser in dict.fromkeys(denoisers.values()):
-        value = index.names.index(turns.guides[denoiser])
-        found[denoiser] = Variant(
-            name="guidance" + (f"_{denoiser + 1}" if denoiser else ""),
-            computed=frozenset({turns.guides[denoiser]}),
-            reads=tuple(Cache(half, "output") for half in HALVES),
-            writes=(),
-            predicts=True,
-            macs=index.costs.macs(1 << value),
-            prediction=turns.guides[denoiser],
-            guides=True,
-        )
-    place = {denoiser: len(variants) + number for number, denoiser in enumerate(found)}
-    return {number: place[denoiser] for number, denoiser in denoisers.items()}, (*variants, *found.values())
+def _guide(turns: Turns, denoiser: int) -> Variant:
+    return Variant(
+        name=turns.guide_name(denoiser),
+        computed=frozenset({turns.guides[denoiser]}),
+        reads=tuple(Cache(half, "output") for half in HALVES),
+        writes=(),
+        predicts=True,
+        macs=turns.guide_macs(denoiser),
+        prediction=turns.guides[denoiser],
+        guides=True,
+    )
 
 
 def _writing_like(

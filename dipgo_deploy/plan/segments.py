@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal, NamedTuple
 
 from dipgo_deploy.plan.buffers import ALIGNMENT, Lifetime, allocate, lower_bound
@@ -24,7 +25,7 @@ from dipgo_deploy.plan.live import Demand
 from dipgo_deploy.plan.merge import merge_pieces
 from dipgo_deploy.plan.model import Cache, Launch
 from dipgo_deploy.plan.pieces import PieceGraph
-from dipgo_deploy.plan.turns import Turns, half_of, in_evaluations, passing
+from dipgo_deploy.plan.turns import Turns, half_of, in_evaluations, passing, with_guides
 from dipgo_deploy.plan.values import Terms
 from dipgo_deploy.schedule.forecast import Reads
 from dipgo_deploy.schedule.guidance import HALVES
@@ -226,8 +227,8 @@ def _runs(graph: BlockGraph, model: _Model, steps: Sequence[_Step], macs_full: i
     """The evaluations at which each piece runs; pieces that never do are left out.
 
     A piece runs when one of its owners is computed. One that depends on constant inputs only runs once, of turns once
-    for each half. The cheap
-    ones among those that depend on inputs only run together, at the evaluations of their denoisers.
+    for each half. The cheap ones among those that depend on inputs only run together, at the evaluations of their
+    denoisers.
     """
     pieces = model.pieces.pieces
     block_outputs = {name for block in graph.blocks for name in block.outputs}
@@ -488,11 +489,8 @@ def _assemble(
         for launch, writes in zip(emitted, kept, strict=True)
     )
     if turns is not None and passed is not None:
-        guided = {end: denoisers[steps[end]] for end in passed.last}
-        guiding = {d: _guide(model.pieces, turns, d) for d in dict.fromkeys(guided.values())}
-        follows = {denoiser: len(segments) + place for place, denoiser in enumerate(guiding)}
-        guides = {end: follows[denoiser] for end, denoiser in guided.items()}
-        segments = (*segments, *guiding.values())
+        guide = partial(_guide, model.pieces, turns)
+        segments, guides = with_guides(segments, passed, lambda end: denoisers[steps[end]], guide)
         launches = in_evaluations(launches, passed, offsets[stored:], guides)
     return SegmentPlan(
         segments=segments,
@@ -506,12 +504,12 @@ def _assemble(
 def _guide(pieces: PieceGraph, turns: Turns, denoiser: int) -> Segment:
     value = turns.guides[denoiser]
     return Segment(
-        name="guidance" + (f"_{denoiser + 1}" if denoiser else ""),
+        name=turns.guide_name(denoiser),
         kind="guide",
         reads=HALVES,
         writes=(),
         predicts=True,
-        macs=turns.index.costs.macs(1 << turns.index.names.index(value)),
+        macs=turns.guide_macs(denoiser),
         terms=len(HALVES),
         tensor=pieces.tensors[value].kind,
         prediction=value,

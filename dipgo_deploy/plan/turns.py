@@ -8,9 +8,10 @@ are to variants and segments what evaluations are elsewhere.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import TypeVar
 
 from dipgo_deploy.plan.buffers import Lifetime
 from dipgo_deploy.plan.costs import bits
@@ -20,6 +21,8 @@ from dipgo_deploy.plan.live import Demand, Need
 from dipgo_deploy.plan.model import Launch
 from dipgo_deploy.plan.values import Terms
 from dipgo_deploy.schedule.guidance import HALVES, UNCONDITIONAL, Half
+
+G = TypeVar("G")
 
 
 def turn_of(step: int, half: int) -> int:
@@ -63,6 +66,14 @@ class Turns:
     def together(self, mask: int) -> int:
         """Values of one half as those of both."""
         return sum(1 << place[value] for value in bits(mask) for place in self.places if place[value] >= 0)
+
+    def guide_name(self, denoiser: int) -> str:
+        """Of the graph that guides for a denoiser."""
+        return "guidance" + (f"_{denoiser + 1}" if denoiser else "")
+
+    def guide_macs(self, denoiser: int) -> int:
+        """Multiply-accumulates of that graph."""
+        return self.index.costs.macs(1 << self.index.names.index(self.guides[denoiser]))
 
     def demand(self, demands: Demand) -> Demand:
         """What each turn has to do, in values of one half; ``prediction_slots`` stay those of the evaluations."""
@@ -134,6 +145,21 @@ def passing(turns: Sequence[int], predicts: Sequence[bool], guided: Sequence[boo
             lifetimes.append(Lifetime(nbytes, number, end, read=True))
             last[end] = (*last.get(end, ()), number)
     return Passing(tuple(lifetimes), place, last)
+
+
+def with_guides(
+    graphs: tuple[G, ...], passed: Passing, denoiser_of: Callable[[int], int], guide: Callable[[int], G]
+) -> tuple[tuple[G, ...], dict[int, int]]:
+    """Graphs, followed by one that guides for each denoiser that is run; and the number of the one that follows a
+    launch, by the launch's own.
+
+    Args:
+        denoiser_of: a launch's, by its number.
+        guide: makes that of a denoiser.
+    """
+    denoisers = {end: denoiser_of(end) for end in passed.last}
+    place = {denoiser: len(graphs) + number for number, denoiser in enumerate(dict.fromkeys(denoisers.values()))}
+    return (*graphs, *map(guide, place)), {end: place[denoiser] for end, denoiser in denoisers.items()}
 
 
 def in_evaluations(
