@@ -24,7 +24,7 @@ from dipgo_deploy.models.location import denoiser_config
 from dipgo_deploy.models.shape import TraceShape, check_masks, condition_specs
 from dipgo_deploy.models.stock import stock_configuration
 from dipgo_deploy.models.target import check_schedule, nominal_set_timesteps, pipelines_denoisers
-from dipgo_deploy.plan.compile import compile_plan
+from dipgo_deploy.plan.compile import compile_plan, demanded
 from dipgo_deploy.plan.graph import BlockGraph
 from dipgo_deploy.plan.layouts import MANY_COPIES, copies_in_variants
 from dipgo_deploy.plan.model import Plan, Variant
@@ -477,9 +477,8 @@ def compiled_like(planned: PlannedExport, like: Iterable[Variant]) -> Plan:
 
 def launched_evaluations(source: Source, schedule: Schedule, sampling: _Sampling, graph: BlockGraph) -> int:
     """How many evaluations have launches; those whose prediction is the last one again have none."""
-    if sampling.strength is not None and sampling.begin is not None:
-        schedule, _ = image_run(schedule, sampling.strength, sampling.begin)
-    plan = compile_plan(
+    schedule, _ = _started(schedule, sampling)
+    found = demanded(
         graph,
         schedule.gates,
         denoisers=denoiser_numbers(source.family, schedule),
@@ -487,7 +486,14 @@ def launched_evaluations(source: Source, schedule: Schedule, sampling: _Sampling
         forecast=schedule.forecast,
         guidance=schedule.guidance,
     )
-    return len({launch.step for launch in plan.launches})
+    return len(found.demand.launches)
+
+
+def _started(schedule: Schedule, sampling: _Sampling) -> tuple[Schedule, ImageRun | None]:
+    """The evaluations that are run: of image-to-image the later ones, and what was done to the schedule for it."""
+    if sampling.strength is None or sampling.begin is None:
+        return schedule, None
+    return image_run(schedule, sampling.strength, sampling.begin)
 
 
 def _planned(
@@ -495,9 +501,7 @@ def _planned(
 ) -> PlannedExport:
     from dipgo_deploy.sampler import sampler_matrix
 
-    image = None
-    if sampling.strength is not None and sampling.begin is not None:
-        schedule, image = image_run(schedule, sampling.strength, sampling.begin)
+    schedule, image = _started(schedule, sampling)
     plan = compiled_schedule(
         traced,
         schedule,
