@@ -3,17 +3,19 @@ from __future__ import annotations
 import json
 import math
 import time
+from operator import itemgetter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import click
 import numpy as np
 import pytest
 
 from tools.bench import arena, launches
-from tools.bench.measure import TimedBackend, alternate, machine, machine_line, spread
+from tools.bench.measure import TimedBackend, alternate, in_another_process, machine, machine_line, spread
 from tools.bench.solvers import frechet_with_error, wilson
-from tools.bench.tables import table, with_quartiles, write_results
+from tools.bench.tables import table, with_earlier, with_quartiles, write_results
 
 
 def test_alternate_takes_turns_and_drops_the_warm_up() -> None:
@@ -112,3 +114,20 @@ def test_plans_above_the_bound_are_named() -> None:
     text = arena.as_text(rows)
     assert "1 of 2 plans" in text and "| m, block, variants | bad | 2 | 1 |" in text
     assert "1.5200 | 2.0000 |" in text
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_rows_of_earlier_runs_stay_but_for_those_that_were_measured_again(tmp_path: Path, wrapped: bool) -> None:
+    path, key = tmp_path / "rows.json", itemgetter("model", "latent")
+    old = [{"model": "a", "latent": [8, 8], "ms": 1}, {"model": "b", "latent": [8, 8], "ms": 2}]
+    assert with_earlier(path, old, key) == old
+    write_results(path, {"rows": old} if wrapped else old, "")
+    again = {"model": "a", "latent": [8, 8], "ms": 3}
+    assert with_earlier(path, [again], key) == [old[1], again]
+
+
+def test_another_process_gives_what_it_prints_last_or_says_why_not() -> None:
+    script = "import json, sys; print('first'); print(json.dumps(sys.argv[1:]))"
+    assert in_another_process(script, "x") == ["x"]
+    with pytest.raises(click.ClickException, match="ValueError: why"):
+        in_another_process("raise ValueError('why')")

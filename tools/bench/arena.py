@@ -18,7 +18,7 @@ from dipgo_deploy.models.target import schedule_target
 from dipgo_deploy.schedule import builders
 from dipgo_deploy.schedule.document import Gates, Schedule
 from tools.bench.pairs import SCHEDULES, full_schedule
-from tools.bench.tables import table
+from tools.bench.tables import table, with_earlier
 
 RATIOS = (0.2, 0.4, 0.5, 0.6, 0.75, 0.9)
 _PATH = click.Path(path_type=Path)
@@ -79,8 +79,7 @@ def command(
                     )
             console.print(f"{model}, {granularity}: {len(rows)} plans so far", markup=False)
     if collect is not None:
-        known = json.loads(collect.read_text(encoding="utf-8")) if collect.is_file() else []
-        rows = [row for row in known if _key(row) not in set(map(_key, rows))] + rows
+        rows = with_earlier(collect, rows, _key)
         collect.write_text(json.dumps(rows, indent=0) + "\n", encoding="utf-8")
         collect.with_suffix(".md").write_text(as_text(rows), encoding="utf-8")
     console.print(as_text(rows), markup=False, soft_wrap=True)

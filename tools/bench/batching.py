@@ -9,6 +9,7 @@ import json
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from dipgo_deploy.cli.common import emit, entry_point, human_console, json_optio
 from dipgo_deploy.schedule.document import Schedule
 from tools.bench.loops import MeasuredLoop
 from tools.bench.measure import alternate, machine, machine_line, spread
-from tools.bench.tables import table, with_quartiles
+from tools.bench.tables import table, with_earlier, with_quartiles, write_results
 
 _PATH = click.Path(path_type=Path)
 
@@ -81,11 +82,8 @@ def command(
         "rows": rows,
     }
     if collect is not None:
-        known = json.loads(collect.read_text(encoding="utf-8")) if collect.is_file() else []
-        known = [row for row in known if (row["model"], row["schedule"]) != (facts["model"], facts["schedule"])]
-        known.append(facts)
-        collect.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
-        collect.with_suffix(".md").write_text(as_text(known), encoding="utf-8")
+        rows = with_earlier(collect, [facts], itemgetter("model", "schedule"))
+        write_results(collect, rows, as_text(rows))
     console.print(_table(facts), markup=False, soft_wrap=True)
     emit(facts, as_json)
 

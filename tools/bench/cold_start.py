@@ -5,11 +5,9 @@ Run from the repository's root: ``python -m tools.bench.cold_start --engine-dir 
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +17,8 @@ import numpy as np
 from dipgo_deploy.bundle.directory import Bundle
 from dipgo_deploy.cli.common import emit, entry_point, human_console, json_option
 from dipgo_deploy.models.location import resolve_model
-from tools.bench.measure import alternate, machine, machine_line, spread
-from tools.bench.tables import table, with_quartiles
+from tools.bench.measure import alternate, in_another_process, machine, machine_line, spread
+from tools.bench.tables import table, with_earlier, with_quartiles, write_results
 
 # Each child prints seconds since the epoch at its stages; the parent knows when it started the child.
 _OURS = """
@@ -77,10 +75,7 @@ def stages_of(script: str, *arguments: str) -> dict[str, float]:
         click.ClickException: the process failed; its last line says why.
     """
     start = time.time()
-    done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True)
-    if done.returncode:
-        raise click.ClickException((done.stderr.strip().splitlines() or ["the process failed"])[-1])
-    found, used = json.loads(done.stdout.strip().splitlines()[-1])
+    found, used = in_another_process(script, *arguments)
     return {**{name: moment - start for name, moment in found.items()}, **used}
 
 
@@ -139,10 +134,8 @@ def command(
     }
     results = [facts]
     if collect is not None:
-        known = json.loads(collect.read_text(encoding="utf-8")) if collect.is_file() else []
-        results = [row for row in known if row["model"] != facts["model"]] + [facts]
-        collect.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-        collect.with_suffix(".md").write_text(as_text(results), encoding="utf-8")
+        results = with_earlier(collect, [facts], itemgetter("model"))
+        write_results(collect, results, as_text(results))
     console.print(as_text(results), markup=False, soft_wrap=True)
     emit(facts, as_json)
 

@@ -12,6 +12,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import click
 from dipgo_deploy.cli.common import emit, entry_point, human_console, json_option
 from tools.bench.launches import read_case
 from tools.bench.measure import machine, machine_line
-from tools.bench.tables import table
+from tools.bench.tables import table, with_earlier, write_results
 
 WEIGHTS = Path("graphs/weights.bin")
 _PATH = click.Path(path_type=Path)
@@ -94,10 +95,8 @@ def command(
         "rows": rows,
     }
     if collect is not None:
-        known = json.loads(collect.read_text(encoding="utf-8")) if collect.is_file() else []
-        known = [row for row in known if (row["model"], row["latent"]) != (found["model"], found["latent"])] + [found]
-        collect.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
-        collect.with_suffix(".md").write_text(as_text(known), encoding="utf-8")
+        known = with_earlier(collect, [found], itemgetter("model", "latent"))
+        write_results(collect, known, as_text(known))
     console.print(_table(found), markup=False, soft_wrap=True)
     emit(found, as_json)
 

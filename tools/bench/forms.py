@@ -10,11 +10,11 @@ it.
 from __future__ import annotations
 
 import gc
-import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,10 +27,11 @@ from dipgo_deploy.export.exporter import ExportOptions, plan_export
 from dipgo_deploy.models.target import schedule_target
 from dipgo_deploy.reference.quiet import quiet_libraries
 from dipgo_deploy.schedule import builders
+from dipgo_deploy.search.latency import example
 from tools.bench.measure import machine, machine_line, spread
 from tools.bench.pairs import write_engine
 from tools.bench.peers import model_of
-from tools.bench.tables import table, with_quartiles, write_results
+from tools.bench.tables import table, with_earlier, with_quartiles, write_results
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -75,8 +76,7 @@ def command(
         }
     console.print(as_text([facts]), markup=False, soft_wrap=True)
     if collect is not None:
-        known = json.loads(collect.read_text(encoding="utf-8"))["rows"] if collect.is_file() else []
-        rows = [row for row in known if (row["model"], row["latent"]) != (model, latent)] + [facts]
+        rows = with_earlier(collect, [facts], itemgetter("model", "latent"))
         write_results(collect, {"rows": rows}, as_text(rows))
     emit(facts, as_json)
 
@@ -137,12 +137,7 @@ def _session(file: Path, threads: int) -> Any:
 
 def _inputs(session: Any) -> dict[str, np.ndarray]:
     random = np.random.default_rng(0)
-    return {
-        spec.name: random.standard_normal(spec.shape, dtype=np.float32)
-        if spec.type == "tensor(float)"
-        else np.ones(spec.shape, np.int64)
-        for spec in session.get_inputs()
-    }
+    return {spec.name: example(spec, random) for spec in session.get_inputs()}
 
 
 def _round(sessions: Sequence[Any], feeds: Mapping[str, np.ndarray], backwards: bool) -> list[float]:

@@ -5,12 +5,10 @@ python -m tools.bench.guidance_batch --both DIR --halves DIR --collect docs/resu
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +19,8 @@ from dipgo_deploy.bundle.directory import Bundle
 from dipgo_deploy.cli.common import emit, entry_point, human_console, json_option
 from dipgo_deploy.difference import relative_error
 from dipgo_deploy.errors import UserError
-from tools.bench.measure import machine, machine_line, spread
-from tools.bench.tables import table, with_quartiles
+from tools.bench.measure import in_another_process, machine, machine_line, spread
+from tools.bench.tables import table, with_earlier, with_quartiles, write_results
 
 MIB = 2**20
 _PATH = click.Path(path_type=Path)
@@ -76,10 +74,8 @@ def command(
             **{key: spread(np.array([row[key] for row in found[name]])) for key in found[name][0]},
         }
     if collect is not None:
-        known = json.loads(collect.read_text(encoding="utf-8")) if collect.is_file() else []
-        known = [row for row in known if (row["model"], row["latent"]) != (facts["model"], facts["latent"])] + [facts]
-        collect.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
-        collect.with_suffix(".md").write_text(as_text(known), encoding="utf-8")
+        known = with_earlier(collect, [facts], itemgetter("model", "latent"))
+        write_results(collect, known, as_text(known))
     console.print(_table(facts), markup=False, soft_wrap=True)
     emit(facts, as_json)
 
@@ -137,13 +133,10 @@ def forget_peak() -> None:
 def in_process_of_its_own(engine_dir: Path, loops: int, threads: int, latents: Path) -> dict[str, float]:
     """``probe`` of a directory, in another process."""
     call = (
-        "from tools.bench.guidance_batch import *; "
+        "import json; from pathlib import Path; from tools.bench.guidance_batch import probe; "
         f"print(json.dumps(probe(Path({str(engine_dir)!r}), {loops}, {threads}, Path({str(latents)!r}))))"
     )
-    done = subprocess.run([sys.executable, "-c", call], capture_output=True, text=True)
-    if done.returncode:
-        raise click.ClickException((done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1])
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    found: dict[str, float] = in_another_process(call)
     return found
 
 

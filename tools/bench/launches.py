@@ -25,7 +25,7 @@ from dipgo_deploy.bundle.manifest import Graph, TensorSpec
 from dipgo_deploy.cli.common import emit, entry_point, human_console, json_option
 from dipgo_deploy.schedule.document import Schedule
 from tools.bench.measure import alternate, machine, machine_lines, spread
-from tools.bench.tables import table, with_quartiles
+from tools.bench.tables import table, with_earlier, with_quartiles, write_results
 
 FULL = "full"
 CASES = "cases.json"
@@ -166,12 +166,9 @@ def time_(graphs: Path, cases: tuple[str, ...], rounds: int, group: int, collect
 main = entry_point(command)
 
 
-def _add(collect: Path, facts: Mapping[str, Any]) -> None:
-    rows = json.loads(collect.read_text(encoding="utf-8")) if collect.is_file() else []
-    rows = [row for row in rows if _key(row) != _key(facts)] + [facts]
-    rows.sort(key=lambda row: json.dumps(_key(row)))
-    collect.write_text(json.dumps(rows, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    collect.with_suffix(".md").write_text(as_text(rows), encoding="utf-8")
+def _add(collect: Path, facts: dict[str, Any]) -> None:
+    rows = sorted(with_earlier(collect, [facts], _key), key=lambda row: json.dumps(_key(row)))
+    write_results(collect, rows, as_text(rows))
 
 
 def _key(row: Mapping[str, Any]) -> list[Any]:

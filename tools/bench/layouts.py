@@ -7,8 +7,6 @@ Loading and memory are measured in a process of its own for each layout: memory 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -23,7 +21,7 @@ from dipgo_deploy.bundle.weights import WEIGHTS_INDEX, weights_of
 from dipgo_deploy.cli.common import emit, entry_point, human_console, json_option
 from dipgo_deploy.runtime.memory import process_memory
 from tools.bench.loops import MeasuredLoop
-from tools.bench.measure import alternate, denoiser_hash, machine, machine_line, spread
+from tools.bench.measure import alternate, denoiser_hash, in_another_process, machine, machine_line, spread
 from tools.bench.tables import table, with_quartiles, write_results
 
 MIB = 2**20
@@ -150,10 +148,10 @@ def probe(engine_dir: Path, threads: int, shared: bool) -> dict[str, float]:
 
 def _in_process_of_its_own(engine_dir: Path, threads: int, shared: bool) -> dict[str, float]:
     call = (
-        f"from tools.bench.layouts import *; print(json.dumps(probe(Path({str(engine_dir)!r}), {threads}, {shared})))"
+        "import json; from pathlib import Path; from tools.bench.layouts import probe; "
+        f"print(json.dumps(probe(Path({str(engine_dir)!r}), {threads}, {shared})))"
     )
-    done = subprocess.run([sys.executable, "-c", call], capture_output=True, text=True, check=True)
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    found: dict[str, float] = in_another_process(call)
     return found
 
 

@@ -9,7 +9,6 @@ Peers are in ``tools.bench.peers``.
 from __future__ import annotations
 
 import gc
-import json
 import tempfile
 import time
 from collections import defaultdict
@@ -38,7 +37,7 @@ from tools.bench.loops import GUIDANCE_SCALE, loop_inputs
 from tools.bench.measure import TimedBackend, machine, machine_line, spread
 from tools.bench.pairs import write_engine
 from tools.bench.peers import contest, model_of
-from tools.bench.tables import table, with_quartiles, write_results
+from tools.bench.tables import table, with_earlier, with_quartiles, write_results
 
 _PATH = click.Path(path_type=Path)
 BACKENDS = ("cpu", "openvino")
@@ -88,8 +87,7 @@ def command(
     facts = {"model": model, "schedule": name, **measured_facts}
     console.print(as_text([facts]), markup=False, soft_wrap=True)
     if collect is not None:
-        known = json.loads(collect.read_text(encoding="utf-8"))["rows"] if collect.is_file() else []
-        rows = [row for row in known if _key(row) != _key(facts)] + [facts]
+        rows = with_earlier(collect, [facts], _key)
         write_results(collect, {"rows": rows}, as_text(rows))
     emit(facts, as_json)
 

@@ -6,11 +6,9 @@ python -m tools.bench.loading full=DIR segments=DIR variants=DIR:shared --one fu
 from __future__ import annotations
 
 import contextlib
-import json
-import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +19,8 @@ from dipgo_deploy.bundle.directory import Bundle
 from dipgo_deploy.bundle.prologue import usual_class
 from dipgo_deploy.cli.common import emit, entry_point, human_console, json_option
 from dipgo_deploy.runtime.memory import process_memory
-from tools.bench.measure import machine, machine_line, spread
-from tools.bench.tables import table, with_quartiles
+from tools.bench.measure import in_another_process, machine, machine_line, spread
+from tools.bench.tables import table, with_earlier, with_quartiles, write_results
 
 MIB = 2**20
 _PATH = click.Path(path_type=Path)
@@ -62,10 +60,8 @@ def command(
             **{key: spread(np.array([probe[key] for probe in probes[name]])) for key in probes[name][0]},
         }
     if collect is not None:
-        known = json.loads(collect.read_text(encoding="utf-8")) if collect.is_file() else []
-        known = [row for row in known if row["model"] != facts["model"]] + [facts]
-        collect.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
-        collect.with_suffix(".md").write_text(as_text(known), encoding="utf-8")
+        known = with_earlier(collect, [facts], itemgetter("model"))
+        write_results(collect, known, as_text(known))
     console.print(_table(facts), markup=False, soft_wrap=True)
     emit(facts, as_json)
 
@@ -124,13 +120,10 @@ def _folder(value: str) -> tuple[Path, bool]:
 def in_process_of_its_own(engine_dir: Path, shared: bool, first_step: bool) -> dict[str, float]:
     """``probe`` of a directory, in another process."""
     call = (
-        "from tools.bench.loading import *; "
+        "import json; from pathlib import Path; from tools.bench.loading import probe; "
         f"print(json.dumps(probe(Path({str(engine_dir)!r}), {shared}, {first_step})))"
     )
-    done = subprocess.run([sys.executable, "-c", call], capture_output=True, text=True)
-    if done.returncode:
-        raise click.ClickException((done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1])
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    found: dict[str, float] = in_another_process(call)
     return found
 
 

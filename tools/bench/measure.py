@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import platform
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 
 from dipgo_deploy.backends.base import Backend, ChangedWeights, Executable, Launchable, Memory
@@ -159,3 +163,15 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def in_another_process(script: str, *arguments: str) -> Any:
+    """What Python prints last when it runs ``script`` in a process of its own, as JSON.
+
+    Raises:
+        click.ClickException: the process failed; its last line says why.
+    """
+    done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True)
+    if done.returncode:
+        raise click.ClickException((done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1])
+    return json.loads(done.stdout.strip().splitlines()[-1])

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import json
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -39,7 +38,7 @@ from dipgo_deploy.schedule.document import Granularity, Schedule
 from dipgo_deploy.supernet.loop import run_loop
 from tools.bench.measure import machine, machine_line, spread, timed
 from tools.bench.pairs import full_schedule, write_engine
-from tools.bench.tables import table, with_quartiles
+from tools.bench.tables import table, with_earlier, with_quartiles, write_results
 
 GUIDANCE_SCALE = 5.0
 _PATH = click.Path(path_type=Path)
@@ -421,10 +420,8 @@ def command(
         results.append(race(given, repeats, threads, leave_out, console.print, engines, minutes, fewer))
         console.print(_table(results[-1]), markup=False, soft_wrap=True)
     if collect is not None:
-        known = json.loads(collect.read_text(encoding="utf-8")) if collect.is_file() else []
-        kept = [row for row in known if _key(row) not in [_key(result) for result in results]]
-        collect.write_text(json.dumps(kept + results, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        collect.with_suffix(".md").write_text(as_text(kept + results), encoding="utf-8")
+        rows = with_earlier(collect, results, _key)
+        write_results(collect, rows, as_text(rows))
     emit({"contests": results}, as_json)
 
 

@@ -5,9 +5,9 @@ python -m tools.bench.timestep_tables dit-xl-2-256 --dtype fp32 --out DIR --coll
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from dipgo_deploy.cli.common import emit, entry_point, human_console, json_optio
 from dipgo_deploy.cli.options import class_label_numbers
 from tools.bench.loading import in_process_of_its_own
 from tools.bench.measure import machine, machine_line, spread
-from tools.bench.tables import table, with_quartiles, write_results
+from tools.bench.tables import table, with_earlier, with_quartiles, write_results
 from tools.full_size import find
 from tools.full_size.export import exported_pixels, make_schedule, model_folder
 from tools.full_size.measure import run_stage
@@ -64,9 +64,7 @@ def command(
     row = measure(find(name), given, options, console.print, SIDES)
     console.print(table(_HEADINGS, cells(row)), markup=False, soft_wrap=True)
     if collect is not None:
-        rows = json.loads(collect.read_text(encoding="utf-8"))["rows"] if collect.is_file() else []
-        rows = [old for old in rows if (old["name"], old["dtype"]) != (row["name"], row["dtype"])]
-        rows = sorted([*rows, row], key=lambda old: old["name"])
+        rows = sorted(with_earlier(collect, [row], itemgetter("name", "dtype")), key=itemgetter("name"))
         write_results(collect, {"rows": rows}, as_text(rows))
     emit(row, as_json)
 

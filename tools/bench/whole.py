@@ -5,9 +5,9 @@ python -m tools.bench.whole --full DIR --pruned DIR --collect docs/results/whole
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from dipgo_deploy.bundle.directory import Bundle
 from dipgo_deploy.cli.common import emit, entry_point, human_console, json_option
 from tools.bench.loops import MeasuredLoop
 from tools.bench.measure import machine, machine_line
-from tools.bench.tables import table
+from tools.bench.tables import table, with_earlier, write_results
 
 _PATH = click.Path(path_type=Path)
 
@@ -67,10 +67,8 @@ def command(full: Path, pruned: Path, repeats: int, collect: Path | None, as_jso
     facts["speedup"] = one["processor_seconds"] / other["processor_seconds"]
     facts["ideal_speedup"] = one["macs_run"] / other["macs_run"]
     if collect is not None:
-        known = json.loads(collect.read_text(encoding="utf-8")) if collect.is_file() else []
-        known = [row for row in known if (row["model"], row["latent"]) != (facts["model"], facts["latent"])] + [facts]
-        collect.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
-        collect.with_suffix(".md").write_text(as_text(known), encoding="utf-8")
+        known = with_earlier(collect, [facts], itemgetter("model", "latent"))
+        write_results(collect, known, as_text(known))
     emit(facts, as_json)
 
 
